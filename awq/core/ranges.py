@@ -1,0 +1,56 @@
+"""Search of each group's range: both ends shrink independently, the squared error weighted by the group's own block of G.
+
+AutoAWQ shrinks |w| symmetrically and measures the output error of each group on sampled tokens. That error is exactly
+Δ_g G_gg Δ_gᵀ, so the block of the Gram matrix replaces the tokens, and the two ends can be searched apart.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from awq.core.weight import group_range, grouped, scale_and_zero
+
+SHRINK = tuple(1 - k / 20 for k in range(10))  # 1.00 … 0.55, AutoAWQ's grid
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}  # weights searched at once: a CPU's cache, a GPU's occupancy
+
+
+def block_diagonal(gram: Tensor, group_size: int) -> Tensor:
+    """The diagonal blocks [groups, group_size, group_size] of a Gram matrix [in, in]."""
+    groups = gram.shape[0] // group_size
+    blocks = gram.view(groups, group_size, groups, group_size)
+    index = torch.arange(groups, device=gram.device)
+    return blocks[index, :, index, :]
+
+
+def search_range(
+    weight: Tensor, gram: Tensor, group_size: int, bits: int = 4, zero_point: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero [out, groups] (float32) that minimise Δ_g G_gg Δ_gᵀ over the shrink grid; the full range is a candidate.
+
+    weight: float32 [out, in]; gram: float32 [in, in].
+    """
+    blocks = block_diagonal(gram, group_size)
+    rows = max(1, _CHUNK.get(weight.device.type, _CHUNK["cuda"]) // weight.shape[1])
+    parts = [_search_rows(part, blocks, group_size, bits, zero_point) for part in weight.split(rows)]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _search_rows(weight: Tensor, blocks: Tensor, size: int, bits: int, zero_point: bool) -> tuple[Tensor, Tensor]:
+    low, high = group_range(weight, size, zero_point)
+    groups = grouped(weight, size).transpose(0, 1).contiguous()  # [groups, rows, size]: one batched product per candidate
+    best_loss, best_scale, best_zero = None, low, low
+    for high_factor in SHRINK:
+        for low_factor in SHRINK if zero_point else (high_factor,):
+            scale, zero = scale_and_zero(low * low_factor, high * high_factor, bits, zero_point)
+            s, z = scale.t().unsqueeze(-1), zero.t().unsqueeze(-1)
+            delta = (groups / s).round_().add_(z).clamp_(0, 2**bits - 1).sub_(z).mul_(s).sub_(groups)
+            loss = (torch.bmm(delta, blocks).mul_(delta)).sum(-1).t()
+            if best_loss is None:
+                best_loss, best_scale, best_zero = loss, scale, zero
+                continue
+            better = loss < best_loss
+            best_loss = torch.where(better, loss, best_loss)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero

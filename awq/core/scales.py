@@ -1,0 +1,97 @@
+"""Search of the activation-aware scales (arXiv 2306.00978, eq. 4–5) through the Gram matrix.
+
+‖X(Ŵ − W)ᵀ‖² = tr(Δ G Δᵀ) with G = XᵀX: after G is gathered once, a candidate costs one fake-quantize and one product with
+G, whatever the number of calibration tokens. Every linear that reads the same input is judged together, because they share s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from awq.core.weight import fake_quantize, group_range, grouped, scale_and_zero
+
+RATIOS = tuple(k / 20 for k in range(21))
+
+
+class ScaleChoice(NamedTuple):
+    """scale: float32 [in]; ratio and kind ("identity", "activation", "duo") name the candidate; losses share one unit."""
+
+    scale: Tensor
+    ratio: float
+    kind: str
+    loss: float
+    identity_loss: float
+
+
+def weight_importance(weight: Tensor, group_size: int) -> Tensor:
+    """Mean over rows of |w| / (largest |w| of its group): [out, in] → [in] (the paper's s_W, as AutoAWQ ships it)."""
+    groups = grouped(weight.abs(), group_size)
+    return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).view(weight.shape).mean(0)
+
+
+def scale_candidates(x_mean: Tensor, w_mean: Tensor, duo: bool = True) -> Iterator[tuple[str, float, Tensor]]:
+    """(kind, ratio, s [in]) for every candidate, identity first. Channels never active keep 1.
+
+    activation: s = x̄^r; duo: s = x̄^r / (w̄^(1−r) + 1e-4); both divided by sqrt(max·min), r = 0, 0.05 … 1.
+    """
+    yield "identity", 0.0, torch.ones_like(x_mean)
+    active = x_mean > 0
+    if not active.any():
+        return
+    x = x_mean.clamp(min=1e-4 * float(x_mean[active].mean()))
+    for ratio in RATIOS:
+        forms = [("activation", x**ratio)] if ratio else []
+        if duo:
+            forms.append(("duo", x**ratio / (w_mean ** (1 - ratio) + 1e-4)))
+        for kind, s in forms:
+            s = s.clamp(min=1e-4)
+            s = s / (s[active].max() * s[active].min()).sqrt()
+            yield kind, ratio, torch.where(active, s, torch.ones_like(s))
+
+
+def gram_loss(delta: Tensor, gram: Tensor) -> float:
+    """tr(Δ G Δᵀ): squared output error, summed over tokens and outputs. delta [out, in], gram [in, in]."""
+    return float(((delta @ gram) * delta).sum())
+
+
+def search_scale(
+    weight: Tensor,
+    gram: Tensor,
+    x_mean: Tensor,
+    group_size: int,
+    bits: int = 4,
+    zero_point: bool = True,
+    duo: bool = True,
+    tie: Callable[[Tensor], Tensor] = lambda s: s,
+    loss: Callable[[Tensor], float] | None = None,
+) -> ScaleChoice:
+    """The best s [in] for the stacked weights [sum of out, in] of the linears that share one input.
+
+    gram: float32 [in, in], Σ x xᵀ over tokens; x_mean: mean |x| per channel [in].
+    tie: makes s equal where channels share one producing row (grouped-query attention).
+    loss: another judge of s (the enclosing module's output error); default tr(Δ G Δᵀ), Δ = Q(W s)/s − W.
+    A candidate whose loss is not finite is dropped. Deterministic: the first of equal candidates wins.
+    """
+
+    def default_loss(s: Tensor) -> float:
+        scaled = weight * s
+        quantized = fake_quantize(scaled, *scale_and_zero(*group_range(scaled, group_size, zero_point), bits, zero_point), bits)
+        return gram_loss(quantized.div_(s).sub_(weight), gram)
+
+    judge = loss or default_loss
+    best: ScaleChoice | None = None
+    identity_loss = float("nan")
+    for kind, ratio, s in scale_candidates(x_mean, weight_importance(weight, group_size), duo):
+        s = tie(s)
+        value = judge(s)
+        if kind == "identity":
+            identity_loss = value
+            best = ScaleChoice(s, ratio, kind, value, value)
+        elif value < best.loss or (value == value and best.loss != best.loss):  # type: ignore[union-attr]
+            best = ScaleChoice(s, ratio, kind, value, identity_loss)
+    assert best is not None  # the identity is always a candidate
+    return best

@@ -1,0 +1,61 @@
+"""`QuantizeOptions`: how scales, ranges and codes are found. What is stored is `AwqConfig`'s business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from awq.errors import ConfigError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"rounding": "nearest"},
+    "balanced": {"rounding": "feedback"},
+}
+_CHOICES = {
+    "preset": tuple(PRESETS),
+    "rounding": ("nearest", "feedback"),
+    "propagate": ("quantized", "original"),
+    "objective": ("gram", "module"),
+}
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Switches of the quantizer.
+
+    preset: "fast" (AWQ scales and ranges, nearest rounding) or "balanced" (the same, then error-feedback rounding).
+    rounding: "nearest" or "feedback"; None takes the preset's.
+    scaling: search and fold activation-aware scales; duo_scaling adds the candidates that look at the weights too.
+    clip: search each group's range; False keeps min/max.
+    propagate: a block's calibration inputs come from its "quantized" or its "original" predecessors.
+    objective: judge scales by "gram" (error of the linears) or "module" (error of the module around them: exact, slow).
+    damping: of error feedback, as a fraction of the Gram matrix's mean diagonal.
+    export_compatible: write quantized values back into ordinary linears instead of packing them.
+    device: where a block is worked on; None takes the model's own device, or the GPU when the model is on the CPU.
+    seed: of the random scales in the proof of folds.
+    progress: show a progress bar; None means when stderr is a terminal.
+    """
+
+    preset: str = "balanced"
+    rounding: str | None = None
+    scaling: bool = True
+    duo_scaling: bool = True
+    clip: bool = True
+    propagate: str = "quantized"
+    objective: str = "gram"
+    damping: float = 0.01
+    export_compatible: bool = False
+    device: str | None = None
+    seed: int = 0
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed and not (name == "rounding" and value is None):
+                raise ConfigError(f"{name} is {value!r}; use one of {', '.join(allowed)}.")
+        if self.rounding is None:
+            object.__setattr__(self, "rounding", PRESETS[self.preset]["rounding"])
+
+    def with_(self, **changes: Any) -> QuantizeOptions:
+        return replace(self, **changes)

@@ -1,0 +1,266 @@
+"""The block-by-block pipeline: only one block's activations and statistics are in memory at a time.
+
+For every block: prove its folds on a few tokens, gather the Gram matrix of each distinct linear input in one forward over the
+calibration tokens, choose and fold scales, quantize, and hand the block's outputs to the next one. By default those outputs
+are the *quantized* block's, so that error feedback corrects what its predecessors did (measured: docs/notes/quality.md).
+
+Blocks are worked on in float32 whatever the model's dtype: folding in 16 bits would cost accuracy before quantization has
+begun, and float16 products on a CPU are a hundred times slower.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from awq.calibration import CalibrationBatch
+from awq.config import AwqConfig
+from awq.errors import CalibrationError
+from awq.folds import InputGroup, apply_fold, discover, prove
+from awq.nn.blocks import BlockCall, find_block_lists, record_block_calls
+from awq.nn.linear import WQLinear
+from awq.nn.surgery import get_weight, replace_module
+from awq.quantize.group import QuantizedLinear, choose_scale, quantize_group, relative_rtn_loss
+from awq.quantize.module_loss import enclosing_module, module_loss, record_module_calls
+from awq.quantize.options import QuantizeOptions
+from awq.quantize.plan import Plan, make_plan
+from awq.quantize.report import QuantReport
+from awq.quantize.statistics import InputStatistics, MaskHolder, collect_inputs
+
+logger = logging.getLogger("awq.quantize")
+
+PROBE_TOKENS = 32  # tokens per row of the fold proof
+PROBE_ROWS = 2
+ONE_TOKEN_ROWS = 64  # one-token sequences that map producer rows to channels
+
+
+@dataclass
+class Stream:
+    """Inputs that walk through the blocks of one list: per batch, the hidden states and the token mask."""
+
+    calls: list[list[BlockCall]]  # [batch][block]
+    hidden: list[Tensor]
+    masks: list[Tensor | None]
+
+    def at(self, index: int, device: torch.device) -> list[tuple[BlockCall, Tensor]]:
+        return [(calls[index].to(device, torch.float32), h.to(device).float()) for calls, h in zip(self.calls, self.hidden)]
+
+
+@dataclass
+class Workbench:
+    """What the steps of one run share."""
+
+    config: AwqConfig
+    options: QuantizeOptions
+    plan: Plan
+    report: QuantReport
+    known: dict[Any, list[InputGroup]] = field(default_factory=dict)  # structure of a block → its folds
+
+    @contextmanager
+    def phase(self, name: str):
+        start = time.perf_counter()
+        yield
+        self.report.phases[name] = self.report.phases.get(name, 0.0) + time.perf_counter() - start
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    batches: Sequence[CalibrationBatch],
+    config: AwqConfig | None = None,
+    options: QuantizeOptions | None = None,
+) -> QuantReport:
+    """Quantizes every linear in the model's repeated blocks, in place.
+
+    model: a transformers model on one device. batches: token ids and masks [batch, tokens]; padding never enters a
+    statistic. Linears become `WQLinear`, or stay dense with quantized values when `options.export_compatible`.
+    Raises ConfigError, CalibrationError or ModelError before any weight is touched.
+    """
+    config, options = config or AwqConfig(), options or QuantizeOptions()
+    if not batches or not any(int(b.attention_mask.sum()) for b in batches):
+        raise CalibrationError("the calibration data holds no token; give at least one text.")
+    start = time.perf_counter()
+    model.eval()
+    lists = find_block_lists(model)
+    plan = make_plan(model, lists, config, packed=not options.export_compatible)
+    report = QuantReport(config.to_dict(), asdict(options), skipped=plan.skipped, versions=_versions())
+    report.tokens = sum(int(b.attention_mask.sum()) for b in batches)
+    bench = Workbench(config, options, plan, report)
+    with bench.phase("inputs"):
+        streams = _open_streams(model, lists, batches)
+    total = sum(len(blocks) for _, blocks in lists)
+    hide = None if options.progress is None else not options.progress
+    with tqdm(total=total, desc="AWQ", unit="block", disable=hide) as bar:
+        for (prefix, blocks), stream_set in zip(lists, streams):
+            for index, block in enumerate(blocks):
+                _quantize_block(bench, block, f"{prefix}.{index}", index, *stream_set)
+                bar.set_postfix(loss=f"{report.loss:.4f}", rtn=f"{report.loss_rtn:.4f}")
+                bar.update()
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _open_streams(model: nn.Module, lists, batches: Sequence[CalibrationBatch]) -> list[tuple[Stream, Stream, Stream]]:
+    """(calibration, many-token probe, one-token probe) for every block list."""
+    device = next(model.parameters()).device
+    longest = max(batches, key=lambda b: int(b.attention_mask.sum(1).max()))
+    rows = longest.attention_mask.sum(1).argsort(descending=True, stable=True)[:PROBE_ROWS]
+    ids, mask = longest.input_ids[rows], longest.attention_mask[rows].bool()
+    length = max(1, min(PROBE_TOKENS, int(mask.sum(1).min())))
+    probe = torch.stack([row[keep][:length] for row, keep in zip(ids, mask)])
+    tokens = torch.cat([b.input_ids[b.attention_mask.bool()] for b in batches[:8]]).unique()
+    single = tokens[torch.linspace(0, len(tokens) - 1, min(ONE_TOKEN_ROWS, len(tokens))).long()].unsqueeze(1)
+    sets = [list(batches), [CalibrationBatch(probe, torch.ones_like(probe))], [CalibrationBatch(single, torch.ones_like(single))]]
+    recorded = []
+    for group in sets:
+        inputs = [{k: v.to(device) for k, v in b.model_inputs().items()} for b in group]
+        recorded.append(record_block_calls(model, lists, inputs))
+    masks = [None if bool(b.attention_mask.all()) else b.attention_mask.bool() for b in batches]
+    return [
+        (Stream(recorded[0].calls[i], recorded[0].hidden[i], masks),
+         Stream(recorded[1].calls[i], recorded[1].hidden[i], [None]),
+         Stream(recorded[2].calls[i], recorded[2].hidden[i], [None]))
+        for i in range(len(lists))
+    ]  # fmt: skip
+
+
+def _quantize_block(
+    bench: Workbench, block: nn.Module, prefix: str, index: int, calibration: Stream, many: Stream, single: Stream
+) -> None:
+    """Quantizes one block and moves all streams past it."""
+    home, dtype = next((p.device, p.dtype) for p in block.parameters() if p.is_floating_point())
+    device = _work_device(home, bench.options)
+    block.to(device, torch.float32)
+    with bench.phase("folds"):
+        groups = _folds_of(bench, block, prefix, single.at(index, device), many.at(index, device))
+        _advance(block, many, index, device)
+        _advance(block, single, index, device)
+    with bench.phase("statistics"):
+        statistics, outputs = _gather(bench, block, groups, calibration, index, device)
+    with bench.phase("search"):
+        choices = [_choose(bench, block, g, statistics[g.consumers[0]], calibration, index, device) for g in groups]
+        rtn_losses = _rtn_losses(bench, block, groups, statistics, prefix)
+        for group, choice in zip(groups, choices):
+            if group.fold is not None and choice.kind != "identity":
+                apply_fold(block, group.fold, choice.scale)
+    with bench.phase("rounding"):
+        results: list[QuantizedLinear] = []
+        for group, choice in zip(groups, choices):
+            names = [n for n in group.consumers if f"{prefix}.{n}" in bench.plan.chosen]
+            if names:
+                results += quantize_group(block, group, statistics[group.consumers[0]], choice, names, bench.config, bench.options)
+        for result in results:
+            get_weight(block.get_submodule(result.name)).copy_(result.weight.dequantize())
+    with bench.phase("outputs"):
+        if outputs is None:
+            _advance(block, calibration, index, device)
+        else:
+            calibration.hidden = outputs
+    with bench.phase("packing"):
+        _finish(bench, block, prefix, results, rtn_losses, home, dtype)
+
+
+def _folds_of(bench: Workbench, block: nn.Module, prefix: str, single, many) -> list[InputGroup]:
+    """The block's input groups with proven folds: discovered once per structure, proven on every block."""
+    structure = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+    torch.manual_seed(bench.options.seed)
+    known = bench.known.get(structure)
+    if known is not None:
+        proven = prove(block, known, many)
+        if sum(g.fold is not None for g in proven) == sum(g.fold is not None for g in known):
+            return proven
+    groups = prove(block, discover(block, single, many), many)
+    bench.known[structure] = groups
+    for group in groups:
+        if group.fold is None:
+            logger.info("%s: %s keeps scale 1: %s", prefix, ", ".join(group.consumers), group.reason)
+    return groups
+
+
+def _gather(
+    bench: Workbench, block: nn.Module, groups: list[InputGroup], stream: Stream, index: int, device: torch.device
+) -> tuple[dict[str, InputStatistics], list[Tensor] | None]:
+    """Statistics of every group's input; the original block's outputs too, when they are what the next block gets."""
+    holder, outputs = MaskHolder(), []
+    keep = bench.options.propagate == "original"
+    with collect_inputs(block, [g.consumers[0] for g in groups], holder) as statistics:
+        for (call, hidden), mask in zip(stream.at(index, device), stream.masks):
+            holder.mask = None if mask is None else mask.to(device)
+            out = call.run(block, hidden)
+            if keep:
+                outputs.append(out)
+    for group in groups:
+        found = statistics.setdefault(group.consumers[0], InputStatistics(group.in_features, device))
+        if found.dropped:
+            bench.report.warnings.append(
+                f"block {index}, {group.consumers[0]}: {found.dropped} tokens with non-finite activations were left out."
+            )
+    return statistics, outputs if keep else None
+
+
+def _choose(bench: Workbench, block: nn.Module, group: InputGroup, statistics, stream: Stream, index: int, device):
+    judge = None
+    if bench.options.objective == "module" and group.fold is not None and statistics.tokens:
+
+        def run() -> None:
+            for call, hidden in stream.at(index, device):
+                call.run(block, hidden)
+
+        calls = record_module_calls(block, enclosing_module(group.consumers), run)
+        masks = [None if m is None else m.to(device) for m in stream.masks]
+        judge = module_loss(block, group, calls, masks, bench.config)
+    choice = choose_scale(block, group, statistics, bench.config, bench.options, judge)
+    if choice.kind == "identity" and not choice.loss == choice.loss and group.fold is not None and bench.options.scaling:
+        bench.report.warnings.append(f"block {index}, {', '.join(group.consumers)}: no finite loss; scale 1 is kept.")
+    return choice
+
+
+def _rtn_losses(bench: Workbench, block: nn.Module, groups: list[InputGroup], statistics, prefix: str) -> dict[str, float]:
+    losses = {}
+    for group in groups:
+        for name in group.consumers:
+            if f"{prefix}.{name}" in bench.plan.chosen:
+                size = bench.config.group_size_of(group.in_features, name)
+                weight = get_weight(block.get_submodule(name)).detach().float()
+                losses[name] = relative_rtn_loss(weight, statistics[group.consumers[0]].gram, size, bench.config)
+    return losses
+
+
+def _advance(block: nn.Module, stream: Stream, index: int, device: torch.device) -> None:
+    stream.hidden = [call.run(block, hidden) for call, hidden in stream.at(index, device)]
+
+
+def _finish(bench: Workbench, block: nn.Module, prefix: str, results, rtn_losses, home: torch.device, dtype: torch.dtype) -> None:
+    """Packs the quantized linears, restores the block's dtype and device, and writes the report's lines."""
+    for result in results:
+        linear = block.get_submodule(result.name)
+        if not bench.options.export_compatible:
+            bias = getattr(linear, "bias", None)
+            packed = WQLinear.from_quantized(result.weight, bias, bench.config.format)
+            replace_module(block, result.name, packed)
+        result.report.loss_rtn = rtn_losses[result.name]
+        result.report.name = f"{prefix}.{result.name}"
+        bench.report.linears.append(result.report)
+    block.to(home, dtype)
+
+
+def _work_device(home: torch.device, options: QuantizeOptions) -> torch.device:
+    if options.device is not None:
+        return torch.device(options.device)
+    if home.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return home
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}

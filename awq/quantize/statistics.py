@@ -1,0 +1,68 @@
+"""Streaming statistics of linear inputs: one Gram matrix and one mean |x| per distinct input, never the inputs themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class InputStatistics:
+    """Sums over tokens of one input. gram: float32 [in, in] = Σ x xᵀ; abs_sum: float32 [in]; tokens, dropped: counts."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.gram = torch.zeros(in_features, in_features, device=device)
+        self.abs_sum = torch.zeros(in_features, device=device)
+        self.tokens = 0
+        self.dropped = 0
+
+    def add(self, x: Tensor, mask: Tensor | None) -> None:
+        """x: [..., in]; mask: bool [batch, tokens] of real tokens. Rows that are not finite are dropped and counted."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if mask is not None and mask.numel() == rows.shape[0]:
+            rows = rows[mask.reshape(-1)]
+        rows = rows.float()
+        finite = rows.isfinite().all(-1)
+        kept = int(finite.sum())
+        if kept < rows.shape[0]:
+            self.dropped += rows.shape[0] - kept
+            rows = rows[finite]
+        self.gram.addmm_(rows.t(), rows)
+        self.abs_sum += rows.abs().sum(0)
+        self.tokens += kept
+
+    @property
+    def abs_mean(self) -> Tensor:
+        return self.abs_sum / max(1, self.tokens)
+
+
+class MaskHolder:
+    """The token mask of the batch that is running; hooks read it."""
+
+    mask: Tensor | None = None
+
+
+@contextmanager
+def collect_inputs(block: nn.Module, names: Iterable[str], holder: MaskHolder) -> Iterator[dict[str, InputStatistics]]:
+    """While open, every forward of `block` adds the inputs of the named linears to the yielded statistics."""
+    statistics: dict[str, InputStatistics] = {}
+    handles = []
+
+    def hook_for(name: str):
+        def hook(_module: nn.Module, args: tuple) -> None:
+            x = args[0]
+            if name not in statistics:
+                statistics[name] = InputStatistics(x.shape[-1], x.device)
+            statistics[name].add(x, holder.mask)
+
+        return hook
+
+    for name in names:
+        handles.append(block.get_submodule(name).register_forward_pre_hook(hook_for(name)))
+    try:
+        yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()
