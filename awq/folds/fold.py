@@ -1,0 +1,97 @@
+"""`Fold`: a scale that one group of linears can take on its columns because a producer gives it up; and how to apply it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from awq.nn.surgery import get_weight, is_linear
+
+FoldKind = Literal["norm", "norm_plus_one", "linear"]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """consumers: linears whose columns are multiplied by s; producer: the module that is divided by it.
+
+    kind: "norm" (w/s, b/s), "norm_plus_one" (weight stored as w − 1: (1+w)/s − 1) or "linear" (rows divided).
+    rows: int64 [in], for "linear": the producer's row that feeds each input channel; −1 where no row was found (s stays 1).
+    """
+
+    consumers: tuple[str, ...]
+    producer: str
+    kind: FoldKind
+    rows: Tensor | None = None
+
+    def tie(self, scale: Tensor) -> Tensor:
+        """s [in] made equal (geometric mean) over channels that share a row, as under grouped-query attention."""
+        if self.rows is None:
+            return scale
+        rows = self.rows.to(scale.device)
+        known = rows >= 0
+        size = int(rows.max()) + 1
+        total = torch.zeros(size, device=scale.device).index_add_(0, rows[known], scale[known].float().log())
+        count = torch.zeros(size, device=scale.device).index_add_(0, rows[known], torch.ones_like(scale[known], dtype=torch.float32))
+        mean = (total / count.clamp(min=1)).exp()
+        return torch.where(known, mean[rows.clamp(min=0)].to(scale.dtype), torch.ones_like(scale))
+
+    def describe(self) -> str:
+        """One line for people: "v_proj rows, each feeding 3 channels"."""
+        if self.rows is None:
+            return self.producer + (" (1+w)" if self.kind == "norm_plus_one" else "")
+        known = self.rows[self.rows >= 0]
+        used = len(known.unique())
+        tied = f", tied {len(known) // used}" if len(known) > used else ""
+        return f"{self.producer} ({used} rows{tied})"
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears that read one tensor, and the fold found for them; `reason` says why there is none."""
+
+    consumers: tuple[str, ...]
+    in_features: int
+    fold: Fold | None = None
+    reason: str = ""
+
+
+@torch.no_grad()
+def apply_fold(block: nn.Module, fold: Fold, scale: Tensor) -> None:
+    """Multiplies the consumers' columns by s [in] (float32, tied) and divides the producer, in place."""
+    for name in fold.consumers:
+        weight = get_weight(block.get_submodule(name))
+        weight.mul_(scale.to(weight))
+    producer = block.get_submodule(fold.producer)
+    if fold.kind != "linear":
+        _divide(producer, scale, plus_one=fold.kind == "norm_plus_one")
+        return
+    rows = fold.rows.to(scale.device)  # type: ignore[union-attr]
+    weight = get_weight(producer)
+    divisor = torch.ones(weight.shape[0], dtype=scale.dtype, device=scale.device)
+    divisor[rows[rows >= 0]] = scale[rows >= 0]
+    weight.div_(divisor.to(weight).unsqueeze(1))
+    if getattr(producer, "bias", None) is not None:
+        producer.bias.div_(divisor.to(producer.bias))
+
+
+def _divide(norm: nn.Module, scale: Tensor, plus_one: bool) -> None:
+    weight = norm.weight
+    s = scale.to(weight)
+    weight.copy_((1 + weight) / s - 1 if plus_one else weight / s)
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.div_(s)
+
+
+def hook_all(block: nn.Module, names, make: Callable, pre: bool = False) -> list:
+    """Registers `make(name)` as a forward (pre-)hook on the named modules; returns the handles."""
+    modules = [(name, block.get_submodule(name)) for name in names]
+    return [m.register_forward_pre_hook(make(n)) if pre else m.register_forward_hook(make(n)) for n, m in modules]
+
+
+def linear_names(block: nn.Module) -> list[str]:
+    """Names of all linears below the block, in registration order."""
+    return [name for name, module in block.named_modules() if name and is_linear(module)]

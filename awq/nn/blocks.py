@@ -1,0 +1,188 @@
+"""Finding a model's repeated blocks and running them one at a time.
+
+A transformers model calls each block with its own arguments (masks, rotary tables: some models give every layer different
+ones). They are recorded in a *skeleton pass*: every block is replaced by a stub that notes its arguments and hands its
+hidden states on unchanged, so recording costs an embedding lookup, not a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq.errors import ModelError
+from awq.nn.surgery import is_linear
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "past", "cache_params")
+_FLAGS = {"use_cache": False, "output_attentions": False}
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in a module's output: the tensor itself or the first element of a tuple."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def find_block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """(name, blocks) of the outermost module lists whose elements contain linears, in registration order.
+
+    Raises ModelError when the model has none.
+    """
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            if all(any(is_linear(m) and m is not b for m in b.modules()) for b in module):
+                found.append((name, module))
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing to quantize.")
+    return found
+
+
+def map_tensors(value: Any, change) -> Any:
+    """Applies `change` to every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        mapped = [map_tensors(v, change) for v in value]
+        return type(value)(mapped) if type(value) in (tuple, list) else type(value)(*mapped)
+    if type(value) is dict:
+        return {k: map_tensors(v, change) for k, v in value.items()}
+    return value
+
+
+@dataclass
+class BlockCall:
+    """Arguments of one call of one block without its hidden states.
+
+    where: key of the hidden states among the keyword arguments; None when they are the first positional argument.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    where: str | None = None
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's new hidden states for `hidden` [batch, tokens, features]."""
+        if self.where is None:
+            return hidden_of(block(hidden, *self.args, **self.kwargs))
+        return hidden_of(block(*self.args, **{self.where: hidden, **self.kwargs}))
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> BlockCall:
+        """The same call with tensors on `device`, floating ones as `dtype`."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device, dtype) if dtype is not None and t.is_floating_point() else t.to(device)
+
+        return BlockCall(map_tensors(self.args, move), map_tensors(self.kwargs, move), self.where)
+
+
+@dataclass
+class BlockCalls:
+    """calls[list][input][block] and hidden[list][input]: what enters the first block of each list."""
+
+    calls: list[list[list[BlockCall]]]
+    hidden: list[list[Tensor]]
+
+
+def split_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    """Separates the hidden states from a block's other arguments, and drops caches."""
+    kept = {k: v for k, v in kwargs.items() if k not in _CACHES and not _is_cache(v)}
+    kept |= {k: v for k, v in _FLAGS.items() if k in kwargs}
+    args = tuple(None if _is_cache(a) else a for a in args)
+    if args and isinstance(args[0], Tensor):
+        return args[0], BlockCall(args[1:], kept)
+    where = "hidden_states" if "hidden_states" in kept else next(k for k, v in kept.items() if isinstance(v, Tensor))
+    return kept.pop(where), BlockCall(args, kept, where)
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
+@torch.no_grad()
+def record_block_calls(
+    model: nn.Module, lists: Sequence[tuple[str, nn.ModuleList]], inputs: Sequence[dict[str, Tensor]]
+) -> BlockCalls:
+    """Records how the model calls every block for each input (keyword arguments of the model's forward).
+
+    Raises ModelError when the model's own forward fails on an input, or never calls a block.
+    """
+    blocks = [(i, j, block) for i, (_, blocks) in enumerate(lists) for j, block in enumerate(blocks)]
+    wraps = _output_structures(model, blocks, inputs[0])
+    recorded: list[list[list[BlockCall]]] = [[] for _ in lists]
+    entering: list[list[Tensor]] = [[] for _ in lists]
+    for item in inputs:
+        seen: dict[tuple[int, int], tuple[Tensor, BlockCall]] = {}
+
+        def stub(key, wrap):
+            def forward(*args, **kwargs):
+                hidden, call = split_call(args, kwargs)
+                seen[key] = (hidden, call)
+                return wrap(hidden)
+
+            return forward
+
+        with _forwards({block: stub((i, j), wraps[i, j]) for i, j, block in blocks}):
+            _forward(model, item)
+        for i, (name, members) in enumerate(lists):
+            missing = [j for j in range(len(members)) if (i, j) not in seen]
+            if missing:
+                raise ModelError(f"{name}.{missing[0]} is never called by the model's forward; it cannot be calibrated.")
+            entering[i].append(seen[i, 0][0].detach())
+            recorded[i].append([seen[i, j][1] for j in range(len(members))])
+    return BlockCalls(recorded, entering)
+
+
+def _output_structures(model: nn.Module, blocks, item: dict[str, Tensor]) -> dict:
+    """For every block, a function that puts hidden states into the structure of the block's own output.
+
+    Learnt from one true pass over one sequence of at most two tokens.
+    """
+    tiny = {k: v[:1, :2] if v.dim() >= 2 else v[:1] for k, v in item.items()}
+    if "attention_mask" in tiny:
+        tiny["attention_mask"] = torch.ones_like(tiny["attention_mask"])
+    wraps, handles = {}, []
+
+    def hook_for(key):
+        def hook(_module, _args, output):
+            rest = tuple(None for _ in output[1:]) if isinstance(output, (tuple, list)) else None
+            wraps[key] = (lambda h: h) if rest is None else (lambda h: (h, *rest))
+
+        return hook
+
+    for i, j, block in blocks:
+        handles.append(block.register_forward_hook(hook_for((i, j))))
+    try:
+        _forward(model, tiny)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {(i, j): wraps.get((i, j), lambda h: h) for i, j, _ in blocks}
+
+
+def _forward(model: nn.Module, item: dict[str, Tensor]) -> None:
+    """Runs the model's body (its head is not needed) without a cache."""
+    body = getattr(model, "base_model", model)
+    try:
+        config = getattr(model, "config", None)
+        body(**item, **({"use_cache": False} if getattr(config, "use_cache", None) is not None else {}))
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        shapes = {k: tuple(v.shape) for k, v in item.items()}
+        raise ModelError(f"the model's forward fails on calibration inputs of shapes {shapes}: {error}") from error
+
+
+@contextmanager
+def _forwards(replacements: dict[nn.Module, Any]) -> Iterator[None]:
+    """Gives modules another `forward` for a while."""
+    try:
+        for module, forward in replacements.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in replacements:
+            del module.forward

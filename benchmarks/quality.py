@@ -1,0 +1,108 @@
+"""Quality of quantization on a real language model, measured through the saved file.
+
+Calibrates on the first half of a text and measures perplexity on the second (docs/notes/quality.md, "Protocol"):
+
+    python benchmarks/quality.py --model DIR --text wikitext2-valid.txt --split-bytes 560313 --group-size 64 \
+        --presets fast balanced --samples 128 --tokens 512 --json out.json
+
+`--limit 16384` measures on the first 16,384 tokens only: the share of round-to-nearest's loss is then the figure to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import awq
+from awq.calibration import load_calibration
+from awq.checkpoint import load_checkpoint, save_checkpoint
+from awq.evals.perplexity import perplexity
+from awq.quantize import QuantizeOptions, quantize_model
+
+ROUND_TO_NEAREST = {"preset": "fast", "scaling": False, "clip": False}
+
+
+def split_text(path: Path, split_bytes: int) -> tuple[list[str], str]:
+    """Paragraphs longer than 200 characters of the first `split_bytes` (up to a line end), and the rest as one text."""
+    raw = path.read_bytes()
+    cut = raw.index(b"\n", split_bytes) + 1 if split_bytes < len(raw) else len(raw)
+    paragraphs = [line.strip() for line in raw[:cut].decode("utf-8").splitlines()]
+    return [p for p in paragraphs if len(p) > 200], raw[cut:].decode("utf-8")
+
+
+def measure(arguments: argparse.Namespace, name: str, settings: dict, calibration, ids) -> dict:
+    """One row: quantize with `settings`, save, load, measure."""
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(arguments.device)
+    config = awq.AwqConfig(group_size=arguments.group_size)
+    start = time.perf_counter()
+    report = quantize_model(model, calibration, config, QuantizeOptions(**settings))
+    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "quantized"
+        save_checkpoint(model.cpu(), target, config, report, source=arguments.model)
+        del model
+        loaded = load_checkpoint(target, dtype=torch.float32).to(arguments.device)
+        value = perplexity(loaded, ids, limit=arguments.limit)
+    return {"name": name, "perplexity": value, "seconds": seconds, "loss": report.loss, "loss_rtn": report.loss_rtn,
+            "phases": report.phases, "options": settings, "warnings": report.warnings}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--calibration-text", type=Path, help="calibrate on this text instead")
+    parser.add_argument("--split-bytes", type=int, default=560313)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--presets", nargs="+", default=["rtn", "fast", "balanced"])
+    parser.add_argument("--variants", default="[]", help='JSON list of {"name": …, option: …}')
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    paragraphs, held_out = split_text(arguments.text, arguments.split_bytes)
+    if arguments.calibration_text:
+        text = arguments.calibration_text.read_text(encoding="utf-8")
+        paragraphs = [chunk for chunk in text.split("\n\n") if len(chunk) > 200]
+    calibration = load_calibration(
+        paragraphs, tokenizer, max_samples=arguments.samples, max_length=arguments.tokens, mode="pack"
+    )
+    ids = torch.tensor(tokenizer(held_out, add_special_tokens=False, verbose=False)["input_ids"])
+    dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(arguments.device)
+    full = perplexity(dense, ids, limit=arguments.limit)
+    del dense
+    print(f"full precision {full:.4f}", flush=True)
+    jobs = [(p, ROUND_TO_NEAREST if p == "rtn" else {"preset": p}) for p in arguments.presets]
+    jobs += [(v.pop("name"), v) for v in json.loads(arguments.variants)]
+    rows = []
+    for name, settings in jobs:
+        rows.append(measure(arguments, name, settings, calibration, ids))
+        row = rows[-1]
+        row["share_of_rtn_loss"] = (row["perplexity"] - full) / (rows[0]["perplexity"] - full)
+        print(f"{name:24s} {row['perplexity']:.4f}  share of {rows[0]['name']}'s loss {row['share_of_rtn_loss']:.3f}  "
+              f"{row['seconds']:.1f} s  {row['phases']}", flush=True)  # fmt: skip
+    if arguments.json:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+        arguments.json.write_text(json.dumps({
+            "device": device, "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit,
+            "command": " ".join(Path(a).name if "/" in a else a for a in sys.argv), "tokens_measured": len(ids[: arguments.limit]),
+            "group_size": arguments.group_size, "full_precision": full, "rows": rows,
+        }, indent=1) + "\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
