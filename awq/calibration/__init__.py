@@ -1,0 +1,6 @@
+"""Calibration data: from texts, token ids, files or datasets to masked batches of token ids."""
+
+from awq.calibration.batches import CalibrationBatch, load_calibration
+from awq.calibration.tokens import prepare_calibration_tokens
+
+__all__ = ["CalibrationBatch", "load_calibration", "prepare_calibration_tokens"]

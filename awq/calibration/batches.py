@@ -1,0 +1,150 @@
+"""Masked batches of token ids: streams packed into full rows for decoders, one text per row for encoders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from awq.calibration.sources import bundled_texts, named_texts
+from awq.calibration.tokens import tokenize
+from awq.errors import CalibrationError
+
+logger = logging.getLogger("awq.calibration")
+
+_BATCH_TOKENS = 4096
+
+
+class CalibrationBatch(NamedTuple):
+    """input_ids, attention_mask: int64 [batch, tokens], mask 1 on real tokens. extra: other inputs of the model."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    extra: dict[str, Tensor] = {}
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments for the model's forward."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.extra}
+
+
+def load_calibration(
+    data: Any = None,
+    tokenizer: Any = None,
+    *,
+    split: str = "train",
+    text_column: str = "text",
+    max_samples: int = 128,
+    max_length: int = 512,
+    mode: str = "pack",
+    pad_id: int | None = None,
+) -> list[CalibrationBatch]:
+    """Batches of about 4,096 tokens from any kind of calibration data.
+
+    data: None (the bundled text), a dataset name or local file, texts, lists of token ids, a [samples, tokens] tensor, id
+    tensors of different lengths, or tokenizer outputs with masks. Long samples are cut into pieces of max_length, not dropped.
+    mode: "pack" joins the samples into one stream and cuts it into rows of max_length (decoders; at most max_samples rows);
+    "rows" keeps one sample per row, padded and masked (encoders; at most max_samples samples).
+    Raises CalibrationError when the data is empty or not understood.
+    """
+    if mode not in ("pack", "rows"):
+        raise CalibrationError(f"mode is {mode!r}; use 'pack' or 'rows'.")
+    if max_samples < 1 or max_length < 1:
+        raise CalibrationError(f"max_samples {max_samples} and max_length {max_length} must be at least 1.")
+    rows = _token_rows(data, tokenizer, split, text_column, max_samples, max_length if mode == "rows" else None, pad_id)
+    if not rows:
+        raise CalibrationError("the calibration data is empty; give at least one text with at least one token.")
+    if mode == "pack" and not _are_rows(data):
+        stream = [i for row in rows for i in row]
+        rows = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
+        # A short remainder would need padding; it is kept only when there is nothing else.
+        rows = [r for r in rows if len(r) == max_length] or rows
+    else:
+        rows = [row[i : i + max_length] for row in rows for i in range(0, len(row), max_length)]
+    rows = rows[:max_samples]
+    pad = pad_id if pad_id is not None else getattr(tokenizer, "pad_token_id", None) or 0
+    return _batches(rows, pad)
+
+
+def _are_rows(data: Any) -> bool:
+    """Token rows given by the caller stay rows: their boundaries mean something."""
+    return isinstance(data, Tensor) and data.dim() == 2
+
+
+def _token_rows(
+    data: Any, tokenizer: Any, split: str, column: str, max_samples: int, max_length: int | None, pad_id: int | None
+) -> list[list[int]]:
+    if data is None:
+        logger.warning("no calibration data given: using the bundled text. Texts of your own task give better results.")
+        data = bundled_texts()
+    if isinstance(data, str):
+        data = named_texts(data, split, column, limit=max_samples * 8)
+    if isinstance(data, Mapping) or (isinstance(data, Tensor) and data.dim() == 2):
+        return _unpadded(data, tokenizer, pad_id)
+    if not isinstance(data, Sequence) and not isinstance(data, Tensor):
+        raise CalibrationError(f"calibration data is {type(data).__name__}; give texts, token ids, a file or a dataset name.")
+    rows: list[list[int]] = []
+    texts = [item for item in data if isinstance(item, str)]
+    if texts:
+        if len(texts) != len(data):
+            raise CalibrationError("calibration data mixes strings with other kinds; give one kind.")
+        if tokenizer is None:
+            raise CalibrationError("calibration texts need a tokenizer: quantize(tokenizer, calib_data=texts).")
+        return tokenize(tokenizer, texts[: max_samples * 64], max_length, special=max_length is not None)
+    for item in [data] if isinstance(data, Tensor) else data:
+        if isinstance(item, Mapping):
+            rows += _unpadded(item, tokenizer, pad_id)
+        else:
+            rows += _id_rows(item)
+    return [row for row in rows if row]
+
+
+def _id_rows(item: Any) -> list[list[int]]:
+    """Rows of one element: a 1-D or 2-D tensor, or a list of ids."""
+    ids = item if isinstance(item, Tensor) else None
+    if ids is None:
+        try:
+            ids = torch.as_tensor(item)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CalibrationError(f"a calibration sample is {type(item).__name__}, not token ids or text.") from error
+    if ids.is_floating_point() or ids.dim() not in (1, 2):
+        raise CalibrationError(f"calibration ids have shape {tuple(ids.shape)} and dtype {ids.dtype}; give integers [n] or [1, n].")
+    return (ids if ids.dim() == 2 else ids.unsqueeze(0)).tolist()
+
+
+def _unpadded(item: Mapping | Tensor, tokenizer: Any, pad_id: int | None) -> list[list[int]]:
+    """Rows of a tokenizer's output or a [samples, tokens] tensor without their padding."""
+    ids = torch.as_tensor(item["input_ids"] if isinstance(item, Mapping) else item)
+    if ids.is_floating_point():
+        raise CalibrationError(f"calibration ids have dtype {ids.dtype}; give integers.")
+    mask = torch.as_tensor(item["attention_mask"]) if isinstance(item, Mapping) and "attention_mask" in item else None
+    ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
+    if mask is None:
+        pad = pad_id if pad_id is not None else getattr(tokenizer, "pad_token_id", None)
+        mask = torch.ones_like(ids) if pad is None else _trailing_mask(ids, pad)
+    return [row[keep].tolist() for row, keep in zip(ids, mask.view_as(ids).bool()) if bool(keep.any())]
+
+
+def _trailing_mask(ids: Tensor, pad: int) -> Tensor:
+    """1 between the first and the last id that is no padding: a pad id inside a text stays."""
+    real = (ids != pad).long()
+    return (real.cumsum(1).clamp(max=1) * real.flip(1).cumsum(1).flip(1).clamp(max=1)).long()
+
+
+def _batches(rows: list[list[int]], pad: int) -> list[CalibrationBatch]:
+    """Rows sorted by length (stable) in batches of about `_BATCH_TOKENS` padded tokens."""
+    ordered = sorted(rows, key=len, reverse=True)
+    batches, start = [], 0
+    while start < len(ordered):
+        longest = len(ordered[start])
+        part = ordered[start : start + max(1, _BATCH_TOKENS // longest)]
+        start += len(part)
+        ids = torch.full((len(part), longest), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(part):
+            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+            mask[i, : len(row)] = 1
+        batches.append(CalibrationBatch(ids, mask))
+    return batches

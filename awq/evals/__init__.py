@@ -1,0 +1,1 @@
+"""Judging a quantized model: perplexity for language models, cosine drift and rank correlation for embeddings."""
