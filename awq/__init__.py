@@ -1,0 +1,48 @@
+"""AWQ: 4-bit activation-aware weight quantization of language and embedding models (arXiv 2306.00978).
+
+Names are imported when first used: `import awq` loads no torch. It does register this package as transformers' loader for
+AWQ checkpoints (`awq.unregister()` undoes it).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from awq import _register
+
+if TYPE_CHECKING:
+    from awq.calibration import load_calibration as load_calibration
+    from awq.calibration import prepare_calibration_tokens as prepare_calibration_tokens
+    from awq.checkpoint.hf import register as register
+    from awq.checkpoint.hf import unregister as unregister
+    from awq.config import AwqConfig as AwqConfig
+    from awq.models.auto import AutoAWQForCausalLM as AutoAWQForCausalLM
+    from awq.models.auto import AutoAWQForEmbedding as AutoAWQForEmbedding
+    from awq.quantize import QuantizeOptions as QuantizeOptions
+    from awq.quantize import QuantReport as QuantReport
+    from awq.quantize import quantize_model as quantize_model
+
+__version__ = "0.3.0"
+
+_HOME = {
+    "AutoAWQForCausalLM": "awq.models.auto",
+    "AutoAWQForEmbedding": "awq.models.auto",
+    "AwqConfig": "awq.config",
+    "QuantReport": "awq.quantize",
+    "QuantizeOptions": "awq.quantize",
+    "load_calibration": "awq.calibration",
+    "prepare_calibration_tokens": "awq.calibration",
+    "quantize_model": "awq.quantize",
+    "register": "awq.checkpoint.hf",
+    "unregister": "awq.checkpoint.hf",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'awq' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+_register.install()

@@ -1,0 +1,70 @@
+"""Loading a checkpoint through transformers, after checking the files of a local directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from awq.checkpoint.files import check_directory
+from awq.checkpoint.hf import register
+from awq.errors import ModelError
+
+
+def auto_class(path: str | Path, config: Any) -> Any:
+    """The transformers class for a model: AutoModel for encoders and sentence-transformers directories, its own head otherwise.
+
+    path: local directory or hub id; config: its transformers config.
+    """
+    if (Path(path) / "modules.json").is_file():
+        return AutoModel
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return AutoModelForCausalLM
+    for head in ("ForSequenceClassification", "ForTokenClassification", "ForConditionalGeneration"):
+        if architecture.endswith(head) and hasattr(transformers, architecture):
+            return getattr(transformers, architecture)
+    return AutoModel
+
+
+def read_config(path: str | Path, trust_remote_code: bool = False, **download: Any) -> Any:
+    """transformers config of a local directory or hub id; checks a local directory's files first.
+
+    Raises CheckpointError for broken files, ModelError when there is no such model.
+    """
+    if os.path.isdir(path):
+        check_directory(path)
+    elif os.path.exists(path) or str(path).startswith((".", "/", "~")):
+        raise ModelError(f"model {path} does not exist as a directory.")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **download)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {path!s} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, kind: Any = None, **kwargs: Any
+) -> Any:
+    """A transformers model in evaluation mode from a local directory or hub id, quantized or not."""
+    register()
+    config = read_config(path, trust_remote_code, **{k: kwargs[k] for k in ("revision", "cache_dir", "token") if k in kwargs})
+    kind = kind or auto_class(path, config)
+    if kind is AutoModelForCausalLM and trust_remote_code is False and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(f"model {path!s} of type {config.model_type} has no causal language model in transformers.")
+    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    return kind.from_pretrained(
+        path, trust_remote_code=trust_remote_code, use_safetensors=True, **{name: dtype}, **kwargs
+    ).eval()
+
+
+def load_checkpoint(
+    path: str | Path, dtype: torch.dtype | str = "auto", device_map: Any = None, trust_remote_code: bool = False, **kwargs: Any
+) -> Any:
+    """A quantized model. dtype: of everything that is not packed; "auto" is what the checkpoint was saved in."""
+    if device_map is not None:
+        kwargs["device_map"] = device_map
+    return load_model(path, dtype, trust_remote_code, **kwargs)

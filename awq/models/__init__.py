@@ -1,0 +1,1 @@
+"""AutoAWQ's entry points: thin, all logic is below."""

@@ -1,0 +1,104 @@
+"""`AutoAWQForCausalLM`, with AutoAWQ's arguments, for language models, encoders and embedding models alike."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from awq.checkpoint.load import load_model, read_config
+from awq.config import AwqConfig
+from awq.errors import ConfigError
+from awq.models.base import BaseAWQForCausalLM, load_tokenizer
+
+logger = logging.getLogger("awq.models")
+
+
+def _dtype(value: Any) -> Any:
+    return getattr(torch, value) if isinstance(value, str) and value != "auto" else value
+
+
+class AutoAWQForCausalLM:
+    """Factory; not instantiated."""
+
+    _kind: Any = None
+
+    def __init__(self) -> None:
+        raise OSError("use AutoAWQForCausalLM.from_pretrained or AutoAWQForCausalLM.from_quantized")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_path: str,
+        torch_dtype: Any = "auto",
+        trust_remote_code: bool = False,
+        safetensors: bool = True,
+        device_map: Any = None,
+        download_kwargs: dict | None = None,
+        low_cpu_mem_usage: bool = True,
+        use_cache: bool = False,
+        **model_init_kwargs: Any,
+    ) -> BaseAWQForCausalLM:
+        """A full-precision model to quantize, from a local directory or hub id. `dtype` is understood like `torch_dtype`."""
+        dtype = _dtype(model_init_kwargs.pop("dtype", torch_dtype))
+        kwargs = {**(download_kwargs or {}), **model_init_kwargs}
+        if device_map is not None:
+            kwargs["device_map"] = device_map
+        model = load_model(model_path, dtype, trust_remote_code, cls._kind, **kwargs)
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ConfigError(f"{model_path} is quantized already; load it with from_quantized.")
+        if hasattr(model.config, "use_cache"):
+            model.config.use_cache = use_cache
+        return BaseAWQForCausalLM(model, str(model_path))
+
+    @classmethod
+    def from_quantized(
+        cls,
+        quant_path: str,
+        quant_filename: str = "",
+        max_seq_len: int = 2048,
+        trust_remote_code: bool = False,
+        fuse_layers: bool = True,
+        use_exllama: bool = False,
+        use_exllama_v2: bool = False,
+        use_ipex: bool = False,
+        batch_size: int = 1,
+        safetensors: bool = True,
+        device_map: Any = None,
+        max_memory: dict | None = None,
+        offload_folder: str | None = None,
+        download_kwargs: dict | None = None,
+        device: Any = None,
+        **config_kwargs: Any,
+    ) -> BaseAWQForCausalLM:
+        """A quantized model ready to use; `.tokenizer` is the one saved beside it, or None.
+
+        device: one device for the whole model; device_map: transformers' spreading over several. The GPU is taken when neither
+        is given and there is one. fuse_layers, max_seq_len, batch_size and the use_… switches are accepted for compatibility.
+        """
+        dtype = _dtype(config_kwargs.pop("dtype", config_kwargs.pop("torch_dtype", "auto")))
+        config = read_config(quant_path, trust_remote_code, **(download_kwargs or {}))
+        settings = getattr(config, "quantization_config", None)
+        if settings is None:
+            raise ConfigError(f"{quant_path} is not quantized: its config has no quantization_config; use from_pretrained.")
+        stored = AwqConfig.from_dict(settings if isinstance(settings, dict) else settings.to_dict())
+        if fuse_layers:
+            logger.info("fuse_layers: transformers' own layers are used; fused blocks are not built yet.")
+        if use_exllama or use_exllama_v2 or use_ipex:
+            logger.info("use_exllama, use_exllama_v2 and use_ipex are not needed: the backend is chosen by device.")
+        placement = {"max_memory": max_memory, "offload_folder": offload_folder}
+        kwargs = {k: v for k, v in placement.items() if v is not None} | (download_kwargs or {}) | config_kwargs
+        if device_map is not None and device is None:
+            kwargs["device_map"] = device_map
+        model = load_model(quant_path, dtype, trust_remote_code, cls._kind, **kwargs)
+        if "device_map" not in kwargs:
+            model.to(device if device is not None else "cuda:0" if torch.cuda.is_available() else "cpu")
+        return BaseAWQForCausalLM(model, str(quant_path), stored, load_tokenizer(quant_path, trust_remote_code))
+
+
+class AutoAWQForEmbedding(AutoAWQForCausalLM):
+    """The same for embedding models: always the body (`AutoModel`), whose call gives `last_hidden_state`."""
+
+    _kind = AutoModel
