@@ -1,7 +1,7 @@
 """Registers our loader with transformers the moment transformers' quantizers are imported, and not before.
 
 `import awq` must stay light, and `AutoModel.from_pretrained(quantized_dir)` must work after it: a finder waits for the import
-of `transformers.quantizers.auto` and calls `register()` behind it. This is the only thing `import awq` changes.
+of `transformers.quantizers.auto` and calls `_register()` behind it. This is the only thing `import awq` changes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 _TARGET = "transformers.quantizers.auto"
+_TABLES = {"AUTO_QUANTIZER_MAPPING": "AwqHfQuantizer", "AUTO_QUANTIZATION_CONFIG_MAPPING": "AwqConfig"}
 
 
 class _Finder:
@@ -31,18 +32,29 @@ class _Finder:
         return spec
 
 
-def _quantizer(*args: Any, **kwargs: Any) -> Any:
-    """Stands in transformers' table until the first AWQ checkpoint is loaded, so that nothing of ours is imported before."""
-    from awq.checkpoint.hf import AwqHfQuantizer, register
+class _Later:
+    """Stands in transformers' tables until the first AWQ checkpoint is loaded, so that nothing of ours is imported before."""
 
-    register()
-    return AwqHfQuantizer(*args, **kwargs)
+    def __init__(self, name: str, previous: Any) -> None:
+        self.name, self.previous = name, previous
+
+    def _resolve(self) -> Any:
+        from awq.checkpoint import hf
+
+        hf.register()
+        return getattr(hf, self.name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._resolve()(*args, **kwargs)
+
+    def from_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._resolve().from_dict(*args, **kwargs)
 
 
 def _register() -> None:
-    previous = sys.modules[_TARGET].AUTO_QUANTIZER_MAPPING.get("awq")
-    _quantizer.previous = previous  # type: ignore[attr-defined]
-    sys.modules[_TARGET].AUTO_QUANTIZER_MAPPING["awq"] = _quantizer
+    for table, ours in _TABLES.items():
+        entries = getattr(sys.modules[_TARGET], table)
+        entries["awq"] = _Later(ours, entries.get("awq"))
 
 
 def install() -> None:

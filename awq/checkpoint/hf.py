@@ -6,21 +6,58 @@ modules in the config are a fallback only, since every tool spells and matches t
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from awq.checkpoint.files import packed_names, weight_files
-from awq.config import AwqConfig
+from awq import config as settings
+from awq.checkpoint.files import PackedTensors, files_of, packed_tensors
+from awq.checkpoint.match import check_shapes, match_names
 from awq.errors import CheckpointError
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import linear_shape, named_linears, replace_module
 
-_previous: dict[str, Any] = {}
+_TABLES = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+_previous: list[Any] = []
+# Names of kernels that older writers put where the layout's name belongs; all of them read the gemm layout.
+_GEMM_KERNELS = {"exllama", "ipex", "exllama_v1", "exllama_v2", "gemm_triton"}
+
+
+def storage_settings(source: Any) -> settings.AwqConfig:
+    """This package's settings from a transformers config object, or from the dict in `config.json`.
+
+    Raises ConfigError for values that cannot be read.
+    """
+    given = dict(source) if isinstance(source, dict) else {
+        key: getattr(source, key) for key in ("bits", "group_size", "zero_point", "modules_to_not_convert")
+    } | {"version": getattr(source, "format", None) or getattr(source, "version", "gemm")}  # fmt: skip
+    version = given.get("version")
+    if str(getattr(version, "value", version)).lower() in _GEMM_KERNELS:
+        given["version"] = "gemm"
+    return settings.AwqConfig.from_dict(given)
+
+
+class AwqConfig(transformers.AwqConfig):  # transformers compares the class's name when one is given by hand
+    """transformers' config object without its demands on other packages, and with every layout of AutoAWQ."""
+
+    def __init__(self, bits: int = 4, group_size: int = 128, zero_point: bool = True, **others: Any) -> None:
+        self.quant_method = transformers.utils.quantization_config.QuantizationMethod.AWQ
+        keep = {"w_bit", "q_group_size", "version", "format", "modules_to_not_convert"}
+        given = {key: value for key, value in others.items() if key in keep and value is not None}
+        bits, group_size = given.pop("w_bit", bits), given.pop("q_group_size", group_size)
+        chosen = storage_settings({"bits": bits, "group_size": group_size, "zero_point": zero_point, **given})
+        self.bits, self.group_size, self.zero_point = chosen.bits, chosen.group_size, chosen.zero_point
+        self.version = self.format = chosen.format
+        self.modules_to_not_convert = list(chosen.modules_to_not_convert) or None
+        self.do_fuse = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return storage_settings(self).to_transformers_dict()
 
 
 class AwqHfQuantizer(HfQuantizer):
@@ -30,17 +67,17 @@ class AwqHfQuantizer(HfQuantizer):
     requires_parameters_quantization = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        if isinstance(quantization_config, dict):
+            quantization_config = AwqConfig.from_dict(quantization_config)
         super().__init__(quantization_config, **kwargs)
         self.modules_to_not_convert = list(getattr(quantization_config, "modules_to_not_convert", None) or [])
+        self.matched: dict[str, str] = {}
+        self.packed: PackedTensors = {}
 
     @property
-    def settings(self) -> AwqConfig:
-        """The storage settings, from transformers' own config object."""
-        source = self.quantization_config
-        version = getattr(source, "version", None) or getattr(source, "format", None) or "gemm"
-        return AwqConfig(
-            source.bits, source.group_size, bool(source.zero_point), version, tuple(self.modules_to_not_convert)
-        )
+    def settings(self) -> settings.AwqConfig:
+        """The storage settings of the checkpoint."""
+        return storage_settings(self.quantization_config)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Raises ConfigError for settings this package cannot read, before the model is built."""
@@ -51,9 +88,13 @@ class AwqHfQuantizer(HfQuantizer):
         return torch_dtype or (torch.float16 if torch.cuda.is_available() else torch.float32)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        files = kwargs.get("checkpoint_files") or weight_files(getattr(model.config, "_name_or_path", ""))
-        names = packed_names([Path(f) for f in files or [] if str(f).endswith(".safetensors")])
-        replace_linears(model, self.settings, names)
+        self.packed = packed_tensors(files_of(model.config, kwargs.get("checkpoint_files")))
+        self.matched = replace_linears(model, self.settings, self.packed)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        restore_scales(model, self.matched, self.packed)
+        self.packed = {}
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -78,44 +119,59 @@ class AwqHfQuantizer(HfQuantizer):
         return model
 
 
-def replace_linears(model: nn.Module, config: AwqConfig, packed: set[str]) -> None:
-    """Puts an empty `WQLinear` where the checkpoint has packed weights, in place.
+def replace_linears(model: nn.Module, config: settings.AwqConfig, packed: PackedTensors) -> dict[str, str]:
+    """Puts an empty `WQLinear` where the checkpoint has packed weights, in place; returns module name → name in the files.
 
-    packed: names with a `qweight` in the files; when empty, every linear but the excluded ones and the output head is meant.
-    Raises CheckpointError when the files hold packed weights but none of them belongs to this model.
+    packed: headers of the packed tensors; when empty, every linear but the excluded ones and the output head is meant.
+    Raises CheckpointError when the files hold packed weights but none belongs to this model, or their shapes belong to
+    other settings than the config's.
     """
-    base = getattr(model, "base_model_prefix", "")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    count = 0
-    for name, module in named_linears(model).items():
-        if packed:
-            spellings = {name, f"{base}.{name}", name.removeprefix(f"{base}.")}
-            chosen = not packed.isdisjoint(spellings)
-        else:
-            chosen = module is not head and not any(f".{p}." in f".{name}." for p in config.modules_to_not_convert)
-        if chosen:
-            in_features, out_features = linear_shape(module)
-            size = config.group_size_of(in_features, name)
-            place, dtype = module.weight.device, module.weight.dtype
-            bias = getattr(module, "bias", None) is not None
-            replace_module(model, name, WQLinear(in_features, out_features, bias, size, config.format, place, dtype))
-            count += 1
-    if not count:
-        example = next(iter(sorted(packed)), "none")
-        raise CheckpointError(
-            f"none of the checkpoint's {len(packed)} quantized weights (first: {example}) belongs to {type(model).__name__}."
-        )
+    linears = named_linears(model)
+    if packed:
+        matched = match_names(model, packed)
+        for name, stored in matched.items():
+            check_shapes(stored, linears[name], packed[stored], config)
+    else:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        skipped = config.modules_to_not_convert
+        matched = {n: n for n, m in linears.items() if m is not head and not any(f".{p}." in f".{n}." for p in skipped)}
+    for name in matched:
+        module = linears[name]
+        in_features, out_features = linear_shape(module)
+        size = config.group_size_of(in_features, name)
+        place, dtype = module.weight.device, module.weight.dtype
+        bias = getattr(module, "bias", None) is not None
+        replace_module(model, name, WQLinear(in_features, out_features, bias, size, config.format, place, dtype))
+    return matched
+
+
+def restore_scales(model: nn.Module, matched: dict[str, str], packed: PackedTensors) -> None:
+    """Reads scales again that transformers 4.x has cast to the model's dtype on the way in: bfloat16 loses three of their bits."""
+    for name, stored in matched.items():
+        module = model.get_submodule(name)
+        for kind, buffer in list(module._buffers.items()):
+            if kind == "bias" or buffer is None or buffer.is_meta or buffer.dtype in (torch.float16, torch.int32, torch.int16):
+                continue
+            if stored not in packed:
+                if buffer.dtype == torch.bfloat16:
+                    raise CheckpointError(f"{name}: its {kind} were cast to bfloat16 while loading; load in float16 or float32.")
+                module._buffers[kind] = buffer.half()
+                continue
+            with safe_open(packed[stored][kind]["file"], "pt") as file:
+                module._buffers[kind] = file.get_tensor(f"{stored}.{kind}").half().to(buffer.device)
 
 
 def register() -> None:
     """Makes transformers load `quant_method: "awq"` through this package. `import awq` arranges it; calling again is harmless."""
-    current = auto.AUTO_QUANTIZER_MAPPING.get("awq")
-    if current is not AwqHfQuantizer:
-        _previous["awq"] = getattr(current, "previous", current)
-        auto.AUTO_QUANTIZER_MAPPING["awq"] = AwqHfQuantizer
+    current = [table.get("awq") for table in _TABLES]
+    if current[0] is not AwqHfQuantizer:
+        _previous[:] = [getattr(entry, "previous", entry) for entry in current]
+        for table, ours in zip(_TABLES, (AwqHfQuantizer, AwqConfig)):
+            table["awq"] = ours
 
 
 def unregister() -> None:
     """Gives transformers its own AWQ loader back."""
     register()
-    auto.AUTO_QUANTIZER_MAPPING["awq"] = _previous.pop("awq")
+    for table, entry in zip(_TABLES, _previous):
+        table["awq"] = entry

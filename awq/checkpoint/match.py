@@ -1,0 +1,102 @@
+"""Which linear of a model belongs to which packed weight of a checkpoint.
+
+A checkpoint saved from `AutoModel` and one saved from a model with a head differ in a prefix, and new releases of transformers
+move modules about. Names are therefore matched exactly first, then without the base prefix, then by their unique ending.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+
+from torch import nn
+
+from awq.checkpoint.files import PackedTensors
+from awq.config import FORMATS, AwqConfig
+from awq.errors import CheckpointError
+from awq.formats import get_format
+from awq.nn.surgery import linear_shape, named_linears
+
+logger = logging.getLogger("awq.checkpoint")
+
+_DTYPES = {"I32": "int32", "I16": "int16", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+_SHORTEST_ENDING = 3  # parts of a name, so that a layer's index is among them
+
+
+def match_names(model: nn.Module, packed: PackedTensors) -> dict[str, str]:
+    """Module name → name in the checkpoint, for every linear whose packed weight is in the files.
+
+    Raises CheckpointError when the files hold packed weights and none of them belongs to this model.
+    """
+    linears, base = named_linears(model), getattr(model, "base_model_prefix", "")
+    matched = {}
+    for name in linears:
+        for spelling in (name, f"{base}.{name}", name.removeprefix(f"{base}.")):
+            if spelling in packed:
+                matched[name] = spelling
+                break
+    left = set(packed) - set(matched.values())
+    if left:
+        matched |= _by_ending([n for n in linears if n not in matched], sorted(left))
+        left -= set(matched.values())
+    if not matched:
+        raise CheckpointError(
+            f"none of the checkpoint's {len(packed)} quantized weights (first: {min(packed, default='none')}) "
+            f"belongs to {type(model).__name__}."
+        )
+    if left:
+        logger.warning(
+            "%d quantized weights of the checkpoint have no place in %s and are not used: %s …",
+            len(left), type(model).__name__, ", ".join(sorted(left)[:3]),
+        )  # fmt: skip
+    return matched
+
+
+def _by_ending(names: list[str], packed: list[str]) -> dict[str, str]:
+    """Pairs whose longest common ending belongs to one module only."""
+    owners = defaultdict(list)
+    for name in names:
+        parts = name.split(".")
+        for start in range(len(parts) - _SHORTEST_ENDING + 1):
+            owners[".".join(parts[start:])].append(name)
+    found: dict[str, str] = {}
+    for stored in packed:
+        parts = stored.split(".")
+        endings = (".".join(parts[start:]) for start in range(len(parts) - _SHORTEST_ENDING + 1))
+        owner = next((owners[e] for e in endings if e in owners), [])
+        if len(owner) == 1 and owner[0] not in found:
+            found[owner[0]] = stored
+    return found
+
+
+def check_shapes(name: str, module: nn.Module, tensors: dict[str, dict], config: AwqConfig) -> None:
+    """Compares the headers of one packed linear with what the config promises.
+
+    tensors: "qweight" | "qzeros" | "scales" → safetensors header entry. Raises CheckpointError naming what is missing, or
+    the version and group size that the tensors have really.
+    """
+    missing = [kind for kind in ("qweight", "qzeros", "scales") if kind not in tensors]
+    if missing:
+        raise CheckpointError(f"{name}: the checkpoint lacks {', '.join(missing)}; the file is incomplete, save it again.")
+    in_features, out_features = linear_shape(module)
+    found = {kind: (tuple(entry["shape"]), entry["dtype"]) for kind, entry in tensors.items()}
+    if _fits(found, in_features, out_features, config.group_size_of(in_features, name), config.format):
+        return
+    sizes = [size for size in (16, 32, 64, 128, 256, in_features) if in_features % size == 0]
+    really = [(f, size) for f in FORMATS for size in sizes if _fits(found, in_features, out_features, size, f)]
+    hint = " or ".join(f"version {f} with group_size {size}" for f, size in really) or "no version this package knows"
+    raise CheckpointError(
+        f"{name} [{out_features}, {in_features}]: config.json says version {config.format}, group_size {config.group_size}, "
+        f"but its tensors {', '.join(f'{k} {list(s)} {_DTYPES.get(d, d)}' for k, (s, d) in found.items())} are {hint}; "
+        "correct quantization_config in config.json."
+    )
+
+
+def _fits(found: dict[str, tuple[tuple[int, ...], str]], in_features: int, out_features: int, size: int, format: str) -> bool:
+    codec = get_format(format)
+    if codec.why_not(in_features, out_features, size):
+        return False
+    return all(
+        shape == found[kind][0] and (dtype.is_floating_point or _DTYPES.get(found[kind][1]) == str(dtype).split(".")[1])
+        for kind, (shape, dtype) in codec.shapes(in_features, out_features, size).items()
+    )
