@@ -34,7 +34,7 @@ ROUND_TO_NEAREST = {"preset": "fast", "scaling": False, "clip": False}
 def split_text(path: Path, split_bytes: int) -> tuple[list[str], str]:
     """Paragraphs longer than 200 characters of the first `split_bytes` (up to a line end), and the rest as one text."""
     raw = path.read_bytes()
-    cut = raw.index(b"\n", split_bytes) + 1 if split_bytes < len(raw) else len(raw)
+    cut = raw.rindex(b"\n", 0, split_bytes) + 1
     paragraphs = [line.strip() for line in raw[:cut].decode("utf-8").splitlines()]
     return [p for p in paragraphs if len(p) > 200], raw[cut:].decode("utf-8")
 
