@@ -1,63 +1,104 @@
-"""Converting a saved checkpoint between the packed versions, tensor by tensor and exactly."""
+"""Converting a saved checkpoint between the packed versions, file by file and exactly."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from awq.checkpoint.files import check_directory, weight_files
-from awq.checkpoint.save import complete_directory, read_settings
-from awq.config import normalize_format
-from awq.errors import CheckpointError
+from awq.checkpoint.directory import complete_directory
+from awq.checkpoint.files import PACKED_KINDS, PackedTensors, check_directory, packed_tensors, read_json, weight_files
+from awq.checkpoint.save import read_settings
+from awq.config import AwqConfig, normalize_format
+from awq.errors import CheckpointError, ConfigError
 from awq.formats import get_format
 
 
 def convert_checkpoint(source: str | Path, target: str | Path, version: str) -> int:
     """Rewrites the checkpoint in `source` as `version` ("gemm", "gemv", "gemv_fast") into `target`.
 
-    Returns the number of converted linears. Raises CheckpointError for a broken or unquantized source.
+    One weight file is in memory at a time. Returns the number of converted linears. Raises CheckpointError for a broken or
+    unquantized source, ConfigError for a version that cannot hold a linear's shape; `target` is then untouched.
     """
     version, source = normalize_format(version), Path(source)
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is not a directory; give the directory of a saved checkpoint.")
     check_directory(source)
     config = read_settings(source)
     if Path(target).resolve() == source.resolve():
         raise CheckpointError(f"target {target} is the source; give another directory.")
-    count, weight_map, total = 0, {}, 0
+    packed = packed_tensors(weight_files(source))
+    if not packed:
+        raise CheckpointError(f"{source} holds no packed weights (no tensor named qweight).")
     with complete_directory(target) as work:
-        shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
-        for other in source.rglob("*.safetensors"):
-            if other.parent != source:
-                shutil.copy(other, work / other.relative_to(source))
-        for path in weight_files(source):
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {"format": "pt"}
-            for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
-                _convert(tensors, name, config.format, version, config.group_size)
-                count += 1
-            save_file(tensors, work / path.name, metadata=metadata)
-            weight_map |= dict.fromkeys(tensors, path.name)
-            total += sum(t.numel() * t.element_size() for t in tensors.values())
-        if (source / "model.safetensors.index.json").is_file():
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-        settings = json.loads((work / "config.json").read_text(encoding="utf-8"))
-        settings["quantization_config"]["version"] = version
+        shutil.copytree(source, work, dirs_exist_ok=True, ignore=_root_weights(source))
+        _write_weights(source, work, packed, config, version)
+        settings = read_json(work / "config.json")
+        settings["quantization_config"] = config.with_(format=version).to_transformers_dict()
         (work / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return count
+        card = work / "README.md"
+        if card.is_file():
+            card.write_text(card.read_text("utf-8").replace(f"version `{config.format}`", f"version `{version}`"), "utf-8")
+    return len(packed)
 
 
-def _convert(tensors: dict, name: str, old: str, new: str, group_size: int) -> None:
-    """Replaces one linear's three tensors in place."""
-    try:
-        parts = {k: tensors.pop(f"{name}.{k}") for k in ("qweight", "qzeros", "scales")}
-    except KeyError as error:
-        raise CheckpointError(f"{name} lacks {error} in the file that holds its qweight.") from error
+def _root_weights(source: Path) -> Any:
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        top = Path(folder) == source
+        return {n for n in names if n == ".git" or (top and n.endswith((".safetensors", ".safetensors.index.json")))}
+
+    return ignored
+
+
+def _write_weights(source: Path, work: Path, packed: PackedTensors, config: AwqConfig, version: str) -> None:
+    weight_map: dict[str, str] = {}
+    total = 0
+    for path in weight_files(source):
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            tensors = {n: file.get_tensor(n) for n in names if n.rpartition(".")[2] not in PACKED_KINDS or n.rpartition(".")[0] not in packed}
+            metadata = file.metadata() or {"format": "pt"}
+        # A linear is written whole into the file that holds its qweight: shards cut between any two tensors.
+        for name in (n.removesuffix(".qweight") for n in names if n.endswith(".qweight")):
+            tensors |= _converted(name, packed[name], config, version)
+        if not tensors:
+            continue
+        save_file(tensors, work / path.name, metadata=metadata)
+        weight_map |= dict.fromkeys(tensors, path.name)
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+    if (source / "model.safetensors.index.json").is_file():
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _converted(name: str, entries: dict[str, dict[str, Any]], config: AwqConfig, version: str) -> dict[str, Tensor]:
+    """The three tensors of one linear in the new layout."""
+    missing = [kind for kind in PACKED_KINDS if kind not in entries]
+    if missing:
+        raise CheckpointError(f"{name} lacks {', '.join(missing)}; the checkpoint is incomplete.")
+    parts = {}
+    for kind in PACKED_KINDS:
+        with safe_open(entries[kind]["file"], "pt") as file:
+            parts[kind] = file.get_tensor(f"{name}.{kind}")
     rows, columns = parts["qweight"].shape
-    shape = {"gemm": (rows, columns * 8), "gemv": (columns * 8, rows), "gemv_fast": (columns, rows * 4)}[old]
-    weight = get_format(old).unpack(parts, *shape, shape[0] if group_size == -1 else group_size)
-    tensors.update({f"{name}.{k}": t for k, t in get_format(new).pack(weight).items()})
+    in_features, out_features = {
+        "gemm": (rows, columns * 8), "gemv": (columns * 8, rows), "gemv_fast": (columns, rows * 4),
+    }[config.format]  # fmt: skip
+    size = config.group_size_of(in_features, name)
+    shapes = get_format(config.format).shapes(in_features, out_features, size)
+    wrong = [kind for kind in PACKED_KINDS if tuple(parts[kind].shape) != shapes[kind][0]]
+    if wrong:
+        raise CheckpointError(
+            f"{name}: {wrong[0]} has shape {list(parts[wrong[0]].shape)}, not {list(shapes[wrong[0]][0])} as version "
+            f"{config.format} with group_size {config.group_size} would have; correct quantization_config in config.json."
+        )
+    try:
+        weight = get_format(config.format).unpack(parts, in_features, out_features, size)
+        return {f"{name}.{kind}": t.contiguous() for kind, t in get_format(version).pack(weight).items()}
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error

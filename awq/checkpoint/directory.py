@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from awq.checkpoint.files import cached_directory, read_json
+from awq.checkpoint.files import cached_directory
 from awq.errors import AwqError, CheckpointError
 
 logger = logging.getLogger("awq.checkpoint")
@@ -114,18 +114,9 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def _module_folders(source: Path) -> set[str]:
-    if not (source / "modules.json").is_file():
-        return set()
     try:
-        modules = read_json_list(source / "modules.json")
-    except CheckpointError:
+        modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        return {Path(module["path"]).parts[0] for module in modules if module["path"]}
+    except (OSError, ValueError, KeyError, TypeError):
         return set()
-    return {Path(m["path"]).parts[0] for m in modules if isinstance(m, dict) and m.get("path")}
 
-
-def free_space(path: Path) -> int:
-    """Bytes free where `path` is or will be."""
-    while not path.exists():
-        path = path.parent
-    usage = os.statvfs(path)
-    return usage.f_bavail * usage.f_frsize

@@ -1,21 +1,18 @@
-"""Writing a checkpoint: into a temporary sibling, renamed when it is complete, so that no half-written directory remains."""
+"""Writing a checkpoint: transformers' own save into a temporary sibling, renamed when everything is there."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from awq.checkpoint.card import write_card
+from awq.checkpoint.directory import complete_directory, copy_companions, source_directory
+from awq.checkpoint.files import read_json
 from awq.config import AwqConfig
 from awq.errors import CheckpointError
 from awq.nn.surgery import named_linears
@@ -23,36 +20,6 @@ from awq.nn.surgery import named_linears
 logger = logging.getLogger("awq.checkpoint")
 
 REPORT_FILE = "quantization_report.json"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_FOLDERS_LEFT = {"onnx", "openvino", ".git", ".cache", "__pycache__"}
-
-
-@contextmanager
-def complete_directory(target: str | Path) -> Iterator[Path]:
-    """A temporary sibling of `target` that takes its place when the block ends well, and vanishes when it does not.
-
-    Raises CheckpointError when the file system refuses (no space, no permission).
-    """
-    target = Path(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write beside {target}: {error}.") from error
-    try:
-        yield work
-        os.chmod(work, 0o755)
-        if target.exists():
-            old = work.with_name(work.name + ".old")
-            target.rename(old)
-            work.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            work.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"saving to {target} failed and was undone: {error}.") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -67,54 +34,65 @@ def save_checkpoint(
 ) -> None:
     """Saves a quantized transformers model with everything that belongs to it.
 
-    report: a `QuantReport`, written as JSON and into the model card. source: directory of the original model; its files other
-    than weights (tokenizer, chat template, modules.json, pooling …) are carried over. packed=False writes dense weights
-    without a quantization config. Raises CheckpointError when writing fails; then nothing is left behind.
+    report: a `QuantReport`, written as JSON and into the model card. source: directory or hub id of the original model; its
+    files other than weights (tokenizer, chat template, modules.json, pooling …) are carried over. tokenizer: saved when the
+    source brings none. shard_size: largest weight file. packed=False writes dense weights without a quantization config.
+
+    `directory` appears, or changes, only when all of it is written; files of other names in it stay. Raises CheckpointError
+    when writing fails; then nothing is left behind.
     """
-    left = sorted(name for name, module in named_linears(model).items())
-    settings = config.with_(modules_to_not_convert=tuple(left)).to_transformers_dict()
-    quantizer, had = model.__dict__.pop("hf_quantizer", None), getattr(model.config, "quantization_config", None)
+    origin = source_directory(source)
+    if origin is not None and Path(directory).resolve() == origin.resolve():
+        raise CheckpointError(f"{directory} holds the original model; save the quantized one to another directory.")
+    settings = config.with_(modules_to_not_convert=unconverted(model)).to_transformers_dict() if packed else None
     with complete_directory(directory) as work:
-        try:
-            if packed:
-                model.config.quantization_config = settings
+        with _config_of(model, settings):
             model.save_pretrained(work, max_shard_size=shard_size)
-        finally:
-            if quantizer is not None:
-                model.hf_quantizer = quantizer
-            if had is None and hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config
-            elif had is not None:
-                model.config.quantization_config = had
-        if source is not None and Path(source).is_dir():
-            copy_companions(Path(source), work)
-        if tokenizer is not None:
+        if origin is not None:
+            copy_companions(origin, work)
+        if tokenizer is not None and not (work / "tokenizer_config.json").exists():
             tokenizer.save_pretrained(work)
         if report is not None:
             report.save(work / REPORT_FILE)
-        write_card(work, config, report, source)
+        write_card(work, config, report, source, packed, Path(directory).name)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies every file of a model directory but its own weights; files already written are kept."""
-    for path in sorted(source.iterdir()):
-        destination = target / path.name
-        if destination.exists() or path.name in _FOLDERS_LEFT:
-            continue
-        if path.is_dir():
-            # Weights in a subfolder belong to other parts (dense heads of sentence-transformers) and stay as they are.
-            shutil.copytree(path, destination, ignore=shutil.ignore_patterns(*_FOLDERS_LEFT))
-        elif not path.name.endswith(_WEIGHTS) and path.suffix != ".py" or path.name.startswith(("modeling_", "configuration_")):
-            if path.name not in ("config.json", "README.md", REPORT_FILE):
-                shutil.copy(path, destination)
+def unconverted(model: nn.Module) -> tuple[str, ...]:
+    """Full names of the linears that are still dense, with and without the base prefix.
+
+    Names are written out in full because readers match them differently: transformers by their start or end, vLLM and SGLang
+    by any part, where a short name like "mlp.gate" would hit "mlp.gate_up_proj".
+    """
+    names = set(named_linears(model))
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    return tuple(sorted(names | {name.removeprefix(base) for name in names if base != "."}))
+
+
+@contextmanager
+def _config_of(model: nn.Module, settings: dict[str, Any] | None) -> Iterator[None]:
+    """Shows `settings` as the model's quantization_config while it is saved, and puts back what was there."""
+    config, quantizer = model.config, model.__dict__.pop("hf_quantizer", None)
+    had = config.__dict__.pop("quantization_config", None)
+    if settings is not None:
+        config.quantization_config = settings
+    try:
+        yield
+    finally:
+        config.__dict__.pop("quantization_config", None)
+        if had is not None:
+            config.quantization_config = had
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
 
 
 def read_settings(directory: str | Path) -> AwqConfig:
     """The storage settings of a saved checkpoint. Raises CheckpointError when it is not an AWQ checkpoint."""
+    from awq.checkpoint.hf import storage_settings
+
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} has no config.json; it is not a model directory.")
-    found = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    found = read_json(path).get("quantization_config")
     if not found:
         raise CheckpointError(f"{directory} is not quantized: config.json has no quantization_config.")
-    return AwqConfig.from_dict(found)
+    return storage_settings(found)

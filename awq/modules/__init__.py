@@ -1,0 +1,1 @@
+"""AutoAWQ's import paths for modules."""
