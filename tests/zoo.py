@@ -11,7 +11,7 @@ GQA = dict(num_key_value_heads=2, head_dim=8)
 GPT = dict(n_embd=32, n_head=4, n_layer=3, n_positions=64)
 DECODERS: dict[str, dict] = {
     "llama": GQA, "mistral": GQA, "qwen2": dict(num_key_value_heads=2), "qwen3": GQA, "gemma": GQA, "gemma2": GQA,
-    "gemma3_text": GQA | dict(sliding_window=8), "phi": {}, "phi3": dict(num_key_value_heads=2),
+    "gemma3_text": GQA | dict(sliding_window=8), "phi": dict(hidden_size=64, num_key_value_heads=4), "phi3": dict(num_key_value_heads=2),
     "falcon": dict(num_kv_heads=2, new_decoder_architecture=True, alibi=False, ffn_hidden_size=48), "gpt_neox": {},
     "gptj": GPT | dict(rotary_dim=8), "opt": dict(ffn_dim=48, word_embed_proj_dim=32), "bloom": dict(n_head=4, n_layer=3),
     "mpt": dict(d_model=32, n_heads=4, n_layers=3, expansion_ratio=2, max_seq_len=64), "starcoder2": dict(num_key_value_heads=2),

@@ -1,0 +1,62 @@
+"""`WQLinear` equals the dense product, keeps ranks and its scales' dtype, compiles and differentiates."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from awq.core.weight import round_to_nearest
+from awq.modules.linear import WQLinear_GEMM, WQLinear_GEMV, WQLinear_GEMVFast
+from awq.nn.linear import WQLinear
+
+
+def make(format="gemm", bias=True, group_size=32):
+    generator = torch.Generator().manual_seed(0)
+    weight = round_to_nearest(torch.randn(24, 64, generator=generator), group_size)
+    offset = torch.randn(24, generator=generator) if bias else None
+    return WQLinear.from_quantized(weight, offset, format), weight, offset
+
+
+@pytest.mark.parametrize("format", ["gemm", "gemv", "gemv_fast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64)])
+def test_equals_dense(format, dtype, shape):
+    module, weight, bias = make(format)
+    module = module.to(dtype)
+    x = torch.randn(shape, dtype=dtype)
+    out = module(x)
+    assert out.dtype == dtype and out.shape == (*shape[:-1], 24) and module.scales.dtype == torch.float16
+    expected = F.linear(x.float(), weight.dequantize(), bias)
+    assert (out.float() - expected).norm() / expected.norm() < {torch.float32: 1e-6}.get(dtype, 1e-2)
+
+
+def test_gradient_reaches_the_input():
+    module, weight, _ = make()
+    x = torch.randn(4, 64, requires_grad=True)
+    module(x).pow(2).sum().backward()
+    y = x.detach().clone().requires_grad_()
+    F.linear(y, weight.dequantize(), module.bias).pow(2).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_compiles_without_a_graph_break():
+    module, _, _ = make()
+    x = torch.randn(3, 64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_operator_passes_opcheck():
+    m, _, _ = make()
+    arguments = (torch.randn(3, 64, requires_grad=True), m.qweight, m.qzeros, m.scales, m.bias, 64, 24, 32, "gemm")
+    torch.library.opcheck(torch.ops.awq.linear.default, arguments)
+
+
+@pytest.mark.parametrize("cls", [WQLinear_GEMM, WQLinear_GEMV, WQLinear_GEMVFast])
+def test_autoawq_constructor_and_from_linear(cls):
+    linear = torch.nn.Linear(64, 24)
+    weight = round_to_nearest(linear.weight.data, 32)
+    packed = cls.from_linear(linear, 4, 32, False, weight.scales, weight.zeros)
+    torch.testing.assert_close(packed.dequantize(), weight.dequantize())
+    empty = cls(4, 32, 64, 24, True, "cpu")
+    empty.load_state_dict(packed.state_dict())
+    torch.testing.assert_close(empty(torch.ones(64)), packed(torch.ones(64)), rtol=1e-3, atol=1e-3)
