@@ -36,6 +36,7 @@ def storage_settings(source: Any) -> settings.AwqConfig:
     given = dict(source) if isinstance(source, dict) else {
         key: getattr(source, key) for key in ("bits", "group_size", "zero_point", "modules_to_not_convert")
     } | {"version": getattr(source, "format", None) or getattr(source, "version", "gemm")}  # fmt: skip
+    given = {key: value for key, value in given.items() if value is not None}
     version = given.get("version")
     if str(getattr(version, "value", version)).lower() in _GEMM_KERNELS:
         given["version"] = "gemm"

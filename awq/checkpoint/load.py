@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from awq.checkpoint.files import check_directory
 from awq.checkpoint.hf import register
@@ -16,13 +16,16 @@ from awq.errors import ModelError
 
 
 def auto_class(path: str | Path, config: Any) -> Any:
-    """The transformers class for a model: AutoModel for encoders and sentence-transformers directories, its own head otherwise.
+    """The transformers class for a model: AutoModel for encoders and sentence-transformers directories, else its own head.
 
     path: local directory or hub id; config: its transformers config.
     """
     if (Path(path) / "modules.json").is_file():
         return AutoModel
     architecture = (getattr(config, "architectures", None) or [""])[0]
+    if not architecture and type(config) in AutoModelForCausalLM._model_mapping:
+        # BERT and its kin can be built as decoders too; what has a masked head is an encoder.
+        return AutoModel if type(config) in AutoModelForMaskedLM._model_mapping else AutoModelForCausalLM
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return AutoModelForCausalLM
     for head in ("ForSequenceClassification", "ForTokenClassification", "ForConditionalGeneration"):
@@ -37,7 +40,7 @@ def read_config(path: str | Path, trust_remote_code: bool = False, **download: A
     Raises CheckpointError for broken files, ModelError when there is no such model.
     """
     if os.path.isdir(path):
-        check_directory(path)
+        check_directory(Path(path) / download.get("subfolder", ""))
     elif os.path.exists(path) or str(path).startswith((".", "/", "~")):
         raise ModelError(f"model {path} does not exist as a directory.")
     try:
@@ -47,13 +50,22 @@ def read_config(path: str | Path, trust_remote_code: bool = False, **download: A
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, kind: Any = None, **kwargs: Any
+    path: str | Path,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+    kind: Any = None,
+    **kwargs: Any,
 ) -> Any:
-    """A transformers model in evaluation mode from a local directory or hub id, quantized or not."""
+    """A transformers model in evaluation mode from a local directory or hub id, quantized or not.
+
+    kind: the transformers class to use instead of the one that fits the model. Raises CheckpointError, ConfigError or
+    ModelError before anything is built.
+    """
     register()
-    config = read_config(path, trust_remote_code, **{k: kwargs[k] for k in ("revision", "cache_dir", "token") if k in kwargs})
+    download = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "subfolder", "local_files_only") if k in kwargs}
+    config = read_config(path, trust_remote_code, **download)
     kind = kind or auto_class(path, config)
-    if kind is AutoModelForCausalLM and trust_remote_code is False and type(config) not in AutoModelForCausalLM._model_mapping:
+    if kind is AutoModelForCausalLM and not trust_remote_code and type(config) not in kind._model_mapping:
         raise ModelError(f"model {path!s} of type {config.model_type} has no causal language model in transformers.")
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     return kind.from_pretrained(
@@ -62,9 +74,17 @@ def load_model(
 
 
 def load_checkpoint(
-    path: str | Path, dtype: torch.dtype | str = "auto", device_map: Any = None, trust_remote_code: bool = False, **kwargs: Any
+    path: str | Path,
+    auto_class: Any = None,
+    device_map: Any = None,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+    **kwargs: Any,
 ) -> Any:
-    """A quantized model. dtype: of everything that is not packed; "auto" is what the checkpoint was saved in."""
+    """A quantized model. dtype: of everything that is not packed; "auto" is what the checkpoint was saved in.
+
+    auto_class: e.g. `transformers.AutoModel`; None takes what fits the checkpoint.
+    """
     if device_map is not None:
         kwargs["device_map"] = device_map
-    return load_model(path, dtype, trust_remote_code, **kwargs)
+    return load_model(path, dtype, trust_remote_code, auto_class, **kwargs)

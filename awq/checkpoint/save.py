@@ -54,7 +54,8 @@ def save_checkpoint(
             tokenizer.save_pretrained(work)
         if report is not None:
             report.save(work / REPORT_FILE)
-        write_card(work, config, report, source, packed, Path(directory).name)
+        if report is not None or not (work / "README.md").exists() or not _is_quantized(origin):
+            write_card(work, config, report, source, packed, Path(directory).name)
 
 
 def unconverted(model: nn.Module) -> tuple[str, ...]:
@@ -66,6 +67,11 @@ def unconverted(model: nn.Module) -> tuple[str, ...]:
     names = set(named_linears(model))
     base = f"{getattr(model, 'base_model_prefix', '')}."
     return tuple(sorted(names | {name.removeprefix(base) for name in names if base != "."}))
+
+
+def _is_quantized(origin: Path | None) -> bool:
+    path = None if origin is None else origin / "config.json"
+    return path is not None and path.is_file() and bool(read_json(path).get("quantization_config"))
 
 
 @contextmanager

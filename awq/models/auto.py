@@ -8,16 +8,22 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
+from awq.checkpoint.hf import storage_settings
 from awq.checkpoint.load import load_model, read_config
-from awq.config import AwqConfig
 from awq.errors import ConfigError
 from awq.models.base import BaseAWQForCausalLM, load_tokenizer
 
 logger = logging.getLogger("awq.models")
 
 
-def _dtype(value: Any) -> Any:
-    return getattr(torch, value) if isinstance(value, str) and value != "auto" else value
+def _dtype(value: Any) -> torch.dtype | str:
+    """torch.dtype of a name like "bfloat16" or "torch.bfloat16"; "auto" stays, None becomes "auto"."""
+    if value is None or value == "auto" or isinstance(value, torch.dtype):
+        return "auto" if value is None else value
+    found = getattr(torch, str(value).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f'torch_dtype is {value!r}; use "auto", "bfloat16", "float16" or "float32".')
+    return found
 
 
 class AutoAWQForCausalLM:
@@ -41,17 +47,23 @@ class AutoAWQForCausalLM:
         use_cache: bool = False,
         **model_init_kwargs: Any,
     ) -> BaseAWQForCausalLM:
-        """A full-precision model to quantize, from a local directory or hub id. `dtype` is understood like `torch_dtype`."""
+        """A full-precision model to quantize, from a local directory or hub id. `dtype` is understood like `torch_dtype`.
+
+        safetensors, low_cpu_mem_usage and use_cache are accepted for compatibility: weights are read from safetensors only,
+        loading is always lean, and the cache is off while calibrating without changing the saved config.
+        Raises ModelError or CheckpointError when there is no such model or its files are broken.
+        """
         dtype = _dtype(model_init_kwargs.pop("dtype", torch_dtype))
+        if not safetensors:
+            logger.info("safetensors=False is ignored: weights are read from safetensors only.")
         kwargs = {**(download_kwargs or {}), **model_init_kwargs}
         if device_map is not None:
             kwargs["device_map"] = device_map
-        model = load_model(model_path, dtype, trust_remote_code, cls._kind, **kwargs)
-        if getattr(model.config, "quantization_config", None) is not None:
+        config = read_config(model_path, trust_remote_code, **_where(kwargs))
+        if getattr(config, "quantization_config", None) is not None:
             raise ConfigError(f"{model_path} is quantized already; load it with from_quantized.")
-        if hasattr(model.config, "use_cache"):
-            model.config.use_cache = use_cache
-        return BaseAWQForCausalLM(model, str(model_path))
+        model = load_model(model_path, dtype, trust_remote_code, cls._kind, **kwargs)
+        return BaseAWQForCausalLM(model, str(model_path), trust_remote_code=trust_remote_code)
 
     @classmethod
     def from_quantized(
@@ -79,15 +91,15 @@ class AutoAWQForCausalLM:
         is given and there is one. fuse_layers, max_seq_len, batch_size and the use_… switches are accepted for compatibility.
         """
         dtype = _dtype(config_kwargs.pop("dtype", config_kwargs.pop("torch_dtype", "auto")))
-        config = read_config(quant_path, trust_remote_code, **(download_kwargs or {}))
+        config = read_config(quant_path, trust_remote_code, **_where({**(download_kwargs or {}), **config_kwargs}))
         settings = getattr(config, "quantization_config", None)
         if settings is None:
             raise ConfigError(f"{quant_path} is not quantized: its config has no quantization_config; use from_pretrained.")
-        stored = AwqConfig.from_dict(settings if isinstance(settings, dict) else settings.to_dict())
-        if fuse_layers:
-            logger.info("fuse_layers: transformers' own layers are used; fused blocks are not built yet.")
-        if use_exllama or use_exllama_v2 or use_ipex:
-            logger.info("use_exllama, use_exllama_v2 and use_ipex are not needed: the backend is chosen by device.")
+        stored = storage_settings(settings)
+        _note_unused(
+            quant_filename=quant_filename, use_exllama=use_exllama, use_exllama_v2=use_exllama_v2, use_ipex=use_ipex,
+            use_qbits=config_kwargs.pop("use_qbits", False), fuse_layers=fuse_layers,
+        )  # fmt: skip
         placement = {"max_memory": max_memory, "offload_folder": offload_folder}
         kwargs = {k: v for k, v in placement.items() if v is not None} | (download_kwargs or {}) | config_kwargs
         if device_map is not None and device is None:
@@ -95,7 +107,22 @@ class AutoAWQForCausalLM:
         model = load_model(quant_path, dtype, trust_remote_code, cls._kind, **kwargs)
         if "device_map" not in kwargs:
             model.to(device if device is not None else "cuda:0" if torch.cuda.is_available() else "cpu")
-        return BaseAWQForCausalLM(model, str(quant_path), stored, load_tokenizer(quant_path, trust_remote_code))
+        tokenizer = load_tokenizer(quant_path, trust_remote_code)
+        return BaseAWQForCausalLM(model, str(quant_path), stored, tokenizer, trust_remote_code)
+
+
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that say where on the hub, or in which folder, a model is."""
+    return {k: kwargs[k] for k in ("revision", "cache_dir", "token", "subfolder", "local_files_only") if k in kwargs}
+
+
+def _note_unused(**given: Any) -> None:
+    named = [name for name, value in given.items() if value]
+    if named:
+        logger.info(
+            "%s: accepted, without effect here: transformers' own layers are used, and the backend is chosen by device.",
+            ", ".join(named),
+        )
 
 
 class AutoAWQForEmbedding(AutoAWQForCausalLM):

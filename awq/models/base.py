@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +15,67 @@ from transformers import AutoTokenizer
 from awq.calibration import load_calibration
 from awq.checkpoint import save_checkpoint
 from awq.config import AwqConfig
-from awq.errors import AwqError, ConfigError
+from awq.errors import ConfigError
+from awq.nn.linear import WQLinear
+from awq.nn.surgery import get_weight, named_linears, replace_module
 from awq.quantize import QuantizeOptions, QuantReport, quantize_model
 
 logger = logging.getLogger("awq.models")
 
 
 class BaseAWQForCausalLM(nn.Module):
-    """A transformers model (`.model`) with AutoAWQ's `quantize`, `save_quantized`, `pack` and `generate`."""
+    """A transformers model (`.model`) with AutoAWQ's `quantize`, `save_quantized`, `pack` and `generate`.
 
-    def __init__(self, model: nn.Module, path: str, config: AwqConfig | None = None, tokenizer: Any = None) -> None:
+    Attributes it does not have itself are the transformers model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        config: AwqConfig | None = None,
+        tokenizer: Any = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.path = path
-        self.tokenizer = tokenizer
         self.config = model.config
         self.model_type = model.config.model_type
         self.awq_config = config or AwqConfig()
         self.is_quantized = config is not None
         self.report: QuantReport | None = None
+        self._tokenizer = tokenizer
+        self._tokenizer_known = self.is_quantized
+        self._trust_remote_code = trust_remote_code
+        self._waiting: dict[str, WQLinear] = {}  # packed linears of an export_compatible run, until pack()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or name == "model":
+                raise
+            return getattr(super().__getattr__("model"), name)
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.model.state_dict().values())).device
+        return next(chain(self.model.parameters(), self.model.buffers())).device
 
     @property
     def quant_config(self) -> AwqConfig:
         return self.awq_config
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model, loaded when first asked for; None when there is none."""
+        if not self._tokenizer_known:
+            self.tokenizer = load_tokenizer(self.path, self._trust_remote_code)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        self._tokenizer, self._tokenizer_known = value, True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The transformers model's own forward: `.logits` of a language model, `.last_hidden_state` of an encoder."""
@@ -52,12 +88,18 @@ class BaseAWQForCausalLM(nn.Module):
             raise ConfigError(f"{type(self.model).__name__} is no language model; call it for last_hidden_state instead.")
         if max_seq_len is not None and "max_length" not in kwargs and "max_new_tokens" not in kwargs:
             kwargs["max_length"] = max_seq_len
+        ids = args[0] if args else kwargs.get("input_ids")
+        if isinstance(ids, Tensor) and ids.shape[0] == 1 and "attention_mask" not in kwargs:
+            kwargs["attention_mask"] = torch.ones_like(ids)  # one prompt has no padding; transformers would warn
+        ending = getattr(self.model.generation_config, "eos_token_id", None)
+        if ending is not None and self.model.generation_config.pad_token_id is None and "generation_config" not in kwargs:
+            kwargs.setdefault("pad_token_id", ending[0] if isinstance(ending, list) else ending)
         return self.model.generate(*args, **kwargs)
 
     def quantize(
         self,
         tokenizer: Any = None,
-        quant_config: dict | None = None,
+        quant_config: Mapping[str, Any] | AwqConfig | None = None,
         calib_data: Any = "pileval",
         split: str = "train",
         text_column: str = "text",
@@ -74,39 +116,69 @@ class BaseAWQForCausalLM(nn.Module):
     ) -> QuantReport:
         """Quantizes the model in place and returns the report.
 
-        tokenizer: a tokenizer, or calibration token ids ([samples, tokens] tensor, or a list of id tensors of any lengths).
+        tokenizer: a tokenizer (None: the one beside the model), or calibration data itself: token ids ([samples, tokens]
+        tensor, or a list of id tensors of any lengths), a tokenizer's output, or texts.
         quant_config: {"zero_point", "q_group_size", "w_bit", "version", "modules_to_not_convert"}. The other arguments are
-        AutoAWQ's; n_parallel_calib_samples, max_chunk_memory and quantizer_cls are accepted and not needed. options: fields of
-        `QuantizeOptions`. Raises ConfigError, CalibrationError or ModelError before any weight is touched.
+        AutoAWQ's; n_parallel_calib_samples, max_chunk_memory and quantizer_cls are accepted and not needed. options: fields
+        of `QuantizeOptions`. Raises ConfigError, CalibrationError or ModelError before any weight is touched.
         """
-        if self.is_quantized:
+        if self.is_quantized or self._waiting:
             raise ConfigError(f"the model from {self.path} is quantized already; start from the full-precision model.")
-        config = AwqConfig.from_dict(quant_config)
-        unknown = sorted(set(options) - set(QuantizeOptions.__dataclass_fields__))
-        if unknown:
-            raise ConfigError(f"quantize() does not know {', '.join(unknown)}.")
-        chosen = QuantizeOptions(
-            preset=preset, duo_scaling=duo_scaling, clip=apply_clip, export_compatible=export_compatible, **options
-        )
-        if _is_token_data(tokenizer):
-            calib_data, tokenizer = tokenizer, None
-            # Token ids are the caller's own choice of samples: all of them are used.
-            max_calib_samples = max(max_calib_samples, len(calib_data))
-        decoder = self._is_decoder()
-        batches = load_calibration(
-            calib_data, tokenizer, split=split, text_column=text_column, max_samples=max_calib_samples,
-            max_length=self._limit(max_calib_seq_len), mode="pack" if decoder else "rows",
-            pad_id=getattr(tokenizer, "pad_token_id", None) if tokenizer is not None else self._pad_id(),
-        )  # fmt: skip
-        self.report = quantize_model(self.model, batches, config, chosen)
+        config = quant_config if isinstance(quant_config, AwqConfig) else AwqConfig.from_dict(quant_config)
+        chosen = _options(options, preset=preset, duo_scaling=duo_scaling, clip=apply_clip)
+        batches = self._calibration(tokenizer, calib_data, split, text_column, max_calib_samples, max_calib_seq_len)
+        if export_compatible:
+            self.report = self._quantize_dense(batches, config, chosen)
+        else:
+            self.report = quantize_model(self.model, batches, config, chosen)
         self.awq_config, self.is_quantized = config, not export_compatible
         return self.report
 
-    def pack(self) -> None:
-        """Packs after `quantize(export_compatible=True)`; kept for AutoAWQ's two-step use."""
-        raise AwqError("pack() after export_compatible=True is not supported yet; call quantize without export_compatible.")
+    def _calibration(self, first: Any, data: Any, split: str, text_column: str, samples: int, tokens: int) -> list:
+        tokenizer = first
+        if isinstance(first, (str, Tensor, Mapping, list, tuple)):
+            tokenizer, data = self.tokenizer if _holds_text(first) else None, first
+            if not _holds_text(first):
+                # Token ids are the caller's own choice of samples: all of them are used.
+                samples = max(samples, len(first["input_ids"] if isinstance(first, Mapping) else first))
+        elif tokenizer is None:
+            tokenizer = self.tokenizer
+        elif not self._tokenizer_known:
+            self.tokenizer = tokenizer
+        decoder = self._is_decoder()
+        return load_calibration(
+            data, tokenizer, split=split, text_column=text_column, max_samples=samples,
+            max_length=self._limit(tokens), mode="pack" if decoder else "rows",
+            pad_id=getattr(tokenizer, "pad_token_id", None) if tokenizer is not None else self._pad_id(),
+        )  # fmt: skip
 
-    def save_quantized(self, save_dir: str, safetensors: bool = True, shard_size: str = "5GB") -> None:
+    def _quantize_dense(self, batches: list, config: AwqConfig, options: QuantizeOptions) -> QuantReport:
+        """Leaves ordinary linears with quantized values; 4-bit ones can be packed afterwards, exactly."""
+        if config.bits != 4:
+            return quantize_model(self.model, batches, config, options.with_(export_compatible=True))
+        dense, dtype = named_linears(self.model), self.model.dtype
+        report = quantize_model(self.model, batches, config, options)
+        report.options["export_compatible"] = True
+        for line in report.linears:
+            packed, linear = self.model.get_submodule(line.name), dense[line.name]
+            if isinstance(packed, WQLinear):
+                get_weight(linear).copy_(packed.dequantize())
+                replace_module(self.model, line.name, linear.to(packed.qweight.device, dtype))
+                self._waiting[line.name] = packed
+        return report
+
+    def pack(self) -> None:
+        """Packs the weights after `quantize(export_compatible=True)`, exactly as quantized."""
+        if self.is_quantized:
+            logger.info("pack: the weights are packed already.")
+            return
+        if not self._waiting:
+            raise ConfigError("pack() needs quantize(..., export_compatible=True) with w_bit 4 before it.")
+        for name, packed in self._waiting.items():
+            replace_module(self.model, name, packed.to(self.device))
+        self._waiting, self.is_quantized = {}, True
+
+    def save_quantized(self, save_dir: str | Path, safetensors: bool = True, shard_size: str | int = "5GB") -> None:
         """Saves the model with its tokenizer and companion files, a report and a model card.
 
         Raises ConfigError when nothing was quantized, CheckpointError when writing fails.
@@ -116,7 +188,7 @@ class BaseAWQForCausalLM(nn.Module):
         if not safetensors:
             logger.warning("safetensors=False is ignored: weights are written as safetensors only.")
         save_checkpoint(
-            self.model, save_dir, self.awq_config, self.report, self.path, self.tokenizer, shard_size, packed=self.is_quantized
+            self.model, save_dir, self.awq_config, self.report, self.path, self._tokenizer, shard_size, self.is_quantized
         )
 
     def _is_decoder(self) -> bool:
@@ -132,16 +204,27 @@ class BaseAWQForCausalLM(nn.Module):
         return getattr(self.config, "pad_token_id", None) if not self._is_decoder() else None
 
 
-def _is_token_data(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return True
-    return isinstance(value, (list, tuple)) and len(value) > 0 and not isinstance(value[0], str)
+AwqModel = BaseAWQForCausalLM
+
+
+def _options(given: dict[str, Any], **others: Any) -> QuantizeOptions:
+    unknown = sorted(set(given) - set(QuantizeOptions.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(QuantizeOptions.__dataclass_fields__)
+        raise ConfigError(f"quantize() does not know {', '.join(unknown)}; further options are {known}.")
+    return QuantizeOptions(**{**others, **given})
+
+
+def _holds_text(data: Any) -> bool:
+    """Whether calibration data needs a tokenizer: a name or file, or a list of texts."""
+    return isinstance(data, str) or (isinstance(data, (list, tuple)) and len(data) > 0 and isinstance(data[0], str))
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer beside a model, or None with a log line."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.info("no tokenizer beside %s: %s", path, str(error).splitlines()[0] if str(error) else error)
+    except Exception as error:  # a directory without tokenizer fails in as many ways as there are tokenizers
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        logger.info("no tokenizer beside %s: %s", path, reason)
         return None
