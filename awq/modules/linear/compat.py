@@ -7,20 +7,38 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from awq.core.weight import quantize_nearest
+from awq.core.weight import QuantizedWeight, quantize_nearest, round_to_nearest
 from awq.errors import ConfigError
 from awq.formats import get_format
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import get_weight, linear_shape
 
 
-class CompatLinear(WQLinear):
+class _ByFormat(type):
+    """Makes `isinstance(module, WQLinear_GEMM)` true for every `WQLinear` of that format: PEFT and others ask this way."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        version = cls.__dict__.get("version")
+        return type.__instancecheck__(cls, instance) or (
+            version is not None and isinstance(instance, WQLinear) and instance.format == version
+        )
+
+
+class CompatLinear(WQLinear, metaclass=_ByFormat):
     """`WQLinear` with AutoAWQ's argument order."""
 
-    version: ClassVar[str] = "gemm"
+    version: ClassVar[str]
+    scales_first_axis: ClassVar[str] = "out"
 
     def __init__(
-        self, w_bit: int, group_size: int, in_features: int, out_features: int, bias: bool, dev: Any, training: bool = False
+        self,
+        w_bit: int,
+        group_size: int,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dev: Any,
+        training: bool = False,
     ) -> None:
         if w_bit != 4:
             raise ConfigError(f"w_bit is {w_bit}; packed linears hold 4 bits.")
@@ -37,17 +55,37 @@ class CompatLinear(WQLinear):
         scales: Tensor | None = None,
         zeros: Tensor | None = None,
     ) -> CompatLinear:
-        """Packs a dense linear with given scales and zeros [out, groups], as AutoAWQ does; init_only leaves it empty."""
+        """Packs a dense linear; init_only leaves the packed one empty.
+
+        scales, zeros: as AutoAWQ's quantizer hands them over, [groups, out] for gemm and [out, groups] for the others (either
+        is understood when its shape is unmistakable). None finds them by rounding to nearest.
+        """
         in_features, out_features = linear_shape(linear)
         bias = getattr(linear, "bias", None)
-        module = cls(w_bit, group_size, in_features, out_features, bias is not None, linear.weight.device)
         if init_only:
-            return module
-        if scales is None or zeros is None:
-            raise ConfigError("from_linear needs scales and zeros [out, groups], or init_only=True.")
-        weight = quantize_nearest(get_weight(linear), scales.float(), zeros.float(), w_bit)
+            return cls(w_bit, group_size, in_features, out_features, bias is not None, linear.weight.device)
+        if scales is None:
+            return cls.from_quantized(round_to_nearest(get_weight(linear), group_size, w_bit), bias)
+        scale = cls._by_rows(scales, out_features).float()
+        zero = torch.full_like(scale, 8) if zeros is None else cls._by_rows(zeros, out_features).float()
+        return cls.from_quantized(quantize_nearest(get_weight(linear), scale, zero, w_bit), bias)
+
+    @classmethod
+    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None, format: str | None = None) -> CompatLinear:
+        """From a canonical weight [out, in]; the format is the class's own."""
+        if format is not None and get_format(format).name != cls.version:
+            raise ConfigError(f"{cls.__name__} holds version {cls.version}, not {format}.")
+        out_features, in_features = weight.codes.shape
+        module = cls(weight.bits, weight.group_size, in_features, out_features, bias is not None, "meta")
         for name, tensor in get_format(cls.version).pack(weight).items():
             module.register_buffer(name, tensor)
         if bias is not None:
             module.register_buffer("bias", bias.detach().clone())
         return module
+
+    @classmethod
+    def _by_rows(cls, table: Tensor, out_features: int) -> Tensor:
+        """A table of scales or zeros as [out, groups]."""
+        rows, columns = table.shape
+        by_groups = columns == out_features if cls.scales_first_axis == "groups" else rows != out_features
+        return table.t() if by_groups else table

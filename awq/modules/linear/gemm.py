@@ -7,3 +7,4 @@ class WQLinear_GEMM(CompatLinear):
     """A 4-bit linear in the gemm format."""
 
     version = "gemm"
+    scales_first_axis = "groups"

@@ -1,0 +1,148 @@
+"""The pipeline: any family, any calibration, never worse than round-to-nearest, same bytes twice."""
+
+import pytest
+import torch
+import zoo
+
+from awq import AwqConfig, QuantizeOptions, load_calibration, quantize_model
+from awq.calibration import CalibrationBatch
+from awq.nn.linear import WQLinear
+
+CONFIG = AwqConfig(group_size=16)
+
+
+def batches(rows=8, length=16, seed=3):
+    ids = torch.randint(3, 63, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return [CalibrationBatch(ids, torch.ones_like(ids))]
+
+
+def quantized(family="llama", config=CONFIG, calibration=None, **options):
+    model = zoo.tiny_model(family)
+    return model, quantize_model(model, calibration or batches(), config, QuantizeOptions(**options))
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_every_family_quantizes_and_loss_is_below_rtn(family):
+    if not zoo.available(family):
+        pytest.skip(f"{family} is not in this transformers")
+    model, report = quantized(family)
+    reference = zoo.tiny_model(family)
+    assert report.linears and all(r.loss <= r.loss_rtn * 1.001 for r in report.linears)
+    inputs = zoo.token_batch(seed=9)
+    a, b = zoo.outputs(reference, **inputs), zoo.outputs(model, **inputs)
+    assert b.isfinite().all() and torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize("options", [{"preset": "fast"}, {"propagate": "original"}, {"objective": "module"}, {"duo_scaling": False},
+                                     {"clip": False}, {"scaling": False}])  # fmt: skip
+def test_options(options):
+    _, report = quantized(**options)
+    assert report.loss < report.loss_rtn
+
+
+def test_gram_and_module_objectives_agree_for_a_lone_linear():
+    """For o_proj and down_proj the enclosing module is the linear itself: both judges are the same number."""
+    _, gram = quantized(preset="fast", propagate="original")
+    _, module = quantized(preset="fast", propagate="original", objective="module")
+    for a, b in zip(gram.linears, module.linears):
+        if a.name.endswith(("0.self_attn.o_proj", "0.mlp.down_proj")):
+            assert (a.kind, a.ratio) == (b.kind, b.ratio)
+
+
+def test_deterministic():
+    first, second = quantized()[0].state_dict(), quantized()[0].state_dict()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_grouped_query_attention_scales_o_proj():
+    _, report = quantized("llama")
+    line = next(r for r in report.linears if r.name.endswith("self_attn.o_proj"))
+    assert line.producer == "self_attn.v_proj"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_keep_their_dtype(dtype):
+    model = zoo.tiny_model("llama").to(dtype)
+    quantize_model(model, batches(), CONFIG)
+    assert model.dtype == dtype
+    linear = model.model.layers[0].mlp.up_proj
+    assert isinstance(linear, WQLinear) and linear.scales.dtype == torch.float16
+    assert zoo.outputs(model, **zoo.token_batch()).isfinite().all()
+
+
+def test_padding_never_enters_a_statistic():
+    ids = torch.randint(3, 63, (4, 10), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([ids, torch.zeros(4, 6, dtype=torch.long)], 1)
+    mask = torch.cat([torch.ones(4, 10), torch.zeros(4, 6)], 1).long()
+    _, plain = quantized("bert", calibration=[CalibrationBatch(ids, torch.ones_like(ids))])
+    _, with_pad = quantized("bert", calibration=[CalibrationBatch(padded, mask)])
+    assert [(r.kind, r.ratio) for r in plain.linears] == [(r.kind, r.ratio) for r in with_pad.linears]
+    assert plain.tokens == with_pad.tokens == 40
+    assert [r.loss for r in plain.linears] == pytest.approx([r.loss for r in with_pad.linears], rel=1e-2)
+
+
+def test_group_size_minus_one_and_odd_outputs():
+    model, report = quantized(config=AwqConfig(group_size=-1))
+    assert model.model.layers[0].mlp.down_proj.group_size == 48 and report.loss < 1
+
+
+def test_dead_channels_and_one_token():
+    model = zoo.tiny_model("llama")
+    model.model.layers[0].mlp.up_proj.weight.data[3] = 0
+    model.model.layers[1].self_attn.o_proj.weight.data[:, 5] = 0
+    one = torch.tensor([[7]])
+    report = quantize_model(model, [CalibrationBatch(one, torch.ones_like(one))], CONFIG)
+    assert all(r.loss == r.loss for r in report.linears)
+    assert zoo.outputs(model, **zoo.token_batch()).isfinite().all()
+
+
+def test_non_finite_activations_do_not_end_the_run():
+    model = zoo.tiny_model("llama")
+    model.model.embed_tokens.weight.data[5] = float("inf")
+    ids = batches()[0].input_ids.clone()
+    ids[0, 0] = 5
+    report = quantize_model(model, [CalibrationBatch(ids, torch.ones_like(ids))], CONFIG)
+    assert any("non-finite" in w for w in report.warnings)
+    assert all(r.loss == r.loss for r in report.linears)
+
+
+def test_modules_to_not_convert_matches_whole_name_parts():
+    model, report = quantized(config=AwqConfig(group_size=16, modules_to_not_convert=("layers.1", "mlp.gate")))
+    assert isinstance(model.model.layers[0].mlp.gate_proj, WQLinear)
+    assert not isinstance(model.model.layers[1].mlp.gate_proj, WQLinear)
+    assert "model.layers.1.mlp.up_proj" in report.skipped and "lm_head" in report.skipped
+
+
+def test_export_compatible_keeps_dense_linears_with_quantized_values():
+    dense, _ = quantized(export_compatible=True)
+    packed, _ = quantized()
+    a, b = dense.model.layers[0].mlp.up_proj, packed.model.layers[0].mlp.up_proj
+    assert isinstance(a, torch.nn.Linear)
+    torch.testing.assert_close(a.weight.data, b.dequantize())
+
+
+def test_report_is_json(tmp_path):
+    import json
+
+    _, report = quantized()
+    report.save(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["linears"][0]["loss_rtn"] > 0
+
+
+def test_calibration_kinds(tokenizer, texts, tmp_path, caplog):
+    long = " ".join(texts)
+    whole = load_calibration(texts, tokenizer, max_length=16)
+    assert all(b.attention_mask.all() and b.input_ids.shape[1] == 16 for b in whole)
+    cut = load_calibration([long], tokenizer, max_length=16, max_samples=1000)
+    assert sum(b.input_ids.numel() for b in cut) > 500, "long samples are cut, not dropped"
+    assert "longer than" not in caplog.text
+    rows = load_calibration(texts, tokenizer, mode="rows", max_length=20)
+    assert sum(len(b.input_ids) for b in rows) >= len(texts) and any(not b.attention_mask.all() for b in rows)
+    for data in ([[4, 5, 6], [7, 8]], torch.randint(4, 60, (3, 9)), [torch.tensor([4, 5]), torch.tensor([[6, 7, 8]])]):
+        assert load_calibration(data, mode="rows")
+    (tmp_path / "t.jsonl").write_text("\n".join('{"text": "the cat runs"}' for _ in range(4)))
+    (tmp_path / "t.csv").write_text("text\nthe cat runs\na dog sleeps\n")
+    (tmp_path / "t.txt").write_text("the cat\n\na dog")
+    for name in ("t.jsonl", "t.csv", "t.txt"):
+        assert load_calibration(str(tmp_path / name), tokenizer, mode="rows")
+    assert load_calibration(None, tokenizer) and "bundled" in caplog.text
