@@ -116,6 +116,8 @@ def _id_rows(item: Any) -> list[list[int]]:
 
 def _unpadded(item: Mapping | Tensor, tokenizer: Any, pad_id: int | None) -> list[list[int]]:
     """Rows of a tokenizer's output or a [samples, tokens] tensor without their padding."""
+    if isinstance(item, Mapping) and "input_ids" not in item:
+        raise CalibrationError(f"a calibration sample has keys {sorted(item)} but no input_ids.")
     ids = torch.as_tensor(item["input_ids"] if isinstance(item, Mapping) else item)
     if ids.is_floating_point():
         raise CalibrationError(f"calibration ids have dtype {ids.dtype}; give integers.")

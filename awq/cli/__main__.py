@@ -1,0 +1,7 @@
+"""`python -m awq.cli`."""
+
+import sys
+
+from awq.cli import main
+
+sys.exit(main())

@@ -1,0 +1,19 @@
+"""Convert a saved checkpoint to another version (GEMM, GEMV, GEMVFast)."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="quantized directory")
+    parser.add_argument("output", help="directory to write")
+    parser.add_argument("--version", required=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from awq.checkpoint import convert_checkpoint
+    from awq.cli.output import show
+
+    count = convert_checkpoint(arguments.model, arguments.output, arguments.version)
+    show({"converted": count, "version": arguments.version, "output": arguments.output}, arguments.json)

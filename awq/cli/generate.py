@@ -1,0 +1,36 @@
+"""Generate text with a quantized language model."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="quantized directory or hub id")
+    parser.add_argument("prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    parser.add_argument("--device")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from transformers import TextStreamer
+
+    from awq import AutoAWQForCausalLM
+    from awq.cli.output import show
+    from awq.errors import ModelError
+
+    model = AutoAWQForCausalLM.from_quantized(arguments.model, device=arguments.device)
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ModelError(f"{arguments.model} has no tokenizer.")
+    prompt = arguments.prompt
+    if arguments.chat:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    streamer = None if arguments.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    out = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
+    if arguments.json:
+        new = out[0, inputs["input_ids"].shape[1] :]
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        show({"prompt": arguments.prompt, "text": text, "new_tokens": len(new)}, True)

@@ -1,0 +1,123 @@
+"""Bad input ends in one clear error before work starts, and leaves nothing half-written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import zoo
+from transformers import AutoTokenizer
+
+from awq import AutoAWQForCausalLM, AwqConfig, load_calibration, prepare_calibration_tokens, quantize_model
+from awq.checkpoint import convert_checkpoint, load_checkpoint, save_checkpoint
+from awq.errors import CalibrationError, CheckpointError, ConfigError, ModelError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    model = zoo.tiny_model("llama")
+    batches = load_calibration(torch.randint(3, 60, (4, 16)))
+    quantize_model(model, batches, AwqConfig(group_size=16))
+    target = tmp_path_factory.mktemp("bad") / "q"
+    save_checkpoint(model, target, AwqConfig(group_size=16))
+    return model, target
+
+
+def test_group_size_that_does_not_divide(llama_dir, tokenizer, texts):
+    model = AutoAWQForCausalLM.from_pretrained(str(llama_dir))
+    before = {k: v.clone() for k, v in model.model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"down_proj: in_features 48 is not a multiple of group_size 32; use group_size 16"):
+        model.quantize(tokenizer, quant_config={"q_group_size": 32}, calib_data=texts)
+    assert all(torch.equal(v, before[k]) for k, v in model.model.state_dict().items())
+
+
+@pytest.mark.parametrize("config, word", [({"version": "marlin"}, "marlin"), ({"w_bits": 4}, "w_bits"), ({"w_bit": 5.5}, "5.5"),
+                                          ({"w_bit": 3}, "4 bits"), ({"q_group_size": 0}, "group_size"),
+                                          ({"w_bit": 4, "bits": 3}, "twice")])  # fmt: skip
+def test_wrong_settings(llama_dir, tokenizer, texts, config, word):
+    with pytest.raises(ConfigError, match=word):
+        AutoAWQForCausalLM.from_pretrained(str(llama_dir)).quantize(tokenizer, quant_config={"q_group_size": 16, **config}, calib_data=texts)
+
+
+@pytest.mark.parametrize("data", [[], [""], ["   "], [[]], torch.zeros(0, 4, dtype=torch.long), 3, [1.5], {"a": 1}])
+def test_empty_or_strange_calibration(tokenizer, data):
+    with pytest.raises(CalibrationError):
+        load_calibration(data, tokenizer, mode="rows")
+
+
+def test_no_texts_to_prepare(tokenizer):
+    with pytest.raises(CalibrationError, match="none of the 2"):
+        prepare_calibration_tokens(tokenizer, ["", " "])
+
+
+def test_missing_file_and_column(tokenizer, tmp_path):
+    with pytest.raises(CalibrationError, match="does not exist"):
+        load_calibration(str(tmp_path / "no.jsonl"), tokenizer)
+    (tmp_path / "t.csv").write_text("body\nhello\n")
+    with pytest.raises(CalibrationError, match="column 'text'"):
+        load_calibration(str(tmp_path / "t.csv"), tokenizer)
+
+
+def test_missing_model(tmp_path):
+    with pytest.raises(ModelError, match="does not exist"):
+        AutoAWQForCausalLM.from_pretrained(str(tmp_path / "nothing"))
+    with pytest.raises(CheckpointError, match="config.json"):
+        AutoAWQForCausalLM.from_quantized(str(tmp_path))
+
+
+def test_unquantized_model_in_from_quantized(llama_dir):
+    with pytest.raises(ConfigError, match="from_pretrained"):
+        AutoAWQForCausalLM.from_quantized(str(llama_dir))
+
+
+def test_model_without_blocks():
+    with pytest.raises(ModelError, match="no list of repeated blocks"):
+        quantize_model(torch.nn.Linear(8, 8), load_calibration(torch.ones(1, 4, dtype=torch.long)))
+
+
+def test_out_of_disk_while_saving(saved, tmp_path, monkeypatch):
+    model, _ = saved
+
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", no_space)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(model, tmp_path / "out", AwqConfig(group_size=16))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_save_keeps_the_old_directory(saved, tmp_path, monkeypatch):
+    model, _ = saved
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    monkeypatch.setattr(model, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(CheckpointError):
+        save_checkpoint(model, tmp_path / "out", AwqConfig(group_size=16))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "precious").exists()
+
+
+def test_truncated_safetensors(saved, tmp_path):
+    shutil.copytree(saved[1], tmp_path / "q")
+    path = tmp_path / "q" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_checkpoint(tmp_path / "q")
+    with pytest.raises(CheckpointError, match="truncated"):
+        convert_checkpoint(tmp_path / "q", tmp_path / "r", "gemv")
+    assert not (tmp_path / "r").exists()
+
+
+def test_config_with_wrong_keys(saved, tmp_path):
+    shutil.copytree(saved[1], tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    config["quantization_config"]["group_sise"] = 3
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="group_sise"):
+        AutoAWQForCausalLM.from_quantized(str(tmp_path / "q"))
+
+
+def test_unknown_argument(llama_dir, texts):
+    model = AutoAWQForCausalLM.from_pretrained(str(llama_dir))
+    with pytest.raises(ConfigError, match="colour"):
+        model.quantize(AutoTokenizer.from_pretrained(llama_dir), calib_data=texts, colour="red")

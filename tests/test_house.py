@@ -1,0 +1,79 @@
+"""Rules of the house: layers, no cycles, light import."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LAYERS = {"errors": 0, "config": 0, "_register": 0, "core": 1, "formats": 1, "kernels": 2, "nn": 3, "folds": 3, "calibration": 3,
+          "quantize": 4, "checkpoint": 4, "generate": 4, "embed": 4, "integrations": 5, "evals": 5, "report": 5,
+          "models": 6, "modules": 6, "utils": 6, "cli": 6}  # fmt: skip
+
+
+def imports(path):
+    """awq modules that a file imports when it is imported (not inside functions or TYPE_CHECKING)."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("awq"):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in FILES else node.module
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.startswith("awq."))
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(p): p for p in sorted((ROOT / "awq").rglob("*.py"))}
+
+
+def test_layers():
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in FILES.items()
+        if name != "awq"
+        for other in imports(path)
+        if LAYERS[other.split(".")[1]] > LAYERS[name.split(".")[1]]
+    ]
+    assert not wrong, wrong
+
+
+def test_no_cycles():
+    graph = {name: [o for o in imports(path) if o in FILES and o != name] for name, path in FILES.items() if name != "awq"}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, f"import cycle: {' → '.join([*path, name])}"
+        if name in done or name not in graph:
+            return
+        path.append(name)
+        for other in graph[name]:
+            visit(other)
+        path.pop()
+        done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+def test_import_is_fast_and_loads_no_torch():
+    code = "import time; t = time.perf_counter(); import awq; print(time.perf_counter() - t)"
+    times = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout) for _ in range(3)]
+    assert min(times) < 0.1
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "awq.cli", "--help"], check=True, capture_output=True)
+    assert time.perf_counter() - start < 10
+
+
+def test_no_architecture_names():
+    """The quantizer knows structures, not models."""
+    names = ("llama", "mistral", "qwen", "gemma", "falcon", "bloom", "neox", "modernbert", "phi3")
+    for part in ("core", "folds", "quantize", "nn"):
+        for path in (ROOT / "awq" / part).rglob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            code = {n.id.lower() for n in ast.walk(tree) if isinstance(n, ast.Name)}
+            assert not [n for n in names if any(n in c for c in code)], path
