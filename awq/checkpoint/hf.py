@@ -91,9 +91,16 @@ class AwqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self.packed = packed_tensors(files_of(model.config, kwargs.get("checkpoint_files")))
         self.matched = replace_linears(model, self.settings, self.packed)
+        for name in self.matched:
+            # Some models initialise their linears' `weight` by name after loading, which passes over what is marked as loaded.
+            placeholder = torch.empty(0)
+            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+            model.get_submodule(name).weight = placeholder
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name in self.matched:
+            model.get_submodule(name).__dict__.pop("weight", None)
         restore_scales(model, self.matched, self.packed)
         self.packed = {}
         return model
