@@ -7,7 +7,10 @@ move modules about. Names are therefore matched exactly first, then without the 
 from __future__ import annotations
 
 import logging
+import re
 from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -29,11 +32,11 @@ def match_names(model: nn.Module, packed: PackedTensors) -> dict[str, str]:
     Raises CheckpointError when the files hold packed weights and none of them belongs to this model.
     """
     linears, base = named_linears(model), getattr(model, "base_model_prefix", "")
-    matched = {}
+    today, matched = todays_names(model, packed), {}
     for name in linears:
         for spelling in (name, f"{base}.{name}", name.removeprefix(f"{base}.")):
-            if spelling in packed:
-                matched[name] = spelling
+            if spelling in today:
+                matched[name] = today[spelling]
                 break
     left = set(packed) - set(matched.values())
     if left:
@@ -50,6 +53,35 @@ def match_names(model: nn.Module, packed: PackedTensors) -> dict[str, str]:
             len(left), type(model).__name__, ", ".join(sorted(left)[:3]),
         )  # fmt: skip
     return matched
+
+
+def todays_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """Module name in the installed transformers → name in the checkpoint; transformers 5 renames modules while loading."""
+    renamings = [step for step in _conversions(model) if not hasattr(step, "operations")]
+    if not renamings:
+        return {name: name for name in stored}
+    from transformers.core_model_loading import apply_renamings
+
+    return {apply_renamings(f"{name}.qweight", renamings).removesuffix(".qweight"): name for name in stored}
+
+
+def merged_on_disk(model: nn.Module, packed: Iterable[str]) -> list[str]:
+    """Packed linears that transformers 5 would glue together, as dense weights, in its "original format" on disk."""
+    patterns = [
+        pattern.rstrip("$").removesuffix(".weight")
+        for step in _conversions(model)
+        if hasattr(step, "operations")
+        for pattern in step.target_patterns
+    ]
+    return [name for name in packed if any(re.search(pattern, name) for pattern in patterns)]
+
+
+def _conversions(model: nn.Module) -> list[Any]:
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # transformers 4
+        return []
+    return get_model_conversion_mapping(model)
 
 
 def _by_ending(names: list[str], packed: list[str]) -> dict[str, str]:

@@ -13,8 +13,10 @@ from torch import nn
 from awq.checkpoint.card import write_card
 from awq.checkpoint.directory import complete_directory, copy_companions, source_directory
 from awq.checkpoint.files import read_json
+from awq.checkpoint.match import merged_on_disk
 from awq.config import AwqConfig
 from awq.errors import CheckpointError
+from awq.nn.linear import WQLinear
 from awq.nn.surgery import named_linears
 
 logger = logging.getLogger("awq.checkpoint")
@@ -47,7 +49,7 @@ def save_checkpoint(
     settings = config.with_(modules_to_not_convert=unconverted(model)).to_transformers_dict() if packed else None
     with complete_directory(directory) as work:
         with _config_of(model, settings):
-            model.save_pretrained(work, max_shard_size=shard_size)
+            model.save_pretrained(work, max_shard_size=shard_size, **_names_on_disk(model))
         if origin is not None:
             copy_companions(origin, work)
         if tokenizer is not None and not (work / "tokenizer_config.json").exists():
@@ -67,6 +69,18 @@ def unconverted(model: nn.Module) -> tuple[str, ...]:
     names = set(named_linears(model))
     base = f"{getattr(model, 'base_model_prefix', '')}."
     return tuple(sorted(names | {name.removeprefix(base) for name in names if base != "."}))
+
+
+def _names_on_disk(model: nn.Module) -> dict[str, bool]:
+    """Argument of save_pretrained: source names, unless packed tensors would have to be glued together for them."""
+    merged = merged_on_disk(model, [n for n, m in model.named_modules() if isinstance(m, WQLinear)])
+    if not merged:
+        return {}
+    logger.warning(
+        "%s: %s … are one tensor in the source, and packed tensors cannot be glued; names of the installed transformers are saved.",
+        type(model).__name__, merged[0],
+    )  # fmt: skip
+    return {"save_original_format": False}
 
 
 def _is_quantized(origin: Path | None) -> bool:
