@@ -61,7 +61,11 @@ def _write_weights(source: Path, work: Path, packed: PackedTensors, config: AwqC
     for path in weight_files(source):
         with safe_open(path, "pt") as file:
             names = list(file.keys())
-            tensors = {n: file.get_tensor(n) for n in names if n.rpartition(".")[2] not in PACKED_KINDS or n.rpartition(".")[0] not in packed}
+            tensors = {
+                n: file.get_tensor(n)
+                for n in names
+                if n.rpartition(".")[2] not in PACKED_KINDS or n.rpartition(".")[0] not in packed
+            }
             metadata = file.metadata() or {"format": "pt"}
         # A linear is written whole into the file that holds its qweight: shards cut between any two tensors.
         for name in (n.removesuffix(".qweight") for n in names if n.endswith(".qweight")):

@@ -119,4 +119,3 @@ def _module_folders(source: Path) -> set[str]:
         return {Path(module["path"]).parts[0] for module in modules if module["path"]}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
-

@@ -14,7 +14,18 @@ from awq.errors import CheckpointError
 PackedTensors = dict[str, dict[str, dict[str, Any]]]
 """Module name → "qweight" | "qzeros" | "scales" → {dtype, shape, data_offsets, file}."""
 
-_ITEM_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
+_ITEM_BITS = {
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "F32": 32,
+    "I32": 32,
+    "U32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I16": 16,
+    "U16": 16,
+}
 PACKED_KINDS = ("qweight", "qzeros", "scales")
 
 

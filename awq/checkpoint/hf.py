@@ -102,6 +102,7 @@ class AwqHfQuantizer(HfQuantizer):
         for name in self.matched:
             model.get_submodule(name).__dict__.pop("weight", None)
         restore_scales(model, self.matched, self.packed)
+        check_loaded(model, self.matched, self.packed)
         self.packed = {}
         return model
 
@@ -167,6 +168,23 @@ def restore_scales(model: nn.Module, matched: dict[str, str], packed: PackedTens
                 continue
             with safe_open(packed[stored][kind]["file"], "pt") as file:
                 module._buffers[kind] = file.get_tensor(f"{stored}.{kind}").half().to(buffer.device)
+
+
+def check_loaded(model: nn.Module, matched: dict[str, str], packed: PackedTensors) -> None:
+    """Compares the first and the last packed linear with the files.
+
+    transformers only warns about weights it did not find a place for, and goes on with random ones. Raises CheckpointError.
+    """
+    for name in [name for name in matched if matched[name] in packed][:: max(1, len(matched) - 1)]:
+        scales, stored = model.get_submodule(name).scales, matched[name]
+        if scales.is_meta:
+            continue
+        with safe_open(packed[stored]["scales"]["file"], "pt") as file:
+            if not torch.equal(scales.cpu(), file.get_tensor(f"{stored}.scales").half()):
+                raise CheckpointError(
+                    f"transformers did not load {stored} of the checkpoint into {type(model).__name__}.{name}; "
+                    "load it with the class that config.json names under architectures."
+                )
 
 
 def register() -> None:

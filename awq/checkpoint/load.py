@@ -68,9 +68,7 @@ def load_model(
     if kind is AutoModelForCausalLM and not trust_remote_code and type(config) not in kind._model_mapping:
         raise ModelError(f"model {path!s} of type {config.model_type} has no causal language model in transformers.")
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    return kind.from_pretrained(
-        path, trust_remote_code=trust_remote_code, use_safetensors=True, **{name: dtype}, **kwargs
-    ).eval()
+    return kind.from_pretrained(path, trust_remote_code=trust_remote_code, use_safetensors=True, **{name: dtype}, **kwargs).eval()
 
 
 def load_checkpoint(
