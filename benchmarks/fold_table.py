@@ -1,6 +1,6 @@
 """Prints the folds found for every family of the test zoo as a Markdown table (docs/folds.md holds its output).
 
-    PYTHONPATH=tests python benchmarks/fold_table.py [family ...]
+PYTHONPATH=tests python benchmarks/fold_table.py [family ...]
 """
 
 from __future__ import annotations

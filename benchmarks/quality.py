@@ -77,9 +77,7 @@ def main() -> None:
     if arguments.calibration_text:
         text = arguments.calibration_text.read_text(encoding="utf-8")
         paragraphs = [chunk for chunk in text.split("\n\n") if len(chunk) > 200]
-    calibration = load_calibration(
-        paragraphs, tokenizer, max_samples=arguments.samples, max_length=arguments.tokens, mode="pack"
-    )
+    calibration = load_calibration(paragraphs, tokenizer, max_samples=arguments.samples, max_length=arguments.tokens, mode="pack")
     ids = torch.tensor(tokenizer(held_out, add_special_tokens=False, verbose=False)["input_ids"])
     dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(arguments.device)
     full = perplexity(dense, ids, limit=arguments.limit)

@@ -16,7 +16,14 @@ from real_models import CACHE, minilm_dir, smollm2_dir
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
-from awq import AutoAWQForCausalLM, AwqConfig, QuantizeOptions, load_calibration, prepare_calibration_tokens, quantize_model
+from awq import (
+    AutoAWQForCausalLM,
+    AwqConfig,
+    QuantizeOptions,
+    load_calibration,
+    prepare_calibration_tokens,
+    quantize_model,
+)
 from awq.calibration.sources import bundled_texts
 from awq.evals.perplexity import perplexity
 from awq.evals.similarity import embed_texts, mean_cosine

@@ -13,7 +13,31 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
 
-WORDS = "the a cat dog house runs sleeps under over red blue old new tree river and or not quick slow stone water fire".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "house",
+    "runs",
+    "sleeps",
+    "under",
+    "over",
+    "red",
+    "blue",
+    "old",
+    "new",
+    "tree",
+    "river",
+    "and",
+    "or",
+    "not",
+    "quick",
+    "slow",
+    "stone",
+    "water",
+    "fire",
+]
 
 
 def make_tokenizer(pad_side: str = "right"):

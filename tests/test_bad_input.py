@@ -36,7 +36,9 @@ def test_group_size_that_does_not_divide(llama_dir, tokenizer, texts):
                                           ({"w_bit": 4, "bits": 3}, "twice")])  # fmt: skip
 def test_wrong_settings(llama_dir, tokenizer, texts, config, word):
     with pytest.raises(ConfigError, match=word):
-        AutoAWQForCausalLM.from_pretrained(str(llama_dir)).quantize(tokenizer, quant_config={"q_group_size": 16, **config}, calib_data=texts)
+        AutoAWQForCausalLM.from_pretrained(str(llama_dir)).quantize(
+            tokenizer, quant_config={"q_group_size": 16, **config}, calib_data=texts
+        )
 
 
 @pytest.mark.parametrize("data", [[], [""], ["   "], [[]], torch.zeros(0, 4, dtype=torch.long), 3, [1.5], {"a": 1}])

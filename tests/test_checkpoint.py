@@ -50,7 +50,9 @@ def test_directory_is_complete(llama):
 
 def test_our_door(llama):
     model, target = llama
-    loaded = AutoAWQForCausalLM.from_quantized(str(target), fuse_layers=True, max_seq_len=64, batch_size=2, device=get_best_device())
+    loaded = AutoAWQForCausalLM.from_quantized(
+        str(target), fuse_layers=True, max_seq_len=64, batch_size=2, device=get_best_device()
+    )
     inputs = zoo.token_batch()
     assert torch.equal(zoo.outputs(model, **inputs), zoo.outputs(loaded, **inputs))
     assert loaded.tokenizer is not None

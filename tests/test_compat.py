@@ -114,7 +114,13 @@ def test_first_argument_of_quantize(kind, llama_dir, texts, tokenizer):
     model = AutoAWQForCausalLM.from_pretrained(str(llama_dir), dtype=torch.float32)
     ids = [tokenizer(t, return_tensors="pt").input_ids for t in texts[:8]]
     output = tokenizer(texts[:8], padding=True, return_tensors="pt")
-    first = {"texts": texts[:8], "ids": ids, "tensor": output.input_ids, "tokenizer output": output, "tokenizer": tokenizer}
+    first = {
+        "texts": texts[:8],
+        "ids": ids,
+        "tensor": output.input_ids,
+        "tokenizer output": output,
+        "tokenizer": tokenizer,
+    }
     report = model.quantize(
         first.get(kind), quant_config=QUANT, calib_data=texts[:8], apply_clip=False, preset="fast",
         n_parallel_calib_samples=4, max_calib_seq_len=32, max_chunk_memory=1 << 20, quantizer_cls=AwqQuantizer,

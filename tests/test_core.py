@@ -136,5 +136,6 @@ def test_feedback_without_correlation_is_nearest():
     scale, zero = scale_and_zero(*group_range(weight, 16))
     gram = torch.diag(torch.rand(64) + 0.5)
     assert torch.equal(
-        round_with_feedback(weight, *feedback_factor(gram), scale, zero).codes, quantize_nearest(weight, scale, zero).codes
+        round_with_feedback(weight, *feedback_factor(gram), scale, zero).codes,
+        quantize_nearest(weight, scale, zero).codes,
     )

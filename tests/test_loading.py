@@ -138,7 +138,14 @@ def test_configs_of_other_writers():
     from transformers import AwqConfig as TheirConfig
 
     expected = AwqConfig(group_size=64)
-    autoawq = {"quant_method": "awq", "zero_point": True, "group_size": 64, "bits": 4, "version": "gemm", "modules_to_not_convert": None}
+    autoawq = {
+        "quant_method": "awq",
+        "zero_point": True,
+        "group_size": 64,
+        "bits": 4,
+        "version": "gemm",
+        "modules_to_not_convert": None,
+    }
     dump = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "ipex", "zero_point": True, "backend": "autoawq",
             "do_fuse": False, "exllama_config": None, "fuse_max_seq_len": None, "modules_to_fuse": None}  # fmt: skip
     assert storage_settings(autoawq) == storage_settings(dump) == expected

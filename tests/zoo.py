@@ -11,7 +11,8 @@ GQA = dict(num_key_value_heads=2, head_dim=8)
 GPT = dict(n_embd=32, n_head=4, n_layer=3, n_positions=64)
 DECODERS: dict[str, dict] = {
     "llama": GQA, "mistral": GQA, "qwen2": dict(num_key_value_heads=2), "qwen3": GQA, "gemma": GQA, "gemma2": GQA,
-    "gemma3_text": GQA | dict(sliding_window=8), "phi": dict(hidden_size=64, num_key_value_heads=4), "phi3": dict(num_key_value_heads=2),
+    "gemma3_text": GQA | dict(sliding_window=8), "phi": dict(hidden_size=64, num_key_value_heads=4),
+    "phi3": dict(num_key_value_heads=2),
     "falcon": dict(num_kv_heads=2, new_decoder_architecture=True, alibi=False, ffn_hidden_size=48), "gpt_neox": {},
     "gptj": GPT | dict(rotary_dim=8), "opt": dict(ffn_dim=48, word_embed_proj_dim=32), "bloom": dict(n_head=4, n_layer=3),
     "mpt": dict(d_model=32, n_heads=4, n_layers=3, expansion_ratio=2, max_seq_len=64), "starcoder2": dict(num_key_value_heads=2),
@@ -42,7 +43,9 @@ def tiny_model(family: str, seed: int = 0) -> torch.nn.Module:
         setattr(config, key, value)
     if getattr(config, "layer_types", None):
         kinds = config.layer_types
-        config.layer_types = (kinds * 3)[:3] if len(set(kinds)) == 1 else [kinds[0], next(k for k in kinds if k != kinds[0]), kinds[0]]
+        config.layer_types = (
+            (kinds * 3)[:3] if len(set(kinds)) == 1 else [kinds[0], next(k for k in kinds if k != kinds[0]), kinds[0]]
+        )
     torch.manual_seed(seed)
     auto = AutoModelForCausalLM if family in DECODERS else AutoModel
     model = auto.from_config(config, attn_implementation="eager").float().eval()

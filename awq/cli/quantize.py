@@ -39,4 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     model.tokenizer = tokenizer
     model.save_quantized(arguments.output)
-    show(report.to_dict() | {"output": arguments.output}, arguments.json, f"{report.summary()}\nsaved to {arguments.output}")
+    show(
+        report.to_dict() | {"output": arguments.output},
+        arguments.json,
+        f"{report.summary()}\nsaved to {arguments.output}",
+    )

@@ -23,9 +23,7 @@ def block_diagonal(gram: Tensor, group_size: int) -> Tensor:
     return blocks[index, :, index, :]
 
 
-def search_range(
-    weight: Tensor, gram: Tensor, group_size: int, bits: int = 4, zero_point: bool = True
-) -> tuple[Tensor, Tensor]:
+def search_range(weight: Tensor, gram: Tensor, group_size: int, bits: int = 4, zero_point: bool = True) -> tuple[Tensor, Tensor]:
     """Scale and zero [out, groups] (float32) that minimise Δ_g G_gg Δ_gᵀ over the shrink grid; the full range is a candidate.
 
     weight: float32 [out, in]; gram: float32 [in, in].

@@ -35,7 +35,9 @@ class Fold:
         known = rows >= 0
         size = int(rows.max()) + 1
         total = torch.zeros(size, device=scale.device).index_add_(0, rows[known], scale[known].float().log())
-        count = torch.zeros(size, device=scale.device).index_add_(0, rows[known], torch.ones_like(scale[known], dtype=torch.float32))
+        count = torch.zeros(size, device=scale.device).index_add_(
+            0, rows[known], torch.ones_like(scale[known], dtype=torch.float32)
+        )
         mean = (total / count.clamp(min=1)).exp()
         return torch.where(known, mean[rows.clamp(min=0)].to(scale.dtype), torch.ones_like(scale))
 

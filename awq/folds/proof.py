@@ -69,12 +69,8 @@ def holds(block: nn.Module, groups: Sequence[InputGroup], calls: Calls) -> float
     producers = {g.fold.producer for g in groups if g.fold}
     after = outputs_of(folded, names, calls)
     per_call = len(before) // len(calls)
-    fixed = [i for i in range(len(before)) if i % per_call == per_call - 1 or _name_at(block, names, i % per_call) not in producers]
+    fixed = [i for i in range(len(before)) if i % per_call == per_call - 1 or names[i % per_call] not in producers]
     return largest_change([before[i] for i in fixed], [after[i] for i in fixed])
-
-
-def _name_at(block: nn.Module, names: Sequence[str], position: int) -> str:
-    return names[position]
 
 
 @torch.no_grad()
@@ -90,7 +86,7 @@ def prove(block: nn.Module, groups: Sequence[InputGroup], calls: Calls) -> list[
         change = holds(block, [group], calls) if group.fold else 0.0
         proven.append(group if change <= TOLERANCE else _dropped(group, change))
     kept: list[InputGroup] = []
-    for i, group in enumerate(proven):
+    for group in proven:
         # Folds that hold alone but not together: keep the earlier one.
         together = [*kept, group]
         change = holds(block, together, calls) if group.fold and any(g.fold for g in kept) else 0.0

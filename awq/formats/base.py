@@ -38,9 +38,7 @@ class Format:
             raise ConfigError(f"{self.name} cannot store this weight: {problem}")
         return self.encode(weight)
 
-    def unpack(
-        self, tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int
-    ) -> QuantizedWeight:
+    def unpack(self, tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int) -> QuantizedWeight:
         """Inverse of `pack`: exact, tensor for tensor."""
         return self.decode(tensors, in_features, out_features, group_size)
 

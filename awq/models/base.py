@@ -188,7 +188,14 @@ class BaseAWQForCausalLM(nn.Module):
         if not safetensors:
             logger.warning("safetensors=False is ignored: weights are written as safetensors only.")
         save_checkpoint(
-            self.model, save_dir, self.awq_config, self.report, self.path, self._tokenizer, shard_size, self.is_quantized
+            self.model,
+            save_dir,
+            self.awq_config,
+            self.report,
+            self.path,
+            self._tokenizer,
+            shard_size,
+            self.is_quantized,
         )
 
     def _is_decoder(self) -> bool:

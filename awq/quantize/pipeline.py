@@ -120,7 +120,11 @@ def _open_streams(model: nn.Module, lists, batches: Sequence[CalibrationBatch]) 
     probe = torch.stack([row[keep][:length] for row, keep in zip(ids, mask)])
     tokens = torch.cat([b.input_ids[b.attention_mask.bool()] for b in batches[:8]]).unique()
     single = tokens[torch.linspace(0, len(tokens) - 1, min(ONE_TOKEN_ROWS, len(tokens))).long()].unsqueeze(1)
-    sets = [list(batches), [CalibrationBatch(probe, torch.ones_like(probe))], [CalibrationBatch(single, torch.ones_like(single))]]
+    sets = [
+        list(batches),
+        [CalibrationBatch(probe, torch.ones_like(probe))],
+        [CalibrationBatch(single, torch.ones_like(single))],
+    ]
     recorded = []
     for group in sets:
         inputs = [{k: v.to(device) for k, v in b.model_inputs().items()} for b in group]
@@ -220,7 +224,7 @@ def _choose(bench: Workbench, block: nn.Module, group: InputGroup, statistics, s
         masks = [None if m is None else m.to(device) for m in stream.masks]
         judge = module_loss(block, group, calls, masks, bench.config)
     choice = choose_scale(block, group, statistics, bench.config, bench.options, judge)
-    if choice.kind == "identity" and not choice.loss == choice.loss and group.fold is not None and bench.options.scaling:
+    if choice.kind == "identity" and choice.loss != choice.loss and group.fold is not None and bench.options.scaling:
         bench.report.warnings.append(f"block {index}, {', '.join(group.consumers)}: no finite loss; scale 1 is kept.")
     return choice
 

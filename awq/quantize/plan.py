@@ -25,16 +25,16 @@ def excluded_by(name: str, patterns: tuple[str, ...]) -> str | None:
     return next((p for p in patterns if f".{p}." in f".{name}."), None)
 
 
-def make_plan(
-    model: nn.Module, lists: list[tuple[str, nn.ModuleList]], config: AwqConfig, packed: bool = True
-) -> Plan:
+def make_plan(model: nn.Module, lists: list[tuple[str, nn.ModuleList]], config: AwqConfig, packed: bool = True) -> Plan:
     """Decides for every linear of the model.
 
     Raises ConfigError when the group size does not divide a linear's input, naming every such linear, or when packed
     weights are asked for in other than 4 bits; ModelError when nothing is left to quantize.
     """
     if packed and config.bits != 4:
-        raise ConfigError(f"bits is {config.bits}: packed formats hold 4 bits; use w_bit 4, or export_compatible=True for dense weights.")
+        raise ConfigError(
+            f"bits is {config.bits}: packed formats hold 4 bits; use w_bit 4, or export_compatible=True for dense weights."
+        )
     plan, problems = Plan(), []
     prefixes = tuple(f"{prefix}." for prefix, _ in lists)
     for name, module in model.named_modules():
