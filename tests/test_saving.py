@@ -77,7 +77,14 @@ def test_config_names_every_dense_linear(model, tmp_path):
 def test_an_existing_directory_is_replaced_only_where_we_write(model, source, tmp_path):
     target = tmp_path / "q"
     (target / "sub").mkdir(parents=True)
-    for name in ("notes.txt", "tokenizer.json", "model-00001-of-00009.safetensors", "pytorch_model.bin", "sub/mine.txt", "config.json"):
+    for name in (
+        "notes.txt",
+        "tokenizer.json",
+        "model-00001-of-00009.safetensors",
+        "pytorch_model.bin",
+        "sub/mine.txt",
+        "config.json",
+    ):
         (target / name).write_text("before")
     save_checkpoint(model, target, AwqConfig(group_size=16))
     assert tree(target) == {
@@ -151,7 +158,9 @@ def test_shards_and_conversion_across_them(tmp_path, version):
     assert loaded.model.layers[0].mlp.up_proj.format == version
     torch.testing.assert_close(zoo.outputs(loaded, **inputs), zoo.outputs(packed, **inputs))
     convert_checkpoint(tmp_path / "other", tmp_path / "back", "GEMM")
-    one, two = ({k: t for f in sorted((tmp_path / d).glob("*.safetensors")) for k, t in load_file(f).items()} for d in ("q", "back"))
+    one, two = (
+        {k: t for f in sorted((tmp_path / d).glob("*.safetensors")) for k, t in load_file(f).items()} for d in ("q", "back")
+    )
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 

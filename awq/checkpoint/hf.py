@@ -176,11 +176,11 @@ def check_loaded(model: nn.Module, matched: dict[str, str], packed: PackedTensor
     transformers only warns about weights it did not find a place for, and goes on with random ones. Raises CheckpointError.
     """
     for name in [name for name in matched if matched[name] in packed][:: max(1, len(matched) - 1)]:
-        scales, stored = model.get_submodule(name).scales, matched[name]
-        if scales.is_meta:
+        codes, stored = model.get_submodule(name).qweight, matched[name]
+        if codes.is_meta:
             continue
-        with safe_open(packed[stored]["scales"]["file"], "pt") as file:
-            if not torch.equal(scales.cpu(), file.get_tensor(f"{stored}.scales").half()):
+        with safe_open(packed[stored]["qweight"]["file"], "pt") as file:
+            if not torch.equal(codes.cpu(), file.get_tensor(f"{stored}.qweight")):
                 raise CheckpointError(
                     f"transformers did not load {stored} of the checkpoint into {type(model).__name__}.{name}; "
                     "load it with the class that config.json names under architectures."

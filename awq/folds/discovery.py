@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.folds.fold import Fold, InputGroup, hook_all, linear_names
-from awq.folds.proof import TOLERANCE, Calls, float_copy, holds
+from awq.folds.proof import TOLERANCE, Calls, float_calls, float_copy, holds
 from awq.nn.surgery import get_weight, linear_shape
 
 
@@ -31,7 +31,7 @@ def discover(block: nn.Module, one_token: Calls, many: Calls) -> list[InputGroup
     one_token: calls on sequences of a single token (a batch of many); many: calls on a few longer sequences.
     Works on a float32 copy; the block itself is not touched.
     """
-    probe = float_copy(block)
+    probe, one_token, many = float_copy(block), float_calls(one_token), float_calls(many)
     groups, norms = _input_groups(probe, many)
     order = [name for group in groups for name in group.consumers]
     found = []

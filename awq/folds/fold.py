@@ -71,13 +71,18 @@ def apply_fold(block: nn.Module, fold: Fold, scale: Tensor) -> None:
     if fold.kind != "linear":
         _divide(producer, scale, plus_one=fold.kind == "norm_plus_one")
         return
-    rows = fold.rows.to(scale.device)  # type: ignore[union-attr]
-    weight = get_weight(producer)
-    divisor = torch.ones(weight.shape[0], dtype=scale.dtype, device=scale.device)
-    divisor[rows[rows >= 0]] = scale[rows >= 0]
+    weight, divisor = get_weight(producer), row_divisor(block, fold, scale)
     weight.div_(divisor.to(weight).unsqueeze(1))
     if getattr(producer, "bias", None) is not None:
         producer.bias.div_(divisor.to(producer.bias))
+
+
+def row_divisor(block: nn.Module, fold: Fold, scale: Tensor) -> Tensor:
+    """What a "linear" fold divides the producer's rows by, [rows]; 1 for rows that feed none of the channels. scale: tied."""
+    rows = fold.rows.to(scale.device)  # type: ignore[union-attr]
+    divisor = torch.ones(get_weight(block.get_submodule(fold.producer)).shape[0], dtype=scale.dtype, device=scale.device)
+    divisor[rows[rows >= 0]] = scale[rows >= 0]
+    return divisor
 
 
 def _divide(norm: nn.Module, scale: Tensor, plus_one: bool) -> None:

@@ -1,23 +1,26 @@
 """Proof of folds by experiment: random scales are folded into a copy of the block, and nothing it computes may change.
 
 Compared are the block's output *and* every consumer's own output: a few massive channels in the residual stream of a trained
-model would hide an error of one linear in the output alone.
+model would hide an error of one linear in the output alone. Outputs are filed under the module's name, never by position:
+in parallel blocks linears run in another order than the one they are grouped in.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from awq.folds.fold import Fold, InputGroup, apply_fold, hook_all
+from awq.folds.fold import InputGroup, apply_fold, hook_all, row_divisor
 from awq.nn.blocks import BlockCall
 
 TOLERANCE = 1e-4  # relative, float32
 Calls = Sequence[tuple[BlockCall, Tensor]]
+Outputs = dict[str, list[Tensor]]  # module name ("" is the block) → its outputs in order of execution
 
 
 def float_copy(block: nn.Module) -> nn.Module:
@@ -25,52 +28,79 @@ def float_copy(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block).float().eval()
 
 
-def outputs_of(block: nn.Module, names: Sequence[str], calls: Calls) -> list[Tensor]:
-    """The named modules' outputs and the block's own, over all calls."""
-    seen: list[Tensor] = []
+def float_calls(calls: Calls) -> Calls:
+    """The calls with every floating tensor in float32, so that 16-bit models are judged in float32."""
+    return [(call.to(hidden.device, torch.float32), hidden.float()) for call, hidden in calls]
 
-    def make(_name: str):
-        return lambda _m, _a, out: seen.append(out.detach().clone())
+
+def outputs_of(block: nn.Module, names: Sequence[str], calls: Calls) -> Outputs:
+    """The named modules' outputs and the block's own, over all calls. A module that is never called has no entry."""
+    seen: Outputs = {}
+
+    def make(name: str):
+        return lambda _m, _a, out: seen.setdefault(name, []).append(out.detach().clone())
 
     handles = hook_all(block, names, make)
     try:
         for call, hidden in calls:
-            seen.append(call.run(block, hidden).detach().clone())
+            seen.setdefault("", []).append(call.run(block, hidden).detach().clone())
     finally:
         for handle in handles:
             handle.remove()
     return seen
 
 
-def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Largest ‖after − before‖ / ‖before‖ over the outputs; inf when something is not finite or differs in shape."""
-    if len(before) != len(after) or any(a.shape != b.shape for a, b in zip(after, before)):
+def largest_change(before: Mapping[str, Sequence[Tensor]], after: Mapping[str, Sequence[Tensor]]) -> float:
+    """Largest ‖after − before‖ / ‖before‖ over the outputs; inf when something is not finite or differs in number or shape."""
+    if before.keys() != after.keys():
         return float("inf")
-    errors = [float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-20)) for a, b in zip(after, before)]
-    return max((e if e == e else float("inf") for e in errors), default=0.0)
+    worst = 0.0
+    for name, old in before.items():
+        new = after[name]
+        if len(old) != len(new) or any(a.shape != b.shape for a, b in zip(new, old)):
+            return float("inf")
+        for a, b in zip(new, old):
+            error = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-20))
+            worst = max(worst, error if error == error else float("inf"))
+    return worst
 
 
-def random_scale(fold: Fold, in_features: int, device: torch.device) -> Tensor:
-    """Random s in [0.5, 2], tied as the fold asks."""
-    return fold.tie((torch.rand(in_features) * 1.5 + 0.5).to(device))
+@contextmanager
+def restored(block: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Puts the named modules' own parameters back, bit for bit, on leaving."""
+    parameters = {p for name in names for p in block.get_submodule(name).parameters(recurse=False)}
+    saved = [(p, p.detach().clone()) for p in parameters]
+    try:
+        yield
+    finally:
+        for parameter, old in saved:
+            parameter.data.copy_(old)
 
 
 @torch.no_grad()
 def holds(block: nn.Module, groups: Sequence[InputGroup], calls: Calls) -> float:
-    """Largest change when all folds of `groups` are applied to a copy of the block with random scales."""
-    folded = float_copy(block)
-    names = [n for g in groups if g.fold for n in g.consumers]
-    before = outputs_of(folded, names, calls)
-    device = next(folded.parameters()).device
-    for group in groups:
-        if group.fold is not None:
-            apply_fold(folded, group.fold, random_scale(group.fold, group.in_features, device))
-    # A producer that is itself a consumer of another fold (v reads the norm, o reads v) changes its own output on purpose.
-    producers = {g.fold.producer for g in groups if g.fold}
-    after = outputs_of(folded, names, calls)
-    per_call = len(before) // len(calls)
-    fixed = [i for i in range(len(before)) if i % per_call == per_call - 1 or names[i % per_call] not in producers]
-    return largest_change([before[i] for i in fixed], [after[i] for i in fixed])
+    """Largest change when all folds of `groups` are applied together with random s in [0.5, 2], tied as they ask.
+
+    Changes the block while it runs and puts it back afterwards; meant for a float32 copy.
+    """
+    folds = [(g.fold, g.in_features) for g in groups if g.fold is not None]
+    names = [n for fold, _ in folds for n in fold.consumers]
+    before = outputs_of(block, names, calls)
+    generator = torch.Generator().manual_seed(len(names))  # the caller's random state stays as it is
+    undo: dict[str, Tensor] = {}
+    with restored(block, [*names, *(fold.producer for fold, _ in folds)]):
+        for fold, in_features in folds:
+            scale = (torch.rand(in_features, generator=generator) * 1.5 + 0.5).to(before[""][0].device)
+            scale = fold.tie(scale)
+            apply_fold(block, fold, scale)
+            if fold.kind == "linear":
+                divisor = row_divisor(block, fold, scale)
+                undo[fold.producer] = undo[fold.producer] * divisor if fold.producer in undo else divisor
+        after = outputs_of(block, names, calls)
+    # A producer that is itself a consumer (v reads the norm, o reads v) gives its output divided, on purpose.
+    for name in undo.keys() & after.keys():
+        after[name] = [out * undo[name] for out in after[name]]
+    return largest_change(before, after)
 
 
 @torch.no_grad()
@@ -79,21 +109,21 @@ def prove(block: nn.Module, groups: Sequence[InputGroup], calls: Calls) -> list[
 
     calls: (arguments, hidden states) of the block on a few tokens. The block itself is not touched.
     """
-    if not any(g.fold for g in groups) or holds(block, groups, calls) <= TOLERANCE:
+    if not any(g.fold for g in groups):
         return list(groups)
-    proven: list[InputGroup] = []
-    for group in groups:
-        change = holds(block, [group], calls) if group.fold else 0.0
-        proven.append(group if change <= TOLERANCE else _dropped(group, change))
+    probe, calls = float_copy(block), float_calls(calls)
+    if holds(probe, groups, calls) <= TOLERANCE:
+        return list(groups)
+    alone = [_judged(g, holds(probe, [g], calls) if g.fold else 0.0) for g in groups]
     kept: list[InputGroup] = []
-    for group in proven:
-        # Folds that hold alone but not together: keep the earlier one.
-        together = [*kept, group]
-        change = holds(block, together, calls) if group.fold and any(g.fold for g in kept) else 0.0
-        kept.append(group if change <= TOLERANCE else _dropped(group, change))
+    for group in alone:  # folds that hold alone but not together: the earlier one stays
+        together = bool(group.fold) and any(g.fold for g in kept)
+        kept.append(_judged(group, holds(probe, [*kept, group], calls) if together else 0.0))
     return kept
 
 
-def _dropped(group: InputGroup, change: float) -> InputGroup:
-    producer = group.fold.producer if group.fold else "none"
-    return replace(group, fold=None, reason=f"fold into {producer} changes the block by {change:.1e}")
+def _judged(group: InputGroup, change: float) -> InputGroup:
+    if group.fold is None or change <= TOLERANCE:
+        return group
+    return replace(group, fold=None, reason=f"fold into {group.fold.producer} changes the block by {change:.1e}")
+

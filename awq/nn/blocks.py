@@ -178,11 +178,14 @@ def _forward(model: nn.Module, item: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _forwards(replacements: dict[nn.Module, Any]) -> Iterator[None]:
-    """Gives modules another `forward` for a while."""
+    """Gives modules another `forward` for a while. One set on the instance before (accelerate's hooks) comes back."""
+    own = {module: module.__dict__["forward"] for module in replacements if "forward" in module.__dict__}
     try:
         for module, forward in replacements.items():
             module.forward = forward
         yield
     finally:
         for module in replacements:
-            del module.forward
+            module.__dict__.pop("forward", None)
+            if module in own:
+                module.forward = own[module]
