@@ -274,3 +274,15 @@ def test_register_is_reversible():
     finally:
         awq.register()
     assert auto.AUTO_QUANTIZER_MAPPING["awq"] is AwqHfQuantizer
+
+
+def test_weights_that_did_not_arrive_are_an_error(wide, monkeypatch):
+    """transformers warns and goes on with random weights when it finds no place for some; packed ones must not be random."""
+    from awq.checkpoint import hf
+
+    def spoiled(model, matched, packed):
+        next(iter(m for m in model.modules() if isinstance(m, WQLinear))).qweight.zero_()
+
+    monkeypatch.setattr(hf, "restore_scales", spoiled)
+    with pytest.raises(CheckpointError, match="did not load"):
+        AutoModelForCausalLM.from_pretrained(wide[1])

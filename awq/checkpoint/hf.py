@@ -180,7 +180,8 @@ def check_loaded(model: nn.Module, matched: dict[str, str], packed: PackedTensor
         if codes.is_meta:
             continue
         with safe_open(packed[stored]["qweight"]["file"], "pt") as file:
-            if not torch.equal(codes.cpu(), file.get_tensor(f"{stored}.qweight")):
+            expected = file.get_tensor(f"{stored}.qweight")
+            if codes.dtype != expected.dtype or not torch.equal(codes.cpu(), expected):
                 raise CheckpointError(
                     f"transformers did not load {stored} of the checkpoint into {type(model).__name__}.{name}; "
                     "load it with the class that config.json names under architectures."
