@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-VERBS = ("quantize", "generate", "embed", "info", "convert")
+VERBS = ("quantize", "generate", "embed", "info", "convert", "folds")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,7 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name in VERBS:
         module = import_module(f"awq.cli.{name}")
-        sub = verbs.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
+        about = module.__doc__ or name
+        sub = verbs.add_parser(name, help=about.splitlines()[0], description=about)
         module.add_arguments(sub)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.set_defaults(run=module.run)

@@ -1,0 +1,316 @@
+"""The snippets of the AutoAWQ guide and of our own pages run as written; only model paths are local.
+
+The guide's comments are left out. Two lines of it cannot work anywhere: its `torch.cat` of token rows of different lengths
+(our `prepare_calibration_tokens` stands in for the function that holds it) and its undefined `streamer`.
+Its datasets are replaced by local ones with the same columns, since tests reach no hub.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModel, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextStreamer
+
+import awq
+from awq import AutoAWQForCausalLM, prepare_calibration_tokens
+from awq.calibration.sources import bundled_texts
+from awq.nn.linear import WQLinear
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+quant_config = {
+    "zero_point": True,
+    "q_group_size": 128,
+    "w_bit": 4,
+    "version": "GEMM"
+}
+"""
+LANGUAGE_MODEL = (
+    """
+from awq import AutoAWQForCausalLM
+from transformers import AutoTokenizer
+
+model_path = 'mistralai/Mistral-7B-Instruct-v0.2'
+quant_path = 'mistral-instruct-v0.2-awq'
+"""
+    + CONFIG
+    + """
+model = AutoAWQForCausalLM.from_pretrained(model_path)
+tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=True)
+model.quantize(tokenizer, quant_config=quant_config)
+model.save_quantized(quant_path)
+tokenizer.save_pretrained(quant_path)
+"""
+)
+EMBEDDING_TEXTS = """
+from awq import AutoAWQForCausalLM
+from transformers import AutoTokenizer
+from datasets import load_dataset
+import torch
+
+model_path = 'sentence-transformers/all-MiniLM-L6-v2'
+quant_path = 'all-MiniLM-L6-v2-awq-4bit'
+
+def prepare_embedding_calibration_data():
+    dataset = load_dataset("sentence-transformers/stsb", split="train")
+    calibration_texts = []
+
+    for item in dataset.select(range(512)):
+        calibration_texts.append(item["sentence1"])
+        calibration_texts.append(item["sentence2"])
+
+    return calibration_texts
+
+def prepare_domain_calibration_data():
+    dataset = load_dataset("scientific_papers", "arxiv", split="train")
+    calibration_texts = dataset.select(range(1024))["abstract"]
+
+    return calibration_texts
+
+calibration_texts = prepare_embedding_calibration_data()
+"""
+QUANTIZE_TOKENS = (
+    """
+model = AutoAWQForCausalLM.from_pretrained(model_path)
+tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=True)
+calibration_tokens = prepare_calibration_tokens(tokenizer, calibration_texts)
+"""
+    + CONFIG
+    + """
+model.quantize(calibration_tokens, quant_config=quant_config)
+model.save_quantized(quant_path)
+tokenizer.save_pretrained(quant_path)
+"""
+)
+CUSTOM_TEXTS = """
+from awq import AutoAWQForCausalLM
+from transformers import AutoTokenizer
+import torch
+
+custom_texts = [
+    "This is an example sentence for embedding model quantization.",
+    "Embedding models convert text into numerical representations.",
+    "Quantization reduces model size while preserving performance.",
+]
+
+model_path = 'your-embedding-model'
+quant_path = 'your-embedding-model-awq-4bit'
+""" + QUANTIZE_TOKENS.replace("calibration_texts", "custom_texts")
+INFERENCE = '''
+from awq import AutoAWQForCausalLM
+from transformers import AutoTokenizer
+from awq.utils.utils import get_best_device
+
+device = get_best_device()
+quant_path = "TheBloke/zephyr-7B-beta-AWQ"
+
+model = AutoAWQForCausalLM.from_quantized(
+    quant_path,
+    fuse_layers=True,
+    device=device
+)
+tokenizer = AutoTokenizer.from_pretrained(quant_path, trust_remote_code=True)
+
+prompt_template = """\\
+<|system|>
+</s>
+<|user|>
+{prompt}</s>
+<|assistant|>
+"""
+
+prompt = "You're standing on the surface of the Earth. You walk one mile south, one mile west and one mile north. You end up exactly where you started. Where are you?"
+
+tokens = tokenizer(
+    prompt_template.format(prompt=prompt),
+    return_tensors='pt'
+).input_ids.to(device)
+
+generation_output = model.generate(
+    tokens,
+    streamer=streamer,
+    max_seq_len=512
+)
+'''  # noqa: E501
+FUSED = """
+model = AutoAWQForCausalLM.from_quantized(
+    quant_path,
+    fuse_layers=True,
+    max_seq_len=seq_len,
+    batch_size=batch_size
+)
+"""
+LOADER = """
+class AutoAWQLoader(BaseModelLoader):
+    def load_model(self):
+        model = AutoAWQForCausalLM.from_quantized(
+            self.model_name,
+            fuse_layers=True,
+            device=self.get_device()
+        )
+        tokenizer = model.tokenizer
+        return model, tokenizer
+"""
+
+
+def run(snippet, paths=(), **names):
+    """Runs a snippet with its model paths replaced by local ones; returns its names."""
+    for written, local in dict(paths).items():
+        assert re.search(f"""['"]{re.escape(written)}['"]""", snippet), f"the snippet no longer names {written}"
+        snippet = re.sub(f"""(['"]){re.escape(written)}['"]""", repr(str(local)), snippet)
+    space = dict(names)
+    exec(compile(snippet, "<guide>", "exec"), space)
+    return space
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Byte-level BPE of 320 ids trained on the bundled text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(bundled_texts(), trainer)
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer, tmp_path_factory):
+    """{"llama": directory, "bert": directory}: tiny random models whose widths divide by the guide's group size."""
+    root = tmp_path_factory.mktemp("guide")
+    torch.manual_seed(0)
+    shape = dict(vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                 max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    made = {"llama": LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2)), "bert": BertModel(BertConfig(**shape))}
+    for name, model in made.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return {name: root / name for name in made}
+
+
+@pytest.fixture(scope="module")
+def language_model(models, tmp_path_factory):
+    """The directory that the guide's first snippet writes."""
+    target = tmp_path_factory.mktemp("written") / "llama-awq"
+    paths = {"mistralai/Mistral-7B-Instruct-v0.2": models["llama"], "mistral-instruct-v0.2-awq": target}
+    run(LANGUAGE_MODEL, paths)
+    return target
+
+
+@pytest.fixture
+def local_datasets(monkeypatch):
+    sentences = [f"Sentence number {i} tells of {'rivers and ' * (i % 5)}hills." for i in range(1100)]
+
+    def load_dataset(name, *args, split, **kwargs):
+        columns = {"sentence-transformers/stsb": ("sentence1", "sentence2"), "scientific_papers": ("abstract",)}[name]
+        return datasets.Dataset.from_dict(dict.fromkeys(columns, sentences))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def vectors(model, tokenizer):
+    inputs = tokenizer(["Where are you?", "One mile north."], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).last_hidden_state
+
+
+def is_close_to_full_precision(directory, source, tokenizer):
+    mine, full = (vectors(AutoModel.from_pretrained(d), tokenizer) for d in (directory, source))
+    return torch.nn.functional.cosine_similarity(mine, full, dim=-1).min() > 0.95
+
+
+def test_language_model(language_model):
+    model = AutoAWQForCausalLM.from_quantized(str(language_model))
+    assert sum(isinstance(m, WQLinear) for m in model.modules()) == 14
+    assert (language_model / "tokenizer.json").exists()
+
+
+def test_embedding_model_with_texts_of_the_task(models, tokenizer, tmp_path, local_datasets):
+    names = {"sentence-transformers/all-MiniLM-L6-v2": models["bert"], "all-MiniLM-L6-v2-awq-4bit": tmp_path / "q"}
+    space = run(EMBEDDING_TEXTS + QUANTIZE_TOKENS, names, prepare_calibration_tokens=prepare_calibration_tokens)
+    assert len(space["calibration_tokens"]) == 1024
+    assert len({t.shape[1] for t in space["calibration_tokens"]}) > 1, "texts of different lengths"
+    assert is_close_to_full_precision(tmp_path / "q", models["bert"], tokenizer)
+
+
+def test_texts_of_the_domain(tokenizer, local_datasets):
+    """The guide's other source gives a column of a dataset, not a list."""
+    space = run(EMBEDDING_TEXTS)
+    texts = space["prepare_domain_calibration_data"]()
+    assert len(prepare_calibration_tokens(tokenizer, texts)) == 1024
+
+
+def test_custom_texts(models, tokenizer, tmp_path):
+    names = {"your-embedding-model": models["bert"], "your-embedding-model-awq-4bit": tmp_path / "q"}
+    run(CUSTOM_TEXTS, names, prepare_calibration_tokens=prepare_calibration_tokens)
+    assert is_close_to_full_precision(tmp_path / "q", models["bert"], tokenizer)
+
+
+def test_inference(language_model, tokenizer, capsys):
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    space = run(INFERENCE, {"TheBloke/zephyr-7B-beta-AWQ": language_model}, streamer=streamer)
+    out, prompt = space["generation_output"], space["tokens"]
+    assert torch.equal(out[:, : prompt.shape[1]].cpu(), prompt.cpu()) and prompt.shape[1] < out.shape[1] <= 512
+    assert out.shape[1] == 512 or int(out[0, -1]) == tokenizer.eos_token_id
+    assert capsys.readouterr().out.strip(), "the streamer printed the answer"
+
+
+def test_fused(language_model, tokenizer):
+    space = run(FUSED, AutoAWQForCausalLM=AutoAWQForCausalLM, quant_path=str(language_model), seq_len=128, batch_size=2)
+    ids = tokenizer(["Where are you?"] * 2, return_tensors="pt").input_ids
+    assert space["model"].generate(ids, max_new_tokens=3).shape[0] == 2
+
+
+def test_loader_of_an_embedding_server(models, tokenizer, tmp_path):
+    class BaseModelLoader:
+        model_name = str(tmp_path / "q")
+
+        def get_device(self):
+            return "cpu"
+
+    names = {"your-embedding-model": models["bert"], "your-embedding-model-awq-4bit": tmp_path / "q"}
+    run(CUSTOM_TEXTS, names, prepare_calibration_tokens=prepare_calibration_tokens)
+    space = run(LOADER, AutoAWQForCausalLM=AutoAWQForCausalLM, BaseModelLoader=BaseModelLoader)
+    model, found = space["AutoAWQLoader"]().load_model()
+    assert vectors(model, found).shape[-1] == 128
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_code_blocks_of_our_pages(page, models, tmp_path, monkeypatch):
+    """Blocks of one page run in order and share their names; a page may use the names given here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"body": t}) for t in bundled_texts()))
+    space = {
+        "model_path": str(models["llama"]), "quant_path": str(tmp_path / "llama-awq"), "encoder_path": str(models["bert"]),
+        "encoder_quant_path": str(tmp_path / "bert-awq"), "texts": ["The river is cold.", "Hills are old and rivers are young."],
+    }  # fmt: skip
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), space)
+
+
+def test_commands_of_our_guide(models, tmp_path, monkeypatch, capsys):
+    """The `awq` lines of docs/guide.md, with its directories in place."""
+    import shlex
+
+    from awq.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    for name, local in (("my-model", models["llama"]), ("my-encoder", models["bert"])):
+        Path(name).symlink_to(local)
+    Path("texts.txt").write_text("\n\n".join(bundled_texts()), encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/guide.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("awq ")]
+    assert {line.split()[1] for line in lines} == set(awq.cli.VERBS)
+    for line in lines:
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line
