@@ -1,11 +1,13 @@
-"""Prints the folds found for every family of the test zoo as a Markdown table (docs/folds.md holds its output).
+"""Prints the folds found for every family of the test zoo as a Markdown table (with --write into docs/folds.md).
 
-PYTHONPATH=tests python benchmarks/fold_table.py [family ...]
+PYTHONPATH=tests python benchmarks/fold_table.py [family ...] [--write]
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import zoo
@@ -27,14 +29,28 @@ def folds_of(family: str) -> list:
     return prove(blocks[1], discover(blocks[1], [(one.calls[0][0][1], hidden_one)], calls), calls)
 
 
+def fold_table(families: Sequence[str]) -> str:
+    """Markdown: how many groups of linears have a fold, per family, then every group; families not installed are left out."""
+    found = {family: folds_of(family) for family in families if zoo.available(family)}
+    counts = ["| family | groups | norm | norm (1+w) | linear | none |", "|---|---|---|---|---|---|"]
+    lines = ["| family | linears that read one tensor | fold |", "|---|---|---|"]
+    for family, groups in found.items():
+        kinds = [g.fold.kind if g.fold else "none" for g in groups]
+        numbers = (len(kinds), *(kinds.count(k) for k in ("norm", "norm_plus_one", "linear", "none")))
+        counts.append(f"| {family} | {' | '.join(map(str, numbers))} |")
+        for group in groups:
+            lines.append(f"| {family} | {', '.join(group.consumers)} | {group.fold.describe() if group.fold else '—'} |")
+    return "\n".join([*counts, "", *lines]) + "\n"
+
+
 def main() -> None:
-    print("| family | linears that read one tensor | fold |\n|---|---|---|")
-    for family in sys.argv[1:] or zoo.FAMILIES:
-        if not zoo.available(family):
-            continue
-        for group in folds_of(family):
-            names = ", ".join(group.consumers)
-            print(f"| {family} | {names} | {group.fold.describe() if group.fold else '—'} |")
+    table = fold_table([a for a in sys.argv[1:] if a != "--write"] or zoo.FAMILIES)
+    if "--write" not in sys.argv:
+        print(table, end="")
+        return
+    page = Path(__file__).parents[1] / "docs" / "folds.md"
+    prose = page.read_text(encoding="utf-8").partition("\n| family")[0]
+    page.write_text(f"{prose}\n{table}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,13 @@ def available(family: str) -> bool:
 
 def tiny_model(family: str, seed: int = 0) -> torch.nn.Module:
     """A random float32 model in evaluation mode: a causal language model for decoders, the body for encoders."""
+    return build(family, {**DECODERS.get(family, {}), **ENCODERS.get(family, {})}, seed)
+
+
+def build(family: str, settings: dict, seed: int = 0) -> torch.nn.Module:
+    """A random model of a model type that need not be listed; settings: entries of its config beyond TINY."""
     config = AutoConfig.for_model(family)
-    for key, value in {**TINY, **DECODERS.get(family, {}), **ENCODERS.get(family, {})}.items():
+    for key, value in {**TINY, **settings}.items():
         setattr(config, key, value)
     if getattr(config, "layer_types", None):
         kinds = config.layer_types
@@ -47,7 +52,7 @@ def tiny_model(family: str, seed: int = 0) -> torch.nn.Module:
             (kinds * 3)[:3] if len(set(kinds)) == 1 else [kinds[0], next(k for k in kinds if k != kinds[0]), kinds[0]]
         )
     torch.manual_seed(seed)
-    auto = AutoModelForCausalLM if family in DECODERS else AutoModel
+    auto = AutoModelForCausalLM if family not in ENCODERS else AutoModel
     model = auto.from_config(config, attn_implementation="eager").float().eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:

@@ -81,10 +81,8 @@ def _input_groups(block: nn.Module, calls: Calls) -> tuple[list[InputGroup], dic
     for name, key in inputs.items():
         members.setdefault(key, []).append(name)
     groups = [InputGroup(tuple(names), key[1]) for key, names in members.items()]
-    feeding = {
-        names[0]: [n for n, out in outputs.items() if out == key and block.get_submodule(n).weight.numel() == key[1]]
-        for key, names in members.items()
-    }
+    widths = {n: block.get_parameter(f"{n}.weight").numel() for n in outputs}
+    feeding = {names[0]: [n for n, out in outputs.items() if out == key and widths[n] == key[1]] for key, names in members.items()}
     return groups, feeding
 
 

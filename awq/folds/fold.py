@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def apply_fold(block: nn.Module, fold: Fold, scale: Tensor) -> None:
     for name in fold.consumers:
         weight = get_weight(block.get_submodule(name))
         weight.mul_(scale.to(weight))
-    producer = block.get_submodule(fold.producer)
+    producer: Any = block.get_submodule(fold.producer)
     if fold.kind != "linear":
         _divide(producer, scale, plus_one=fold.kind == "norm_plus_one")
         return
@@ -85,7 +85,7 @@ def row_divisor(block: nn.Module, fold: Fold, scale: Tensor) -> Tensor:
     return divisor
 
 
-def _divide(norm: nn.Module, scale: Tensor, plus_one: bool) -> None:
+def _divide(norm: Any, scale: Tensor, plus_one: bool) -> None:
     weight = norm.weight
     s = scale.to(weight)
     weight.copy_((1 + weight) / s - 1 if plus_one else weight / s)

@@ -86,11 +86,10 @@ def holds(block: nn.Module, groups: Sequence[InputGroup], calls: Calls) -> float
     folds = [(g.fold, g.in_features) for g in groups if g.fold is not None]
     names = [n for fold, _ in folds for n in fold.consumers]
     before = outputs_of(block, names, calls)
-    generator = torch.Generator().manual_seed(len(names))  # the caller's random state stays as it is
     undo: dict[str, Tensor] = {}
     with restored(block, [*names, *(fold.producer for fold, _ in folds)]):
         for fold, in_features in folds:
-            scale = (torch.rand(in_features, generator=generator) * 1.5 + 0.5).to(before[""][0].device)
+            scale = (torch.rand(in_features) * 1.5 + 0.5).to(before[""][0].device)
             scale = fold.tie(scale)
             apply_fold(block, fold, scale)
             if fold.kind == "linear":
@@ -126,4 +125,3 @@ def _judged(group: InputGroup, change: float) -> InputGroup:
     if group.fold is None or change <= TOLERANCE:
         return group
     return replace(group, fold=None, reason=f"fold into {group.fold.producer} changes the block by {change:.1e}")
-
