@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from awq.checkpoint.files import read_json
 from awq.config import AwqConfig
 
 # What a reader must still be told about the original model: above all its licence.
@@ -49,7 +50,7 @@ def write_card(
     if report is not None:
         body += _FIGURES.format(summary=report.summary())
     card = directory / "README.md"
-    text = f"---\n{_metadata(card, source)}---\n\n# {original} (AWQ)\n\n{body}"
+    text = f"---\n{_metadata(card, source)}---\n\n# {name or f'{original}-awq'}\n\n{body}"
     card.write_text(text, encoding="utf-8")
 
 
@@ -68,8 +69,6 @@ def _metadata(card: Path, source: str | Path | None) -> str:
 
 
 def _auto_name(directory: Path) -> str:
-    from awq.checkpoint.files import read_json
-
     architecture = (read_json(directory / "config.json").get("architectures") or [""])[0]
     if (directory / "modules.json").exists() or not architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "AutoModel"

@@ -22,7 +22,7 @@ from awq.errors import CheckpointError
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import linear_shape, named_linears, replace_module
 
-_TABLES = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+_TABLES: tuple[Any, ...] = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
 _previous: list[Any] = []
 # Names of kernels that older writers put where the layout's name belongs; all of them read the gemm layout.
 _GEMM_KERNELS = {"exllama", "ipex", "exllama_v1", "exllama_v2", "gemm_triton"}
@@ -88,7 +88,7 @@ class AwqHfQuantizer(HfQuantizer):
         """transformers 4.x: no dtype means float16, AutoAWQ's, on an accelerator and float32 on a CPU."""
         return torch_dtype or (torch.float16 if torch.cuda.is_available() else torch.float32)
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         self.packed = packed_tensors(files_of(model.config, kwargs.get("checkpoint_files")))
         self.matched = replace_linears(model, self.settings, self.packed)
         for name in self.matched:
@@ -98,7 +98,7 @@ class AwqHfQuantizer(HfQuantizer):
             model.get_submodule(name).weight = placeholder
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for name in self.matched:
             model.get_submodule(name).__dict__.pop("weight", None)
         restore_scales(model, self.matched, self.packed)
@@ -117,18 +117,19 @@ class AwqHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
         for name, module in list(model.named_modules()):
             if isinstance(module, WQLinear):
                 dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
                 dense.weight = nn.Parameter(module.dequantize(dtype or model.dtype))
-                if module.bias is not None:
-                    dense.bias = nn.Parameter(module.bias.to(dense.weight.dtype))
+                bias: Any = module.bias
+                if bias is not None:
+                    dense.bias = nn.Parameter(bias.to(dense.weight.dtype))
                 replace_module(model, name, dense)
         return model
 
 
-def replace_linears(model: nn.Module, config: settings.AwqConfig, packed: PackedTensors) -> dict[str, str]:
+def replace_linears(model: Any, config: settings.AwqConfig, packed: PackedTensors) -> dict[str, str]:
     """Puts an empty `WQLinear` where the checkpoint has packed weights, in place; returns module name → name in the files.
 
     packed: headers of the packed tensors; when empty, every linear but the excluded ones and the output head is meant.
@@ -145,7 +146,7 @@ def replace_linears(model: nn.Module, config: settings.AwqConfig, packed: Packed
         skipped = config.modules_to_not_convert
         matched = {n: n for n, m in linears.items() if m is not head and not any(f".{p}." in f".{n}." for p in skipped)}
     for name in matched:
-        module = linears[name]
+        module: Any = linears[name]
         in_features, out_features = linear_shape(module)
         size = config.group_size_of(in_features, name)
         place, dtype = module.weight.device, module.weight.dtype
@@ -154,7 +155,7 @@ def replace_linears(model: nn.Module, config: settings.AwqConfig, packed: Packed
     return matched
 
 
-def restore_scales(model: nn.Module, matched: dict[str, str], packed: PackedTensors) -> None:
+def restore_scales(model: Any, matched: dict[str, str], packed: PackedTensors) -> None:
     """Reads scales again that transformers 4.x has cast to the model's dtype on the way in: bfloat16 loses three of their bits."""
     for name, stored in matched.items():
         module = model.get_submodule(name)
@@ -170,7 +171,7 @@ def restore_scales(model: nn.Module, matched: dict[str, str], packed: PackedTens
                 module._buffers[kind] = file.get_tensor(f"{stored}.{kind}").half().to(buffer.device)
 
 
-def check_loaded(model: nn.Module, matched: dict[str, str], packed: PackedTensors) -> None:
+def check_loaded(model: Any, matched: dict[str, str], packed: PackedTensors) -> None:
     """Compares the first and the last packed linear with the files.
 
     transformers only warns about weights it did not find a place for, and goes on with random ones. Raises CheckpointError.

@@ -26,7 +26,7 @@ _DTYPES = {"I32": "int32", "I16": "int16", "F16": "float16", "BF16": "bfloat16",
 _SHORTEST_ENDING = 3  # parts of a name, so that a layer's index is among them
 
 
-def match_names(model: nn.Module, packed: PackedTensors) -> dict[str, str]:
+def match_names(model: Any, packed: PackedTensors) -> dict[str, str]:
     """Module name → name in the checkpoint, for every linear whose packed weight is in the files.
 
     Raises CheckpointError when the files hold packed weights and none of them belongs to this model.
@@ -55,7 +55,7 @@ def match_names(model: nn.Module, packed: PackedTensors) -> dict[str, str]:
     return matched
 
 
-def todays_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+def todays_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     """Module name in the installed transformers → name in the checkpoint; transformers 5 renames modules while loading."""
     renamings = [step for step in _conversions(model) if not hasattr(step, "operations")]
     if not renamings:
@@ -65,7 +65,7 @@ def todays_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     return {apply_renamings(f"{name}.qweight", renamings).removesuffix(".qweight"): name for name in stored}
 
 
-def merged_on_disk(model: nn.Module, packed: Iterable[str]) -> list[str]:
+def merged_on_disk(model: Any, packed: Iterable[str]) -> list[str]:
     """Packed linears that transformers 5 would glue together, as dense weights, in its "original format" on disk."""
     patterns = [
         pattern.rstrip("$").removesuffix(".weight")
@@ -76,7 +76,7 @@ def merged_on_disk(model: nn.Module, packed: Iterable[str]) -> list[str]:
     return [name for name in packed if any(re.search(pattern, name) for pattern in patterns)]
 
 
-def _conversions(model: nn.Module) -> list[Any]:
+def _conversions(model: Any) -> list[Any]:
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:  # transformers 4

@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from awq.checkpoint.card import write_card
 from awq.checkpoint.directory import complete_directory, copy_companions, source_directory
 from awq.checkpoint.files import read_json
+from awq.checkpoint.hf import storage_settings
 from awq.checkpoint.match import merged_on_disk
 from awq.config import AwqConfig
 from awq.errors import CheckpointError
@@ -25,7 +24,7 @@ REPORT_FILE = "quantization_report.json"
 
 
 def save_checkpoint(
-    model: nn.Module,
+    model: Any,
     directory: str | Path,
     config: AwqConfig,
     report: Any = None,
@@ -60,7 +59,7 @@ def save_checkpoint(
             write_card(work, config, report, source, packed, Path(directory).name)
 
 
-def unconverted(model: nn.Module) -> tuple[str, ...]:
+def unconverted(model: Any) -> tuple[str, ...]:
     """Full names of the linears that are still dense, with and without the base prefix.
 
     Names are written out in full because readers match them differently: transformers by their start or end, vLLM and SGLang
@@ -71,7 +70,7 @@ def unconverted(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(names | {name.removeprefix(base) for name in names if base != "."}))
 
 
-def _names_on_disk(model: nn.Module) -> dict[str, bool]:
+def _names_on_disk(model: Any) -> dict[str, bool]:
     """Argument of save_pretrained: source names, unless packed tensors would have to be glued together for them."""
     merged = merged_on_disk(model, [n for n, m in model.named_modules() if isinstance(m, WQLinear)])
     if not merged:
@@ -89,7 +88,7 @@ def _is_quantized(origin: Path | None) -> bool:
 
 
 @contextmanager
-def _config_of(model: nn.Module, settings: dict[str, Any] | None) -> Iterator[None]:
+def _config_of(model: Any, settings: dict[str, Any] | None) -> Iterator[None]:
     """Shows `settings` as the model's quantization_config while it is saved, and puts back what was there."""
     config, quantizer = model.config, model.__dict__.pop("hf_quantizer", None)
     had = config.__dict__.pop("quantization_config", None)
@@ -107,8 +106,6 @@ def _config_of(model: nn.Module, settings: dict[str, Any] | None) -> Iterator[No
 
 def read_settings(directory: str | Path) -> AwqConfig:
     """The storage settings of a saved checkpoint. Raises CheckpointError when it is not an AWQ checkpoint."""
-    from awq.checkpoint.hf import storage_settings
-
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} has no config.json; it is not a model directory.")

@@ -31,14 +31,14 @@ class BaseAWQForCausalLM(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         path: str,
         config: AwqConfig | None = None,
         tokenizer: Any = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.path = path
         self.config = model.config
         self.model_type = model.config.model_type
@@ -163,7 +163,7 @@ class BaseAWQForCausalLM(nn.Module):
             packed, linear = self.model.get_submodule(line.name), dense[line.name]
             if isinstance(packed, WQLinear):
                 get_weight(linear).copy_(packed.dequantize())
-                replace_module(self.model, line.name, linear.to(packed.qweight.device, dtype))
+                replace_module(self.model, line.name, linear.to(self.device, dtype))
                 self._waiting[line.name] = packed
         return report
 
