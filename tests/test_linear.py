@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from awq.core.weight import round_to_nearest
+from awq.errors import ConfigError
+from awq.kernels import reference
 from awq.modules.linear import WQLinear_GEMM, WQLinear_GEMV, WQLinear_GEMVFast
 from awq.nn.linear import WQLinear
 
@@ -45,10 +47,48 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(x), module(x))
 
 
-def test_operator_passes_opcheck():
-    m, _, _ = make()
-    arguments = (torch.randn(3, 64, requires_grad=True), m.qweight, m.qzeros, m.scales, m.bias, 64, 24, 32, "gemm")
+@pytest.mark.parametrize("format", ["gemm", "gemv", "gemv_fast"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_operator_passes_opcheck(format, bias):
+    m, _, _ = make(format, bias)
+    arguments = (torch.randn(3, 64, requires_grad=True), m.qweight, m.qzeros, m.scales, m.bias, 64, 24, 32, format)
     torch.library.opcheck(torch.ops.awq.linear.default, arguments)
+
+
+@pytest.mark.parametrize("format", ["gemm", "gemv", "gemv_fast"])
+@pytest.mark.parametrize("group_size", [16, 32, 64])
+def test_dense_weight_equals_the_canonical_one_bit_for_bit(format, group_size):
+    m, weight, _ = make(format, group_size=group_size)
+    dense = reference.dequantize(m.qweight, m.qzeros, m.scales, 64, 24, group_size, format)
+    assert torch.equal(dense, weight.dequantize()) and torch.equal(m.dequantize(), dense)
+
+
+@pytest.mark.parametrize("format", ["gemm", "gemv", "gemv_fast"])
+def test_state_dict_goes_through_a_module_born_on_meta(format):
+    module, weight, bias = make(format)
+    born = WQLinear(64, 24, True, 32, format, device="meta")
+    assert all(t.is_meta for t in born.state_dict().values())
+    born.load_state_dict(module.state_dict(), assign=True)
+    assert all(torch.equal(a, b) for a, b in zip(born.quantized()[:3], weight[:3])) and torch.equal(born.bias, bias)
+    born = WQLinear(64, 24, True, 32, format, device="meta").to_empty(device="cpu")
+    born.load_state_dict(module.state_dict())
+    x = torch.randn(2, 64)
+    assert torch.equal(born(x), module(x))
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
+@pytest.mark.parametrize("format", ["gemm", "gemv_fast"])
+def test_casts_reach_the_bias_only(format, cast):
+    module, weight, _ = make(format)
+    module = getattr(torch.nn.Sequential(module), cast)()[0]
+    assert module.bias.dtype == getattr(torch, cast) and module.scales.dtype == torch.float16
+    assert all(torch.equal(a, b) for a, b in zip(module.quantized()[:3], weight[:3]))
+
+
+@pytest.mark.parametrize("shape, format", [((64, 12, 32), "gemm"), ((64, 16, 24), "gemm"), ((96, 8, 32), "gemv_fast")])
+def test_a_shape_that_does_not_fit_is_refused(shape, format):
+    with pytest.raises(ConfigError, match="multiple of"):
+        WQLinear(shape[0], shape[1], False, shape[2], format)
 
 
 @pytest.mark.parametrize("cls", [WQLinear_GEMM, WQLinear_GEMV, WQLinear_GEMVFast])

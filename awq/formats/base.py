@@ -29,14 +29,18 @@ class Format:
     reason: Callable[[int, int, int], str | None]
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """Tensors as a checkpoint holds them. Raises ConfigError for other than 4 bits or a shape that does not fit."""
+        """Tensors as a checkpoint holds them; codes and zeros are clamped to 0 … 15.
+
+        Raises ConfigError for other than 4 bits, a shape that does not fit, or values that the layout cannot hold.
+        """
         if weight.bits != 4:
             raise ConfigError(f"packed formats hold 4 bits, not {weight.bits}; use export_compatible=True for dense weights.")
         out_features, in_features = weight.codes.shape
         problem = self.why_not(in_features, out_features, weight.group_size)
         if problem:
             raise ConfigError(f"{self.name} cannot store this weight: {problem}")
-        return self.encode(weight)
+        # A value above 15 would spill into the neighbouring nibble.
+        return self.encode(weight._replace(codes=weight.codes.clamp(0, 15), zeros=weight.zeros.clamp(0, 15)))
 
     def unpack(self, tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int) -> QuantizedWeight:
         """Inverse of `pack`: exact, tensor for tensor."""
@@ -54,6 +58,14 @@ class Format:
         if in_features % group_size:
             return f"in_features {in_features} is not a multiple of group_size {group_size}"
         return self.reason(in_features, out_features, group_size)
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """Transposed copy with the strides of a fresh tensor.
+
+    `.t().contiguous()` of one row copies nothing and keeps odd strides, which a view as bytes refuses.
+    """
+    return matrix.t().clone(memory_format=torch.contiguous_format)
 
 
 def pack_words(nibbles: Tensor) -> Tensor:

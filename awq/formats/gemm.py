@@ -11,21 +11,37 @@ import torch
 from torch import Tensor
 
 from awq.core.weight import QuantizedWeight
-from awq.formats.base import INVERSE, ORDER, Format, Shapes, pack_words, permute_blocks, unpack_words
+from awq.formats.base import Format, Shapes, transposed
+
+
+# Column 4a + 2b + c of a run of eight lies in byte 2c + a of its word, in the low half for b = 0, else the high one. Whole
+# rows are moved as bytes, never single nibbles, which makes a 4096 × 4096 matrix some ten times faster.
+def _pack_columns(values: Tensor) -> Tensor:
+    """uint8 [out, n] of 0 … 15 → int32 [n, out/8]."""
+    out, n = values.shape
+    runs = values.reshape(out // 8, 2, 2, 2, n)  # [word, a, b, c, n]
+    data = runs[:, :, 0] | (runs[:, :, 1] << 4)
+    return transposed(data.permute(0, 3, 2, 1).reshape(out // 8, 4 * n).view(torch.int32))
+
+
+def _unpack_columns(words: Tensor) -> Tensor:
+    """int32 [n, out/8] → uint8 [out, n]; inverse of `_pack_columns`."""
+    n, width = words.shape
+    data = transposed(words).view(torch.uint8).view(width, n, 2, 2).permute(0, 3, 2, 1).contiguous()  # [word, a, c, n]
+    return torch.stack((data & 15, data >> 4), 2).view(8 * width, n)
 
 
 def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
     return {
-        "qweight": pack_words(permute_blocks(weight.codes.t(), ORDER)),
-        "qzeros": pack_words(permute_blocks(weight.zeros.t(), ORDER)),
-        "scales": weight.scales.t().contiguous(),
+        "qweight": _pack_columns(weight.codes),
+        "qzeros": _pack_columns(weight.zeros),
+        "scales": transposed(weight.scales),
     }
 
 
 def _decode(tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int) -> QuantizedWeight:
-    codes = permute_blocks(unpack_words(tensors["qweight"]), INVERSE)
-    zeros = permute_blocks(unpack_words(tensors["qzeros"]), INVERSE)
-    return QuantizedWeight(codes.t().contiguous(), tensors["scales"].t().contiguous(), zeros.t().contiguous())
+    codes, zeros = _unpack_columns(tensors["qweight"]), _unpack_columns(tensors["qzeros"])
+    return QuantizedWeight(codes, transposed(tensors["scales"]), zeros)
 
 
 def _shapes(in_features: int, out_features: int, group_size: int) -> Shapes:

@@ -14,39 +14,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awq.core.weight import QuantizedWeight
-from awq.formats.base import INVERSE, ORDER, Format, Shapes, permute_blocks
+from awq.errors import ConfigError
+from awq.formats.base import Format, Shapes, transposed
 from awq.formats.gemv import zero_words
 
 _ROWS, _STRIDE = 4, 64
 
 
+# The two permutations together: input 8k + 2m + d of a run of 32 is stored at 8m + 4d + k, and k = 2i + j makes j the half
+# of a byte. So a code has the axes [out/4, row, in/64, half, i, j, m, d], its byte [out/4, in/64, row, half, m, d, i].
+def _pack_rows(codes: Tensor) -> Tensor:
+    """uint8 [out, in] of 0 … 15 → int16 [out/4, in]."""
+    out, width = codes.shape
+    axes = codes.reshape(out // _ROWS, _ROWS, width // _STRIDE, 2, 2, 2, 4, 2)
+    data = axes[:, :, :, :, :, 0] | (axes[:, :, :, :, :, 1] << 4)
+    return data.permute(0, 2, 1, 3, 5, 6, 4).reshape(out // _ROWS, 2 * width).view(torch.int16)
+
+
+def _unpack_rows(words: Tensor) -> Tensor:
+    """int16 [out/4, in] → uint8 [out, in]; inverse of `_pack_rows`."""
+    quarter, width = words.shape
+    data = words.contiguous().view(torch.uint8).view(quarter, width // _STRIDE, _ROWS, 2, 4, 2, 2)
+    data = data.permute(0, 2, 1, 3, 6, 4, 5).contiguous()
+    return torch.stack((data & 15, data >> 4), 5).view(_ROWS * quarter, width)
+
+
 def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
-    out, width = weight.codes.shape
-    codes = weight.codes.view(out, -1, 4, 4, 2).transpose(2, 3).reshape(out, width)
-    codes = permute_blocks(codes, ORDER)
-    # [out/4, 4, in/64, 64] → rows of one run of 64 stand side by side, then four consecutive nibbles make a word.
-    codes = codes.view(out // _ROWS, _ROWS, width // _STRIDE, _STRIDE).transpose(1, 2)
-    nibbles = codes.reshape(out // _ROWS, width // _STRIDE, _STRIDE, 4)
-    data = torch.stack((nibbles[..., 0] | (nibbles[..., 1] << 4), nibbles[..., 2] | (nibbles[..., 3] << 4)), -1)
+    width = weight.codes.shape[1]
     pad = (0, 8 * zero_words(width, weight.group_size) - weight.scales.shape[1])
-    scaled = -(weight.scales.float() * weight.zeros.float())
+    scaled = -(weight.scales.float() * weight.zeros.float()).half()
+    if scaled.isinf().any():
+        largest = weight.scales.max().item()
+        raise ConfigError(f"gemv_fast stores scale · zero in float16, which overflows (largest scale {largest:g}); use gemm.")
     return {
-        "qweight": data.contiguous().view(torch.int16).reshape(out // _ROWS, width),
-        "scales": F.pad(weight.scales, pad).t().contiguous(),
-        "qzeros": F.pad(scaled.half(), pad).t().contiguous(),
+        "qweight": _pack_rows(weight.codes),
+        "scales": transposed(F.pad(weight.scales, pad)),
+        "qzeros": transposed(F.pad(scaled, pad)),
     }
 
 
 def _decode(tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int) -> QuantizedWeight:
-    data = tensors["qweight"].contiguous().view(torch.uint8)
-    nibbles = torch.stack((data & 15, data >> 4), -1)
-    codes = nibbles.view(out_features // _ROWS, in_features // _STRIDE, _ROWS, _STRIDE).transpose(1, 2)
-    codes = permute_blocks(codes.reshape(out_features, in_features), INVERSE)
-    codes = codes.view(out_features, -1, 4, 4, 2).transpose(2, 3).reshape(out_features, in_features)
     groups = in_features // group_size
-    scales = tensors["scales"][:groups].t().contiguous()
-    zeros = (-tensors["qzeros"][:groups].t().float() / scales.float()).round().clamp(0, 15).to(torch.uint8)
-    return QuantizedWeight(codes, scales, zeros)
+    scales = transposed(tensors["scales"][:groups])
+    # A scale of 0 (never ours) would give 0/0; its zero point has no effect.
+    ratio = (-tensors["qzeros"][:groups].t().float() / scales.float()).nan_to_num(0.0)
+    return QuantizedWeight(_unpack_rows(tensors["qweight"]), scales, ratio.round().clamp(0, 15).to(torch.uint8))
 
 
 def _shapes(in_features: int, out_features: int, group_size: int) -> Shapes:

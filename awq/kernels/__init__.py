@@ -1,4 +1,4 @@
-"""Products with 4-bit weights: one `torch.library` op in front of a table of backends; the reference is the specification."""
+"""Products with 4-bit weights: one `torch.library` op; its only backend so far is the reference, which is the specification."""
 
 from awq.kernels.op import quantized_linear
 

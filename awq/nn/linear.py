@@ -12,12 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from awq.core.weight import QuantizedWeight
+from awq.errors import ConfigError
 from awq.formats import get_format
 from awq.kernels import quantized_linear
 
 
 class WQLinear(nn.Module):
-    """A 4-bit linear. Buffers `qweight`, `qzeros`, `scales` in the layout of `format`, and `bias` [out] in the model's dtype."""
+    """A 4-bit linear. Buffers `qweight`, `qzeros`, `scales` in the layout of `format`, and `bias` [out] in the model's dtype.
+
+    Raises ConfigError for a shape that the format cannot hold.
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -32,8 +41,12 @@ class WQLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.w_bit = in_features, out_features, 4
         self.group_size = in_features if group_size == -1 else group_size
-        self.format = get_format(format).name
-        for name, tensor in get_format(format).empty(in_features, out_features, self.group_size, device).items():
+        codec = get_format(format)
+        self.format = codec.name
+        problem = codec.why_not(in_features, out_features, self.group_size)
+        if problem:
+            raise ConfigError(f"{codec.name} cannot store a linear of {in_features} inputs and {out_features} outputs: {problem}")
+        for name, tensor in codec.empty(in_features, out_features, self.group_size, device).items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,13 +15,14 @@ def is_linear(module: nn.Module) -> bool:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features)."""
-    rows, columns = module.weight.shape
+    rows, columns = cast(Tensor, module.weight).shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
 def get_weight(module: nn.Module) -> Tensor:
     """The weight as [out, in]; a view, so that in-place changes reach the module."""
-    return module.weight.data.t() if isinstance(module, Conv1D) else module.weight.data
+    weight = cast(Tensor, module.weight).data
+    return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def named_linears(root: nn.Module) -> dict[str, nn.Module]:
