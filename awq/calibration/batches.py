@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,18 +45,21 @@ def load_calibration(
     """Batches of about 4,096 tokens from any kind of calibration data.
 
     data: None (the bundled text), a dataset name or local file, texts, lists of token ids, a [samples, tokens] tensor, id
-    tensors of different lengths, or tokenizer outputs with masks. Long samples are cut into pieces of max_length, not dropped.
+    tensors of different lengths, or tokenizer outputs with masks. Long samples are cut, not dropped.
     mode: "pack" joins the samples into one stream and cuts it into rows of max_length (decoders; at most max_samples rows);
-    "rows" keeps one sample per row, padded and masked (encoders; at most max_samples samples).
+    "rows" keeps one sample per row, padded and masked (encoders; at most max_samples rows): a long text keeps its first
+    max_length tokens with the special ones, long token ids become several rows.
     Raises CalibrationError when the data is empty or not understood.
     """
     if mode not in ("pack", "rows"):
         raise CalibrationError(f"mode is {mode!r}; use 'pack' or 'rows'.")
     if max_samples < 1 or max_length < 1:
         raise CalibrationError(f"max_samples {max_samples} and max_length {max_length} must be at least 1.")
-    rows = _token_rows(data, tokenizer, split, text_column, max_samples, max_length if mode == "rows" else None, pad_id)
+    rows = _token_rows(data, tokenizer, split, text_column, max_samples, max_length, mode, pad_id)
     if not rows:
         raise CalibrationError("the calibration data is empty; give at least one text with at least one token.")
+    if min(min(row) for row in rows) < 0:
+        raise CalibrationError("calibration ids are negative; use an attention mask to leave tokens out.")
     if mode == "pack" and not _are_rows(data):
         stream = [i for row in rows for i in row]
         rows = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
@@ -70,17 +74,19 @@ def load_calibration(
 
 def _are_rows(data: Any) -> bool:
     """Token rows given by the caller stay rows: their boundaries mean something."""
-    return isinstance(data, Tensor) and data.dim() == 2
+    return isinstance(data, (Tensor, np.ndarray)) and data.ndim == 2
 
 
 def _token_rows(
-    data: Any, tokenizer: Any, split: str, column: str, max_samples: int, max_length: int | None, pad_id: int | None
+    data: Any, tokenizer: Any, split: str, column: str, max_samples: int, max_length: int, mode: str, pad_id: int | None
 ) -> list[list[int]]:
     if data is None:
         logger.warning("no calibration data given: using the bundled text. Texts of your own task give better results.")
         data = bundled_texts()
     if isinstance(data, str):
         data = named_texts(data, split, column, limit=max_samples * 8)
+    if isinstance(data, np.ndarray):
+        data = torch.from_numpy(data)
     if isinstance(data, Mapping) or (isinstance(data, Tensor) and data.dim() == 2):
         return _unpadded(data, tokenizer, pad_id)
     if not isinstance(data, Sequence) and not isinstance(data, Tensor):
@@ -92,7 +98,9 @@ def _token_rows(
             raise CalibrationError("calibration data mixes strings with other kinds; give one kind.")
         if tokenizer is None:
             raise CalibrationError("calibration texts need a tokenizer: quantize(tokenizer, calib_data=texts).")
-        return tokenize(tokenizer, texts[: max_samples * 64], max_length, special=max_length is not None)
+        if mode == "rows":
+            return tokenize(tokenizer, texts[: max_samples * 64], max_length)
+        return tokenize(tokenizer, texts, special=False, enough=max_samples * max_length)
     for item in [data] if isinstance(data, Tensor) else data:
         if isinstance(item, Mapping):
             rows += _unpadded(item, tokenizer, pad_id)
@@ -109,6 +117,8 @@ def _id_rows(item: Any) -> list[list[int]]:
             ids = torch.as_tensor(item)
         except (TypeError, ValueError, RuntimeError) as error:
             raise CalibrationError(f"a calibration sample is {type(item).__name__}, not token ids or text.") from error
+    if ids.numel() == 0:
+        return []  # an empty list has no dtype of its own
     if ids.is_floating_point() or ids.dim() not in (1, 2):
         raise CalibrationError(f"calibration ids have shape {tuple(ids.shape)} and dtype {ids.dtype}; give integers [n] or [1, n].")
     return (ids if ids.dim() == 2 else ids.unsqueeze(0)).tolist()
@@ -118,6 +128,8 @@ def _unpadded(item: Mapping | Tensor, tokenizer: Any, pad_id: int | None) -> lis
     """Rows of a tokenizer's output or a [samples, tokens] tensor without their padding."""
     if isinstance(item, Mapping) and "input_ids" not in item:
         raise CalibrationError(f"a calibration sample has keys {sorted(item)} but no input_ids.")
+    if isinstance(item, Mapping) and _is_ragged(item["input_ids"]):
+        return [list(row) for row in item["input_ids"] if len(row)]  # lengths differ: the tokenizer did not pad
     ids = torch.as_tensor(item["input_ids"] if isinstance(item, Mapping) else item)
     if ids.is_floating_point():
         raise CalibrationError(f"calibration ids have dtype {ids.dtype}; give integers.")
@@ -127,6 +139,10 @@ def _unpadded(item: Mapping | Tensor, tokenizer: Any, pad_id: int | None) -> lis
         pad = pad_id if pad_id is not None else getattr(tokenizer, "pad_token_id", None)
         mask = torch.ones_like(ids) if pad is None else _trailing_mask(ids, pad)
     return [row[keep].tolist() for row, keep in zip(ids, mask.view_as(ids).bool()) if bool(keep.any())]
+
+
+def _is_ragged(ids: Any) -> bool:
+    return isinstance(ids, list) and bool(ids) and isinstance(ids[0], list) and len({len(row) for row in ids}) > 1
 
 
 def _trailing_mask(ids: Tensor, pad: int) -> Tensor:

@@ -11,11 +11,24 @@ from torch import Tensor
 from awq.errors import CalibrationError
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None = None, special: bool = True) -> list[list[int]]:
-    """Token ids per text; empty results are left out. max_length cuts each text; None keeps it whole."""
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], max_length: int | None = None, special: bool = True, enough: int | None = None
+) -> list[list[int]]:
+    """Token ids per text; empty results are left out. max_length cuts each text; None keeps it whole.
+
+    enough: stop after the text that brings the sum of tokens to this number; later texts would not be used.
+    """
     limits = {"truncation": True, "max_length": max_length} if max_length else {"verbose": False}
-    ids = [tokenizer(text, add_special_tokens=special, **limits)["input_ids"] for text in texts if text and text.strip()]
-    return [list(row) for row in ids if len(row)]
+    rows: list[list[int]] = []
+    total = 0
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=special, **limits)["input_ids"] if text and text.strip() else []
+        if len(ids):
+            rows.append(list(ids))
+            total += len(ids)
+        if enough is not None and total >= enough:
+            break
+    return rows
 
 
 def prepare_calibration_tokens(tokenizer: Any, texts: Sequence[str], max_length: int = 512) -> list[Tensor]:
