@@ -59,7 +59,7 @@ def test_operator_passes_opcheck(format, bias):
 @pytest.mark.parametrize("group_size", [16, 32, 64])
 def test_dense_weight_equals_the_canonical_one_bit_for_bit(format, group_size):
     m, weight, _ = make(format, group_size=group_size)
-    dense = reference.dequantize(m.qweight, m.qzeros, m.scales, 64, 24, group_size, format)
+    dense = reference.dequantize(m.packed)
     assert torch.equal(dense, weight.dequantize()) and torch.equal(m.dequantize(), dense)
 
 

@@ -19,6 +19,7 @@ from awq import config as settings
 from awq.checkpoint.files import PackedTensors, files_of, packed_tensors
 from awq.checkpoint.match import check_shapes, match_names
 from awq.errors import CheckpointError
+from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import linear_shape, named_linears, replace_module
 
@@ -103,6 +104,7 @@ class AwqHfQuantizer(HfQuantizer):
             model.get_submodule(name).__dict__.pop("weight", None)
         restore_scales(model, self.matched, self.packed)
         check_loaded(model, self.matched, self.packed)
+        prepare(model)
         self.packed = {}
         return model
 

@@ -1,4 +1,4 @@
-"""Codecs between the canonical weight and the layouts on disk: pure functions, exactly invertible, vectorized."""
+"""Codecs between the canonical weight and packed layouts: pure functions, exactly invertible, vectorized."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from awq.formats.base import Format
 from awq.formats.gemm import GEMM
 from awq.formats.gemv import GEMV
 from awq.formats.gemv_fast import GEMV_FAST
+from awq.formats.planar import PLANAR
 
 _FORMATS: dict[str, Format] = {f.name: f for f in (GEMM, GEMV, GEMV_FAST)}
+# Layouts that backends compute on: they live in memory only and no checkpoint names them.
+_LAYOUTS: dict[str, Format] = _FORMATS | {f.name: f for f in (PLANAR,)}
 
 
 def get_format(name: str) -> Format:
@@ -16,4 +19,9 @@ def get_format(name: str) -> Format:
     return _FORMATS[normalize_format(name)]
 
 
-__all__ = ["Format", "get_format"]
+def get_layout(name: str) -> Format:
+    """The codec of an on-disk format or of an in-memory layout ("planar"). Raises ConfigError when unknown."""
+    return _LAYOUTS.get(name) or get_format(name)
+
+
+__all__ = ["Format", "get_format", "get_layout"]

@@ -1,4 +1,7 @@
-"""`awq::linear`, the one operator behind every quantized linear: visible to torch.compile, differentiable in x."""
+"""`awq::linear`, the one operator behind every quantized linear: visible to torch.compile, differentiable in x.
+
+Its backward is an operator too (`awq::linear_input_grad`), so that a compiled backward does not trace into a backend.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import torch
 from torch import Tensor
 
 from awq.kernels import reference
+from awq.kernels.backends import choose, get_backend
+from awq.kernels.packed import Packed, Shape
 
 
 @torch.library.custom_op("awq::linear", mutates_args=())
@@ -13,13 +18,31 @@ def _linear(
     x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None,
     in_features: int, out_features: int, group_size: int, format: str,
 ) -> Tensor:  # fmt: skip
-    weight = reference.dequantize(qweight, qzeros, scales, in_features, out_features, group_size, format)
-    return reference.linear(x, weight, bias)
+    shape = Shape(in_features, out_features, group_size)
+    backend = get_backend(choose(x.device, x.dtype, shape, format))
+    return backend.linear(x, Packed(qweight, qzeros, scales, shape, format), bias)
 
 
 @_linear.register_fake
 def _(x, qweight, qzeros, scales, bias, in_features, out_features, group_size, format):
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("awq::linear_input_grad", mutates_args=())
+def _input_grad(
+    grad: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor,
+    in_features: int, out_features: int, group_size: int, format: str,
+) -> Tensor:  # fmt: skip
+    """grad [..., out] times the dense weight [out, in]."""
+    shape = Shape(in_features, out_features, group_size)
+    backend = get_backend(choose(grad.device, grad.dtype, shape, format))
+    dequantize = getattr(backend, "dequantize", reference.dequantize)
+    return reference.product(grad, dequantize(Packed(qweight, qzeros, scales, shape, format), grad.dtype).t(), None)
+
+
+@_input_grad.register_fake
+def _(grad, qweight, qzeros, scales, in_features, out_features, group_size, format):
+    return grad.new_empty(*grad.shape[:-1], in_features)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -30,9 +53,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor):
     """Gradient of x (for LoRA on top of frozen weights) and of the bias; the packed weight has none."""
-    weight = reference.dequantize(*ctx.saved_tensors, *ctx.shape)
-    grad_bias = None if ctx.bias_dtype is None else grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype)
-    return reference.linear(grad, weight.t(), None), None, None, None, grad_bias, None, None, None, None
+    needs_x, needs_bias = ctx.needs_input_grad[0], ctx.bias_dtype is not None and ctx.needs_input_grad[4]
+    grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype) if needs_bias else None
+    grad_x = torch.ops.awq.linear_input_grad(grad, *ctx.saved_tensors, *ctx.shape) if needs_x else None
+    return grad_x, None, None, None, grad_bias, None, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)
@@ -42,5 +66,5 @@ def quantized_linear(
     x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None,
     in_features: int, out_features: int, group_size: int, format: str,
 ) -> Tensor:  # fmt: skip
-    """x [..., in] → [..., out] in x's dtype, through packed weights of `format`; any rank is kept."""
+    """x [..., in] → [..., out] in x's dtype, through packed weights of `format` (or layout); any rank is kept."""
     return torch.ops.awq.linear(x, qweight, qzeros, scales, bias, in_features, out_features, group_size, format)

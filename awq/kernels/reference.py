@@ -1,6 +1,7 @@
 """The reference backend: dequantize, then an ordinary product. It is the specification that every other backend must equal.
 
-It keeps no dense copy, so each call dequantizes anew: a 4096 × 4096 weight costs tens of milliseconds on a CPU.
+It takes every layout and keeps no dense copy, so each call dequantizes anew: a 4096 × 4096 weight costs tens of
+milliseconds on a CPU.
 """
 
 from __future__ import annotations
@@ -9,27 +10,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awq.formats import get_format
+from awq.kernels.packed import Packed, Shape
+
+LAYOUT = None
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | None:
     """The reference runs everywhere."""
     return None
 
 
-def dequantize(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, in_features: int, out_features: int, group_size: int, format: str
-) -> Tensor:
-    """Dense float32 weight [out, in] of packed tensors."""
-    tensors = {"qweight": qweight, "qzeros": qzeros, "scales": scales}
-    codes, scale, zeros, _ = get_format(format).unpack(tensors, in_features, out_features, group_size)
+def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Dense weight [out, in] of packed tensors; computed in float32."""
+    codes, scale, zeros, _ = packed.unpack()
     # As `QuantizedWeight.dequantize`, bit for bit; the difference is taken in bytes and the product in place: 3 times faster.
     steps = codes.view(torch.int8).view(*zeros.shape, -1) - zeros.view(torch.int8).unsqueeze(-1)
-    return steps.float().mul_(scale.float().unsqueeze(-1)).view(out_features, in_features)
+    return steps.float().mul_(scale.float().unsqueeze(-1)).view(*codes.shape).to(dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in] times weightᵀ (float32 [out, in]) in x's dtype; float16 on a CPU in float32, which is 100 times faster."""
+def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x [..., in] → [..., out] in x's dtype."""
+    return product(x, dequantize(packed), bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] times weightᵀ ([out, in], any float dtype) in x's dtype; float16 on a CPU in float32, 100 times faster."""
     dtype = torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
     out = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return out.to(x.dtype)

@@ -2,23 +2,32 @@
 
 Scales stay float16 whatever the model is cast to: they are part of the integer weight, and a cast to bfloat16 would lose
 three of their bits for good.
+
+The buffers hold either the checkpoint's layout (`format`) or the one that the backend of their device computes on
+(`layout`); never both. `settle` moves them, at load (`awq.nn.layout.prepare`) or at the first forward on a new device;
+`state_dict` and `load_state_dict` always speak the checkpoint's layout, byte for byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from awq.core.weight import QuantizedWeight
 from awq.errors import ConfigError
-from awq.formats import get_format
-from awq.kernels import quantized_linear
+from awq.formats import get_format, get_layout
+from awq.kernels import Packed, Shape, layout_for, quantized_linear
+
+_TENSORS = ("qweight", "qzeros", "scales")
 
 
 class WQLinear(nn.Module):
-    """A 4-bit linear. Buffers `qweight`, `qzeros`, `scales` in the layout of `format`, and `bias` [out] in the model's dtype.
+    """A 4-bit linear. Buffers `qweight`, `qzeros`, `scales` in `layout`, and `bias` [out] in the model's dtype.
+
+    format: the layout in checkpoints. layout: the one in memory now: `format`, or what the device's backend computes on.
 
     Raises ConfigError for a shape that the format cannot hold.
     """
@@ -42,7 +51,9 @@ class WQLinear(nn.Module):
         self.in_features, self.out_features, self.w_bit = in_features, out_features, 4
         self.group_size = in_features if group_size == -1 else group_size
         codec = get_format(format)
-        self.format = codec.name
+        self.format = self.layout = codec.name
+        self._settled: Tensor | None = None  # the `qweight` whose layout was chosen for its device
+        self._kept: dict[str, Tensor] = {}  # tensors of the checkpoint that packing again would not give back bit for bit
         problem = codec.why_not(in_features, out_features, self.group_size)
         if problem:
             raise ConfigError(f"{codec.name} cannot store a linear of {in_features} inputs and {out_features} outputs: {problem}")
@@ -61,20 +72,76 @@ class WQLinear(nn.Module):
             module.register_buffer("bias", bias.detach().clone())
         return module
 
+    @property
+    def packed(self) -> Packed:
+        """The packed tensors as backends take them."""
+        shape = Shape(self.in_features, self.out_features, self.group_size)
+        return Packed(self.qweight, self.qzeros, self.scales, shape, self.layout)
+
     def quantized(self) -> QuantizedWeight:
         """The canonical weight, exactly."""
-        tensors = {"qweight": self.qweight, "qzeros": self.qzeros, "scales": self.scales}
-        return get_format(self.format).unpack(tensors, self.in_features, self.out_features, self.group_size)
+        return self.packed.unpack()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense weight [out, in]."""
         return self.quantized().dequantize(dtype)
 
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """`qweight`, `qzeros` and `scales` as a checkpoint of `format` holds them."""
+        if self.layout == self.format:
+            return {name: self._buffers[name] for name in _TENSORS}  # type: ignore[misc]
+        return get_format(self.format).pack(self.quantized()) | {n: t.to(self.qweight.device) for n, t in self._kept.items()}
+
+    def set_layout(self, layout: str) -> None:
+        """Moves the weight to another layout, in place and without loss; the old buffers are freed."""
+        if layout == self.layout:
+            return
+        before = self.checkpoint_tensors()
+        if layout == self.format:
+            after, self._kept = before, {}
+        else:
+            weight = get_format(self.format).unpack(before, self.in_features, self.out_features, self.group_size)
+            again, after = get_format(self.format).pack(weight), get_layout(layout).pack(weight)
+            # Padding that is not zero, or scaled zeros rounded otherwise: rare, small, and needed to save the same bytes.
+            self._kept = {n: t.cpu() for n, t in before.items() if not torch.equal(t.view(torch.uint8), again[n].view(torch.uint8))}
+        self._buffers.update(after)
+        self.layout = layout
+
+    def settle(self, dtype: torch.dtype) -> None:
+        """Moves the weight to the layout that the backend for its device and for activations of `dtype` computes on."""
+        qweight = self._buffers["qweight"]
+        assert qweight is not None
+        if qweight.is_meta or (qweight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        self._recognize(qweight)
+        shape = Shape(self.in_features, self.out_features, self.group_size)
+        self.set_layout(layout_for(qweight.device, dtype, shape) or self.layout)
+        self._settled = self._buffers["qweight"]
+
+    def _recognize(self, qweight: Tensor) -> None:
+        """Hooks that offload weights put tensors of the checkpoint's layout back behind the module's back."""
+        shape, dtype = get_format(self.format).shapes(self.in_features, self.out_features, self.group_size)["qweight"]
+        if self.layout != self.format and tuple(qweight.shape) == shape and qweight.dtype == dtype:
+            self.layout = self.format
+
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and self._settled is not self._buffers["qweight"]:
+            self.settle(x.dtype)
         return quantized_linear(
             x, self.qweight, self.qzeros, self.scales, self.bias,
-            self.in_features, self.out_features, self.group_size, self.format,
+            self.in_features, self.out_features, self.group_size, self.layout,
         )  # fmt: skip
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != self.format:
+            destination.update({prefix + name: tensor for name, tensor in self.checkpoint_tensors().items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(prefix + name in state_dict for name in _TENSORS):
+            self.set_layout(self.format)
+            self._settled = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WQLinear:
         kept = {name: t for name, t in self._buffers.items() if name != "bias" and t is not None and t.is_floating_point()}
@@ -88,5 +155,5 @@ class WQLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"group_size={self.group_size}, format={self.format}"
+            f"group_size={self.group_size}, format={self.format}, layout={self.layout}"
         )
