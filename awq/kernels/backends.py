@@ -26,7 +26,7 @@ import torch
 from awq.errors import ConfigError
 from awq.kernels.packed import Shape
 
-PREFERENCE = ("reference",)
+PREFERENCE = ("triton", "reference")
 VARIABLE = "AWQ_BACKEND"
 
 _forced: ContextVar[str | None] = ContextVar("awq_backend", default=os.environ.get(VARIABLE) or None)

@@ -1,0 +1,66 @@
+"""Launch configurations: a table measured per GPU architecture, and a rule for shapes and GPUs that are not in it.
+
+`tables/<architecture>.json` holds "shapes": {"N x K": {"M": [BM, BN, split, scale_weight, warps, stages] or null}}: the best
+configuration measured for up to M tokens, null where a dense weight was faster. `benchmarks/kernels.py --tune` writes it.
+Nothing is ever tuned while a model runs.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from awq.kernels.packed import Shape
+
+TABLES = Path(__file__).parent / "tables"
+BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512)  # tokens; more go through a dense weight unless the table says otherwise
+
+
+class Config(NamedTuple):
+    """How one product is launched.
+
+    bm: tokens per program. bn: outputs per program. split: programs that share the inputs of one tile. scale_weight: whether
+    the scale multiplies the weights (rounding them once, as a dense weight is) instead of the float32 sums.
+    """
+
+    bm: int
+    bn: int
+    split: int
+    scale_weight: bool
+    warps: int
+    stages: int
+
+
+@cache
+def table(architecture: str) -> dict[str, dict[str, list | None]]:
+    """Measured configurations of an architecture ("sm90", "gfx942"); empty when it was never measured."""
+    path = TABLES / f"{architecture}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["shapes"] if path.is_file() else {}
+
+
+def config_for(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> Config | None:
+    """The configuration for a product of `tokens` rows; None when a dense weight is better."""
+    measured = table(architecture).get(f"{shape.out_features}x{shape.in_features}")
+    if measured is not None:
+        bucket = next((b for b in sorted(map(int, measured)) if b >= tokens), None)
+        found = None if bucket is None else measured[str(bucket)]
+        return None if found is None else Config(*found)
+    return rule(architecture, multiprocessors, shape, tokens)
+
+
+def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> Config | None:
+    """What the measured tables have in common: tiles as small as the tokens allow, and two programs or more per processor."""
+    bucket = next((b for b in BUCKETS if b >= tokens), None)
+    if bucket is None or bucket > 256:
+        return None
+    amd = architecture.startswith("gfx")
+    bm = max(16 if amd else 8, min(bucket, 128))
+    bn, warps, stages = (128, 8, 3) if bm >= 128 else (64, 4, 4)
+    tiles = -(-shape.out_features // bn) * -(-tokens // bm)
+    steps = -(-shape.in_features // 128)
+    split = 1
+    while tiles * split < (2 if bm >= 64 else 4) * multiprocessors and split < 16 and steps // (2 * split) >= 2:
+        split *= 2
+    return Config(bm, bn, split, bm >= 128, warps, 2 if amd else stages)
