@@ -1,0 +1,478 @@
+"""Int4 products on a GPU: correctness, times beside float16 and torch's own int4 kernel, and a sweep that writes the table.
+
+    python benchmarks/kernels.py --check --time --out kernels.json
+    python benchmarks/kernels.py --tune --table awq/kernels/triton/tables/sm90.json --out tune.json
+
+Times are medians over replays of a CUDA graph that goes through copies of the weight larger together than the L2 cache.
+Shapes (outputs × inputs) are Mistral-7B's with siblings joined; "sum" adds one layer's four products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from awq.core.weight import QuantizedWeight
+from awq.formats import get_layout
+from awq.kernels import Packed, Shape
+from awq.kernels.triton import configs, launch
+from awq.kernels.triton.configs import Config
+from awq.nn.layout import prepare
+from awq.nn.linear import WQLinear
+
+LAYER = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+L2 = 200e6  # bytes that the copies of one weight must exceed
+DEVICE = "cuda"
+
+
+# ---------------------------------------------------------------- weights
+
+
+def random_weight(n: int, k: int, group: int, seed: int = 0, device: str = DEVICE) -> QuantizedWeight:
+    generator = torch.Generator(device).manual_seed(seed)
+    codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8, device=device)
+    scales = (torch.rand(n, k // group, generator=generator, device=device) * 0.02 + 1e-3).half()
+    zeros = torch.randint(0, 16, (n, k // group), generator=generator, dtype=torch.uint8, device=device)
+    return QuantizedWeight(codes, scales, zeros)
+
+
+def pack(weight: QuantizedWeight, layout: str = "planar") -> Packed:
+    t = get_layout(layout).pack(weight)
+    n, k = weight.codes.shape
+    return Packed(t["qweight"], t["qzeros"], t["scales"], Shape(k, n, weight.group_size), layout)
+
+
+def random_packed(n: int, k: int, group: int = 128) -> Packed:
+    """A planar weight of random bits, made without codes: for timing."""
+    shape = Shape(k, n, group)
+    sizes = get_layout("planar").shapes(k, n, group)
+    words = torch.randint(-(2**15), 2**15, sizes["qweight"][0], dtype=torch.int16, device=DEVICE)
+    zeros = torch.randint(0, 16, sizes["qzeros"][0], dtype=torch.uint8, device=DEVICE)
+    scales = (torch.rand(sizes["scales"][0], device=DEVICE) * 0.02 + 1e-3).half()
+    return Packed(words, zeros, scales, shape, "planar")
+
+
+# ---------------------------------------------------------------- correctness
+
+
+def error(y: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> float:
+    expected = x.double() @ dense.t() + (0 if bias is None else bias.double())
+    return ((y.double() - expected).norm() / expected.norm()).item()
+
+
+CHECKED = [(4096, 4096, 128), (6144, 4096, 128), (1024, 1536, 64), (72, 4224, 128), (136, 96, 32), (200, 576, 576), (8, 128, 128),
+           (1000, 3072, 96), (4096, 136, 136), (512, 2048, 256)]  # fmt: skip
+CHECKED_TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 33, 64, 65, 100, 129, 256, 300, 513, 1024, 2049, 4096)
+
+
+def check_shape(shape: tuple[int, int, int]) -> dict[str, list]:
+    """Largest relative error to float64 by dtype over numbers of tokens, with and without bias; and run-to-run identity."""
+    n, k, group = shape
+    worst: dict[str, list] = {}
+    weight = random_weight(n, k, group, n + k)
+    packed, dense = pack(weight), weight.dequantize(torch.float64)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for m in CHECKED_TOKENS:
+            x = torch.randn(m, k, device=DEVICE).to(dtype)
+            bias = torch.randn(n, device=DEVICE).to(dtype) if m % 2 else None
+            torch.full((max(m, 16), n), math.nan, device=DEVICE, dtype=dtype)  # freed at once: poisons what y may reuse
+            y = launch.linear(x, packed, bias)
+            assert torch.equal(y, launch.linear(x, packed, bias)), ("not deterministic", shape, m, dtype)
+            value, name = error(y, x, dense, bias), str(dtype).split(".")[1]
+            if not value <= worst.get(name, [0.0])[0]:
+                worst[name] = [value, f"{n}x{k} group {group}, {m} tokens"]
+    assert torch.equal(launch.dequantize(packed, torch.float32), weight.dequantize()), shape
+    return worst
+
+
+def check_products(workers: int) -> dict:
+    """`check_shape` of all shapes, in processes of their own, because each compiles its kernels."""
+    worst: dict[str, list] = {}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for found in pool.map(check_shape, CHECKED):
+            for name, entry in found.items():
+                if not entry[0] <= worst.get(name, [0.0])[0]:
+                    worst[name] = entry
+    limits = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5}
+    assert all(value < limits[name] for name, (value, _) in worst.items()), worst
+    return {"worst_relative_error": worst, "shapes": CHECKED, "tokens": CHECKED_TOKENS}
+
+
+def check_configurations() -> dict:
+    """Every configuration of the shipped table and of the rule, on its own shape, forced: relative errors in float16."""
+    name, processors = launch.architecture(0)
+    worst, count = 0.0, 0
+    for n, k in LAYER.values():
+        weight = random_weight(n, k, 128, n + k)
+        packed, dense = pack(weight), weight.dequantize(torch.float64)
+        chosen = {configs.config_for(name, processors, packed.shape, m) for m in (1, *configs.BUCKETS)}
+        for config in (c for c in chosen if c is not None):
+            for m in {1, config.bm, config.bm + 1}:
+                x = torch.randn(m, k, device=DEVICE).half()
+                worst, count = max(worst, error(launch.fused(x, packed, None, config), x, dense)), count + 1
+    assert worst < 1e-3, worst
+    return {"worst": worst, "launches": count}
+
+
+def check_surroundings() -> dict:
+    """A `WQLinear` on the GPU: moved at the first forward, in CUDA graphs, compiled, on two streams, backward."""
+    found = {}
+    for fmt in ("gemm", "gemv", "gemv_fast"):
+        weight = random_weight(1024, 2048, 128, 7, "cpu")
+        linear = WQLinear.from_quantized(weight, torch.randn(1024).half(), fmt)
+        before = {k: t.clone() for k, t in linear.state_dict().items()}
+        linear = linear.to(DEVICE)
+        dense = weight.dequantize(torch.float64).to(DEVICE)
+        x = torch.randn(4, 2048, device=DEVICE).half()
+        y = linear(x)
+        assert linear.layout == "planar" and error(y, x, dense, linear.bias) < 1e-3
+        after = {k: t.cpu() for k, t in linear.state_dict().items()}
+        assert all(torch.equal(before[k].view(torch.uint8), after[k].view(torch.uint8)) for k in before), fmt
+        moved = linear.to("cpu")
+        assert error(moved(x.cpu()), x.cpu(), dense.cpu(), moved.bias) < 1e-3
+    found["formats"] = "same state_dict after the move, any direction"
+    linear = linear.to(DEVICE)
+    prepare(linear, torch.float16)
+    for m in (1, 40, 2000):
+        static = torch.randn(m, 2048, device=DEVICE).half()
+        linear(static)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = linear(static)
+        for _ in range(3):
+            static.copy_(torch.randn_like(static))
+            graph.replay()
+            assert torch.equal(out, linear(static))
+    unprepared = WQLinear.from_quantized(weight, None, "gemm").to(DEVICE)
+    graph, static = torch.cuda.CUDAGraph(), torch.randn(2, 2048, device=DEVICE).half()
+    with torch.cuda.graph(graph):
+        out = unprepared(static)
+    graph.replay()
+    assert unprepared.layout == "gemm" and error(out, static, dense) < 1e-3
+    found["cuda_graph"] = "captured at 1, 40 and 2000 tokens, and before the weight was moved"
+    compiled = torch.compile(linear, fullgraph=True)
+    x = torch.randn(3, 2048, device=DEVICE).half()
+    assert torch.equal(compiled(x), linear(x))
+    found["compile"] = "fullgraph, equal to eager"
+    # Two streams at work at the same time on the same weight, split sums and counters included.
+    big = pack(random_weight(4096, 14336, 128, 9))
+    inputs = [torch.randn(m, 14336, device=DEVICE).half() for m in (1, 7) for _ in range(8)]
+    expected = [launch.linear(v, big, None) for v in inputs]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    outputs = []
+    for repeat in range(20):
+        for number, v in enumerate(inputs):
+            with torch.cuda.stream(streams[(number + repeat) % 2]):
+                outputs.append((number, launch.linear(v, big, None)))
+    torch.cuda.synchronize()
+    assert all(torch.equal(expected[number], y) for number, y in outputs)
+    graphs = []
+    for v in inputs[:2]:
+        g = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(g):
+            ys = [launch.linear(v, big, None) for _ in range(20)]
+        graphs.append((g, ys))
+    for _ in range(5):
+        for stream, (g, _ys) in zip(streams, graphs):
+            with torch.cuda.stream(stream):
+                g.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected[number]) for number, (_, ys) in enumerate(graphs) for y in ys)
+    found["streams"] = "eager calls and graph replays on two streams equal one stream"
+    x = torch.randn(5, 2048, device=DEVICE).half().requires_grad_()
+    gradient = torch.randn(5, 1024, device=DEVICE).half()
+    linear(x).backward(gradient)
+    found["backward_error"] = error(x.grad, gradient, dense.t())
+    assert found["backward_error"] < 1e-3
+    return found
+
+
+# ---------------------------------------------------------------- times
+
+
+def graph_time(calls: list, repeats: int = 11, rounds: int = 1) -> float:
+    """Median microseconds of one call; `calls` are replayed in order."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    times = []
+    for number in range(repeats + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if number >= 2:
+            times.append(start.elapsed_time(end) * 1000 / (len(calls) * rounds))
+    return statistics.median(times)
+
+
+def copies_of(n: int, k: int, bits: float) -> int:
+    return max(2, math.ceil(L2 / (n * k * bits / 8)) + 1)
+
+
+def time_layer(dtype: torch.dtype, tokens: tuple[int, ...]) -> dict:
+    """Microseconds by kind, product and tokens, and their sum over the layer."""
+    times: dict = {kind: {name: {} for name in LAYER} for kind in ("ours", "dense_weight", "cublas", "tinygemm")}
+    for name, (n, k) in LAYER.items():
+        weights = [random_packed(n, k) for _ in range(copies_of(n, k, 4.25))]
+        dense = [torch.randn(n, k, device=DEVICE, dtype=dtype) for _ in range(copies_of(n, k, 16))]
+        tiny = []
+        if dtype == torch.bfloat16:
+            raw = torch.randint(0, 255, (n, k // 2), dtype=torch.uint8, device=DEVICE)
+            table = torch.rand(k // 128, n, 2, dtype=dtype, device=DEVICE)
+            tiny = [torch.ops.aten._convert_weight_to_int4pack(raw, 8) for _ in weights]
+        for m in tokens:
+            x = torch.randn(m, k, device=DEVICE, dtype=dtype)
+            times["ours"][name][m] = graph_time([lambda w=w: launch.linear(x, w, None) for w in weights])
+            times["cublas"][name][m] = graph_time([lambda w=w: F.linear(x, w) for w in dense])
+            if m >= 128:
+                times["dense_weight"][name][m] = graph_time([lambda w=w: launch.through_dense(x, w, None) for w in weights[:3]])
+            if tiny and m <= 64:
+                times["tinygemm"][name][m] = graph_time(
+                    [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, table) for w in tiny]
+                )
+        del weights, dense, tiny
+        torch.cuda.empty_cache()
+    for kind in times.values():
+        shared = set.intersection(*(set(row) for row in kind.values()))
+        kind["sum"] = {m: round(sum(row[m] for row in kind.values()), 1) for m in sorted(shared)}
+        for name in LAYER:
+            kind[name] = {m: round(t, 2) for m, t in kind[name].items()}
+    return {kind: rows for kind, rows in times.items() if rows["sum"]}
+
+
+def time_host() -> dict:
+    """Host microseconds of one eager call (the GPU is not waited for)."""
+    linear = WQLinear.from_quantized(random_weight(4096, 4096, 128, 1, "cpu")).to(DEVICE)
+    x = torch.randn(1, 4096, device=DEVICE).half()
+    dense = torch.randn(4096, 4096, device=DEVICE).half()
+    packed = None
+    found = {}
+    with torch.no_grad():
+        for name in ("module", "launch", "cublas"):
+            call = {
+                "module": lambda: linear(x),
+                "launch": lambda: launch.linear(x, packed, None),
+                "cublas": lambda: F.linear(x, dense),
+            }[name]
+            linear(x)
+            packed = linear.packed
+            best = math.inf
+            for _ in range(5):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(200):
+                    call()
+                best = min(best, (time.perf_counter() - start) / 200 * 1e6)
+            found[name] = round(best, 2)
+    return found
+
+
+def time_loading() -> dict:
+    """Seconds to move a 7B model's 32 layers from the gemm layout, and from there to the first output at 1 token and at 100."""
+    layers = []
+    for number in range(32):
+        for n, k in ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)):
+            linear = WQLinear(k, n, format="gemm", device=DEVICE)
+            linear.qweight.random_(-(2**31), 2**31 - 1) if number == 0 else None
+            layers.append(linear)
+    model = torch.nn.ModuleList(layers)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    prepare(model, torch.float16)
+    torch.cuda.synchronize()
+    moved = time.perf_counter()
+    with torch.no_grad():
+        for m in (1, 100):
+            for linear in layers:
+                linear(torch.ones(m, linear.in_features, device=DEVICE, dtype=torch.float16))
+    torch.cuda.synchronize()
+    return {"relayout_s": round(moved - start, 2), "first_calls_s": round(time.perf_counter() - moved, 2)}
+
+
+# ---------------------------------------------------------------- tuning
+
+
+def candidates(n: int, k: int, m: int, processors: int) -> list[Config]:
+    """Configurations worth timing for m tokens."""
+    bm, found = max(8, m), []
+    steps = k // 128
+    if m <= 16:
+        forms = [(32, 1), (32, 2), (64, 2), (64, 4), (128, 4), (128, 8)]
+        tokens, weight_scale, loads = [bm], [False], (3, 5)
+    elif m <= 64:
+        forms = [(64, 4), (128, 4), (128, 8)]
+        tokens, weight_scale, loads = sorted({bm, min(bm, 32)}), [False], (3, 4)
+    else:
+        forms = [(64, 4), (128, 4), (128, 8), (256, 8)]
+        tokens, weight_scale, loads = [64, 128, 256], [True], (3, 4)
+    for bn, warps in forms:
+        for bm in tokens:
+            if m > 64 and (bm * bn > 128 * 256 or bm * bn < 64 * 128):
+                continue
+            tiles = -(-n // bn) * -(-m // bm)
+            for split in (1, 2, 4, 8, 16):
+                waves = tiles * split / processors
+                if split > 1 and (waves > (16 if bn == 32 else 8 if m <= 64 else 3) or steps / split < 2):
+                    continue
+                if waves < (1.9 if m <= 16 else 0.7) and steps / split >= 8:
+                    continue
+                for stages in loads:
+                    for flag in weight_scale:
+                        shared = stages * (bn * 64 + bm * 256)
+                        if shared < 225_000:
+                            found.append(Config(bm, bn, split, flag, warps, stages))
+    return found
+
+
+def _compile(job: tuple) -> str | None:
+    """Fills Triton's disk cache, in a process of its own."""
+    n, k, m, config, dtype = job
+    try:
+        launch.fused(torch.zeros(m, k, device=DEVICE, dtype=dtype), random_packed_cached(n, k), None, config)
+    except Exception as error:  # a configuration that does not compile or fit is not a candidate
+        return f"{type(error).__name__}: {str(error)[:120]}"
+    return None
+
+
+_packed_cache: dict = {}
+
+
+def random_packed_cached(n: int, k: int) -> Packed:
+    if (n, k) not in _packed_cache:
+        _packed_cache.clear()
+        _packed_cache[n, k] = random_packed(n, k)
+    return _packed_cache[n, k]
+
+
+def tune(buckets: tuple[int, ...], seconds: float, workers: int) -> tuple[dict, dict]:
+    """Best configuration by shape and bucket, and all times."""
+    _, processors = launch.architecture(0)
+    jobs = [(n, k, m, c, torch.float16) for n, k in LAYER.values() for m in buckets for c in candidates(n, k, m, processors)]
+    start = time.perf_counter()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        failures = list(pool.map(_compile, jobs, chunksize=4))
+    refused = {(n, k, m, c): f for (n, k, m, c, _), f in zip(jobs, failures) if f}
+    print(f"{len(jobs)} configurations compiled in {time.perf_counter() - start:.0f} s, {len(refused)} refused")
+    for reason in sorted(set(refused.values()))[:5]:
+        print("  refused:", reason)
+    every: dict = {}
+    best: dict = {}
+    start = time.perf_counter()
+    for name, (n, k) in LAYER.items():
+        weights = [random_packed(n, k) for _ in range(copies_of(n, k, 4.25))]
+        for m in buckets:
+            x = torch.randn(m, k, device=DEVICE, dtype=torch.float16)
+            rows = []
+            for config in candidates(n, k, m, processors):
+                if (n, k, m, config) in refused or time.perf_counter() - start > seconds:
+                    continue
+                rows.append((graph_time([lambda w=w: launch.fused(x, w, None, config) for w in weights], 5), config))
+            if m >= 128:
+                rows.append((graph_time([lambda w=w: launch.through_dense(x, w, None) for w in weights[:3]], 5), None))
+            rows.sort(key=lambda row: row[0])
+            every[f"{name} {m}"] = [[round(t, 2), c] for t, c in rows[:12]]
+            best.setdefault(f"{n}x{k}", {})[str(m)] = rows[0][1] if rows else None
+            print(name, m, [(round(t, 1), None if c is None else tuple(int(v) for v in c)) for t, c in rows[:4]], flush=True)
+        del weights
+    for m in buckets:
+        print("sum", m, round(sum(every[f"{name} {m}"][0][0] for name in LAYER if every[f"{name} {m}"]), 1))
+    return best, every
+
+
+# ---------------------------------------------------------------- the script
+
+
+def environment() -> dict:
+    import triton
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    return {
+        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": commit or None, "gpu": torch.cuda.get_device_name(0), "torch": torch.__version__,
+        "triton": triton.__version__, "python": platform.python_version(), "cuda": torch.version.cuda, "hip": torch.version.hip,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="correctness against float64, graphs, compile, streams, backward")
+    parser.add_argument("--time", action="store_true", help="times beside float16 cuBLAS and tinygemm")
+    parser.add_argument("--tune", action="store_true", help="time candidate configurations")
+    parser.add_argument("--table", help="where --tune writes the best of them")
+    parser.add_argument("--tokens", type=int, nargs="*", help="numbers of tokens")
+    parser.add_argument("--seconds", type=float, default=120, help="at most so long for the timing of --tune")
+    parser.add_argument("--workers", type=int, default=14, help="processes that compile for --tune")
+    parser.add_argument("--out", help="JSON file for the results")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    results: dict = {"environment": environment()}
+
+    def stage(name, function, *arguments):
+        start = time.perf_counter()
+        try:
+            results[name] = function(*arguments)
+        except Exception as error:  # the other stages are still worth their results
+            results[name] = {"failed": f"{type(error).__name__}: {error}"}
+            import traceback
+
+            traceback.print_exc()
+        print(f"{name}: {time.perf_counter() - start:.1f} s {json.dumps(results[name])[:1500]}", flush=True)
+        if args.out:
+            Path(args.out).write_text(json.dumps(results, indent=1, default=list) + "\n", encoding="utf-8")
+
+    if args.check:
+        stage("products", check_products, args.workers)
+        stage("configurations", check_configurations)
+        stage("surroundings", check_surroundings)
+    if args.tune:
+
+        def tuning():
+            best, every = tune(tuple(args.tokens or configs.BUCKETS), args.seconds, args.workers)
+            if args.table:
+                path = Path(args.table)
+                old = json.loads(path.read_text(encoding="utf-8"))["shapes"] if path.is_file() else {}
+                for shape, rows in best.items():
+                    old[shape] = dict(sorted((old.get(shape, {}) | rows).items(), key=lambda item: int(item[0])))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lines = ",\n".join(f"  {json.dumps(s)}: {json.dumps(rows, default=list)}" for s, rows in old.items())
+                gpu = json.dumps(torch.cuda.get_device_name(0))
+                path.write_text(f'{{"measured_on": {gpu}, "shapes": {{\n{lines}\n}}}}\n', encoding="utf-8")
+                configs.table.cache_clear()
+                launch._config.cache_clear()
+            return every
+
+        stage("tune", tuning)
+    if args.time:
+        tokens = tuple(args.tokens or TOKENS)
+        stage("float16", time_layer, torch.float16, tokens)
+        stage("bfloat16", time_layer, torch.bfloat16, tokens)
+        stage("host_us", time_host)
+        stage("loading", time_loading)
+
+
+if __name__ == "__main__":
+    main()
