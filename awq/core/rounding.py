@@ -6,6 +6,9 @@ the sum of outputs stays right. Scales and zeros are static, so the result is an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -16,52 +19,73 @@ _BLOCK = 128
 
 
 def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """Column order [in] and the upper Cholesky factor [in, in] (float32) of the inverse of the damped, ordered Gram matrix.
+    """Column order [in] and U [in, in] (float32, upper), UᵀU the inverse of the damped, ordered Gram matrix.
 
-    Computed in float64; damping (a fraction of the mean diagonal) grows tenfold until the factorization succeeds.
+    Computed in float64; damping (a fraction of the mean diagonal) grows tenfold until the factorization succeeds. U is the
+    inverse of R where G = R Rᵀ with R upper: one Cholesky factorization of the reversed matrix, and one triangular inverse.
     """
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    H = gram[order][:, order].double()
+    backwards = order.flip(0)
+    H = gram[backwards][:, backwards].double()
     # A dead input channel: any weight will do there; 1 keeps the matrix regular without moving the others.
     H.diagonal()[H.diagonal() == 0] = 1.0
     mean = float(H.diagonal().mean())
     while True:
-        damped = H.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        H.diagonal().add_(damping * mean)
+        lower, info = torch.linalg.cholesky_ex(H)
         if int(info) == 0:
-            factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(info) == 0:
-                return order, factor.float()
+            identity = torch.eye(len(order), dtype=torch.float64, device=gram.device)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return order, inverse.float().flip(0, 1).contiguous()
         damping *= 10
 
 
 def round_with_feedback(
     weight: Tensor, order: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bits: int = 4
 ) -> QuantizedWeight:
-    """Codes for weight [out, in] under scale and zero [out, groups]; `order` and `factor` come from `feedback_factor`."""
+    """Codes for weight [out, in] under scale and zero [out, groups]; `order` and `factor` come from `feedback_factor`.
+
+    Weights that read the same input share the factor: stack their rows and call once.
+    """
     out, width = weight.shape
-    group_of = order // (width // scale.shape[1])
+    group_of = (order // (width // scale.shape[1])).to(torch.int32)
     rest = weight.float()[:, order].t().contiguous()  # [in, out]: a column is a contiguous row here
-    scales, zeros = scale.t().contiguous()[group_of], zero.t().contiguous()[group_of]
+    scales, zeros = scale.t().contiguous(), zero.t().contiguous()
     codes = torch.empty(width, out, dtype=torch.uint8, device=weight.device)
-    top = 2**bits - 1
+    errors = torch.empty(_BLOCK, out, device=weight.device)
+    step = _block_step(weight.device)
     for start in range(0, width, _BLOCK):
         stop = min(start + _BLOCK, width)
-        block, errors = rest[start:stop].clone(), torch.empty(stop - start, out, device=weight.device)
-        u = factor[start:stop, start:stop]
-        diagonal = u.diagonal().tolist()
-        for c in range(stop - start):
-            column, s, z = block[c], scales[start + c], zeros[start + c]
-            code = (column / s).round_().add_(z).clamp_(0, top)
-            codes[start + c] = code.to(torch.uint8)
-            torch.sub(column, code.sub_(z).mul_(s), out=errors[c])
-            errors[c] /= diagonal[c]
-            if c + 1 < stop - start:
-                block[c + 1 :].addr_(u[c, c + 1 :], errors[c], alpha=-1)
+        step(rest, factor, scales, zeros, group_of, codes, errors, start, stop, 2**bits - 1)
         if stop < width:
-            rest[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+            rest[stop:].addmm_(factor[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
     natural = torch.empty_like(codes)
     natural[order] = codes
     return QuantizedWeight(natural.t().contiguous(), scale.half(), zero.to(torch.uint8), bits)
+
+
+def _block_step(device: torch.device) -> Callable[..., None]:
+    """The Triton kernel where there is one for the device, else plain operators."""
+    if device.type == "cuda" and find_spec("triton"):
+        from awq.core.feedback_kernel import round_block
+
+        return round_block
+    return _round_block
+
+
+def _round_block(
+    rest: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, codes: Tensor, errors: Tensor,
+    start: int, stop: int, top: int,
+) -> None:  # fmt: skip
+    """Rounds columns start … stop of `rest` [in, out] one after the other; fills their rows of codes [in, out], and errors."""
+    block, u = rest[start:stop], factor[start:stop, start:stop]
+    s, z = scales[group_of[start:stop]], zeros[group_of[start:stop]]
+    diagonal = u.diagonal().tolist()
+    for c in range(stop - start):
+        code = (block[c] / s[c]).round_().add_(z[c]).clamp_(0, top)
+        codes[start + c] = code
+        torch.sub(block[c], code.sub_(z[c]).mul_(s[c]), out=errors[c])
+        errors[c] /= diagonal[c]
+        if c + 1 < stop - start:
+            block[c + 1 :].addr_(u[c, c + 1 :], errors[c], alpha=-1)

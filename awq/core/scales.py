@@ -43,19 +43,25 @@ def scale_candidates(x_mean: Tensor, w_mean: Tensor, duo: bool = True) -> Iterat
     if not active.any():
         return
     x = x_mean.clamp(min=1e-4 * float(x_mean[active].mean()))
+    infinity = torch.tensor(torch.inf, device=x.device)
     for ratio in RATIOS:
         forms = [("activation", x**ratio)] if ratio else []
         if duo:
             forms.append(("duo", x**ratio / (w_mean ** (1 - ratio) + 1e-4)))
         for kind, s in forms:
             s = s.clamp(min=1e-4)
-            s = s / (s[active].max() * s[active].min()).sqrt()
+            s = s / (torch.where(active, s, -infinity).max() * torch.where(active, s, infinity).min()).sqrt()
             yield kind, ratio, torch.where(active, s, torch.ones_like(s))
 
 
-def gram_loss(delta: Tensor, gram: Tensor) -> float:
-    """tr(Δ G Δᵀ): squared output error, summed over tokens and outputs. delta [out, in], gram [in, in]."""
-    return float(((delta @ gram) * delta).sum())
+def row_losses(delta: Tensor, gram: Tensor) -> Tensor:
+    """diag(Δ G Δᵀ): squared output error of each row, summed over tokens. delta [out, in], gram [in, in] → [out]."""
+    return (delta @ gram).mul_(delta).sum(-1)
+
+
+def gram_loss(delta: Tensor, gram: Tensor) -> Tensor:
+    """tr(Δ G Δᵀ): squared output error, summed over tokens and outputs; a tensor, so that a GPU is not waited for."""
+    return row_losses(delta, gram).sum()
 
 
 def search_scale(
@@ -67,7 +73,7 @@ def search_scale(
     zero_point: bool = True,
     duo: bool = True,
     tie: Callable[[Tensor], Tensor] = lambda s: s,
-    loss: Callable[[Tensor], float] | None = None,
+    loss: Callable[[Tensor], Tensor | float] | None = None,
 ) -> ScaleChoice:
     """The best s [in] for the stacked weights [sum of out, in] of the linears that share one input.
 
@@ -77,21 +83,14 @@ def search_scale(
     A candidate whose loss is not finite is dropped. Deterministic: the first of equal candidates wins.
     """
 
-    def default_loss(s: Tensor) -> float:
+    def default_loss(s: Tensor) -> Tensor:
         scaled = weight * s
         quantized = fake_quantize(scaled, *scale_and_zero(*group_range(scaled, group_size, zero_point), bits, zero_point), bits)
         return gram_loss(quantized.div_(s).sub_(weight), gram)
 
     judge = loss or default_loss
-    best: ScaleChoice | None = None
-    identity_loss = float("nan")
-    for kind, ratio, s in scale_candidates(x_mean, weight_importance(weight, group_size), duo):
-        s = tie(s)
-        value = judge(s)
-        if kind == "identity":
-            identity_loss = value
-            best = ScaleChoice(s, ratio, kind, value, value)
-        elif value < best.loss or (value == value and best.loss != best.loss):  # type: ignore[union-attr]
-            best = ScaleChoice(s, ratio, kind, value, identity_loss)
-    assert best is not None  # the identity is always a candidate
-    return best
+    candidates = [(k, r, tie(s)) for k, r, s in scale_candidates(x_mean, weight_importance(weight, group_size), duo)]
+    losses = torch.stack([torch.as_tensor(judge(s), device=weight.device) for _, _, s in candidates]).tolist()
+    best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i], i))  # NaN last, then the first of equals
+    kind, ratio, s = candidates[best]
+    return ScaleChoice(s, ratio, kind, losses[best], losses[0])

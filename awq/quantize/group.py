@@ -1,7 +1,7 @@
 """Quantizing the linears that share one input: scale, then range, then rounding; never worse than round-to-nearest.
 
 The order matters: scales are folded first (the function stays the same), ranges are found for the folded weights, and codes
-last. Each step is kept for a linear only if its output error on the calibration inputs is not above the step before.
+last. Each step is kept for a row only if its output error on the calibration inputs is not above the step before.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from awq.config import AwqConfig
 from awq.core.ranges import search_range
 from awq.core.rounding import feedback_factor, round_with_feedback
-from awq.core.scales import ScaleChoice, gram_loss, search_scale
+from awq.core.scales import ScaleChoice, gram_loss, row_losses, search_scale
 from awq.core.weight import QuantizedWeight, group_range, quantize_nearest, round_to_nearest, scale_and_zero
 from awq.folds import InputGroup
 from awq.nn.surgery import get_weight
@@ -40,7 +41,7 @@ def choose_scale(
     statistics: InputStatistics,
     config: AwqConfig,
     options: QuantizeOptions,
-    module_loss: Callable[[Tensor], float] | None = None,
+    module_loss: Callable[[Tensor], Tensor | float] | None = None,
 ) -> ScaleChoice:
     """The group's scale by the options' objective; identity when it cannot be folded or was never active."""
     fold = group.fold
@@ -54,10 +55,17 @@ def choose_scale(
     )  # fmt: skip
 
 
-def relative_rtn_loss(weight: Tensor, gram: Tensor, group_size: int, config: AwqConfig) -> float:
-    """Round-to-nearest's output error over the output's energy, for an untouched weight [out, in]."""
-    rtn = round_to_nearest(weight, group_size, config.bits, config.zero_point).dequantize()
-    return gram_loss(rtn.sub_(weight), gram) / _energy(weight, gram)
+def round_to_nearest_losses(
+    block: nn.Module, group: InputGroup, names: list[str], statistics: InputStatistics, config: AwqConfig
+) -> dict[str, float]:
+    """Relative output error of plain round-to-nearest for each untouched linear of a group."""
+    size = config.group_size_of(group.in_features, group.consumers[0])
+    losses = {}
+    for name in names:
+        weight = get_weight(block.get_submodule(name)).detach().float()
+        delta = round_to_nearest(weight, size, config.bits, config.zero_point).dequantize().sub_(weight)
+        losses[name] = float(gram_loss(delta, statistics.gram) / _energy(gram_loss(weight, statistics.gram)))
+    return losses
 
 
 def quantize_group(
@@ -71,58 +79,76 @@ def quantize_group(
 ) -> list[QuantizedLinear]:
     """Quantizes the linears `names` of a group whose scales (and those of every other group) are folded already.
 
-    The statistics are those of the *unscaled* input; the Gram matrix is divided by s sᵀ here. `loss_rtn` is filled by the
+    They are worked on together, as rows of one weight, because they share the Gram matrix and its factorization. The
+    statistics are those of the *unscaled* input; the Gram matrix is divided by s sᵀ here. `loss_rtn` is filled by the
     caller, who saw the untouched weights.
     """
+    start = time.perf_counter()
     size = config.group_size_of(group.in_features, group.consumers[0])
     gram = statistics.gram / choice.scale / choice.scale.unsqueeze(-1)
-    feedback = options.rounding == "feedback" and statistics.tokens > 0
-    factor = feedback_factor(gram, options.damping) if feedback else None
+    weights = [get_weight(block.get_submodule(name)).detach().float() for name in names]
+    stacked = torch.cat(weights)
+    rows = quantize_rows(stacked, gram, size, config, options, feedback=options.rounding == "feedback" and statistics.tokens > 0)
+    energies = row_losses(stacked, gram)
     results = []
-    for name in names:
-        start = time.perf_counter()
-        weight = get_weight(block.get_submodule(name)).detach().float()
-        quantized, rounding, clipped, loss = quantize_linear(weight, gram, factor, size, config, options)
+    lengths = [len(w) for w in weights]
+    parts = zip(names, *(t.split(lengths) for t in (*rows.weight[:3], rows.loss, rows.feedback, rows.narrowed, energies)))
+    for name, codes, scales, zeros, loss, feedback, narrowed, energy in parts:
         report = LinearReport(
-            name, (weight.shape[0], weight.shape[1]), choice.kind, choice.ratio, loss / _energy(weight, gram), float("nan"),
-            clipped, rounding, group.fold.producer if group.fold else None, group.reason, time.perf_counter() - start,
+            name, (codes.shape[0], codes.shape[1]), choice.kind, choice.ratio, float(loss.sum() / _energy(energy.sum())),
+            float("nan"), float(narrowed.mean()), "feedback" if float(feedback.float().mean()) > 0.5 else "nearest",
+            group.fold.producer if group.fold else None, group.reason, 0.0,
         )  # fmt: skip
-        results.append(QuantizedLinear(name, quantized, report))
+        results.append(QuantizedLinear(name, QuantizedWeight(codes, scales, zeros, config.bits), report))
+    for result in results:
+        result.report.seconds = (time.perf_counter() - start) / len(results)
     return results
 
 
-def _energy(weight: Tensor, gram: Tensor) -> float:
-    return max(gram_loss(weight, gram), 1e-30)
+def _energy(value: Tensor) -> Tensor:
+    return value.clamp(min=1e-30)
 
 
-def quantize_linear(
-    weight: Tensor,
-    gram: Tensor,
-    factor: tuple[Tensor, Tensor] | None,
-    group_size: int,
-    config: AwqConfig,
-    options: QuantizeOptions,
-) -> tuple[QuantizedWeight, str, float, float]:
-    """Codes for one weight [out, in]: the best of min/max nearest, searched range nearest, searched range with feedback.
+class QuantizedRows(NamedTuple):
+    """weight; and for each row: loss diag(Δ G Δᵀ), feedback (bool), narrowed (share of groups with a narrowed range)."""
 
-    Returns the weight, the rounding used, the share of groups with a narrowed range, and tr(Δ G Δᵀ).
-    """
+    weight: QuantizedWeight
+    loss: Tensor
+    feedback: Tensor
+    narrowed: Tensor
+
+
+def quantize_rows(
+    weight: Tensor, gram: Tensor, group_size: int, config: AwqConfig, options: QuantizeOptions, feedback: bool
+) -> QuantizedRows:
+    """Codes for a weight [out, in]: for each row the best of min/max nearest, searched range nearest, and error feedback."""
     bits = config.bits
     full = scale_and_zero(*group_range(weight, group_size, config.zero_point), bits, config.zero_point)
-
-    def attempt(quantized: QuantizedWeight, rounding: str, clipped: float):
-        return quantized, rounding, clipped, gram_loss(quantized.dequantize().sub_(weight), gram)
-
-    best = attempt(quantize_nearest(weight, *full, bits), "nearest", 0.0)
+    nearest = quantize_nearest(weight, *full, bits)
+    nothing = torch.zeros(len(weight), device=weight.device)
+    best = QuantizedRows(nearest, row_losses(nearest.dequantize().sub_(weight), gram), nothing.bool(), nothing)
     ranges = full
     if options.clip:
         searched = search_range(weight, gram, group_size, bits, config.zero_point)
-        clipped = float((searched[0] != full[0]).float().mean())
-        candidate = attempt(quantize_nearest(weight, *searched, bits), "nearest", clipped)
-        if candidate[3] <= best[3]:
-            best, ranges = candidate, searched
-    if factor is not None:
-        candidate = attempt(round_with_feedback(weight, *factor, *ranges, bits), "feedback", best[2])
-        if candidate[3] <= best[3]:
-            best = candidate
+        best = _better_rows(
+            best, quantize_nearest(weight, *searched, bits), weight, gram, False, (searched[0] != full[0]).float().mean(1)
+        )
+        ranges = best.weight.scales.float(), best.weight.zeros.float()
+    if feedback:
+        codes = round_with_feedback(weight, *feedback_factor(gram, options.damping), *ranges, bits)
+        best = _better_rows(best, codes, weight, gram, True, best.narrowed)
     return best
+
+
+def _better_rows(
+    old: QuantizedRows, new: QuantizedWeight, weight: Tensor, gram: Tensor, feedback: bool, narrowed: Tensor
+) -> QuantizedRows:
+    """The rows of `new` where its loss is not above the old one's, the old rows elsewhere."""
+    loss = row_losses(new.dequantize().sub_(weight), gram)
+    better = loss <= old.loss
+    wide = better.unsqueeze(-1)
+    chosen = QuantizedWeight(*(torch.where(wide, a, b) for a, b in zip(new[:3], old.weight[:3])), new.bits)
+    return QuantizedRows(
+        chosen, torch.where(better, loss, old.loss), torch.where(better, feedback, old.feedback),
+        torch.where(better, narrowed, old.narrowed),
+    )  # fmt: skip

@@ -1,0 +1,52 @@
+"""The sequential step of error feedback as one Triton kernel: a GPU would otherwise spend its time on launches.
+
+Rows are independent, so a program keeps a tile [columns, rows] of residual weights in registers and walks its columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 32
+
+
+@triton.jit
+def _round_block(
+    rest, factor, scales, zeros, group_of, codes, errors, start, out, width, top,
+    columns: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = row < out
+    tile_mask = (column < columns)[:, None] & inside[None, :]
+    tile = tl.load(rest + (start + column).to(tl.int64)[:, None] * out + row[None, :], mask=tile_mask, other=0.0)
+    for c in range(columns):
+        w = tl.sum(tl.where(column[:, None] == c, tile, 0.0), axis=0)
+        group = tl.load(group_of + start + c)
+        s = tl.load(scales + group * out + row, mask=inside, other=1.0)
+        z = tl.load(zeros + group * out + row, mask=inside, other=0.0)
+        # Half to even, as torch.round: adding and subtracting 1.5 * 2**23 leaves the nearest integer.
+        code = ((tl.div_rn(w, s) + 12582912.0) - 12582912.0) + z
+        code = tl.minimum(tl.maximum(code, 0.0), top)
+        tl.store(codes + (start + c).to(tl.int64) * out + row, code.to(tl.uint8), mask=inside)
+        u = tl.load(factor + (start + c).to(tl.int64) * width + start + column, mask=column < columns, other=0.0)
+        pivot = tl.load(factor + (start + c).to(tl.int64) * width + start + c)
+        error = (w - (code - z) * s) / pivot
+        tl.store(errors + c * out + row, error, mask=inside)
+        tile = tile - tl.where(column > c, u, 0.0)[:, None] * error[None, :]
+
+
+def round_block(
+    rest: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, codes: Tensor, errors: Tensor,
+    start: int, stop: int, top: int,
+) -> None:  # fmt: skip
+    """As `rounding._round_block`, for CUDA tensors: rest, codes [in, out]; scales, zeros [groups, out]; all contiguous."""
+    width, out = rest.shape
+    with torch.cuda.device(rest.device):
+        _round_block[(triton.cdiv(out, _ROWS),)](
+            rest, factor, scales, zeros, group_of, codes, errors, start, out, width, float(top),
+            columns=stop - start, COLUMNS=triton.next_power_of_2(stop - start), ROWS=_ROWS, num_warps=4,
+        )  # fmt: skip
