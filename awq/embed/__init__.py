@@ -1,0 +1,1 @@
+"""Sentence embeddings from encoders, quantized or not."""
