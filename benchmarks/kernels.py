@@ -10,6 +10,7 @@ Shapes (outputs × inputs) are Mistral-7B's with siblings joined; "sum" adds one
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -60,9 +61,9 @@ def random_packed(n: int, k: int, group: int = 128) -> Packed:
     shape = Shape(k, n, group)
     sizes = get_layout("planar").shapes(k, n, group)
     words = torch.randint(-(2**15), 2**15, sizes["qweight"][0], dtype=torch.int16, device=DEVICE)
-    zeros = torch.randint(0, 16, sizes["qzeros"][0], dtype=torch.uint8, device=DEVICE)
-    scales = (torch.rand(sizes["scales"][0], device=DEVICE) * 0.02 + 1e-3).half()
-    return Packed(words, zeros, scales, shape, "planar")
+    scales = (torch.rand(sizes["scales"][0], device=DEVICE) * 0.02 + 1e-3).half().view(torch.int16).int()
+    grid = scales + (torch.randint(0, 16, scales.shape, dtype=torch.int32, device=DEVICE) << 16)
+    return Packed(words, words.new_empty(0, dtype=torch.uint8), grid, shape, "planar")
 
 
 # ---------------------------------------------------------------- correctness
@@ -205,14 +206,14 @@ def check_surroundings() -> dict:
 # ---------------------------------------------------------------- times
 
 
-def graph_time(calls: list, repeats: int = 11, rounds: int = 1) -> float:
-    """Median microseconds of one call; `calls` are replayed in order."""
+def graph_time(calls: list, repeats: int = 9) -> float:
+    """Median microseconds of one call; `calls` are replayed in order, 40 or more per replay, so that its start counts little."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for call in calls:
             call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, rounds = torch.cuda.CUDAGraph(), -(-40 // len(calls))
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             for call in calls:
@@ -229,12 +230,22 @@ def graph_time(calls: list, repeats: int = 11, rounds: int = 1) -> float:
     return statistics.median(times)
 
 
+@torch.no_grad()
+def warm_up(seconds: float = 0.5) -> None:
+    """Brings the clocks to where a busy GPU has them."""
+    a, start = torch.randn(8192, 8192, device=DEVICE, dtype=torch.float16), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        a @ a
+        torch.cuda.synchronize()
+
+
 def copies_of(n: int, k: int, bits: float) -> int:
     return max(2, math.ceil(L2 / (n * k * bits / 8)) + 1)
 
 
 def time_layer(dtype: torch.dtype, tokens: tuple[int, ...]) -> dict:
     """Microseconds by kind, product and tokens, and their sum over the layer."""
+    warm_up()
     times: dict = {kind: {name: {} for name in LAYER} for kind in ("ours", "dense_weight", "cublas", "tinygemm")}
     for name, (n, k) in LAYER.items():
         weights = [random_packed(n, k) for _ in range(copies_of(n, k, 4.25))]
@@ -318,33 +329,27 @@ def time_loading() -> dict:
 
 def candidates(n: int, k: int, m: int, processors: int) -> list[Config]:
     """Configurations worth timing for m tokens."""
-    bm, found = max(8, m), []
-    steps = k // 128
-    if m <= 16:
-        forms = [(32, 1), (32, 2), (64, 2), (64, 4), (128, 4), (128, 8)]
-        tokens, weight_scale, loads = [bm], [False], (3, 5)
-    elif m <= 64:
-        forms = [(64, 4), (128, 4), (128, 8)]
-        tokens, weight_scale, loads = sorted({bm, min(bm, 32)}), [False], (3, 4)
-    else:
-        forms = [(64, 4), (128, 4), (128, 8), (256, 8)]
-        tokens, weight_scale, loads = [64, 128, 256], [True], (3, 4)
-    for bn, warps in forms:
-        for bm in tokens:
-            if m > 64 and (bm * bn > 128 * 256 or bm * bn < 64 * 128):
-                continue
-            tiles = -(-n // bn) * -(-m // bm)
-            for split in (1, 2, 4, 8, 16):
-                waves = tiles * split / processors
-                if split > 1 and (waves > (16 if bn == 32 else 8 if m <= 64 else 3) or steps / split < 2):
-                    continue
-                if waves < (1.9 if m <= 16 else 0.7) and steps / split >= 8:
-                    continue
-                for stages in loads:
-                    for flag in weight_scale:
-                        shared = stages * (bn * 64 + bm * 256)
-                        if shared < 225_000:
-                            found.append(Config(bm, bn, split, flag, warps, stages))
+    tokens, scaled, splits, forms, loads = [max(8, m)], [False], (1, 2, 3, 4, 6, 8), [(64, 4), (128, 4), (128, 8)], (3, 4)
+    if m <= 8:
+        forms, loads, splits = [(64, 2), (128, 2), (128, 4)], (3, 6), (1, 2, 3, 8, 11, 16)
+    elif m <= 16:
+        forms, splits = [(128, 4), (64, 2)], (1, 2, 6, 8, 11)
+    elif 32 < m <= 64:
+        tokens, scaled, splits = [32, 64], [False, True], (1, 2, 4)
+    elif m > 64:
+        tokens, scaled, splits, forms = [64, 128], [True], (1, 2, 4), [(128, 4), (128, 8), (256, 8)]
+    found = []
+    for (bn, warps), bm, split, flag, stages in itertools.product(forms, tokens, splits, scaled, loads):
+        tiles, steps = -(-n // bn) * -(-m // bm), k // 128
+        waves, most = tiles * split / processors, 7 if m <= 16 else 5 if m <= 64 else 3
+        if split > 1 and (waves > most or steps / split < 2):
+            continue  # more programs than help
+        if waves < (1.4 if m <= 16 else 0.7) and split < splits[-1]:
+            continue  # idle processors
+        if flag and bm == 32:
+            continue
+        if (flag or bn * bm <= 64 * 32 * warps) and (stages - 1) * (bn * 68 + bm * 256) < 225_000:
+            found.append(Config(bm, bn, split, flag, warps, stages))
     return found
 
 
@@ -379,6 +384,7 @@ def tune(buckets: tuple[int, ...], seconds: float, workers: int) -> tuple[dict, 
     print(f"{len(jobs)} configurations compiled in {time.perf_counter() - start:.0f} s, {len(refused)} refused")
     for reason in sorted(set(refused.values()))[:5]:
         print("  refused:", reason)
+    warm_up()
     every: dict = {}
     best: dict = {}
     start = time.perf_counter()

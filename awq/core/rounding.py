@@ -68,7 +68,7 @@ def round_with_feedback(
 def _block_step(device: torch.device) -> Callable[..., None]:
     """The Triton kernel where there is one for the device, else plain operators."""
     if device.type == "cuda" and find_spec("triton"):
-        from awq.core.feedback_kernel import round_block
+        from awq.core.rounding_kernels import round_block
 
         return round_block
     return _round_block

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from awq.core.weight import fake_quantize, group_range, grouped, scale_and_zero
 
+_TOGETHER = 1 << 25  # weights quantized at once while candidates are compared
 RATIOS = tuple(k / 20 for k in range(21))
 
 
@@ -83,14 +84,22 @@ def search_scale(
     A candidate whose loss is not finite is dropped. Deterministic: the first of equal candidates wins.
     """
 
-    def default_loss(s: Tensor) -> Tensor:
-        scaled = weight * s
-        quantized = fake_quantize(scaled, *scale_and_zero(*group_range(scaled, group_size, zero_point), bits, zero_point), bits)
-        return gram_loss(quantized.div_(s).sub_(weight), gram)
-
-    judge = loss or default_loss
     candidates = [(k, r, tie(s)) for k, r, s in scale_candidates(x_mean, weight_importance(weight, group_size), duo)]
-    losses = torch.stack([torch.as_tensor(judge(s), device=weight.device) for _, _, s in candidates]).tolist()
+    scales = torch.stack([s for _, _, s in candidates])
+    if loss is None:
+        together = max(1, _TOGETHER // weight.numel())
+        values = torch.cat([_gram_losses(weight, gram, part, group_size, bits, zero_point) for part in scales.split(together)])
+    else:
+        values = torch.stack([torch.as_tensor(loss(s), device=weight.device) for s in scales])
+    losses = values.tolist()
     best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i], i))  # NaN last, then the first of equals
     kind, ratio, s = candidates[best]
     return ScaleChoice(s, ratio, kind, losses[best], losses[0])
+
+
+def _gram_losses(weight: Tensor, gram: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool) -> Tensor:
+    """tr(Δ G Δᵀ), Δ = Q(W s)/s − W, for several s [n, in] at once: their weights are quantized as rows of one [n·out, in]."""
+    scaled = (weight * scales.unsqueeze(1)).view(-1, weight.shape[1])
+    quantized = fake_quantize(scaled, *scale_and_zero(*group_range(scaled, group_size, zero_point), bits, zero_point), bits)
+    delta = quantized.view(len(scales), *weight.shape).div_(scales.unsqueeze(1)).sub_(weight)
+    return row_losses(delta.view(scaled.shape), gram).view(len(scales), -1).sum(1)

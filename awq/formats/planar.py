@@ -1,9 +1,9 @@
 """planar: an in-memory layout for the GPU kernels, never written to disk.
 
-qweight int16 [K/128, N, 32], qzeros uint8 [groups, N], scales float16 [groups, N], with K = inputs rounded up to 128 and
-N = outputs rounded up to 64; what is added holds zeros. Nibble j of word i of a row is input 128·t + 32·j + i: four planes of
-32 inputs. So two neighbouring words, read as 32 bits, give two neighbouring inputs with one mask, any block of rows of one
-t is contiguous, and blocks of 32 inputs never straddle groups of 32 or a multiple of it.
+qweight int16 [K/128, N, 32] and scales int32 [groups, N], the float16 scale's bits + 65536 · zero; qzeros is empty. K = inputs
+rounded up to 128 and N = outputs rounded up to 64; what is added holds zeros. Nibble j of word i of a row is input
+128·t + 32·j + i: four planes of 32 inputs. So two neighbouring words, read as 32 bits, give two neighbouring inputs with one
+mask, any block of rows of one t is contiguous, and blocks of 32 inputs never straddle groups of 32 or a multiple of it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
     extra = outputs - out_features
     codes = F.pad(weight.codes, (0, inputs - in_features, 0, extra)).view(outputs, -1, 2, 2, 32)  # [out, t, byte, half, i]
     data = (codes[:, :, :, 0] | (codes[:, :, :, 1] << 4)).permute(1, 0, 3, 2).contiguous()  # [t, out, i, byte]
+    grid = torch.stack((weight.scales.view(torch.int16), weight.zeros.to(torch.int16)), -1).view(torch.int32).squeeze(-1)
     return {
         "qweight": data.view(torch.int16).squeeze(-1),
-        "qzeros": F.pad(transposed(weight.zeros), (0, extra)),
-        "scales": F.pad(transposed(weight.scales), (0, extra)),
+        "qzeros": data.new_empty(0),
+        "scales": F.pad(transposed(grid), (0, extra)),
     }
 
 
@@ -42,16 +43,16 @@ def _decode(tensors: Mapping[str, Tensor], in_features: int, out_features: int, 
     words = tensors["qweight"][:, :out_features].contiguous()
     data = words.view(torch.uint8).view(*words.shape, 2).permute(1, 0, 3, 2)  # [out, t, byte, i]
     codes = torch.stack((data & 15, data >> 4), 3).reshape(out_features, -1)[:, :in_features].contiguous()
-    scales, zeros = (transposed(tensors[name][:, :out_features]) for name in ("scales", "qzeros"))
-    return QuantizedWeight(codes, scales, zeros)
+    grid = transposed(tensors["scales"][:, :out_features]).view(torch.int16).view(out_features, -1, 2)
+    return QuantizedWeight(codes, grid[..., 0].contiguous().view(torch.float16), grid[..., 1].to(torch.uint8))
 
 
 def _shapes(in_features: int, out_features: int, group_size: int) -> Shapes:
     groups, (inputs, outputs) = in_features // group_size, padded(in_features, out_features)
     return {
         "qweight": ((inputs // DEPTH, outputs, 32), torch.int16),
-        "qzeros": ((groups, outputs), torch.uint8),
-        "scales": ((groups, outputs), torch.float16),
+        "qzeros": ((0,), torch.uint8),
+        "scales": ((groups, outputs), torch.int32),
     }
 
 

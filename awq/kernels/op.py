@@ -1,6 +1,7 @@
 """`awq::linear`, the one operator behind every quantized linear: visible to torch.compile, differentiable in x.
 
-Its backward is an operator too (`awq::linear_input_grad`), so that a compiled backward does not trace into a backend.
+Its backward is an operator too (`awq::linear_input_grad`), so that a compiled backward does not trace into a backend. Both are
+defined through `torch.library.Library`, which costs half the host time of `torch.library.custom_op` per call.
 """
 
 from __future__ import annotations
@@ -12,8 +13,13 @@ from awq.kernels import reference
 from awq.kernels.backends import choose, get_backend
 from awq.kernels.packed import Packed, Shape
 
+_WEIGHT = "Tensor qweight, Tensor qzeros, Tensor scales"
+_SHAPE = "int in_features, int out_features, int group_size, str format"
+_LIBRARY = torch.library.Library("awq", "DEF")
+_LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_SHAPE}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.define(f"linear_input_grad(Tensor grad, {_WEIGHT}, {_SHAPE}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
-@torch.library.custom_op("awq::linear", mutates_args=())
+
 def _linear(
     x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None,
     in_features: int, out_features: int, group_size: int, format: str,
@@ -23,12 +29,6 @@ def _linear(
     return backend.linear(x, Packed(qweight, qzeros, scales, shape, format), bias)
 
 
-@_linear.register_fake
-def _(x, qweight, qzeros, scales, bias, in_features, out_features, group_size, format):
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-@torch.library.custom_op("awq::linear_input_grad", mutates_args=())
 def _input_grad(
     grad: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor,
     in_features: int, out_features: int, group_size: int, format: str,
@@ -40,7 +40,16 @@ def _input_grad(
     return reference.product(grad, dequantize(Packed(qweight, qzeros, scales, shape, format), grad.dtype).t(), None)
 
 
-@_input_grad.register_fake
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_input_grad", _input_grad, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("awq::linear")
+def _(x, qweight, qzeros, scales, bias, in_features, out_features, group_size, format):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("awq::linear_input_grad")
 def _(grad, qweight, qzeros, scales, in_features, out_features, group_size, format):
     return grad.new_empty(*grad.shape[:-1], in_features)
 
@@ -59,7 +68,8 @@ def _backward(ctx, grad: Tensor):
     return grad_x, None, None, None, grad_bias, None, None, None, None
 
 
-_linear.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("awq::linear", _backward, setup_context=_setup_context)
+_op = torch.ops.awq.linear.default
 
 
 def quantized_linear(
@@ -67,4 +77,4 @@ def quantized_linear(
     in_features: int, out_features: int, group_size: int, format: str,
 ) -> Tensor:  # fmt: skip
     """x [..., in] → [..., out] in x's dtype, through packed weights of `format` (or layout); any rank is kept."""
-    return torch.ops.awq.linear(x, qweight, qzeros, scales, bias, in_features, out_features, group_size, format)
+    return _op(x, qweight, qzeros, scales, bias, in_features, out_features, group_size, format)

@@ -127,7 +127,7 @@ def record_block_calls(
 
             return forward
 
-        with _forwards({block: stub((i, j), wraps[i, j]) for i, j, block in blocks}):
+        with replaced_forwards({block: stub((i, j), wraps[i, j]) for i, j, block in blocks}):
             _forward(model, item)
         for i, (name, members) in enumerate(lists):
             missing = [j for j in range(len(members)) if (i, j) not in seen]
@@ -177,7 +177,7 @@ def _forward(model: nn.Module, item: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def _forwards(replacements: dict[nn.Module, Any]) -> Iterator[None]:
+def replaced_forwards(replacements: dict[nn.Module, Any]) -> Iterator[None]:
     """Gives modules another `forward` for a while. One set on the instance before (accelerate's hooks) comes back."""
     own = {module: module.__dict__["forward"] for module in replacements if "forward" in module.__dict__}
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from awq.config import AwqConfig
 from awq.core.ranges import search_range
+from awq.core.refinement import refine
 from awq.core.rounding import feedback_factor, round_with_feedback
 from awq.core.scales import ScaleChoice, gram_loss, row_losses, search_scale
 from awq.core.weight import QuantizedWeight, group_range, quantize_nearest, round_to_nearest, scale_and_zero
@@ -136,6 +137,7 @@ def quantize_rows(
         ranges = best.weight.scales.float(), best.weight.zeros.float()
     if feedback:
         codes = round_with_feedback(weight, *feedback_factor(gram, options.damping), *ranges, bits)
+        codes = refine(weight, gram, codes, options.refinement or 0)
         best = _better_rows(best, codes, weight, gram, True, best.narrowed)
     return best
 
@@ -147,8 +149,8 @@ def _better_rows(
     loss = row_losses(new.dequantize().sub_(weight), gram)
     better = loss <= old.loss
     wide = better.unsqueeze(-1)
-    chosen = QuantizedWeight(*(torch.where(wide, a, b) for a, b in zip(new[:3], old.weight[:3])), new.bits)
+    codes, scales, zeros = (torch.where(wide, a, b) for a, b in zip(new[:3], old.weight[:3]))
     return QuantizedRows(
-        chosen, torch.where(better, loss, old.loss), torch.where(better, feedback, old.feedback),
-        torch.where(better, narrowed, old.narrowed),
+        QuantizedWeight(codes, scales, zeros, new.bits), torch.where(better, loss, old.loss),
+        torch.where(better, feedback, old.feedback), torch.where(better, narrowed, old.narrowed),
     )  # fmt: skip

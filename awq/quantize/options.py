@@ -8,8 +8,9 @@ from typing import Any
 from awq.errors import ConfigError
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"rounding": "nearest"},
-    "balanced": {"rounding": "feedback"},
+    "fast": {"rounding": "nearest", "refinement": 0, "tuning": 0},
+    "balanced": {"rounding": "feedback", "refinement": 1, "tuning": 0},
+    "best": {"rounding": "feedback", "refinement": 2, "tuning": 2},
 }
 _CHOICES = {
     "preset": tuple(PRESETS),
@@ -23,8 +24,11 @@ _CHOICES = {
 class QuantizeOptions:
     """Switches of the quantizer.
 
-    preset: "fast" (AWQ scales and ranges, nearest rounding) or "balanced" (the same, then error-feedback rounding).
+    preset: "fast" (AWQ scales and ranges, nearest rounding), "balanced" (the same, then error-feedback rounding and
+        coordinate descent) or "best" (more of it, then the packed weights' scales are tuned on the whole model's output).
     rounding: "nearest" or "feedback"; None takes the preset's.
+    refinement: rounds of coordinate descent and least-squares scales after feedback; None takes the preset's.
+    tuning: epochs of end-to-end tuning of the scales; needs memory for gradients of the whole model; None takes the preset's.
     scaling: search and fold activation-aware scales; duo_scaling adds the candidates that look at the weights too.
     clip: search each group's range; False keeps min/max.
     propagate: a block's calibration inputs come from its "quantized" or its "original" predecessors.
@@ -38,6 +42,8 @@ class QuantizeOptions:
 
     preset: str = "balanced"
     rounding: str | None = None
+    refinement: int | None = None
+    tuning: int | None = None
     scaling: bool = True
     duo_scaling: bool = True
     clip: bool = True
@@ -54,8 +60,13 @@ class QuantizeOptions:
             value = getattr(self, name)
             if value not in allowed and not (name == "rounding" and value is None):
                 raise ConfigError(f"{name} is {value!r}; use one of {', '.join(allowed)}.")
-        if self.rounding is None:
-            object.__setattr__(self, "rounding", PRESETS[self.preset]["rounding"])
+        for name in ("refinement", "tuning"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ConfigError(f"{name} is {value!r}; use a whole number from 0.")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
     def with_(self, **changes: Any) -> QuantizeOptions:
         return replace(self, **changes)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from awq.calibration import CalibrationBatch
 from awq.config import AwqConfig
+from awq.core.weight import QuantizedWeight
 from awq.errors import CalibrationError
 from awq.folds import InputGroup, apply_fold, discover, prove
 from awq.nn.blocks import BlockCall, find_block_lists, record_block_calls
@@ -36,6 +38,7 @@ from awq.quantize.options import QuantizeOptions
 from awq.quantize.plan import Plan, make_plan
 from awq.quantize.report import QuantReport
 from awq.quantize.statistics import InputStatistics, MaskHolder, collect_inputs
+from awq.quantize.tuning import OutputMatch, tune_scales
 
 logger = logging.getLogger("awq.quantize")
 
@@ -65,6 +68,7 @@ class Workbench:
     plan: Plan
     report: QuantReport
     known: dict[Any, list[InputGroup]] = field(default_factory=dict)  # structure of a block → its folds
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)  # full name → weight, kept when scales are tuned later
 
     @contextmanager
     def phase(self, name: str):
@@ -96,7 +100,10 @@ def quantize_model(
     report = QuantReport(config.to_dict(), asdict(options), skipped=plan.skipped, versions=_versions())
     report.tokens = sum(int(b.attention_mask.sum()) for b in batches)
     bench = Workbench(config, options, plan, report)
+    match = None
     with bench.phase("inputs"):
+        if options.tuning:
+            match = OutputMatch(model, batches)
         streams = _open_streams(model, lists, batches)
     total = sum(len(blocks) for _, blocks in lists)
     hide = None if options.progress is None else not options.progress
@@ -106,6 +113,12 @@ def quantize_model(
                 _quantize_block(bench, block, f"{prefix}.{index}", index, *stream_set)
                 bar.set_postfix(loss=f"{report.loss:.4f}", rtn=f"{report.loss_rtn:.4f}")
                 bar.update()
+    if match is not None:
+        with bench.phase("tuning"), _tensor_cores(next(model.parameters()).device):
+            tuned, tuning = tune_scales(model, bench.weights, match, options.tuning or 0, options.seed, options.progress)
+            report.tuning = tuning.to_dict()
+            for name, weight in tuned.items():
+                _install(model, name, weight, config, options)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -142,7 +155,8 @@ def _quantize_block(
     bench: Workbench, block: nn.Module, prefix: str, index: int, calibration: Stream, many: Stream, single: Stream
 ) -> None:
     """Quantizes one block and moves all streams past it."""
-    home, dtype = next((p.device, p.dtype) for p in block.parameters() if p.is_floating_point())
+    home = next(p.device for p in block.parameters())
+    dtypes = {name: tensor.dtype for name, tensor in chain(block.named_parameters(), block.named_buffers())}
     device = _work_device(home, bench.options)
     block.to(device, torch.float32)
     with bench.phase("folds"):
@@ -176,7 +190,7 @@ def _quantize_block(
             else:
                 calibration.hidden = outputs
         with bench.phase("packing"):
-            _finish(bench, block, prefix, results, rtn_losses, home, dtype)
+            _finish(bench, block, prefix, results, rtn_losses, home, dtypes)
 
 
 def _folds_of(bench: Workbench, block: nn.Module, prefix: str, single, many) -> list[InputGroup]:
@@ -238,18 +252,19 @@ def _advance(block: nn.Module, stream: Stream, index: int, device: torch.device)
     stream.hidden = [call.run(block, hidden) for call, hidden in stream.at(index, device)]
 
 
-def _finish(bench: Workbench, block: nn.Module, prefix: str, results, rtn_losses, home: torch.device, dtype: torch.dtype) -> None:
+def _finish(bench: Workbench, block: nn.Module, prefix: str, results, rtn_losses, home: torch.device, dtypes) -> None:
     """Packs the quantized linears, restores the block's dtype and device, and writes the report's lines."""
     for result in results:
-        linear = block.get_submodule(result.name)
-        if not bench.options.export_compatible:
-            bias = getattr(linear, "bias", None)
-            packed = WQLinear.from_quantized(result.weight, bias, bench.config.format)
-            replace_module(block, result.name, packed)
+        _install(block, result.name, result.weight, bench.config, bench.options)
+        if bench.options.tuning:
+            bench.weights[f"{prefix}.{result.name}"] = result.weight
         result.report.loss_rtn = rtn_losses[result.name]
         result.report.name = f"{prefix}.{result.name}"
         bench.report.linears.append(result.report)
-    block.to(home, dtype)
+    block.to(home)
+    for name, tensor in chain(block.named_parameters(), block.named_buffers()):
+        if name in dtypes and tensor.dtype != dtypes[name]:  # each as it was: some models keep norms or tables in float32
+            tensor.data = tensor.data.to(dtypes[name])
 
 
 @contextmanager
@@ -262,6 +277,15 @@ def _tensor_cores(device: torch.device):
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _install(root: nn.Module, name: str, weight: QuantizedWeight, config: AwqConfig, options: QuantizeOptions) -> None:
+    """Puts a quantized weight into the model: packed, or as the values of the ordinary linear."""
+    linear = root.get_submodule(name)
+    if options.export_compatible:
+        get_weight(linear).copy_(weight.dequantize())
+    else:
+        replace_module(root, name, WQLinear.from_quantized(weight, getattr(linear, "bias", None), config.format))
 
 
 def _work_device(home: torch.device, options: QuantizeOptions) -> torch.device:

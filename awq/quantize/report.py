@@ -38,6 +38,7 @@ class QuantReport:
     linears: list[LinearReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    tuning: dict[str, Any] | None = None  # of the scales, end to end (`tuning.TuningReport`); None when it did not run
     tokens: int = 0
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
@@ -70,4 +71,9 @@ class QuantReport:
             f"relative output error {self.loss:.4f} (round to nearest {self.loss_rtn:.4f})",
             f"{scaled} linears with activation-aware scales, {len(self.skipped)} linears left in full precision",
         ]
+        if self.tuning:
+            t = self.tuning
+            lines.append(
+                f"scales tuned: held-out {t['kind']} {t['loss_before']:.5f} -> {t['loss_after']:.5f}, epoch {t['best_epoch']}"
+            )
         return "\n".join(lines + [f"warning: {w}" for w in self.warnings])

@@ -32,6 +32,11 @@ class Config(NamedTuple):
     warps: int
     stages: int
 
+    def ahead(self, in_features: int) -> int:
+        """Steps whose weights are fetched before the kernel in front has ended: at most 8, and not more than there are."""
+        blocks = -(-in_features // 128)
+        return min(8, 1 << ((-(-blocks // self.split)).bit_length() - 1))
+
 
 @cache
 def table(architecture: str) -> dict[str, dict[str, list | None]]:
@@ -55,12 +60,18 @@ def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> 
     bucket = next((b for b in BUCKETS if b >= tokens), None)
     if bucket is None or bucket > 256:
         return None
-    amd = architecture.startswith("gfx")
-    bm = max(16 if amd else 8, min(bucket, 128))
-    bn, warps, stages = (128, 8, 3) if bm >= 128 else (64, 4, 4)
+    bm, (bn, warps, stages) = min(bucket, 128), (128, 8, 3) if bucket >= 128 else (64, 4, 4) if bucket > 8 else (64, 2, 4)
+    if architecture.startswith("gfx"):
+        # AMD's matrix instructions take 16 tokens and more; CDNA 3 has room for two stages. RDNA spills with larger tiles.
+        bm, stages = max(bm, 16), 2
+        if not architecture.startswith("gfx9"):
+            bm, (bn, warps) = min(bm, 32), (32, 4)
+    elif architecture in ("sm100", "sm103") and bm <= 16:
+        bn, warps = 32, 2  # fewer rows than the tensor memory path of these GPUs takes, which costs 2.5 times the instructions
+    bm = max(bm, 8)
     tiles = -(-shape.out_features // bn) * -(-tokens // bm)
     steps = -(-shape.in_features // 128)
     split = 1
     while tiles * split < (2 if bm >= 64 else 4) * multiprocessors and split < 16 and steps // (2 * split) >= 2:
         split *= 2
-    return Config(bm, bn, split, bm >= 128, warps, 2 if amd else stages)
+    return Config(bm, bn, split, bm >= 128, warps, stages)

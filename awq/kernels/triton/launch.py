@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from awq.formats.planar import padded
 from awq.kernels.packed import Packed, Shape
 from awq.kernels.triton import products
 from awq.kernels.triton.configs import Config, config_for
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ARENA = 1 << 20  # counters kept for CUDA graphs
-_CHUNK = 32 << 20  # bytes of dense weight made at a time: it stays in the L2 cache until the product has read it
+_CHUNK = 512 << 20  # bytes of dense weight made at a time. Pieces that fit the L2 cache were slower: their products are too small.
 
 
 @cache
@@ -34,6 +35,12 @@ def architecture(index: int | None) -> tuple[str, int]:
 def has_assembly(index: int | None) -> bool:
     """Whether kernels may hold NVIDIA's inline assembly."""
     return index is not None and torch.version.hip is None
+
+
+@cache
+def has_dependent_launch(index: int | None) -> bool:
+    """Whether a kernel may start before the one in front of it has ended (compute capability 9.0 and up)."""
+    return has_assembly(index) and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 @cache
@@ -61,7 +68,7 @@ class Counters:
             return self.arena[self.used - count : self.used]
         if self.used > _ARENA // 2:
             self.arena, self.used = torch.zeros(_ARENA, dtype=torch.int32, device=self.device), 0
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        stream = _stream(self.device.index) if self.device.type == "cuda" else 0
         found = self.streams.get(stream)
         if found is None or found.numel() < count:
             found = self.streams[stream] = torch.zeros(max(count, 8192), dtype=torch.int32, device=self.device)
@@ -90,26 +97,66 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return out.view(*x.shape[:-1], shape.out_features)
 
 
+class Launch:
+    """One compiled product: the constants of a kernel for one linear, configuration and dtype on one GPU.
+
+    Triton's own launch looks at the type and value of every argument each time, at a cost of tens of microseconds. The kernel
+    that it returned the first time is called instead, as long as pointers are aligned as they were.
+    """
+
+    def __init__(self, index: int | None, shape: Shape, config: Config, bias: bool) -> None:
+        self.tiles, self.config, self.pdl = -(-shape.out_features // config.bn), config, has_dependent_launch(index)
+        self.constants = (
+            shape.out_features, shape.in_features, shape.group_size, padded(*shape[:2])[1], config.bm, config.bn, config.split,
+            config.scale_weight, bias, has_assembly(index), self.pdl, config.ahead(shape.in_features),
+        )  # fmt: skip
+        self.compiled: Any = None
+
+    def __call__(self, index: int | None, tokens: int, tensors: tuple) -> None:
+        """tensors: x, qweight, grid, bias, y, partial, arrived."""
+        grid = (self.tiles, self.config.split, -(-tokens // self.config.bm))
+        aligned = index is not None and not any(t.data_ptr() & 15 for t in tensors)
+        if self.compiled is not None and aligned:
+            self.compiled[grid](*tensors, tokens, *self.constants, stream=_stream(index))
+            return
+        options = {"num_warps": self.config.warps, "num_stages": self.config.stages}
+        if self.pdl:
+            options["launch_pdl"] = True
+        compiled = products.product_kernel[grid](*tensors, tokens, *self.constants, **options)
+        if aligned:
+            self.compiled = compiled
+
+
+@cache
+def _launch(index: int | None, dtype: torch.dtype, shape: Shape, config: Config, bias: bool) -> Launch:
+    return Launch(index, shape, config, bias)
+
+
+def _stream(index: Any) -> int:
+    return torch._C._cuda_getCurrentRawStream(index)  # as Inductor's code does; a `Stream` object costs microseconds
+
+
 def fused(x: Tensor, packed: Packed, bias: Tensor | None, config: Config) -> Tensor:
     """x [tokens, in] (float16 or bfloat16) → [tokens, out] without a dense weight."""
-    shape = packed.shape
+    shape, device, index = packed.shape, x.device, x.device.index
     x = x.contiguous()
-    tokens, outputs = x.shape[0], shape.out_features
-    y = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
-    tiles, blocks = -(-outputs // config.bn), -(-tokens // config.bm)
-    partial: Any = y
-    arrived: Any = y
-    if config.split > 1:
-        partial = torch.empty((config.split, tokens, outputs), dtype=torch.float32, device=x.device)
-        arrived = counters(x.device).take(tiles * blocks)
-    with torch.cuda.device(x.device) if x.is_cuda else _NOTHING:
-        products.product_kernel[tiles, config.split, blocks](
-            x, packed.qweight, packed.qzeros, packed.scales, y if bias is None else bias, y, partial, arrived, tokens,
-            outputs, shape.in_features, shape.group_size, packed.qweight.shape[1],
-            config.bm, config.bn, config.split, config.scale_weight, bias is not None, has_assembly(x.device.index),
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+    tokens = x.shape[0]
+    y = x.new_empty((tokens, shape.out_features))
+    launch = _launch(index, x.dtype, shape, config, bias is not None)
+    partial = arrived = y
+    with _on(device):
+        if config.split > 1:
+            partial = x.new_empty((config.split, tokens, shape.out_features), dtype=torch.float32)
+            arrived = counters(device).take(launch.tiles * -(-tokens // config.bm))
+        launch(index, tokens, (x, packed.qweight, packed.scales, y if bias is None else bias, y, partial, arrived))
     return y
+
+
+def _on(device: torch.device) -> Any:
+    """Makes `device` the current one, if it is not yet."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _NOTHING
+    return torch.cuda.device(device)
 
 
 class _Nothing:
@@ -152,8 +199,10 @@ def _dequantize_into(dense: Tensor, packed: Packed, first: int, rows: int = 64) 
     """Rows `first` … of the weight into dense [rows, in]."""
     shape = packed.shape
     grid = (-(-dense.shape[0] // rows), packed.qweight.shape[0])
-    with torch.cuda.device(dense.device) if dense.is_cuda else _NOTHING:
+    pdl = has_dependent_launch(dense.device.index)
+    with _on(dense.device):
         products.dequantize_kernel[grid](
-            packed.qweight, packed.qzeros, packed.scales, dense, first,
-            first + dense.shape[0], shape.in_features, shape.group_size, packed.qweight.shape[1], rows, num_warps=4,
+            packed.qweight, packed.scales, dense, first, first + dense.shape[0],
+            shape.in_features, shape.group_size, packed.qweight.shape[1], rows, pdl,
+            num_warps=4, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip

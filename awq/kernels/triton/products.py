@@ -4,11 +4,15 @@ included, and the dense weight for many tokens.
 What decides their speed (figures: docs/kernels.md):
 
 - Issue slots, not bytes. Codes become floats by their bits: a nibble or-ed into the mantissa of a power of two B is exactly
-  B + q (B = 1024 for float16, 128 for bfloat16), and one fused multiply-add takes B + z away, exactly. The high nibble of a
-  byte needs no shift: B + 16·q times 1/16 is B/16 + q. So a 32-bit word with 8 weights costs 4 `lop3`, 1 shift and 4
-  multiply-adds of two weights each. Without inline assembly plain operators do the same.
+  B + q (B = 1024 for float16, 128 for bfloat16), and one fused multiply-add takes B + z away, exactly. In float16 the high
+  nibble of a byte needs no shift: B + 16·q times 1/16 is B/16 + q (bfloat16 has too few bits for it). So a 32-bit word with
+  8 weights costs 4 `lop3`, 1 shift (3) and 4 multiply-adds of two weights each. Without inline assembly plain operators do
+  the same.
 - The weight is the left operand of the tensor cores, which may come from registers; tokens are the right one.
 - The scale multiplies the float32 sum of a group, not its weights; with many tokens (SCALE_WEIGHT) it is the other way round.
+- Scale and zero share one word of 32 bits, the shortest that an asynchronous copy takes: else every step would wait for them.
+- On GPUs with programmatic dependent launch (PDL) a kernel starts while the one before it ends, and fetches its first
+  weights into the L2 cache, which is safe whatever that kernel writes, before it waits for the activations.
 - K is split among SPLIT programs to fill the GPU. Each writes its float32 sum to `partial`; the last to arrive, by the
   `arrived` counter of its tile, adds all of them in the order of K, so the result does not depend on the order of arrival,
   and sets the counter back to 0.
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -29,36 +34,33 @@ def _planes(words, zeros, ASM: tl.constexpr, BF16: tl.constexpr):
     BITS: tl.constexpr = 0x4300 if BF16 else 0x6400  # the power of two B
     B: tl.constexpr = 128.0 if BF16 else 1024.0
     if ASM:
-        # −(B + z) and −(B/16 + z): what is added to B + q and to (B + 16·q)/16.
-        low = (zeros | (BITS - 0x8000)).to(dtype, bitcast=True)
-        high = low + (B - B / 16)
-        low = tl.broadcast_to(low, words.shape)
-        high = tl.broadcast_to(high, words.shape)
+        low = tl.broadcast_to((zeros | (BITS - 0x8000)).to(dtype, bitcast=True), words.shape)  # −(B + z)
         if BF16:
             p0, p1, p2, p3 = tl.inline_asm_elementwise(
-                """{.reg .b32 t, one, part;
-                mov.b32 one, 0x3f803f80; mov.b32 part, 0x3d803d80;
-                shr.u32 t, $4, 8;
+                """{.reg .b32 s4, s8, s12, one;
+                mov.b32 one, 0x3f803f80;
+                shr.u32 s4, $4, 4; shr.u32 s8, $4, 8; shr.u32 s12, $4, 12;
                 lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xEA;
-                lop3.b32 $1, $4, 0x00f000f0, 0x43004300, 0xEA;
-                lop3.b32 $2, t, 0x000f000f, 0x43004300, 0xEA;
-                lop3.b32 $3, t, 0x00f000f0, 0x43004300, 0xEA;
+                lop3.b32 $1, s4, 0x000f000f, 0x43004300, 0xEA;
+                lop3.b32 $2, s8, 0x000f000f, 0x43004300, 0xEA;
+                lop3.b32 $3, s12, 0x000f000f, 0x43004300, 0xEA;
                 fma.rn.bf16x2 $0, $0, one, $5;
-                fma.rn.bf16x2 $1, $1, part, $6;
+                fma.rn.bf16x2 $1, $1, one, $5;
                 fma.rn.bf16x2 $2, $2, one, $5;
-                fma.rn.bf16x2 $3, $3, part, $6;}""",
-                "=&r,=&r,=&r,=&r,r,r,r", [words, low, high],
+                fma.rn.bf16x2 $3, $3, one, $5;}""",
+                "=&r,=&r,=&r,=&r,r,r", [words, low],
                 dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
             )  # fmt: skip
         else:
+            high = low + (B - B / 16)  # −(B/16 + z)
             p0, p1, p2, p3 = tl.inline_asm_elementwise(
-                """{.reg .b32 t, one, part;
+                """{.reg .b32 s8, one, part;
                 mov.b32 one, 0x3c003c00; mov.b32 part, 0x2c002c00;
-                shr.u32 t, $4, 8;
+                shr.u32 s8, $4, 8;
                 lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xEA;
                 lop3.b32 $1, $4, 0x00f000f0, 0x64006400, 0xEA;
-                lop3.b32 $2, t, 0x000f000f, 0x64006400, 0xEA;
-                lop3.b32 $3, t, 0x00f000f0, 0x64006400, 0xEA;
+                lop3.b32 $2, s8, 0x000f000f, 0x64006400, 0xEA;
+                lop3.b32 $3, s8, 0x00f000f0, 0x64006400, 0xEA;
                 fma.rn.f16x2 $0, $0, one, $5;
                 fma.rn.f16x2 $1, $1, part, $6;
                 fma.rn.f16x2 $2, $2, one, $5;
@@ -73,6 +75,12 @@ def _planes(words, zeros, ASM: tl.constexpr, BF16: tl.constexpr):
         p2 = (((words >> 8) & 15) | BITS).to(dtype, bitcast=True) - offset
         p3 = (((words >> 12) & 15) | BITS).to(dtype, bitcast=True) - offset
     return p0, p1, p2, p3
+
+
+@triton.jit
+def _grid(words):
+    """int32 words of the layout → zeros (int16) and scales (float16)."""
+    return (words >> 16).to(tl.int16), words.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -97,12 +105,14 @@ def _tokens(x, m, k, M, K: tl.constexpr, TAIL: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def product_kernel(
-    x, qweight, qzeros, scales, bias, y, partial, arrived, M,
+    x, qweight, grid, bias, y, partial, arrived, M,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, NP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SCALE_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] · weightᵀ + bias. NP: rows of the padded weight. Grid: (⌈N/BN⌉, SPLIT, ⌈M/BM⌉).
+
+    AHEAD: steps whose weights are fetched into the L2 cache before the wait for the kernel in front (a power of two, or 0).
 
     partial float32 [SPLIT, M, N] and arrived int32 [⌈M/BM⌉ · ⌈N/BN⌉] are used when SPLIT > 1.
     """
@@ -119,6 +129,17 @@ def product_kernel(
         row = tl.minimum(n, NP - 1)
     m = block * BM + tl.arange(0, BM)
     i = tl.arange(0, 32)
+    if PDL:
+        gdc_launch_dependents()
+        if AHEAD > 0:
+            steps = tl.minimum(slice * PER + tl.arange(0, AHEAD), STEPS - 1)
+            lines = tl.minimum(tile * BN * 64 + tl.arange(0, BN // 2) * 128, NP * 64 - 128)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
+                [qweight.to(tl.pointer_type(tl.int8)) + steps[:, None] * (NP * 64) + lines[None, :]],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+        gdc_wait()
     acc = tl.zeros((BN, BM), tl.float32)
     for step in range(PER):
         t = slice * PER + step
@@ -127,9 +148,7 @@ def product_kernel(
             t = tl.minimum(t, STEPS - 1)
         words = tl.load(qweight + t * (NP * 32) + row[:, None] * 32 + i[None, :])
         if PARTS == 1:
-            group = _group_of(t, 0, K, GROUP)
-            zero = tl.load(qzeros + group * NP + row).to(tl.int16)
-            scale = tl.load(scales + group * NP + row)
+            zero, scale = _grid(tl.load(grid + _group_of(t, 0, K, GROUP) * NP + row))
             p0, p1, p2, p3 = _planes(words, zero[:, None], ASM, BF16)
             if SCALE_WEIGHT:
                 factor = scale[:, None].to(p0.dtype)
@@ -150,9 +169,7 @@ def product_kernel(
                 acc += part * scale.to(tl.float32)[:, None]
         else:
             for j in tl.static_range(4):
-                group = _group_of(t, j, K, GROUP)
-                zero = tl.load(qzeros + group * NP + row).to(tl.int16)
-                scale = tl.load(scales + group * NP + row)
+                zero, scale = _grid(tl.load(grid + _group_of(t, j, K, GROUP) * NP + row))
                 planes = _planes(words, zero[:, None], ASM, BF16)
                 xj = _tokens(x, m, k + 32 * j, M, K, TAIL)
                 if SCALE_WEIGHT:
@@ -160,7 +177,8 @@ def product_kernel(
                 else:
                     acc += tl.dot(planes[j], xj) * scale.to(tl.float32)[:, None]
     if ONE_GROUP and not SCALE_WEIGHT:
-        acc *= tl.load(scales + row).to(tl.float32)[:, None]
+        _, scale = _grid(tl.load(grid + row))
+        acc *= scale.to(tl.float32)[:, None]
     inside = (m[None, :] < M) & (n[:, None] < N)
     where = m[None, :].to(tl.int64) * N + n[:, None]
     if SPLIT > 1:
@@ -184,8 +202,8 @@ def product_kernel(
 
 @triton.jit(do_not_specialize=["first", "N"])
 def dequantize_kernel(
-    qweight, qzeros, scales, dense, first, N,
-    K: tl.constexpr, GROUP: tl.constexpr, NP: tl.constexpr, BN: tl.constexpr,
+    qweight, grid, dense, first, N,
+    K: tl.constexpr, GROUP: tl.constexpr, NP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dense [N − first, K] (any float dtype) = rows first … N of the weight, rounded once. Grid: (⌈(N − first)/BN⌉, ⌈K/128⌉)."""
     tile, t = tl.program_id(0), tl.program_id(1)
@@ -194,14 +212,14 @@ def dequantize_kernel(
     row = tl.minimum(n, NP - 1)
     i = tl.arange(0, 32)
     words = tl.load(qweight + t * (NP * 32) + row[:, None] * 32 + i[None, :])
+    if PDL:
+        gdc_wait()  # the kernel in front may still read what is written here
     for j in tl.static_range(4):
-        group = _group_of(t, j, K, GROUP)
-        zero = tl.load(qzeros + group * NP + row).to(tl.int16)
-        scale = tl.load(scales + group * NP + row).to(tl.float32)
+        zero, scale = _grid(tl.load(grid + _group_of(t, j, K, GROUP) * NP + row))
         step = ((words >> (4 * j)) & 15) - zero[:, None]
         k = t * 128 + 32 * j + i
         mask = n[:, None] < N
         if K % 128 != 0:
             mask = mask & (k[None, :] < K)
-        value = step.to(tl.float32) * scale[:, None]
+        value = step.to(tl.float32) * scale.to(tl.float32)[:, None]
         tl.store(dense + local[:, None].to(tl.int64) * K + k[None, :], value.to(dense.dtype.element_ty), mask=mask)

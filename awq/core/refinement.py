@@ -1,0 +1,105 @@
+"""Refinement of codes and scales that are already good: coordinate descent, and least squares, on tr(Δ G Δᵀ).
+
+Error feedback decides every column once, before it knows what the later ones do. Coordinate descent visits the columns
+again and moves each code to the best value given all others; the best scales for given codes solve a small linear system
+per row. Neither can raise the loss (but for scales being stored in float16), and the format does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from awq.core.weight import QuantizedWeight, storable_scale
+
+_BLOCK = 128
+_RIDGE = 1e-3  # pull towards the old scales, as a fraction of the system's mean diagonal
+_SYSTEMS = 1 << 26  # entries of the systems solved at once
+
+
+def refine(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, rounds: int) -> QuantizedWeight:
+    """`rounds` times two sweeps of coordinate descent and new scales, then a last sweep.
+
+    weight: float32 [out, in]; gram: float32 [in, in].
+    """
+    for _ in range(rounds):
+        quantized = refit_scales(weight, gram, descend(weight, gram, quantized, 2))
+    return descend(weight, gram, quantized, 1) if rounds else quantized
+
+
+def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, sweeps: int) -> QuantizedWeight:
+    """Cyclic coordinate descent on the codes: each one moves to its best value given all others, column by column."""
+    codes = quantized.codes.t().contiguous()  # [in, out]: a column is a contiguous row here
+    scales, zeros = quantized.scales.float().t().contiguous(), quantized.zeros.float().t().contiguous()
+    gram = gram.clone()
+    gram.diagonal()[gram.diagonal() == 0] = 1.0  # a dead channel has no slope either: its code stays
+    width, out = codes.shape
+    slope = gram @ (quantized.dequantize() - weight).t()  # half the gradient of the loss, [in, out]
+    moves = torch.empty(min(_BLOCK, width), out, device=weight.device)
+    step = _block_step(weight.device)
+    for _ in range(sweeps):
+        for start in range(0, width, _BLOCK):
+            stop = min(start + _BLOCK, width)
+            step(slope, gram, scales, zeros, codes, moves, start, stop, 2**quantized.bits - 1)
+            slope.addmm_(gram[:, start:stop], moves[: stop - start])
+    return quantized._replace(codes=codes.t().contiguous())
+
+
+def _block_step(device: torch.device) -> Callable[..., None]:
+    if device.type == "cuda" and find_spec("triton"):
+        from awq.core.rounding_kernels import descend_block
+
+        return descend_block
+    return _descend_block
+
+
+def _descend_block(
+    slope: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, moves: Tensor, start: int, stop: int, top: int
+) -> None:
+    """Moves the codes of columns start … stop one after the other; fills moves [columns, out]. `slope` is only read."""
+    group_size = len(codes) // len(scales)
+    local, g = slope[start:stop].clone(), gram[start:stop, start:stop]
+    pivots = g.diagonal().tolist()
+    for c in range(stop - start):
+        s, z = scales[(start + c) // group_size], zeros[(start + c) // group_size]
+        code = codes[start + c].float()
+        new = (code - z).sub_(local[c] / (s * pivots[c])).round_().add_(z).clamp_(0, top)
+        codes[start + c] = new
+        torch.mul(new.sub_(code), s, out=moves[c])
+        if c + 1 < stop - start:
+            local[c + 1 :].addr_(g[c, c + 1 :], moves[c])
+
+
+def refit_scales(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> QuantizedWeight:
+    """The scales that minimise tr(Δ G Δᵀ) for given codes, with a ridge towards the old ones.
+
+    Per row, with c = codes − zeros: Σ_h (c_g G_gh c_hᵀ) s_h = (w G)_g c_gᵀ.
+    """
+    groups = quantized.scales.shape[1]
+    rows = max(1, _SYSTEMS // groups**2)
+    target = weight @ gram
+    scales = [
+        _refit_rows(wg, gram, QuantizedWeight(*q, quantized.bits))
+        for wg, *q in zip(target.split(rows), *(t.split(rows) for t in quantized[:3]))
+    ]
+    return quantized._replace(scales=torch.cat(scales))
+
+
+def _refit_rows(target: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Tensor:
+    size, old = quantized.group_size, quantized.scales.float()
+    out, groups = old.shape
+    steps = quantized.codes.view(out, groups, size).float() - quantized.zeros.float().unsqueeze(-1)
+    steps = steps.view(out, groups * size)
+    system = torch.empty(out, groups, groups, device=gram.device)
+    for g in range(groups):
+        part = slice(g * size, (g + 1) * size)
+        system[:, g] = (steps[:, part] @ gram[part]).mul_(steps).view(out, groups, size).sum(-1)
+    missing = (target * steps).view(out, groups, size).sum(-1) - (system @ old.unsqueeze(-1)).squeeze(-1)
+    system = system.double()
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    diagonal.add_(_RIDGE * diagonal.mean(-1, keepdim=True) + 1e-30)
+    change = torch.linalg.solve(system, missing.double().unsqueeze(-1)).squeeze(-1).float()
+    return storable_scale((old + change).nan_to_num(0.0).clamp(min=0.3 * old, max=3 * old)).half()

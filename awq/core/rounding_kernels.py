@@ -1,0 +1,91 @@
+"""The sequential steps of `rounding` and `refinement` as Triton kernels: a GPU would otherwise spend its time on launches.
+
+Rows are independent, so a program keeps a tile [columns, rows] of residuals in registers and walks its columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 32
+
+
+@triton.jit
+def _round_block(
+    rest, factor, scales, zeros, group_of, codes, errors, start, out, width, top,
+    columns: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = row < out
+    tile_mask = (column < columns)[:, None] & inside[None, :]
+    tile = tl.load(rest + (start + column).to(tl.int64)[:, None] * out + row[None, :], mask=tile_mask, other=0.0)
+    for c in range(columns):
+        w = tl.sum(tl.where(column[:, None] == c, tile, 0.0), axis=0)
+        group = tl.load(group_of + start + c)
+        s = tl.load(scales + group * out + row, mask=inside, other=1.0)
+        z = tl.load(zeros + group * out + row, mask=inside, other=0.0)
+        # Half to even, as torch.round: adding and subtracting 1.5 * 2**23 leaves the nearest integer.
+        code = ((tl.div_rn(w, s) + 12582912.0) - 12582912.0) + z
+        code = tl.minimum(tl.maximum(code, 0.0), top)
+        tl.store(codes + (start + c).to(tl.int64) * out + row, code.to(tl.uint8), mask=inside)
+        u = tl.load(factor + (start + c).to(tl.int64) * width + start + column, mask=column < columns, other=0.0)
+        pivot = tl.load(factor + (start + c).to(tl.int64) * width + start + c)
+        error = (w - (code - z) * s) / pivot
+        tl.store(errors + c * out + row, error, mask=inside)
+        tile = tile - tl.where(column > c, u, 0.0)[:, None] * error[None, :]
+
+
+def round_block(
+    rest: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, codes: Tensor, errors: Tensor,
+    start: int, stop: int, top: int,
+) -> None:  # fmt: skip
+    """As `rounding._round_block`, for CUDA tensors: rest, codes [in, out]; scales, zeros [groups, out]; all contiguous."""
+    width, out = rest.shape
+    with torch.cuda.device(rest.device):
+        _round_block[(triton.cdiv(out, _ROWS),)](
+            rest, factor, scales, zeros, group_of, codes, errors, start, out, width, float(top),
+            columns=stop - start, COLUMNS=triton.next_power_of_2(stop - start), ROWS=_ROWS, num_warps=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def _descend_block(
+    slope, gram, scales, zeros, codes, moves, start, out, width, group_size, top,
+    columns: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = row < out
+    tile_mask = (column < columns)[:, None] & inside[None, :]
+    tile = tl.load(slope + (start + column).to(tl.int64)[:, None] * out + row[None, :], mask=tile_mask, other=0.0)
+    for c in range(columns):
+        p = tl.sum(tl.where(column[:, None] == c, tile, 0.0), axis=0)
+        group = (start + c) // group_size
+        s = tl.load(scales + group * out + row, mask=inside, other=1.0)
+        z = tl.load(zeros + group * out + row, mask=inside, other=0.0)
+        code = tl.load(codes + (start + c).to(tl.int64) * out + row, mask=inside, other=0).to(tl.float32)
+        g = tl.load(gram + (start + c).to(tl.int64) * width + start + column, mask=column < columns, other=0.0)
+        pivot = tl.load(gram + (start + c).to(tl.int64) * width + start + c)
+        best = code - z - tl.div_rn(p, s * pivot)
+        new = ((best + 12582912.0) - 12582912.0) + z  # half to even, as above
+        new = tl.minimum(tl.maximum(new, 0.0), top)
+        move = (new - code) * s
+        tl.store(codes + (start + c).to(tl.int64) * out + row, new.to(tl.uint8), mask=inside)
+        tl.store(moves + c * out + row, move, mask=inside)
+        tile = tile + g[:, None] * move[None, :]
+
+
+def descend_block(
+    slope: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, moves: Tensor, start: int, stop: int, top: int
+) -> None:
+    """As `refinement._descend_block`, for CUDA tensors: slope, codes [in, out]; scales, zeros [groups, out]; all contiguous."""
+    width, out = slope.shape
+    with torch.cuda.device(slope.device):
+        _descend_block[(triton.cdiv(out, _ROWS),)](
+            slope, gram, scales, zeros, codes, moves, start, out, width, width // len(scales), float(top),
+            columns=stop - start, COLUMNS=triton.next_power_of_2(stop - start), ROWS=_ROWS, num_warps=4,
+        )  # fmt: skip

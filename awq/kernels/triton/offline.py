@@ -1,0 +1,124 @@
+"""Compiling the kernels for a GPU that is not there: for tests, and for `benchmarks/kernels_offline.py`.
+
+Triton brings the assembler of every NVIDIA target and AMD's compiler. Without a GPU there is no driver to ask, so targets are
+named: 80, 90 … are compute capabilities, "gfx942" … AMD's architectures.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from awq.formats.planar import padded
+from awq.kernels.packed import Shape
+from awq.kernels.triton.configs import Config
+
+TARGETS: tuple[int | str, ...] = (80, 86, 89, 90, 100, "gfx90a", "gfx942", "gfx1100")
+_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+class Code(NamedTuple):
+    """What a compiled kernel uses. Registers per thread; spilled: bytes of stack (NVIDIA), registers (AMD)."""
+
+    registers: int
+    spilled: int
+    shared: int
+    instructions: tuple[str, ...]  # opcodes of the longest loop (NVIDIA only)
+    binary: bytes
+
+
+def compile_product(
+    target: int | str, shape: Shape, config: Config, dtype: torch.dtype = torch.float16, bias: bool = False
+) -> Code:
+    """The product kernel as `launch.fused` would compile it on `target`. Raises what Triton raises."""
+    from awq.kernels.triton.products import product_kernel
+
+    nvidia = isinstance(target, int)
+    x = _POINTERS[dtype]
+    arguments = {"x": x, "qweight": "*i16", "grid": "*i32", "bias": x, "y": x, "partial": "*fp32" if config.split > 1 else x,
+                 "arrived": "*i32" if config.split > 1 else x, "M": "i32"}  # fmt: skip
+    pdl = nvidia and int(target) >= 90
+    constants = {
+        "N": shape.out_features, "K": shape.in_features, "GROUP": shape.group_size, "NP": padded(*shape[:2])[1],
+        "BM": config.bm, "BN": config.bn, "SPLIT": config.split, "SCALE_WEIGHT": config.scale_weight, "HAS_BIAS": bias,
+        "ASM": nvidia, "PDL": pdl, "AHEAD": config.ahead(shape.in_features),
+    }  # fmt: skip
+    options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
+    return _compile(product_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {}))
+
+
+def compile_dequantize(target: int | str, shape: Shape, dtype: torch.dtype = torch.float16) -> Code:
+    """The dequantizing kernel as `launch.dequantize` would compile it on `target`."""
+    from awq.kernels.triton.products import dequantize_kernel
+
+    arguments = {"qweight": "*i16", "grid": "*i32", "dense": _POINTERS[dtype], "first": "i32", "N": "i32"}
+    constants = {"K": shape.in_features, "GROUP": shape.group_size, "NP": padded(*shape[:2])[1], "BN": 64}
+    pdl = isinstance(target, int) and target >= 90
+    options = {"num_warps": 4} | ({"launch_pdl": True} if pdl else {})
+    return _compile(dequantize_kernel, target, arguments, constants | {"PDL": pdl}, options)
+
+
+def _compile(kernel: Any, target: int | str, arguments: dict, constants: dict, options: dict) -> Code:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    if isinstance(target, int):
+        gpu = GPUTarget("cuda", target, 32)
+    else:
+        gpu = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
+    signature = arguments | dict.fromkeys(constants, "constexpr")
+    names = list(signature)
+    aligned: dict = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind.startswith("*")}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    compiled = compile(source, target=gpu, options=options)
+    if not isinstance(target, int):
+        text = compiled.asm["amdgcn"]
+        registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
+        spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
+        if registers is None or spilled is None:
+            raise RuntimeError("the assembly tells no resource usage")
+        return Code(int(registers.group(1)), int(spilled.group(1)), compiled.metadata.shared, (), compiled.asm["hsaco"])
+    listing, usage = _disassemble(compiled.asm["cubin"])
+    registers = re.search(r"REG:(\d+)", usage)
+    stack = re.search(r"STACK:(\d+)", usage)
+    if registers is None or stack is None:
+        raise RuntimeError(f"cuobjdump told no resource usage: {usage[:200]!r}")
+    return Code(
+        int(registers.group(1)), int(stack.group(1)), compiled.metadata.shared, longest_loop(listing), compiled.asm["cubin"]
+    )
+
+
+def _disassemble(binary: bytes) -> tuple[str, str]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(binary)
+        commands = ([f"{tools}/nvdisasm", "-c", path], [f"{tools}/cuobjdump", "-res-usage", path])
+        found = [subprocess.run(command, capture_output=True, text=True, check=True) for command in commands]
+    return found[0].stdout, found[1].stdout + found[1].stderr
+
+
+def longest_loop(listing: str) -> tuple[str, ...]:
+    """Opcodes between a label and the farthest branch back to it."""
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    best: list[str] = []
+    for line in listing.splitlines():
+        label = re.match(r"\s*(\.L_\S+):", line)
+        if label:
+            labels[label.group(1)] = len(lines)
+        instruction = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(.*?);", line)
+        if instruction:
+            lines.append(instruction.group(1))
+            back = re.search(r"BRA.*`\((\.L_\S+?)\)", instruction.group(1))
+            if back and back.group(1) in labels and len(lines) - labels[back.group(1)] > len(best):
+                best = lines[labels[back.group(1)] :]
+    return tuple(line.split()[0] for line in best)

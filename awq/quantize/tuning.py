@@ -1,0 +1,249 @@
+"""End-to-end tuning of the scales: the last step of the preset "best".
+
+Codes and zeros stay; each group's scale becomes s·(1 + d), and d is trained so that the quantized model's output matches the
+original's on the calibration tokens: the Kullback–Leibler divergence of the next-token distributions for a language model
+(distillation, arXiv 1503.02531; scales only, as in EfficientQAT's second phase, arXiv 2407.11062), the relative squared
+error of the last hidden states for an encoder. Part of the tokens is held out, and the epoch that is best on them is kept:
+no tuning at all is one of the choices. Only float16 scales change, so the file format and its cost at run time do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from awq.calibration import CalibrationBatch
+from awq.core.weight import QuantizedWeight, storable_scale
+from awq.nn.blocks import find_block_lists, hidden_of, replaced_forwards
+from awq.nn.surgery import replace_module
+
+LEARNING_RATE = 2e-3  # of the relative change of a scale, Adam with a cosine schedule
+_STEP_TOKENS, _STEP_ROWS = 2048, 32  # largest micro-batch
+_HELD_OUT = 8  # one micro-batch in eight judges
+_WARM_UP = 10
+_LARGE = 1 << 29  # quantized weights above which the blocks' activations are computed twice instead of kept
+
+
+@dataclass
+class TuningReport:
+    """kind: "kl" (nats per token) or "mse" (relative to the energy of the hidden states); losses on held-out tokens.
+
+    best_epoch 0 means that the scales stayed as they were.
+    """
+
+    kind: str
+    epochs: int
+    best_epoch: int
+    loss_before: float
+    loss_after: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Product(torch.autograd.Function):
+    """x [..., in] times dequantized weightᵀ with a gradient for the scales; the dense weight is never kept for backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, steps: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, steps)
+        return F.linear(x, _dense(steps, scale, x.dtype))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        x, scale, steps = ctx.saved_tensors
+        grad = grads[0]
+        grad_x = grad @ _dense(steps, scale, x.dtype) if ctx.needs_input_grad[0] else None
+        weight_grad = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        grad_scale = (weight_grad.view(*scale.shape, -1).float() * steps.view(*scale.shape, -1)).sum(-1)
+        return grad_x, grad_scale, None
+
+
+def _dense(steps: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (steps.view(*scale.shape, -1) * scale.unsqueeze(-1)).view(steps.shape).to(dtype)
+
+
+class TunedLinear(nn.Module):
+    """A quantized linear whose scales are trained: weight = (codes − zeros) · s · (1 + change)."""
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        zeros = weight.zeros.to(torch.int16).repeat_interleave(weight.group_size, 1)
+        self.steps = (weight.codes.to(torch.int16) - zeros).to(torch.int16 if weight.bits == 8 else torch.int8)
+        self.start = weight.scales.float()
+        self.change = nn.Parameter(torch.zeros_like(self.start))
+        self.bias = bias
+
+    @property
+    def scale(self) -> Tensor:
+        return self.start * (1 + self.change)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = _Product.apply(x, self.scale, self.steps)
+        return out if self.bias is None else out + self.bias
+
+
+class OutputMatch:
+    """The original model's last hidden states on the calibration tokens, and the distance of another model's output to them.
+
+    Made before quantization begins. Needs tokens × features values of memory in the model's dtype.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[CalibrationBatch]) -> None:
+        self.model: Any = model
+        self.body: Any = getattr(model, "base_model", model)
+        head = self.model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self.kind = "kl" if head is not None and self.body is not model else "mse"
+        self.batches = list(_micro_batches(batches, next(model.parameters()).device))
+        with torch.no_grad(), _float32_on_cpu(model):
+            self.targets = [self._hidden(batch) for batch in self.batches]
+
+    def _hidden(self, batch: CalibrationBatch) -> Tensor:
+        output = self.body(**self._inputs(batch))
+        return output.last_hidden_state if hasattr(output, "last_hidden_state") else hidden_of(output)
+
+    def _inputs(self, batch: CalibrationBatch) -> dict[str, Any]:
+        cached = getattr(getattr(self.model, "config", None), "use_cache", None) is not None
+        return batch.model_inputs() | ({"use_cache": False} if cached else {})
+
+    def _logits(self, batch: CalibrationBatch, hidden: Tensor) -> Tensor:
+        """What the model makes of its body's hidden states: its own head, with whatever caps and factors it applies."""
+        output = BaseModelOutputWithPast(last_hidden_state=hidden)
+        with replaced_forwards({self.body: lambda *args, **kwargs: output}):
+            return self.model(**self._inputs(batch)).logits
+
+    def distance(self, index: int) -> tuple[Tensor, int]:
+        """Summed distance of the model's present output to the original one on micro-batch `index`, and its weight."""
+        batch, target = self.batches[index], self.targets[index]
+        mask = batch.attention_mask.bool()
+        hidden = self._hidden(batch)
+        if self.kind == "mse":
+            energy = target[mask].float().pow(2).sum().clamp(min=1e-30)
+            tokens = int(mask.sum())
+            return (hidden[mask].float() - target[mask].float()).pow(2).sum() / energy * tokens, tokens
+        with torch.no_grad():
+            wanted = F.log_softmax(self._logits(batch, target)[mask].float(), -1)
+        found = F.log_softmax(self._logits(batch, hidden)[mask].float(), -1)
+        return F.kl_div(found, wanted, log_target=True, reduction="sum"), int(mask.sum())
+
+
+def tune_scales(
+    model: nn.Module,
+    weights: dict[str, QuantizedWeight],
+    match: OutputMatch,
+    epochs: int,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> tuple[dict[str, QuantizedWeight], TuningReport]:
+    """Tunes the scales of the modules named in `weights`; returns new weights and what was gained.
+
+    The model's modules of those names are replaced while it runs and put back after it.
+    """
+    tuned = {name: TunedLinear(weight, getattr(model.get_submodule(name), "bias", None)) for name, weight in weights.items()}
+    training, judging = _split(len(match.batches))
+    with _tuning(model, tuned), _float32_on_cpu(model):
+        best_loss = before = _mean_distance(match, judging)
+        best, best_epoch = _state(tuned), 0
+        steps = epochs * len(training)
+        optimizer = torch.optim.Adam([linear.change for linear in tuned.values()], lr=LEARNING_RATE, betas=(0.9, 0.99))
+        generator = torch.Generator().manual_seed(seed)
+        step = 0
+        with tqdm(total=steps, desc="AWQ tuning", unit="step", disable=None if progress is None else not progress) as bar:
+            for epoch in range(1, epochs + 1):
+                for choice in torch.randperm(len(training), generator=generator).tolist():
+                    rate = min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
+                    with torch.enable_grad():
+                        total, tokens = match.distance(training[choice])
+                        (total / max(1, tokens)).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    step += 1
+                    bar.update()
+                loss = _mean_distance(match, judging)
+                bar.set_postfix({match.kind: f"{loss:.5f}", "before": f"{before:.5f}"})
+                if loss < best_loss:
+                    best, best_loss, best_epoch = _state(tuned), loss, epoch
+    scales = {name: storable_scale(best[name]).half() for name in weights}
+    report = TuningReport(match.kind, epochs, best_epoch, before, best_loss)
+    return {name: weight._replace(scales=scales[name]) for name, weight in weights.items()}, report
+
+
+def _micro_batches(batches: Sequence[CalibrationBatch], device: torch.device) -> Iterator[CalibrationBatch]:
+    for batch in batches:
+        rows = min(_STEP_ROWS, max(1, _STEP_TOKENS // batch.input_ids.shape[1]))
+        for ids, mask in zip(batch.input_ids.split(rows), batch.attention_mask.split(rows)):
+            if bool(mask.any()):
+                yield CalibrationBatch(ids.to(device), mask.to(device))
+
+
+def _split(count: int) -> tuple[list[int], list[int]]:
+    """Micro-batches to train on and to judge by; with fewer than eight there is nothing to spare, and all do both."""
+    if count < _HELD_OUT:
+        return list(range(count)), list(range(count))
+    judging = list(range(_HELD_OUT - 1, count, _HELD_OUT))
+    return [i for i in range(count) if i not in set(judging)], judging
+
+
+def _state(tuned: dict[str, TunedLinear]) -> dict[str, Tensor]:
+    return {name: linear.scale.detach().clone() for name, linear in tuned.items()}
+
+
+@torch.no_grad()
+def _mean_distance(match: OutputMatch, indices: Sequence[int]) -> float:
+    parts = [match.distance(i) for i in indices]
+    return float(sum(total for total, _ in parts)) / max(1, sum(tokens for _, tokens in parts))
+
+
+@contextmanager
+def _tuning(model: nn.Module, tuned: dict[str, TunedLinear]) -> Iterator[None]:
+    """The tuned linears in their places, nothing else trainable, deterministic gradients; everything is put back after."""
+    before = {name: model.get_submodule(name) for name in tuned}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    for name, linear in tuned.items():
+        replace_module(model, name, linear)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with replaced_forwards(_checkpointed(model) if sum(t.steps.numel() for t in tuned.values()) > _LARGE else {}):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        for name, module in before.items():
+            replace_module(model, name, module)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _checkpointed(model: nn.Module) -> dict[nn.Module, Any]:
+    """Forwards of the blocks that keep only their inputs for backward and compute the rest again."""
+
+    def again(forward):
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return {block: again(block.forward) for _, blocks in find_block_lists(model) for block in blocks}
+
+
+@contextmanager
+def _float32_on_cpu(model: nn.Module) -> Iterator[None]:
+    """float16 parameters in float32 for a while on a CPU, whose float16 products are a hundred times slower; exact both ways."""
+    changed = [p for p in model.parameters() if p.dtype == torch.float16 and p.device.type == "cpu"]
+    for parameter in changed:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            parameter.data = parameter.data.half()

@@ -1,0 +1,63 @@
+"""End-to-end tuning of scales: nothing but scales moves, held-out loss falls, the same bytes twice."""
+
+import pytest
+import torch
+import zoo
+
+from awq import AwqConfig, QuantizeOptions, quantize_model
+from awq.calibration import CalibrationBatch
+from awq.nn.linear import WQLinear
+
+
+def batches(rows=32, length=16):
+    ids = torch.randint(3, 63, (rows, length), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[::3, length // 2 :] = 0
+    return [CalibrationBatch(ids[i : i + 4], mask[i : i + 4]) for i in range(0, rows, 4)]
+
+
+def quantized(family, **options):
+    model = zoo.tiny_model(family)
+    return model, quantize_model(model, batches(), AwqConfig(group_size=16), QuantizeOptions(**{"preset": "best"} | options))
+
+
+@pytest.mark.parametrize("family,kind", [("llama", "kl"), ("gemma2", "kl"), ("bert", "mse")])
+def test_only_scales_change_and_held_out_loss_falls(family, kind):
+    before, _ = quantized(family, tuning=0)
+    after, report = quantized(family, tuning=3)
+    assert report.tuning["kind"] == kind and report.tuning["loss_after"] < report.tuning["loss_before"]
+    a, b = before.state_dict(), after.state_dict()
+    assert a.keys() == b.keys()
+    changed = {k.rpartition(".")[2] for k in a if not torch.equal(a[k], b[k])}
+    assert changed == {"scales"}
+    assert all(isinstance(after.get_submodule(line.name), WQLinear) for line in report.linears)
+    assert all(p.requires_grad for p in after.parameters())
+
+
+def test_same_bytes_twice():
+    first, second = quantized("llama")[0].state_dict(), quantized("llama")[0].state_dict()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_dense_export_gets_the_tuned_values():
+    packed, _ = quantized("llama")
+    dense, report = quantized("llama", export_compatible=True)
+    for line in report.linears:
+        expected = packed.get_submodule(line.name).dequantize()
+        assert torch.allclose(dense.get_submodule(line.name).weight, expected, atol=1e-6)
+
+
+def test_float16_model_on_a_cpu_keeps_its_dtypes():
+    model = zoo.tiny_model("llama").half()
+    dtypes = {k: v.dtype for k, v in model.named_parameters() if "proj" not in k}
+    report = quantize_model(model, batches(), AwqConfig(group_size=16), QuantizeOptions(preset="best"))
+    assert report.tuning["loss_after"] <= report.tuning["loss_before"]
+    assert {k: v.dtype for k, v in model.named_parameters()} == dtypes
+
+
+def test_few_tokens_are_enough():
+    ids = torch.tensor([[5, 9, 7]])
+    model = zoo.tiny_model("llama")
+    calibration = [CalibrationBatch(ids, torch.ones_like(ids))]
+    report = quantize_model(model, calibration, AwqConfig(group_size=16), QuantizeOptions(preset="best"))
+    assert report.tuning["loss_after"] <= report.tuning["loss_before"]
