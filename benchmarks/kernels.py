@@ -412,10 +412,12 @@ def tune(buckets: tuple[int, ...], seconds: float, workers: int) -> tuple[dict, 
 # ---------------------------------------------------------------- the script
 
 
-def environment() -> dict:
+def environment(commit: str | None) -> dict:
     import triton
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    if commit is None:
+        head = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(head, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     return {
         "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit or None, "gpu": torch.cuda.get_device_name(0), "torch": torch.__version__,
@@ -432,10 +434,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", help="numbers of tokens")
     parser.add_argument("--seconds", type=float, default=120, help="at most so long for the timing of --tune")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile for --tune")
+    parser.add_argument("--commit", help="of this code, where git does not know it")
     parser.add_argument("--out", help="JSON file for the results")
     args = parser.parse_args()
     torch.manual_seed(0)
-    results: dict = {"environment": environment()}
+    results: dict = {"environment": environment(args.commit)}
 
     def stage(name, function, *arguments):
         start = time.perf_counter()

@@ -56,18 +56,21 @@ class Counters:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.streams = device, {}  # type: ignore[var-annotated]
-        self.arena, self.used = torch.zeros(_ARENA, dtype=torch.int32, device=device), 0
+        self.device, self.streams, self.used = device, {}, 0  # type: ignore[var-annotated]
+        self.arenas: list[Tensor] = []  # all of them are kept, for graphs hold their addresses
 
     def take(self, count: int) -> Tensor:
         """At least `count` counters for the current stream."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            if self.used + count > self.arena.numel():
+            if not self.arenas or self.used + count > _ARENA:
                 return torch.zeros(count, dtype=torch.int32, device=self.device)  # correct, with a memset in the graph
             self.used += count
-            return self.arena[self.used - count : self.used]
-        if self.used > _ARENA // 2:
-            self.arena, self.used = torch.zeros(_ARENA, dtype=torch.int32, device=self.device), 0
+            return self.arenas[-1][self.used - count : self.used]
+        if not self.arenas or self.used > _ARENA // 2:
+            self.arenas.append(torch.zeros(_ARENA, dtype=torch.int32, device=self.device))
+            self.used = 0
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # graphs may run on other streams; this happens once
         stream = _stream(self.device.index) if self.device.type == "cuda" else 0
         found = self.streams.get(stream)
         if found is None or found.numel() < count:

@@ -1,0 +1,78 @@
+"""Compiles every shipped configuration for every target, without a GPU: registers, spills, shared memory, instructions.
+
+    python benchmarks/kernels_offline.py --out benchmarks/results/kernels-offline.json
+
+Shipped are the measured tables on their own architecture, and the rule for shapes and GPUs without a table on every target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+
+from awq.kernels.packed import Shape
+from awq.kernels.triton import configs, offline
+from awq.kernels.triton.configs import Config
+
+RULE_SHAPES = [Shape(4096, 6144, 128), Shape(4096, 28672, 128), Shape(14336, 4096, 128), Shape(896, 4864, 64), Shape(576, 1536, 32),
+               Shape(1536, 576, 1536), Shape(4224, 72, 128)]  # fmt: skip
+
+
+def name_of(target: int | str) -> str:
+    return target if isinstance(target, str) else f"sm{target}"
+
+
+def jobs() -> list[tuple]:
+    """(target, shape, configuration, dtype)"""
+    found = []
+    for target in offline.TARGETS:
+        shipped = set()
+        for shape in RULE_SHAPES:
+            shipped |= {(shape, configs.rule(name_of(target), 108, shape, m)) for m in (1, 8, 16, 32, 64, 128, 256)}
+        for size, rows in configs.table(name_of(target)).items():
+            n, k = map(int, size.split("x"))
+            shipped |= {(Shape(k, n, 128), Config(*row)) for row in rows.values() if row is not None}
+        found += [(target, *item, dtype) for item in shipped for dtype in (torch.float16, torch.bfloat16)]
+    return sorted(found, key=str)
+
+
+def measure(job: tuple) -> dict:
+    target, shape, config, dtype = job
+    row = {"target": name_of(target), "shape": shape, "config": config, "dtype": str(dtype).split(".")[1]}
+    try:
+        code = offline.compile_product(target, shape, config, dtype)
+    except Exception as error:  # reported, and counted as a failure below
+        return row | {"failed": f"{type(error).__name__}: {str(error)[-200:]}"}
+    weights = config.bn * 128 / (32 * config.warps)
+    per_weight = round(len(code.instructions) / weights, 2) if code.instructions else None
+    return row | {"registers": code.registers, "spilled": code.spilled, "shared": code.shared, "per_weight": per_weight}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", default="kernels-offline.json")
+    args = parser.parse_args()
+    with ProcessPoolExecutor(args.workers) as pool:
+        rows = list(pool.map(measure, jobs(), chunksize=4))
+    failed = [row for row in rows if "failed" in row or row["spilled"]]
+    summary = {
+        name: {"compiled": sum(row["target"] == name and "failed" not in row for row in rows),
+               "spilling": sum(row["target"] == name and bool(row.get("spilled")) for row in rows)}
+        for name in map(name_of, offline.TARGETS)
+    }  # fmt: skip
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    head = json.dumps({"triton": triton.__version__, "targets": summary})[:-1]
+    Path(args.out).write_text(f'{head}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    print(json.dumps(summary, indent=1))
+    for row in failed:
+        print("spills or fails:", json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
