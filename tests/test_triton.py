@@ -78,3 +78,33 @@ def test_instructions_per_weight_on_hopper(tokens, dtype, limit):
     assert 1.5 < len(code.instructions) / weights < limit
     assert any(op.startswith(("HMMA", "HGMMA")) for op in code.instructions)
     assert any(op.startswith("LDGSTS") for op in code.instructions)  # asynchronous copies
+
+
+def test_measured_tables_hold_configurations():
+    paths = sorted(configs.TABLES.glob("*.json"))
+    assert paths
+    for path in paths:
+        for size, rows in configs.table(path.stem).items():
+            n, k = map(int, size.split("x"))
+            for tokens, row in rows.items():
+                c = configs.config_for(path.stem, 132, Shape(k, n, 128), int(tokens))
+                assert (c is None) == (row is None) and (c is None or (c.split <= k // 128 and c.bm * c.split > 0))
+            beyond = configs.config_for(path.stem, 132, Shape(k, n, 128), max(map(int, rows)) + 1)
+            assert beyond is None
+
+
+@pytest.mark.parametrize("size, tokens", [("28672x4096", "1"), ("4096x14336", "64"), ("6144x4096", "512")])
+def test_measured_configurations_do_not_spill(size, tokens):
+    n, k = map(int, size.split("x"))
+    code = offline.compile_product(90, Shape(k, n, 128), configs.Config(*configs.table("sm90")[size][tokens]))
+    assert code.spilled == 0 and code.shared <= 227 * 1024
+
+
+def test_counters_are_zero_and_large_enough():
+    pytest.importorskip("triton")
+    from awq.kernels.triton.launch import Counters
+
+    counters = Counters(torch.device("cpu"))
+    few, many = counters.take(3), counters.take(100_000)
+    assert few.numel() >= 3 and many.numel() >= 100_000 and not many.any() and many.dtype == torch.int32
+    assert counters.take(5).data_ptr() == many.data_ptr()

@@ -71,7 +71,7 @@ def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> 
     bm = max(bm, 8)
     tiles = -(-shape.out_features // bn) * -(-tokens // bm)
     steps = -(-shape.in_features // 128)
-    split = 1
-    while tiles * split < (2 if bm >= 64 else 4) * multiprocessors and split < 16 and steps // (2 * split) >= 2:
+    split, most = 1, 16 if bm < 64 else 8 if bm < 128 else 4  # more sums of large tiles do not fit the registers at the end
+    while tiles * split < (2 if bm >= 64 else 4) * multiprocessors and split < most and steps // (2 * split) >= 2:
         split *= 2
     return Config(bm, bn, split, bm >= 128, warps, stages)
