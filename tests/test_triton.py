@@ -100,8 +100,16 @@ def test_measured_configurations_do_not_spill(size, tokens):
     assert code.spilled == 0 and code.shared <= 227 * 1024
 
 
+def test_a_compiled_kernel_is_not_called_with_other_dtypes():
+    from awq.kernels.triton.launch import _launch
+
+    common, config = (None, torch.float16, Shape(256, 64, 128)), configs.Config(16, 64, 1, False, 4, 2)
+    dtypes = (None, torch.float16, torch.float32, torch.bfloat16)
+    assert len({id(_launch(*common, config, bias)) for bias in dtypes}) == 4
+    assert _launch(*common, config, torch.float16) is _launch(*common, config, torch.float16)
+
+
 def test_counters_are_zero_and_large_enough():
-    pytest.importorskip("triton")
     from awq.kernels.triton.launch import Counters
 
     counters = Counters(torch.device("cpu"))

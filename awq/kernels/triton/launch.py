@@ -131,8 +131,9 @@ class Launch:
 
 
 @cache
-def _launch(index: int | None, dtype: torch.dtype, shape: Shape, config: Config, bias: bool) -> Launch:
-    return Launch(index, shape, config, bias)
+def _launch(index: int | None, dtype: torch.dtype, shape: Shape, config: Config, bias: torch.dtype | None) -> Launch:
+    """One per kernel that Triton compiles: dtypes of x and of the bias are among what it compiles for."""
+    return Launch(index, shape, config, bias is not None)
 
 
 def _stream(index: Any) -> int:
@@ -145,7 +146,7 @@ def fused(x: Tensor, packed: Packed, bias: Tensor | None, config: Config) -> Ten
     x = x.contiguous()
     tokens = x.shape[0]
     y = x.new_empty((tokens, shape.out_features))
-    launch = _launch(index, x.dtype, shape, config, bias is not None)
+    launch = _launch(index, x.dtype, shape, config, None if bias is None else bias.dtype)
     partial = arrived = y
     with _on(device):
         if config.split > 1:

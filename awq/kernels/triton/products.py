@@ -132,7 +132,7 @@ def product_kernel(
     if PDL:
         gdc_launch_dependents()
         if AHEAD > 0:
-            steps = tl.minimum(slice * PER + tl.arange(0, AHEAD), STEPS - 1)
+            steps = tl.minimum(slice * PER + tl.arange(0, AHEAD), STEPS - 1).to(tl.int64)
             lines = tl.minimum(tile * BN * 64 + tl.arange(0, BN // 2) * 128, NP * 64 - 128)
             tl.inline_asm_elementwise(
                 "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
