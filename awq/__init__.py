@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from awq.checkpoint.hf import register as register
     from awq.checkpoint.hf import unregister as unregister
     from awq.config import AwqConfig as AwqConfig
+    from awq.embed.encoder import Encoder as Encoder
     from awq.models.auto import AutoAWQForCausalLM as AutoAWQForCausalLM
     from awq.models.auto import AutoAWQForEmbedding as AutoAWQForEmbedding
     from awq.quantize import QuantizeOptions as QuantizeOptions
@@ -27,6 +28,7 @@ _HOME = {
     "AutoAWQForCausalLM": "awq.models.auto",
     "AutoAWQForEmbedding": "awq.models.auto",
     "AwqConfig": "awq.config",
+    "Encoder": "awq.embed.encoder",
     "QuantReport": "awq.quantize",
     "QuantizeOptions": "awq.quantize",
     "load_calibration": "awq.calibration",

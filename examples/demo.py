@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from awq import (
     AutoAWQForCausalLM,
     AwqConfig,
+    Encoder,
     QuantizeOptions,
     load_calibration,
     prepare_calibration_tokens,
@@ -26,7 +27,7 @@ from awq import (
 )
 from awq.calibration.sources import bundled_texts
 from awq.evals.perplexity import perplexity
-from awq.evals.similarity import embed_texts, mean_cosine
+from awq.evals.similarity import mean_cosine
 
 ROUND_TO_NEAREST = QuantizeOptions(preset="fast", scaling=False, clip=False)
 
@@ -48,16 +49,16 @@ def embedding_model() -> dict:
     tokenizer = AutoTokenizer.from_pretrained(source)
     texts = sentences(bundled_texts())
     calibration, held_out = texts[::2], texts[1::2]
-    full = embed_texts(AutoModel.from_pretrained(source), tokenizer, held_out)
+    full = Encoder.from_pretrained(source).encode(held_out)
     model = AutoAWQForCausalLM.from_pretrained(str(source))
     tokens = prepare_calibration_tokens(tokenizer, calibration)
     report = model.quantize(tokens, quant_config={"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"})
     model.save_quantized(str(target))
     plain = AutoModel.from_pretrained(source)
     quantize_model(plain, load_calibration(tokens, mode="rows"), AwqConfig(group_size=128), ROUND_TO_NEAREST)
-    after = embed_texts(AutoAWQForCausalLM.from_quantized(str(target)), tokenizer, held_out)
+    after = Encoder.from_pretrained(target).encode(held_out)
     return {"model": "all-MiniLM-L6-v2", "measure": "mean cosine", "mb_before": size(source), "mb_after": size(target),
-            "before": 1.0, "round_to_nearest": mean_cosine(full, embed_texts(plain, tokenizer, held_out)),
+            "before": 1.0, "round_to_nearest": mean_cosine(full, Encoder(plain, tokenizer).encode(held_out)),
             "after": mean_cosine(full, after), "seconds": report.seconds}  # fmt: skip
 
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from awq.evals.perplexity import perplexity
-from awq.evals.similarity import embed_texts, mean_cosine, pair_spearman, read_pairs, spearman
+from awq.evals.similarity import (
+    embeddings_of,
+    judge,
+    mean_cosine,
+    ndcg,
+    neighbour_overlap,
+    pair_spearman,
+    read_pairs,
+    spearman,
+)
 
 
 class Table:
@@ -104,20 +113,56 @@ def test_mean_cosine():
     assert mean_cosine(a, torch.tensor([[1.0, 0.0], [1.0, 0.0]])) == pytest.approx(0.5)
 
 
-def test_embeddings_are_masked_means_in_the_order_given(bert_dir, tokenizer):
-    from transformers import AutoModel
+def test_any_encode_will_do(bert_dir):
+    from awq import Encoder
 
-    model = AutoModel.from_pretrained(bert_dir).eval()
-    texts = ["the cat", "a dog sleeps under the old tree", "fire", "the quick cat runs over the river"]
-    found = embed_texts(model, tokenizer, texts, batch_size=3)
-    assert found.dtype == torch.float32 and found.shape == (4, model.config.hidden_size)
-    torch.testing.assert_close(found.norm(dim=-1), torch.ones(4))
-    with torch.no_grad():
-        for text, row in zip(texts, found):
-            alone = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
-            torch.testing.assert_close(row, alone / alone.norm(), atol=1e-5, rtol=1e-4)
+    encoder = Encoder.from_pretrained(bert_dir, device="cpu")
+    found = embeddings_of(encoder, ("the cat", "fire"), batch_size=1)
+    assert torch.equal(found, encoder.encode(["the cat", "fire"], batch_size=1))
+    listed = SimpleNamespace(encode=lambda texts, batch_size: [[len(t), batch_size] for t in texts])
+    assert embeddings_of(listed, ["ab"], 7).tolist() == [[2.0, 7.0]]
     with pytest.raises(ValueError, match="no texts"):
-        embed_texts(model, tokenizer, [])
+        embeddings_of(encoder, [])
+
+
+def test_neighbour_overlap():
+    line = torch.tensor([[math.cos(a), math.sin(a)] for a in (0.0, 0.1, 0.3, 0.6, 1.0)])
+    assert neighbour_overlap(line, 2 * line, k=2) == 1
+    assert neighbour_overlap(line, line.flip(0), k=4) == 1, "all others, whatever their order"
+    # nearest one, before: 1 0 1 2 3; with the first two rows swapped: 1 0 0 2 3
+    assert neighbour_overlap(line, line[[1, 0, 2, 3, 4]], k=1) == pytest.approx(4 / 5)
+    assert neighbour_overlap(line, line, k=99) == 1
+    with pytest.raises(ValueError, match="at least 2"):
+        neighbour_overlap(line[:1], line[:1])
+
+
+def test_ndcg():
+    documents = torch.eye(4)
+    queries = torch.tensor([[4.0, 3, 2, 1], [4, 3, 2, 1], [4, 3, 2, 1]])
+    assert ndcg(queries, documents, [0, 0, 0]) == pytest.approx(1)
+    assert ndcg(queries, documents, [0, 1, 3]) == pytest.approx((1 + 1 / math.log2(3) + 1 / math.log2(5)) / 3)
+    assert ndcg(queries, documents, [3, 3, 3], k=3) == 0
+    with pytest.raises(ValueError, match="2 relevant documents for 3"):
+        ndcg(queries, documents, [0, 1])
+
+
+def test_judge():
+    torch.manual_seed(0)
+    before = torch.nn.functional.normalize(torch.randn(40, 16), dim=-1)
+    pairs = ([5.0, 4.0, *[0.5] * 18], ["a"] * 20, ["b"] * 20)
+    same = judge(before, before, pairs)
+    assert (same.texts, same.neighbour_overlap) == (40, 1) and same.min_cosine == pytest.approx(1)
+    assert same.spearman_before == same.spearman_after and same.ndcg_before == same.ndcg_after
+    assert same.ndcg_before == ndcg(before[:2], before[20:], [0, 1])
+    noisy = judge(before, before + 0.2 * torch.randn(40, 16), pairs)
+    assert noisy.min_cosine < noisy.mean_cosine < 0.99 and noisy.neighbour_overlap < 1
+    assert noisy.spearman_before == same.spearman_before and noisy.spearman_after != same.spearman_after
+    assert f"{noisy.mean_cosine:.4f}" in noisy.summary() and "Spearman" in noisy.summary()
+    assert judge(before, before).spearman_before is None
+    with pytest.raises(ValueError, match="20 pairs"):
+        judge(before[:30], before[:30], pairs)
+    with pytest.raises(ValueError, match="same texts"):
+        judge(before, before[:3])
 
 
 def test_sentence_pairs(tmp_path):

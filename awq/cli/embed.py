@@ -1,4 +1,4 @@
-"""Embed sentences with a quantized encoder (mean pooling, L2-normalised)."""
+"""Embed sentences with an encoder, pooled as its directory says, L2-normalised."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="quantized directory or hub id")
+    parser.add_argument("model", help="directory or hub id, quantized or not")
     parser.add_argument("texts", nargs="+")
     parser.add_argument("--device")
+    parser.add_argument("--prompt-name", help="name of one of the model's prompts, e.g. query")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from awq import AutoAWQForEmbedding
     from awq.cli.output import show
-    from awq.errors import ModelError
-    from awq.evals.similarity import embed_texts
+    from awq.embed.encoder import Encoder
 
-    model = AutoAWQForEmbedding.from_quantized(arguments.model, device=arguments.device)
-    if model.tokenizer is None:
-        raise ModelError(f"{arguments.model} has no tokenizer.")
-    vectors = embed_texts(model, model.tokenizer, arguments.texts)
+    encoder = Encoder.from_pretrained(arguments.model, device=arguments.device)
+    vectors = encoder.encode(arguments.texts, normalize=True, prompt_name=arguments.prompt_name)
     similarity = (vectors @ vectors.t()).tolist()
     lines = [f"{text}: {' '.join(f'{value:.3f}' for value in row)}" for text, row in zip(arguments.texts, similarity)]
     show({"embeddings": vectors.tolist(), "cosine": similarity}, arguments.json, "\n".join(lines))

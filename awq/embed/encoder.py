@@ -1,0 +1,184 @@
+"""`Encoder`: texts to embeddings, from quantized or full-precision directories, without further packages.
+
+It reads what sentence-transformers wrote and gives the same embeddings. It is quicker than that package's loop because all
+texts are tokenized in one call, sorted by tokens instead of characters, and a batch ends where padding would begin to cost.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from awq.checkpoint.load import load_model, read_config
+from awq.embed.directory import SentenceSettings, load_tokenizer, longest_input, sentence_settings
+from awq.embed.heads import Pooling, read_head
+from awq.errors import ConfigError, ModelError
+
+logger = logging.getLogger("awq.embed")
+
+_KEPT = ["*.json", "*.txt", "*.model", "*.safetensors", "*.py"]  # of a hub repository; exports for other runtimes are not needed
+
+
+class Encoder(nn.Module):
+    """model: a transformers encoder in evaluation mode, whose call gives `last_hidden_state` [texts, tokens, features].
+
+    heads: a `Pooling`, then any `Dense` and `Normalize`; None means mean pooling. settings: prompts and longest input.
+    `Encoder.from_pretrained(directory)` fills all of it in.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, heads: Sequence[nn.Module] | None = None, settings: SentenceSettings | None = None
+    ) -> None:
+        super().__init__()
+        model = model.model if hasattr(model, "awq_config") else model  # AutoAWQForEmbedding's own wrapper
+        self.model, self.tokenizer = model, tokenizer
+        self.heads = nn.ModuleList(heads or [Pooling()])
+        if not isinstance(self.heads[0], Pooling):
+            raise ModelError(f"the first module after the transformer is {type(self.heads[0]).__name__}; it must be a pooling.")
+        settings = settings or SentenceSettings()
+        self.max_seq_length = longest_input(model.config, tokenizer, settings)
+        # What models without prompts of their own answer to too, so that callers need not know which they hold.
+        self.prompts = {"query": "", "document": "", **settings.prompts}
+        self.default_prompt_name = settings.default_prompt_name
+        self._lower_case = settings.lower_case
+        accepted = inspect.signature(model.forward).parameters
+        self._accepted = None if any(p.kind is p.VAR_KEYWORD for p in accepted.values()) else set(accepted)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str | None = None, dtype: Any = "auto", trust_remote_code: bool = False
+    ) -> Encoder:
+        """From a sentence-transformers or plain transformers directory, or a hub id, quantized or not.
+
+        device: None takes the GPU if there is one. A plain directory says nothing about pooling: mean pooling without
+        normalisation is used, with a warning. Raises ModelError or CheckpointError when there is no such model.
+        """
+        root = Path(path)
+        if not root.exists() and not str(path).startswith((".", "/", "~")):
+            root = _downloaded(str(path))
+        settings = sentence_settings(root)
+        body = settings.modules[0][1] if settings.modules else root
+        if settings.modules and settings.modules[0][0] != "Transformer":
+            raise ModelError(f"{path} begins with a module of kind {settings.modules[0][0]}, not with a transformer.")
+        heads = [read_head(kind, folder) for kind, folder in settings.modules[1:]]
+        config = read_config(body, trust_remote_code)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(f"{path} is an encoder-decoder model; use SentenceTransformer({str(path)!r}) for it.")
+        if not heads:
+            logger.warning("%s names no pooling (no modules.json): mean pooling without normalisation is used.", path)
+        tokenizer = load_tokenizer(body, trust_remote_code)
+        encoder = cls(load_model(body, dtype, trust_remote_code, AutoModel), tokenizer, heads, settings)
+        return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        batch_size: int = 32,
+        normalize: bool = False,
+        prompt_name: str | None = None,
+        truncate_dim: int | None = None,
+        prompt: str | None = None,
+    ) -> Tensor:
+        """Embeddings, float32 on the CPU: [texts, features] in the order given, or [features] for a single string.
+
+        batch_size: at most so many texts at once. normalize: L2 norm 1, after truncating (the model's own normalisation
+        happens in any case). prompt_name: key of `prompts`, put before every text; prompt: that text itself.
+        truncate_dim: keep the first so many features. Raises ConfigError for arguments that cannot work.
+        """
+        if isinstance(texts, str):
+            return self.encode([texts], batch_size, normalize, prompt_name, truncate_dim, prompt)[0]
+        texts, before = list(texts), self._prompt(prompt, prompt_name)
+        strange = next((t for t in texts if not isinstance(t, str)), None)
+        if strange is not None:
+            raise ConfigError(f"texts hold a {type(strange).__name__}; give strings.")
+        if batch_size < 1 or (truncate_dim is not None and truncate_dim < 1):
+            raise ConfigError(f"batch_size is {batch_size} and truncate_dim {truncate_dim}; both must be at least 1.")
+        if not texts:
+            raise ConfigError("no texts to embed; give at least one.")
+        rows = self._tokenize([before + text for text in texts])
+        prompt_tokens = self._prompt_tokens(before)
+        out: list[Tensor] = [torch.empty(0)] * len(texts)
+        for part in _buckets([len(ids) for ids in rows["input_ids"]], batch_size):
+            embeddings = self({key: self._padded(key, [values[i] for i in part]) for key, values in rows.items()}, prompt_tokens)
+            embeddings = embeddings[:, :truncate_dim].float()
+            for i, row in zip(part, (F.normalize(embeddings, dim=-1) if normalize else embeddings).cpu()):
+                out[i] = row
+        return torch.stack(out)
+
+    def forward(self, inputs: dict[str, Tensor], prompt_tokens: int = 0) -> Tensor:
+        """Embeddings [texts, features] of padded inputs [texts, tokens], padding on the right."""
+        device = self.device
+        inputs = {key: value.to(device) for key, value in inputs.items() if self._accepted is None or key in self._accepted}
+        embeddings = self.heads[0](self.model(**inputs).last_hidden_state, inputs["attention_mask"], prompt_tokens)
+        for head in list(self.heads)[1:]:
+            embeddings = head(embeddings)
+        return embeddings
+
+    def _prompt(self, prompt: str | None, name: str | None) -> str:
+        if prompt is not None:
+            return prompt
+        name = name if name is not None else self.default_prompt_name
+        if name is not None and name not in self.prompts:
+            raise ConfigError(f"prompt_name is {name!r}; the model's prompts are {', '.join(self.prompts)}.")
+        return self.prompts[name] if name is not None else ""
+
+    def _tokenize(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        """Input name → one row per text, without padding."""
+        lowered = [text.lower() for text in texts] if self._lower_case else texts
+        found = self.tokenizer(lowered, truncation=True, max_length=self.max_seq_length)
+        rows = {key: found[key] for key in ("input_ids", "token_type_ids", "attention_mask") if key in found}
+        if any(not ids for ids in rows["input_ids"]):  # an empty text, with a tokenizer that adds no special tokens
+            pad = self.tokenizer.pad_token_id or 0
+            fill = {"input_ids": [pad], "token_type_ids": [0], "attention_mask": [1]}
+            rows = {key: [row or fill[key] for row in values] for key, values in rows.items()}
+        return {"attention_mask": [[1] * len(ids) for ids in rows["input_ids"]], **rows}
+
+    def _prompt_tokens(self, prompt: str) -> int:
+        pooling = self.heads[0]
+        if not prompt or (isinstance(pooling, Pooling) and pooling.include_prompt):
+            return 0
+        ids = self._tokenize([prompt])["input_ids"][0]
+        return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)  # a closing special token is not the prompt's
+
+    def _padded(self, key: str, rows: list[list[int]]) -> Tensor:
+        fill = {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": getattr(self.tokenizer, "pad_token_type_id", 0)}
+        longest = max(map(len, rows))
+        return torch.tensor([row + [fill.get(key, 0)] * (longest - len(row)) for row in rows])
+
+
+def _buckets(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of texts in batches of at most `batch_size`, longest first.
+
+    A batch of at least a quarter of that ends early where a text would be padded by a third of its length: fewer, fuller
+    batches cost more padding than their number saves.
+    """
+    part: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        wasteful = len(part) * 4 >= batch_size and part and lengths[i] * 4 < lengths[part[0]] * 3
+        if part and (len(part) == batch_size or wasteful):
+            yield part
+            part = []
+        part.append(i)
+    yield part
+
+
+def _downloaded(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_KEPT))
+    except Exception as error:  # the hub's client has many ways to fail
+        raise ModelError(f"model {name} is no local directory and cannot be fetched: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,154 @@
+"""`Encoder` against sentence-transformers on the same weights, and its own rules."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+from awq import Encoder
+from awq.embed.encoder import _buckets
+from awq.embed.heads import Dense, Pooling
+from awq.errors import AwqError, ConfigError, ModelError
+
+sentence_transformers = pytest.importorskip("sentence_transformers")
+WORDS = ["the cat", "a dog sleeps under the old tree", "fire", "", "the quick cat runs over the river " * 12]
+FLAGS = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+         "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}  # fmt: skip
+
+
+def sentence_directory(source, target, modes=("mean",), dense=False, normalize=False, max_length=40, config=None, **pooling):
+    """A sentence-transformers directory around a transformers one, in the spelling that all releases read."""
+    shutil.copytree(source, target)
+    width = json.loads((target / "config.json").read_text())["hidden_size"]
+    kinds = ["Transformer", "Pooling"] + ["Dense"] * dense + ["Normalize"] * normalize
+    modules = [{"idx": i, "name": str(i), "path": f"{i}_{k}" if i else "", "type": f"sentence_transformers.models.{k}"}
+               for i, k in enumerate(kinds)]  # fmt: skip
+    for module in modules[1:]:
+        (target / module["path"]).mkdir()
+    flags = {f"pooling_mode_{FLAGS[mode]}": mode in modes for mode in FLAGS}
+    (target / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": width, **flags, **pooling}))
+    if dense:
+        from safetensors.torch import save_file
+
+        torch.manual_seed(3)
+        linear = nn.Linear(width * len(modes), 8)
+        save_file({f"linear.{k}": v for k, v in linear.state_dict().items()}, target / "2_Dense/model.safetensors")
+        settings = {"in_features": width * len(modes), "out_features": 8, "bias": True,
+                    "activation_function": "torch.nn.modules.activation.Tanh"}  # fmt: skip
+        (target / "2_Dense/config.json").write_text(json.dumps(settings))
+    (target / "modules.json").write_text(json.dumps(modules))
+    (target / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_length, "do_lower_case": False}))
+    (target / "config_sentence_transformers.json").write_text(json.dumps(config or {}))
+    return target
+
+
+def theirs(directory, texts, truncate_dim=None, **kwargs):
+    model = sentence_transformers.SentenceTransformer(str(directory), device="cpu", truncate_dim=truncate_dim)
+    return torch.from_numpy(model.encode(texts, **kwargs))
+
+
+@pytest.mark.parametrize("modes", [(m,) for m in FLAGS] + [("cls", "mean")])
+def test_every_pooling_is_sentence_transformers(bert_dir, tmp_path, modes):
+    directory = sentence_directory(bert_dir, tmp_path / "m", modes)
+    mine = Encoder.from_pretrained(directory, device="cpu").encode(WORDS, batch_size=3)
+    assert mine.dtype == torch.float32 and mine.shape == (5, 32 * len(modes))
+    torch.testing.assert_close(mine, theirs(directory, WORDS), atol=1e-5, rtol=1e-5)
+
+
+def test_heads_prompts_and_truncation_are_sentence_transformers(bert_dir, tmp_path):
+    config = {"prompts": {"query": "the old house ", "passage": "a "}, "default_prompt_name": "passage"}
+    directory = sentence_directory(bert_dir, tmp_path / "m", ("cls", "mean"), True, True, config=config)
+    mine = Encoder.from_pretrained(directory, device="cpu")
+    for ours, kwargs in (({}, {}), ({"prompt_name": "query"},) * 2, ({"prompt": "red "},) * 2, ({"truncate_dim": 5},) * 2,
+                         ({"truncate_dim": 5, "normalize": True}, {"truncate_dim": 5, "normalize_embeddings": True})):  # fmt: skip
+        torch.testing.assert_close(mine.encode(WORDS, **ours), theirs(directory, WORDS, **kwargs), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(mine.encode(WORDS, prompt_name="query"), mine.encode(WORDS))
+    with pytest.raises(ConfigError, match="query, document, passage"):
+        mine.encode("fire", prompt_name="question")
+
+
+def test_prompts_that_are_not_pooled(bert_dir, tmp_path):
+    directory = sentence_directory(bert_dir, tmp_path / "m", include_prompt=False)
+    mine = Encoder.from_pretrained(directory, device="cpu").encode(WORDS, prompt="the old house ")
+    torch.testing.assert_close(mine, theirs(directory, WORDS, prompt="the old house "), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["roberta", "mpnet", "distilbert", "modernbert", "nomic_bert", "qwen3", "llama"])
+def test_families(family, tokenizer, tmp_path):
+    if not zoo.available(family):
+        pytest.skip(f"transformers has no {family}")
+    model = zoo.tiny_model(family)
+    getattr(model, "model", model).save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    path = tmp_path / "plain/tokenizer_config.json"  # older releases of sentence-transformers pass on whatever a tokenizer gives
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": ["input_ids", "attention_mask"]}))
+    config = json.loads((tmp_path / "plain/config.json").read_text())
+    (tmp_path / "plain/config.json").write_text(json.dumps({"hidden_size": 32, **config}))
+    directory = sentence_directory(tmp_path / "plain", tmp_path / "m", ("lasttoken",) if family in zoo.DECODERS else ("mean",))
+    encoder = Encoder.from_pretrained(directory, device="cpu")
+    mine = encoder.encode(WORDS[:3], batch_size=3)
+    torch.testing.assert_close(mine, theirs(directory, WORDS[:3]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mine, encoder.encode(WORDS[:3], batch_size=1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_real_model():
+    from real_models import minilm_dir
+
+    texts = [f"Sentence {i} tells of {'rivers and ' * (i % 40)}hills." for i in range(60)]
+    mine = Encoder.from_pretrained(minilm_dir(), device="cpu").encode(texts)
+    torch.testing.assert_close(mine, theirs(minilm_dir(), texts), atol=1e-5, rtol=1e-4)
+
+
+def test_plain_directory_says_how_it_pools(bert_dir, caplog):
+    from transformers import AutoModel, AutoTokenizer
+
+    encoder = Encoder.from_pretrained(bert_dir, device="cpu")
+    assert "mean pooling" in caplog.text and "modules.json" in caplog.text
+    inputs = AutoTokenizer.from_pretrained(bert_dir)("the old cat", return_tensors="pt")
+    hidden = zoo.outputs(AutoModel.from_pretrained(bert_dir), **inputs)
+    one = encoder.encode("the old cat")
+    assert one.shape == (32,)
+    torch.testing.assert_close(one, hidden[0].mean(0), atol=1e-5, rtol=1e-5)
+    assert encoder.max_seq_length == 64
+
+
+def test_right_padding_and_order(bert_dir):
+    encoder = Encoder.from_pretrained(bert_dir, device="cpu")
+    all_at_once = encoder.encode(WORDS, batch_size=5)
+    for text, row in zip(WORDS, all_at_once):
+        torch.testing.assert_close(encoder.encode(text), row, atol=1e-5, rtol=1e-5)
+
+
+def test_buckets():
+    lengths = [3, 50, 4, 48, 3, 5, 49, 2]
+    for size in (1, 2, 3, 8, 100):
+        parts = list(_buckets(lengths, size))
+        assert sorted(i for p in parts for i in p) == list(range(8)) and max(map(len, parts)) <= size
+    assert [[lengths[i] for i in p] for p in _buckets(lengths, 8)] == [[50, 49, 48], [5, 4], [3, 3], [2]]
+
+
+def test_bad_input(bert_dir, tmp_path):
+    encoder = Encoder.from_pretrained(bert_dir, device="cpu")
+    for texts, kwargs, message in (([], {}, "no texts"), (["a", 3], {}, "int"), (["a"], {"batch_size": 0}, "batch_size"),
+                                   (["a"], {"truncate_dim": 0}, "truncate_dim")):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            encoder.encode(texts, **kwargs)
+    with pytest.raises(AwqError, match="nothing"):
+        Encoder.from_pretrained(str(tmp_path / "nothing"))
+    directory = sentence_directory(bert_dir, tmp_path / "m", dense=True)
+    (directory / "2_Dense/model.safetensors").unlink()
+    with pytest.raises(AwqError, match="safetensors"):
+        Encoder.from_pretrained(directory)
+    (directory / "modules.json").write_text((directory / "modules.json").read_text().replace("models.Dense", "models.LSTM"))
+    with pytest.raises(ModelError, match="SentenceTransformer"):
+        Encoder.from_pretrained(directory)
+    (directory / "modules.json").write_text("{")
+    with pytest.raises(AwqError, match="modules.json"):
+        Encoder.from_pretrained(directory)
+    with pytest.raises(ModelError, match="pooling mode"):
+        Pooling(("median",))
+    with pytest.raises(ModelError, match="must be a pooling"):
+        Encoder(encoder.model, encoder.tokenizer, [Dense(nn.Linear(2, 2), nn.Tanh())])
