@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from awq import _register
 
 if TYPE_CHECKING:
+    from awq.calibration import clean_texts as clean_texts
     from awq.calibration import load_calibration as load_calibration
     from awq.calibration import prepare_calibration_tokens as prepare_calibration_tokens
     from awq.checkpoint.hf import register as register
@@ -31,6 +32,7 @@ _HOME = {
     "Encoder": "awq.embed.encoder",
     "QuantReport": "awq.quantize",
     "QuantizeOptions": "awq.quantize",
+    "clean_texts": "awq.calibration",
     "load_calibration": "awq.calibration",
     "prepare_calibration_tokens": "awq.calibration",
     "quantize_model": "awq.quantize",

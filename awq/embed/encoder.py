@@ -66,17 +66,23 @@ class Encoder(nn.Module):
             root = _downloaded(str(path))
         settings = sentence_settings(root)
         body = settings.modules[0][1] if settings.modules else root
+        if getattr(read_config(body, trust_remote_code), "is_encoder_decoder", False):
+            raise ModelError(f"{path} is an encoder-decoder model; use SentenceTransformer({str(path)!r}) for it.")
+        encoder = cls.around(load_model(body, dtype, trust_remote_code, AutoModel), root, trust_remote_code=trust_remote_code)
+        return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+    @classmethod
+    def around(cls, model: Any, path: str | Path, tokenizer: Any = None, trust_remote_code: bool = False) -> Encoder:
+        """A loaded model with the heads, prompts and (None) tokenizer of its local directory. Raises like `from_pretrained`."""
+        settings = sentence_settings(path)
         if settings.modules and settings.modules[0][0] != "Transformer":
             raise ModelError(f"{path} begins with a module of kind {settings.modules[0][0]}, not with a transformer.")
         heads = [read_head(kind, folder) for kind, folder in settings.modules[1:]]
-        config = read_config(body, trust_remote_code)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ModelError(f"{path} is an encoder-decoder model; use SentenceTransformer({str(path)!r}) for it.")
         if not heads:
             logger.warning("%s names no pooling (no modules.json): mean pooling without normalisation is used.", path)
-        tokenizer = load_tokenizer(body, trust_remote_code)
-        encoder = cls(load_model(body, dtype, trust_remote_code, AutoModel), tokenizer, heads, settings)
-        return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        body = settings.modules[0][1] if settings.modules else path
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(body, trust_remote_code)
+        return cls(model, tokenizer, heads, settings).to(next(model.parameters()).device)
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +106,7 @@ class Encoder(nn.Module):
         """
         if isinstance(texts, str):
             return self.encode([texts], batch_size, normalize, prompt_name, truncate_dim, prompt)[0]
-        texts, before = list(texts), self._prompt(prompt, prompt_name)
+        texts, before = list(texts), prompt if prompt is not None else self.prompt_text(prompt_name)
         strange = next((t for t in texts if not isinstance(t, str)), None)
         if strange is not None:
             raise ConfigError(f"texts hold a {type(strange).__name__}; give strings.")
@@ -127,9 +133,8 @@ class Encoder(nn.Module):
             embeddings = head(embeddings)
         return embeddings
 
-    def _prompt(self, prompt: str | None, name: str | None) -> str:
-        if prompt is not None:
-            return prompt
+    def prompt_text(self, name: str | None = None) -> str:
+        """The text of a prompt; None means the default one, which may be empty. Raises ConfigError for an unknown name."""
         name = name if name is not None else self.default_prompt_name
         if name is not None and name not in self.prompts:
             raise ConfigError(f"prompt_name is {name!r}; the model's prompts are {', '.join(self.prompts)}.")

@@ -10,8 +10,9 @@ from transformers import AutoModel
 
 from awq.checkpoint.hf import storage_settings
 from awq.checkpoint.load import load_model, read_config
-from awq.errors import ConfigError
+from awq.errors import ConfigError, ModelError
 from awq.models.base import BaseAWQForCausalLM, load_tokenizer
+from awq.models.embedding import AwqEmbeddingModel
 
 logger = logging.getLogger("awq.models")
 
@@ -30,6 +31,7 @@ class AutoAWQForCausalLM:
     """Factory; not instantiated."""
 
     _kind: Any = None
+    _wrapper: Any = BaseAWQForCausalLM
 
     def __init__(self) -> None:
         raise OSError("use AutoAWQForCausalLM.from_pretrained or AutoAWQForCausalLM.from_quantized")
@@ -63,7 +65,7 @@ class AutoAWQForCausalLM:
         if getattr(config, "quantization_config", None) is not None:
             raise ConfigError(f"{model_path} is quantized already; load it with from_quantized.")
         model = load_model(model_path, dtype, trust_remote_code, cls._kind, **kwargs)
-        return BaseAWQForCausalLM(model, str(model_path), trust_remote_code=trust_remote_code)
+        return cls._wrapper(model, str(model_path), trust_remote_code=trust_remote_code)
 
     @classmethod
     def from_quantized(
@@ -108,7 +110,7 @@ class AutoAWQForCausalLM:
         if "device_map" not in kwargs:
             model.to(device if device is not None else "cuda:0" if torch.cuda.is_available() else "cpu")
         tokenizer = load_tokenizer(quant_path, trust_remote_code)
-        return BaseAWQForCausalLM(model, str(quant_path), stored, tokenizer, trust_remote_code)
+        return cls._wrapper(model, str(quant_path), stored, tokenizer, trust_remote_code)
 
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +128,22 @@ def _note_unused(**given: Any) -> None:
 
 
 class AutoAWQForEmbedding(AutoAWQForCausalLM):
-    """The same for embedding models: always the body (`AutoModel`), whose call gives `last_hidden_state`."""
+    """The same for embedding models: always the body (`AutoModel`), whose call gives `last_hidden_state`.
+
+    What it returns is an `AwqEmbeddingModel`, whose `quantize` takes texts and whose `encode` gives embeddings.
+    """
 
     _kind = AutoModel
+    _wrapper = AwqEmbeddingModel
+
+    @classmethod
+    def from_sentence_transformer(cls, model: Any) -> AwqEmbeddingModel:
+        """Around a live `SentenceTransformer` that came from a directory or the hub; `quantize` then changes it in place.
+
+        `save_quantized` writes the files of that source beside the weights. Raises ModelError when there is no source.
+        """
+        body = getattr(model[0], "auto_model", None)
+        source = getattr(getattr(body, "config", None), "_name_or_path", "")
+        if body is None or not source:
+            raise ModelError("this SentenceTransformer does not begin with a transformer that was loaded; save and load it.")
+        return AwqEmbeddingModel(body, str(source), tokenizer=model.tokenizer)

@@ -43,6 +43,7 @@ class QuantReport:
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    evaluation: Any = None  # figures before and after, a dataclass with `summary()`, e.g. `evals.similarity.EmbeddingDrift`
 
     @property
     def loss(self) -> float:
@@ -76,4 +77,6 @@ class QuantReport:
             lines.append(
                 f"scales tuned: held-out {t['kind']} {t['loss_before']:.5f} -> {t['loss_after']:.5f}, epoch {t['best_epoch']}"
             )
+        if self.evaluation is not None:
+            lines.append(self.evaluation.summary())
         return "\n".join(lines + [f"warning: {w}" for w in self.warnings])

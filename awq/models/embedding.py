@@ -1,0 +1,135 @@
+"""`AwqEmbeddingModel`: what `AutoAWQForEmbedding` returns. Calibrates on texts as the model will be asked: with its prompts, up
+to its own length; and says how far the embeddings moved, on texts that were not calibrated on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from awq.calibration import clean_texts
+from awq.calibration.sources import named_texts
+from awq.checkpoint.directory import source_directory
+from awq.embed.encoder import Encoder
+from awq.errors import CalibrationError, ConfigError
+from awq.evals.similarity import judge
+from awq.models.base import BaseAWQForCausalLM
+from awq.quantize import QuantReport
+
+# Parameters below which a count of calibration texts is enough: upper ends of the usual advice for small, medium and large.
+_SAMPLES = ((200e6, 256), (1e9, 1024), (float("inf"), 2048))
+_HELD_OUT = 256
+
+
+class AwqEmbeddingModel(BaseAWQForCausalLM):
+    """An encoder (`.model`) with `quantize` on texts and `encode`."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """The model with the pooling, heads and prompts of its directory."""
+        root = source_directory(self.path) or self.path
+        return Encoder.around(self.model, root, self.tokenizer, self._trust_remote_code)
+
+    def encode(self, texts: str | Sequence[str], **kwargs: Any) -> Tensor:
+        """Embeddings, float32 [texts, features]; arguments are `Encoder.encode`'s."""
+        return self.encoder.encode(texts, **kwargs)
+
+    def quantize(  # type: ignore[override]
+        self,
+        tokenizer: Any = None,
+        quant_config: Any = None,
+        calib_data: Any = None,
+        *,
+        texts: Any = None,
+        prompt_name: str | None = None,
+        evaluate: Any = None,
+        split: str = "train",
+        text_column: str = "text",
+        max_calib_samples: int | None = None,
+        max_calib_seq_len: int = 512,
+        **options: Any,
+    ) -> QuantReport:
+        """Quantizes the model in place and returns the report.
+
+        texts (or calib_data, or the first argument): strings, pairs of strings, a file or dataset name, or {prompt name:
+        texts}. Each gets its prompt (`prompt_name`, else the model's default one) and is cleaned by `clean_texts`. Token ids
+        are taken as they are. max_calib_samples: None takes 256, 1024 or 2048 by the model's size, spread over the texts.
+        evaluate: texts, or (scores, first, second) of sentence pairs, embedded before and after for `report.evaluation`; None
+        takes up to 256 texts that calibration left over, False none. Other arguments are `AutoAWQForCausalLM`'s.
+        Raises ConfigError, CalibrationError or ModelError before any weight is touched.
+        """
+        from_first = isinstance(tokenizer, (str, Tensor, Mapping, list, tuple))
+        data = next((d for d in (texts, calib_data, tokenizer if from_first else None) if d is not None), None)
+        others = {"split": split, "text_column": text_column, "max_calib_seq_len": max_calib_seq_len, **options}
+        if not from_first and tokenizer is not None and not self._tokenizer_known:
+            self.tokenizer = tokenizer
+        if data is None or not _is_text(data):
+            samples = max_calib_samples or self.sample_count()
+            first = data if data is not None else self.tokenizer
+            return super().quantize(first, quant_config, None, max_calib_samples=samples, **others)
+        if self.tokenizer is None:
+            raise CalibrationError(f"{self.path} has no tokenizer; give one, or token ids.")
+        encoder = self.encoder
+        ready = _with_prompts(encoder, _listed(data, split, text_column), prompt_name)
+        if not ready:
+            raise CalibrationError("no calibration text is left after cleaning; give at least one that is not empty.")
+        count = min(len(ready), max_calib_samples or self.sample_count())
+        chosen = [i * len(ready) // count for i in range(count)]
+        rest = sorted(set(range(len(ready))) - set(chosen))
+        rest = rest[:: max(1, len(rest) // _HELD_OUT)][:_HELD_OUT]
+        held_out, pairs, prompt = _to_judge(evaluate, [ready[i] for i in rest], prompt_name)
+        before = encoder.encode(held_out, **prompt) if held_out else None
+        others["max_calib_seq_len"] = min(max_calib_seq_len, encoder.max_seq_length)
+        calibration = [ready[i] for i in chosen]
+        report = super().quantize(self.tokenizer, quant_config, calibration, max_calib_samples=count, **others)
+        if before is not None:
+            report.evaluation = judge(before, encoder.encode(held_out, **prompt), pairs)
+        return report
+
+    def sample_count(self) -> int:
+        """Calibration texts that a model of this size should get: 256, 1024 or 2048."""
+        size = sum(p.numel() for p in self.model.parameters())
+        return next(count for limit, count in _SAMPLES if size < limit)
+
+
+def _is_text(data: Any) -> bool:
+    """Whether calibration data is text: a name, strings, pairs of strings, or lists of them by prompt name."""
+    if isinstance(data, str):
+        return True
+    if isinstance(data, Mapping):
+        return bool(data) and "input_ids" not in data
+    if isinstance(data, Tensor) or not hasattr(data, "__getitem__") or not len(data):
+        return False
+    first = data[0]
+    return isinstance(first, str) or (isinstance(first, (list, tuple)) and len(first) > 0 and isinstance(first[0], str))
+
+
+def _listed(data: Any, split: str, column: str) -> Any:
+    """Strings by prompt name, or a list of them; pairs come apart."""
+    if isinstance(data, str):
+        return named_texts(data, split, column, limit=8192)
+    if isinstance(data, Mapping):
+        return {str(name): _listed(texts, split, column) for name, texts in data.items()}
+    return [text for item in data for text in ([item] if isinstance(item, str) or item is None else item)]
+
+
+def _with_prompts(encoder: Encoder, texts: Any, prompt_name: str | None) -> list[str]:
+    if isinstance(texts, dict) and prompt_name is not None:
+        raise ConfigError(f"texts come by prompt name ({', '.join(texts)}); prompt_name {prompt_name!r} cannot be given as well.")
+    named = texts.items() if isinstance(texts, dict) else [(prompt_name, texts)]
+    return [encoder.prompt_text(name) + text for name, part in named for text in clean_texts(part)]
+
+
+def _to_judge(evaluate: Any, rest: list[str], prompt_name: str | None) -> tuple[list[str], Any, dict[str, Any]]:
+    """(texts to embed before and after, sentence pairs or None, arguments of encode)."""
+    if evaluate is None or evaluate is False:
+        # Prompts stand in the texts already. With fewer than 20 the neighbours of a text are all the others.
+        return (rest if len(rest) >= 20 and evaluate is None else []), None, {"prompt": ""}
+    if isinstance(evaluate, tuple) and len(evaluate) == 3 and not isinstance(evaluate[0], str):
+        return [*evaluate[1], *evaluate[2]], evaluate, {"prompt_name": prompt_name}
+    found = clean_texts(evaluate)
+    if len(found) < 2:
+        raise ConfigError(f"evaluate holds {len(found)} different texts; give at least 2, or False.")
+    return found, None, {"prompt_name": prompt_name}

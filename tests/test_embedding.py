@@ -1,0 +1,270 @@
+"""Quantizing embedding models: texts and prompts, what stays in full precision, padding, judging, and the readers."""
+
+import json
+
+import pytest
+import torch
+from real_models import minilm_dir
+from test_encoder import sentence_directory
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from awq import AutoAWQForCausalLM, AutoAWQForEmbedding, AwqConfig, Encoder, clean_texts, load_calibration, quantize_model
+from awq.calibration.sources import bundled_texts
+from awq.checkpoint.files import packed_tensors, weight_files
+from awq.errors import CalibrationError, ConfigError, ModelError
+from awq.evals.similarity import embeddings_of, judge, mean_cosine
+from awq.nn.linear import WQLinear
+
+library = pytest.importorskip("sentence_transformers")
+CONFIG = {"q_group_size": 16}
+PROMPTS = {"prompts": {"query": "the old house ", "passage": "red "}, "default_prompt_name": None}
+
+
+@pytest.fixture(scope="module")
+def sentence_dir(bert_dir, tmp_path_factory):
+    return sentence_directory(
+        bert_dir, tmp_path_factory.mktemp("s") / "m", ("cls", "mean"), dense=True, normalize=True, config=PROMPTS
+    )
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory):
+    """all-MiniLM-L6-v2 at group 128, calibrated on one half of the bundled sentences: (report, directory)."""
+    sentences = [s.strip() for t in bundled_texts() for s in t.replace("。", ".").split(".") if len(s.strip()) >= 20]
+    model = AutoAWQForEmbedding.from_pretrained(str(minilm_dir()))
+    report = model.quantize(texts=sentences, quant_config={"q_group_size": 128}, preset="fast", max_calib_samples=128)
+    target = tmp_path_factory.mktemp("minilm") / "q"
+    model.save_quantized(target)
+    return report, target
+
+
+def test_clean_texts():
+    dirty = ["a\tb\n c", " a b c ", "", None, "\x00x\x07y\u200b", "été\u00a0\u3000!", "नमस्ते 👩\u200d💻", "\ufeff", "\ud800z"]
+    assert clean_texts(dirty) == ["a b c", "xy", "été !", "नमस्ते 👩\u200d💻", "z"]
+    with pytest.raises(CalibrationError, match="one string"):
+        clean_texts("abc")
+    with pytest.raises(CalibrationError, match="int"):
+        clean_texts(["a", 3])
+
+
+def test_size_decides_the_number_of_texts(bert_dir):
+    model = AutoAWQForEmbedding.from_pretrained(str(bert_dir))
+    assert model.sample_count() == 256
+    for width, count in ((20_000, 1024), (120_000, 2048)):
+        model.model.huge = torch.nn.Linear(width, 10_000, device="meta")
+        assert model.sample_count() == count
+
+
+def test_texts_files_pairs_and_prompts_reach_calibration(sentence_dir, texts, tmp_path, monkeypatch):
+    """The tokens that calibration sees are those that the model will be asked with."""
+    seen = []
+    import awq.models.base as base
+
+    def recording(data, tokenizer, **kwargs):
+        seen.append((list(data), kwargs["max_length"], kwargs["mode"]))
+        raise CalibrationError("seen")
+
+    monkeypatch.setattr(base, "load_calibration", recording)
+    model = AutoAWQForEmbedding.from_pretrained(str(sentence_dir))
+    (tmp_path / "t.txt").write_text("the  cat\n\na\x07 dog\n\nthe cat")
+    for data, kwargs, expected in (
+        (["the cat", " the  cat", "a dog"], {}, ["the cat", "a dog"]),
+        (str(tmp_path / "t.txt"), {}, ["the cat", "a dog"]),
+        ([("the cat", "a dog"), ("a dog", "fire")], {}, ["the cat", "a dog", "fire"]),
+        (["the cat"], {"prompt_name": "passage"}, ["red the cat"]),
+        ({"query": ["the cat"], "passage": ["fire", "a dog"]}, {}, ["the old house the cat", "red fire", "red a dog"]),
+    ):
+        with pytest.raises(CalibrationError, match="seen"):
+            model.quantize(texts=data, quant_config=CONFIG, **kwargs)
+        assert seen.pop() == (expected, 40, "rows"), "max_seq_length of the directory is 40"
+    with pytest.raises(CalibrationError, match="seen"):
+        model.quantize(texts=[f"w{i}" for i in range(30, 60)], quant_config=CONFIG, max_calib_samples=3)
+    assert seen.pop()[0] == ["w30", "w40", "w50"], "spread over the texts"
+
+
+def test_bad_input_before_any_weight_is_touched(sentence_dir):
+    model = AutoAWQForEmbedding.from_pretrained(str(sentence_dir))
+    for kwargs, message in (
+        ({"texts": ["  ", "\n"]}, "after cleaning"), ({"texts": ["a"], "prompt_name": "no"}, "query, document, passage"),
+        ({"texts": {"query": ["a"]}, "prompt_name": "query"}, "by prompt name"),
+        ({"texts": ["a"], "evaluate": ["b"]}, "at least 2"), ({"texts": ["a"], "speed": 3}, "speed"),
+    ):  # fmt: skip
+        with pytest.raises((ConfigError, CalibrationError), match=message):
+            model.quantize(quant_config=CONFIG, **kwargs)
+    assert not any(isinstance(m, WQLinear) for m in model.model.modules())
+
+
+def test_report_and_card_tell_before_and_after(sentence_dir, texts, tmp_path):
+    model = AutoAWQForEmbedding.from_pretrained(str(sentence_dir))
+    before = model.encode(texts[20:])
+    report = model.quantize(texts=texts[:20], quant_config=CONFIG, evaluate=texts[20:])
+    assert report.evaluation == judge(before, model.encode(texts[20:]))
+    assert 0.9 < report.evaluation.mean_cosine < 1 and report.evaluation.texts == len(texts) - 20
+    model.save_quantized(tmp_path / "q")
+    assert json.loads((tmp_path / "q/quantization_report.json").read_text())["evaluation"] == report.evaluation.to_dict()
+    assert report.evaluation.summary() in (tmp_path / "q/README.md").read_text()
+    pairs = ([4.0, 1.0] * 20, texts[:40], texts[20:])
+    fresh = AutoAWQForEmbedding.from_pretrained(str(sentence_dir))
+    found = fresh.quantize(texts=texts[:20], quant_config=CONFIG, evaluate=pairs).evaluation
+    assert found.texts == 80 and found.spearman_before is not None and found.ndcg_after is not None
+
+
+def test_texts_left_over_are_judged_on(sentence_dir, texts):
+    for kwargs, count in (({"max_calib_samples": 20}, 40), ({"max_calib_samples": 45}, None), ({}, None),
+                          ({"max_calib_samples": 20, "evaluate": False}, None)):  # fmt: skip
+        model = AutoAWQForEmbedding.from_pretrained(str(sentence_dir))
+        found = model.quantize(texts=texts, quant_config=CONFIG, preset="fast", **kwargs).evaluation
+        assert (found and found.texts) == count
+
+
+def test_a_live_sentence_transformer(sentence_dir, texts, tmp_path):
+    live = library.SentenceTransformer(str(sentence_dir), device="cpu")
+    before = embeddings_of(live, texts)
+    model = AutoAWQForEmbedding.from_sentence_transformer(live)
+    model.quantize(texts=texts, quant_config=CONFIG)
+    after = embeddings_of(live, texts)
+    assert 0.9 < mean_cosine(before, after) < 1, "changed in place"
+    torch.testing.assert_close(after, model.encode(texts), atol=1e-5, rtol=1e-4)
+    model.save_quantized(tmp_path / "q")
+    torch.testing.assert_close(after, embeddings_of(library.SentenceTransformer(str(tmp_path / "q")), texts), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ModelError, match="transformer"):
+        AutoAWQForEmbedding.from_sentence_transformer([torch.nn.Linear(2, 2)])
+
+
+def test_what_is_not_quantized_is_listed_and_other_files_are_untouched(sentence_dir, texts, tmp_path):
+    model = AutoAWQForEmbedding.from_pretrained(str(sentence_dir))
+    model.quantize(texts=texts, quant_config=CONFIG)
+    model.save_quantized(tmp_path / "q")
+    listed = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert "pooler.dense" in listed and "pooler.dense" not in packed_tensors(weight_files(tmp_path / "q"))
+    same_files(sentence_dir, tmp_path / "q")
+
+
+def same_files(source, target):
+    ours = {"config.json", "model.safetensors", "README.md"}
+    for path in (p for p in source.rglob("*") if p.is_file() and str(p.relative_to(source)) not in ours):
+        assert (target / path.relative_to(source)).read_bytes() == path.read_bytes(), path.name
+
+
+def test_minilm_files_figures_and_size(minilm):
+    report, target = minilm
+    same_files(minilm_dir(), target)
+    assert report.evaluation.mean_cosine > 0.95 and report.evaluation.neighbour_overlap > 0.7
+    header = {}
+    from awq.checkpoint.files import read_header
+
+    for file in weight_files(target):
+        header |= read_header(file)
+    size = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
+    embeddings = sum(n for name, n in size.items() if "embeddings." in name)
+    full = sum(p.numel() * 4 for name, p in AutoModel.from_pretrained(minilm_dir()).named_parameters() if "embeddings." not in name)
+    assert len([n for n in size if n.endswith("qweight")]) == 36
+    assert (sum(size.values()) - embeddings) / full <= 0.35
+
+
+def test_embeddings_in_float16_halve_the_tables(tmp_path):
+    model = AutoAWQForEmbedding.from_pretrained(str(minilm_dir()), torch_dtype="float16")
+    model.quantize(texts=bundled_texts()[:8], quant_config={"q_group_size": 128}, preset="fast", evaluate=False)
+    model.save_quantized(tmp_path / "q")
+    full = sum(f.stat().st_size for f in weight_files(minilm_dir()))
+    small = sum(f.stat().st_size for f in weight_files(tmp_path / "q"))
+    tables = sum(p.numel() for n, p in model.model.named_parameters() if "embeddings." in n)
+    assert small <= 0.35 * (full - 4 * tables) + 2 * tables
+    cosine = mean_cosine(Encoder.from_pretrained(minilm_dir()).encode(bundled_texts()[8:40]), model.encode(bundled_texts()[8:40]))
+    assert cosine > 0.95
+
+
+def test_every_reader_gives_the_same(minilm):
+    _, target = minilm
+    texts = ["The river is cold.", "Hills are old, and rivers are older than the hills.", "Yes."]
+    mine = Encoder.from_pretrained(target, device="cpu").encode(texts)
+    st = embeddings_of(library.SentenceTransformer(str(target), device="cpu"), texts)
+    torch.testing.assert_close(mine, st, atol=1e-5, rtol=1e-4)
+    tokenizer, model = AutoTokenizer.from_pretrained(target), AutoModel.from_pretrained(target)
+    for text, row in zip(texts, mine):
+        with torch.no_grad():
+            hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(torch.nn.functional.normalize(hidden, dim=0), row, atol=1e-5, rtol=1e-4)
+
+
+def test_padding_does_not_matter(minilm):
+    """The same sentence alone and beside a much longer one, float32."""
+    encoder = Encoder.from_pretrained(minilm[1], device="cpu")
+    text, long = "The river is cold.", "Hills are old. " * 40
+    rows = encoder._tokenize([text, long])
+    together = encoder({key: encoder._padded(key, values) for key, values in rows.items()})
+    torch.testing.assert_close(together[0], encoder.encode(text), atol=1e-5, rtol=0)
+    assert len(rows["input_ids"][1]) > 100
+
+
+def test_same_scales_with_and_without_padding(bert_dir, tokenizer, texts):
+    quantized = []
+    tokens = tokenizer(texts)
+    for padded in (False, True):
+        batches = load_calibration(tokens, tokenizer, mode="rows")
+        if padded:
+            batches = [b._replace(input_ids=torch.nn.functional.pad(b.input_ids, (0, 9), value=17),
+                                  attention_mask=torch.nn.functional.pad(b.attention_mask, (0, 9))) for b in batches]  # fmt: skip
+        model = AutoModel.from_pretrained(bert_dir, attn_implementation="eager")
+        report = quantize_model(model, batches, AwqConfig(group_size=16))
+        quantized.append((report, {n: m.quantized() for n, m in model.named_modules() if isinstance(m, WQLinear)}))
+    (first, a), (second, b) = quantized
+    assert [r.ratio for r in first.linears] == [r.ratio for r in second.linears] and first.tokens == second.tokens
+    # Sums in another order may tip a rounding here and there, never a scale by more than float16's last bits.
+    for name in a:
+        torch.testing.assert_close(a[name].scales, b[name].scales, atol=1e-5, rtol=2e-3)
+        assert (a[name].codes != b[name].codes).float().mean() < 0.005
+
+
+def test_guides_tokens_and_bundled_text_still_do(bert_dir, texts):
+    from awq import prepare_calibration_tokens
+
+    for first in (lambda m: prepare_calibration_tokens(m.tokenizer, texts), lambda m: m.tokenizer):
+        model = AutoAWQForEmbedding.from_pretrained(str(bert_dir))
+        assert len(model.quantize(first(model), quant_config=CONFIG, preset="fast").linears) == 18
+
+
+def test_reranker_round_trip(tokenizer, texts, tmp_path):
+    torch.manual_seed(0)
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+                 max_position_embeddings=64, num_labels=1, initializer_range=0.2, pad_token_id=0)  # fmt: skip
+    BertForSequenceClassification(BertConfig(**shape)).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    pairs = list(zip(texts[:30], texts[30:]))
+    before = library.CrossEncoder(str(tmp_path / "m"), device="cpu").predict(pairs)
+    model = AutoAWQForCausalLM.from_pretrained(str(tmp_path / "m"))
+    inputs = model.tokenizer([a for a, _ in pairs], [b for _, b in pairs], padding=True, return_tensors="pt")
+    model.quantize(inputs, quant_config={"q_group_size": 32})
+    model.save_quantized(tmp_path / "q")
+    listed = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert {"classifier", "bert.pooler.dense", "pooler.dense"} <= set(listed)
+    loaded = library.CrossEncoder(str(tmp_path / "q"), device="cpu")
+    assert sum(isinstance(m, WQLinear) for m in loaded.model.modules()) == 12
+    after = loaded.predict(pairs)
+    assert torch.corrcoef(torch.stack([torch.from_numpy(before), torch.from_numpy(after)]))[0, 1] > 0.8, "random weights have no margin; trained ones keep more"
+    direct = scores_of(model.model, inputs)
+    torch.testing.assert_close(torch.from_numpy(after), direct, atol=1e-4, rtol=1e-4)
+
+
+def scores_of(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits.sigmoid()[:, 0]
+
+
+def test_decoder_embedder(tokenizer, texts, tmp_path):
+    """A causal body with last-token pooling, as Qwen3-Embedding and its kin."""
+    import zoo
+
+    if not zoo.available("qwen3"):
+        pytest.skip("transformers has no qwen3")
+    zoo.tiny_model("qwen3").model.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    directory = sentence_directory(tmp_path / "plain", tmp_path / "m", ("lasttoken",), normalize=True)
+    model = AutoAWQForEmbedding.from_pretrained(str(directory))
+    before = model.encode(texts[40:])
+    model.quantize(texts=texts[:40], quant_config=CONFIG)
+    model.save_quantized(tmp_path / "q")
+    after = Encoder.from_pretrained(tmp_path / "q").encode(texts[40:])
+    assert mean_cosine(before, after) > 0.9
+    theirs = embeddings_of(library.SentenceTransformer(str(tmp_path / "q")), texts[40:])
+    torch.testing.assert_close(after, theirs, atol=1e-5, rtol=1e-4)
