@@ -1,0 +1,235 @@
+"""Quality and speed of a quantized sentence encoder, through the saved directory.
+
+    python benchmarks/embedding.py --model all-MiniLM-L6-v2 --calibration sts2014-headlines.tsv sts2014-OnWN.tsv \
+        --measure sts2014-images.tsv --samples 512 --speed --json out.json
+
+Quality: calibrated on sentences of the `--calibration` files, measured on the pairs of the `--measure` file (lines
+`score<TAB>sentence<TAB>sentence`). Sentences that occur in both are left out of calibration.
+Speed: every variant in a process of its own, one after the other; sentences per second (median of `--repeats` runs of at least
+`--seconds` each) and the process's peak memory. ONNX int8 is torch's export, quantized by onnxruntime (dynamic, per tensor).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from awq import AutoAWQForEmbedding, Encoder, clean_texts
+from awq.evals.similarity import embeddings_of, judge, read_pairs
+
+VARIANTS = ("float32", "bfloat16", "onnx-int8", "awq-float32", "awq-bfloat16", "awq-encoder-float32", "float32-encoder")
+SHAPES = [(batch, tokens) for tokens in (16, 256) for batch in (1, 8, 64)]
+ROUND_TO_NEAREST = {"preset": "fast", "scaling": False, "clip": False}
+
+
+def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict:
+    """One row per preset or variant; the last one's directory stays in `folder`."""
+    from sentence_transformers import SentenceTransformer
+
+    pairs = read_pairs(arguments.measure)
+    measured = [*pairs[1], *pairs[2]]
+    sentences = clean_texts(s for path in arguments.calibration for part in read_pairs(path)[1:] for s in part)
+    sentences = [s for s in sentences if s not in set(measured)]
+    before = embeddings_of(SentenceTransformer(arguments.model, device=arguments.device), measured)
+    jobs = [(p, ROUND_TO_NEAREST if p == "rtn" else {"preset": p}) for p in arguments.presets]
+    jobs += [(v.pop("name"), v) for v in json.loads(arguments.variants)]
+    rows = []
+    for name, options in jobs:
+        model = AutoAWQForEmbedding.from_pretrained(arguments.model, torch_dtype="float32")
+        start = time.perf_counter()
+        report = model.quantize(
+            texts=sentences, quant_config={"q_group_size": arguments.group_size}, max_calib_samples=arguments.samples,
+            evaluate=False, **options,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        model.save_quantized(folder)
+        drift = judge(before, embeddings_of(SentenceTransformer(str(folder), device=arguments.device), measured), pairs)
+        rows.append({"name": name, **drift.to_dict(), "seconds": seconds, "calibration_tokens": report.tokens,
+                     "loss": report.loss, "loss_rtn": report.loss_rtn, "options": options})  # fmt: skip
+        print(f"{name:12s} {drift.summary()}  ({seconds:.1f} s)", flush=True)
+    size = {"float32": arguments.model, "quantized": folder}
+    return {"group_size": arguments.group_size, "samples": arguments.samples, "measured_on": arguments.measure.name,
+            "calibrated_on": [p.name for p in arguments.calibration], "rows": rows,
+            "weight_bytes": {n: sum(f.stat().st_size for f in Path(d).glob("*.safetensors")) for n, d in size.items()}}  # fmt: skip
+
+
+class _Hidden(torch.nn.Module):
+    """Positional tensors in, hidden states out: what torch's exporter traces."""
+
+    def __init__(self, body: torch.nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.body, self.names = body, names
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.body(**dict(zip(self.names, inputs))).last_hidden_state
+
+
+def export_onnx_int8(directory: str, target: Path) -> None:
+    """Writes `target`, a dynamically quantized ONNX file of the body."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from transformers import AutoModel, AutoTokenizer
+
+    body = AutoModel.from_pretrained(directory, attn_implementation="eager").eval()
+    example = dict(AutoTokenizer.from_pretrained(directory)(["one", "two of them"], padding=True, return_tensors="pt"))
+    names = list(example)
+    axes = dict.fromkeys([*names, "hidden"], {0: "batch", 1: "tokens"})
+    with tempfile.TemporaryDirectory() as folder:
+        torch.onnx.export(
+            _Hidden(body, names), tuple(example.values()), f"{folder}/full.onnx", input_names=names, output_names=["hidden"],
+            dynamic_axes=axes, dynamo=False, opset_version=17,
+        )  # fmt: skip
+        quantize_dynamic(f"{folder}/full.onnx", target, weight_type=QuantType.QInt8)
+
+
+class OnnxInt8:
+    """The exported body, pooled like the original (masked mean, L2 norm)."""
+
+    def __init__(self, directory: str, path: Path) -> None:
+        import onnxruntime
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        self.names = [i.name for i in self.session.get_inputs()]
+
+    def encode(self, texts: list[str], batch_size: int = 32) -> torch.Tensor:
+        out = []
+        for start in range(0, len(texts), batch_size):
+            inputs = self.tokenizer(texts[start : start + batch_size], padding=True, truncation=True, return_tensors="np")
+            hidden = torch.from_numpy(self.session.run(None, {k: inputs[k] for k in self.names})[0])
+            mask = torch.from_numpy(inputs["attention_mask"]).unsqueeze(-1)
+            out.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+        return torch.cat(out)
+
+
+def load_variant(name: str, model: str, quantized: str, device: str):
+    if name == "onnx-int8":
+        return OnnxInt8(model, Path(quantized).with_name("int8.onnx"))
+    directory = quantized if name.startswith("awq") else model
+    dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
+    if "encoder" in name:
+        return Encoder.from_pretrained(directory, device=device, dtype=dtype)
+    import transformers
+    from sentence_transformers import SentenceTransformer
+
+    key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    return SentenceTransformer(directory, device=device, model_kwargs={key: dtype})
+
+
+def sentences_of(tokenizer, tokens: int, count: int) -> list[str]:
+    """Different texts of exactly `tokens` tokens, special ones included (each word is one token)."""
+    words = ["river", "hill", "tree", "stone", "water", "fire", "house", "road"]
+    special = len(tokenizer("")["input_ids"])
+    texts = [" ".join(words[(i + j * (1 + i % 7)) % 8] for j in range(tokens - special)) for i in range(count)]
+    assert {len(ids) for ids in tokenizer(texts)["input_ids"]} == {tokens}
+    return texts
+
+
+def run_variant(arguments: argparse.Namespace) -> None:
+    """Measures one variant and prints a line of JSON."""
+    model = load_variant(arguments.worker, arguments.model, arguments.quantized, arguments.device)
+    rows = []
+    for batch, tokens in SHAPES:
+        texts = sentences_of(model.tokenizer, tokens, batch)
+        model.encode(texts, batch_size=batch)
+        rates = []
+        for _ in range(arguments.repeats):
+            start, count = time.perf_counter(), 0
+            while count == 0 or time.perf_counter() - start < arguments.seconds:
+                model.encode(texts, batch_size=batch)
+                count += batch
+            rates.append(count / (time.perf_counter() - start))
+        rows.append({"batch": batch, "tokens": tokens, "sentences_per_second": statistics.median(rates),
+                     "lowest": min(rates), "highest": max(rates)})  # fmt: skip
+    found = {"name": arguments.worker, "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "rows": rows}
+    if isinstance(model, torch.nn.Module):
+        tensors = [*model.parameters(), *model.buffers()]
+        found["weights_mb"] = sum(t.numel() * t.element_size() for t in tensors) / 1e6
+    if arguments.device == "cuda":
+        found["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    print("RESULT " + json.dumps(found))
+
+
+def measure_speed(arguments: argparse.Namespace, folder: Path) -> list[dict]:
+    results = []
+    if "onnx-int8" in arguments.speed_variants:
+        try:
+            export_onnx_int8(arguments.model, folder.with_name("int8.onnx"))
+        except ImportError as error:
+            print(f"no ONNX export: {error}", flush=True)
+    for name in arguments.speed_variants:
+        command = [sys.executable, __file__, "--worker", name, "--model", arguments.model, "--quantized", str(folder),
+                   "--device", arguments.device, "--repeats", str(arguments.repeats),
+                   "--seconds", str(arguments.seconds)]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        line = next((li for li in done.stdout.splitlines() if li.startswith("RESULT ")), None)
+        if line is None:
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            results.append({"name": name, "error": reason})
+            print(f"{name:20s} failed: {reason}", flush=True)
+            continue
+        results.append(json.loads(line.removeprefix("RESULT ")))
+        rates = "  ".join(f"{r['batch']}×{r['tokens']}: {r['sentences_per_second']:.1f}" for r in results[-1]["rows"])
+        print(f"{name:20s} {rates}  peak {results[-1]['peak_rss_mb']:.0f} MB", flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="sentence-transformers directory")
+    parser.add_argument("--calibration", type=Path, nargs="+", default=[])
+    parser.add_argument("--measure", type=Path)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--presets", nargs="+", default=["rtn", "fast", "balanced"])
+    parser.add_argument("--variants", default="[]", help='JSON list of {"name": …, option: …}')
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--speed-variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--quantized", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        run_variant(arguments)
+        return
+    if not arguments.calibration or arguments.measure is None:
+        parser.error("give --calibration and --measure")
+    with tempfile.TemporaryDirectory() as folder:
+        result = {"quality": measure_quality(arguments, Path(folder) / "quantized")}
+        if arguments.speed:
+            result["speed"] = measure_speed(arguments, Path(folder) / "quantized")
+    if arguments.json:
+        versions = {}
+        for name in ("torch", "transformers", "sentence-transformers", "onnxruntime"):
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                versions[name] = None
+        cuda = arguments.device == "cuda"
+        device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} cpu, {torch.get_num_threads()} threads"
+        head = {
+            "device": device, **versions,
+            "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+            "command": " ".join(Path(a).name if "/" in a else a for a in sys.argv),
+        }  # fmt: skip
+        arguments.json.write_text(json.dumps(head | result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
