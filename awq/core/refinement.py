@@ -40,11 +40,13 @@ def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, sweeps: in
     slope = gram @ (quantized.dequantize() - weight).t()  # half the gradient of the loss, [in, out]
     moves = torch.empty(min(_BLOCK, width), out, device=weight.device)
     step = _block_step(weight.device)
+    new_codes = torch.empty_like(codes)
     for _ in range(sweeps):
         for start in range(0, width, _BLOCK):
             stop = min(start + _BLOCK, width)
-            step(slope, gram, scales, zeros, codes, moves, start, stop, 2**quantized.bits - 1)
+            step(slope, gram, scales, zeros, codes, new_codes, moves, start, stop, 2**quantized.bits - 1)
             slope.addmm_(gram[:, start:stop], moves[: stop - start])
+        codes, new_codes = new_codes, codes
     return quantized._replace(codes=codes.t().contiguous())
 
 
@@ -57,9 +59,10 @@ def _block_step(device: torch.device) -> Callable[..., None]:
 
 
 def _descend_block(
-    slope: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, moves: Tensor, start: int, stop: int, top: int
-) -> None:
-    """Moves the codes of columns start … stop one after the other; fills moves [columns, out]. `slope` is only read."""
+    slope: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, new_codes: Tensor, moves: Tensor,
+    start: int, stop: int, top: int,
+) -> None:  # fmt: skip
+    """New codes of columns start … stop, one after the other, and their moves [columns, out]; the rest is only read."""
     group_size = len(codes) // len(scales)
     local, g = slope[start:stop].clone(), gram[start:stop, start:stop]
     pivots = g.diagonal().tolist()
@@ -67,7 +70,7 @@ def _descend_block(
         s, z = scales[(start + c) // group_size], zeros[(start + c) // group_size]
         code = codes[start + c].float()
         new = (code - z).sub_(local[c] / (s * pivots[c])).round_().add_(z).clamp_(0, top)
-        codes[start + c] = new
+        new_codes[start + c] = new
         torch.mul(new.sub_(code), s, out=moves[c])
         if c + 1 < stop - start:
             local[c + 1 :].addr_(g[c, c + 1 :], moves[c])

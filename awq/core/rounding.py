@@ -31,14 +31,16 @@ def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Ten
     # A dead input channel: any weight will do there; 1 keeps the matrix regular without moving the others.
     H.diagonal()[H.diagonal() == 0] = 1.0
     mean = float(H.diagonal().mean())
-    while True:
+    info = 1
+    while info:
         H.diagonal().add_(damping * mean)
-        lower, info = torch.linalg.cholesky_ex(H)
-        if int(info) == 0:
-            identity = torch.eye(len(order), dtype=torch.float64, device=gram.device)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return order, inverse.float().flip(0, 1).contiguous()
-        damping *= 10
+        lower, status = torch.linalg.cholesky_ex(H)
+        info, damping = int(status), damping * 10
+    del H  # 1.6 GB each for 14,336 inputs
+    identity = torch.eye(len(order), dtype=torch.float64, device=gram.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    del lower, identity
+    return order, inverse.float().flip(0, 1).contiguous()
 
 
 def round_with_feedback(

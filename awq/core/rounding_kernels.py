@@ -54,7 +54,7 @@ def round_block(
 
 @triton.jit
 def _descend_block(
-    slope, gram, scales, zeros, codes, moves, start, out, width, group_size, top,
+    slope, gram, scales, zeros, codes, new_codes, moves, start, out, width, group_size, top,
     columns: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -74,18 +74,20 @@ def _descend_block(
         new = ((best + 12582912.0) - 12582912.0) + z  # half to even, as above
         new = tl.minimum(tl.maximum(new, 0.0), top)
         move = (new - code) * s
-        tl.store(codes + (start + c).to(tl.int64) * out + row, new.to(tl.uint8), mask=inside)
+        # Into another tensor: threads of several warps hold the same row, and one may store before another has loaded.
+        tl.store(new_codes + (start + c).to(tl.int64) * out + row, new.to(tl.uint8), mask=inside)
         tl.store(moves + c * out + row, move, mask=inside)
         tile = tile + g[:, None] * move[None, :]
 
 
 def descend_block(
-    slope: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, moves: Tensor, start: int, stop: int, top: int
-) -> None:
+    slope: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, new_codes: Tensor, moves: Tensor,
+    start: int, stop: int, top: int,
+) -> None:  # fmt: skip
     """As `refinement._descend_block`, for CUDA tensors: slope, codes [in, out]; scales, zeros [groups, out]; all contiguous."""
     width, out = slope.shape
     with torch.cuda.device(slope.device):
         _descend_block[(triton.cdiv(out, _ROWS),)](
-            slope, gram, scales, zeros, codes, moves, start, out, width, width // len(scales), float(top),
+            slope, gram, scales, zeros, codes, new_codes, moves, start, out, width, width // len(scales), float(top),
             columns=stop - start, COLUMNS=triton.next_power_of_2(stop - start), ROWS=_ROWS, num_warps=4,
         )  # fmt: skip

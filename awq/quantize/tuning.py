@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -119,7 +120,8 @@ class OutputMatch:
     def _logits(self, batch: CalibrationBatch, hidden: Tensor) -> Tensor:
         """What the model makes of its body's hidden states: its own head, with whatever caps and factors it applies."""
         output = BaseModelOutputWithPast(last_hidden_state=hidden)
-        with replaced_forwards({self.body: lambda *args, **kwargs: output}):
+        # On a GPU only the plain attention has a gradient that is the same twice.
+        with sdpa_kernel(SDPBackend.MATH), replaced_forwards({self.body: lambda *args, **kwargs: output}):
             return self.model(**self._inputs(batch)).logits
 
     def distance(self, index: int) -> tuple[Tensor, int]:
@@ -217,7 +219,11 @@ def _tuning(model: nn.Module, tuned: dict[str, TunedLinear]) -> Iterator[None]:
         replace_module(model, name, linear)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with replaced_forwards(_checkpointed(model) if sum(t.steps.numel() for t in tuned.values()) > _LARGE else {}):
+        # On a GPU only the plain attention has a gradient that is the same twice.
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            replaced_forwards(_checkpointed(model) if sum(t.steps.numel() for t in tuned.values()) > _LARGE else {}),
+        ):
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])

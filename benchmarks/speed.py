@@ -1,0 +1,90 @@
+"""Time and memory of quantizing a large model: Mistral-7B's shape with random weights (neither depends on their values).
+
+    python benchmarks/speed.py --presets fast balanced --samples 128 --tokens 512 --json out.json
+
+Seconds run from loaded weights to packed model; memory is the peak beside the model's own weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, MistralConfig
+from transformers.initialization import no_init_weights
+
+import awq
+from awq.calibration import CalibrationBatch
+from awq.quantize import QuantizeOptions, quantize_model
+
+
+def random_model(layers: int, device: str) -> torch.nn.Module:
+    """Mistral-7B-v0.1's shape in bfloat16, weights N(0, 0.02²), norms 1."""
+    config = MistralConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=32000, sliding_window=None, max_position_embeddings=4096,
+    )  # fmt: skip
+    with torch.device(device), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.ones_(parameter)
+        else:
+            parameter.data.normal_(0, 0.02, generator=generator)
+    return model.eval()
+
+
+def measure(arguments: argparse.Namespace, preset: str, layers: int) -> dict:
+    model = random_model(layers, arguments.device)
+    ids = torch.randint(3, 32000, (arguments.samples, arguments.tokens), generator=torch.Generator().manual_seed(0))
+    batches = [CalibrationBatch(part, torch.ones_like(part)) for part in ids.split(8)]
+    cuda = arguments.device == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        weights = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    report = quantize_model(model, batches, awq.AwqConfig(group_size=128), QuantizeOptions(preset=preset))
+    if cuda:
+        torch.cuda.synchronize()
+    row = {"preset": preset, "layers": layers, "seconds": time.perf_counter() - start, "phases": report.phases}
+    if cuda:
+        row["peak_gb_beside_model"] = (torch.cuda.max_memory_allocated() - weights) / 1e9
+        row["model_gb"] = weights / 1e9
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=["fast", "balanced"])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    measure(arguments, arguments.presets[-1], 1)  # kernels are compiled and the allocator is warm
+    rows = []
+    for preset in arguments.presets:
+        rows.append(measure(arguments, preset, arguments.layers))
+        print(json.dumps(rows[-1]), flush=True)
+        if arguments.json:
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+            device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+            arguments.json.write_text(json.dumps({
+                "shape": "Mistral-7B, random weights, group 128", "device": device, "torch": torch.__version__,
+                "transformers": transformers.__version__, "commit": commit,
+                "samples": arguments.samples, "tokens": arguments.tokens,
+                "command": " ".join(Path(a).name if "/" in a else a for a in sys.argv), "rows": rows,
+            }, indent=1) + "\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
