@@ -269,3 +269,26 @@ def test_decoder_embedder(tokenizer, texts, tmp_path):
     assert mean_cosine(before, after) > 0.9
     theirs = embeddings_of(library.SentenceTransformer(str(tmp_path / "q")), texts[40:])
     torch.testing.assert_close(after, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_code_blocks_of_our_page(sentence_dir, texts, tmp_path, monkeypatch, tokenizer):
+    """Blocks run in order and share their names; the server answers what the encoder gives."""
+    import re
+    from pathlib import Path
+
+    root = Path(__file__).parent.parent
+    page = (root / "docs/embeddings.md").read_text(encoding="utf-8").replace('"q_group_size": 128', '"q_group_size": 16')
+    *blocks, server = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert (root / "examples/embedding_server.py").read_text(encoding="utf-8").endswith(server)
+    space = {"encoder_path": str(sentence_dir), "encoder_quant_path": str(tmp_path / "q"), "texts": texts}
+    for block in blocks:
+        exec(compile(block, "docs/embeddings.md", "exec"), space)
+    assert space["vectors"].shape == (len(texts), 8) and space["loader"].validate_model()
+    pytest.importorskip("httpx")
+    testing = pytest.importorskip("fastapi.testclient")
+    monkeypatch.setenv("MODEL", str(tmp_path / "q"))
+    space = {"__name__": "server"}
+    exec(compile(server, "server", "exec"), space)
+    answer = testing.TestClient(space["app"]).post("/v1/embeddings", json={"input": texts[:2]}).json()
+    found = torch.tensor([row["embedding"] for row in answer["data"]])
+    torch.testing.assert_close(found, space["encoder"].encode(texts[:2], normalize=True), atol=1e-6, rtol=1e-5)
