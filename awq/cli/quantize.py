@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--version", default="GEMM", help="GEMM, GEMV or GEMVFast")
-    parser.add_argument("--preset", default="balanced", help="fast or balanced")
+    parser.add_argument("--preset", default="balanced", help="fast, balanced or best")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=512, help="tokens per sample")
     parser.add_argument("--dtype", default="auto")

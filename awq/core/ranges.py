@@ -11,12 +11,7 @@ from torch import Tensor
 
 from awq.core.weight import group_range, grouped, scale_and_zero
 
-# Offsets (low, high) tried around the best factors so far: both ends together from 1.00 to 0.55 (AutoAWQ's grid), then each
-# end apart in steps of 0.05 and 0.025. 26 candidates find less error than a full grid of 100 (docs/notes/quality.md).
-_SYMMETRIC = tuple((-k / 20, -k / 20) for k in range(10))
-_AROUND = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
-STAGES = (_SYMMETRIC, *(tuple((a * step, b * step) for a, b in _AROUND) for step in (0.05, 0.025)))
-STAGES_SYMMETRIC = (_SYMMETRIC, ((-0.025, -0.025), (0.025, 0.025)))  # without a zero point the ends move together
+SHRINK = tuple(1 - k / 20 for k in range(10))  # 1.00 … 0.55, AutoAWQ's grid
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}  # weights searched at once: a CPU's cache, a GPU's occupancy
 
 
@@ -29,7 +24,7 @@ def block_diagonal(gram: Tensor, group_size: int) -> Tensor:
 
 
 def search_range(weight: Tensor, gram: Tensor, group_size: int, bits: int = 4, zero_point: bool = True) -> tuple[Tensor, Tensor]:
-    """Scale and zero [out, groups] (float32) that minimise Δ_g G_gg Δ_gᵀ, coarse to fine; the full range is a candidate.
+    """Scale and zero [out, groups] (float32) that minimise Δ_g G_gg Δ_gᵀ over the shrink grid; the full range is a candidate.
 
     weight: float32 [out, in]; gram: float32 [in, in].
     """
@@ -42,13 +37,10 @@ def search_range(weight: Tensor, gram: Tensor, group_size: int, bits: int = 4, z
 def _search_rows(weight: Tensor, blocks: Tensor, size: int, bits: int, zero_point: bool) -> tuple[Tensor, Tensor]:
     low, high = group_range(weight, size, zero_point)
     groups = grouped(weight, size).transpose(0, 1).contiguous()  # [groups, rows, size]: one batched product per candidate
-    low_factor = high_factor = torch.ones_like(low)
     best_loss, best_scale, best_zero = None, low, low
-    for stage in STAGES if zero_point else STAGES_SYMMETRIC:
-        low_start, high_start = low_factor, high_factor
-        for low_step, high_step in stage:
-            a, b = (low_start + low_step).clamp_(max=1), (high_start + high_step).clamp_(max=1)
-            scale, zero = scale_and_zero(low * a, high * b, bits, zero_point)
+    for high_factor in SHRINK:
+        for low_factor in SHRINK if zero_point else (high_factor,):
+            scale, zero = scale_and_zero(low * low_factor, high * high_factor, bits, zero_point)
             s, z = scale.t().unsqueeze(-1), zero.t().unsqueeze(-1)
             delta = (groups / s).round_().add_(z).clamp_(0, 2**bits - 1).sub_(z).mul_(s).sub_(groups)
             loss = torch.bmm(delta, blocks).mul_(delta).sum(-1).t()
@@ -56,10 +48,7 @@ def _search_rows(weight: Tensor, blocks: Tensor, size: int, bits: int, zero_poin
                 best_loss, best_scale, best_zero = loss, scale, zero
                 continue
             better = loss < best_loss
-            best_loss, best_scale, best_zero, low_factor, high_factor = (
-                torch.where(better, new, old)
-                for new, old in (
-                    (loss, best_loss), (scale, best_scale), (zero, best_zero), (a, low_factor), (b, high_factor),
-                )
-            )  # fmt: skip
+            best_loss = torch.where(better, loss, best_loss)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero

@@ -85,8 +85,8 @@ def refit_scales(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Qu
     rows = max(1, _SYSTEMS // groups**2)
     target = weight @ gram
     scales = [
-        _refit_rows(wg, gram, QuantizedWeight(*q, quantized.bits))
-        for wg, *q in zip(target.split(rows), *(t.split(rows) for t in quantized[:3]))
+        _refit_rows(part, gram, QuantizedWeight(codes, old, zeros, quantized.bits))
+        for part, codes, old, zeros in zip(*(t.split(rows) for t in (target, *quantized[:3])))
     ]
     return quantized._replace(scales=torch.cat(scales))
 

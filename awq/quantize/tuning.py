@@ -103,7 +103,8 @@ class OutputMatch:
     def __init__(self, model: nn.Module, batches: Sequence[CalibrationBatch]) -> None:
         self.model: Any = model
         self.body: Any = getattr(model, "base_model", model)
-        head = self.model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        find_head = getattr(self.model, "get_output_embeddings", None)
+        head = find_head() if find_head is not None else None
         self.kind = "kl" if head is not None and self.body is not model else "mse"
         self.batches = list(_micro_batches(batches, next(model.parameters()).device))
         with torch.no_grad(), _float32_on_cpu(model):
