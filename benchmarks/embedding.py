@@ -5,8 +5,9 @@
 
 Quality: calibrated on sentences of the `--calibration` files, measured on the pairs of the `--measure` file (lines
 `score<TAB>sentence<TAB>sentence`). Sentences that occur in both are left out of calibration.
-Speed: every variant in a process of its own, one after the other; sentences per second (median of `--repeats` runs of at least
-`--seconds` each) and the process's peak memory. ONNX int8 is torch's export, quantized by onnxruntime (dynamic, per tensor).
+Speed: every variant in a process of its own; the variants take turns, `--repeats` times, so that other work on the machine
+meets all of them alike. Sentences per second are the median of runs of at least `--seconds`; memory is the process's peak.
+ONNX int8 is torch's export, quantized by onnxruntime (dynamic, per tensor).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import resource
 import statistics
@@ -138,52 +140,61 @@ def sentences_of(tokenizer, tokens: int, count: int) -> list[str]:
     return texts
 
 
-def run_variant(arguments: argparse.Namespace) -> None:
-    """Measures one variant and prints a line of JSON."""
+def serve_variant(arguments: argparse.Namespace) -> None:
+    """A worker: for every line `batch tokens` on stdin, one line of JSON with sentences per second, until stdin ends."""
     model = load_variant(arguments.worker, arguments.model, arguments.quantized, arguments.device)
-    rows = []
-    for batch, tokens in SHAPES:
+    print("READY", flush=True)
+    for line in sys.stdin:
+        batch, tokens = map(int, line.split())
         texts = sentences_of(model.tokenizer, tokens, batch)
         model.encode(texts, batch_size=batch)
-        rates = []
-        for _ in range(arguments.repeats):
-            start, count = time.perf_counter(), 0
-            while count == 0 or time.perf_counter() - start < arguments.seconds:
-                model.encode(texts, batch_size=batch)
-                count += batch
-            rates.append(count / (time.perf_counter() - start))
-        rows.append({"batch": batch, "tokens": tokens, "sentences_per_second": statistics.median(rates),
-                     "lowest": min(rates), "highest": max(rates)})  # fmt: skip
-    found = {"name": arguments.worker, "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "rows": rows}
+        start, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - start < arguments.seconds:
+            model.encode(texts, batch_size=batch)
+            count += batch
+        print(f"RATE {count / (time.perf_counter() - start)}", flush=True)
+    found = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if isinstance(model, torch.nn.Module):
-        tensors = [*model.parameters(), *model.buffers()]
-        found["weights_mb"] = sum(t.numel() * t.element_size() for t in tensors) / 1e6
+        found["weights_mb"] = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
     if arguments.device == "cuda":
         found["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 1e6
-    print("RESULT " + json.dumps(found))
+    print("END " + json.dumps(found), flush=True)
+
+
+def answer(worker: subprocess.Popen, word: str) -> str | None:
+    """What follows `word` on the worker's next line that begins with it; None when the worker has ended."""
+    assert worker.stdout is not None
+    return next((line[len(word) :].strip() for line in worker.stdout if line.startswith(word)), None)
 
 
 def measure_speed(arguments: argparse.Namespace, folder: Path) -> list[dict]:
-    results = []
     if "onnx-int8" in arguments.speed_variants:
         try:
             export_onnx_int8(arguments.model, folder.with_name("int8.onnx"))
         except ImportError as error:
             print(f"no ONNX export: {error}", flush=True)
+    workers = {}
     for name in arguments.speed_variants:
         command = [sys.executable, __file__, "--worker", name, "--model", arguments.model, "--quantized", str(folder),
-                   "--device", arguments.device, "--repeats", str(arguments.repeats),
-                   "--seconds", str(arguments.seconds)]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        line = next((li for li in done.stdout.splitlines() if li.startswith("RESULT ")), None)
-        if line is None:
-            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            results.append({"name": name, "error": reason})
-            print(f"{name:20s} failed: {reason}", flush=True)
-            continue
-        results.append(json.loads(line.removeprefix("RESULT ")))
-        rates = "  ".join(f"{r['batch']}×{r['tokens']}: {r['sentences_per_second']:.1f}" for r in results[-1]["rows"])
-        print(f"{name:20s} {rates}  peak {results[-1]['peak_rss_mb']:.0f} MB", flush=True)
+                   "--device", arguments.device, "--seconds", str(arguments.seconds)]  # fmt: skip
+        workers[name] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+    failed = [name for name, worker in workers.items() if answer(worker, "READY") is None]
+    rates: dict[tuple, list[float]] = {(n, *shape): [] for n in workers if n not in failed for shape in SHAPES}
+    for _ in range(arguments.repeats):
+        for name, batch, tokens in sorted(rates, key=lambda key: key[1:]):
+            workers[name].stdin.write(f"{batch} {tokens}\n")
+            workers[name].stdin.flush()
+            rates[name, batch, tokens].append(float(answer(workers[name], "RATE") or "nan"))
+    results: list[dict] = [{"name": name, "error": "the worker did not start"} for name in failed]
+    for name in (n for n in workers if n not in failed):
+        workers[name].stdin.close()
+        rows = [{"batch": b, "tokens": t, "sentences_per_second": statistics.median(rates[name, b, t]),
+                 "lowest": min(rates[name, b, t]), "highest": max(rates[name, b, t])} for b, t in SHAPES]  # fmt: skip
+        results.append({"name": name, **json.loads(answer(workers[name], "END") or "{}"), "rows": rows})
+        text = "  ".join(f"{r['batch']}×{r['tokens']}: {r['sentences_per_second']:.1f}" for r in rows)
+        print(f"{name:20s} {text}  peak {results[-1].get('peak_rss_mb', 0):.0f} MB", flush=True)
     return results
 
 
@@ -206,7 +217,7 @@ def main() -> None:
     parser.add_argument("--quantized", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        run_variant(arguments)
+        serve_variant(arguments)
         return
     if not arguments.calibration or arguments.measure is None:
         parser.error("give --calibration and --measure")
@@ -224,7 +235,7 @@ def main() -> None:
         cuda = arguments.device == "cuda"
         device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} cpu, {torch.get_num_threads()} threads"
         head = {
-            "device": device, **versions,
+            "device": device, **versions, "load_average": os.getloadavg(),
             "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
             "command": " ".join(Path(a).name if "/" in a else a for a in sys.argv),
         }  # fmt: skip
