@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -153,12 +152,18 @@ def serve_variant(arguments: argparse.Namespace) -> None:
             model.encode(texts, batch_size=batch)
             count += batch
         print(f"RATE {count / (time.perf_counter() - start)}", flush=True)
-    found = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    found = {"peak_rss_mb": peak_memory()}
     if isinstance(model, torch.nn.Module):
         found["weights_mb"] = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
     if arguments.device == "cuda":
         found["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 1e6
     print("END " + json.dumps(found), flush=True)
+
+
+def peak_memory() -> float:
+    """Peak resident memory of this process in MB. Not getrusage's: on Linux a child inherits its parent's peak there."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def answer(worker: subprocess.Popen, word: str) -> str | None:
