@@ -13,10 +13,8 @@ ONNX int8 is torch's export, quantized by onnxruntime (dynamic, per tensor).
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import common
 import torch
 
 from awq import AutoAWQForEmbedding, Encoder, clean_texts
@@ -31,7 +30,6 @@ from awq.evals.similarity import embeddings_of, judge, read_pairs
 
 VARIANTS = ("float32", "bfloat16", "onnx-int8", "awq-float32", "awq-bfloat16", "awq-encoder-float32", "float32-encoder")
 SHAPES = [(batch, tokens) for tokens in (16, 256) for batch in (1, 8, 64)]
-ROUND_TO_NEAREST = {"preset": "fast", "scaling": False, "clip": False}
 
 
 def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict:
@@ -40,13 +38,12 @@ def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict:
 
     pairs = read_pairs(arguments.measure)
     measured = [*pairs[1], *pairs[2]]
+    held_out = set(measured)
     sentences = clean_texts(s for path in arguments.calibration for part in read_pairs(path)[1:] for s in part)
-    sentences = [s for s in sentences if s not in set(measured)]
+    sentences = [s for s in sentences if s not in held_out]
     before = embeddings_of(SentenceTransformer(arguments.model, device=arguments.device), measured)
-    jobs = [(p, ROUND_TO_NEAREST if p == "rtn" else {"preset": p}) for p in arguments.presets]
-    jobs += [(v.pop("name"), v) for v in json.loads(arguments.variants)]
     rows = []
-    for name, options in jobs:
+    for name, options in common.jobs(arguments.presets, arguments.variants):
         model = AutoAWQForEmbedding.from_pretrained(arguments.model, torch_dtype="float32")
         start = time.perf_counter()
         report = model.quantize(
@@ -231,20 +228,7 @@ def main() -> None:
         if arguments.speed:
             result["speed"] = measure_speed(arguments, Path(folder) / "quantized")
     if arguments.json:
-        versions = {}
-        for name in ("torch", "transformers", "sentence-transformers", "onnxruntime"):
-            try:
-                versions[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                versions[name] = None
-        cuda = arguments.device == "cuda"
-        device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} cpu, {torch.get_num_threads()} threads"
-        head = {
-            "device": device, **versions, "load_average": os.getloadavg(),
-            "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-            "command": " ".join(Path(a).name if "/" in a else a for a in sys.argv),
-        }  # fmt: skip
-        arguments.json.write_text(json.dumps(head | result, indent=1) + "\n")
+        common.write(arguments.json, arguments.device, {"load_average": os.getloadavg(), **result})
 
 
 if __name__ == "__main__":

@@ -11,15 +11,12 @@ Calibrates on the first half of a text and measures perplexity on the second (do
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import common
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import awq
@@ -27,8 +24,6 @@ from awq.calibration import load_calibration
 from awq.checkpoint import load_checkpoint, save_checkpoint
 from awq.evals.perplexity import perplexity
 from awq.quantize import QuantizeOptions, quantize_model
-
-ROUND_TO_NEAREST = {"preset": "fast", "scaling": False, "clip": False}
 
 
 def split_text(path: Path, split_bytes: int) -> tuple[list[str], str]:
@@ -83,23 +78,18 @@ def main() -> None:
     full = perplexity(dense, ids, limit=arguments.limit)
     del dense
     print(f"full precision {full:.4f}", flush=True)
-    jobs = [(p, ROUND_TO_NEAREST if p == "rtn" else {"preset": p}) for p in arguments.presets]
-    jobs += [(v.pop("name"), v) for v in json.loads(arguments.variants)]
     rows = []
-    for name, settings in jobs:
+    for name, settings in common.jobs(arguments.presets, arguments.variants):
         rows.append(measure(arguments, name, settings, calibration, ids))
         row = rows[-1]
         row["share_of_rtn_loss"] = (row["perplexity"] - full) / (rows[0]["perplexity"] - full)
         print(f"{name:24s} {row['perplexity']:.4f}  share of {rows[0]['name']}'s loss {row['share_of_rtn_loss']:.3f}  "
               f"{row['seconds']:.1f} s  {row['phases']}", flush=True)  # fmt: skip
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-        arguments.json.write_text(json.dumps({
-            "device": device, "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit,
-            "command": " ".join(Path(a).name if "/" in a else a for a in sys.argv), "tokens_measured": len(ids[: arguments.limit]),
-            "group_size": arguments.group_size, "full_precision": full, "rows": rows,
-        }, indent=1) + "\n")  # fmt: skip
+        common.write(arguments.json, arguments.device, {
+            "tokens_measured": len(ids[: arguments.limit]), "group_size": arguments.group_size, "full_precision": full,
+            "rows": rows,
+        })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import common
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.initialization import no_init_weights
 
@@ -76,14 +74,10 @@ def main() -> None:
         rows.append(measure(arguments, preset, arguments.layers))
         print(json.dumps(rows[-1]), flush=True)
         if arguments.json:
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-            device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-            arguments.json.write_text(json.dumps({
-                "shape": "Mistral-7B, random weights, group 128", "device": device, "torch": torch.__version__,
-                "transformers": transformers.__version__, "commit": commit,
-                "samples": arguments.samples, "tokens": arguments.tokens,
-                "command": " ".join(Path(a).name if "/" in a else a for a in sys.argv), "rows": rows,
-            }, indent=1) + "\n")  # fmt: skip
+            common.write(arguments.json, arguments.device, {
+                "shape": "Mistral-7B, random weights, group 128", "samples": arguments.samples, "tokens": arguments.tokens,
+                "rows": rows,
+            })  # fmt: skip
 
 
 if __name__ == "__main__":

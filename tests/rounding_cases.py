@@ -6,6 +6,7 @@ import json
 import torch
 
 from awq.core import refinement, rounding, rounding_kernels
+from awq.core.blocks import block_step
 from awq.core.ranges import search_range
 
 torch.cuda.device = lambda device: contextlib.nullcontext()  # the interpreter works on CPU tensors
@@ -20,15 +21,13 @@ def case(out: int, width: int, group_size: int) -> dict[str, float]:
     solver = rounding.feedback_factor(gram)
     plain = rounding.round_with_feedback(weight, *solver, scale, zero)
     refined = refinement.descend(weight, gram, plain, 2)
-    rounding._block_step = lambda device: rounding_kernels.round_block
-    refinement._block_step = lambda device: rounding_kernels.descend_block
+    rounding.block_step = refinement.block_step = lambda name, plain, device: getattr(rounding_kernels, name)
     differs = {
         "feedback": (rounding.round_with_feedback(weight, *solver, scale, zero).codes != plain.codes).float().mean(),
         "descent": (refinement.descend(weight, gram, plain, 2).codes != refined.codes).float().mean(),
         "descent did something": (refined.codes != plain.codes).float().mean(),
     }
-    rounding._block_step = lambda device: rounding._round_block
-    refinement._block_step = lambda device: refinement._descend_block
+    rounding.block_step = refinement.block_step = block_step
     return {name: float(value) for name, value in differs.items()}
 
 

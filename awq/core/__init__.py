@@ -1,1 +1,1 @@
-"""Quantization arithmetic: pure tensor functions, tensors in and tensors out; no devices, no logging, no modules."""
+"""Quantization arithmetic: tensors in and tensors out; no logging, no modules. Kernels do the steps that a GPU starts slowly."""

@@ -7,15 +7,12 @@ per row. Neither can raise the loss (but for scales being stored in float16), an
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from awq.core.blocks import BLOCK, block_step
 from awq.core.weight import QuantizedWeight, storable_scale
 
-_BLOCK = 128
 _RIDGE = 1e-3  # pull towards the old scales, as a fraction of the system's mean diagonal
 _SYSTEMS = 1 << 26  # entries of the systems solved at once
 
@@ -38,24 +35,16 @@ def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, sweeps: in
     gram.diagonal()[gram.diagonal() == 0] = 1.0  # a dead channel has no slope either: its code stays
     width, out = codes.shape
     slope = gram @ (quantized.dequantize() - weight).t()  # half the gradient of the loss, [in, out]
-    moves = torch.empty(min(_BLOCK, width), out, device=weight.device)
-    step = _block_step(weight.device)
+    moves = torch.empty(min(BLOCK, width), out, device=weight.device)
+    step = block_step("descend_block", _descend_block, weight.device)
     new_codes = torch.empty_like(codes)
     for _ in range(sweeps):
-        for start in range(0, width, _BLOCK):
-            stop = min(start + _BLOCK, width)
+        for start in range(0, width, BLOCK):
+            stop = min(start + BLOCK, width)
             step(slope, gram, scales, zeros, codes, new_codes, moves, start, stop, 2**quantized.bits - 1)
             slope.addmm_(gram[:, start:stop], moves[: stop - start])
         codes, new_codes = new_codes, codes
     return quantized._replace(codes=codes.t().contiguous())
-
-
-def _block_step(device: torch.device) -> Callable[..., None]:
-    if device.type == "cuda" and find_spec("triton"):
-        from awq.core.rounding_kernels import descend_block
-
-        return descend_block
-    return _descend_block
 
 
 def _descend_block(
@@ -94,8 +83,7 @@ def refit_scales(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Qu
 def _refit_rows(target: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Tensor:
     size, old = quantized.group_size, quantized.scales.float()
     out, groups = old.shape
-    steps = quantized.codes.view(out, groups, size).float() - quantized.zeros.float().unsqueeze(-1)
-    steps = steps.view(out, groups * size)
+    steps = quantized.steps().float()
     system = torch.empty(out, groups, groups, device=gram.device)
     for g in range(groups):
         part = slice(g * size, (g + 1) * size)

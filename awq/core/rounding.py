@@ -6,16 +6,13 @@ the sum of outputs stays right. Scales and zeros are static, so the result is an
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from awq.core.blocks import BLOCK, block_step
 from awq.core.weight import QuantizedWeight
 
 DAMPING = 0.01
-_BLOCK = 128
 
 
 def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
@@ -55,25 +52,16 @@ def round_with_feedback(
     rest = weight.float()[:, order].t().contiguous()  # [in, out]: a column is a contiguous row here
     scales, zeros = scale.t().contiguous(), zero.t().contiguous()
     codes = torch.empty(width, out, dtype=torch.uint8, device=weight.device)
-    errors = torch.empty(_BLOCK, out, device=weight.device)
-    step = _block_step(weight.device)
-    for start in range(0, width, _BLOCK):
-        stop = min(start + _BLOCK, width)
+    errors = torch.empty(BLOCK, out, device=weight.device)
+    step = block_step("round_block", _round_block, weight.device)
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
         step(rest, factor, scales, zeros, group_of, codes, errors, start, stop, 2**bits - 1)
         if stop < width:
             rest[stop:].addmm_(factor[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
     natural = torch.empty_like(codes)
     natural[order] = codes
     return QuantizedWeight(natural.t().contiguous(), scale.half(), zero.to(torch.uint8), bits)
-
-
-def _block_step(device: torch.device) -> Callable[..., None]:
-    """The Triton kernel where there is one for the device, else plain operators."""
-    if device.type == "cuda" and find_spec("triton"):
-        from awq.core.rounding_kernels import round_block
-
-        return round_block
-    return _round_block
 
 
 def _round_block(

@@ -14,6 +14,19 @@ _ROWS = 32
 
 
 @triton.jit
+def _tile(values, start, row, column, out, columns: tl.constexpr):
+    """Columns start … start + columns of `values` [in, out] for some rows: [COLUMNS, ROWS], zeros outside."""
+    mask = (column < columns)[:, None] & (row < out)[None, :]
+    return tl.load(values + (start + column).to(tl.int64)[:, None] * out + row[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _code(steps, zero, top):
+    """The code nearest to zero + steps. Half to even, as torch.round: 1.5 · 2**23 added and taken away leaves the integer."""
+    return tl.minimum(tl.maximum(((steps + 12582912.0) - 12582912.0) + zero, 0.0), top)
+
+
+@triton.jit
 def _round_block(
     rest, factor, scales, zeros, group_of, codes, errors, start, out, width, top,
     columns: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
@@ -21,16 +34,13 @@ def _round_block(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = row < out
-    tile_mask = (column < columns)[:, None] & inside[None, :]
-    tile = tl.load(rest + (start + column).to(tl.int64)[:, None] * out + row[None, :], mask=tile_mask, other=0.0)
+    tile = _tile(rest, start, row, column, out, columns)
     for c in range(columns):
         w = tl.sum(tl.where(column[:, None] == c, tile, 0.0), axis=0)
         group = tl.load(group_of + start + c)
         s = tl.load(scales + group * out + row, mask=inside, other=1.0)
         z = tl.load(zeros + group * out + row, mask=inside, other=0.0)
-        # Half to even, as torch.round: adding and subtracting 1.5 * 2**23 leaves the nearest integer.
-        code = ((tl.div_rn(w, s) + 12582912.0) - 12582912.0) + z
-        code = tl.minimum(tl.maximum(code, 0.0), top)
+        code = _code(tl.div_rn(w, s), z, top)
         tl.store(codes + (start + c).to(tl.int64) * out + row, code.to(tl.uint8), mask=inside)
         u = tl.load(factor + (start + c).to(tl.int64) * width + start + column, mask=column < columns, other=0.0)
         pivot = tl.load(factor + (start + c).to(tl.int64) * width + start + c)
@@ -60,8 +70,7 @@ def _descend_block(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = row < out
-    tile_mask = (column < columns)[:, None] & inside[None, :]
-    tile = tl.load(slope + (start + column).to(tl.int64)[:, None] * out + row[None, :], mask=tile_mask, other=0.0)
+    tile = _tile(slope, start, row, column, out, columns)
     for c in range(columns):
         p = tl.sum(tl.where(column[:, None] == c, tile, 0.0), axis=0)
         group = (start + c) // group_size
@@ -70,9 +79,7 @@ def _descend_block(
         code = tl.load(codes + (start + c).to(tl.int64) * out + row, mask=inside, other=0).to(tl.float32)
         g = tl.load(gram + (start + c).to(tl.int64) * width + start + column, mask=column < columns, other=0.0)
         pivot = tl.load(gram + (start + c).to(tl.int64) * width + start + c)
-        best = code - z - tl.div_rn(p, s * pivot)
-        new = ((best + 12582912.0) - 12582912.0) + z  # half to even, as above
-        new = tl.minimum(tl.maximum(new, 0.0), top)
+        new = _code(code - z - tl.div_rn(p, s * pivot), z, top)
         move = (new - code) * s
         # Into another tensor: threads of several warps hold the same row, and one may store before another has loaded.
         tl.store(new_codes + (start + c).to(tl.int64) * out + row, new.to(tl.uint8), mask=inside)

@@ -32,9 +32,16 @@ class QuantizedWeight(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense weight [out, in] of `dtype`; computed in float32."""
-        out, width = self.codes.shape
-        groups = self.codes.view(out, -1, self.group_size).float() - self.zeros.unsqueeze(-1).float()
-        return (groups * self.scales.unsqueeze(-1).float()).view(out, width).to(dtype)
+        steps = self.steps().float().view(*self.scales.shape, -1)
+        return steps.mul_(self.scales.float().unsqueeze(-1)).view(self.codes.shape).to(dtype)
+
+    def steps(self) -> Tensor:
+        """codes − zeros [out, in], in units of the scale: int8, or int16 for 8 bits."""
+        if self.bits < 8:  # seen as bytes with a sign, without a copy
+            codes, zeros = self.codes.view(torch.int8), self.zeros.view(torch.int8)
+        else:
+            codes, zeros = self.codes.to(torch.int16), self.zeros.to(torch.int16)
+        return (codes.view(*zeros.shape, -1) - zeros.unsqueeze(-1)).view(codes.shape)
 
 
 def grouped(weight: Tensor, group_size: int) -> Tensor:

@@ -22,10 +22,7 @@ def why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | Non
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """Dense weight [out, in] of packed tensors; computed in float32."""
-    codes, scale, zeros, _ = packed.unpack()
-    # As `QuantizedWeight.dequantize`, bit for bit; the difference is taken in bytes and the product in place: 3 times faster.
-    steps = codes.view(torch.int8).view(*zeros.shape, -1) - zeros.view(torch.int8).unsqueeze(-1)
-    return steps.float().mul_(scale.float().unsqueeze(-1)).view(*codes.shape).to(dtype)
+    return packed.unpack().dequantize(dtype)
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

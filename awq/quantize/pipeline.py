@@ -116,7 +116,7 @@ def quantize_model(
     if match is not None:
         with bench.phase("tuning"), _tensor_cores(next(model.parameters()).device):
             tuned, tuning = tune_scales(model, bench.weights, match, options.tuning or 0, options.seed, options.progress)
-            report.tuning = tuning.to_dict()
+            report.tuning = asdict(tuning)
             for name, weight in tuned.items():
                 _install(model, name, weight, config, options)
     report.seconds = time.perf_counter() - start

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,9 +48,6 @@ class TuningReport:
     loss_before: float
     loss_after: float
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class _Product(torch.autograd.Function):
     """x [..., in] times dequantized weightᵀ with a gradient for the scales; the dense weight is never kept for backward."""
@@ -79,8 +76,7 @@ class TunedLinear(nn.Module):
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
         super().__init__()
-        zeros = weight.zeros.to(torch.int16).repeat_interleave(weight.group_size, 1)
-        self.steps = (weight.codes.to(torch.int16) - zeros).to(torch.int16 if weight.bits == 8 else torch.int8)
+        self.steps = weight.steps()
         self.start = weight.scales.float()
         self.change = nn.Parameter(torch.zeros_like(self.start))
         self.bias = bias
@@ -121,8 +117,7 @@ class OutputMatch:
     def _logits(self, batch: CalibrationBatch, hidden: Tensor) -> Tensor:
         """What the model makes of its body's hidden states: its own head, with whatever caps and factors it applies."""
         output = BaseModelOutputWithPast(last_hidden_state=hidden)
-        # On a GPU only the plain attention has a gradient that is the same twice.
-        with sdpa_kernel(SDPBackend.MATH), replaced_forwards({self.body: lambda *args, **kwargs: output}):
+        with replaced_forwards({self.body: lambda *args, **kwargs: output}):
             return self.model(**self._inputs(batch)).logits
 
     def distance(self, index: int) -> tuple[Tensor, int]:

@@ -6,50 +6,31 @@ shape and GPU: `configs`; starting them: `launch`.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from awq._triton import triton_problem
 from awq.kernels.packed import Packed, Shape
 
 LAYOUT = "planar"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_OLDEST = (8, 0)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | None:
     """Why Triton cannot serve this linear; see `awq.kernels.backends`."""
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return f"its kernels run on NVIDIA and AMD GPUs, and the weights are on {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; pip install 'autoawq[kernels]'"
     if dtype not in _DTYPES:
         return f"activations are {dtype}; it takes float16, bfloat16 and float32"
     if shape.group_size % 32 and shape.group_size != shape.in_features:
         return f"group_size {shape.group_size} is neither a multiple of 32 nor the whole row"
-    return None if device.type == "cpu" else _gpu_problem(device)
+    return triton_problem(device)
 
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def _gpu_problem(device: torch.device) -> str | None:
-    """Why Triton does not run on this GPU, or None."""
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST:
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"compute capability {major}.{minor}; Triton needs {_OLDEST[0]}.{_OLDEST[1]}"
-    try:
-        import triton
-
-        triton.runtime.driver.active.get_current_target()  # builds its driver interface, which needs a C compiler
-    except Exception as error:  # whatever Triton raises here, another backend serves
-        return f"Triton cannot start: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
-    return None
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

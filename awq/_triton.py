@@ -1,0 +1,29 @@
+"""Whether Triton, an optional dependency, runs on a device. Every kernel of the house asks here before it is imported."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+_OLDEST = (8, 0)  # NVIDIA compute capability
+
+
+@cache
+def triton_problem(device: torch.device) -> str | None:
+    """Why Triton does not run there, or None. On a CPU only its interpreter runs, which the caller has to ask for."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; pip install 'autoawq[kernels]'"
+    if device.type == "cpu":
+        return None
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"compute capability {major}.{minor}; Triton needs {_OLDEST[0]}.{_OLDEST[1]}"
+    try:
+        import triton
+
+        triton.runtime.driver.active.get_current_target()  # builds its driver interface, which needs a C compiler
+    except Exception as error:  # whatever Triton raises here, another backend serves
+        return f"Triton cannot start: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+    return None
