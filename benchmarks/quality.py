@@ -11,6 +11,7 @@ Calibrates on the first half of a text and measures perplexity on the second (do
 from __future__ import annotations
 
 import argparse
+import hashlib
 import tempfile
 import time
 from pathlib import Path
@@ -38,17 +39,31 @@ def measure(arguments: argparse.Namespace, name: str, settings: dict, calibratio
     """One row: quantize with `settings`, save, load, measure."""
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(arguments.device)
     config = awq.AwqConfig(group_size=arguments.group_size)
+    row: dict = {"name": name}
+    if arguments.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     report = quantize_model(model, calibration, config, QuantizeOptions(**settings))
-    seconds = time.perf_counter() - start
+    row["seconds"] = time.perf_counter() - start
+    if arguments.device == "cuda":
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "quantized"
         save_checkpoint(model.cpu(), target, config, report, source=arguments.model)
         del model
+        row["sha256"] = weights_digest(target)
         loaded = load_checkpoint(target, dtype=torch.float32).to(arguments.device)
-        value = perplexity(loaded, ids, limit=arguments.limit)
-    return {"name": name, "perplexity": value, "seconds": seconds, "loss": report.loss, "loss_rtn": report.loss_rtn,
-            "phases": report.phases, "options": settings, "warnings": report.warnings}  # fmt: skip
+        row["perplexity"] = perplexity(loaded, ids, limit=arguments.limit)
+    return row | {"loss": report.loss, "loss_rtn": report.loss_rtn, "phases": report.phases, "options": settings,
+                  "warnings": report.warnings}  # fmt: skip
+
+
+def weights_digest(directory: Path) -> str:
+    """SHA-256 over the weight files in the order of their names: equal for two runs that wrote the same bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def main() -> None:

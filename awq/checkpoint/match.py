@@ -58,11 +58,13 @@ def match_names(model: Any, packed: PackedTensors) -> dict[str, str]:
 def todays_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     """Module name in the installed transformers → name in the checkpoint; transformers 5 renames modules while loading."""
     renamings = [step for step in _conversions(model) if not hasattr(step, "operations")]
-    if not renamings:
-        return {name: name for name in stored}
-    from transformers.core_model_loading import apply_renamings
-
-    return {apply_renamings(f"{name}.qweight", renamings).removesuffix(".qweight"): name for name in stored}
+    names = {}
+    for name in stored:
+        key = f"{name}.qweight"
+        for renaming in renamings:
+            key, _ = renaming.rename_source_key(key)
+        names[key.removesuffix(".qweight")] = name
+    return names
 
 
 def merged_on_disk(model: Any, packed: Iterable[str]) -> list[str]:
