@@ -1,8 +1,9 @@
 """The snippets of the AutoAWQ guide and of our own pages run as written; only model paths are local.
 
-The guide's comments are left out; `AUTOAWQ_GUIDE=FILE` compares the snippets below with the guide itself. Two lines of it cannot work anywhere: its `torch.cat` of token rows of different lengths
-(our `prepare_calibration_tokens` stands in for the function that holds it) and its undefined `streamer`.
-Its datasets are replaced by local ones with the same columns, since tests reach no hub.
+The guide's comments are left out; `AUTOAWQ_GUIDE=FILE` compares the snippets below with the guide itself. Two lines of it
+cannot work anywhere: its `torch.cat` of token rows of different lengths (our `prepare_calibration_tokens` stands in for the
+function that holds it) and its undefined `streamer`. Its datasets are replaced by local ones with the same columns, since
+tests reach no hub.
 """
 
 import ast
@@ -265,7 +266,9 @@ def test_texts_of_the_task_on_minilm_itself(minilm, tmp_path, local_datasets):
     names = {"sentence-transformers/all-MiniLM-L6-v2": minilm, "all-MiniLM-L6-v2-awq-4bit": tmp_path / "q"}
     run(EMBEDDING_TEXTS + QUANTIZE_TOKENS, names, prepare_calibration_tokens=prepare_calibration_tokens)
     texts = bundled_sentences()[1::2]
-    full, mine = (torch.from_numpy(library.SentenceTransformer(str(d), device="cpu").encode(texts)) for d in (minilm, tmp_path / "q"))
+    full, mine = (
+        torch.from_numpy(library.SentenceTransformer(str(d), device="cpu").encode(texts)) for d in (minilm, tmp_path / "q")
+    )
     assert sum(isinstance(m, WQLinear) for m in AutoModel.from_pretrained(tmp_path / "q").modules()) == 36
     assert torch.nn.functional.cosine_similarity(full, mine).mean() > 0.98
 
