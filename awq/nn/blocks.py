@@ -7,7 +7,7 @@ hidden states on unchanged, so recording costs an embedding lookup, not a forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -106,9 +106,14 @@ def _is_cache(value: Any) -> bool:
 
 @torch.no_grad()
 def record_block_calls(
-    model: nn.Module, lists: Sequence[tuple[str, nn.ModuleList]], inputs: Sequence[dict[str, Tensor]]
+    model: nn.Module,
+    lists: Sequence[tuple[str, nn.ModuleList]],
+    inputs: Sequence[dict[str, Tensor]],
+    run: Callable[[nn.Module, dict[str, Tensor]], Any] | None = None,
 ) -> BlockCalls:
     """Records how the model calls every block for each input (keyword arguments of the model's forward).
+
+    run: calls the model; default: its body, for the head is not needed.
 
     Raises ModelError when the model's own forward fails on an input, or never calls a block.
     """
@@ -128,7 +133,7 @@ def record_block_calls(
             return forward
 
         with replaced_forwards({block: stub((i, j), wraps[i, j]) for i, j, block in blocks}):
-            _forward(model, item)
+            (run or _forward)(model, item)
         for i, (name, members) in enumerate(lists):
             missing = [j for j in range(len(members)) if (i, j) not in seen]
             if missing:

@@ -63,3 +63,12 @@ def split_outputs(linear: WQLinear, sizes: Sequence[int]) -> list[WQLinear]:
     parts = zip(*(tensor.split(list(sizes)) for tensor in linear.quantized()[:3]))
     biases = linear.bias.split(list(sizes)) if linear.bias is not None else [None] * len(sizes)
     return [WQLinear.from_quantized(QuantizedWeight(*part), bias, linear.format) for part, bias in zip(parts, biases)]
+
+
+@torch.no_grad()
+def reorder_outputs(linear: WQLinear, order: Tensor) -> WQLinear:
+    """A copy of a linear whose output i is output order[i] of the given one; order: int64 [out], a permutation."""
+    weight = linear.quantized()
+    parts = (tensor[order.to(tensor.device)] for tensor in weight[:3])
+    bias = None if linear.bias is None else linear.bias[order.to(linear.bias.device)]
+    return WQLinear.from_quantized(QuantizedWeight(*parts), bias, linear.format)

@@ -1,0 +1,82 @@
+"""One fused decoder block: norm, qkv, attention with cache, output, norm, MLP, from a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from awq.generate import operations as ops
+from awq.generate.attention import attend, rotate
+from awq.generate.cache import LayerCache
+from awq.generate.norms import apply_norm
+from awq.generate.plan import BlockPlan
+from awq.generate.projection import Projection, join
+
+
+@dataclass
+class Prompt:
+    """A piece of the prompts: its tokens are positions start, start + 1, … of every row."""
+
+    start: int
+
+
+@dataclass
+class Step:
+    """One new token per row. lengths: int32 [batch] on the device, tokens cached so far, which is the new one's position.
+
+    longest: the largest of them, where the host knows it.
+    """
+
+    lengths: Tensor
+    longest: int
+
+
+class FusedBlock(nn.Module):
+    """Runs a `BlockPlan` with the linears of a transformers block."""
+
+    def __init__(self, plan: BlockPlan, block: nn.Module, merge: bool = False) -> None:
+        super().__init__()
+        self.plan = plan
+        self.qkv = (join(block, plan.qkv) if merge else None) or Projection(block, plan.qkv)
+        self.mlp_in = (join(block, plan.mlp_in) if merge else None) or Projection(block, plan.mlp_in)
+        self.attention_out, self.mlp_out = block.get_submodule(plan.attention_out), block.get_submodule(plan.mlp_out)
+
+    def forward(self, x: Tensor, branch: Tensor | None, cache: LayerCache, where: Prompt | Step) -> tuple[Tensor, Tensor]:
+        """x [batch, tokens, features] is the residual stream, to which `branch` is still to be added; returns both anew.
+
+        The last addition is left to the next block, which can do it together with its norm.
+        """
+        p = self.plan
+        x, normed = ops.add_norm(x, branch, p.factor, p.attention_norm)
+        a = self.attention_out(self._attention(self.qkv(normed), cache, where))
+        if p.attention_post_norm is not None:
+            a = apply_norm(a, p.attention_post_norm)
+        if p.parallel:
+            m = normed if p.mlp_norm is None else apply_norm(x, p.mlp_norm)
+            return x, a + self._mlp(m)
+        x, normed = ops.add_norm(x, a, p.factor, p.mlp_norm)
+        return x, self._mlp(normed)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        p = self.plan
+        y = self.mlp_out(ops.activate(self.mlp_in(x), p.activation, p.activation_name, p.gated))
+        return y if p.mlp_post_norm is None else apply_norm(y, p.mlp_post_norm)
+
+    def _attention(self, qkv: Tensor, cache: LayerCache, where: Prompt | Step) -> Tensor:
+        if isinstance(where, Step):
+            return ops.attend_step(qkv, self.plan.attention, self.plan.cos, self.plan.sin, cache, where.lengths, where.longest)
+        batch, tokens, _ = qkv.shape
+        stop = where.start + tokens
+        cos, sin = (None if t is None else t[where.start : stop] for t in (self.plan.cos, self.plan.sin))
+        q, k, v = ops.split_heads(qkv, self.plan.attention, cos, sin)
+        cache.k[:, :, where.start : stop] = k
+        cache.v[:, :, where.start : stop] = v
+        if where.start:
+            k, v = cache.k[:, :, :stop], cache.v[:, :, :stop]
+        a = self.plan.attention
+        y = attend(q, k, v, a.scaling, a.softcap, a.window)
+        return y.transpose(1, 2).reshape(batch, tokens, -1)
+
+
+__all__ = ["FusedBlock", "Prompt", "Step", "rotate"]

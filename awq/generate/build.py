@@ -1,0 +1,111 @@
+"""From a transformers model to a `FusedDecoder`, proven block by block, or the reason why not."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq.folds.proof import float_copy
+from awq.generate.block import FusedBlock, Prompt, Step
+from awq.generate.cache import allocate
+from awq.generate.decoder import FusedDecoder
+from awq.generate.observe import PIECE, Surroundings, observe
+from awq.generate.plan import BlockPlan, DecoderPlan, NotFusable
+from awq.generate.structure import read_block
+from awq.generate.trace import rotary_tables, trace
+from awq.nn.blocks import BlockCall
+
+logger = logging.getLogger("awq.generate")
+
+_TOLERANCE = 1e-4  # of a block's contribution, in float32
+
+
+@torch.no_grad()
+def build_decoder(model: Any, max_seq_len: int, merge: bool = True) -> FusedDecoder:
+    """The fused form of a language model, on the same weights. Raises NotFusable with the reason.
+
+    merge: siblings become one packed product each, and the model's own modules slices of it.
+    """
+    devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
+    if len(devices) != 1 or next(iter(devices)).type == "meta":
+        raise NotFusable(f"the model is spread over {', '.join(sorted(map(str, devices)))}")
+    around = observe(model, max_seq_len)
+    plans = [read_plan(around, i) for i in range(len(around.blocks))]
+    for plan, block, near, far in zip(plans, around.blocks, around.near, around.far):
+        prove(plan, block, probe(around.width, _device(block)), (near, far), max_seq_len)
+    whole = DecoderPlan(
+        plans, around.blocks, around.embedding, around.embedding_factor, around.positions, around.norm, around.head,
+        around.logits_factor, around.logits_softcap, max_seq_len,
+    )  # fmt: skip
+    return FusedDecoder(whole, model, merge)
+
+
+def read_plan(around: Surroundings, index: int) -> BlockPlan:
+    """The plan of one block. Raises NotFusable."""
+    block = float_copy(around.blocks[index])
+    call = around.near[index].to(_device(block), torch.float32)
+    hidden = probe(around.width, _device(block))
+    plan = read_block(trace(block, call, hidden, neutral=True), trace(block, call, hidden), call)
+    if plan.cos is not None:
+        plan.cos, plan.sin = _whole_tables(plan.cos, plan.sin, call, around.tables[index])
+    return plan
+
+
+def _whole_tables(cos: Tensor, sin: Tensor, call: BlockCall, tables: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The columns that were recognized in a short table, of the table over all positions."""
+    columns = cos.shape[-1]
+    for name, (short, _) in rotary_tables(call).items():
+        short = short.reshape(-1, short.shape[-2], short.shape[-1])[:1].float()
+        width = short.shape[-1]
+        for pick in (slice(0, columns), slice(0, None, width // columns)):
+            if short[..., pick].shape[-1] == columns and torch.equal(short[..., pick], cos[:1]):
+                return tables[name][0][:, pick].contiguous(), tables[name][1][:, pick].contiguous()
+    raise NotFusable("the rotary table of the block cannot be followed beyond the first positions")
+
+
+def probe(width: int, device: torch.device) -> Tensor:
+    """Random hidden states float32 [2, PIECE, width] for a block."""
+    return torch.randn(2, PIECE, width, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def _device(block: nn.Module) -> torch.device:
+    return next(block.parameters()).device
+
+
+@torch.no_grad()
+def prove(plan: BlockPlan, block: nn.Module, hidden: Tensor, calls: tuple[BlockCall, BlockCall], max_seq_len: int) -> None:
+    """The fused block gives what transformers' block gives, in float32, at the first positions and at the last.
+
+    As a prompt, and as a prompt followed by a step through the cache. Raises NotFusable.
+    """
+    copy = float_copy(block)
+    fused = FusedBlock(plan, copy)
+    first = max(0, -(-max_seq_len // PIECE) * PIECE - PIECE)
+    for call, start in zip(calls, (0, first)):
+        expected = call.to(_device(copy), torch.float32).run(copy, hidden) - hidden
+        cos, sin = plan.cos, plan.sin
+        if cos is not None and sin is not None:  # the tables moved so that a cache of a few places will do
+            plan.cos, plan.sin = (t[_places(start, max_seq_len, t.device)] for t in (cos, sin))
+        try:
+            cache = allocate([plan.attention], 2, PIECE, torch.float32, hidden.device)[0]
+            whole = _contribution(fused, hidden, cache, Prompt(0))
+            lengths = torch.full((2,), PIECE - 1, dtype=torch.int32, device=hidden.device)
+            step = _contribution(fused, hidden[:, -1:], cache, Step(lengths, PIECE - 1))
+        finally:
+            plan.cos, plan.sin = cos, sin
+        for ours, theirs, what in ((whole, expected, "a prompt"), (step, expected[:, -1:], "one token")):
+            error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
+            if not error <= _TOLERANCE:
+                raise NotFusable(f"the fused block differs from transformers' by {error:.1e} on {what} at position {start}")
+
+
+def _places(start: int, max_seq_len: int, device: torch.device) -> Tensor:
+    return torch.arange(start, start + PIECE, device=device) % max(max_seq_len, PIECE)
+
+
+def _contribution(fused: FusedBlock, hidden: Tensor, cache, where: Prompt | Step) -> Tensor:
+    x, branch = fused(hidden, None, cache, where)
+    return x + fused.plan.factor * branch - hidden

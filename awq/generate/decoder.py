@@ -1,0 +1,102 @@
+"""`FusedDecoder`: prompts in pieces, then one token per row and step, over a cache that was allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq.errors import ConfigError
+from awq.generate import operations as ops
+from awq.generate.block import FusedBlock, Prompt, Step
+from awq.generate.cache import LayerCache, allocate
+from awq.generate.plan import DecoderPlan
+
+_PROMPT_TOKENS = 4096  # of all rows together, in one piece of a prompt
+
+
+class FusedDecoder:
+    """A language model as embedding, fused blocks, norm and head.
+
+    The weights are those of the transformers model, which keeps working. `prefill` and `step` give logits float32
+    [batch, vocabulary]; the cache of up to `max_seq_len` tokens a row is allocated at the first prompt.
+    """
+
+    def __init__(self, plan: DecoderPlan, model: Any, merge: bool) -> None:
+        self.plan, self.model = plan, model
+        self.blocks = [FusedBlock(p, m, merge) for p, m in zip(plan.blocks, plan.modules)]
+        self.cache: list[LayerCache] = []
+        self.dtype = model.dtype
+        self.device = plan.embedding.weight.device  # type: ignore[union-attr]
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.plan.max_seq_len
+
+    def reserve(self, batch: int) -> None:
+        """Room in the cache for `batch` rows; what is there is kept when it is enough already."""
+        if not self.cache or self.cache[0].k.shape[0] < batch:
+            self.cache = []  # before the new one is made: both need not fit
+            attentions = [p.attention for p in self.plan.blocks]
+            self.cache = allocate(attentions, batch, self.max_seq_len, self.dtype, self.device)  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Caches prompts and returns the logits of the last token of each, float32 [batch, vocabulary].
+
+        ids: int64 [batch, tokens], every row's true tokens first. lengths: how many those are. Raises ConfigError when a
+        prompt is longer than the cache.
+        """
+        batch, tokens = ids.shape
+        if tokens > self.max_seq_len:
+            raise ConfigError(f"a prompt of {tokens} tokens does not fit max_seq_len={self.max_seq_len}; load with a larger one.")
+        self.reserve(batch)
+        cache = [layer.rows(batch) for layer in self.cache]
+        last = torch.tensor(lengths, device=ids.device) - 1
+        found: Tensor | None = None
+        piece = max(1, _PROMPT_TOKENS // batch)
+        for start in range(0, tokens, piece):
+            part = ids[:, start : start + piece]
+            positions = torch.arange(start, start + part.shape[1], device=ids.device)
+            hidden = self._hidden(part, positions, cache, Prompt(start))
+            inside = (last - start).clamp(0, part.shape[1] - 1)
+            chosen = hidden[torch.arange(batch, device=ids.device), inside]
+            found = chosen if found is None else torch.where((last >= start).unsqueeze(1), chosen, found)
+        assert found is not None
+        return self._logits(found)
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """The logits after one more token per row, float32 [batch, vocabulary].
+
+        ids: int64 [batch]; lengths: int32 [batch], tokens cached before. longest: the largest of them.
+        """
+        cache = [layer.rows(len(ids)) for layer in self.cache]
+        return self._logits(self._hidden(ids.unsqueeze(1), lengths.unsqueeze(1), cache, Step(lengths, longest))[:, 0])
+
+    def _hidden(self, ids: Tensor, positions: Tensor, cache: list[LayerCache], where: Prompt | Step) -> Tensor:
+        """ids [batch, tokens] → the normalized output of the last block [batch, tokens, features]."""
+        p = self.plan
+        x = p.embedding(ids)
+        if p.embedding_factor != 1.0:
+            x = x * torch.tensor(p.embedding_factor, dtype=x.dtype)
+        if p.positions is not None:
+            x = (x.float() + p.positions[positions.long()]).to(x.dtype)
+        branch = None
+        for block, layer in zip(self.blocks, cache):
+            x, branch = block(x, branch, layer, where)
+        return ops.add_norm(x, branch, p.blocks[-1].factor, p.norm)[1]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = self.plan.head(x).float()
+        if self.plan.logits_factor != 1.0:
+            logits = logits * self.plan.logits_factor
+        cap = self.plan.logits_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def fused_modules(decoder: FusedDecoder) -> list[nn.Module]:
+    """The packed products of a fused decoder, for those who want to look at them."""
+    return [m for b in decoder.blocks for m in (b.qkv, b.attention_out, b.mlp_in, b.mlp_out)]

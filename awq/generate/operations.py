@@ -1,0 +1,68 @@
+"""What a fused block does between its products, in plain operators or, on a GPU with Triton, in one kernel each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from awq.generate.attention import attend, rotate
+from awq.generate.cache import LayerCache
+from awq.generate.norms import apply_norm
+from awq.generate.plan import Attention, Norm
+
+
+def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """(x + factor · branch, its norm); all [batch, tokens, features]."""
+    if branch is not None:
+        x = x + (branch if factor == 1.0 else factor * branch)
+    return x, x if norm is None else apply_norm(x, norm)
+
+
+def activate(h: Tensor, activation: Callable[[Tensor], Tensor], name: str | None, gated: bool) -> Tensor:
+    """activation(gate) · up for h = [gate, up] along the last axis, or activation(h)."""
+    if not gated:
+        return activation(h)
+    gate, up = h.chunk(2, -1)
+    return activation(gate) * up
+
+
+def split_heads(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """[batch, tokens, channels] → normalized and rotated q, k and v, each [batch, heads, tokens, head_dim].
+
+    cos, sin: float32, broadcast against [batch, heads, tokens, rotary/2].
+    """
+    batch, tokens, _ = qkv.shape
+    parts = qkv.split([a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim], -1)
+    q, k, v = (t.view(batch, tokens, -1, a.head_dim) for t in parts)
+    if a.q_norm is not None:
+        q = apply_norm(q, a.q_norm) if a.norm_heads else apply_norm(q.flatten(2), a.q_norm).view(q.shape)
+    if a.k_norm is not None:
+        k = apply_norm(k, a.k_norm) if a.norm_heads else apply_norm(k.flatten(2), a.k_norm).view(k.shape)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if cos is not None and sin is not None:
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    return q, k, v
+
+
+def attend_step(
+    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, lengths: Tensor, longest: int
+) -> Tensor:
+    """Attention of one new token per row over its row of the cache, into which its key and value go.
+
+    qkv [batch, 1, channels] → [batch, 1, heads · head_dim]. lengths int32 [batch]: tokens cached so far.
+    """
+    batch, index = qkv.shape[0], lengths.long()
+    if cos is not None and sin is not None:
+        cos, sin = cos[index].view(batch, 1, 1, -1), sin[index].view(batch, 1, 1, -1)
+    q, k, v = split_heads(qkv, a, cos, sin)
+    rows = torch.arange(batch, device=qkv.device)
+    cache.k[rows, :, index] = k[:, :, 0]
+    cache.v[rows, :, index] = v[:, :, 0]
+    keys = torch.arange(longest + 1, device=qkv.device)
+    seen = keys <= index.unsqueeze(1)
+    if a.window is not None:
+        seen &= keys > index.unsqueeze(1) - a.window
+    y = attend(q, cache.k[:, :, : longest + 1], cache.v[:, :, : longest + 1], a.scaling, a.softcap, mask=seen[:, None, None])
+    return y.transpose(1, 2).reshape(batch, 1, -1)

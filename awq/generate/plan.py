@@ -1,0 +1,102 @@
+"""What a decoder is made of, as plain data: found on the model by `structure`, run by `block`, proven by `proof`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from awq.errors import AwqError
+
+
+class NotFusable(AwqError):
+    """Why a model keeps transformers' own loop."""
+
+
+@dataclass
+class Norm:
+    """y = x̂ · weight + bias in float32, rounded once to x's dtype.
+
+    mean: True for LayerNorm (x̂ = (x − mean)/√(var + eps)), False for RMSNorm (x̂ = x/√(mean x² + eps)).
+    weight, bias: float32 [features] or None (ones, zeros).
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    mean: bool
+
+
+@dataclass
+class Attention:
+    """heads: query heads. kv_heads: key and value heads, each shared by heads/kv_heads neighbours. scaling: of q·k.
+
+    softcap: c in c·tanh(score/c), or None. window: how many of the last tokens are seen, the present one included, or None.
+    q_norm, k_norm: over each head (`norm_heads`) or over all heads together, before the rotation.
+    rotary: how many of the first channels of a head are rotated (0: no rotation), as two halves.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    softcap: float | None
+    window: int | None
+    rotary: int
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    norm_heads: bool = True
+
+
+@dataclass
+class Source:
+    """Sibling linears, by name in the block, whose concatenated outputs hold the wanted channels at `rows` [wanted]."""
+
+    names: tuple[str, ...]
+    rows: Tensor
+
+
+@dataclass
+class BlockPlan:
+    """One decoder block.
+
+    qkv: query, key and value channels one after the other, those of a rotated head as two halves. mlp_in: gate then up
+    channels (gated), or the activation's input. parallel: attention and MLP both read the block's input. factor: of both
+    branches before they are added. Norms that a block lacks are None; mlp_norm None with parallel means that the MLP reads
+    what attention reads.
+    """
+
+    attention: Attention
+    qkv: Source
+    attention_out: str
+    mlp_in: Source
+    mlp_out: str
+    gated: bool
+    activation: Callable[[Tensor], Tensor]
+    activation_name: str | None
+    parallel: bool
+    factor: float
+    attention_norm: Norm | None
+    attention_post_norm: Norm | None
+    mlp_norm: Norm | None
+    mlp_post_norm: Norm | None
+    cos: Tensor | None = None  # float32 [positions, rotary/2]
+    sin: Tensor | None = None
+
+
+@dataclass
+class DecoderPlan:
+    """embedding: token ids → vectors; they are multiplied by embedding_factor and, if the model has absolute positions, added
+    to positions [positions, features]. Logits are head(norm(x)) · logits_factor, then soft-capped."""
+
+    blocks: list[BlockPlan]
+    modules: list[nn.Module]
+    embedding: nn.Module
+    embedding_factor: float
+    positions: Tensor | None
+    norm: Norm | None
+    head: nn.Module
+    logits_factor: float
+    logits_softcap: float | None
+    max_seq_len: int

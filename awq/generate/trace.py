@@ -1,0 +1,129 @@
+"""Running one block on random hidden states and noting what every module in it, and attention, read and wrote.
+
+The block is a float32 copy. Attention is caught at transformers' own interface, where the model says how it scales, caps and
+windows; a block that does not go through it has no `attention` and is not fused. With `neutral`, rotary tables are replaced
+by those of position 0, so that queries and keys reach attention unrotated and can be recognized among the linears' outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from awq.generate.attention import attend
+from awq.generate.plan import NotFusable
+from awq.nn.blocks import BlockCall
+from awq.nn.linear import WQLinear
+from awq.nn.surgery import is_linear
+
+_INTERFACE = "sdpa"
+
+
+@dataclass
+class Event:
+    """One call of a module without children: x and y are its first argument and its result."""
+
+    name: str
+    module: nn.Module
+    x: Tensor
+    y: Tensor
+
+
+@dataclass
+class AttentionCall:
+    """q [batch, heads, tokens, head_dim], k and v [batch, kv_heads, tokens, head_dim]; settings: what else attention was told."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    y: Tensor
+    settings: dict[str, Any]
+
+
+@dataclass
+class Trace:
+    hidden: Tensor
+    out: Tensor
+    before: list[Event] = field(default_factory=list)  # events up to the attention
+    after: list[Event] = field(default_factory=list)
+    attention: AttentionCall | None = None
+    calls: int = 0  # of attention
+
+    @property
+    def events(self) -> list[Event]:
+        return self.before + self.after
+
+
+def is_product(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, WQLinear)
+
+
+@torch.no_grad()
+def trace(block: nn.Module, call: BlockCall, hidden: Tensor, neutral: bool = False) -> Trace:
+    """block: a float32 copy; hidden: float32 [batch, tokens, features]."""
+    found = Trace(hidden, hidden)
+
+    def note(name: str, module: nn.Module):
+        def hook(_module, args, y):
+            if args and isinstance(args[0], Tensor) and isinstance(y, Tensor):
+                (found.after if found.attention else found.before).append(Event(name, module, args[0], y))
+
+        return hook
+
+    def attention(module, query, key, value, attention_mask=None, scaling=None, **settings):
+        found.calls += 1
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        y = attend(query, key, value, scaling, settings.get("softcap"), settings.get("sliding_window"))
+        found.attention = AttentionCall(query, key, value, y, {"scaling": scaling, **settings})
+        return y.transpose(1, 2).contiguous(), None
+
+    handles = [m.register_forward_hook(note(n, m)) for n, m in block.named_modules() if is_product(m) or not any(True for _ in m.children())]
+    try:
+        with _attention_replaced(block, attention):
+            found.out = (neutralized(call) if neutral else call).run(block, hidden)
+    except Exception as error:  # someone else's forward, which may fail in any way
+        raise NotFusable(f"the block cannot be run alone: {type(error).__name__}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def rotary_tables(call: BlockCall) -> dict[str, tuple[Tensor, Tensor]]:
+    """Keyword → (cos, sin) for every pair of tables that a block is given."""
+    found = {}
+    for name, value in call.kwargs.items():
+        if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(t, Tensor) and t.is_floating_point() for t in value):
+            if value[0].shape == value[1].shape and value[0].dim() >= 2:
+                found[name] = (value[0], value[1])
+    return found
+
+
+def neutralized(call: BlockCall) -> BlockCall:
+    """The call with the rotary tables of position 0: cos 1, sin 0."""
+    tables = {name: (torch.ones_like(cos), torch.zeros_like(sin)) for name, (cos, sin) in rotary_tables(call).items()}
+    return replace(call, kwargs={**call.kwargs, **tables})
+
+
+@contextmanager
+def _attention_replaced(block: nn.Module, function) -> Iterator[None]:
+    """The block's attention goes through `function`; its configs are copies, like the block."""
+    for module in block.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            config._attn_implementation = _INTERFACE
+    before = ALL_ATTENTION_FUNCTIONS._local_mapping.get(_INTERFACE)
+    ALL_ATTENTION_FUNCTIONS[_INTERFACE] = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del ALL_ATTENTION_FUNCTIONS[_INTERFACE]
+        else:
+            ALL_ATTENTION_FUNCTIONS[_INTERFACE] = before
