@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from awq.generate import operations as ops
-from awq.generate.attention import attend, rotate
+from awq.generate.attention import attend
 from awq.generate.cache import LayerCache
 from awq.generate.norms import apply_norm
-from awq.generate.plan import BlockPlan
-from awq.generate.projection import Projection, join
+from awq.generate.plan import BlockPlan, Source
+from awq.generate.projection import Joined, Projection, join
 
 
 @dataclass
@@ -38,8 +38,8 @@ class FusedBlock(nn.Module):
     def __init__(self, plan: BlockPlan, block: nn.Module, merge: bool = False) -> None:
         super().__init__()
         self.plan = plan
-        self.qkv = (join(block, plan.qkv) if merge else None) or Projection(block, plan.qkv)
-        self.mlp_in = (join(block, plan.mlp_in) if merge else None) or Projection(block, plan.mlp_in)
+        self.joined: list[Joined] = []
+        self.qkv, self.mlp_in = (self._product(block, source, merge) for source in (plan.qkv, plan.mlp_in))
         self.attention_out, self.mlp_out = block.get_submodule(plan.attention_out), block.get_submodule(plan.mlp_out)
 
     def forward(self, x: Tensor, branch: Tensor | None, cache: LayerCache, where: Prompt | Step) -> tuple[Tensor, Tensor]:
@@ -57,6 +57,13 @@ class FusedBlock(nn.Module):
             return x, a + self._mlp(m)
         x, normed = ops.add_norm(x, a, p.factor, p.mlp_norm)
         return x, self._mlp(normed)
+
+    def _product(self, block: nn.Module, source: Source, merge: bool) -> nn.Module:
+        joined = join(block, source) if merge else None
+        if joined is None:
+            return Projection(block, source)
+        self.joined.append(joined)
+        return joined.linear
 
     def _mlp(self, x: Tensor) -> Tensor:
         p = self.plan
@@ -78,5 +85,3 @@ class FusedBlock(nn.Module):
         y = attend(q, k, v, a.scaling, a.softcap, a.window)
         return y.transpose(1, 2).reshape(batch, tokens, -1)
 
-
-__all__ = ["FusedBlock", "Prompt", "Step", "rotate"]

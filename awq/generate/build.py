@@ -24,7 +24,7 @@ _TOLERANCE = 1e-4  # of a block's contribution, in float32
 
 
 @torch.no_grad()
-def build_decoder(model: Any, max_seq_len: int, merge: bool = True) -> FusedDecoder:
+def build_decoder(model: Any, max_seq_len: int, batch_size: int = 1, merge: bool = True) -> FusedDecoder:
     """The fused form of a language model, on the same weights. Raises NotFusable with the reason.
 
     merge: siblings become one packed product each, and the model's own modules slices of it.
@@ -40,7 +40,7 @@ def build_decoder(model: Any, max_seq_len: int, merge: bool = True) -> FusedDeco
         plans, around.blocks, around.embedding, around.embedding_factor, around.positions, around.norm, around.head,
         around.logits_factor, around.logits_softcap, max_seq_len,
     )  # fmt: skip
-    return FusedDecoder(whole, model, merge)
+    return FusedDecoder(whole, model, batch_size, merge)
 
 
 def read_plan(around: Surroundings, index: int) -> BlockPlan:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from awq.errors import ConfigError
 from awq.generate import operations as ops
@@ -24,8 +24,8 @@ class FusedDecoder:
     [batch, vocabulary]; the cache of up to `max_seq_len` tokens a row is allocated at the first prompt.
     """
 
-    def __init__(self, plan: DecoderPlan, model: Any, merge: bool) -> None:
-        self.plan, self.model = plan, model
+    def __init__(self, plan: DecoderPlan, model: Any, batch_size: int = 1, merge: bool = True) -> None:
+        self.plan, self.model, self.batch_size = plan, model, batch_size
         self.blocks = [FusedBlock(p, m, merge) for p, m in zip(plan.blocks, plan.modules)]
         self.cache: list[LayerCache] = []
         self.dtype = model.dtype
@@ -37,10 +37,18 @@ class FusedDecoder:
 
     def reserve(self, batch: int) -> None:
         """Room in the cache for `batch` rows; what is there is kept when it is enough already."""
+        batch = max(batch, self.batch_size)
         if not self.cache or self.cache[0].k.shape[0] < batch:
             self.cache = []  # before the new one is made: both need not fit
             attentions = [p.attention for p in self.plan.blocks]
             self.cache = allocate(attentions, batch, self.max_seq_len, self.dtype, self.device)  # type: ignore[arg-type]
+
+    def restore(self) -> None:
+        """Puts separate siblings back into the transformers model; the decoder is of no use afterwards."""
+        for block in self.blocks:
+            for joined in block.joined:
+                joined.part()
+        self.blocks, self.cache = [], []
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -95,8 +103,3 @@ class FusedDecoder:
             logits = logits * self.plan.logits_factor
         cap = self.plan.logits_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def fused_modules(decoder: FusedDecoder) -> list[nn.Module]:
-    """The packed products of a fused decoder, for those who want to look at them."""
-    return [m for b in decoder.blocks for m in (b.qkv, b.attention_out, b.mlp_in, b.mlp_out)]

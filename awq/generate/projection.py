@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from awq.generate.plan import Source
-from awq.nn.layout import concatenate_outputs, reorder_outputs
+from awq.nn.layout import concatenate_outputs, reorder_outputs, split_outputs
 from awq.nn.linear import WQLinear
+from awq.nn.surgery import replace_module
 
 
 class Projection(nn.Module):
@@ -18,8 +20,7 @@ class Projection(nn.Module):
     def __init__(self, block: nn.Module, source: Source) -> None:
         super().__init__()
         self.linears = [block.get_submodule(name) for name in source.names]  # a plain list: they belong to the block
-        ordered = torch.equal(source.rows, torch.arange(len(source.rows), device=source.rows.device))
-        self.rows = None if ordered else source.rows
+        self.rows = None if _in_order(source.rows) else source.rows
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [linear(x) for linear in self.linears]
@@ -63,29 +64,47 @@ class Shared:
         return y
 
 
-def join(block: nn.Module, source: Source) -> WQLinear | None:
-    """One linear whose outputs are the channels of `source`, in their order; None when they cannot be one packed product.
+@dataclass
+class Joined:
+    """Siblings that became one product, and what it takes to part them again."""
 
-    The linears of the block are replaced by slices of it; nothing is held twice. A single linear in order is left alone.
+    linear: WQLinear
+    block: nn.Module
+    source: Source
+    sizes: list[int]
+    kept: list[dict[str, Tensor]]
+
+    def part(self) -> None:
+        """Puts the siblings back, bit for bit as they were loaded."""
+        linear = self.linear
+        inverse = self.source.rows.argsort()
+        if not _in_order(inverse):
+            linear = reorder_outputs(linear, inverse)
+        for name, linear, kept in zip(self.source.names, split_outputs(linear, self.sizes), self.kept):
+            linear._kept = kept
+            replace_module(self.block, name, linear)
+
+
+def join(block: nn.Module, source: Source) -> Joined | None:
+    """Replaces sibling linears by slices of one linear whose outputs are the channels of `source`, in their order.
+
+    Nothing is held twice. None when they cannot be one packed product, or are one in order already.
     """
     linears = [block.get_submodule(name) for name in source.names]
-    if not all(isinstance(linear, WQLinear) for linear in linears):
+    if not all(isinstance(linear, WQLinear) for linear in linears) or (len(linears) == 1 and _in_order(source.rows)):
         return None
     packed: Sequence[WQLinear] = linears  # type: ignore[assignment]
-    if len({(m.in_features, m.group_size, m.format) for m in packed}) != 1:
+    sizes = [m.out_features for m in packed]
+    if len({(m.in_features, m.group_size, m.format) for m in packed}) != 1 or sum(sizes) != len(source.rows):
         return None
-    if sum(m.out_features for m in packed) != len(source.rows):
-        return None
-    joined = packed[0] if len(packed) == 1 else concatenate_outputs(packed)
-    identity = torch.arange(len(source.rows), device=source.rows.device)
-    if not torch.equal(source.rows, identity):
-        joined = reorder_outputs(joined, source.rows)
-    elif len(packed) == 1:
-        return joined
-    shared = Shared(joined, len(packed))
-    inverse, first = source.rows.argsort(), 0
-    for name, linear in zip(source.names, packed):
-        parent, _, leaf = name.rpartition(".")
-        setattr(block.get_submodule(parent), leaf, Slice(shared, inverse[first : first + linear.out_features]))
-        first += linear.out_features
-    return joined
+    linear = concatenate_outputs(packed)
+    if not _in_order(source.rows):
+        linear = reorder_outputs(linear, source.rows)
+    shared, places = Shared(linear, len(packed)), source.rows.argsort().split(sizes)
+    for name, rows in zip(source.names, places):
+        replace_module(block, name, Slice(shared, rows))
+    return Joined(linear, block, source, sizes, [m._kept for m in packed])
+
+
+def _in_order(rows: Tensor) -> bool:
+    return torch.equal(rows, torch.arange(len(rows), device=rows.device))

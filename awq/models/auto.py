@@ -90,7 +90,9 @@ class AutoAWQForCausalLM:
         """A quantized model ready to use; `.tokenizer` is the one saved beside it, or None.
 
         device: one device for the whole model; device_map: transformers' spreading over several. The GPU is taken when neither
-        is given and there is one. fuse_layers, max_seq_len, batch_size and the use_… switches are accepted for compatibility.
+        is given and there is one. fuse_layers: generation runs on fused blocks with a cache of `max_seq_len` tokens for each of
+        `batch_size` rows (more rows make it grow), proven at the first `generate`; False: plain transformers. The use_…
+        switches are accepted for compatibility.
         """
         dtype = _dtype(config_kwargs.pop("dtype", config_kwargs.pop("torch_dtype", "auto")))
         config = read_config(quant_path, trust_remote_code, **_where({**(download_kwargs or {}), **config_kwargs}))
@@ -100,7 +102,7 @@ class AutoAWQForCausalLM:
         stored = storage_settings(settings)
         _note_unused(
             quant_filename=quant_filename, use_exllama=use_exllama, use_exllama_v2=use_exllama_v2, use_ipex=use_ipex,
-            use_qbits=config_kwargs.pop("use_qbits", False), fuse_layers=fuse_layers,
+            use_qbits=config_kwargs.pop("use_qbits", False),
         )  # fmt: skip
         placement = {"max_memory": max_memory, "offload_folder": offload_folder}
         kwargs = {k: v for k, v in placement.items() if v is not None} | (download_kwargs or {}) | config_kwargs
@@ -110,7 +112,10 @@ class AutoAWQForCausalLM:
         if "device_map" not in kwargs:
             model.to(device if device is not None else "cuda:0" if torch.cuda.is_available() else "cpu")
         tokenizer = load_tokenizer(quant_path, trust_remote_code)
-        return cls._wrapper(model, str(quant_path), stored, tokenizer, trust_remote_code)
+        loaded = cls._wrapper(model, str(quant_path), stored, tokenizer, trust_remote_code)
+        if fuse_layers and loaded.can_generate():
+            loaded.fuse_layers(max_seq_len, batch_size)
+        return loaded
 
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from itertools import chain
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from awq.calibration import load_calibration
+from awq.calibration.batches import is_text
 from awq.checkpoint import save_checkpoint
 from awq.config import AwqConfig
 from awq.errors import ConfigError
+from awq.models.generation import FusedGeneration
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import get_weight, named_linears, replace_module
 from awq.quantize import QuantizeOptions, QuantReport, quantize_model
@@ -23,7 +26,7 @@ from awq.quantize import QuantizeOptions, QuantReport, quantize_model
 logger = logging.getLogger("awq.models")
 
 
-class BaseAWQForCausalLM(nn.Module):
+class BaseAWQForCausalLM(FusedGeneration, nn.Module):
     """A transformers model (`.model`) with AutoAWQ's `quantize`, `save_quantized`, `pack` and `generate`.
 
     Attributes it does not have itself are the transformers model's.
@@ -49,6 +52,7 @@ class BaseAWQForCausalLM(nn.Module):
         self._tokenizer_known = self.is_quantized
         self._trust_remote_code = trust_remote_code
         self._waiting: dict[str, WQLinear] = {}  # packed linears of an export_compatible run, until pack()
+        self._stay_unfused()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -80,21 +84,6 @@ class BaseAWQForCausalLM(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The transformers model's own forward: `.logits` of a language model, `.last_hidden_state` of an encoder."""
         return self.model(*args, **kwargs)
-
-    @torch.inference_mode()
-    def generate(self, *args: Any, max_seq_len: int | None = None, **kwargs: Any) -> Tensor:
-        """transformers' generate; max_seq_len is the total length, prompt included (AutoAWQ's name for max_length)."""
-        if not hasattr(self.model, "generate") or self.model.get_output_embeddings() is None:
-            raise ConfigError(f"{type(self.model).__name__} is no language model; call it for last_hidden_state instead.")
-        if max_seq_len is not None and "max_length" not in kwargs and "max_new_tokens" not in kwargs:
-            kwargs["max_length"] = max_seq_len
-        ids = args[0] if args else kwargs.get("input_ids")
-        if isinstance(ids, Tensor) and ids.shape[0] == 1 and "attention_mask" not in kwargs:
-            kwargs["attention_mask"] = torch.ones_like(ids)  # one prompt has no padding; transformers would warn
-        ending = getattr(self.model.generation_config, "eos_token_id", None)
-        if ending is not None and self.model.generation_config.pad_token_id is None and "generation_config" not in kwargs:
-            kwargs.setdefault("pad_token_id", ending[0] if isinstance(ending, list) else ending)
-        return self.model.generate(*args, **kwargs)
 
     def quantize(
         self,
@@ -146,11 +135,14 @@ class BaseAWQForCausalLM(nn.Module):
         elif not self._tokenizer_known:
             self.tokenizer = tokenizer
         decoder = self._is_decoder()
-        return load_calibration(
+        batches = load_calibration(
             data, tokenizer, split=split, text_column=text_column, max_samples=samples,
             max_length=self._limit(tokens), mode="pack" if decoder else "rows",
             pad_id=getattr(tokenizer, "pad_token_id", None) if tokenizer is not None else self._pad_id(),
         )  # fmt: skip
+        accepted = inspect.signature(getattr(self.model, "base_model", self.model).forward).parameters
+        # A tokenizer may tell the texts of a pair apart for a model that does not.
+        return [b._replace(extra={k: v for k, v in b.extra.items() if k in accepted}) for b in batches]
 
     def _quantize_dense(self, batches: list, config: AwqConfig, options: QuantizeOptions) -> QuantReport:
         """Leaves ordinary linears with quantized values; 4-bit ones can be packed afterwards, exactly."""
@@ -185,6 +177,7 @@ class BaseAWQForCausalLM(nn.Module):
         """
         if not self.is_quantized and self.report is None:
             raise ConfigError("the model is not quantized; call quantize() first.")
+        self.unfuse()
         if not safetensors:
             logger.warning("safetensors=False is ignored: weights are written as safetensors only.")
         save_checkpoint(
@@ -223,8 +216,8 @@ def _options(given: dict[str, Any], **others: Any) -> QuantizeOptions:
 
 
 def _holds_text(data: Any) -> bool:
-    """Whether calibration data needs a tokenizer: a name or file, or a list of texts."""
-    return isinstance(data, str) or (isinstance(data, (list, tuple)) and len(data) > 0 and isinstance(data[0], str))
+    """Whether calibration data needs a tokenizer: a name or file, or a list of texts or pairs of texts."""
+    return isinstance(data, str) or (isinstance(data, (list, tuple)) and len(data) > 0 and is_text(data[0]))
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:

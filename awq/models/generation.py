@@ -1,0 +1,97 @@
+"""`generate` of the object that AutoAWQ users hold: fused blocks where the model has them, transformers' own elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from awq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from awq.generate import FusedDecoder
+
+logger = logging.getLogger("awq.models")
+
+
+class FusedGeneration:
+    """Mixin of a class with a transformers model (`.model`) and its `.path`."""
+
+    model: Any
+    path: str
+
+    def _stay_unfused(self) -> None:
+        self._fusion, self._fused_size = "fuse_layers=False", (0, 0)
+        self._decoder: FusedDecoder | None = None
+
+    def fuse_layers(self, max_seq_len: int = 2048, batch_size: int = 1) -> None:
+        """Generation goes through fused blocks from now on, with a cache of `max_seq_len` tokens, prompt included, for each
+        of `batch_size` rows; a larger batch makes it grow."""
+        self.unfuse()
+        self._fusion, self._fused_size = "not fused yet", (max_seq_len, batch_size)
+
+    @torch.inference_mode()
+    def generate(
+        self, *args: Any, max_seq_len: int | None = None, generator: torch.Generator | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' generate, with its arguments and results, through fused blocks where the model has them.
+
+        max_seq_len: the total length, prompt included (AutoAWQ's name for max_length). generator: source of random numbers
+        for sampling. A call that fused blocks cannot serve (beam search, hidden states …) goes through transformers' own
+        loop on the same weights. Raises ConfigError when prompt and new tokens do not fit the `max_seq_len` of loading.
+        """
+        if not hasattr(self.model, "generate") or self.model.get_output_embeddings() is None:
+            raise ConfigError(f"{type(self.model).__name__} is no language model; call it for last_hidden_state instead.")
+        if max_seq_len is not None and "max_length" not in kwargs and "max_new_tokens" not in kwargs:
+            kwargs["max_length"] = max_seq_len
+        ids = args[0] if args else kwargs.get("input_ids")
+        if isinstance(ids, Tensor) and ids.shape[0] == 1 and "attention_mask" not in kwargs:
+            kwargs["attention_mask"] = torch.ones_like(ids)  # one prompt has no padding; transformers would warn
+        ending = getattr(self.model.generation_config, "eos_token_id", None)
+        if ending is not None and self.model.generation_config.pad_token_id is None and "generation_config" not in kwargs:
+            kwargs.setdefault("pad_token_id", ending[0] if isinstance(ending, list) else ending)
+        if args:
+            kwargs["inputs"], args = args[0], args[1:]
+        return self._generate(*args, generator=generator, **kwargs)
+
+    def _generate(self, *args: Any, generator: torch.Generator | None, **kwargs: Any) -> Any:
+        from awq.generate.loop import make_loop, own_loop, why_not
+
+        decoder = self.fuse()
+        reason = self._fusion if decoder is None else "positional arguments" if args else why_not(self.model, kwargs)
+        if decoder is None or reason is not None:
+            if generator is not None:
+                raise ConfigError(f"generate(generator=…) needs the fused loop ({reason}); use torch.manual_seed instead.")
+            logger.debug("transformers' own loop: %s", reason)
+            return self.model.generate(*args, **kwargs)
+        with own_loop(self.model, make_loop(decoder, generator)) as given:
+            return self.model.generate(**kwargs, **given)
+
+    @property
+    def fusion(self) -> str:
+        """"fused", or why generation runs on transformers' own blocks; known after `fuse` or the first `generate`."""
+        return self._fusion
+
+    def fuse(self) -> FusedDecoder | None:
+        """Builds the fused decoder, once, and proves it against the transformers model; None when it cannot be (`fusion` says why).
+
+        `generate` does so at its first call. Sibling linears (q, k, v; gate, up) are joined; the transformers model stays
+        usable on the joined weights.
+        """
+        if self._fusion == "not fused yet":
+            from awq.generate import NotFusable, build_decoder
+
+            try:
+                self._decoder, self._fusion = build_decoder(self.model, *self._fused_size), "fused"
+            except NotFusable as reason:
+                self._fusion = str(reason)
+                logger.warning("%s is not fused, generation runs on transformers' own blocks: %s", self.path, reason)
+        return self._decoder
+
+    def unfuse(self) -> None:
+        """Puts separate siblings back where `fuse` joined them, bit for bit; the next `generate` fuses again."""
+        if self._decoder is not None:
+            self._decoder.restore()
+            self._decoder, self._fusion = None, "not fused yet"
