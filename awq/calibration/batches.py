@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from awq.calibration.sources import bundled_texts, named_texts
-from awq.calibration.tokens import tokenize
+from awq.calibration.tokens import Row, as_row, tokenize
 from awq.errors import CalibrationError
 
 logger = logging.getLogger("awq.calibration")
@@ -20,7 +20,7 @@ _BATCH_TOKENS = 4096
 
 
 class CalibrationBatch(NamedTuple):
-    """input_ids, attention_mask: int64 [batch, tokens], mask 1 on real tokens. extra: other inputs of the model."""
+    """input_ids, attention_mask: int64 [batch, tokens], mask 1 on real tokens. extra: other inputs, as token_type_ids."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -44,8 +44,9 @@ def load_calibration(
 ) -> list[CalibrationBatch]:
     """Batches of about 4,096 tokens from any kind of calibration data.
 
-    data: None (the bundled text), a dataset name or local file, texts, lists of token ids, a [samples, tokens] tensor, id
-    tensors of different lengths, or tokenizer outputs with masks. Long samples are cut, not dropped.
+    data: None (the bundled text), a dataset name or local file, texts, pairs of texts (one row each, as a cross-encoder reads
+    them), lists of token ids, a [samples, tokens] tensor, id tensors of different lengths, or tokenizer outputs, whose masks
+    and token types are kept. Long samples are cut, not dropped.
     mode: "pack" joins the samples into one stream and cuts it into rows of max_length (decoders; at most max_samples rows);
     "rows" keeps one sample per row, padded and masked (encoders; at most max_samples rows): a long text keeps its first
     max_length tokens with the special ones, long token ids become several rows.
@@ -58,15 +59,18 @@ def load_calibration(
     rows = _token_rows(data, tokenizer, split, text_column, max_samples, max_length, mode, pad_id)
     if not rows:
         raise CalibrationError("the calibration data is empty; give at least one text with at least one token.")
-    if min(min(row) for row in rows) < 0:
+    if min(min(row["input_ids"]) for row in rows) < 0:
         raise CalibrationError("calibration ids are negative; use an attention mask to leave tokens out.")
     if mode == "pack" and not _are_rows(data):
-        stream = [i for row in rows for i in row]
-        rows = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
+        stream = [i for row in rows for i in row["input_ids"]]
+        cut = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
         # A short remainder would need padding; it is kept only when there is nothing else.
-        rows = [r for r in rows if len(r) == max_length] or rows
+        rows = [{"input_ids": ids} for ids in [r for r in cut if len(r) == max_length] or cut]
     else:
-        rows = [row[i : i + max_length] for row in rows for i in range(0, len(row), max_length)]
+        rows = [
+            {key: values[i : i + max_length] for key, values in row.items()}
+            for row in rows for i in range(0, len(row["input_ids"]), max_length)
+        ]  # fmt: skip
     rows = rows[:max_samples]
     pad = pad_id if pad_id is not None else getattr(tokenizer, "pad_token_id", None) or 0
     return _batches(rows, pad)
@@ -79,7 +83,7 @@ def _are_rows(data: Any) -> bool:
 
 def _token_rows(
     data: Any, tokenizer: Any, split: str, column: str, max_samples: int, max_length: int, mode: str, pad_id: int | None
-) -> list[list[int]]:
+) -> list[Row]:
     if data is None:
         logger.warning("no calibration data given: using the bundled text. Texts of your own task give better results.")
         data = bundled_texts()
@@ -91,8 +95,8 @@ def _token_rows(
         return _unpadded(data, tokenizer, pad_id)
     if not isinstance(data, Sequence) and not isinstance(data, Tensor):
         raise CalibrationError(f"calibration data is {type(data).__name__}; give texts, token ids, a file or a dataset name.")
-    rows: list[list[int]] = []
-    texts = [item for item in data if isinstance(item, str)]
+    rows: list[Row] = []
+    texts = [item for item in data if is_text(item)]
     if texts:
         if len(texts) != len(data):
             raise CalibrationError("calibration data mixes strings with other kinds; give one kind.")
@@ -105,8 +109,14 @@ def _token_rows(
         if isinstance(item, Mapping):
             rows += _unpadded(item, tokenizer, pad_id)
         else:
-            rows += _id_rows(item)
-    return [row for row in rows if row]
+            rows += [as_row(ids) for ids in _id_rows(item)]
+    return [row for row in rows if row["input_ids"]]
+
+
+def is_text(item: Any) -> bool:
+    """Whether a calibration sample is a text or a pair of texts."""
+    pair = isinstance(item, (tuple, list)) and len(item) == 2
+    return isinstance(item, str) or (pair and all(isinstance(part, str) for part in item))
 
 
 def _id_rows(item: Any) -> list[list[int]]:
@@ -124,12 +134,14 @@ def _id_rows(item: Any) -> list[list[int]]:
     return (ids if ids.dim() == 2 else ids.unsqueeze(0)).tolist()
 
 
-def _unpadded(item: Mapping | Tensor, tokenizer: Any, pad_id: int | None) -> list[list[int]]:
+def _unpadded(item: Mapping | Tensor, tokenizer: Any, pad_id: int | None) -> list[Row]:
     """Rows of a tokenizer's output or a [samples, tokens] tensor without their padding."""
+    given = item.get("token_type_ids") if isinstance(item, Mapping) else None
     if isinstance(item, Mapping) and "input_ids" not in item:
         raise CalibrationError(f"a calibration sample has keys {sorted(item)} but no input_ids.")
     if isinstance(item, Mapping) and _is_ragged(item["input_ids"]):
-        return [list(row) for row in item["input_ids"] if len(row)]  # lengths differ: the tokenizer did not pad
+        found = zip(item["input_ids"], given if given is not None else [None] * len(item["input_ids"]))
+        return [as_row(row, kinds) for row, kinds in found if len(row)]  # lengths differ: the tokenizer did not pad
     ids = torch.as_tensor(item["input_ids"] if isinstance(item, Mapping) else item)
     if ids.is_floating_point():
         raise CalibrationError(f"calibration ids have dtype {ids.dtype}; give integers.")
@@ -138,7 +150,9 @@ def _unpadded(item: Mapping | Tensor, tokenizer: Any, pad_id: int | None) -> lis
     if mask is None:
         pad = pad_id if pad_id is not None else getattr(tokenizer, "pad_token_id", None)
         mask = torch.ones_like(ids) if pad is None else _trailing_mask(ids, pad)
-    return [row[keep].tolist() for row, keep in zip(ids, mask.view_as(ids).bool()) if bool(keep.any())]
+    types = torch.as_tensor(given).view_as(ids) if given is not None else torch.zeros_like(ids)
+    parts = zip(ids, types, mask.view_as(ids).bool())
+    return [as_row(row[keep].tolist(), kinds[keep].tolist()) for row, kinds, keep in parts if bool(keep.any())]
 
 
 def _is_ragged(ids: Any) -> bool:
@@ -151,18 +165,42 @@ def _trailing_mask(ids: Tensor, pad: int) -> Tensor:
     return (real.cumsum(1).clamp(max=1) * real.flip(1).cumsum(1).flip(1).clamp(max=1)).long()
 
 
-def _batches(rows: list[list[int]], pad: int) -> list[CalibrationBatch]:
+def _batches(rows: list[Row], pad: int) -> list[CalibrationBatch]:
     """Rows sorted by length (stable) in batches of about `_BATCH_TOKENS` padded tokens."""
-    ordered = sorted(rows, key=len, reverse=True)
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
     batches, start = [], 0
     while start < len(ordered):
-        longest = len(ordered[start])
+        longest = len(ordered[start]["input_ids"])
         part = ordered[start : start + max(1, _BATCH_TOKENS // longest)]
         start += len(part)
-        ids = torch.full((len(part), longest), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(part):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, : len(row)] = 1
-        batches.append(CalibrationBatch(ids, mask))
+        keys = dict.fromkeys(key for row in part for key in row if key not in ("input_ids", "attention_mask"))
+        ones = [row.get("attention_mask", [1] * len(row["input_ids"])) for row in part]
+        extra = {key: _padded([row.get(key, []) for row in part], longest, 0) for key in keys}
+        batches.append(CalibrationBatch(_padded([r["input_ids"] for r in part], longest, pad), _padded(ones, longest, 0), extra))
     return batches
+
+
+def _padded(rows: list[list[int]], length: int, fill: int) -> Tensor:
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows], dtype=torch.long)
+
+
+def rebatched(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
+    """The same rows in batches that depend on the rows alone, not on how they were padded or put together.
+
+    Padding at the ends of rows goes, rows are sorted by length (stable) and padded again, on the right. Sums in floating point
+    depend on shapes, so this is what makes quantized weights equal bit for bit with and without padding. Batches stay as they
+    are when all rows are full and of one length, or when `extra` holds something that is not [batch, tokens].
+    """
+    shapes = {b.input_ids.shape[1] for b in batches}
+    if len(shapes) == 1 and all(bool(b.attention_mask.all()) for b in batches):
+        return list(batches)
+    if any(value.shape != b.input_ids.shape or value.is_floating_point() for b in batches for value in b.extra.values()):
+        return list(batches)
+    rows: list[Row] = []
+    for batch in batches:
+        for i, mask in enumerate(batch.attention_mask.bool()):
+            places = mask.nonzero().flatten().tolist()
+            if places:
+                part = slice(places[0], places[-1] + 1)
+                rows.append({key: value[i, part].tolist() for key, value in batch.model_inputs().items()})
+    return _batches(rows, 0)

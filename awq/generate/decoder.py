@@ -12,6 +12,7 @@ from awq.errors import ConfigError
 from awq.generate import operations as ops
 from awq.generate.block import FusedBlock, Prompt, Step
 from awq.generate.cache import LayerCache, allocate
+from awq.generate.graph import StepGraph
 from awq.generate.plan import DecoderPlan
 
 _PROMPT_TOKENS = 4096  # of all rows together, in one piece of a prompt
@@ -28,6 +29,7 @@ class FusedDecoder:
         self.plan, self.model, self.batch_size = plan, model, batch_size
         self.blocks = [FusedBlock(p, m, merge) for p, m in zip(plan.blocks, plan.modules)]
         self.cache: list[LayerCache] = []
+        self.graphs: dict[int, StepGraph] = {}  # by batch
         self.dtype = model.dtype
         self.device = plan.embedding.weight.device  # type: ignore[union-attr]
 
@@ -39,6 +41,7 @@ class FusedDecoder:
         """Room in the cache for `batch` rows; what is there is kept when it is enough already."""
         batch = max(batch, self.batch_size)
         if not self.cache or self.cache[0].k.shape[0] < batch:
+            self.graphs.clear()  # they hold the old cache's addresses
             self.cache = []  # before the new one is made: both need not fit
             attentions = [p.attention for p in self.plan.blocks]
             self.cache = allocate(attentions, batch, self.max_seq_len, self.dtype, self.device)  # type: ignore[arg-type]
@@ -49,6 +52,7 @@ class FusedDecoder:
             for joined in block.joined:
                 joined.part()
         self.blocks, self.cache = [], []
+        self.graphs.clear()
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -77,10 +81,19 @@ class FusedDecoder:
 
     @torch.inference_mode()
     def step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
-        """The logits after one more token per row, float32 [batch, vocabulary].
+        """The logits after one more token per row, float32 [batch, vocabulary]; on a GPU overwritten by the next step.
 
         ids: int64 [batch]; lengths: int32 [batch], tokens cached before. longest: the largest of them.
         """
+        if self.device.type == "cuda":
+            graph = self.graphs.get(len(ids))
+            if graph is None:
+                graph = self.graphs[len(ids)] = StepGraph(self.eager_step, ids, lengths, self.max_seq_len)
+            return graph(ids, lengths)
+        return self.eager_step(ids, lengths, longest)
+
+    def eager_step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """`step` without a CUDA graph."""
         cache = [layer.rows(len(ids)) for layer in self.cache]
         return self._logits(self._hidden(ids.unsqueeze(1), lengths.unsqueeze(1), cache, Step(lengths, longest))[:, 0])
 

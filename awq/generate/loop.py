@@ -145,7 +145,7 @@ class _Run:
     def _keep(self, kept: dict[str, list], scores: Tensor, logits: Tensor) -> None:
         if self.config.return_dict_in_generate:
             if self.config.output_scores:
-                kept["scores"].append(scores)
+                kept["scores"].append(scores.clone())  # the next step overwrites logits
             if self.config.output_logits:
                 kept["logits"].append(logits.clone())
 

@@ -1,20 +1,38 @@
-"""What a fused block does between its products, in plain operators or, on a GPU with Triton, in one kernel each."""
+"""What a fused block does between its products: plain operators, or one kernel each on a GPU with Triton."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from awq._triton import triton_problem
 from awq.generate.attention import attend, rotate
 from awq.generate.cache import LayerCache
 from awq.generate.norms import apply_norm
 from awq.generate.plan import Attention, Norm
 
+if TYPE_CHECKING:
+    from awq.kernels.triton.decode_launch import Heads
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether the kernels run on x; in Triton's interpreter (a test) also on a CPU."""
+    return (x.is_cuda or INTERPRETED) and x.dtype != torch.float64 and triton_problem(x.device) is None
+
 
 def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None) -> tuple[Tensor, Tensor]:
     """(x + factor · branch, its norm); all [batch, tokens, features]."""
+    if has_kernels(x):
+        from awq.kernels.triton import decode_launch
+
+        n = norm or Norm(None, None, 0.0, False)
+        return decode_launch.add_norm(x, branch, factor, n.weight, n.bias, n.eps, n.mean, norm is not None)
     if branch is not None:
         x = x + (branch if factor == 1.0 else factor * branch)
     return x, x if norm is None else apply_norm(x, norm)
@@ -22,6 +40,10 @@ def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None)
 
 def activate(h: Tensor, activation: Callable[[Tensor], Tensor], name: str | None, gated: bool) -> Tensor:
     """activation(gate) · up for h = [gate, up] along the last axis, or activation(h)."""
+    if name is not None and has_kernels(h):
+        from awq.kernels.triton import decode_launch
+
+        return decode_launch.activate(h, name, gated)
     if not gated:
         return activation(h)
     gate, up = h.chunk(2, -1)
@@ -53,6 +75,11 @@ def attend_step(
 
     qkv [batch, 1, channels] → [batch, 1, heads · head_dim]. lengths int32 [batch]: tokens cached so far.
     """
+    if has_kernels(qkv) and (heads := _heads(a, cos)) is not None:
+        from awq.kernels.triton import decode_launch
+
+        weights = [None if n is None else n.weight for n in (a.q_norm, a.k_norm)]
+        return decode_launch.attend(qkv[:, 0], heads, cos, sin, *weights, lengths, cache.k, cache.v).unsqueeze(1)
     batch, index = qkv.shape[0], lengths.long()
     if cos is not None and sin is not None:
         cos, sin = cos[index].view(batch, 1, 1, -1), sin[index].view(batch, 1, 1, -1)
@@ -66,3 +93,19 @@ def attend_step(
         seen &= keys > index.unsqueeze(1) - a.window
     y = attend(q, cache.k[:, :, : longest + 1], cache.v[:, :, : longest + 1], a.scaling, a.softcap, mask=seen[:, None, None])
     return y.transpose(1, 2).reshape(batch, 1, -1)
+
+
+def _heads(a: Attention, cos: Tensor | None) -> Heads | None:
+    """The attention as the kernel takes it; None when it does not."""
+    from awq.kernels.triton.decode_launch import Heads
+
+    q, k = a.q_norm, a.k_norm
+    if a.head_dim > 256 or a.heads % a.kv_heads or (q is None) != (k is None):
+        return None
+    rotary = 0 if cos is None else cos.shape[-1]
+    sizes = (a.heads, a.kv_heads, a.head_dim, rotary, a.scaling, a.softcap, a.window or 0)
+    if q is None or k is None:
+        return Heads(*sizes, False, False)
+    if not a.norm_heads or q.mean != k.mean or any(n.bias is not None or n.weight is None for n in (q, k)):
+        return None
+    return Heads(*sizes, True, q.mean, q.eps, k.eps)

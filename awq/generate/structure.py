@@ -18,8 +18,8 @@ from awq.generate.attention import rotate
 from awq.generate.channels import find_channels, flat, heads_last, owners
 from awq.generate.norms import is_norm, read_norm
 from awq.generate.plan import Attention, BlockPlan, Norm, NotFusable, Source
-from awq.generate.trace import AttentionCall, Event, Trace, is_product, rotary_tables
-from awq.nn.blocks import BlockCall
+from awq.generate.trace import AttentionCall, Event, Trace, rotary_tables
+from awq.nn.blocks import BlockCall, is_product
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,

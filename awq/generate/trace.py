@@ -18,9 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from awq.generate.attention import attend
 from awq.generate.plan import NotFusable
-from awq.nn.blocks import BlockCall
-from awq.nn.linear import WQLinear
-from awq.nn.surgery import is_linear
+from awq.nn.blocks import BlockCall, is_product
 
 _INTERFACE = "sdpa"
 
@@ -58,10 +56,6 @@ class Trace:
     @property
     def events(self) -> list[Event]:
         return self.before + self.after
-
-
-def is_product(module: nn.Module) -> bool:
-    return is_linear(module) or isinstance(module, WQLinear)
 
 
 @torch.no_grad()

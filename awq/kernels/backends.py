@@ -26,7 +26,8 @@ import torch
 from awq.errors import ConfigError
 from awq.kernels.packed import Shape
 
-PREFERENCE = ("triton", "reference")
+PREFERENCE = ("triton", "cpu", "reference")
+ON_REQUEST = ("cpu_int8",)  # less exact; serve only when forced
 VARIABLE = "AWQ_BACKEND"
 
 _forced: ContextVar[str | None] = ContextVar("awq_backend", default=os.environ.get(VARIABLE) or None)
@@ -45,8 +46,10 @@ def use_backend(name: str | None) -> Iterator[None]:
 @cache
 def get_backend(name: str) -> Any:
     """The module of a backend. Raises ConfigError when there is none of that name."""
-    if name not in PREFERENCE:
-        raise ConfigError(f"backend {name!r} is unknown; use one of {', '.join(PREFERENCE)} (also in the variable {VARIABLE}).")
+    if name not in PREFERENCE + ON_REQUEST:
+        raise ConfigError(
+            f"backend {name!r} is unknown; use one of {', '.join(PREFERENCE + ON_REQUEST)} (also in the variable {VARIABLE})."
+        )
     return importlib.import_module(f"awq.kernels.{name}")
 
 

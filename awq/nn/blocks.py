@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.errors import ModelError
+from awq.nn.linear import WQLinear
 from awq.nn.surgery import is_linear
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "past", "cache_params")
@@ -36,11 +37,16 @@ def find_block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
         if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            if all(any(is_linear(m) and m is not b for m in b.modules()) for b in module):
+            if all(any(is_product(m) and m is not b for m in b.modules()) for b in module):
                 found.append((name, module))
     if not found:
         raise ModelError(f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing to quantize.")
     return found
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether a module is a linear, dense or packed."""
+    return is_linear(module) or isinstance(module, WQLinear)
 
 
 def map_tensors(value: Any, change) -> Any:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from awq.calibration import CalibrationBatch
+from awq.calibration.batches import rebatched
 from awq.config import AwqConfig
 from awq.core.weight import QuantizedWeight
 from awq.errors import CalibrationError
@@ -94,6 +95,7 @@ def quantize_model(
     if not batches or not any(int(b.attention_mask.sum()) for b in batches):
         raise CalibrationError("the calibration data holds no token; give at least one text.")
     start = time.perf_counter()
+    batches = rebatched(batches)
     model.eval()
     lists = find_block_lists(model)
     plan = make_plan(model, lists, config, packed=not options.export_compatible)

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from awq.calibration import CalibrationBatch
 from awq.core.weight import QuantizedWeight, storable_scale
-from awq.nn.blocks import find_block_lists, hidden_of, replaced_forwards
+from awq.nn.blocks import find_block_lists, hidden_of, map_tensors, replaced_forwards
 from awq.nn.surgery import replace_module
 
 LEARNING_RATE = 2e-3  # of the relative change of a scale, Adam with a cosine schedule
@@ -180,9 +180,10 @@ def tune_scales(
 def _micro_batches(batches: Sequence[CalibrationBatch], device: torch.device) -> Iterator[CalibrationBatch]:
     for batch in batches:
         rows = min(_STEP_ROWS, max(1, _STEP_TOKENS // batch.input_ids.shape[1]))
-        for ids, mask in zip(batch.input_ids.split(rows), batch.attention_mask.split(rows)):
+        for start in range(0, len(batch.input_ids), rows):
+            ids, mask, extra = (map_tensors(part, lambda t: t[start : start + rows].to(device)) for part in batch)
             if bool(mask.any()):
-                yield CalibrationBatch(ids.to(device), mask.to(device))
+                yield CalibrationBatch(ids, mask, extra)
 
 
 def _split(count: int) -> tuple[list[int], list[int]]:

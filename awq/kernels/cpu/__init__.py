@@ -1,0 +1,115 @@
+"""The CPU backend: kernels generated for the CPU at hand, by llvmlite, with no compiler on the machine (`autoawq[cpu]`).
+
+Weights stay nibbles; activations become integers, per group of inputs, in planes of int8; products are exact integers, and
+everything else is float32. Two planes (16 bits) serve bfloat16 and float16, three (24 bits) float32: each comes out as exact as
+its own dtype is. At one token the planes are nearly free, since memory is what limits. `cpu_int8` is the same with one plane,
+as llama.cpp and onnxruntime compute: twice as fast for many tokens, and off by 0.5 %.
+
+Kernels: `programs`; what each kind of CPU has: `targets`; compiling and threads: `engine`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from awq.formats import get_layout
+from awq.kernels import reference
+from awq.kernels.cpu.engine import Program, binding, host_target
+from awq.kernels.packed import Packed, Shape
+
+LAYOUT = "rows16"
+PLANES = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
+_TOLERANCE = {1: 2e-2, 2: 2e-4, 3: 1e-6}  # of the trial product by planes, beside the rounding of its dtype
+_CHUNK = 256  # most inputs that share one step of the activations
+_CACHED = 1 << 19  # bytes of activations that a core keeps near
+
+
+def why_not(device: torch.device, dtype: torch.dtype, shape: Shape, planes: int | None = None) -> str | None:
+    """Why these kernels cannot serve this linear; see `awq.kernels.backends`."""
+    if device.type != "cpu":
+        return f"it runs on CPUs, and the weights are on {device.type}"
+    if dtype not in PLANES:
+        return f"activations are {dtype}; it takes float16, bfloat16 and float32"
+    if shape.group_size % 8:
+        return f"group_size {shape.group_size} is not a multiple of 8"
+    return problem(dtype, planes or PLANES[dtype])
+
+
+@cache
+def problem(dtype: torch.dtype, planes: int) -> str | None:
+    """Why the kernels cannot be trusted in this process: nothing to compile with, an unknown CPU, or wrong results."""
+    try:
+        binding()
+        if host_target() is None:
+            return "the CPU has no AVX2, AVX-512 or Arm dot products"
+        excess = trial_error(program(dtype, planes))
+    except ImportError as error:
+        return str(error)
+    except Exception as error:  # LLVM refuses in many ways, and a linear must still be computed
+        return f"llvmlite cannot compile for this CPU: {type(error).__name__} {str(error).split(chr(10))[0]}"
+    return None if excess <= 1 else f"a trial product was wrong, {excess:.3g} times the error allowed"
+
+
+@cache
+def program(dtype: torch.dtype, planes: int) -> Program:
+    """The compiled kernels. Raises ImportError or what LLVM raises."""
+    target = host_target()
+    assert target is not None
+    return Program(dtype, planes, target)
+
+
+def trial_error(compiled: Program) -> float:
+    """Largest error of two small products, over what their dtype and planes allow: 1 passes. NaN counts as infinite."""
+    from awq.core.weight import QuantizedWeight
+
+    generator, shape = torch.Generator().manual_seed(0), Shape(256, 72, 64)
+    codes = torch.randint(0, 16, (72, 256), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (72, 4), generator=generator, dtype=torch.uint8)
+    weight = QuantizedWeight(codes, (torch.rand(72, 4, generator=generator) + 0.1).half(), zeros)
+    tensors = get_layout(LAYOUT).pack(weight)
+    packed = Packed(tensors["qweight"], tensors["qzeros"], tensors["scales"], shape, LAYOUT)
+    dense, worst = weight.dequantize().double(), 0.0
+    for tokens in (1, 7):
+        x = torch.randn(tokens, 256, generator=generator).to(compiled.dtype)
+        expected = reference.product(x.double(), dense, None)
+        error = (run(compiled, x, packed, None).double() - expected).norm() / expected.norm()
+        worst = max(worst, float(error.nan_to_num(float("inf"))))
+    return worst / (_TOLERANCE[compiled.planes] + torch.finfo(compiled.dtype).eps)
+
+
+def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x [..., in] → [..., out] in x's dtype."""
+    return run(program(x.dtype, PLANES[x.dtype]), x, packed, bias)
+
+
+def run(compiled: Program, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x [..., in] (contiguous or not) times the packed weight, in the threads that torch uses."""
+    inputs, outputs, group = packed.shape
+    x, planes = x.contiguous(), compiled.planes
+    tokens, chunk = x.numel() // inputs, chunk_of(group)
+    y = x.new_empty(*x.shape[:-1], outputs)
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    size, steps = tokens * planes * inputs, tokens * (inputs // chunk) * 4
+    scratch = torch.empty(size + 2 * steps, dtype=torch.uint8)
+    start, threads = scratch.data_ptr(), torch.get_num_threads()
+    task = _Task(
+        x.data_ptr(), y.data_ptr(), packed.qweight.data_ptr(), packed.scales.data_ptr(), packed.qzeros.data_ptr(),
+        0 if bias is None else bias.data_ptr(), start, start + size, start + size + steps,
+        tokens, inputs, outputs, group, chunk, threads, max(8, _CACHED // (planes * inputs) // 8 * 8),
+    )  # fmt: skip
+    compiled.run(task, threads)
+    return y
+
+
+_Task = ctypes.c_int64 * 16
+
+
+@cache
+def chunk_of(group: int) -> int:
+    """Inputs that share one step of the activations: the group, or the largest even part of it, by eights, up to 256."""
+    return group if group <= _CHUNK else max(part for part in range(8, _CHUNK + 1, 8) if group % part == 0)

@@ -1,0 +1,125 @@
+"""Turns the kernels into machine code for this CPU, and runs them.
+
+llvmlite carries LLVM in its wheel: no compiler, no header and no file is needed on the machine. A program is compiled once
+per process, dtype and precision, in a few tenths of a second, when the first linear asks for it, and is then tried on a small
+product: a library or CPU that computes wrong is found before it is used.
+
+Threads are those of the OpenMP library that torch runs on, so that both share one pool: two pools that spin take turns of
+milliseconds. Where torch has none that speaks GNU's interface (macOS, Windows), Python threads take the parts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from awq.kernels.cpu.targets import TARGETS, Target
+
+_OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+_LIBRARIES = ("libgomp", "libiomp5", "libomp")
+MINIMUM = (0, 45)  # of llvmlite: the first with LLVM 20, hence with opaque pointers everywhere
+
+
+@cache
+def binding() -> Any:
+    """llvmlite's binding, ready to compile. Raises ImportError, with what to do, when llvmlite is missing or too old."""
+    try:
+        import llvmlite
+        from llvmlite import binding
+    except ImportError as error:
+        raise ImportError("llvmlite is not installed; pip install 'autoawq[cpu]'") from error
+    version = tuple(int(part) for part in llvmlite.__version__.split(".")[:2])
+    if version < MINIMUM:
+        raise ImportError(f"llvmlite {llvmlite.__version__} is older than 0.45; pip install -U 'autoawq[cpu]'")
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    return binding
+
+
+@cache
+def host_target() -> Target | None:
+    """How this CPU multiplies bytes; None when it has no instruction for it."""
+    features = binding().get_host_cpu_features()
+    return next((target for target in TARGETS if all(features.get(name) for name in target.features)), None)
+
+
+@cache
+def openmp() -> dict[str, int]:
+    """Addresses of the OpenMP functions of the library that this process has loaded; empty when there is none."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    paths = {
+        line.split(maxsplit=5)[-1]
+        for line in lines
+        if any(n in line.rpartition("/")[-1] for n in ("libgomp", "libiomp5", "libomp"))
+    }
+    for path in sorted(paths, key=lambda path: "torch" not in path):  # torch's own before other packages' copies
+        try:
+            library = ctypes.CDLL(path)
+            return {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _OPENMP}
+        except (OSError, AttributeError):
+            continue
+    return {}
+
+
+def machine_code(module: Any, machine: Any) -> Any:
+    """The checked and optimized LLVM module of an `ir.Module`, for a target machine."""
+    parsed = binding().parse_assembly(str(module))
+    parsed.verify()
+    options = binding().create_pipeline_tuning_options(speed_level=3)
+    passes = binding().create_pass_builder(machine, options)
+    passes.getModulePassManager().run(parsed, passes)
+    return parsed
+
+
+class Program:
+    """Compiled kernels for activations of `dtype` cut into `planes`. Raises what llvmlite raises when it cannot."""
+
+    def __init__(self, dtype: torch.dtype, planes: int, target: Target, cpu: str | None = None) -> None:
+        from awq.kernels.cpu.programs import emit_module
+
+        b, features = binding(), None
+        addresses = openmp()
+        for name, address in addresses.items():
+            b.add_symbol(name, address)
+        if cpu is None:
+            cpu, features = b.get_host_cpu_name(), b.get_host_cpu_features().flatten()
+        machine = b.Target.from_default_triple().create_target_machine(cpu=cpu, features=features or "", opt=3, jit=True)
+        name = str(dtype).removeprefix("torch.")
+        module = machine_code(emit_module(target, name, planes, bool(addresses)), machine)
+        self._engine = b.create_mcjit_compiler(module, machine)
+        self._engine.finalize_object()
+        self.dtype, self.planes = dtype, planes
+        self.run: Callable[[Any, int], None] = _with_openmp(self._engine) if addresses else _with_python(self._engine)
+
+
+def _with_openmp(engine: Any) -> Callable[[Any, int], None]:
+    linear = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("linear"))
+    return lambda task, threads: linear(task)
+
+
+def _with_python(engine: Any) -> Callable[[Any, int], None]:
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    parts = [kind(engine.get_function_address(name)) for name in ("quantize", "products")]
+
+    def run(task: Any, threads: int) -> None:
+        for part in parts:
+            if threads == 1:
+                part(task, 0, 1)
+            else:  # ctypes lets go of the interpreter's lock while a part runs
+                list(_pool(threads).map(lambda i, part=part: part(task, i, threads), range(threads)))
+
+    return run
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "awq")

@@ -1,0 +1,200 @@
+"""Triton kernels between the products of a decode step: residual + norm, activation, and attention of one new token.
+
+Few launches matter more than few bytes here: a step of a 7B model has 32 blocks, and every kernel costs a microsecond or two
+however little it does. So each of the three does all there is to do between two products. They wait for the kernel in front
+as the products do (programmatic dependent launch), and one that is waited for costs less.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def add_norm_kernel(
+    x, branch, weight, bias, total, y, factor, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, MEAN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """total = x + factor · branch (ADD), y = norm(total) (NORM), rows of WIDTH. Grid: (rows,). Sums and norm in float32."""
+    row = tl.program_id(0).to(tl.int64) * WIDTH
+    i = tl.arange(0, BLOCK)
+    inside = i < WIDTH
+    if PDL:
+        gdc_launch_dependents()
+    if NORM and HAS_WEIGHT:
+        w = tl.load(weight + i, mask=inside, other=0.0)
+    if PDL:
+        gdc_wait()
+    value = tl.load(x + row + i, mask=inside, other=0.0)
+    if ADD:
+        value = (value.to(tl.float32) + factor * tl.load(branch + row + i, mask=inside, other=0.0).to(tl.float32)).to(value.dtype)
+        tl.store(total + row + i, value, mask=inside)
+    if NORM:
+        v = value.to(tl.float32)
+        if MEAN:
+            v = tl.where(inside, v - tl.sum(v) / WIDTH, 0.0)
+        v = v * tl.rsqrt(tl.sum(v * v) / WIDTH + eps)
+        if HAS_WEIGHT:
+            v = v * w
+        if HAS_BIAS:
+            v = v + tl.load(bias + i, mask=inside, other=0.0)
+        tl.store(y + row + i, v.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activation(v, NAME: tl.constexpr):
+    if NAME == "silu":
+        return v / (1.0 + tl.exp(-v))
+    elif NAME == "gelu":
+        return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
+        u = 1.5957691216057308 * (v + 0.044715 * v * v * v)  # 0.5·(1 + tanh(u/2)) is the logistic function of u
+        return v / (1.0 + tl.exp(-u))
+    elif NAME == "relu":
+        return tl.maximum(v, 0.0)
+    else:
+        tl.static_assert(NAME == "relu2", "unknown activation")
+        return tl.maximum(v, 0.0) * tl.maximum(v, 0.0)
+
+
+@triton.jit
+def activate_kernel(
+    h, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NAME: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """y [rows, WIDTH] = act(h[:, :WIDTH]) · h[:, WIDTH:] (GATED) or act(h). Grid: (⌈WIDTH/BLOCK⌉, rows)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    inside = i < WIDTH
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    gate = h + row * (2 * WIDTH if GATED else WIDTH) + i
+    v = _activation(tl.load(gate, mask=inside, other=0.0).to(tl.float32), NAME)
+    if GATED:
+        v = v.to(h.dtype.element_ty).to(tl.float32) * tl.load(gate + WIDTH, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * WIDTH + i, v.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _head(
+    base, g, GROUP: tl.constexpr, weight, eps, cos, sin, position,
+    DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NORMED: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """Rows `g` of heads [GROUP, DIM] at `base`, normalized and rotated: float32 [rows, D], zeros beyond DIM and GROUP."""
+    d = tl.arange(0, D)
+    inside = (g[:, None] < GROUP) & (d[None, :] < DIM)
+    v = tl.load(base + g[:, None] * DIM + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    if R > 0:
+        partner = tl.where(d < R, d + R, tl.where(d < 2 * R, d - R, d))
+        u = tl.load(base + g[:, None] * DIM + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+    if NORMED:
+        if MEAN:
+            mean = tl.sum(v, 1)[:, None] / DIM
+            v = tl.where(inside, v - mean, 0.0)
+            if R > 0:
+                u = u - mean
+        inverse = tl.rsqrt(tl.sum(v * v, 1) / DIM + eps)[:, None]
+        dtype = base.dtype.element_ty
+        v = (v * inverse * tl.load(weight + d, mask=d < DIM, other=0.0)[None, :]).to(dtype).to(tl.float32)
+        if R > 0:
+            u = (u * inverse * tl.load(weight + partner, mask=d < DIM, other=0.0)[None, :]).to(dtype).to(tl.float32)
+    if R > 0:
+        f = tl.where(d < R, d, d - R)
+        rotated = d < 2 * R
+        c = tl.load(cos + position * R + f, mask=rotated, other=1.0)
+        s = tl.load(sin + position * R + f, mask=rotated, other=0.0)
+        v = v * c[None, :] + u * tl.where(d < R, -s, s)[None, :]
+    return tl.where(inside, v, 0.0)
+
+
+@triton.jit
+def attend_kernel(
+    qkv, cos, sin, q_weight, k_weight, lengths, k_cache, v_cache, out, sums, peaks, arrived,
+    scaling, softcap, q_eps, k_eps, row_stride, head_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
+    MEAN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One new token per row: norm and rotation of q and k, k and v into the cache, attention. Grid: (KV_HEADS, SPLIT, batch).
+
+    qkv [batch, (HEADS + 2·KV_HEADS)·DIM]; cos, sin float32 [positions, R]; lengths int32 [batch], tokens cached before;
+    k_cache, v_cache [batch, KV_HEADS, positions, DIM] with strides for rows and heads; out [batch, HEADS·DIM].
+    The keys of a row are shared among as many of the SPLIT programs as have BLOCK of them to do; each writes its float32 sums
+    to `sums` [batch, KV_HEADS, SPLIT, G, D] and `peaks` [batch, KV_HEADS, SPLIT, 2, G], and the last to arrive adds them up in
+    order. D, G: powers of two from DIM and HEADS/KV_HEADS up, at least 16.
+    """
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    head, slice, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    length = tl.load(lengths + row)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length + 1 - WINDOW, 0)
+    share = tl.cdiv(tl.cdiv(length + 1 - first, SPLIT), BLOCK) * BLOCK
+    active = tl.cdiv(length + 1 - first, share)
+    if slice < active:
+        begin = first + slice * share
+        end = tl.minimum(begin + share, length + 1)
+        g, d = tl.arange(0, G), tl.arange(0, D)
+        channels = qkv + row * ((HEADS + 2 * KV_HEADS) * DIM)
+        q = _head(channels + head * (GROUP * DIM), g, GROUP, q_weight, q_eps, cos, sin, length, DIM, D, R, NORMED, MEAN).to(dtype)
+        keys = k_cache + row * row_stride + head * head_stride
+        values = v_cache + row * row_stride + head * head_stride
+        if end == length + 1:  # the new token is this program's
+            one = tl.arange(0, 1)
+            own = channels + (HEADS + head) * DIM
+            k_new = _head(own, one, 1, k_weight, k_eps, cos, sin, length, DIM, D, R, NORMED, MEAN)
+            v_new = tl.load(own + KV_HEADS * DIM + d, mask=d < DIM, other=0.0)
+            tl.store(keys + length.to(tl.int64) * DIM + d[None, :], k_new.to(dtype), mask=d[None, :] < DIM)
+            tl.store(values + length.to(tl.int64) * DIM + d, v_new, mask=d < DIM)
+            tl.debug_barrier()  # read below by other threads of this program
+        peak = tl.full((G,), -float("inf"), tl.float32)
+        weight = tl.zeros((G,), tl.float32)
+        acc = tl.zeros((G, D), tl.float32)
+        for t in range(begin, end, BLOCK):
+            at = t + tl.arange(0, BLOCK)
+            where = at.to(tl.int64)[:, None] * DIM + d[None, :]
+            seen = (at[:, None] < end) & (d[None, :] < DIM)
+            k = tl.load(keys + where, mask=seen, other=0.0)
+            v = tl.load(values + where, mask=seen, other=0.0)
+            score = tl.dot(q, tl.trans(k)) * scaling
+            if CAPPED:
+                score = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * score / softcap)))
+            score = tl.where(at[None, :] < end, score, -float("inf"))
+            above = tl.maximum(peak, tl.max(score, 1))
+            p = tl.exp(score - above[:, None])
+            shrink = tl.exp(peak - above)
+            weight = weight * shrink + tl.sum(p, 1)
+            acc = acc * shrink[:, None] + tl.dot(p.to(dtype), v)
+            peak = above
+        place = (row * KV_HEADS + head) * SPLIT
+        result = out + row * (HEADS * DIM) + head * (GROUP * DIM) + g[:, None] * DIM + d[None, :]
+        wanted = (g[:, None] < GROUP) & (d[None, :] < DIM)
+        if active == 1:
+            tl.store(result, (acc / weight[:, None]).to(dtype), mask=wanted)
+        else:
+            tl.store(sums + (place + slice) * (G * D) + g[:, None] * D + d[None, :], acc)
+            tl.store(peaks + (place + slice) * (2 * G) + g, peak)
+            tl.store(peaks + (place + slice) * (2 * G) + G + g, weight)
+            tl.debug_barrier()
+            counter = arrived + row * KV_HEADS + head
+            if tl.atomic_add(counter, 1, sem="acq_rel") == active - 1:
+                peak = tl.full((G,), -float("inf"), tl.float32)
+                weight = tl.zeros((G,), tl.float32)
+                acc = tl.zeros((G, D), tl.float32)
+                for s in range(active):
+                    part = tl.load(sums + (place + s) * (G * D) + g[:, None] * D + d[None, :], cache_modifier=".cg")
+                    top = tl.load(peaks + (place + s) * (2 * G) + g, cache_modifier=".cg")
+                    above = tl.maximum(peak, top)
+                    keep, add = tl.exp(peak - above), tl.exp(top - above)
+                    weight = weight * keep + tl.load(peaks + (place + s) * (2 * G) + G + g, cache_modifier=".cg") * add
+                    acc = acc * keep[:, None] + part * add[:, None]
+                    peak = above
+                tl.store(result, (acc / weight[:, None]).to(dtype), mask=wanted)
+                tl.store(counter, 0)
