@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from real_models import minilm_dir
+from rerankers import reranker_directory, word_pairs
 from test_encoder import sentence_directory
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AutoModel, AutoTokenizer
 
 from awq import AutoAWQForCausalLM, AutoAWQForEmbedding, AwqConfig, Encoder, clean_texts, load_calibration, quantize_model
+from awq.calibration import CalibrationBatch
 from awq.calibration.sources import bundled_texts
 from awq.checkpoint.files import packed_tensors, weight_files
 from awq.errors import CalibrationError, ConfigError, ModelError
@@ -197,23 +199,105 @@ def test_padding_does_not_matter(minilm):
     assert len(rows["input_ids"][1]) > 100
 
 
-def test_same_scales_with_and_without_padding(bert_dir, tokenizer, texts):
-    quantized = []
-    tokens = tokenizer(texts)
-    for padded in (False, True):
-        batches = load_calibration(tokens, tokenizer, mode="rows")
-        if padded:
-            batches = [b._replace(input_ids=torch.nn.functional.pad(b.input_ids, (0, 9), value=17),
-                                  attention_mask=torch.nn.functional.pad(b.attention_mask, (0, 9))) for b in batches]  # fmt: skip
-        model = AutoModel.from_pretrained(bert_dir, attn_implementation="eager")
+def test_same_weights_however_calibration_is_padded(bert_dir, tokenizer, texts):
+    """Bit for bit: one text at a time, all in one batch, padded on the left, padded more than needed and with a real token."""
+    rows = [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
+
+    def batch(rows, length, side, fill):
+        out = torch.full((len(rows), length), fill), torch.zeros(len(rows), length, dtype=torch.long)
+        for i, row in enumerate(rows):
+            place = slice(length - len(row), None) if side == "left" else slice(0, len(row))
+            out[0][i, place], out[1][i, place] = row, 1
+        return CalibrationBatch(*out)
+
+    longest = max(map(len, rows))
+    ways = {
+        "alone": [batch([row], len(row), "right", 0) for row in rows],
+        "together": [batch(rows, longest, "right", 0)],
+        "on the left": [batch(rows, longest, "left", 0)],
+        "too much": [batch(rows[:7], 64, "right", 17), batch(rows[7:], 60, "right", 17)],
+        "as loaded": load_calibration(rows, mode="rows"),
+    }
+    found = {}
+    for name, batches in ways.items():
+        model = AutoModel.from_pretrained(bert_dir)
         report = quantize_model(model, batches, AwqConfig(group_size=16))
-        quantized.append((report, {n: m.quantized() for n, m in model.named_modules() if isinstance(m, WQLinear)}))
-    (first, a), (second, b) = quantized
-    assert [r.ratio for r in first.linears] == [r.ratio for r in second.linears] and first.tokens == second.tokens
-    # Sums in another order may tip a rounding here and there, never a scale by more than float16's last bits.
-    for name in a:
-        torch.testing.assert_close(a[name].scales, b[name].scales, atol=1e-5, rtol=2e-3)
-        assert (a[name].codes != b[name].codes).float().mean() < 0.005
+        found[name] = ([(r.kind, r.ratio, r.loss) for r in report.linears], report.tokens,
+                       [m.quantized() for m in model.modules() if isinstance(m, WQLinear)])  # fmt: skip
+    lines, tokens, weights = found["alone"]
+    for name, (other_lines, other_tokens, others) in found.items():
+        assert other_lines == lines and other_tokens == tokens, name
+        for mine, other in zip(weights, others):
+            assert all(torch.equal(a, b) for a, b in zip(mine[:3], other[:3])), name
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_padding_leaks_nothing(family, tokenizer, texts):
+    """Statistics of one batch of padded rows and of the rows alone are equal up to the order of sums: float64 shows it."""
+    import zoo
+
+    from awq.quantize.statistics import MaskHolder, collect_inputs
+
+    tiny = zoo.tiny_model(family)
+    model = AutoModel.from_config(tiny.config, attn_implementation="sdpa").double().eval()  # eager ones have float32 parts
+    model.load_state_dict(tiny.state_dict())
+    linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "pooler" not in n]
+    (padded,) = load_calibration(tokenizer(texts[:20])["input_ids"], mode="rows", pad_id=0)
+    alone = [(row[keep].unsqueeze(0), None) for row, keep in zip(padded.input_ids, padded.attention_mask.bool())]
+    sums = []
+    for batches in ([(padded.input_ids, padded.attention_mask)], alone):
+        holder = MaskHolder()
+        with collect_inputs(model, linears, holder) as statistics, torch.no_grad():
+            for ids, mask in batches:
+                holder.mask = None if mask is None else mask.bool()
+                model(ids, attention_mask=mask if mask is not None else torch.ones_like(ids))
+        sums.append(statistics)
+    assert not padded.attention_mask.all()
+    for name, one in sums[0].items():
+        other = sums[1][name]
+        assert one.tokens == other.tokens
+        # The sums themselves are float32.
+        torch.testing.assert_close(one.gram, other.gram, rtol=1e-5, atol=2e-6 * float(one.gram.abs().max()))
+
+
+def test_pairs_keep_their_token_types(tmp_path, texts):
+    """A cross-encoder is calibrated on what it will see: both texts in one row, the second one of type 1."""
+    from awq.nn.blocks import find_block_lists, record_block_calls
+    from awq.quantize.tuning import OutputMatch
+
+    directory = reranker_directory(tmp_path / "m", steps=0)
+    model = AutoAWQForCausalLM.from_pretrained(str(directory))
+    pairs = list(zip(texts[:9], texts[30:39]))
+    output = model.tokenizer([a for a, _ in pairs], [b for _, b in pairs], padding=True, return_tensors="pt")
+    for data in (pairs, output):
+        (batch,) = load_calibration(data, model.tokenizer, mode="rows")
+        types, want = (
+            sorted((row.sum().item(), mask.sum().item()) for row, mask in zip(types, masks))
+            for types, masks in ((batch.extra["token_type_ids"], batch.attention_mask),
+                                 (output["token_type_ids"], output["attention_mask"]))
+        )  # fmt: skip
+        assert types == want and types[0][0] > 0, "tokens of type 1, and all tokens, of each row"
+        entering = record_block_calls(model.model, find_block_lists(model.model), [batch.model_inputs()]).hidden[0][0]
+        with torch.no_grad():
+            embedded = model.model.bert.embeddings(**{k: v for k, v in batch.model_inputs().items() if k != "attention_mask"})
+            untyped = model.model.bert.embeddings(batch.input_ids)
+        assert torch.equal(entering, embedded) and not torch.allclose(entering, untyped)
+        match = OutputMatch(model.model, [batch])
+        with torch.no_grad():
+            hidden = model.model.bert(**batch.model_inputs()).last_hidden_state
+        mask = batch.attention_mask.bool()
+        torch.testing.assert_close(torch.cat(match.targets)[mask], hidden[mask], atol=1e-6, rtol=1e-5)
+
+
+def test_token_types_that_the_model_does_not_take(tmp_path, tokenizer, texts):
+    import zoo
+
+    zoo.tiny_model("distilbert").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = AutoAWQForCausalLM.from_pretrained(str(tmp_path))
+    output = tokenizer(texts, padding=True, return_tensors="pt")
+    output["token_type_ids"] = output["attention_mask"].clone()
+    assert len(model.quantize(output, quant_config=CONFIG, preset="fast").linears) == 18
 
 
 def test_guides_tokens_and_bundled_text_still_do(bert_dir, texts):
@@ -224,17 +308,15 @@ def test_guides_tokens_and_bundled_text_still_do(bert_dir, texts):
         assert len(model.quantize(first(model), quant_config=CONFIG, preset="fast").linears) == 18
 
 
-def test_reranker_round_trip(tokenizer, texts, tmp_path):
-    torch.manual_seed(0)
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
-                 max_position_embeddings=64, num_labels=1, initializer_range=0.2, pad_token_id=0)  # fmt: skip
-    BertForSequenceClassification(BertConfig(**shape)).save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
-    pairs = list(zip(texts[:30], texts[30:]))
-    before = library.CrossEncoder(str(tmp_path / "m"), device="cpu").predict(pairs)
-    model = AutoAWQForCausalLM.from_pretrained(str(tmp_path / "m"))
-    inputs = model.tokenizer([a for a, _ in pairs], [b for _, b in pairs], padding=True, return_tensors="pt")
-    model.quantize(inputs, quant_config={"q_group_size": 32})
+def test_reranker_round_trip(tmp_path):
+    """A trained cross-encoder: its scores before and after, and every reader's, on pairs that it never saw."""
+    directory = reranker_directory(tmp_path / "m")
+    first, second, shares = word_pairs(300, seed=2)
+    pairs = list(zip(first, second))
+    before = library.CrossEncoder(str(directory), device="cpu").predict(pairs)
+    assert torch.corrcoef(torch.stack([torch.from_numpy(before), shares]))[0, 1] > 0.75, "it has learnt something"
+    model = AutoAWQForCausalLM.from_pretrained(str(directory))
+    model.quantize(model.tokenizer, quant_config={"q_group_size": 32}, calib_data=list(zip(*word_pairs(256, seed=3)[:2])))
     model.save_quantized(tmp_path / "q")
     listed = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["modules_to_not_convert"]
     assert {"classifier", "bert.pooler.dense", "pooler.dense"} <= set(listed)
@@ -242,8 +324,8 @@ def test_reranker_round_trip(tokenizer, texts, tmp_path):
     assert sum(isinstance(m, WQLinear) for m in loaded.model.modules()) == 12
     after = loaded.predict(pairs)
     scores = torch.stack([torch.from_numpy(before), torch.from_numpy(after)])
-    assert torch.corrcoef(scores)[0, 1] > 0.8  # random weights have no margin; trained ones keep more
-    direct = scores_of(model.model, inputs)
+    assert torch.corrcoef(scores)[0, 1] > 0.99
+    direct = scores_of(model.model, model.tokenizer(first, second, padding=True, return_tensors="pt"))
     torch.testing.assert_close(torch.from_numpy(after), direct, atol=1e-4, rtol=1e-4)
 
 
