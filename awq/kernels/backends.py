@@ -26,7 +26,7 @@ import torch
 from awq.errors import ConfigError
 from awq.kernels.packed import Shape
 
-PREFERENCE = ("triton", "cpu", "reference")
+PREFERENCE = ("triton", "cpu", "torch_int4", "reference")
 ON_REQUEST = ("cpu_int8",)  # less exact; serve only when forced
 VARIABLE = "AWQ_BACKEND"
 

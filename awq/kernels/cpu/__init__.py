@@ -16,10 +16,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from awq.formats import get_layout
-from awq.kernels import reference
 from awq.kernels.cpu.engine import Program, binding, host_target
 from awq.kernels.packed import Packed, Shape
+from awq.kernels.trial import trial_error
 
 LAYOUT = "rows16"
 PLANES = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
@@ -46,12 +45,14 @@ def problem(dtype: torch.dtype, planes: int) -> str | None:
         binding()
         if host_target() is None:
             return "the CPU has no AVX2, AVX-512 or Arm dot products"
-        excess = trial_error(program(dtype, planes))
-    except ImportError as error:
-        return str(error)
-    except Exception as error:  # LLVM refuses in many ways, and a linear must still be computed
-        return f"llvmlite cannot compile for this CPU: {type(error).__name__} {str(error).split(chr(10))[0]}"
-    return None if excess <= 1 else f"a trial product was wrong, {excess:.3g} times the error allowed"
+        compiled = program(dtype, planes)
+        error = trial_error(lambda x, packed: run(compiled, x, packed, None), LAYOUT, dtype, (1, 7))
+    except ImportError as failure:
+        return str(failure)
+    except Exception as failure:  # LLVM refuses in many ways, and a linear must still be computed
+        return f"llvmlite cannot compile for this CPU: {type(failure).__name__} {str(failure).split(chr(10))[0]}"
+    allowed = _TOLERANCE[planes] + torch.finfo(dtype).eps
+    return None if error < allowed else f"a trial product was wrong by {error:.3g}"
 
 
 @cache
@@ -60,25 +61,6 @@ def program(dtype: torch.dtype, planes: int) -> Program:
     target = host_target()
     assert target is not None
     return Program(dtype, planes, target)
-
-
-def trial_error(compiled: Program) -> float:
-    """Largest error of two small products, over what their dtype and planes allow: 1 passes. NaN counts as infinite."""
-    from awq.core.weight import QuantizedWeight
-
-    generator, shape = torch.Generator().manual_seed(0), Shape(256, 72, 64)
-    codes = torch.randint(0, 16, (72, 256), generator=generator, dtype=torch.uint8)
-    zeros = torch.randint(0, 16, (72, 4), generator=generator, dtype=torch.uint8)
-    weight = QuantizedWeight(codes, (torch.rand(72, 4, generator=generator) + 0.1).half(), zeros)
-    tensors = get_layout(LAYOUT).pack(weight)
-    packed = Packed(tensors["qweight"], tensors["qzeros"], tensors["scales"], shape, LAYOUT)
-    dense, worst = weight.dequantize().double(), 0.0
-    for tokens in (1, 7):
-        x = torch.randn(tokens, 256, generator=generator).to(compiled.dtype)
-        expected = reference.product(x.double(), dense, None)
-        error = (run(compiled, x, packed, None).double() - expected).norm() / expected.norm()
-        worst = max(worst, float(error.nan_to_num(float("inf"))))
-    return worst / (_TOLERANCE[compiled.planes] + torch.finfo(compiled.dtype).eps)
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

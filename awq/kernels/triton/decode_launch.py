@@ -81,7 +81,7 @@ def attend(
     out = qkv.new_empty((batch, heads.heads * heads.dim))
     sums = torch.empty((batch * heads.kv_heads * split, group, dim), dtype=torch.float32, device=device)
     peaks = torch.empty((batch * heads.kv_heads * split, 2, group), dtype=torch.float32, device=device)
-    block = 64 if dim <= 128 else 32
+    block = 16 if qkv.dtype == torch.float32 else 64 if dim <= 128 else 32
     with _on(device):
         arrived = counters(device).take(batch * heads.kv_heads)
         decoding.attend_kernel[(heads.kv_heads, split, batch)](

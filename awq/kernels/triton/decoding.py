@@ -129,6 +129,7 @@ def attend_kernel(
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head, slice, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     dtype: tl.constexpr = qkv.dtype.element_ty
+    PRECISION: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -163,7 +164,7 @@ def attend_kernel(
             seen = (at[:, None] < end) & (d[None, :] < DIM)
             k = tl.load(keys + where, mask=seen, other=0.0)
             v = tl.load(values + where, mask=seen, other=0.0)
-            score = tl.dot(q, tl.trans(k)) * scaling
+            score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
             if CAPPED:
                 score = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * score / softcap)))
             score = tl.where(at[None, :] < end, score, -float("inf"))
@@ -171,7 +172,7 @@ def attend_kernel(
             p = tl.exp(score - above[:, None])
             shrink = tl.exp(peak - above)
             weight = weight * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None] + tl.dot(p.to(dtype), v)
+            acc = acc * shrink[:, None] + tl.dot(p.to(dtype), v, input_precision=PRECISION)
             peak = above
         place = (row * KV_HEADS + head) * SPLIT
         result = out + row * (HEADS * DIM) + head * (GROUP * DIM) + g[:, None] * DIM + d[None, :]

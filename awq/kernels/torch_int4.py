@@ -1,0 +1,76 @@
+"""torch's own 4-bit product on x86: what a CPU gets without `autoawq[cpu]`. It computes in bfloat16 whatever the model's dtype.
+
+Few tokens: `_weight_int4pack_mm_for_cpu`, whose time grows with each token. Many: dense bfloat16 weights, some rows at a time,
+and an ordinary product.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from awq.formats.int4pack import nibbles, row_order
+from awq.kernels.packed import Packed, Shape
+from awq.kernels.trial import trial_error
+
+LAYOUT = "int4pack"
+MANY = 256  # tokens from which dense weights are faster
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GROUPS = (32, 64, 128, 256)
+_PIECE = 1 << 22  # weights that are dense at a time
+
+
+def why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | None:
+    """Why torch's product cannot serve this linear; see `awq.kernels.backends`."""
+    if device.type != "cpu":
+        return f"it runs on CPUs, and the weights are on {device.type}"
+    if dtype not in _DTYPES:
+        return f"activations are {dtype}; it takes float16, bfloat16 and float32"
+    if shape.group_size not in _GROUPS:
+        return f"group_size is {shape.group_size}, and torch's product takes {', '.join(map(str, _GROUPS))}"
+    return problem()
+
+
+@cache
+def problem() -> str | None:
+    """Why torch's product cannot be trusted in this process, or None."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX"):
+        return f"torch has fast code for AVX2 and AVX-512 only, and this CPU is {capability}"
+    try:
+        error = trial_error(lambda x, packed: linear(x, packed, None), LAYOUT, torch.bfloat16, (1, 7, MANY))
+    except Exception as failure:  # an operator without a promise to stay
+        return f"torch's product failed: {type(failure).__name__} {str(failure).split(chr(10))[0]}"
+    return None if error < 2e-2 else f"a trial product was wrong by {error:.3g}"
+
+
+def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x [..., in] → [..., out] in x's dtype."""
+    shape, rows = packed.shape, x.to(torch.bfloat16).reshape(-1, packed.shape.in_features)
+    if len(rows) < MANY:
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), packed.qweight, shape.group_size, packed.scales)
+    else:
+        out = _dense_product(rows, packed)
+    out = out[:, : shape.out_features].to(x.dtype)
+    if bias is not None:
+        out = out + bias.to(x.dtype)
+    return out.reshape(*x.shape[:-1], shape.out_features)
+
+
+def _dense_product(x: Tensor, packed: Packed) -> Tensor:
+    """bfloat16 [tokens, in] → [tokens, N]."""
+    inputs, group = packed.shape.in_features, packed.shape.group_size
+    order = row_order()
+    width, data = len(order), packed.qweight.view(-1, inputs, len(order) // 2)
+    grid = packed.scales.view(-1, len(data), width, 2)[:, :, order].permute(3, 1, 0, 2).unsqueeze(3).contiguous()
+    scales, offsets = grid  # [block, groups, 1, B]; contiguous, or the product below takes 100 times as long
+    out = x.new_empty(len(x), len(data), width)
+    step = max(1, _PIECE // (inputs * width))
+    for first in range(0, len(data), step):
+        part = slice(first, first + step)
+        codes = nibbles(data[part]).view(-1, inputs // group, group, width).to(torch.bfloat16)
+        dense = torch.addcmul(offsets[part], codes.sub_(8), scales[part]).view(-1, inputs, width)
+        out[:, part] = torch.matmul(x, dense).transpose(0, 1)
+    return out[:, :, order.argsort()].view(len(x), -1)
