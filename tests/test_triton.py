@@ -39,7 +39,7 @@ def test_reasons():
     assert "on cpu" in why_not(torch.device("cpu"), torch.float16, shape)
     assert "float64" in why_not(gpu, torch.float64, shape)
     assert "group_size 16" in why_not(gpu, torch.float16, Shape(256, 64, 16))
-    assert backends.choose(torch.device("cpu"), torch.float16, shape) == "reference"
+    assert backends.choose(torch.device("cpu"), torch.float16, shape) != "triton"
 
 
 def test_rule_gives_launchable_configurations():

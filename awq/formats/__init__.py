@@ -7,12 +7,13 @@ from awq.formats.base import Format
 from awq.formats.gemm import GEMM
 from awq.formats.gemv import GEMV
 from awq.formats.gemv_fast import GEMV_FAST
+from awq.formats.int4pack import INT4PACK
 from awq.formats.planar import PLANAR
 from awq.formats.rows16 import ROWS16
 
 _FORMATS: dict[str, Format] = {f.name: f for f in (GEMM, GEMV, GEMV_FAST)}
 # Layouts that backends compute on: they live in memory only and no checkpoint names them.
-_LAYOUTS: dict[str, Format] = _FORMATS | {f.name: f for f in (PLANAR, ROWS16)}
+_LAYOUTS: dict[str, Format] = _FORMATS | {f.name: f for f in (PLANAR, ROWS16, INT4PACK)}
 
 
 def get_format(name: str) -> Format:

@@ -1,0 +1,257 @@
+"""The CPU kernels equal the reference on any shape, for any kind of CPU, and step aside where they cannot be trusted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from awq.core.weight import QuantizedWeight
+from awq.errors import ConfigError
+from awq.formats import get_layout
+from awq.kernels import Packed, Shape, choose, explain, reference, use_backend
+from awq.kernels import cpu as backend
+from awq.kernels.backends import _choose, reasons
+from awq.kernels.cpu import engine
+from awq.kernels.cpu.targets import TARGETS
+from awq.nn.layout import concatenate_outputs, restore, split_outputs
+from awq.nn.linear import WQLinear
+
+pytest.importorskip("llvmlite")
+CPU = torch.device("cpu")
+# inputs, outputs, group: odd rows, whole-row groups, groups that are cut into chunks, one group of eight.
+SHAPES = [(128, 64, 128), (256, 24, 32), (136, 17, 136), (1232, 40, 616), (192, 41, 96), (24, 8, 8), (576, 96, 64), (512, 33, 512)]
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+
+
+def random_weight(inputs, outputs, group, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(outputs, inputs // group, generator=generator) * 0.02 + 1e-3).half()
+    return QuantizedWeight(codes, scales, torch.randint(0, 16, scales.shape, generator=generator, dtype=torch.uint8))
+
+
+def pack(weight, layout="rows16"):
+    tensors = get_layout(layout).pack(weight)
+    shape = Shape(weight.codes.shape[1], len(weight.codes), weight.group_size)
+    return Packed(tensors["qweight"], tensors["qzeros"], tensors["scales"], shape, layout)
+
+
+def error(out, x, weight, bias=None):
+    expected = reference.product(x.double(), weight.dequantize().double(), None if bias is None else bias.double())
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def served(target):
+    features = engine.binding().get_host_cpu_features()
+    return all(features.get(name) for name in target.features)
+
+
+@pytest.fixture
+def forget():
+    """Caches as in a new process, before and after."""
+    caches = (backend.problem, backend.program, engine.binding, engine.host_target, engine.openmp, _choose)
+    for cached in caches:
+        cached.cache_clear()
+    yield lambda: [cached.cache_clear() for cached in caches]
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layout_is_exact_both_ways(shape):
+    weight, codec = random_weight(*shape), get_layout("rows16")
+    tensors = codec.pack(weight)
+    assert {k: (tuple(t.shape), t.dtype) for k, t in tensors.items()} == codec.shapes(*shape)
+    assert all(t.is_contiguous() for t in tensors.values())
+    assert all(torch.equal(a, b) for a, b in zip(codec.unpack(tensors, *shape)[:3], weight[:3]))
+
+
+def test_nibbles_are_where_the_kernels_look():
+    weight = random_weight(64, 40, 32)
+    data = get_layout("rows16").pack(weight)["qweight"]
+    for n, k in [(0, 0), (39, 63), (17, 5), (16, 2), (31, 12)]:
+        byte = data[n // 16, k // 8, 4 * (n % 16) + k % 4]
+        assert (byte >> (4 if k % 8 >= 4 else 0)) & 15 == weight.codes[n, k]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_every_kind_of_cpu_equals_the_dense_product(target, dtype):
+    if not served(target):
+        pytest.skip(f"this CPU has no {target.name}")
+    torch.manual_seed(0)
+    programs = [(engine.Program(dtype, planes, target), bound) for planes, bound in ((backend.PLANES[dtype], 0), (1, 3e-2))]
+    for shape in SHAPES:
+        weight, bias = random_weight(*shape), torch.randn(shape[1]).to(dtype)
+        packed = pack(weight)
+        for program, bound in programs:
+            for tokens in (1, 2, 3, 15):
+                x = torch.randn(tokens, shape[0]).to(dtype)
+                for b in (None, bias):
+                    assert error(backend.run(program, x, packed, b), x, weight, b) < ROUNDING[dtype] + bound
+
+
+@pytest.mark.parametrize("name, bound", [("cpu", 0), ("cpu_int8", 3e-2)])
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("format", ["gemm", "gemv", "gemv_fast"])
+def test_linear_equals_the_reference_and_saves_the_same_bytes(name, bound, dtype, format):
+    weight = random_weight(192, 24, 64)
+    module = WQLinear.from_quantized(weight, torch.randn(24), format).to(dtype)
+    before = {k: t.clone() for k, t in module.state_dict().items()}
+    for shape in ((192,), (5, 192), (2, 3, 192), (0, 192)):
+        x = torch.randn(shape).to(dtype)
+        with use_backend(name):
+            out = module(x)
+        assert out.shape == (*shape[:-1], 24) and out.dtype == dtype and module.layout == "rows16"
+        if x.numel():
+            assert error(out, x, weight, module.bias) < ROUNDING[dtype] + bound
+    after = module.state_dict()
+    assert all(torch.equal(after[k].view(torch.uint8), before[k].view(torch.uint8)) for k in before)
+    restore(module)
+    assert all(torch.equal(dict(module.named_buffers())[k], before[k]) for k in before)
+
+
+def test_strided_input_and_bias_of_another_dtype():
+    weight, x = random_weight(128, 24, 32), torch.randn(128, 6).t()
+    bias = torch.randn(24).double()
+    assert error(backend.linear(x, pack(weight), bias), x, weight, bias) < 1e-6
+
+
+def test_a_token_does_not_depend_on_the_others_nor_on_threads():
+    weight, x = random_weight(1232, 200, 616), torch.randn(70, 1232)
+    packed, before = pack(weight), torch.get_num_threads()
+    whole = backend.linear(x, packed, None)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(backend.linear(x, packed, None), whole)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat([backend.linear(x[i : i + 1], packed, None) for i in range(70)]), whole)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_in_its_token_only(value):
+    x = torch.randn(3, 128)
+    x[1, 5] = value
+    out = backend.linear(x, pack(random_weight(128, 24, 32)), None)
+    assert not out[1].isfinite().any() and out[[0, 2]].isfinite().all()
+
+
+def test_large_small_and_zero_activations():
+    weight = random_weight(256, 24, 128)
+    for factor in (1e30, 1e-30):
+        x = torch.randn(2, 256) * factor
+        assert error(backend.linear(x, pack(weight), None), x, weight) < 1e-6
+    assert not backend.linear(torch.zeros(2, 256), pack(weight), None).any()
+
+
+def test_without_openmp_python_threads_compute_the_same(monkeypatch, forget):
+    weight, x = random_weight(256, 200, 128), torch.randn(9, 256)
+    packed = pack(weight)
+    expected = backend.linear(x, packed, None)
+    assert not sys.platform.startswith("linux") or engine.openmp()
+    monkeypatch.setattr(engine, "openmp", dict)
+    forget_program = engine.Program(torch.float32, 3, engine.host_target())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(backend.run(forget_program, x, packed, None), expected)
+
+
+def test_siblings_are_joined_and_split():
+    parts = [WQLinear.from_quantized(random_weight(128, n, 32, seed=n), bias) for n, bias in ((24, torch.randn(24)), (8, None))]
+    x = torch.randn(3, 128)
+    separate = torch.cat([part(x) for part in parts], -1)
+    assert all(part.layout == "rows16" for part in parts)
+    joined = concatenate_outputs(parts)
+    assert torch.equal(joined(x), separate)
+    assert all(torch.equal(a(x), b(x)) for a, b in zip(parts, split_outputs(joined, [24, 8])))
+
+
+def test_gradient_reaches_the_input():
+    module = WQLinear.from_quantized(random_weight(128, 24, 32))
+    x, grad = torch.randn(3, 128, requires_grad=True), torch.randn(3, 24)
+    module(x).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ module.dequantize())
+
+
+def test_reasons():
+    shape = Shape(128, 24, 32)
+    assert choose(CPU, torch.float32, shape) == "cpu" and choose(CPU, torch.float64, shape) == "reference"
+    assert "weights are on cuda" in backend.why_not(torch.device("cuda"), torch.float16, shape)
+    assert "float64" in backend.why_not(CPU, torch.float64, shape)
+    assert "group_size 12 is not a multiple of 8" in backend.why_not(CPU, torch.float32, Shape(24, 8, 12))
+    found = explain(WQLinear.from_quantized(random_weight(*shape)).to(torch.bfloat16), torch.bfloat16)
+    assert "cpu" in (found.backend, *found.others) and "triton" in found.others
+    module = WQLinear.from_quantized(random_weight(24, 8, 12))
+    assert torch.equal(module(torch.ones(24)), reference.linear(torch.ones(24), module.packed, None))
+
+
+def test_a_wrong_library_is_found_and_passed_over(monkeypatch, forget):
+    right = backend.run
+    monkeypatch.setattr(backend, "run", lambda *arguments: right(*arguments) * 1.01)
+    assert "trial product was wrong" in reasons(CPU, torch.float32, Shape(128, 24, 32))["cpu"]
+    weight, x = random_weight(128, 24, 32), torch.randn(2, 128)
+    module = WQLinear.from_quantized(weight)
+    assert error(module(x), x, weight) < 6e-3 and module.layout != "rows16"
+    with use_backend("cpu"), pytest.raises(ConfigError, match="cpu cannot serve"):
+        module(x)
+
+
+def test_a_library_that_fails_is_passed_over(monkeypatch, forget):
+    def refuse(*arguments):
+        raise RuntimeError("LLVM ERROR: no executable memory\nmore")
+
+    monkeypatch.setattr(engine, "machine_code", refuse)
+    assert "no executable memory" in backend.why_not(CPU, torch.float32, Shape(128, 24, 32))
+    forget()
+    monkeypatch.setattr(backend, "host_target", lambda: None)
+    assert "no AVX2" in backend.why_not(CPU, torch.float32, Shape(128, 24, 32))
+
+
+def test_without_llvmlite_the_model_still_computes(monkeypatch, forget):
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    assert "autoawq[cpu]" in backend.why_not(CPU, torch.float32, Shape(128, 24, 32))
+    weight, x = random_weight(128, 24, 32), torch.randn(2, 128)
+    assert error(WQLinear.from_quantized(weight)(x), x, weight) < 6e-3
+
+
+# What the product of bytes must become on CPUs that this machine need not have.
+OTHERS = [
+    ("x86_64-linux-gnu", "haswell", "avx2", "vpmaddubsw"),
+    ("x86_64-linux-gnu", "alderlake", "avxvnni", "vpdpbusd"),
+    ("x86_64-linux-gnu", "skylake-avx512", "avx512bw", "vpmaddubsw"),
+    ("x86_64-linux-gnu", "icelake-server", "avx512vnni", "vpdpbusd"),
+    ("x86_64-pc-windows-msvc", "haswell", "avx2", "vpmaddubsw"),
+    ("aarch64-linux-gnu", "neoverse-n1", "dotprod", "sdot"),
+    ("arm64-apple-darwin", "apple-m1", "dotprod", "sdot"),
+]
+
+
+@pytest.mark.parametrize("triple, cpu, name, instruction", OTHERS)
+def test_compiles_for_other_cpus(triple, cpu, name, instruction):
+    from awq.kernels.cpu.programs import emit_module
+
+    target = next(target for target in TARGETS if target.name == name)
+    machine = engine.binding().Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
+    for planes in (1, 3):
+        code = machine.emit_assembly(engine.machine_code(emit_module(target, "bfloat16", planes, True), machine))
+        assert code.count(instruction) >= 2
+
+
+def test_no_compiler_is_needed(tmp_path):
+    """A process that finds no program at all loads, computes and stays on the fast kernels."""
+    code = """
+import shutil, torch
+assert shutil.which("cc") is None and shutil.which("gcc") is None
+import awq
+from awq.nn.linear import WQLinear
+from awq.core.weight import round_to_nearest
+module = WQLinear.from_quantized(round_to_nearest(torch.randn(32, 64), 32)).to(torch.bfloat16)
+module(torch.randn(2, 64, dtype=torch.bfloat16))
+assert module.layout == "rows16", awq.kernels.explain(module, torch.bfloat16)
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX", "AWQ_BACKEND")} | {"PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
