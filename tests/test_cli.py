@@ -1,6 +1,7 @@
 """The command `awq`: every verb on tiny models on disk, for people and with --json, and its errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 import zoo
 from transformers import AutoModel
 
+from awq import AutoAWQForCausalLM
 from awq.cli import VERBS, main
 
 
@@ -76,6 +78,44 @@ def test_embed(capsys, quantized, texts):
     torch.testing.assert_close(torch.tensor(result["cosine"]), vectors @ vectors.t())
     assert main(["embed", str(quantized["bert"]), "the cat", "a dog"]) == 0
     assert capsys.readouterr().out.count("\n") == 2
+
+
+def test_embedding_models_go_through_their_own_door(capsys, bert_dir, texts, tmp_path):
+    """Texts with prompts, count by the model's size, figures before and after: what AutoAWQForEmbedding gives."""
+    from test_encoder import sentence_directory
+
+    from awq import AutoAWQForEmbedding
+
+    model = sentence_directory(bert_dir, tmp_path / "m", ("cls",), dense=True, config={"prompts": {"query": "the old house "}})
+    (tmp_path / "t.txt").write_text("\n\n".join(texts))
+    (tmp_path / "p.tsv").write_text("".join(f"{i % 6}\t{a}\t{b}\n" for i, (a, b) in enumerate(zip(texts, texts[30:]))))
+    common = ["quantize", model, tmp_path / "q", "--calib-data", tmp_path / "t.txt", "--group-size", 16, "--prompt-name", "query"]
+    report = run_json(capsys, *common, "--samples", 20)
+    direct = AutoAWQForEmbedding.from_pretrained(str(model))
+    options = dict(quant_config={"q_group_size": 16}, prompt_name="query", max_calib_samples=20)
+    assert report["evaluation"] == direct.quantize(texts=texts, **options).evaluation.to_dict()
+    embedded = run_json(capsys, "embed", tmp_path / "q", *texts[:2], "--prompt-name", "query")
+    mine = direct.encode(texts[:2], prompt_name="query", normalize=True)
+    torch.testing.assert_close(torch.tensor(embedded["embeddings"]), mine, atol=1e-5, rtol=1e-4)
+    on_pairs = run_json(capsys, *common, "--evaluate", tmp_path / "p.tsv")["evaluation"]
+    assert on_pairs["texts"] == 60 and on_pairs["spearman_after"] is not None and on_pairs["ndcg_after"] is not None
+    assert main([*map(str, common), "--evaluate", str(tmp_path / "t.txt")]) == 0
+    assert "cosine to full precision on 60 texts" in capsys.readouterr().out
+    (tmp_path / "bad.tsv").write_text("no score\ta\tb\n")
+    for file, message in (("no.tsv", "does not exist"), ("bad.tsv", "score")):
+        assert main([*map(str, common), "--evaluate", str(tmp_path / file)]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["quantize", str(bert_dir), str(tmp_path / "x"), "--prompt-name", "query"]) == 1
+    assert "--prompt-name" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_no_tokenizer_is_said_before_calibration(capsys, bert_dir, tmp_path):
+    """transformers 5 makes an empty one up; every word would be unknown."""
+    shutil.copytree(bert_dir, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    assert main(["quantize", str(tmp_path / "m"), str(tmp_path / "q"), "--group-size", "16"]) == 1
+    assert "tokenizer" in capsys.readouterr().err
+    model = AutoAWQForCausalLM.from_pretrained(str(tmp_path / "m"))
+    assert model.tokenizer is None
 
 
 def test_convert(capsys, quantized, tmp_path):

@@ -329,6 +329,20 @@ def test_reranker_round_trip(tmp_path):
     torch.testing.assert_close(torch.from_numpy(after), direct, atol=1e-4, rtol=1e-4)
 
 
+def test_reranker_saved_by_sentence_transformers_keeps_its_head(tmp_path):
+    """Recent releases write a modules.json for rerankers too."""
+    first, second, _ = word_pairs(40, seed=4)
+    pairs = list(zip(first, second))
+    library.CrossEncoder(str(reranker_directory(tmp_path / "m", steps=0)), device="cpu").save_pretrained(str(tmp_path / "s"))
+    before = library.CrossEncoder(str(tmp_path / "s"), device="cpu").predict(pairs)
+    model = AutoAWQForCausalLM.from_pretrained(str(tmp_path / "s"))
+    assert type(model.model).__name__ == "BertForSequenceClassification"
+    model.quantize(pairs, quant_config={"q_group_size": 32})
+    model.save_quantized(tmp_path / "q")
+    after = library.CrossEncoder(str(tmp_path / "q"), device="cpu").predict(pairs)
+    torch.testing.assert_close(torch.from_numpy(after), torch.from_numpy(before), atol=0.1, rtol=0)
+
+
 def scores_of(model, inputs):
     with torch.no_grad():
         return model(**inputs).logits.sigmoid()[:, 0]

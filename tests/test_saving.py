@@ -61,6 +61,30 @@ def test_companions(model, source, tmp_path):
     assert mode == stat.S_IMODE((tmp_path / "q" / "config.json").stat().st_mode)
 
 
+@pytest.mark.parametrize("heads", [True, False])
+def test_companions_of_a_hub_model(model, source, tmp_path, monkeypatch, heads):
+    """Dense heads of sentence-transformers come with their weights; the model's own weights are not fetched."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    if not heads:
+        (source / "modules.json").unlink()
+    cache = tmp_path / "cache"
+
+    def snapshot_download(name, allow_patterns=None, ignore_patterns=None):
+        assert name == "someone/model"
+        for file in filter_repo_objects(sorted(tree(source)), allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            (cache / file).write_bytes((source / file).read_bytes())
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    save_checkpoint(model, tmp_path / "q", AwqConfig(group_size=16), None, "someone/model")
+    assert ((tmp_path / "q/2_Dense/model.safetensors").is_file(), (tmp_path / "q/1_Pooling/config.json").is_file()) == (heads, True)
+    weights = {f for f in tree(cache) if f.endswith((".safetensors", ".bin", ".pth", ".gguf", ".onnx"))}
+    assert weights == ({"2_Dense/model.safetensors"} if heads else set())
+
+
 def test_config_names_every_dense_linear(model, tmp_path):
     settings = json.loads((save(model, tmp_path / "q", group_size=16) / "config.json").read_text())["quantization_config"]
     assert settings == {

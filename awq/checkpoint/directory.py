@@ -90,8 +90,11 @@ def source_directory(source: str | Path | None) -> Path | None:
     try:
         from huggingface_hub import snapshot_download
 
-        patterns = [f"*{ending}" for ending in _WEIGHTS] + [f"{folder}/*" for folder in _FOLDERS_LEFT]
-        return Path(snapshot_download(str(source), ignore_patterns=patterns))
+        folders = [f"{folder}/*" for folder in _FOLDERS_LEFT]
+        root = Path(snapshot_download(str(source), ignore_patterns=[f"*{ending}" for ending in _WEIGHTS] + folders))
+        # A pattern of the hub's client matches in folders too: those of dense heads, whose weights belong here, come after.
+        parts = sorted(_module_folders(root) - _FOLDERS_LEFT)
+        return Path(snapshot_download(str(source), allow_patterns=[f"{part}/*" for part in parts])) if parts else root
     except Exception as error:  # the hub's client has many ways to fail, and none of them may lose a quantized model
         logger.warning("files beside the weights of %s are taken from the cache only: %s", source, str(error).split("\n")[0])
         return cached_directory(str(source))

@@ -10,17 +10,17 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from awq.checkpoint.files import check_directory
+from awq.checkpoint.files import check_directory, read_json
 from awq.checkpoint.hf import register
 from awq.errors import ModelError
 
 
 def auto_class(path: str | Path, config: Any) -> Any:
-    """The transformers class for a model: AutoModel for encoders and sentence-transformers directories, else its own head.
+    """The transformers class for a model: AutoModel for encoders and sentence embedders, else the one with its own head.
 
     path: local directory or hub id; config: its transformers config.
     """
-    if (Path(path) / "modules.json").is_file():
+    if is_embedder(path):
         return AutoModel
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if not architecture and type(config) in AutoModelForCausalLM._model_mapping:
@@ -32,6 +32,13 @@ def auto_class(path: str | Path, config: Any) -> Any:
         if architecture.endswith(head) and hasattr(transformers, architecture):
             return getattr(transformers, architecture)
     return AutoModel
+
+
+def is_embedder(path: str | Path) -> bool:
+    """Whether a local directory is sentence-transformers' of a model for embeddings, not of a cross-encoder with its head."""
+    settings = Path(path) / "config_sentence_transformers.json"
+    kind = read_json(settings).get("model_type") if settings.is_file() else None
+    return (Path(path) / "modules.json").is_file() and kind != "CrossEncoder"
 
 
 def read_config(path: str | Path, trust_remote_code: bool = False, **download: Any) -> Any:

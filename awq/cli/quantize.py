@@ -1,8 +1,9 @@
-"""Quantize a model directory or hub id to 4-bit AWQ."""
+"""Quantize a model directory or hub id to 4-bit AWQ; sentence-transformers models are calibrated and judged as such."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,33 +15,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--version", default="GEMM", help="GEMM, GEMV or GEMVFast")
     parser.add_argument("--preset", default="balanced", help="fast, balanced or best")
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, help="default: 128; 256, 1024 or 2048 by size for an embedding model")
     parser.add_argument("--tokens", type=int, default=512, help="tokens per sample")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--skip", nargs="*", default=[], help="modules to leave in full precision")
+    embedding = parser.add_argument_group("embedding models (directories with modules.json)")
+    embedding.add_argument("--prompt-name", help="prompt put before every text, e.g. query")
+    embedding.add_argument("--evaluate", metavar="FILE", help="texts, or .tsv lines `score<TAB>sentence<TAB>sentence`, to compare "
+                           "embeddings before and after on; default: texts that calibration left over")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from awq import AutoAWQForCausalLM
+    from awq import AutoAWQForCausalLM, AutoAWQForEmbedding
+    from awq.checkpoint.tokenizer import load_tokenizer
     from awq.cli.output import show
-    from awq.errors import ModelError
-    from awq.models.base import load_tokenizer
+    from awq.embed.directory import is_sentence_model
+    from awq.errors import ConfigError
 
-    model = AutoAWQForCausalLM.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
-    tokenizer = load_tokenizer(arguments.model)
-    if tokenizer is None:
-        raise ModelError(f"{arguments.model} has no tokenizer; calibration texts cannot be read.")
+    embedding = is_sentence_model(arguments.model)
+    given = {"--prompt-name": arguments.prompt_name, "--evaluate": arguments.evaluate}
+    unused = [name for name, value in given.items() if value is not None and not embedding]
+    if unused:
+        raise ConfigError(
+            f"{', '.join(unused)}: for embedding models, and {arguments.model} is no such directory."
+        )
+    options: dict[str, Any] = {}
+    if embedding:
+        options |= {"prompt_name": arguments.prompt_name, "evaluate": _evaluation(arguments)}
+    if arguments.samples is not None:
+        options["max_calib_samples"] = arguments.samples
+    door = AutoAWQForEmbedding if embedding else AutoAWQForCausalLM
+    model = door.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+    model.tokenizer = load_tokenizer(arguments.model)
     report = model.quantize(
-        tokenizer,
+        model.tokenizer,
         quant_config={"q_group_size": arguments.group_size, "version": arguments.version,
                       "modules_to_not_convert": arguments.skip},
         calib_data=arguments.calib_data, split=arguments.split, text_column=arguments.text_column,
-        max_calib_samples=arguments.samples, max_calib_seq_len=arguments.tokens, preset=arguments.preset,
+        max_calib_seq_len=arguments.tokens, preset=arguments.preset, **options,
     )  # fmt: skip
-    model.tokenizer = tokenizer
     model.save_quantized(arguments.output)
     show(
         report.to_dict() | {"output": arguments.output},
         arguments.json,
         f"{report.summary()}\nsaved to {arguments.output}",
     )
+
+
+def _evaluation(arguments: argparse.Namespace) -> Any:
+    """What `--evaluate` names: (scores, first, second) of a .tsv file, texts of any other; None when not given."""
+    if arguments.evaluate is None:
+        return None
+    from pathlib import Path
+
+    from awq.calibration.sources import file_texts
+    from awq.errors import CalibrationError
+    from awq.evals.similarity import read_pairs
+
+    path = Path(arguments.evaluate)
+    if not path.is_file():
+        raise CalibrationError(f"evaluation file {path} does not exist.")
+    if path.suffix.lower() != ".tsv":
+        return file_texts(path, arguments.text_column)
+    try:
+        pairs = read_pairs(path)
+    except ValueError as error:
+        raise CalibrationError(f"{path} does not hold lines of score, sentence and sentence: {error}.") from error
+    if not pairs[0]:
+        raise CalibrationError(f"{path} holds no line of score, sentence and sentence, separated by tabs.")
+    return pairs

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from awq.checkpoint.files import read_json
-from awq.errors import CheckpointError, ModelError
+from awq.checkpoint.load import is_embedder
+from awq.errors import CheckpointError
+
+logger = logging.getLogger("awq.embed")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,19 @@ def sentence_settings(directory: str | Path) -> SentenceSettings:
     )  # fmt: skip
 
 
+def is_sentence_model(path: str | Path) -> bool:
+    """Whether a local directory, or a hub model, is sentence-transformers' of a model for embeddings (not of a cross-encoder)."""
+    if Path(path).exists() or str(path).startswith((".", "/", "~")):
+        return is_embedder(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return is_embedder(snapshot_download(str(path), allow_patterns=["modules.json", "config_sentence_transformers.json"]))
+    except Exception as error:  # the hub's client has many ways to fail; a model that is missing is reported when it is loaded
+        logger.info("%s is taken for no sentence embedder: %s", path, str(error).split("\n")[0])
+        return False
+
+
 def longest_input(config: Any, tokenizer: Any, settings: SentenceSettings) -> int:
     """Longest input in tokens, special ones included: the directory's own, else what tokenizer and positions allow."""
     if settings.max_length:
@@ -55,19 +70,6 @@ def longest_input(config: Any, tokenizer: Any, settings: SentenceSettings) -> in
     # A tokenizer without a limit says 10^30, and models with relative positions say nothing or −1.
     known = [n for n in limits if isinstance(n, int) and 0 < n < 1 << 24]
     return min(known, default=512)
-
-
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False, **download: Any) -> Any:
-    """The tokenizer of a local directory or hub id. Raises ModelError when there is none with a vocabulary."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **download)
-    except Exception as error:  # tokenizers fail in as many ways as there are kinds of them
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{path} has no tokenizer that transformers can load: {reason}") from error
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        # transformers 5 makes one up from the model type when the files are missing: every word would be unknown.
-        raise ModelError(f"{path} has no tokenizer files (a vocabulary is missing); copy them from the original model.")
-    return tokenizer
 
 
 def _optional(path: Path) -> dict[str, Any]:

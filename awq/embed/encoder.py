@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from awq.checkpoint.load import load_model, read_config
-from awq.embed.directory import SentenceSettings, load_tokenizer, longest_input, sentence_settings
+from awq.checkpoint.tokenizer import load_tokenizer
+from awq.embed.directory import SentenceSettings, longest_input, sentence_settings
 from awq.embed.heads import Pooling, read_head
 from awq.errors import ConfigError, ModelError
 
@@ -140,10 +141,13 @@ class Encoder(nn.Module):
             raise ConfigError(f"prompt_name is {name!r}; the model's prompts are {', '.join(self.prompts)}.")
         return self.prompts[name] if name is not None else ""
 
+    def cased(self, text: str) -> str:
+        """The text in lower case where the directory's `do_lower_case` says so."""
+        return text.lower() if self._lower_case else text
+
     def _tokenize(self, texts: list[str]) -> dict[str, list[list[int]]]:
         """Input name → one row per text, without padding."""
-        lowered = [text.lower() for text in texts] if self._lower_case else texts
-        found = self.tokenizer(lowered, truncation=True, max_length=self.max_seq_length)
+        found = self.tokenizer([self.cased(text) for text in texts], truncation=True, max_length=self.max_seq_length)
         rows = {key: found[key] for key in ("input_ids", "token_type_ids", "attention_mask") if key in found}
         if any(not ids for ids in rows["input_ids"]):  # an empty text, with a tokenizer that adds no special tokens
             pad = self.tokenizer.pad_token_id or 0

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModel
 
 from awq.checkpoint.load import load_model, read_config
-from awq.embed.directory import load_tokenizer, longest_input, sentence_settings
+from awq.checkpoint.tokenizer import load_tokenizer
+from awq.embed.directory import longest_input, sentence_settings
 from awq.errors import AwqError, ConfigError
 from awq.nn.linear import WQLinear
 

@@ -10,8 +10,9 @@ from transformers import AutoModel
 
 from awq.checkpoint.hf import storage_settings
 from awq.checkpoint.load import load_model, read_config
+from awq.checkpoint.tokenizer import find_tokenizer
 from awq.errors import ConfigError, ModelError
-from awq.models.base import BaseAWQForCausalLM, load_tokenizer
+from awq.models.base import BaseAWQForCausalLM
 from awq.models.embedding import AwqEmbeddingModel
 
 logger = logging.getLogger("awq.models")
@@ -111,7 +112,7 @@ class AutoAWQForCausalLM:
         model = load_model(quant_path, dtype, trust_remote_code, cls._kind, **kwargs)
         if "device_map" not in kwargs:
             model.to(device if device is not None else "cuda:0" if torch.cuda.is_available() else "cpu")
-        tokenizer = load_tokenizer(quant_path, trust_remote_code)
+        tokenizer = find_tokenizer(quant_path, trust_remote_code)
         loaded = cls._wrapper(model, str(quant_path), stored, tokenizer, trust_remote_code)
         if fuse_layers and loaded.can_generate():
             loaded.fuse_layers(max_seq_len, batch_size)

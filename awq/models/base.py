@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from awq.calibration import load_calibration
 from awq.calibration.batches import is_text
 from awq.checkpoint import save_checkpoint
+from awq.checkpoint.tokenizer import find_tokenizer
 from awq.config import AwqConfig
 from awq.errors import ConfigError
 from awq.models.generation import FusedGeneration
@@ -74,7 +74,7 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
     def tokenizer(self) -> Any:
         """The tokenizer beside the model, loaded when first asked for; None when there is none."""
         if not self._tokenizer_known:
-            self.tokenizer = load_tokenizer(self.path, self._trust_remote_code)
+            self.tokenizer = find_tokenizer(self.path, self._trust_remote_code)
         return self._tokenizer
 
     @tokenizer.setter
@@ -218,13 +218,3 @@ def _options(given: dict[str, Any], **others: Any) -> QuantizeOptions:
 def _holds_text(data: Any) -> bool:
     """Whether calibration data needs a tokenizer: a name or file, or a list of texts or pairs of texts."""
     return isinstance(data, str) or (isinstance(data, (list, tuple)) and len(data) > 0 and is_text(data[0]))
-
-
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a model, or None with a log line."""
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a directory without tokenizer fails in as many ways as there are tokenizers
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        logger.info("no tokenizer beside %s: %s", path, reason)
-        return None

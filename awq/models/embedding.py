@@ -72,7 +72,7 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         if self.tokenizer is None:
             raise CalibrationError(f"{self.path} has no tokenizer; give one, or token ids.")
         encoder = self.encoder
-        ready = _with_prompts(encoder, _listed(data, split, text_column), prompt_name)
+        ready = [encoder.cased(text) for text in _with_prompts(encoder, _listed(data, split, text_column), prompt_name)]
         if not ready:
             raise CalibrationError("no calibration text is left after cleaning; give at least one that is not empty.")
         count = min(len(ready), max_calib_samples or self.sample_count())
