@@ -61,6 +61,25 @@ def attention_error(a: Attention, lengths: list[int], dtype: torch.dtype, device
     return worst
 
 
+def prompt_error(a: Attention, tokens: int, start: int, dtype: torch.dtype, device: str) -> float:
+    """Queries, and what goes into the cache, against plain operators."""
+    torch.manual_seed(tokens)
+    if a.q_norm is not None and a.k_norm is not None:
+        norms = (replace(n, weight=1 + 0.2 * torch.randn(a.head_dim, device=device)) for n in (a.q_norm, a.k_norm))
+        a = replace(a, **dict(zip(("q_norm", "k_norm"), norms)))
+    qkv = torch.randn(3, tokens, (a.heads + 2 * a.kv_heads) * a.head_dim, device=device, dtype=dtype)
+    places = start + tokens + 5
+    cache = LayerCache(*(torch.zeros(3, a.kv_heads, places, a.head_dim, device=device, dtype=dtype) for _ in range(2)))
+    angles = torch.arange(places).unsqueeze(1) / 100 ** (torch.arange(a.rotary // 2) / max(1, a.rotary))
+    cos, sin = (angles.cos().to(device), angles.sin().to(device)) if a.rotary else (None, None)
+    q = ops.cache_prompt(qkv, a, cos, sin, cache, start)
+    turn = [None if t is None else t[start : start + tokens] for t in (cos, sin)]
+    expected = ops.split_heads(qkv.float(), a, *turn)
+    found = (q, cache.k[:, :, start : start + tokens], cache.v[:, :, start : start + tokens])
+    assert not cache.k[:, :, :start].any() and not cache.k[:, :, start + tokens :].any()
+    return max(float((x.float() - y).norm() / y.norm()) for x, y in zip(found, expected))
+
+
 def norm_error(width: int, mean: bool, bias: bool, dtype: torch.dtype, device: str) -> float:
     torch.manual_seed(width)
     x, branch = (torch.randn(2, 3, width, device=device, dtype=dtype) for _ in range(2))
@@ -89,6 +108,7 @@ def main(device: str) -> dict[str, float]:
         assert ops.has_kernels(torch.zeros(1, device=device, dtype=dtype))
         for name, (a, lengths) in ATTENTIONS.items():
             errors[f"attention, {name}, {kind}"] = attention_error(a, lengths, dtype, device)
+            errors[f"prompt, {name}, {kind}"] = prompt_error(a, 7, 3 * len(lengths), dtype, device)
         for width, mean, bias in ((64, False, False), (100, True, True), (2048, False, True)):
             errors[f"norm {width} {mean} {bias}, {kind}"] = norm_error(width, mean, bias, dtype, device)
         for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):

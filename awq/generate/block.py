@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from awq.generate import operations as ops
 from awq.generate.attention import attend
 from awq.generate.cache import LayerCache
-from awq.generate.norms import apply_norm
 from awq.generate.plan import BlockPlan, Source
 from awq.generate.projection import Joined, Projection, join
 
@@ -51,9 +50,9 @@ class FusedBlock(nn.Module):
         x, normed = ops.add_norm(x, branch, p.factor, p.attention_norm)
         a = self.attention_out(self._attention(self.qkv(normed), cache, where))
         if p.attention_post_norm is not None:
-            a = apply_norm(a, p.attention_post_norm)
+            a = ops.normalize(a, p.attention_post_norm)
         if p.parallel:
-            m = normed if p.mlp_norm is None else apply_norm(x, p.mlp_norm)
+            m = normed if p.mlp_norm is None else ops.normalize(x, p.mlp_norm)
             return x, a + self._mlp(m)
         x, normed = ops.add_norm(x, a, p.factor, p.mlp_norm)
         return x, self._mlp(normed)
@@ -68,20 +67,13 @@ class FusedBlock(nn.Module):
     def _mlp(self, x: Tensor) -> Tensor:
         p = self.plan
         y = self.mlp_out(ops.activate(self.mlp_in(x), p.activation, p.activation_name, p.gated))
-        return y if p.mlp_post_norm is None else apply_norm(y, p.mlp_post_norm)
+        return y if p.mlp_post_norm is None else ops.normalize(y, p.mlp_post_norm)
 
     def _attention(self, qkv: Tensor, cache: LayerCache, where: Prompt | Step) -> Tensor:
         if isinstance(where, Step):
             return ops.attend_step(qkv, self.plan.attention, self.plan.cos, self.plan.sin, cache, where.lengths, where.longest)
-        batch, tokens, _ = qkv.shape
+        a, (batch, tokens, _) = self.plan.attention, qkv.shape
+        q = ops.cache_prompt(qkv, a, self.plan.cos, self.plan.sin, cache, where.start)
         stop = where.start + tokens
-        cos, sin = (None if t is None else t[where.start : stop] for t in (self.plan.cos, self.plan.sin))
-        q, k, v = ops.split_heads(qkv, self.plan.attention, cos, sin)
-        cache.k[:, :, where.start : stop] = k
-        cache.v[:, :, where.start : stop] = v
-        if where.start:
-            k, v = cache.k[:, :, :stop], cache.v[:, :, :stop]
-        a = self.plan.attention
-        y = attend(q, k, v, a.scaling, a.softcap, a.window)
+        y = attend(q, cache.k[:, :, :stop], cache.v[:, :, :stop], a.scaling, a.softcap, a.window)
         return y.transpose(1, 2).reshape(batch, tokens, -1)
-

@@ -38,6 +38,11 @@ def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None)
     return x, x if norm is None else apply_norm(x, norm)
 
 
+def normalize(x: Tensor, norm: Norm | None) -> Tensor:
+    """The norm of x [batch, tokens, features]; x itself without one."""
+    return add_norm(x, None, 1.0, norm)[1]
+
+
 def activate(h: Tensor, activation: Callable[[Tensor], Tensor], name: str | None, gated: bool) -> Tensor:
     """activation(gate) · up for h = [gate, up] along the last axis, or activation(h)."""
     if name is not None and has_kernels(h):
@@ -68,6 +73,22 @@ def split_heads(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | Non
     return q, k, v
 
 
+def cache_prompt(
+    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, start: int
+) -> Tensor:
+    """Queries [batch, heads, tokens, head_dim] of a piece of the prompts, whose keys and values go into the cache at `start`."""
+    stop = start + qkv.shape[1]
+    if has_kernels(qkv) and (heads := _heads(a, cos)) is not None:
+        from awq.kernels.triton import decode_launch
+
+        return decode_launch.split(qkv, heads, _tables(a, cos, sin), start, cache.k, cache.v)
+    cos, sin = (None if t is None else t[start:stop] for t in (cos, sin))
+    q, k, v = split_heads(qkv, a, cos, sin)
+    cache.k[:, :, start:stop] = k
+    cache.v[:, :, start:stop] = v
+    return q
+
+
 def attend_step(
     qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, lengths: Tensor, longest: int
 ) -> Tensor:
@@ -78,8 +99,7 @@ def attend_step(
     if has_kernels(qkv) and (heads := _heads(a, cos)) is not None:
         from awq.kernels.triton import decode_launch
 
-        weights = [None if n is None else n.weight for n in (a.q_norm, a.k_norm)]
-        return decode_launch.attend(qkv[:, 0], heads, cos, sin, *weights, lengths, cache.k, cache.v).unsqueeze(1)
+        return decode_launch.attend(qkv[:, 0], heads, _tables(a, cos, sin), lengths, cache.k, cache.v).unsqueeze(1)
     batch, index = qkv.shape[0], lengths.long()
     if cos is not None and sin is not None:
         cos, sin = cos[index].view(batch, 1, 1, -1), sin[index].view(batch, 1, 1, -1)
@@ -93,6 +113,10 @@ def attend_step(
         seen &= keys > index.unsqueeze(1) - a.window
     y = attend(q, cache.k[:, :, : longest + 1], cache.v[:, :, : longest + 1], a.scaling, a.softcap, mask=seen[:, None, None])
     return y.transpose(1, 2).reshape(batch, 1, -1)
+
+
+def _tables(a: Attention, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (cos, sin, *(None if n is None else n.weight for n in (a.q_norm, a.k_norm)))
 
 
 def _heads(a: Attention, cos: Tensor | None) -> Heads | None:

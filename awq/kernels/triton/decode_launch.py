@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from awq.kernels.triton import decoding
-from awq.kernels.triton.launch import _on, architecture, counters, has_dependent_launch
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+from awq.kernels.triton.launch import _on, _stream, architecture, counters, has_dependent_launch
 
 
-def _options(x: Tensor, warps: int) -> dict:
-    return {"num_warps": warps} | ({"launch_pdl": True} if has_dependent_launch(x.device.index) else {})
+class Started:
+    """A kernel with its compile-time constants, on one GPU and for one set of dtypes.
+
+    Triton's own launch costs tens of microseconds of host time, which a prompt pays a hundred times. What it compiled is
+    called directly from the second time on, as long as all pointers are aligned.
+    """
+
+    def __init__(self, kernel: Any, index: int | None, constants: tuple, warps: int) -> None:
+        self.kernel, self.index, self.compiled = kernel, index, None
+        pdl = has_dependent_launch(index)
+        self.constants = (*constants, pdl)
+        self.options = {"num_warps": warps} | ({"launch_pdl": True} if pdl else {})
+
+    def __call__(self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], *numbers: float) -> None:
+        aligned = self.index is not None and not any(t.data_ptr() & 15 for t in tensors)
+        if self.compiled is not None and aligned:
+            self.compiled[grid](*tensors, *numbers, *self.constants, stream=_stream(self.index))
+            return
+        compiled = self.kernel[grid](*tensors, *numbers, *self.constants, **self.options)
+        if aligned:
+            self.compiled = compiled
+
+
+@cache
+def _started(kernel: Any, index: int | None, dtypes: tuple[torch.dtype, ...], constants: tuple, warps: int) -> Started:
+    """dtypes: of the tensors whose dtype is not always the same; they are among what Triton compiles for."""
+    return Started(kernel, index, constants, warps)
 
 
 def add_norm(
@@ -29,12 +54,11 @@ def add_norm(
     rows = x.numel() // width
     if rows and (norm or branch is not None):
         block = triton.next_power_of_2(width)
+        constants = (width, block, branch is not None, norm, mean, weight is not None, bias is not None)
+        start = _started(decoding.add_norm_kernel, x.device.index, (x.dtype,), constants, min(16, max(1, block // 512)))
+        tensors = (x, x if branch is None else branch.contiguous(), x if weight is None else weight, x if bias is None else bias)
         with _on(x.device):
-            decoding.add_norm_kernel[(rows,)](
-                x, x if branch is None else branch.contiguous(), x if weight is None else weight, x if bias is None else bias,
-                total, y, factor, eps, width, block, branch is not None, norm, mean, weight is not None, bias is not None,
-                has_dependent_launch(x.device.index), **_options(x, min(16, max(1, block // 512))),
-            )  # fmt: skip
+            start((rows, 1, 1), (*tensors, total, y), factor, eps)
     return total, y
 
 
@@ -45,10 +69,10 @@ def activate(h: Tensor, name: str, gated: bool) -> Tensor:
     y = h.new_empty((*h.shape[:-1], width))
     rows = y.numel() // width
     if rows:
+        block = 512 if rows < 64 else 2048
+        start = _started(decoding.activate_kernel, h.device.index, (h.dtype,), (width, block, name, gated), block // 256)
         with _on(h.device):
-            decoding.activate_kernel[(triton.cdiv(width, 512), rows)](
-                h, y, width, 512, name, gated, has_dependent_launch(h.device.index), **_options(h, 2)
-            )
+            start((triton.cdiv(width, block), rows, 1), (h, y))
     return y
 
 
@@ -69,29 +93,52 @@ class Heads:
     k_eps: float = 0.0
 
 
-def attend(
-    qkv: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None,
-    lengths: Tensor, k_cache: Tensor, v_cache: Tensor,
+def split(
+    qkv: Tensor, a: Heads, tables: tuple[Tensor | None, ...], start: int, k_cache: Tensor, v_cache: Tensor
 ) -> Tensor:  # fmt: skip
-    """qkv [batch, channels] → [batch, heads · dim]; see `decoding.attend_kernel`."""
+    """Queries [batch, heads, tokens, dim] of a piece of the prompts; keys and values go into the cache.
+
+    qkv [batch, tokens, channels]; tables: cos and sin, and the weights of the norms of q and k, or Nones.
+    """
+    batch, tokens, _ = qkv.shape
+    q = qkv.new_empty((batch, a.heads, tokens, a.dim))
+    sizes = (a.heads, a.kv_heads, a.dim, _power(a.dim), a.rotary, _power(a.heads, 1), _power(a.kv_heads, 1))
+    kernel = _started(decoding.split_kernel, qkv.device.index, (qkv.dtype,), (*sizes, a.normed, a.mean), 8)
+    qkv = qkv.contiguous()
+    with _on(qkv.device):
+        kernel(
+            (tokens, batch, 1), (qkv, *(qkv if t is None else t for t in tables), q, k_cache, v_cache),
+            a.q_eps, a.k_eps, tokens, start, k_cache.shape[2],
+        )  # fmt: skip
+    return q
+
+
+def attend(
+    qkv: Tensor, a: Heads, tables: tuple[Tensor | None, ...], lengths: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> Tensor:  # fmt: skip
+    """qkv [batch, channels] → [batch, heads · dim]; see `decoding.attend_kernel`. tables: as for `split`."""
     batch, device = qkv.shape[0], qkv.device
-    group = max(16, triton.next_power_of_2(heads.heads // heads.kv_heads))
-    dim = max(16, triton.next_power_of_2(heads.dim))
-    split = _split(batch * heads.kv_heads, architecture(device.index)[1])
-    out = qkv.new_empty((batch, heads.heads * heads.dim))
-    sums = torch.empty((batch * heads.kv_heads * split, group, dim), dtype=torch.float32, device=device)
-    peaks = torch.empty((batch * heads.kv_heads * split, 2, group), dtype=torch.float32, device=device)
+    group, dim = _power(a.heads // a.kv_heads), _power(a.dim)
+    parts = _split(batch * a.kv_heads, architecture(device.index)[1])
+    out = qkv.new_empty((batch, a.heads * a.dim))
+    sums = torch.empty((batch * a.kv_heads * parts, group, dim), dtype=torch.float32, device=device)
+    peaks = torch.empty((batch * a.kv_heads * parts, 2, group), dtype=torch.float32, device=device)
     block = 16 if qkv.dtype == torch.float32 else 64 if dim <= 128 else 32
+    sizes = (a.heads, a.kv_heads, a.dim, dim, a.rotary, group, parts, block, a.window, a.softcap is not None)
+    kernel = _started(decoding.attend_kernel, device.index, (qkv.dtype,), (*sizes, a.normed, a.mean), 4)
+    qkv = qkv.contiguous()
     with _on(device):
-        arrived = counters(device).take(batch * heads.kv_heads)
-        decoding.attend_kernel[(heads.kv_heads, split, batch)](
-            qkv.contiguous(), qkv if cos is None else cos, qkv if sin is None else sin,
-            qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, lengths, k_cache, v_cache, out, sums,
-            peaks, arrived, heads.scaling, heads.softcap or 0.0, heads.q_eps, heads.k_eps, k_cache.stride(0), k_cache.stride(1),
-            heads.heads, heads.kv_heads, heads.dim, dim, heads.rotary, group, split, block, heads.window,
-            heads.softcap is not None, heads.normed, heads.mean, has_dependent_launch(device.index), **_options(qkv, 4),
+        arrived = counters(device).take(batch * a.kv_heads)
+        kernel(
+            (a.kv_heads, parts, batch),
+            (qkv, *(qkv if t is None else t for t in tables), lengths, k_cache, v_cache, out, sums, peaks, arrived),
+            a.scaling, a.softcap or 0.0, a.q_eps, a.k_eps, k_cache.shape[2],
         )  # fmt: skip
     return out
+
+
+def _power(n: int, least: int = 16) -> int:
+    return max(least, triton.next_power_of_2(n))
 
 
 def _split(rows: int, multiprocessors: int) -> int:

@@ -110,10 +110,40 @@ def _head(
     return tl.where(inside, v, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "start", "positions"])
+def split_kernel(
+    qkv, cos, sin, q_weight, k_weight, q, k_cache, v_cache, q_eps, k_eps, tokens, start, positions,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    HEADS2: tl.constexpr, KV2: tl.constexpr, NORMED: tl.constexpr, MEAN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A piece of the prompts: norm and rotation of q and k, q to [batch, HEADS, tokens, DIM], k and v into the cache.
+
+    qkv [batch, tokens, (HEADS + 2·KV_HEADS)·DIM]; the tokens are positions start, start + 1, … of the cache, which has
+    `positions`. HEADS2, KV2: powers of two from HEADS and KV_HEADS up. Grid: (tokens, batch).
+    """
+    token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    d, h, kv = tl.arange(0, D), tl.arange(0, HEADS2), tl.arange(0, KV2)
+    channels = qkv + (row * tokens + token) * ((HEADS + 2 * KV_HEADS) * DIM)
+    position = start + token
+    value = _head(channels, h, HEADS, q_weight, q_eps, cos, sin, position, DIM, D, R, NORMED, MEAN)
+    at = (row * HEADS + h[:, None]) * tokens.to(tl.int64) + token
+    tl.store(q + at * DIM + d[None, :], value.to(dtype), mask=(h[:, None] < HEADS) & (d[None, :] < DIM))
+    value = _head(channels + HEADS * DIM, kv, KV_HEADS, k_weight, k_eps, cos, sin, position, DIM, D, R, NORMED, MEAN)
+    at = (row * KV_HEADS + kv[:, None]) * positions.to(tl.int64) + position
+    inside = (kv[:, None] < KV_HEADS) & (d[None, :] < DIM)
+    tl.store(k_cache + at * DIM + d[None, :], value.to(dtype), mask=inside)
+    value = tl.load(channels + (HEADS + KV_HEADS) * DIM + kv[:, None] * DIM + d[None, :], mask=inside, other=0.0)
+    tl.store(v_cache + at * DIM + d[None, :], value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["positions"])
 def attend_kernel(
     qkv, cos, sin, q_weight, k_weight, lengths, k_cache, v_cache, out, sums, peaks, arrived,
-    scaling, softcap, q_eps, k_eps, row_stride, head_stride,
+    scaling, softcap, q_eps, k_eps, positions,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
     MEAN: tl.constexpr, PDL: tl.constexpr,
@@ -121,7 +151,7 @@ def attend_kernel(
     """One new token per row: norm and rotation of q and k, k and v into the cache, attention. Grid: (KV_HEADS, SPLIT, batch).
 
     qkv [batch, (HEADS + 2·KV_HEADS)·DIM]; cos, sin float32 [positions, R]; lengths int32 [batch], tokens cached before;
-    k_cache, v_cache [batch, KV_HEADS, positions, DIM] with strides for rows and heads; out [batch, HEADS·DIM].
+    k_cache, v_cache [batch, KV_HEADS, positions, DIM]; out [batch, HEADS·DIM].
     The keys of a row are shared among as many of the SPLIT programs as have BLOCK of them to do; each writes its float32 sums
     to `sums` [batch, KV_HEADS, SPLIT, G, D] and `peaks` [batch, KV_HEADS, SPLIT, 2, G], and the last to arrive adds them up in
     order. D, G: powers of two from DIM and HEADS/KV_HEADS up, at least 16.
@@ -145,8 +175,8 @@ def attend_kernel(
         g, d = tl.arange(0, G), tl.arange(0, D)
         channels = qkv + row * ((HEADS + 2 * KV_HEADS) * DIM)
         q = _head(channels + head * (GROUP * DIM), g, GROUP, q_weight, q_eps, cos, sin, length, DIM, D, R, NORMED, MEAN).to(dtype)
-        keys = k_cache + row * row_stride + head * head_stride
-        values = v_cache + row * row_stride + head * head_stride
+        keys = k_cache + (row * KV_HEADS + head) * positions * DIM
+        values = v_cache + (row * KV_HEADS + head) * positions * DIM
         if end == length + 1:  # the new token is this program's
             one = tl.arange(0, 1)
             own = channels + (HEADS + head) * DIM
