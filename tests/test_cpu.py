@@ -19,6 +19,8 @@ from awq.nn.layout import concatenate_outputs, restore, split_outputs
 from awq.nn.linear import WQLinear
 
 pytest.importorskip("llvmlite")
+from awq.kernels.cpu.products import emit_linear
+
 CPU = torch.device("cpu")
 # inputs, outputs, group: odd rows, whole-row groups, groups that are cut into chunks, one group of eight.
 SHAPES = [(128, 64, 128), (256, 24, 32), (136, 17, 136), (1232, 40, 616), (192, 41, 96), (24, 8, 8), (576, 96, 64), (512, 33, 512)]
@@ -51,7 +53,7 @@ def served(target):
 @pytest.fixture
 def forget():
     """Caches as in a new process, before and after."""
-    caches = (backend.problem, backend.program, engine.binding, engine.host_target, engine.openmp, _choose)
+    caches = (backend.problem, engine.program, engine.binding, engine.host_target, engine.openmp, _choose)
     for cached in caches:
         cached.cache_clear()
     yield lambda: [cached.cache_clear() for cached in caches]
@@ -82,15 +84,18 @@ def test_every_kind_of_cpu_equals_the_dense_product(target, dtype):
     if not served(target):
         pytest.skip(f"this CPU has no {target.name}")
     torch.manual_seed(0)
-    programs = [(engine.Program(dtype, planes, target), bound) for planes, bound in ((backend.PLANES[dtype], 0), (1, 3e-2))]
+    kinds = [
+        (planes, engine.Program(emit_linear, dtype, target, planes), bound)
+        for planes, bound in ((backend.PLANES[dtype], 0), (1, 3e-2))
+    ]
     for shape in SHAPES:
         weight, bias = random_weight(*shape), torch.randn(shape[1]).to(dtype)
         packed = pack(weight)
-        for program, bound in programs:
+        for planes, kernel, bound in kinds:
             for tokens in (1, 2, 3, 15):
                 x = torch.randn(tokens, shape[0]).to(dtype)
                 for b in (None, bias):
-                    assert error(backend.run(program, x, packed, b), x, weight, b) < ROUNDING[dtype] + bound
+                    assert error(backend.run(kernel, x, packed, b, planes), x, weight, b) < ROUNDING[dtype] + bound
 
 
 @pytest.mark.parametrize("name, bound", [("cpu", 0), ("cpu_int8", 3e-2)])
@@ -154,9 +159,9 @@ def test_without_openmp_python_threads_compute_the_same(monkeypatch, forget):
     expected = backend.linear(x, packed, None)
     assert not sys.platform.startswith("linux") or engine.openmp()
     monkeypatch.setattr(engine, "openmp", dict)
-    forget_program = engine.Program(torch.float32, 3, engine.host_target())
+    kernel = engine.Program(emit_linear, torch.float32, engine.host_target(), 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert torch.equal(backend.run(forget_program, x, packed, None), expected)
+    assert torch.equal(backend.run(kernel, x, packed, None, 3), expected)
 
 
 def test_siblings_are_joined_and_split():
@@ -231,12 +236,11 @@ OTHERS = [
 
 @pytest.mark.parametrize("triple, cpu, name, instruction", OTHERS)
 def test_compiles_for_other_cpus(triple, cpu, name, instruction):
-    from awq.kernels.cpu.programs import emit_module
-
     target = next(target for target in TARGETS if target.name == name)
     machine = engine.binding().Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
     for planes in (1, 3):
-        code = machine.emit_assembly(engine.machine_code(emit_module(target, "bfloat16", planes, True), machine))
+        module, _ = engine.kernel_module(emit_linear, torch.bfloat16, (target, planes), True)
+        code = machine.emit_assembly(engine.machine_code(module, machine))
         assert code.count(instruction) >= 2
 
 

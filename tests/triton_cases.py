@@ -12,8 +12,8 @@ import torch
 
 from awq.core.weight import QuantizedWeight
 from awq.formats import get_layout
-from awq.kernels import Packed, Shape
-from awq.kernels.triton import launch
+from awq.kernels import Packed, Shape, moe, stack_experts
+from awq.kernels.triton import expert_launch, launch
 from awq.kernels.triton.configs import Config
 
 # in, out, group, tokens, dtype, bias, zero point, configuration (bm, bn, split, scale_weight, warps, stages)
@@ -54,6 +54,48 @@ def error(in_features, out_features, group, tokens, dtype, bias, zero_point, con
     return ((first.double() - expected).norm() / expected.norm()).item()
 
 
+# experts, in, out, group, tokens, top_k, rows of x shared by a token's experts, weights, bias, sorted, configuration
+EXPERT_CASES = {
+    "experts, one token": (8, 256, 64, 128, 1, 2, True, False, False, False, (16, 32, 1, False, 1, 1)),
+    "experts, more rows than a block": (3, 256, 72, 128, 40, 2, True, True, True, False, (16, 64, 2, False, 1, 1)),
+    "experts, own rows": (5, 288, 40, 32, 7, 3, False, True, False, False, (16, 32, 2, False, 1, 1)),
+    "experts, whole row": (4, 136, 24, 136, 5, 1, True, False, True, False, (16, 32, 1, False, 1, 1)),
+    "experts, sorted": (6, 256, 72, 64, 61, 3, True, True, True, True, (32, 64, 2, True, 1, 1)),
+    "experts, sorted, most idle": (129, 128, 200, 128, 4, 2, False, False, False, True, (16, 128, 1, False, 1, 1)),
+    "experts, sorted, one of them": (1, 288, 16, 96, 33, 1, True, False, False, True, (16, 32, 1, False, 1, 1)),
+}
+
+
+def expert_error(count, in_features, out_features, group, tokens, top, shared, weighted, bias, by_sorting, config):
+    """Relative error to float64 of expert after expert through the reference; equal bits in two runs."""
+    generator = torch.Generator().manual_seed(in_features + tokens)
+    groups, stack = in_features // group, []
+    for _ in range(count):
+        codes = torch.randint(0, 16, (out_features, in_features), generator=generator, dtype=torch.uint8)
+        scales = (torch.rand(out_features, groups, generator=generator) * 0.02 + 1e-3).half()
+        zeros = torch.randint(0, 16, (out_features, groups), generator=generator, dtype=torch.uint8)
+        t = get_layout("planar").pack(QuantizedWeight(codes, scales, zeros))
+        stack.append(Packed(t["qweight"], t["qzeros"], t["scales"], Shape(in_features, out_features, group), "planar"))
+    packed = stack_experts(stack)
+    x = torch.randn(*((tokens,) if shared else (tokens, top)), in_features, generator=generator).half()
+    experts = torch.stack([torch.randperm(count, generator=generator)[:top] for _ in range(tokens)])
+    weights = torch.rand(tokens, top, generator=generator).half() if weighted else None
+    offset = torch.randn(count, out_features, generator=generator).half() if bias else None
+    first, second = (
+        expert_launch.fused(x, packed, offset, experts, weights, Config(*config), not by_sorting) for _ in range(2)
+    )
+    assert torch.equal(first, second) and not launch.counters(x.device).take(1).any()
+    expected = moe.one_by_one(
+        x.double(), packed, None if offset is None else offset.double(), experts, None,
+        lambda rows, weight, b: rows @ weight.unpack().dequantize(torch.float64).t() + (0 if b is None else b),
+    )  # fmt: skip
+    if weights is not None:
+        expected = expected * weights.double().unsqueeze(-1)
+    return ((first.double() - expected).norm() / expected.norm()).item()
+
+
 if __name__ == "__main__":
     launch._CHUNK = 64 * 128 * 2  # so that small weights go in pieces
-    json.dump({name: error(*case) for name, case in CASES.items()}, sys.stdout)
+    errors = {name: error(*case) for name, case in CASES.items()}
+    errors |= {name: expert_error(*case) for name, case in EXPERT_CASES.items()}
+    json.dump(errors, sys.stdout)

@@ -99,11 +99,9 @@ class _Run:
 
     def __call__(self, processors: Any, criteria: Any, streamer: Any) -> Any:
         decoder, config, batch = self.decoder, self.config, len(self.ids)
-        ahead = decoder.device.type == "cuda"
         ids = torch.cat([self.ids, self.ids.new_zeros(batch, max(self.room, 0))], 1)
-        width, pad = self.ids.shape[1], getattr(config, "_pad_token_tensor", None)
-        going = torch.ones(batch, dtype=torch.bool, device=decoder.device)
-        ends = any(hasattr(c, "eos_token_id") for c in criteria)
+        width = self.ids.shape[1]
+        watch = _Watch(criteria, config, ids)
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=decoder.device)
         kept: dict[str, list] = {"scores": [], "logits": []}
         logits = decoder.prefill(self.prompts, self.lengths)
@@ -112,25 +110,22 @@ class _Run:
             scores = processors(ids[:, : width + step], logits)
             self._keep(kept, scores, logits)
             token = self._choose(scores)
-            if ends and pad is not None:
-                token = torch.where(going, token, pad.to(token.device))
-            ids[:, width + step] = token
-            going = going & ~criteria(ids[:, : width + step + 1], scores).to(going.device)
-            read = _Read(token, going)
+            watch.put(token, scores, width + step)
             last = step + 1 == self.room
-            if ahead and not last:
+            if watch.ahead and not last:  # under way before the host looks
                 logits = decoder.step(token, lengths, longest)
-            token_here, more = read.wait()
+            token_here, more = watch.get()
             if streamer is not None:
                 streamer.put(token_here)
             if not more or last:
                 width += step + 1
                 break
-            if not ahead:
+            if not watch.ahead:
                 logits = decoder.step(token, lengths, longest)
             lengths, longest = lengths + 1, longest + 1
         if streamer is not None:
             streamer.end()
+        watch.close()
         sequences = ids[:, :width].clone()
         if not config.return_dict_in_generate:
             return sequences
@@ -150,21 +145,49 @@ class _Run:
                 kept["logits"].append(logits.clone())
 
 
-class _Read:
-    """Tokens, and whether any row goes on, on their way to the host."""
+class _Watch:
+    """Writes tokens to the sequences, says which rows go on, and brings both to the host.
 
-    def __init__(self, token: Tensor, going: Tensor) -> None:
-        both = torch.cat([token, going.any().unsqueeze(0).to(token.dtype)])
-        self.event = None
-        if both.is_cuda:
-            self.host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-            self.host.copy_(both, non_blocking=True)
+    On a GPU it does so on a stream of its own, beside the next step, which needs none of it but the token. Rows that have
+    ended get the padding token; what the model makes of them is not looked at.
+    """
+
+    def __init__(self, criteria: Any, config: Any, ids: Tensor) -> None:
+        self.criteria, self.ids = criteria, ids
+        self.pad = getattr(config, "_pad_token_tensor", None) if any(hasattr(c, "eos_token_id") for c in criteria) else None
+        self.going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        self.ahead = ids.is_cuda
+        if self.ahead:
+            self.main, self.stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            self.host = torch.empty(len(ids) + 1, dtype=ids.dtype, pin_memory=True)
             self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.host = both
 
-    def wait(self) -> tuple[Tensor, bool]:
-        if self.event is not None:
+    def put(self, token: Tensor, scores: Tensor, place: int) -> None:
+        """token int64 [batch], chosen from scores, comes to column `place`."""
+        if not self.ahead:
+            self.found = self._note(token, scores, place)
+            return
+        self.stream.wait_stream(self.main)
+        with torch.cuda.stream(self.stream):
+            # Both come from the main stream, whose next step may overwrite logits: `step` waits for what was asked of them.
+            self.token = token
+            self.host.copy_(self._note(token, scores, place), non_blocking=True)
+            self.event.record()
+
+    def _note(self, token: Tensor, scores: Tensor, place: int) -> Tensor:
+        if self.pad is not None:
+            token = torch.where(self.going, token, self.pad.to(token.device))
+        self.ids[:, place] = token
+        self.going = self.going & ~self.criteria(self.ids[:, : place + 1], scores).to(self.going.device)
+        return torch.cat([token, self.going.any().unsqueeze(0).to(token.dtype)])
+
+    def get(self) -> tuple[Tensor, bool]:
+        """The token of each row on the host, and whether any row goes on."""
+        if self.ahead:
             self.event.synchronize()
-        return self.host[:-1].clone(), bool(self.host[-1])
+            self.found = self.host.clone()
+        return self.found[:-1].clone(), bool(self.found[-1])
+
+    def close(self) -> None:
+        if self.ahead:
+            self.main.wait_stream(self.stream)

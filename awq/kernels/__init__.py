@@ -1,7 +1,14 @@
-"""Products with 4-bit weights: one `torch.library` op over a table of backends; the reference is the specification."""
+"""Products with 4-bit weights: `torch.library` ops over a table of backends; the reference is the specification.
+
+`quantized_linear` is one linear; `moe_linear` the linears of a mixture of experts, of which each token takes its own few.
+"""
 
 from awq.kernels.backends import choose, explain, layout_for, reasons, use_backend
+from awq.kernels.moe import moe_linear, stack_experts
 from awq.kernels.op import quantized_linear
 from awq.kernels.packed import Packed, Shape
 
-__all__ = ["Packed", "Shape", "choose", "explain", "layout_for", "quantized_linear", "reasons", "use_backend"]
+__all__ = [
+    "Packed", "Shape", "choose", "explain", "layout_for", "moe_linear", "quantized_linear", "reasons", "stack_experts",
+    "use_backend",
+]  # fmt: skip

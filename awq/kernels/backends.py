@@ -6,9 +6,9 @@ A backend is a module of this folder with three names:
 - `why_not(device, dtype, shape) -> str | None`: why it cannot serve, or None. It must not fail, and is asked rarely.
 - `linear(x [..., in], packed, bias [out] | None) -> [..., out]` in x's dtype. `packed` is in `LAYOUT`.
 
-and, if it can do better than the reference, `dequantize(packed, dtype) -> [out, in]`. Optional dependencies are imported
-inside its functions. The first backend of `PREFERENCE` without a reason serves; its layout is the one that `WQLinear` moves
-its weights to.
+and, if it can do better than the reference, `dequantize(packed, dtype) -> [out, in]` and `moe_linear` (see `awq.kernels.moe`).
+Optional dependencies are imported inside its functions. The first backend of `PREFERENCE` without a reason serves; its layout
+is the one that `WQLinear` moves its weights to.
 """
 
 from __future__ import annotations

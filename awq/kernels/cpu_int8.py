@@ -22,4 +22,4 @@ def why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | Non
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """x [..., in] → [..., out] in x's dtype."""
-    return cpu.run(cpu.program(x.dtype, 1), x, packed, bias)
+    return cpu.run(cpu.compiled(x.dtype, 1), x, packed, bias, 1)

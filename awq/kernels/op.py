@@ -15,9 +15,9 @@ from awq.kernels.packed import Packed, Shape
 
 _WEIGHT = "Tensor qweight, Tensor qzeros, Tensor scales"
 _SHAPE = "int in_features, int out_features, int group_size, str format"
-_LIBRARY = torch.library.Library("awq", "DEF")
-_LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_SHAPE}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-_LIBRARY.define(f"linear_input_grad(Tensor grad, {_WEIGHT}, {_SHAPE}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+LIBRARY = torch.library.Library("awq", "DEF")
+LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_SHAPE}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+LIBRARY.define(f"linear_input_grad(Tensor grad, {_WEIGHT}, {_SHAPE}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
 
 def _linear(
@@ -40,8 +40,8 @@ def _input_grad(
     return reference.product(grad, dequantize(Packed(qweight, qzeros, scales, shape, format), grad.dtype).t(), None)
 
 
-_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_input_grad", _input_grad, "CompositeExplicitAutograd")
+LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_input_grad", _input_grad, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("awq::linear")

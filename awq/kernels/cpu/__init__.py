@@ -5,7 +5,7 @@ everything else is float32. Two planes (16 bits) serve bfloat16 and float16, thr
 its own dtype is. At one token the planes are nearly free, since memory is what limits. `cpu_int8` is the same with one plane,
 as llama.cpp and onnxruntime compute: twice as fast for many tokens, and off by 0.5 %.
 
-Kernels: `programs`; what each kind of CPU has: `targets`; compiling and threads: `engine`.
+Kernels: `products`, `decoding`; what each kind of CPU has: `targets`; compiling and threads: `engine`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from awq.kernels.cpu.engine import Program, binding, host_target
+from awq.kernels.cpu.engine import Program, binding, host_target, program
 from awq.kernels.packed import Packed, Shape
 from awq.kernels.trial import trial_error
 
@@ -24,6 +24,7 @@ LAYOUT = "rows16"
 PLANES = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 _TOLERANCE = {1: 2e-2, 2: 2e-4, 3: 1e-6}  # of the trial product by planes, beside the rounding of its dtype
 _CHUNK = 256  # most inputs that share one step of the activations
+_SERIAL = 1 << 16  # most activations that one thread makes bytes of
 _CACHED = 1 << 19  # bytes of activations that a core keeps near
 
 
@@ -45,8 +46,8 @@ def problem(dtype: torch.dtype, planes: int) -> str | None:
         binding()
         if host_target() is None:
             return "the CPU has no AVX2, AVX-512 or Arm dot products"
-        compiled = program(dtype, planes)
-        error = trial_error(lambda x, packed: run(compiled, x, packed, None), LAYOUT, dtype, (1, 7))
+        kernel = compiled(dtype, planes)
+        error = trial_error(lambda x, packed: run(kernel, x, packed, None, planes), LAYOUT, dtype, (1, 7))
     except ImportError as failure:
         return str(failure)
     except Exception as failure:  # LLVM refuses in many ways, and a linear must still be computed
@@ -55,23 +56,23 @@ def problem(dtype: torch.dtype, planes: int) -> str | None:
     return None if error < allowed else f"a trial product was wrong by {error:.3g}"
 
 
-@cache
-def program(dtype: torch.dtype, planes: int) -> Program:
-    """The compiled kernels. Raises ImportError or what LLVM raises."""
-    target = host_target()
-    assert target is not None
-    return Program(dtype, planes, target)
+def compiled(dtype: torch.dtype, planes: int) -> Program:
+    """The product's kernel. Raises ImportError or what LLVM raises."""
+    from awq.kernels.cpu.products import emit_linear
+
+    return program(emit_linear, dtype, host_target(), planes)
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """x [..., in] → [..., out] in x's dtype."""
-    return run(program(x.dtype, PLANES[x.dtype]), x, packed, bias)
+    planes = PLANES[x.dtype]
+    return run(compiled(x.dtype, planes), x, packed, bias, planes)
 
 
-def run(compiled: Program, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """x [..., in] (contiguous or not) times the packed weight, in the threads that torch uses."""
+def run(kernel: Program, x: Tensor, packed: Packed, bias: Tensor | None, planes: int) -> Tensor:
+    """x [..., in] times the packed weight, in the threads that torch uses; `kernel` is `compiled` for x's dtype and `planes`."""
     inputs, outputs, group = packed.shape
-    x, planes = x.contiguous(), compiled.planes
+    x = x.contiguous()
     tokens, chunk = x.numel() // inputs, chunk_of(group)
     y = x.new_empty(*x.shape[:-1], outputs)
     if bias is not None:
@@ -79,16 +80,16 @@ def run(compiled: Program, x: Tensor, packed: Packed, bias: Tensor | None) -> Te
     size, steps = tokens * planes * inputs, tokens * (inputs // chunk) * 4
     scratch = torch.empty(size + 2 * steps, dtype=torch.uint8)
     start, threads = scratch.data_ptr(), torch.get_num_threads()
-    task = _Task(
-        x.data_ptr(), y.data_ptr(), packed.qweight.data_ptr(), packed.scales.data_ptr(), packed.qzeros.data_ptr(),
-        0 if bias is None else bias.data_ptr(), start, start + size, start + size + steps,
-        tokens, inputs, outputs, group, chunk, threads, max(8, _CACHED // (planes * inputs) // 8 * 8),
-    )  # fmt: skip
-    compiled.run(task, threads)
+    kernel(_Task(
+        threads if tokens * inputs > _SERIAL else 1, threads, x.data_ptr(), y.data_ptr(),
+        packed.qweight.data_ptr(), packed.scales.data_ptr(), packed.qzeros.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        start, start + size, start + size + steps,
+        tokens, inputs, outputs, group, chunk, max(8, _CACHED // (planes * inputs) // 8 * 8),
+    ))  # fmt: skip
     return y
 
 
-_Task = ctypes.c_int64 * 16
+_Task = ctypes.c_int64 * 17
 
 
 @cache

@@ -1,8 +1,7 @@
 """Turns the kernels into machine code for this CPU, and runs them.
 
-llvmlite carries LLVM in its wheel: no compiler, no header and no file is needed on the machine. A program is compiled once
-per process, dtype and precision, in a few tenths of a second, when the first linear asks for it, and is then tried on a small
-product: a library or CPU that computes wrong is found before it is used.
+llvmlite carries LLVM in its wheel: no compiler, no header and no file is needed on the machine. A kernel is compiled once
+per process and dtype, in a few tenths of a second, when it is asked for.
 
 Threads are those of the OpenMP library that torch runs on, so that both share one pool: two pools that spin take turns of
 milliseconds. Where torch has none that speaks GNU's interface (macOS, Windows), Python threads take the parts.
@@ -81,41 +80,59 @@ def machine_code(module: Any, machine: Any) -> Any:
 
 
 class Program:
-    """Compiled kernels for activations of `dtype` cut into `planes`. Raises what llvmlite raises when it cannot."""
+    """A compiled kernel. Calling it with a task, an array of int64, does the task.
 
-    def __init__(self, dtype: torch.dtype, planes: int, target: Target, cpu: str | None = None) -> None:
-        from awq.kernels.cpu.programs import emit_module
+    emit: (llvmlite module, element type, *settings) → the kernel's parts; dtype: of the activations; cpu: another CPU than
+    this one, by LLVM's name. Raises what llvmlite raises when it cannot compile.
+    """
 
-        b, features = binding(), None
-        addresses = openmp()
+    def __init__(self, emit: Callable[..., Any], dtype: torch.dtype, *settings: Any, cpu: str | None = None) -> None:
+        b, features, addresses = binding(), None, openmp()
         for name, address in addresses.items():
             b.add_symbol(name, address)
         if cpu is None:
             cpu, features = b.get_host_cpu_name(), b.get_host_cpu_features().flatten()
         machine = b.Target.from_default_triple().create_target_machine(cpu=cpu, features=features or "", opt=3, jit=True)
-        name = str(dtype).removeprefix("torch.")
-        module = machine_code(emit_module(target, name, planes, bool(addresses)), machine)
-        self._engine = b.create_mcjit_compiler(module, machine)
+        module, parts = kernel_module(emit, dtype, settings, bool(addresses))
+        self._engine = b.create_mcjit_compiler(machine_code(module, machine), machine)
         self._engine.finalize_object()
-        self.dtype, self.planes = dtype, planes
-        self.run: Callable[[Any, int], None] = _with_openmp(self._engine) if addresses else _with_python(self._engine)
+        address = self._engine.get_function_address
+        if addresses:
+            self._run: Callable[[Any], None] = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address("run"))
+        else:
+            kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+            self._run = _in_python_threads([kind(address(name)) for name in parts])
+
+    def __call__(self, task: Any) -> None:
+        self._run(task)
 
 
-def _with_openmp(engine: Any) -> Callable[[Any, int], None]:
-    linear = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("linear"))
-    return lambda task, threads: linear(task)
+@cache
+def program(emit: Callable[..., Any], dtype: torch.dtype, *settings: Any) -> Program:
+    """The kernel compiled for this CPU, once in a process."""
+    return Program(emit, dtype, *settings)
 
 
-def _with_python(engine: Any) -> Callable[[Any, int], None]:
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    parts = [kind(engine.get_function_address(name)) for name in ("quantize", "products")]
+def kernel_module(emit: Callable[..., Any], dtype: torch.dtype, settings: tuple, openmp: bool) -> tuple[Any, list[str]]:
+    """(the kernel as an `ir.Module`, the names of its parts)."""
+    from llvmlite import ir
 
-    def run(task: Any, threads: int) -> None:
-        for part in parts:
+    from awq.kernels.cpu.emit import ELEMENTS, emit_entry
+
+    module = ir.Module("awq")
+    parts = emit(module, ELEMENTS[str(dtype).removeprefix("torch.")], *settings)
+    if openmp:
+        emit_entry(module, parts)
+    return module, [part.name for part in parts]
+
+
+def _in_python_threads(parts: list[Any]) -> Callable[[Any], None]:
+    def run(task: Any) -> None:
+        for part, threads in zip(parts, task):
             if threads == 1:
                 part(task, 0, 1)
             else:  # ctypes lets go of the interpreter's lock while a part runs
-                list(_pool(threads).map(lambda i, part=part: part(task, i, threads), range(threads)))
+                list(_pool(threads).map(lambda i, part=part, n=threads: part(task, i, n), range(threads)))
 
     return run
 

@@ -40,6 +40,13 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return launch.linear(x, packed, bias)
 
 
+def moe_linear(x: Tensor, packed: Packed, bias: Tensor | None, experts: Tensor, weights: Tensor | None) -> Tensor | None:
+    """See `awq.kernels.moe`; None for float32, which goes expert by expert, like the dense product it is."""
+    from awq.kernels.triton import expert_launch
+
+    return None if x.dtype == torch.float32 else expert_launch.moe_linear(x, packed, bias, experts, weights)
+
+
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """Dense weight [out, in] of `dtype`, rounded once from float32."""
     from awq.kernels.triton import launch

@@ -75,3 +75,17 @@ def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> 
     while tiles * split < (2 if bm >= 64 else 4) * multiprocessors and split < most and steps // (2 * split) >= 2:
         split *= 2
     return Config(bm, bn, split, bm >= 128, warps, stages)
+
+
+def config_for_experts(architecture: str, multiprocessors: int, shape: Shape, rows: int, experts: int) -> Config:
+    """The configuration for `rows` pairs of a token and an expert, spread over `experts` weights of `shape`.
+
+    Blocks hold what most experts get when tokens choose at random: the mean and two standard deviations. Many rows go in
+    blocks of 64 or 128, several to an expert, because a block that is not full costs as much as a full one.
+    """
+    active = min(experts, rows)
+    mean = rows / active
+    bm = 128 if mean >= 512 else 64 if mean > 32 else next(b for b in BUCKETS[1:] if b >= mean + 2 * (mean - 1) ** 0.5)
+    config = rule(architecture, multiprocessors, Shape(shape.in_features, shape.out_features * active, shape.group_size), bm)
+    assert config is not None
+    return config

@@ -123,9 +123,10 @@ def attend(
     out = qkv.new_empty((batch, a.heads * a.dim))
     sums = torch.empty((batch * a.kv_heads * parts, group, dim), dtype=torch.float32, device=device)
     peaks = torch.empty((batch * a.kv_heads * parts, 2, group), dtype=torch.float32, device=device)
-    block = 16 if qkv.dtype == torch.float32 else 64 if dim <= 128 else 32
-    sizes = (a.heads, a.kv_heads, a.dim, dim, a.rotary, group, parts, block, a.window, a.softcap is not None)
-    kernel = _started(decoding.attend_kernel, device.index, (qkv.dtype,), (*sizes, a.normed, a.mean), 4)
+    block, warps = (16, 4) if qkv.dtype == torch.float32 else _tile(dim)
+    lines = 1 << max(0, (a.dim * qkv.element_size() // 128).bit_length() - 1)
+    sizes = (a.heads, a.kv_heads, a.dim, dim, a.rotary, group, parts, block, lines, a.window, a.softcap is not None)
+    kernel = _started(decoding.attend_kernel, device.index, (qkv.dtype,), (*sizes, a.normed, a.mean), warps)
     qkv = qkv.contiguous()
     with _on(device):
         arrived = counters(device).take(batch * a.kv_heads)
@@ -139,6 +140,11 @@ def attend(
 
 def _power(n: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(n))
+
+
+def _tile(dim: int) -> tuple[int, int]:
+    """(keys looked at together, warps)."""
+    return (64, 4) if dim <= 128 else (32, 4)
 
 
 def _split(rows: int, multiprocessors: int) -> int:

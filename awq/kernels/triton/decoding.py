@@ -145,7 +145,7 @@ def attend_kernel(
     qkv, cos, sin, q_weight, k_weight, lengths, k_cache, v_cache, out, sums, peaks, arrived,
     scaling, softcap, q_eps, k_eps, positions,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
     MEAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One new token per row: norm and rotation of q and k, k and v into the cache, attention. Grid: (KV_HEADS, SPLIT, batch).
@@ -154,29 +154,38 @@ def attend_kernel(
     k_cache, v_cache [batch, KV_HEADS, positions, DIM]; out [batch, HEADS·DIM].
     The keys of a row are shared among as many of the SPLIT programs as have BLOCK of them to do; each writes its float32 sums
     to `sums` [batch, KV_HEADS, SPLIT, G, D] and `peaks` [batch, KV_HEADS, SPLIT, 2, G], and the last to arrive adds them up in
-    order. D, G: powers of two from DIM and HEADS/KV_HEADS up, at least 16.
+    order. D, G: powers of two from DIM and HEADS/KV_HEADS up, at least 16. LINES: cache lines of 128 bytes in a head, a power of two.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head, slice, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     dtype: tl.constexpr = qkv.dtype.element_ty
     PRECISION: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     length = tl.load(lengths + row)
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length + 1 - WINDOW, 0)
     share = tl.cdiv(tl.cdiv(length + 1 - first, SPLIT), BLOCK) * BLOCK
     active = tl.cdiv(length + 1 - first, share)
+    keys = k_cache + (row * KV_HEADS + head) * positions * DIM
+    values = v_cache + (row * KV_HEADS + head) * positions * DIM
+    begin = first + slice * share
+    end = tl.minimum(begin + share, length + 1)
+    if PDL:
+        gdc_launch_dependents()
+        # What is cached, and how much, was written before this step began, so it may be fetched before the wait.
+        for t in range(begin, end, BLOCK):
+            at = tl.minimum(t + tl.arange(0, BLOCK), end - 1).to(tl.int64)[:, None] * DIM + tl.arange(0, LINES)[None, :] * (DIM // LINES)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [keys + at], dtype=tl.int32, is_pure=False, pack=1
+            )
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [values + at], dtype=tl.int32, is_pure=False, pack=1
+            )
+        gdc_wait()
     if slice < active:
-        begin = first + slice * share
-        end = tl.minimum(begin + share, length + 1)
         g, d = tl.arange(0, G), tl.arange(0, D)
         channels = qkv + row * ((HEADS + 2 * KV_HEADS) * DIM)
         q = _head(channels + head * (GROUP * DIM), g, GROUP, q_weight, q_eps, cos, sin, length, DIM, D, R, NORMED, MEAN).to(dtype)
-        keys = k_cache + (row * KV_HEADS + head) * positions * DIM
-        values = v_cache + (row * KV_HEADS + head) * positions * DIM
         if end == length + 1:  # the new token is this program's
             one = tl.arange(0, 1)
             own = channels + (HEADS + head) * DIM
@@ -210,7 +219,7 @@ def attend_kernel(
         if active == 1:
             tl.store(result, (acc / weight[:, None]).to(dtype), mask=wanted)
         else:
-            tl.store(sums + (place + slice) * (G * D) + g[:, None] * D + d[None, :], acc)
+            tl.store(sums + (place + slice) * (G * D) + g[:, None] * D + d[None, :], acc, mask=wanted)
             tl.store(peaks + (place + slice) * (2 * G) + g, peak)
             tl.store(peaks + (place + slice) * (2 * G) + G + g, weight)
             tl.debug_barrier()
@@ -220,7 +229,8 @@ def attend_kernel(
                 weight = tl.zeros((G,), tl.float32)
                 acc = tl.zeros((G, D), tl.float32)
                 for s in range(active):
-                    part = tl.load(sums + (place + s) * (G * D) + g[:, None] * D + d[None, :], cache_modifier=".cg")
+                    from_sums = sums + (place + s) * (G * D) + g[:, None] * D + d[None, :]
+                    part = tl.load(from_sums, mask=wanted, other=0.0, cache_modifier=".cg")
                     top = tl.load(peaks + (place + s) * (2 * G) + g, cache_modifier=".cg")
                     above = tl.maximum(peak, top)
                     keep, add = tl.exp(peak - above), tl.exp(top - above)

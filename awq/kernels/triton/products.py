@@ -103,43 +103,21 @@ def _tokens(x, m, k, M, K: tl.constexpr, TAIL: tl.constexpr):
     return tl.load(x + m[None, :].to(tl.int64) * K + k[:, None], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["M"])
-def product_kernel(
-    x, qweight, grid, bias, y, partial, arrived, M,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, NP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SCALE_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
+@triton.jit
+def sum_of_slice(
+    x, m, M, qweight, grid, row, slice, i,
+    K: tl.constexpr, GROUP: tl.constexpr, NP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+    SCALE_WEIGHT: tl.constexpr, ASM: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] · weightᵀ + bias. NP: rows of the padded weight. Grid: (⌈N/BN⌉, SPLIT, ⌈M/BM⌉).
+    """float32 [BN, BM]: rows `row` of the weight times rows m of x [M, K] (0 where m ≥ M) over one of SPLIT slices of K.
 
-    AHEAD: steps whose weights are fetched into the L2 cache before the wait for the kernel in front (a power of two, or 0).
-
-    partial float32 [SPLIT, M, N] and arrived int32 [⌈M/BM⌉ · ⌈N/BN⌉] are used when SPLIT > 1.
+    i: 0 … 31, made by the caller: behind its wait for the kernel in front, the compiler would keep it apart.
     """
-    BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     STEPS: tl.constexpr = (K + 128 - 1) // 128
     PER: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
     TAIL: tl.constexpr = K % 128 != 0 or STEPS % SPLIT != 0
     ONE_GROUP: tl.constexpr = GROUP >= K
     PARTS: tl.constexpr = 1 if GROUP % 128 == 0 or ONE_GROUP else 4  # scales looked up per block of 128
-    tile, slice, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n = tile * BN + tl.arange(0, BN)
-    row = n
-    if NP % BN != 0:
-        row = tl.minimum(n, NP - 1)
-    m = block * BM + tl.arange(0, BM)
-    i = tl.arange(0, 32)
-    if PDL:
-        gdc_launch_dependents()
-        if AHEAD > 0:
-            steps = tl.minimum(slice * PER + tl.arange(0, AHEAD), STEPS - 1).to(tl.int64)
-            lines = tl.minimum(tile * BN * 64 + tl.arange(0, BN // 2) * 128, NP * 64 - 128)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
-                [qweight.to(tl.pointer_type(tl.int8)) + steps[:, None] * (NP * 64) + lines[None, :]],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-        gdc_wait()
     acc = tl.zeros((BN, BM), tl.float32)
     for step in range(PER):
         t = slice * PER + step
@@ -179,6 +157,44 @@ def product_kernel(
     if ONE_GROUP and not SCALE_WEIGHT:
         _, scale = _grid(tl.load(grid + row))
         acc *= scale.to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def product_kernel(
+    x, qweight, grid, bias, y, partial, arrived, M,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, NP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SCALE_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] = x [M, K] · weightᵀ + bias. NP: rows of the padded weight. Grid: (⌈N/BN⌉, SPLIT, ⌈M/BM⌉).
+
+    AHEAD: steps whose weights are fetched into the L2 cache before the wait for the kernel in front (a power of two, or 0).
+
+    partial float32 [SPLIT, M, N] and arrived int32 [⌈M/BM⌉ · ⌈N/BN⌉] are used when SPLIT > 1.
+    """
+    BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
+    STEPS: tl.constexpr = (K + 128 - 1) // 128
+    PER: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    tile, slice, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n = tile * BN + tl.arange(0, BN)
+    row = n
+    if NP % BN != 0:
+        row = tl.minimum(n, NP - 1)
+    m = block * BM + tl.arange(0, BM)
+    i = tl.arange(0, 32)
+    if PDL:
+        gdc_launch_dependents()
+        if AHEAD > 0:
+            steps = tl.minimum(slice * PER + tl.arange(0, AHEAD), STEPS - 1).to(tl.int64)
+            lines = tl.minimum(tile * BN * 64 + tl.arange(0, BN // 2) * 128, NP * 64 - 128)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
+                [qweight.to(tl.pointer_type(tl.int8)) + steps[:, None] * (NP * 64) + lines[None, :]],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+        gdc_wait()
+    acc = sum_of_slice(x, m, M, qweight, grid, row, slice, i, K, GROUP, NP, BM, BN, SPLIT, SCALE_WEIGHT, ASM, BF16)
     inside = (m[None, :] < M) & (n[:, None] < N)
     where = m[None, :].to(tl.int64) * N + n[:, None]
     if SPLIT > 1:

@@ -6,9 +6,6 @@ are the digits of a number to the base 256, one int8 for each plane: |v| is at m
     Σ (q − z) · s · x  =  s · step · (Σ q · v − z · Σ v)
 
 where the sum over one plane is exact in int32, and planes are put together in float32.
-
-A task is an array of 64-bit fields, `FIELDS`. `quantize(task, i, n)` and `products(task, i, n)` do the i-th of n parts of it;
-`linear(task)` does both in the threads of the OpenMP library that torch has loaded.
 """
 
 from __future__ import annotations
@@ -17,35 +14,21 @@ from typing import Any
 
 from llvmlite import ir
 
-from awq.kernels.cpu.emit import F16, F32, I8, I16, I32, I64, PTR, VOID, Emitter, const, vec
+from awq.kernels.cpu.emit import F16, F32, I8, I16, I32, I64, PTR, VOID, Emitter, Task, const, vec
 from awq.kernels.cpu.targets import LANES, Target
 
 FIELDS = (
-    "x", "y", "codes", "scales", "zeros", "bias", "planes", "steps", "sums",
-    "tokens", "inputs", "outputs", "group", "chunk", "threads", "cached",
+    "quantize_threads", "threads", "x", "y", "codes", "scales", "zeros", "bias", "planes", "steps", "sums",
+    "tokens", "inputs", "outputs", "group", "chunk", "cached",
 )  # fmt: skip
-ELEMENTS = {"float32": F32, "float16": F16, "bfloat16": I16}
-SERIAL = 1 << 16  # activations of fewer elements are quantized by one thread
 ROW, ROWS = 8, LANES  # activations per step; outputs per block
 AHEAD = 4096  # bytes between what is read and what is fetched into the cache
-
-
-class Task:
-    """Reads fields of the task inside of a function."""
-
-    def __init__(self, b: Emitter, task: Any) -> None:
-        self.b, self.task = b, task
-
-    def __getattr__(self, name: str) -> Any:
-        b = self.b
-        value = b.fetch(self.task, const(I64, FIELDS.index(name)), I64, align=8)
-        return b.inttoptr(value, PTR) if FIELDS.index(name) < FIELDS.index("tokens") else value
 
 
 def emit_quantize(module: ir.Module, element: ir.Type, planes: int) -> ir.Function:
     """quantize(task, i, n): rows of x [tokens, inputs] to planes int8 [tokens, planes, inputs], steps and sums [tokens, chunks]."""
     b, (task, index, count) = Emitter.define(module, "quantize", [PTR, I64, I64])
-    t = Task(b, task)
+    t = Task(b, task, FIELDS)
     x, out, steps, sums, inputs, chunk = t.x, t.planes, t.steps, t.sums, t.inputs, t.chunk
     chunks = b.sdiv(inputs, chunk)
     limit, floats, ints = 127.0 * 256 ** (planes - 1), vec(F32, ROW), vec(I32, ROW)
@@ -84,7 +67,7 @@ def emit_quantize(module: ir.Module, element: ir.Type, planes: int) -> ir.Functi
 def emit_tile(module: ir.Module, target: Target, element: ir.Type, planes: int, rows: int, tokens: int) -> ir.Function:
     """tile(task, block, token): `rows` blocks of 16 outputs from `block`, for `tokens` tokens from `token`."""
     b, (task, block, token) = Emitter.define(module, f"tile_{rows}x{tokens}", [PTR, I64, I64], internal=True)
-    t = Task(b, task)
+    t = Task(b, task, FIELDS)
     inputs, outputs, group, chunk = t.inputs, t.outputs, t.group, t.chunk
     groups, chunks, chunks_per_group = b.sdiv(inputs, group), b.sdiv(inputs, chunk), b.sdiv(group, chunk)
     blocks = [b.add(block, const(I64, r)) for r in range(rows)]
@@ -166,7 +149,7 @@ def emit_products(module: ir.Module, target: Target, element: ir.Type, planes: i
     widths = [w for w in (8, 4, 2, 1) if target.rows * w * planes <= target.sums]
     tiles = {(rows, w): emit_tile(module, target, element, planes, rows, w) for rows in {1, target.rows} for w in widths}
     b, (task, index, count) = Emitter.define(module, "products", [PTR, I64, I64])
-    t = Task(b, task)
+    t = Task(b, task, FIELDS)
     tokens, cached = t.tokens, t.cached
 
     def whole(start: Any, stop: Any, step: int) -> Any:
@@ -195,29 +178,6 @@ def emit_products(module: ir.Module, target: Target, element: ir.Type, planes: i
     return b.function
 
 
-def emit_module(target: Target, dtype: str, planes: int, openmp: bool) -> ir.Module:
-    module = ir.Module("awq")
-    element = ELEMENTS[dtype]
-    bodies = [emit_quantize(module, element, planes), emit_products(module, target, element, planes)]
-    if openmp:
-        number = ir.Function(module, ir.FunctionType(I32, []), "omp_get_thread_num")
-        size = ir.Function(module, ir.FunctionType(I32, []), "omp_get_num_threads")
-        fork = ir.Function(module, ir.FunctionType(VOID, [PTR, PTR, I32, I32]), "GOMP_parallel")
-        entries = []
-        for body in bodies:
-            b, (task,) = Emitter.define(module, f"{body.name}_part", [PTR], internal=True)
-            b.call(body, [task, b.sext(b.call(number, []), I64), b.sext(b.call(size, []), I64)])
-            b.ret_void()
-            entries.append(b.function)
-        b, (task,) = Emitter.define(module, "linear", [PTR])
-        t = Task(b, task)
-        threads = b.trunc(t.threads, I32)
-        few = b.icmp_signed("<", b.mul(t.tokens, t.inputs), const(I64, SERIAL))
-        with b.if_else(few) as (then, otherwise):
-            with then:
-                b.call(bodies[0], [task, const(I64, 0), const(I64, 1)])
-            with otherwise:
-                b.call(fork, [entries[0], task, threads, const(I32, 0)])
-        b.call(fork, [entries[1], task, threads, const(I32, 0)])
-        b.ret_void()
-    return module
+def emit_linear(module: ir.Module, element: ir.Type, target: Target, planes: int) -> list[ir.Function]:
+    """The two parts of a product, one after the other."""
+    return [emit_quantize(module, element, planes), emit_products(module, target, element, planes)]
