@@ -62,6 +62,31 @@ def test_compiles_for_every_target_without_spilling(target, dtype, tokens):
     assert code.shared <= {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}.get(target, 64) * 1024
 
 
+@pytest.mark.parametrize("target", offline.TARGETS)
+@pytest.mark.parametrize("rows", [2, 32, 128, 1024])
+def test_experts_compile_for_every_target_without_spilling(target, rows):
+    name = target if isinstance(target, str) else f"sm{target}"
+    shape = Shape(4096, 14336, 128)
+    config = configs.config_for_experts(name, 108, shape, rows, 8)
+    code = offline.compile_experts(target, shape, config, rows if rows <= 128 else None, torch.bfloat16)
+    assert len(code.binary) > 1000 and code.spilled == 0
+    assert code.shared <= {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}.get(target, 64) * 1024
+
+
+@pytest.mark.parametrize("target", [80, 90, "gfx942"])
+def test_sorting_by_expert_compiles(target):
+    for experts in (8, 128):
+        code = offline.compile_route(target, experts, 64)
+        assert len(code.binary) > 1000 and code.spilled == 0
+
+
+def test_rule_for_experts():
+    for rows, experts in ((1, 8), (2, 8), (32, 8), (128, 8), (129, 8), (1024, 8), (8, 128), (4096, 128), (40_000, 4), (300, 1)):
+        for architecture in ("sm80", "sm90", "gfx942", "gfx1100"):
+            c = configs.config_for_experts(architecture, 108, Shape(4096, 1408, 128), rows, experts)
+            assert c.bm >= (16 if architecture.startswith("gfx") else 8) and c.bm * c.split > 0
+
+
 @pytest.mark.parametrize("target", [80, 90, "gfx942"])
 def test_dense_kernel_compiles(target):
     code = offline.compile_dequantize(target, Shape(4224, 200, 128), torch.bfloat16)

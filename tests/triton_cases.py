@@ -81,9 +81,7 @@ def expert_error(count, in_features, out_features, group, tokens, top, shared, w
     experts = torch.stack([torch.randperm(count, generator=generator)[:top] for _ in range(tokens)])
     weights = torch.rand(tokens, top, generator=generator).half() if weighted else None
     offset = torch.randn(count, out_features, generator=generator).half() if bias else None
-    first, second = (
-        expert_launch.fused(x, packed, offset, experts, weights, Config(*config), not by_sorting) for _ in range(2)
-    )
+    first, second = (expert_launch.fused(x, packed, offset, experts, weights, Config(*config), not by_sorting) for _ in range(2))
     assert torch.equal(first, second) and not launch.counters(x.device).take(1).any()
     expected = moe.one_by_one(
         x.double(), packed, None if offset is None else offset.double(), experts, None,

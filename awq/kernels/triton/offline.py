@@ -64,6 +64,38 @@ def compile_dequantize(target: int | str, shape: Shape, dtype: torch.dtype = tor
     return _compile(dequantize_kernel, target, arguments, constants | {"PDL": pdl}, options)
 
 
+def compile_experts(
+    target: int | str, shape: Shape, config: Config, rows: int | None, dtype: torch.dtype = torch.float16, top: int = 2
+) -> Code:
+    """The kernel of a mixture of experts as `expert_launch.fused` would compile it: for so many rows, or sorted ones (None)."""
+    from awq.kernels.triton.experts import expert_kernel
+
+    nvidia, x = isinstance(target, int), _POINTERS[dtype]
+    order = "*i64" if rows else "*i32"
+    arguments = {"x": x, "qweight": "*i16", "grid": "*i32", "bias": x, "factors": x, "experts": "*i64",
+                 "order": order, "owner": order, "y": x, "partial": "*fp32" if config.split > 1 else x, "arrived": "*i32" if config.split > 1 else x,
+                 "R": "i32"}  # fmt: skip
+    pdl = nvidia and int(target) >= 90
+    constants = {
+        "TOP": top, "N": shape.out_features, "K": shape.in_features, "GROUP": shape.group_size,
+        "GROUPS": shape.in_features // shape.group_size, "NP": padded(*shape[:2])[1], "BM": config.bm, "BN": config.bn,
+        "SPLIT": config.split, "SCALE_WEIGHT": config.scale_weight, "ROWS": max(16, 1 << (rows - 1).bit_length()) if rows else 0,
+        "HAS_BIAS": True, "HAS_FACTORS": True, "ASM": nvidia, "PDL": pdl,
+    }  # fmt: skip
+    options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
+    return _compile(expert_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {}))
+
+
+def compile_route(target: int | str, experts: int, bm: int) -> Code:
+    """The kernel that sorts rows by expert as `expert_launch.route` would compile it."""
+    from awq.kernels.triton.experts import route_kernel
+
+    arguments = {"experts": "*i64", "order": "*i32", "owner": "*i32", "R": "i32", "E": "i32", "BLOCKS": "i32"}
+    pdl = isinstance(target, int) and target >= 90
+    constants = {"BINS": 1 << experts.bit_length(), "BM": bm, "CHUNK": 1024, "PDL": pdl}
+    return _compile(route_kernel, target, arguments, constants, {"num_warps": 4} | ({"launch_pdl": True} if pdl else {}))
+
+
 def _compile(kernel: Any, target: int | str, arguments: dict, constants: dict, options: dict) -> Code:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

@@ -1,0 +1,161 @@
+"""`awq::moe_linear`: the products of a mixture of experts as one operator, differentiable in x and in the experts' weights.
+
+The packed tensors of all experts are stacked along a leading axis: any layout of `awq.formats` with `[experts, …]` in front. A
+backend may bring its own `moe_linear(x, packed, bias, experts, weights)`; the others serve expert after expert, which asks the
+device how the tokens are spread and so cannot be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from awq.errors import ConfigError
+from awq.kernels import reference
+from awq.kernels.backends import choose, get_backend
+from awq.kernels.op import LIBRARY
+from awq.kernels.packed import Packed, Shape
+
+_WEIGHT = "Tensor qweight, Tensor qzeros, Tensor scales"
+_SHAPE = "int in_features, int out_features, int group_size, str format"
+LIBRARY.define(
+    f"moe_linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor experts, Tensor? weights, {_SHAPE}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define(
+    f"moe_linear_input_grad(Tensor grad, {_WEIGHT}, Tensor experts, {_SHAPE}) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+
+
+def stack_experts(experts: Sequence[Packed]) -> Packed:
+    """The packed weights of all experts with a leading expert axis; `shape` stays that of one expert.
+
+    Raises ConfigError when shapes or layouts differ.
+    """
+    if len({(e.shape, e.layout) for e in experts}) != 1:
+        raise ConfigError("experts can be stacked when there are some, and their shapes and layouts are the same.")
+    qweight, qzeros, scales = (torch.stack(tensors) for tensors in zip(*(e[:3] for e in experts)))
+    return Packed(qweight, qzeros, scales, experts[0].shape, experts[0].layout)
+
+
+def expert_of(packed: Packed, number: int) -> Packed:
+    """One expert's weight out of a stack, without a copy."""
+    return Packed(packed.qweight[number], packed.qzeros[number], packed.scales[number], packed.shape, packed.layout)
+
+
+def moe_linear(x: Tensor, packed: Packed, experts: Tensor, weights: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Every token through its experts' linears, in x's dtype.
+
+    x: [tokens, in], or [tokens, top_k, in] when each expert of a token reads its own row (a second projection).
+    packed: a stack of experts (`stack_experts`) in the layout of the backend that is to serve, or any other.
+    experts: int64 or int32 [tokens, top_k], values 0 … experts − 1; a GPU does not check them.
+    weights: float [tokens, top_k]; with them a token's outputs are weighted in float32 and added up.
+    bias: [experts, out].
+
+    Returns [tokens, top_k, out], or [tokens, out] with weights. Raises ConfigError when sizes do
+    not fit together.
+    """
+    if experts.dim() != 2 or (x.shape[:-1] != experts.shape[: x.dim() - 1]) or x.dim() not in (2, 3):
+        raise ConfigError(
+            f"x of {list(x.shape)} does not fit experts of {list(experts.shape)}: they are [tokens, in] or [tokens, top_k, in], "
+            "and [tokens, top_k]."
+        )
+    if x.shape[-1] != packed.shape.in_features:
+        raise ConfigError(f"x has {x.shape[-1]} inputs, and the experts take {packed.shape.in_features}.")
+    if weights is not None and weights.shape != experts.shape:
+        raise ConfigError(
+            f"weights of {list(weights.shape)} do not fit experts of {list(experts.shape)}: both are [tokens, top_k]."
+        )
+    return _op(x, packed.qweight, packed.qzeros, packed.scales, bias, experts, weights, *packed.shape, packed.layout)
+
+
+def one_by_one(
+    x: Tensor, packed: Packed, bias: Tensor | None, experts: Tensor, weights: Tensor | None,
+    linear: Callable[[Tensor, Packed, Tensor | None], Tensor],
+) -> Tensor:  # fmt: skip
+    """`moe_linear` expert after expert through a backend's `linear`: what every other implementation must equal."""
+    tokens, top = experts.shape
+    y = x.new_empty((tokens * top, packed.shape.out_features))
+    source = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    for number, rows in _rows_by_expert(experts):
+        inputs = source[rows // top if x.dim() == 2 else rows]
+        y[rows] = linear(inputs, expert_of(packed, number), None if bias is None else bias[number])
+    y = y.view(tokens, top, packed.shape.out_features)
+    return y if weights is None else (y.float() * weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+def _rows_by_expert(experts: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(expert, its rows out of tokens · top_k) for every expert that has any."""
+    flat = experts.reshape(-1)
+    for number in flat.unique().tolist():
+        yield number, (flat == number).nonzero().squeeze(-1)
+
+
+def _moe_linear(
+    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, experts: Tensor, weights: Tensor | None,
+    in_features: int, out_features: int, group_size: int, format: str,
+) -> Tensor:  # fmt: skip
+    shape = Shape(in_features, out_features, group_size)
+    backend = get_backend(choose(x.device, x.dtype, shape, format))
+    packed = Packed(qweight, qzeros, scales, shape, format)
+    own = getattr(backend, "moe_linear", None)
+    y = None if own is None else own(x, packed, bias, experts, weights)
+    return one_by_one(x, packed, bias, experts, weights, backend.linear) if y is None else y
+
+
+def _input_grad(
+    grad: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, experts: Tensor,
+    in_features: int, out_features: int, group_size: int, format: str,
+) -> Tensor:  # fmt: skip
+    """grad [tokens, top_k, out] times each row's dense weight [out, in]: [tokens, top_k, in]."""
+    shape = Shape(in_features, out_features, group_size)
+    backend = get_backend(choose(grad.device, grad.dtype, shape, format))
+    dequantize = getattr(backend, "dequantize", reference.dequantize)
+    packed = Packed(qweight, qzeros, scales, shape, format)
+    rows_of_grad = grad.reshape(-1, out_features)
+    result = grad.new_empty((rows_of_grad.shape[0], in_features))
+    for number, rows in _rows_by_expert(experts):
+        dense = dequantize(expert_of(packed, number), grad.dtype)
+        result[rows] = reference.product(rows_of_grad[rows], dense.t(), None)
+    return result.view(*experts.shape, in_features)
+
+
+LIBRARY.impl("moe_linear", _moe_linear, "CompositeExplicitAutograd")
+LIBRARY.impl("moe_linear_input_grad", _input_grad, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("awq::moe_linear")
+def _(x, qweight, qzeros, scales, bias, experts, weights, in_features, out_features, group_size, format):
+    return x.new_empty(*experts.shape[: 2 if weights is None else 1], out_features)
+
+
+@torch.library.register_fake("awq::moe_linear_input_grad")
+def _(grad, qweight, qzeros, scales, experts, in_features, out_features, group_size, format):
+    return grad.new_empty(*experts.shape, in_features)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, qweight, qzeros, scales, bias, experts, weights, *shape = inputs
+    ctx.save_for_backward(x if weights is not None else None, qweight, qzeros, scales, bias, experts, weights)
+    ctx.shape, ctx.shared_rows = shape, x.dim() == 2
+
+
+def _backward(ctx, grad: Tensor):
+    """Gradients of x and of the experts' weights; the packed weights and the biases have none."""
+    x, qweight, qzeros, scales, bias, experts, weights = ctx.saved_tensors
+    grad_x = grad_weights = None
+    if weights is not None:
+        if ctx.needs_input_grad[6]:
+            y = torch.ops.awq.moe_linear(x, qweight, qzeros, scales, bias, experts, None, *ctx.shape)
+            grad_weights = (y.float() * grad.float().unsqueeze(1)).sum(-1).to(weights.dtype)
+        grad = (grad.float().unsqueeze(1) * weights.float().unsqueeze(-1)).to(grad.dtype)
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.awq.moe_linear_input_grad(grad, qweight, qzeros, scales, experts, *ctx.shape)
+        grad_x = grad_x.sum(1) if ctx.shared_rows else grad_x
+    return grad_x, None, None, None, None, None, grad_weights, None, None, None, None
+
+
+torch.library.register_autograd("awq::moe_linear", _backward, setup_context=_setup_context)
+_op = torch.ops.awq.moe_linear.default
