@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from awq.kernels.heads import Heads
 from awq.kernels.triton import decoding
 from awq.kernels.triton.launch import _on, _stream, architecture, counters, has_dependent_launch
 
@@ -76,23 +76,6 @@ def activate(h: Tensor, name: str, gated: bool) -> Tensor:
     return y
 
 
-@dataclass(frozen=True)
-class Heads:
-    """heads, kv_heads, dim; rotary: half the rotated channels; window 0: none; normed, mean: norm of each query and key head."""
-
-    heads: int
-    kv_heads: int
-    dim: int
-    rotary: int
-    scaling: float
-    softcap: float | None
-    window: int
-    normed: bool
-    mean: bool
-    q_eps: float = 0.0
-    k_eps: float = 0.0
-
-
 def split(
     qkv: Tensor, a: Heads, tables: tuple[Tensor | None, ...], start: int, k_cache: Tensor, v_cache: Tensor
 ) -> Tensor:  # fmt: skip
@@ -114,9 +97,9 @@ def split(
 
 
 def attend(
-    qkv: Tensor, a: Heads, tables: tuple[Tensor | None, ...], lengths: Tensor, k_cache: Tensor, v_cache: Tensor
+    qkv: Tensor, a: Heads, tables: tuple[Tensor | None, ...], lengths: Tensor, k_cache: Tensor, v_cache: Tensor, longest: int = 0
 ) -> Tensor:  # fmt: skip
-    """qkv [batch, channels] → [batch, heads · dim]; see `decoding.attend_kernel`. tables: as for `split`."""
+    """qkv [batch, channels] → [batch, heads · dim]; see `decoding.attend_kernel`. tables: as for `split`. longest is not needed."""
     batch, device = qkv.shape[0], qkv.device
     group, dim = _power(a.heads // a.kv_heads), _power(a.dim)
     parts = _split(batch * a.kv_heads, architecture(device.index)[1])
@@ -125,7 +108,9 @@ def attend(
     peaks = torch.empty((batch * a.kv_heads * parts, 2, group), dtype=torch.float32, device=device)
     block, warps = (16, 4) if qkv.dtype == torch.float32 else _tile(dim)
     lines = 1 << max(0, (a.dim * qkv.element_size() // 128).bit_length() - 1)
-    sizes = (a.heads, a.kv_heads, a.dim, dim, a.rotary, group, parts, block, lines, a.window, a.softcap is not None)
+    real = _power(a.heads // a.kv_heads, 1)
+    together = max(1, min(parts, 4096 // (real * dim)))
+    sizes = (a.heads, a.kv_heads, a.dim, dim, a.rotary, group, real, parts, together, block, lines, a.window, a.softcap is not None)
     kernel = _started(decoding.attend_kernel, device.index, (qkv.dtype,), (*sizes, a.normed, a.mean), warps)
     qkv = qkv.contiguous()
     with _on(device):

@@ -140,12 +140,38 @@ def split_kernel(
     tl.store(v_cache + at * DIM + d[None, :], value, mask=inside)
 
 
+@triton.jit
+def _combine(
+    sums, peaks, place, active, out, DIM: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    SPLIT: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Adds what `active` programs have written from `place` on, in order, and stores heads [GROUP, DIM] at `out`."""
+    g, d, every = tl.arange(0, GP), tl.arange(0, D), tl.arange(0, SPLIT)
+    at = peaks + (place + every[:, None]) * (2 * G) + g[None, :]
+    there = (every[:, None] < active) & (g[None, :] < G)
+    top = tl.load(at, mask=there, other=-float("inf"), cache_modifier=".cg")
+    highest = tl.max(top, 0)
+    weights = tl.load(at + G, mask=there, other=0.0, cache_modifier=".cg")
+    total = tl.sum(tl.exp(top - highest[None, :]) * weights, 0)
+    acc = tl.zeros((GP, D), tl.float32)
+    for s in range(0, active, TOGETHER):  # several at once, or each would wait for the one before
+        some = s + tl.arange(0, TOGETHER)
+        from_peaks = peaks + (place + some[:, None]) * (2 * G) + g[None, :]
+        peak = tl.load(from_peaks, mask=(some[:, None] < active) & (g[None, :] < G), other=-float("inf"), cache_modifier=".cg")
+        from_sums = sums + (place + some[:, None, None]) * (G * D) + g[None, :, None] * D + d[None, None, :]
+        inside = (some[:, None, None] < active) & (g[None, :, None] < GROUP) & (d[None, None, :] < DIM)
+        part = tl.load(from_sums, mask=inside, other=0.0, cache_modifier=".cg")
+        acc += tl.sum(part * tl.exp(peak - highest[None, :])[:, :, None], 0)
+    acc = acc / total[:, None]
+    tl.store(out + g[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=(g[:, None] < GROUP) & (d[None, :] < DIM))
+
+
 @triton.jit(do_not_specialize=["positions"])
 def attend_kernel(
     qkv, cos, sin, q_weight, k_weight, lengths, k_cache, v_cache, out, sums, peaks, arrived,
     scaling, softcap, q_eps, k_eps, positions,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
+    GP: tl.constexpr, SPLIT: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
     MEAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One new token per row: norm and rotation of q and k, k and v into the cache, attention. Grid: (KV_HEADS, SPLIT, batch).
@@ -154,7 +180,8 @@ def attend_kernel(
     k_cache, v_cache [batch, KV_HEADS, positions, DIM]; out [batch, HEADS·DIM].
     The keys of a row are shared among as many of the SPLIT programs as have BLOCK of them to do; each writes its float32 sums
     to `sums` [batch, KV_HEADS, SPLIT, G, D] and `peaks` [batch, KV_HEADS, SPLIT, 2, G], and the last to arrive adds them up in
-    order. D, G: powers of two from DIM and HEADS/KV_HEADS up, at least 16. LINES: cache lines of 128 bytes in a head, a power of two.
+    order. D, G: powers of two from DIM and HEADS/KV_HEADS up, at least 16; GP: that without the least; TOGETHER: programs whose
+    sums are added at once. LINES: cache lines of 128 bytes in a head, a power of two.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head, slice, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -225,17 +252,6 @@ def attend_kernel(
             tl.debug_barrier()
             counter = arrived + row * KV_HEADS + head
             if tl.atomic_add(counter, 1, sem="acq_rel") == active - 1:
-                peak = tl.full((G,), -float("inf"), tl.float32)
-                weight = tl.zeros((G,), tl.float32)
-                acc = tl.zeros((G, D), tl.float32)
-                for s in range(active):
-                    from_sums = sums + (place + s) * (G * D) + g[:, None] * D + d[None, :]
-                    part = tl.load(from_sums, mask=wanted, other=0.0, cache_modifier=".cg")
-                    top = tl.load(peaks + (place + s) * (2 * G) + g, cache_modifier=".cg")
-                    above = tl.maximum(peak, top)
-                    keep, add = tl.exp(peak - above), tl.exp(top - above)
-                    weight = weight * keep + tl.load(peaks + (place + s) * (2 * G) + G + g, cache_modifier=".cg") * add
-                    acc = acc * keep[:, None] + part * add[:, None]
-                    peak = above
-                tl.store(result, (acc / weight[:, None]).to(dtype), mask=wanted)
+                first_head = out + row * (HEADS * DIM) + head * (GROUP * DIM)
+                _combine(sums, peaks, place, active, first_head, DIM, D, GROUP, G, GP, SPLIT, TOGETHER)
                 tl.store(counter, 0)
