@@ -62,13 +62,16 @@ def own_loop(model: Any, loop: Callable[..., Any]) -> Iterator[dict[str, Any]]:
         del model._sample
 
 
-def make_loop(decoder: FusedDecoder, generator: torch.Generator | None = None) -> Callable[..., Any]:
-    """The function that transformers' generate calls; generator: source of random numbers for sampling."""
+def make_loop(decoder: FusedDecoder, generator: torch.Generator | None = None, streamer: Any = None) -> Callable[..., Any]:
+    """The function that transformers' generate calls; generator: source of random numbers for sampling.
+
+    streamer: that of the call; transformers does not hand it to a function given as `custom_generate`.
+    """
 
     def loop(
-        model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
-        synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any,
-    ) -> Any:  # fmt: skip
+        model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **model_kwargs: Any
+    ) -> Any:
+        model_kwargs = {k: v for k, v in model_kwargs.items() if k not in ("synced_gpus", "streamer")}
         unknown = sorted(k for k, v in model_kwargs.items() if k not in _HARMLESS and v is not None)
         if unknown:
             raise ConfigError(f"generate() got {', '.join(unknown)}, which a fused model does not take; load with fuse_layers=False.")

@@ -66,7 +66,7 @@ class FusedGeneration:
                 raise ConfigError(f"generate(generator=…) needs the fused loop ({reason}); use torch.manual_seed instead.")
             logger.debug("transformers' own loop: %s", reason)
             return self.model.generate(*args, **kwargs)
-        with own_loop(self.model, make_loop(decoder, generator)) as given:
+        with own_loop(self.model, make_loop(decoder, generator, kwargs.get("streamer"))) as given:
             return self.model.generate(**kwargs, **given)
 
     @property
