@@ -74,7 +74,8 @@ def make_loop(decoder: FusedDecoder, generator: torch.Generator | None = None, s
         model_kwargs = {k: v for k, v in model_kwargs.items() if k not in ("synced_gpus", "streamer")}
         unknown = sorted(k for k, v in model_kwargs.items() if k not in _HARMLESS and v is not None)
         if unknown:
-            raise ConfigError(f"generate() got {', '.join(unknown)}, which a fused model does not take; load with fuse_layers=False.")
+            names = ", ".join(unknown)
+            raise ConfigError(f"generate() got {names}, which a fused model does not take; load with fuse_layers=False.")
         run = _Run(decoder, input_ids, model_kwargs.get("attention_mask"), generation_config, generator)
         return run(logits_processor, stopping_criteria, streamer)
 
