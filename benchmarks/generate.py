@@ -160,11 +160,28 @@ def main() -> None:
                 wrapper.fuse()
                 fused = time.perf_counter() - start
                 found = row(wrapper, "fused", batch, prompt, new, arguments.repeats, device)
-                cache = sum(a.k[0, :, 0].numel() for a in wrapper._decoder.cache) * 2 * model.dtype.itemsize * batch * (prompt + new / 2)
+                cache = (
+                    sum(a.k[0, :, 0].numel() for a in wrapper._decoder.cache)
+                    * 2
+                    * model.dtype.itemsize
+                    * batch
+                    * (prompt + new / 2)
+                )
                 floor = (size + cache) / arguments.bandwidth / 1e12
-                note(shape, found | {"fuse_s": fused, "share_of_floor": floor * found["decode_tok_s"] / batch, "weights_gb": size / 1e9})
+                note(
+                    shape,
+                    found | {"fuse_s": fused, "share_of_floor": floor * found["decode_tok_s"] / batch, "weights_gb": size / 1e9},
+                )
                 if arguments.profile:
-                    note(shape, {"name": "profile", "batch": batch, "prompt": prompt, "us_per_step": profile(wrapper, batch, prompt, device)})
+                    note(
+                        shape,
+                        {
+                            "name": "profile",
+                            "batch": batch,
+                            "prompt": prompt,
+                            "us_per_step": profile(wrapper, batch, prompt, device),
+                        },
+                    )
         if "unfused" in arguments.peers:
             wrapper.unfuse()
             note(shape, row(model, "unfused", 1, *lengths[0], 1, device))
@@ -178,7 +195,12 @@ def main() -> None:
             for batch in arguments.batches:
                 for prompt, new in lengths:
                     repeats = 1 if new > 256 else arguments.repeats
-                    note(shape, row(model, f"transformers {arguments.dtype} {peer}", batch, prompt, min(new, 256), repeats, device, **kwargs))
+                    note(
+                        shape,
+                        row(
+                            model, f"transformers {arguments.dtype} {peer}", batch, prompt, min(new, 256), repeats, device, **kwargs
+                        ),
+                    )
         del model
         gc.collect()
 

@@ -27,20 +27,33 @@ _TOLERANCE = 1e-4  # of a block's contribution, in float32
 def build_decoder(model: Any, max_seq_len: int, batch_size: int = 1, merge: bool = True) -> FusedDecoder:
     """The fused form of a language model, on the same weights. Raises NotFusable with the reason.
 
-    merge: siblings become one packed product each, and the model's own modules slices of it.
+    max_seq_len: tokens of a row, prompt included, that the cache holds; fewer when the model itself knows fewer positions and
+    cannot go beyond (the decoder's `max_seq_len` says how many). merge: siblings become one packed product each, and the
+    model's own modules slices of it.
     """
     devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         raise NotFusable(f"the model is spread over {', '.join(sorted(map(str, devices)))}")
+    try:
+        plan = _read_and_prove(model, max_seq_len)
+    except NotFusable as reason:
+        known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(known, int) or not PIECE <= known < max_seq_len:
+            raise
+        plan = _read_and_prove(model, known)
+        logger.info("max_seq_len is %d, the positions that the model knows, instead of %d: %s", known, max_seq_len, reason)
+    return FusedDecoder(plan, model, batch_size, merge)
+
+
+def _read_and_prove(model: Any, max_seq_len: int) -> DecoderPlan:
     around = observe(model, max_seq_len)
     plans = [read_plan(around, i) for i in range(len(around.blocks))]
     for plan, block, near, far in zip(plans, around.blocks, around.near, around.far):
         prove(plan, block, probe(around.width, _device(block)), (near, far), max_seq_len)
-    whole = DecoderPlan(
+    return DecoderPlan(
         plans, around.blocks, around.embedding, around.embedding_factor, around.positions, around.norm, around.head,
         around.logits_factor, around.logits_softcap, max_seq_len,
     )  # fmt: skip
-    return FusedDecoder(whole, model, batch_size, merge)
 
 
 def read_plan(around: Surroundings, index: int) -> BlockPlan:
@@ -49,7 +62,7 @@ def read_plan(around: Surroundings, index: int) -> BlockPlan:
     call = around.near[index].to(_device(block), torch.float32)
     hidden = probe(around.width, _device(block))
     plan = read_block(trace(block, call, hidden, neutral=True), trace(block, call, hidden), call)
-    if plan.cos is not None:
+    if plan.cos is not None and plan.sin is not None:
         plan.cos, plan.sin = _whole_tables(plan.cos, plan.sin, call, around.tables[index])
     return plan
 

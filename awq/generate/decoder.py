@@ -14,6 +14,7 @@ from awq.generate.block import FusedBlock, Prompt, Step
 from awq.generate.cache import LayerCache, allocate
 from awq.generate.graph import StepGraph
 from awq.generate.plan import DecoderPlan
+from awq.nn.surgery import get_weight
 
 _PROMPT_TOKENS = 4096  # of all rows together, in one piece of a prompt
 
@@ -31,7 +32,7 @@ class FusedDecoder:
         self.cache: list[LayerCache] = []
         self.graphs: dict[int, StepGraph] = {}  # by batch
         self.dtype = model.dtype
-        self.device = plan.embedding.weight.device  # type: ignore[union-attr]
+        self.device: torch.device = get_weight(plan.embedding).device
 
     @property
     def max_seq_len(self) -> int:
@@ -63,7 +64,7 @@ class FusedDecoder:
         """
         batch, tokens = ids.shape
         if tokens > self.max_seq_len:
-            raise ConfigError(f"a prompt of {tokens} tokens does not fit max_seq_len={self.max_seq_len}; load with a larger one.")
+            raise ConfigError(f"a prompt of {tokens} tokens does not fit max_seq_len={self.max_seq_len}.")
         self.reserve(batch)
         cache = [layer.rows(batch) for layer in self.cache]
         last = torch.tensor(lengths, device=ids.device) - 1
@@ -111,7 +112,7 @@ class FusedDecoder:
         return ops.add_norm(x, branch, p.blocks[-1].factor, p.norm)[1]
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits = self.plan.head(x).float()
+        logits = ops.head(x, self.plan.head)
         if self.plan.logits_factor != 1.0:
             logits = logits * self.plan.logits_factor
         cap = self.plan.logits_softcap

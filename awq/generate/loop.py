@@ -96,7 +96,7 @@ class _Run:
         if max(self.lengths) + self.room > decoder.max_seq_len:
             raise ConfigError(
                 f"{max(self.lengths)} prompt tokens and up to {self.room} new ones do not fit max_seq_len={decoder.max_seq_len}; "
-                "ask for fewer (max_new_tokens) or load with a larger max_seq_len."
+                "ask for fewer (max_new_tokens), or load with a larger max_seq_len or with fuse_layers=False."
             )
         order = mask.argsort(dim=1, descending=True, stable=True)  # true tokens first: rows of the cache have no padding
         self.prompts = self.ids.gather(1, order)[:, : max(self.lengths)]

@@ -19,6 +19,7 @@ from awq.generate.norms import is_norm, read_norm
 from awq.generate.plan import Norm, NotFusable
 from awq.generate.trace import rotary_tables
 from awq.nn.blocks import BlockCall, find_block_lists, record_block_calls
+from awq.nn.surgery import get_weight
 
 PIECE = 12  # tokens of one sequence of a skeleton pass
 
@@ -60,7 +61,7 @@ def observe(model: Any, max_seq_len: int) -> Surroundings:
     pieces = -(-max_seq_len // PIECE)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    vocabulary = embedding.weight.shape[0]
+    vocabulary = get_weight(embedding).shape[0]
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (1, PIECE), generator=generator).to(device)
     places = (torch.arange(pieces * PIECE, device=device) % max(max_seq_len, PIECE)).view(pieces, PIECE)
     heads = _HeadCalls(head)
@@ -73,9 +74,10 @@ def observe(model: Any, max_seq_len: int) -> Surroundings:
     _check_tables(tables, near.calls[0][0], "the first")
     hidden = everywhere.hidden[0][0].float()
     factor, positions = _embedding(embedding, ids, hidden, near.hidden[0][0].float())
-    norm, logits_factor, softcap = _head(model, heads, near.hidden[0][0], logits)
+    final = _head(model, heads, near.hidden[0][0], logits)
     return Surroundings(
-        blocks, near.calls[0][0], far.calls[0][0], tables, hidden.shape[-1], embedding, factor, positions, norm, head, logits_factor, softcap
+        blocks, near.calls[0][0], far.calls[0][0], tables, hidden.shape[-1], embedding, factor, positions,
+        final[0], head, *final[1:],
     )  # fmt: skip
 
 

@@ -1,23 +1,23 @@
-"""What a fused block does between its products: plain operators, or one kernel each on a GPU with Triton."""
+"""What a fused block does between its products: plain operators, or one kernel each on a GPU with Triton or a CPU with llvmlite."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from awq._triton import triton_problem
 from awq.generate.attention import attend, rotate
 from awq.generate.cache import LayerCache
 from awq.generate.norms import apply_norm
 from awq.generate.plan import Attention, Norm
+from awq.kernels import cpu
+from awq.kernels.heads import Heads
 
-if TYPE_CHECKING:
-    from awq.kernels.triton.decode_launch import Heads
-
+_FEW = 4  # rows for which reading the head takes longer than computing with it
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -26,11 +26,23 @@ def has_kernels(x: Tensor) -> bool:
     return (x.is_cuda or INTERPRETED) and x.dtype != torch.float64 and triton_problem(x.device) is None
 
 
-def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None) -> tuple[Tensor, Tensor]:
-    """(x + factor · branch, its norm); all [batch, tokens, features]."""
+def kernels(x: Tensor) -> Any:
+    """The module that starts kernels for x: `awq.kernels.triton.decode_launch` or its twin for CPUs; None when there are none."""
     if has_kernels(x):
         from awq.kernels.triton import decode_launch
 
+        return decode_launch
+    if x.device.type == "cpu" and x.dtype in cpu.PLANES and cpu.problem(x.dtype, cpu.PLANES[x.dtype]) is None:
+        from awq.kernels.cpu import decode_launch as on_cpu
+
+        return on_cpu
+    return None
+
+
+def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """(x + factor · branch, its norm); all [batch, tokens, features]."""
+    decode_launch = kernels(x)
+    if decode_launch is not None:
         n = norm or Norm(None, None, 0.0, False)
         return decode_launch.add_norm(x, branch, factor, n.weight, n.bias, n.eps, n.mean, norm is not None)
     if branch is not None:
@@ -45,9 +57,8 @@ def normalize(x: Tensor, norm: Norm | None) -> Tensor:
 
 def activate(h: Tensor, activation: Callable[[Tensor], Tensor], name: str | None, gated: bool) -> Tensor:
     """activation(gate) · up for h = [gate, up] along the last axis, or activation(h)."""
-    if name is not None and has_kernels(h):
-        from awq.kernels.triton import decode_launch
-
+    decode_launch = None if name is None else kernels(h)
+    if decode_launch is not None:
         return decode_launch.activate(h, name, gated)
     if not gated:
         return activation(h)
@@ -73,9 +84,7 @@ def split_heads(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | Non
     return q, k, v
 
 
-def cache_prompt(
-    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, start: int
-) -> Tensor:
+def cache_prompt(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, start: int) -> Tensor:
     """Queries [batch, heads, tokens, head_dim] of a piece of the prompts, whose keys and values go into the cache at `start`."""
     stop = start + qkv.shape[1]
     if has_kernels(qkv) and (heads := _heads(a, cos)) is not None:
@@ -96,10 +105,10 @@ def attend_step(
 
     qkv [batch, 1, channels] → [batch, 1, heads · head_dim]. lengths int32 [batch]: tokens cached so far.
     """
-    if has_kernels(qkv) and (heads := _heads(a, cos)) is not None:
-        from awq.kernels.triton import decode_launch
-
-        return decode_launch.attend(qkv[:, 0], heads, _tables(a, cos, sin), lengths, cache.k, cache.v).unsqueeze(1)
+    decode_launch = kernels(qkv)
+    if decode_launch is not None and (heads := _heads(a, cos)) is not None:
+        tables = _tables(a, cos, sin)
+        return decode_launch.attend(qkv[:, 0], heads, tables, lengths, cache.k, cache.v, longest).unsqueeze(1)
     batch, index = qkv.shape[0], lengths.long()
     if cos is not None and sin is not None:
         cos, sin = cos[index].view(batch, 1, 1, -1), sin[index].view(batch, 1, 1, -1)
@@ -115,14 +124,21 @@ def attend_step(
     return y.transpose(1, 2).reshape(batch, 1, -1)
 
 
+def head(x: Tensor, module: nn.Module) -> Tensor:
+    """Logits float32 [batch, vocabulary] of x [batch, features]."""
+    if x.device.type == "cpu" and type(module) is nn.Linear and module.bias is None and len(x) <= _FEW:
+        decode_launch = kernels(x)
+        if decode_launch is not None and module.weight.is_contiguous() and module.weight.dtype == x.dtype:
+            return decode_launch.dense(x, module.weight)
+    return module(x).float()
+
+
 def _tables(a: Attention, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, ...]:
     return (cos, sin, *(None if n is None else n.weight for n in (a.q_norm, a.k_norm)))
 
 
 def _heads(a: Attention, cos: Tensor | None) -> Heads | None:
     """The attention as the kernel takes it; None when it does not."""
-    from awq.kernels.triton.decode_launch import Heads
-
     q, k = a.q_norm, a.k_norm
     if a.head_dim > 256 or a.heads % a.kv_heads or (q is None) != (k is None):
         return None

@@ -80,9 +80,9 @@ class Joined:
         inverse = self.source.rows.argsort()
         if not _in_order(inverse):
             linear = reorder_outputs(linear, inverse)
-        for name, linear, kept in zip(self.source.names, split_outputs(linear, self.sizes), self.kept):
-            linear._kept = kept
-            replace_module(self.block, name, linear)
+        for name, sibling, kept in zip(self.source.names, split_outputs(linear, self.sizes), self.kept):
+            sibling._kept = kept
+            replace_module(self.block, name, sibling)
 
 
 def join(block: nn.Module, source: Source) -> Joined | None:

@@ -77,7 +77,11 @@ def trace(block: nn.Module, call: BlockCall, hidden: Tensor, neutral: bool = Fal
         found.attention = AttentionCall(query, key, value, y, {"scaling": scaling, **settings})
         return y.transpose(1, 2).contiguous(), None
 
-    handles = [m.register_forward_hook(note(n, m)) for n, m in block.named_modules() if is_product(m) or not any(True for _ in m.children())]
+    handles = [
+        m.register_forward_hook(note(n, m))
+        for n, m in block.named_modules()
+        if is_product(m) or not any(True for _ in m.children())
+    ]
     try:
         with _attention_replaced(block, attention):
             found.out = (neutralized(call) if neutral else call).run(block, hidden)
@@ -93,7 +97,11 @@ def rotary_tables(call: BlockCall) -> dict[str, tuple[Tensor, Tensor]]:
     """Keyword → (cos, sin) for every pair of tables that a block is given."""
     found = {}
     for name, value in call.kwargs.items():
-        if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(t, Tensor) and t.is_floating_point() for t in value):
+        if (
+            isinstance(value, (tuple, list))
+            and len(value) == 2
+            and all(isinstance(t, Tensor) and t.is_floating_point() for t in value)
+        ):
             if value[0].shape == value[1].shape and value[0].dim() >= 2:
                 found[name] = (value[0], value[1])
     return found
@@ -110,7 +118,7 @@ def _attention_replaced(block: nn.Module, function) -> Iterator[None]:
     """The block's attention goes through `function`; its configs are copies, like the block."""
     for module in block.modules():
         config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation"):
+        if config is not None and hasattr(config, "_attn_implementation"):
             config._attn_implementation = _INTERFACE
     before = ALL_ATTENTION_FUNCTIONS._local_mapping.get(_INTERFACE)
     ALL_ATTENTION_FUNCTIONS[_INTERFACE] = function

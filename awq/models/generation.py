@@ -33,9 +33,7 @@ class FusedGeneration:
         self._fusion, self._fused_size = "not fused yet", (max_seq_len, batch_size)
 
     @torch.inference_mode()
-    def generate(
-        self, *args: Any, max_seq_len: int | None = None, generator: torch.Generator | None = None, **kwargs: Any
-    ) -> Any:
+    def generate(self, *args: Any, max_seq_len: int | None = None, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
         """transformers' generate, with its arguments and results, through fused blocks where the model has them.
 
         max_seq_len: the total length, prompt included (AutoAWQ's name for max_length). generator: source of random numbers
@@ -71,7 +69,7 @@ class FusedGeneration:
 
     @property
     def fusion(self) -> str:
-        """"fused", or why generation runs on transformers' own blocks; known after `fuse` or the first `generate`."""
+        """ "fused", or why generation runs on transformers' own blocks; known after `fuse` or the first `generate`."""
         return self._fusion
 
     def fuse(self) -> FusedDecoder | None:

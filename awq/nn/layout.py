@@ -69,6 +69,6 @@ def split_outputs(linear: WQLinear, sizes: Sequence[int]) -> list[WQLinear]:
 def reorder_outputs(linear: WQLinear, order: Tensor) -> WQLinear:
     """A copy of a linear whose output i is output order[i] of the given one; order: int64 [out], a permutation."""
     weight = linear.quantized()
-    parts = (tensor[order.to(tensor.device)] for tensor in weight[:3])
+    codes, scales, zeros = (tensor[order.to(tensor.device)] for tensor in weight[:3])
     bias = None if linear.bias is None else linear.bias[order.to(linear.bias.device)]
-    return WQLinear.from_quantized(QuantizedWeight(*parts), bias, linear.format)
+    return WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros), bias, linear.format)

@@ -44,9 +44,13 @@ def _started(kernel: Any, index: int | None, dtypes: tuple[torch.dtype, ...], co
 
 
 def add_norm(
-    x: Tensor, branch: Tensor | None, factor: float, weight: Tensor | None, bias: Tensor | None, eps: float, mean: bool, norm: bool
-) -> tuple[Tensor, Tensor]:
-    """(x + factor · branch, its norm) for x, branch [..., width]; weight, bias float32 [width]. norm False: no norm, the sum twice."""
+    x: Tensor, branch: Tensor | None, factor: float, weight: Tensor | None, bias: Tensor | None, eps: float, mean: bool,
+    norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(x + factor · branch, its norm) for x, branch [..., width]; weight, bias float32 [width].
+
+    norm False: no norm, the sum twice.
+    """
     width = x.shape[-1]
     x = x.contiguous()
     total = x if branch is None else torch.empty_like(x)

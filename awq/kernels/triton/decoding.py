@@ -48,16 +48,15 @@ def add_norm_kernel(
 def _activation(v, NAME: tl.constexpr):
     if NAME == "silu":
         return v / (1.0 + tl.exp(-v))
-    elif NAME == "gelu":
+    if NAME == "gelu":
         return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
-    elif NAME == "gelu_tanh":
+    if NAME == "gelu_tanh":
         u = 1.5957691216057308 * (v + 0.044715 * v * v * v)  # 0.5·(1 + tanh(u/2)) is the logistic function of u
         return v / (1.0 + tl.exp(-u))
-    elif NAME == "relu":
+    if NAME == "relu":
         return tl.maximum(v, 0.0)
-    else:
-        tl.static_assert(NAME == "relu2", "unknown activation")
-        return tl.maximum(v, 0.0) * tl.maximum(v, 0.0)
+    tl.static_assert(NAME == "relu2", "unknown activation")
+    return tl.maximum(v, 0.0) * tl.maximum(v, 0.0)
 
 
 @triton.jit
@@ -171,8 +170,8 @@ def attend_kernel(
     qkv, cos, sin, q_weight, k_weight, lengths, k_cache, v_cache, out, sums, peaks, arrived,
     scaling, softcap, q_eps, k_eps, positions,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
-    GP: tl.constexpr, SPLIT: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
-    MEAN: tl.constexpr, PDL: tl.constexpr,
+    GP: tl.constexpr, SPLIT: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr, MEAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One new token per row: norm and rotation of q and k, k and v into the cache, attention. Grid: (KV_HEADS, SPLIT, batch).
 
@@ -201,7 +200,9 @@ def attend_kernel(
         gdc_launch_dependents()
         # What is cached, and how much, was written before this step began, so it may be fetched before the wait.
         for t in range(begin, end, BLOCK):
-            at = tl.minimum(t + tl.arange(0, BLOCK), end - 1).to(tl.int64)[:, None] * DIM + tl.arange(0, LINES)[None, :] * (DIM // LINES)
+            at = tl.minimum(t + tl.arange(0, BLOCK), end - 1).to(tl.int64)[:, None] * DIM + tl.arange(0, LINES)[None, :] * (
+                DIM // LINES
+            )
             tl.inline_asm_elementwise(
                 "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [keys + at], dtype=tl.int32, is_pure=False, pack=1
             )

@@ -1,0 +1,264 @@
+"""Fused generation: what transformers' own loop on its own blocks gives, token for token."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from awq import AutoAWQForCausalLM
+from awq.errors import ConfigError
+from awq.generate import NotFusable, build_decoder, decoder
+from awq.models.base import BaseAWQForCausalLM
+from awq.nn.linear import WQLinear
+
+HERE = Path(__file__).parent
+# Attention of the others does not go through transformers' interface, or positions are not a table (alibi).
+UNFUSED = {"falcon", "gptj", "bloom", "mpt"}
+ROPE = {
+    "llama3": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
+    "yarn": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16),
+    "linear": dict(rope_type="linear", factor=2.0),
+}
+
+
+@pytest.fixture
+def llama():
+    return zoo.tiny_model("llama")
+
+
+def wrapped(model, max_seq_len=128, batch_size=1):
+    wrapper = BaseAWQForCausalLM(model, "tiny")
+    wrapper.fuse_layers(max_seq_len, batch_size)
+    return wrapper
+
+
+def prompts(rows=4, length=9):
+    """Left-padded prompts of different lengths, one of a single token."""
+    batch = zoo.token_batch(rows, length)
+    for row, padding in enumerate((0, 3, length - 1, 1)[:rows]):
+        batch["attention_mask"][row, :padding] = 0
+        batch["input_ids"][row, :padding] = 0
+    return batch
+
+
+def both(model, wrapper, **kwargs):
+    """The same call through transformers' loop and through ours, both from the same random state."""
+    results = []
+    for run in (model.generate, wrapper.generate):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append(run(**kwargs))
+    return results
+
+
+@pytest.mark.parametrize("family", zoo.DECODERS)
+def test_greedy_equals_transformers(family):
+    if not zoo.available(family):
+        pytest.skip(f"this transformers has no {family}")
+    model = zoo.tiny_model(family)
+    wrapper = wrapped(model, 60)
+    for rows in (1, 4):
+        theirs, ours = both(model, wrapper, **prompts(rows), max_new_tokens=48, min_new_tokens=48, do_sample=False, pad_token_id=0)
+        assert ours.shape == (rows, 57) and torch.equal(ours, theirs)
+    assert len(theirs.unique()) > 8  # a model that says one token would show nothing
+    assert (wrapper.fusion == "fused") == (family not in UNFUSED), wrapper.fusion
+
+
+@pytest.mark.parametrize("rope", ROPE)
+def test_scaled_rotation(rope):
+    name = "rope_parameters" if hasattr(zoo.AutoConfig.for_model("llama"), "rope_parameters") else "rope_scaling"
+    model = zoo.build("llama", zoo.GQA | {name: {"rope_theta": 10000.0} | ROPE[rope]})
+    wrapper = wrapped(model)
+    theirs, ours = both(model, wrapper, **prompts(), max_new_tokens=40, do_sample=False, pad_token_id=0)
+    assert torch.equal(ours, theirs) and wrapper.fusion == "fused"
+
+
+def test_positions_that_the_model_knows_are_the_limit():
+    """Rotary tables that change with the length, and tables of learned positions, end at max_position_embeddings."""
+    name = "rope_parameters" if hasattr(zoo.AutoConfig.for_model("llama"), "rope_parameters") else "rope_scaling"
+    dynamic = zoo.build("llama", zoo.GQA | {name: dict(rope_type="dynamic", factor=4.0, rope_theta=10000.0)})
+    for model in (dynamic, zoo.tiny_model("gpt2")):
+        wrapper = wrapped(model, 256)
+        theirs, ours = both(model, wrapper, **prompts(), max_new_tokens=55, do_sample=False, pad_token_id=0)
+        assert torch.equal(ours, theirs) and wrapper.fusion == "fused"
+        with pytest.raises(ConfigError, match="max_seq_len=64"):
+            wrapper.generate(**prompts(), max_new_tokens=56)
+
+
+def test_a_block_that_does_more_is_refused(llama):
+    layer = llama.model.layers[1]
+    plain = layer.mlp.down_proj.forward
+    layer.mlp.down_proj.forward = lambda x: plain(x) * (1 + 1e-3 * x.abs().amax())
+    with pytest.raises(NotFusable, match="differs from transformers'"):
+        build_decoder(llama, 64)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(do_sample=True, temperature=0.7, top_k=12, top_p=0.9),
+        dict(do_sample=True, min_p=0.05, repetition_penalty=1.3),
+        dict(do_sample=False, repetition_penalty=1.5, no_repeat_ngram_size=2),
+        dict(do_sample=False, eos_token_id=[5, 9, 11, 17, 23, 31, 40, 44, 50]),
+        dict(do_sample=True, num_return_sequences=3),
+        dict(num_beams=3, do_sample=False),
+        dict(do_sample=False, max_length=30),
+        dict(do_sample=False, stopping_criteria=StoppingCriteriaList([])),
+    ],
+    ids=lambda s: ", ".join(s),
+)
+def test_settings(llama, settings):
+    wrapper = wrapped(llama)
+    length = {} if "max_length" in settings else {"max_new_tokens": 20}
+    theirs, ours = both(llama, wrapper, **prompts(), **settings, **length, pad_token_id=0)
+    assert torch.equal(ours, theirs) and wrapper.fusion == "fused"
+
+
+def test_returned_dictionary(llama):
+    kwargs = dict(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_scores=True,
+                  output_logits=True)  # fmt: skip
+    theirs, ours = both(llama, wrapped(llama), **kwargs)
+    assert torch.equal(ours.sequences, theirs.sequences) and len(ours.scores) == len(ours.logits) == 6
+    for a, b in zip((*ours.scores, *ours.logits), (*theirs.scores, *theirs.logits)):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_generator_is_the_source_of_random_numbers(llama):
+    def sample(seed):
+        return wrapper.generate(**prompts(), max_new_tokens=12, do_sample=True, generator=torch.Generator().manual_seed(seed))
+
+    wrapper = wrapped(llama)
+    assert torch.equal(sample(1), sample(1)) and not torch.equal(sample(1), sample(2))
+    with pytest.raises(ConfigError, match="generator"):
+        wrapper.generate(**prompts(), max_new_tokens=3, num_beams=2, generator=torch.Generator())
+
+
+class Until(StoppingCriteria):
+    """Stops each row at the first token that three divides."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] % 3 == 0
+
+
+def test_stopping_criteria(llama):
+    theirs, ours = both(llama, wrapped(llama), **prompts(1), max_new_tokens=30, do_sample=False, pad_token_id=0,
+                        stopping_criteria=StoppingCriteriaList([Until()]))  # fmt: skip
+    assert torch.equal(ours, theirs) and ours.shape[1] < 39
+
+
+class Log(BaseStreamer):
+    def __init__(self, limit=None):
+        self.seen, self.ended, self.limit = [], False, limit
+
+    def put(self, value):
+        self.seen.append(value.flatten().tolist())
+        if self.limit is not None and len(self.seen) > self.limit:
+            raise KeyboardInterrupt
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamer_gets_tokens_one_by_one(llama):
+    log, prompt = Log(), zoo.token_batch(1, 5)
+    out = wrapped(llama).generate(**prompt, max_new_tokens=7, do_sample=False, streamer=log)
+    assert log.seen == [prompt["input_ids"][0].tolist(), *([t] for t in out[0, 5:].tolist())] and log.ended
+
+
+def test_interrupted_call_leaves_no_trace(llama):
+    wrapper, kwargs = wrapped(llama), dict(max_new_tokens=9, do_sample=False, pad_token_id=0)
+    before = wrapper.generate(**prompts(), **kwargs)
+    with pytest.raises(KeyboardInterrupt):
+        wrapper.generate(**zoo.token_batch(1, 12), **kwargs, streamer=Log(4))
+    assert torch.equal(wrapper.generate(**prompts(), **kwargs), before)
+
+
+def test_calls_know_nothing_of_each_other(llama):
+    wrapper, fresh = wrapped(llama), {}
+    for turn in range(40):
+        rows, length, new = 1 + turn % 5, 1 + 7 * turn % 23, 1 + turn % 11
+        key = (rows, length, new)
+        ids = torch.randint(3, 63, (rows, length), generator=torch.Generator().manual_seed(sum(key)))
+        kwargs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
+        if key not in fresh:
+            fresh[key] = wrapped(llama).generate(**kwargs)
+        assert torch.equal(wrapper.generate(**kwargs), fresh[key])
+
+
+def test_prompts_in_pieces(llama, monkeypatch):
+    whole = wrapped(llama).generate(**prompts(4, 31), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    monkeypatch.setattr(decoder, "_PROMPT_TOKENS", 4 * 7)
+    pieces = wrapped(llama).generate(**prompts(4, 31), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert torch.equal(whole, pieces)
+
+
+def test_more_tokens_than_the_cache_holds(llama):
+    wrapper = wrapped(llama, 16)
+    with pytest.raises(ConfigError, match="max_seq_len=16"):
+        wrapper.generate(**zoo.token_batch(1, 9), max_new_tokens=9)
+    assert wrapper.generate(**zoo.token_batch(1, 9), max_new_tokens=7, min_new_tokens=7).shape == (1, 16)
+    with pytest.raises(ConfigError, match="empty"):
+        empty = zoo.token_batch(2, 4)
+        empty["attention_mask"][1] = 0
+        wrapper.generate(**empty, max_new_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A quantized tiny model whose attention has biases, with grouped heads."""
+    model = AutoAWQForCausalLM.from_pretrained(_dense(tmp_path_factory.mktemp("dense")))
+    ids = [torch.randint(3, 63, (24,), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    model.quantize(ids, quant_config={"q_group_size": 32, "w_bit": 4, "version": "GEMM", "zero_point": True}, preset="fast")
+    path = tmp_path_factory.mktemp("quantized") / "model"
+    model.save_quantized(path)
+    return path
+
+
+def _dense(path):
+    zoo.build("qwen2", dict(num_key_value_heads=2, hidden_size=64, intermediate_size=96)).save_pretrained(path)
+    return str(path)
+
+
+def test_quantized_model(saved, tmp_path):
+    plain, fused = (AutoAWQForCausalLM.from_quantized(saved, fuse_layers=f, device="cpu", max_seq_len=64) for f in (False, True))
+    kwargs = dict(**prompts(), max_new_tokens=30, do_sample=False, pad_token_id=0)
+    expected = plain.generate(**kwargs)
+    assert torch.equal(fused.generate(**kwargs), expected)
+    assert plain.fusion == "fuse_layers=False" and fused.fusion == "fused"
+    joined = [m for m in fused.model.modules() if isinstance(m, WQLinear)]
+    assert len(joined) == 3 * 2  # o and down; q, k, v and gate, up are slices of one product each
+    with torch.no_grad():
+        assert torch.allclose(fused(**prompts()).logits, plain(**prompts()).logits, atol=1e-5)
+    assert torch.equal(fused.generate(**kwargs, num_beams=1), expected)
+    fused.save_quantized(tmp_path / "again")  # parts the siblings
+    first, second = (Path(p, "model.safetensors").read_bytes() for p in (saved, tmp_path / "again"))
+    assert first == second
+    assert torch.equal(fused.generate(**kwargs), expected)
+
+
+def test_chat_through_a_text_streamer(saved, capsys):
+    class Tokenizer:
+        def decode(self, ids, **kwargs):
+            return " ".join(map(str, ids)) + " "
+
+    model = AutoAWQForCausalLM.from_quantized(saved, fuse_layers=True, device="cpu")
+    out = model.generate(
+        **zoo.token_batch(1, 4), max_new_tokens=8, do_sample=False, streamer=TextStreamer(Tokenizer(), skip_prompt=True)
+    )
+    assert capsys.readouterr().out.split() == [str(t) for t in out[0, 4:].tolist()]
+
+
+def test_kernels_equal_plain_operators():
+    pytest.importorskip("triton", reason="Triton is not installed (pip install 'autoawq[kernels]')")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run([sys.executable, HERE / "decoding_cases.py"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = json.loads(done.stdout)
+    assert len(errors) == 32 and all(error < 2e-6 for error in errors.values()), errors
