@@ -259,3 +259,37 @@ assert module.layout == "rows16", awq.kernels.explain(module, torch.bfloat16)
     environment = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX", "AWQ_BACKEND")} | {"PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_kernels_of_a_decode_step_equal_plain_operators(dtype):
+    import decoding_cases as cases
+
+    assert cases.ops.kernels(torch.zeros(1, dtype=dtype)).__name__ == "awq.kernels.cpu.decode_launch"
+    for name, (attention, lengths) in cases.ATTENTIONS.items():
+        assert cases.attention_error(attention, lengths, dtype, "cpu") < ROUNDING[dtype], name
+    for width, mean, bias in ((64, False, False), (100, True, True), (2048, False, True)):
+        assert cases.norm_error(width, mean, bias, dtype, "cpu") < ROUNDING[dtype], width
+    for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
+        for gated in (True, False):
+            assert cases.activation_error(name, gated, dtype, "cpu") < ROUNDING[dtype], name
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_head_of_few_tokens(dtype):
+    from awq.generate.operations import head
+
+    for inputs, outputs in ((100, 333), (576, 64), (7, 3)):
+        linear, x = torch.nn.Linear(inputs, outputs, bias=False, dtype=dtype), torch.randn(3, inputs, dtype=dtype)
+        found, expected = head(x, linear), x.double() @ linear.weight.double().t()
+        assert found.dtype == torch.float32 and (found - expected).norm() / expected.norm() < 1e-6
+
+
+def test_activations_of_extreme_values():
+    from awq.kernels.cpu import decode_launch
+
+    h = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0, -100.0, 100.0, 1e-20, -1e-20]]).repeat(1, 3)
+    for name, function in (("silu", torch.nn.functional.silu), ("gelu", torch.nn.functional.gelu), ("relu", torch.relu)):
+        found, expected = decode_launch.activate(h, name, False), function(h)
+        torch.testing.assert_close(found[:, [3, 4, 5, 6, 7]], expected[:, [3, 4, 5, 6, 7]], atol=1e-6, rtol=1e-6)
+        assert found[:, 0].isnan().all() and found[:, 1].isposinf().all()
