@@ -2,17 +2,20 @@
 
     python benchmarks/generate.py --shapes mistral-7b --lengths 64/64 2048/2048 --batches 1 8 --peers eager --json out.json
 
-Speed does not depend on the values of weights. Decode tok/s: new tokens of all rows over the time beyond the first token's;
-prefill tok/s: prompt tokens over the time to the first token, a call of `generate` each, greedy. "floor" is the share of the
-time that reading the packed weights, the head and the cache once per step would take at --bandwidth.
+Speed does not depend on the values of weights; `awq.evals.speed` says what is measured. share_of_floor: of the time that
+reading the packed weights, the head and the cache once per step would take at --bandwidth.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import statistics
+import os
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.initialization import no_init_weights
 
+from awq.config import AwqConfig
 from awq.core.weight import QuantizedWeight
+from awq.evals.speed import generation_speed, seconds
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import linear_shape, named_linears, replace_module
 
+Note = Callable[[str, dict[str, Any]], None]
 SHAPES: dict[str, tuple[type, dict[str, int]]] = {
     "tiny": (LlamaConfig, dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
                                num_key_value_heads=2, vocab_size=1000)),
@@ -74,36 +80,6 @@ def random_linear(in_features: int, out_features: int, device: str, generator: t
     return WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros))
 
 
-def seconds(model: Any, ids: torch.Tensor, new_tokens: int, **kwargs: Any) -> float:
-    """One call of generate."""
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
-                         pad_token_id=0, **kwargs)  # fmt: skip
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-    assert out.shape[1] == ids.shape[1] + new_tokens
-    return time.perf_counter() - start
-
-
-def row(model: Any, name: str, batch: int, prompt: int, new: int, repeats: int, device: str, **kwargs: Any) -> dict:
-    """One line of the table."""
-    ids = torch.randint(3, 900, (batch, prompt), generator=torch.Generator().manual_seed(1)).to(device)
-    cuda = device == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    first_call = seconds(model, ids, 2, **kwargs)
-    prefill = statistics.median(seconds(model, ids, 1, **kwargs) for _ in range(max(2, repeats)))
-    total = statistics.median(seconds(model, ids, new, **kwargs) for _ in range(repeats))
-    decode = batch * (new - 1) / (total - prefill)
-    found = {"name": name, "batch": batch, "prompt": prompt, "new": new, "prefill_tok_s": batch * prompt / prefill,
-             "decode_tok_s": decode, "first_call_s": first_call}  # fmt: skip
-    if cuda:
-        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return found
-
-
 def weight_bytes(model: nn.Module) -> int:
     """What a decode step reads of the model: all but the embedding table."""
     table = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -124,6 +100,72 @@ def profile(model: Any, batch: int, prompt: int, device: str) -> dict[str, float
     return dict(sorted(times.items(), key=lambda item: -item[1])[:24])
 
 
+def ours(shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, int]], note: Note) -> None:
+    """Rows of this package: fused, and (a peer) the same packed model in transformers' own loop."""
+    model = random_model(shape, getattr(torch, arguments.dtype), arguments.device, True)
+    size, wrapper = weight_bytes(model), BaseAWQForCausalLM(model, shape)
+    for quantize_head in (False, True) if arguments.quantize_lm_head else (False,):
+        name = "fused, 4-bit head" if quantize_head else "fused"
+        for batch in arguments.batches:
+            for prompt, new in lengths:
+                wrapper.fuse_layers(prompt + new, batch, quantize_head)
+                start = time.perf_counter()
+                decoder = wrapper.fuse()
+                fused = time.perf_counter() - start
+                assert decoder is not None, wrapper.fusion
+                speed = generation_speed(wrapper, batch, prompt, new, arguments.repeats)
+                token = sum(2 * layer.k[0, :, 0].numel() for layer in decoder.cache) * model.dtype.itemsize
+                floor = (size + token * batch * (prompt + new / 2)) / arguments.bandwidth / 1e12  # seconds per step
+                share = None if quantize_head else floor * speed.decode_tok_s / batch
+                note(shape, {"name": name} | speed.to_dict() | {"fuse_s": fused, "share_of_floor": share, "weights_gb": size / 1e9})
+                if arguments.profile:
+                    note(
+                        shape, {"name": "profile", "batch": batch, "us_per_step": profile(wrapper, batch, prompt, arguments.device)}
+                    )
+    if "unfused" in arguments.peers:
+        wrapper.unfuse()
+        note(shape, {"name": "unfused"} | generation_speed(model, 1, *lengths[0], 1).to_dict())
+
+
+def peers(shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, int]], note: Note) -> None:
+    """Rows of transformers with dense weights; at most 64 new tokens, for they take long."""
+    model = random_model(shape, getattr(torch, arguments.dtype), arguments.device, False)
+    for peer in (p for p in arguments.peers if p != "unfused"):
+        kwargs = {"cache_implementation": "static"} if peer == "compiled" else {}
+        for batch in arguments.batches:
+            for prompt, new in lengths:
+                speed = generation_speed(model, batch, prompt, min(new, 64), 1 if new > 64 else arguments.repeats, **kwargs)
+                note(shape, {"name": f"transformers {arguments.dtype} {peer}"} | speed.to_dict())
+
+
+def start_times(shape: str, dtype: str, directory: str) -> dict[str, float]:
+    """Seconds from `from_quantized` to the first token in fresh processes, without and with what the first one compiled."""
+    model = random_model(shape, getattr(torch, dtype), "cuda", True)
+    wrapper = BaseAWQForCausalLM(model, shape, AwqConfig(group_size=128))
+    wrapper.save_quantized(directory)
+    del wrapper, model
+    gc.collect()
+    torch.cuda.empty_cache()
+    code = (
+        "import time, torch; from awq import AutoAWQForCausalLM; import awq.models.auto; torch.zeros(1).cuda();"
+        f"t = time.perf_counter(); m = AutoAWQForCausalLM.from_quantized({directory!r}, fuse_layers=True); u = time.perf_counter();"
+        "m.generate(input_ids=torch.arange(3, 67).view(1, -1).cuda(), max_new_tokens=1); v = time.perf_counter();"
+        "m.generate(input_ids=torch.arange(3, 67).view(1, -1).cuda(), max_new_tokens=2);"
+        "print(u - t, v - t, time.perf_counter() - t)"
+    )
+    times = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("cold", "warm"):
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TRITON_CACHE_DIR": cache}
+            )
+            if done.returncode:
+                raise RuntimeError(done.stderr[-2000:])
+            loaded, first, second = map(float, done.stdout.split()[-3:])
+            times |= {f"{name}_loaded_s": loaded, f"{name}_first_token_s": first, f"{name}_first_step_s": second}
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["mistral-7b"], choices=SHAPES)
@@ -133,76 +175,32 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s, for the share of the floor")
+    parser.add_argument("--quantize-lm-head", action="store_true", help="also with a 4-bit head")
+    parser.add_argument("--start", help="save the first shape to this directory and time fresh processes")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--commit", help="of the code, where git does not tell")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    dtype, device = getattr(torch, arguments.dtype), arguments.device
-    lengths = [tuple(map(int, text.split("/"))) for text in arguments.lengths]
+    lengths = [(int(p), int(n)) for p, n in (text.split("/") for text in arguments.lengths)]
     result: dict[str, Any] = {"dtype": arguments.dtype, "bandwidth_tb_s": arguments.bandwidth, "rows": []}
+    if arguments.commit:
+        result["commit"] = arguments.commit
 
-    def note(shape: str, found: dict) -> None:
+    def note(shape: str, found: dict[str, Any]) -> None:
         result["rows"].append({"shape": shape} | found)
         print({"shape": shape} | {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
         if arguments.json:
-            common.write(arguments.json, device, result)
+            common.write(arguments.json, arguments.device, result)
 
+    if arguments.start:
+        note(arguments.shapes[0], {"name": "start"} | start_times(arguments.shapes[0], arguments.dtype, arguments.start))
     for shape in arguments.shapes:
-        start = time.perf_counter()
-        model = random_model(shape, dtype, device, True)
-        size = weight_bytes(model)
-        wrapper = BaseAWQForCausalLM(model, shape)
-        result.setdefault("made_s", {})[shape] = time.perf_counter() - start
-        for batch in arguments.batches:
-            for prompt, new in lengths:
-                wrapper.fuse_layers(prompt + new, batch)
-                start = time.perf_counter()
-                wrapper.fuse()
-                fused = time.perf_counter() - start
-                found = row(wrapper, "fused", batch, prompt, new, arguments.repeats, device)
-                cache = (
-                    sum(a.k[0, :, 0].numel() for a in wrapper._decoder.cache)
-                    * 2
-                    * model.dtype.itemsize
-                    * batch
-                    * (prompt + new / 2)
-                )
-                floor = (size + cache) / arguments.bandwidth / 1e12
-                note(
-                    shape,
-                    found | {"fuse_s": fused, "share_of_floor": floor * found["decode_tok_s"] / batch, "weights_gb": size / 1e9},
-                )
-                if arguments.profile:
-                    note(
-                        shape,
-                        {
-                            "name": "profile",
-                            "batch": batch,
-                            "prompt": prompt,
-                            "us_per_step": profile(wrapper, batch, prompt, device),
-                        },
-                    )
-        if "unfused" in arguments.peers:
-            wrapper.unfuse()
-            note(shape, row(model, "unfused", 1, *lengths[0], 1, device))
-        del wrapper, model
+        ours(shape, arguments, lengths, note)
         gc.collect()
-        if not {"eager", "compiled"} & set(arguments.peers):
-            continue
-        model = random_model(shape, dtype, device, False)
-        for peer in (p for p in arguments.peers if p != "unfused"):
-            kwargs = {"cache_implementation": "static"} if peer == "compiled" else {}
-            for batch in arguments.batches:
-                for prompt, new in lengths:
-                    repeats = 1 if new > 256 else arguments.repeats
-                    note(
-                        shape,
-                        row(
-                            model, f"transformers {arguments.dtype} {peer}", batch, prompt, min(new, 256), repeats, device, **kwargs
-                        ),
-                    )
-        del model
-        gc.collect()
+        if {"eager", "compiled"} & set(arguments.peers):
+            peers(shape, arguments, lengths, note)
+            gc.collect()
 
 
 if __name__ == "__main__":

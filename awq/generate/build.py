@@ -24,12 +24,14 @@ _TOLERANCE = 1e-4  # of a block's contribution, in float32
 
 
 @torch.no_grad()
-def build_decoder(model: Any, max_seq_len: int, batch_size: int = 1, merge: bool = True) -> FusedDecoder:
+def build_decoder(
+    model: Any, max_seq_len: int, batch_size: int = 1, merge: bool = True, quantize_head: bool = False
+) -> FusedDecoder:
     """The fused form of a language model, on the same weights. Raises NotFusable with the reason.
 
     max_seq_len: tokens of a row, prompt included, that the cache holds; fewer when the model itself knows fewer positions and
     cannot go beyond (the decoder's `max_seq_len` says how many). merge: siblings become one packed product each, and the
-    model's own modules slices of it.
+    model's own modules slices of it. quantize_head: decode through a 4-bit copy of the head.
     """
     devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
     if len(devices) != 1 or next(iter(devices)).type == "meta":
@@ -42,7 +44,7 @@ def build_decoder(model: Any, max_seq_len: int, batch_size: int = 1, merge: bool
             raise
         plan = _read_and_prove(model, known)
         logger.info("max_seq_len is %d, the positions that the model knows, instead of %d: %s", known, max_seq_len, reason)
-    return FusedDecoder(plan, model, batch_size, merge)
+    return FusedDecoder(plan, model, batch_size, merge, quantize_head)
 
 
 def _read_and_prove(model: Any, max_seq_len: int) -> DecoderPlan:

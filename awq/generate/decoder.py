@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from awq.core.weight import round_to_nearest
 from awq.errors import ConfigError
 from awq.generate import operations as ops
 from awq.generate.block import FusedBlock, Prompt, Step
 from awq.generate.cache import LayerCache, allocate
 from awq.generate.graph import StepGraph
 from awq.generate.plan import DecoderPlan
-from awq.nn.surgery import get_weight
+from awq.nn.linear import WQLinear
+from awq.nn.surgery import get_weight, is_linear
 
 _PROMPT_TOKENS = 4096  # of all rows together, in one piece of a prompt
 
@@ -22,16 +24,17 @@ _PROMPT_TOKENS = 4096  # of all rows together, in one piece of a prompt
 class FusedDecoder:
     """A language model as embedding, fused blocks, norm and head.
 
-    The weights are those of the transformers model, which keeps working. `prefill` and `step` give logits float32
-    [batch, vocabulary]; the cache of up to `max_seq_len` tokens a row is allocated at the first prompt.
+    The weights are those of the transformers model, which keeps working; with `quantize_head` the head is a 4-bit copy.
+    `prefill` and `step` give logits float32 [batch, vocabulary]; the cache of up to `max_seq_len` tokens a row is allocated at the first prompt.
     """
 
-    def __init__(self, plan: DecoderPlan, model: Any, batch_size: int = 1, merge: bool = True) -> None:
+    def __init__(self, plan: DecoderPlan, model: Any, batch_size: int = 1, merge: bool = True, quantize_head: bool = False) -> None:
         self.plan, self.model, self.batch_size = plan, model, batch_size
         self.blocks = [FusedBlock(p, m, merge) for p, m in zip(plan.blocks, plan.modules)]
         self.cache: list[LayerCache] = []
         self.graphs: dict[int, StepGraph] = {}  # by batch
         self.dtype = model.dtype
+        self.head = quantized_head(plan.head) if quantize_head else plan.head
         self.device: torch.device = get_weight(plan.embedding).device
 
     @property
@@ -112,8 +115,19 @@ class FusedDecoder:
         return ops.add_norm(x, branch, p.blocks[-1].factor, p.norm)[1]
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits = ops.head(x, self.plan.head)
+        logits = ops.head(x, self.head)
         if self.plan.logits_factor != 1.0:
             logits = logits * self.plan.logits_factor
         cap = self.plan.logits_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def quantized_head(head: nn.Module) -> nn.Module:
+    """A packed copy of the head, rounded to nearest in groups of 128 (or what divides its inputs); itself when packed already."""
+    if not is_linear(head):
+        return head
+    weight, bias = get_weight(head), getattr(head, "bias", None)
+    size = next((s for s in (128, 64, 32) if weight.shape[1] % s == 0), weight.shape[1])
+    linear = WQLinear.from_quantized(round_to_nearest(weight, size), bias)
+    linear.settle(weight.dtype)
+    return linear

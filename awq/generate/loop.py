@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from awq.errors import ConfigError
@@ -105,7 +106,7 @@ class _Run:
         decoder, config, batch = self.decoder, self.config, len(self.ids)
         ids = torch.cat([self.ids, self.ids.new_zeros(batch, max(self.room, 0))], 1)
         width = self.ids.shape[1]
-        watch = _Watch(criteria, config, ids)
+        watch = _Watch(processors, criteria, config, ids)
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=decoder.device)
         kept: dict[str, list] = {"scores": [], "logits": []}
         logits = decoder.prefill(self.prompts, self.lengths)
@@ -152,17 +153,20 @@ class _Run:
 class _Watch:
     """Writes tokens to the sequences, says which rows go on, and brings both to the host.
 
-    On a GPU it does so on a stream of its own, beside the next step, which needs none of it but the token. Rows that have
-    ended get the padding token; what the model makes of them is not looked at.
+    On a GPU the next step is started before the host looks, and, when nothing but lengths and end tokens is watched for, all
+    this happens on a stream of its own beside that step. Rows that have ended get the padding token; what the model makes of
+    them is not looked at.
     """
 
-    def __init__(self, criteria: Any, config: Any, ids: Tensor) -> None:
+    def __init__(self, processors: Any, criteria: Any, config: Any, ids: Tensor) -> None:
         self.criteria, self.ids = criteria, ids
         self.pad = getattr(config, "_pad_token_tensor", None) if any(hasattr(c, "eos_token_id") for c in criteria) else None
         self.going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         self.ahead = ids.is_cuda
         if self.ahead:
-            self.main, self.stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            simple = not processors and all(isinstance(c, (EosTokenCriteria, MaxLengthCriteria)) for c in criteria)
+            self.main = torch.cuda.current_stream()
+            self.stream = torch.cuda.Stream() if simple else self.main  # others read ids and scores, which the main one writes
             self.host = torch.empty(len(ids) + 1, dtype=ids.dtype, pin_memory=True)
             self.event = torch.cuda.Event()
 
@@ -173,8 +177,7 @@ class _Watch:
             return
         self.stream.wait_stream(self.main)
         with torch.cuda.stream(self.stream):
-            # Both come from the main stream, whose next step may overwrite logits: `step` waits for what was asked of them.
-            self.token = token
+            self.token = token  # alive until `get` has waited for this stream
             self.host.copy_(self._note(token, scores, place), non_blocking=True)
             self.event.record()
 

@@ -86,14 +86,15 @@ class AutoAWQForCausalLM:
         offload_folder: str | None = None,
         download_kwargs: dict | None = None,
         device: Any = None,
+        quantize_lm_head: bool = False,
         **config_kwargs: Any,
     ) -> BaseAWQForCausalLM:
         """A quantized model ready to use; `.tokenizer` is the one saved beside it, or None.
 
         device: one device for the whole model; device_map: transformers' spreading over several. The GPU is taken when neither
         is given and there is one. fuse_layers: generation runs on fused blocks with a cache of `max_seq_len` tokens for each of
-        `batch_size` rows (more rows make it grow), proven at the first `generate`; False: plain transformers. The use_…
-        switches are accepted for compatibility.
+        `batch_size` rows (more rows make it grow), proven at the first `generate`; False: plain transformers.
+        quantize_lm_head: generate through a 4-bit copy of the head. The use_… switches are accepted for compatibility.
         """
         dtype = _dtype(config_kwargs.pop("dtype", config_kwargs.pop("torch_dtype", "auto")))
         config = read_config(quant_path, trust_remote_code, **_where({**(download_kwargs or {}), **config_kwargs}))
@@ -115,7 +116,7 @@ class AutoAWQForCausalLM:
         tokenizer = find_tokenizer(quant_path, trust_remote_code)
         loaded = cls._wrapper(model, str(quant_path), stored, tokenizer, trust_remote_code)
         if fuse_layers and loaded.can_generate():
-            loaded.fuse_layers(max_seq_len, batch_size)
+            loaded.fuse_layers(max_seq_len, batch_size, quantize_lm_head)
         return loaded
 
 

@@ -1,0 +1,45 @@
+"""Measure prefill and decode speed and memory of a quantized language model."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="quantized directory or hub id")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--lengths", nargs="+", default=["64/64", "256/256"], help="prompt/new tokens")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-fuse", action="store_true", help="transformers' own blocks and loop")
+    parser.add_argument("--quantize-lm-head", action="store_true")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from awq import AutoAWQForCausalLM
+    from awq.cli.output import show
+    from awq.evals.speed import as_table, generation_speed
+
+    lengths = [_lengths(text) for text in arguments.lengths]
+    model = AutoAWQForCausalLM.from_quantized(
+        arguments.model, device=arguments.device, fuse_layers=not arguments.no_fuse, torch_dtype=arguments.dtype,
+        max_seq_len=max(sum(pair) for pair in lengths), batch_size=max(arguments.batch_sizes),
+        quantize_lm_head=arguments.quantize_lm_head,
+    )  # fmt: skip
+    rows = [
+        generation_speed(model, batch, prompt, new, arguments.repeats) for batch in arguments.batch_sizes for prompt, new in lengths
+    ]
+    device = str(model.device)
+    result = {"model": arguments.model, "device": device, "fusion": model.fusion, "rows": [r.to_dict() for r in rows]}
+    table = as_table(arguments.model.rstrip("/").rpartition("/")[2], model.quant_config.version, rows)
+    show(result, arguments.json, f"{table}\n\non {device}; {model.fusion}")
+
+
+def _lengths(text: str) -> tuple[int, int]:
+    from awq.errors import ConfigError
+
+    prompt, _, new = text.partition("/")
+    if not (prompt.isdigit() and new.isdigit() and int(prompt) > 0 and int(new) > 1):
+        raise ConfigError(f"--lengths {text}: write prompt/new tokens, like 64/64, with at least 2 new ones.")
+    return int(prompt), int(new)
