@@ -207,3 +207,13 @@ def test_unknown_version_and_bits_are_named():
         get_format("gemm").pack(weight)
     with pytest.raises(ConfigError, match="multiple of 8"):
         get_format("gemm").pack(QuantizedWeight(*random_weight(32, 12, 16)[:3]))
+
+
+def test_a_bijective_format_gives_any_bytes_back():
+    codec = get_format("gemm")
+    assert codec.bijective and not get_format("gemv").bijective and not get_format("gemv_fast").bijective
+    tensors = codec.empty(64, 24, 32)
+    for tensor in tensors.values():
+        tensor.view(torch.uint8).random_(0, 256)
+    again = codec.pack(codec.unpack(tensors, 64, 24, 32))
+    assert all(torch.equal(tensors[k].view(torch.uint8), again[k].view(torch.uint8)) for k in tensors)

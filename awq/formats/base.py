@@ -20,6 +20,7 @@ class Format:
 
     encode: QuantizedWeight → {"qweight", "qzeros", "scales"}; decode: the inverse, with (in, out, group_size).
     shapes: (in, out, group_size) → shape and dtype of each tensor. reason: why a shape cannot be stored, or None.
+    bijective: every content of the tensors is some weight, so that packing what was unpacked gives the same bytes.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Format:
     decode: Callable[[Mapping[str, Tensor], int, int, int], QuantizedWeight]
     shapes: Callable[[int, int, int], Shapes]
     reason: Callable[[int, int, int], str | None]
+    bijective: bool = False
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Tensors as a checkpoint holds them; codes and zeros are clamped to 0 … 15.

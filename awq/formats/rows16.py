@@ -31,19 +31,21 @@ def _rows(blocks: Tensor, out_features: int) -> Tensor:
 
 
 def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
-    codes = F.pad(weight.codes, (0, 0, 0, -len(weight.codes) % ROWS))
-    runs = codes.unflatten(0, (-1, ROWS)).unflatten(2, (-1, 2, 4))  # [n, row, k, half, byte]
-    data = runs[:, :, :, 0] | (runs[:, :, :, 1] << 4)
+    extra = -len(weight.codes) % ROWS
+    codes = F.pad(weight.codes, (0, 0, 0, extra)) if extra else weight.codes.contiguous()
+    words = codes.view(torch.int32).unflatten(0, (-1, ROWS)).unflatten(2, (-1, 2))  # four bytes at a time: [n, row, k, half]
+    data = (words[..., 0] | (words[..., 1] << 4)).transpose(1, 2).contiguous()
     return {
-        "qweight": data.transpose(1, 2).flatten(2).contiguous(),
+        "qweight": data.view(torch.uint8),
         "qzeros": _blocks(weight.zeros),
         "scales": _blocks(weight.scales),
     }
 
 
 def _decode(tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int) -> QuantizedWeight:
-    data = tensors["qweight"].unflatten(2, (ROWS, 4)).transpose(1, 2)  # [n, row, k, byte]
-    codes = torch.stack((data & 15, data >> 4), 3).reshape(-1, in_features)[:out_features].contiguous()
+    data = tensors["qweight"].view(torch.int32).transpose(1, 2)  # [n, row, k]
+    words = torch.stack((data & 0x0F0F0F0F, (data >> 4) & 0x0F0F0F0F), 3)
+    codes = words.view(torch.uint8).view(-1, in_features)[:out_features].contiguous()
     return QuantizedWeight(codes, _rows(tensors["scales"], out_features), _rows(tensors["qzeros"], out_features))
 
 

@@ -100,10 +100,15 @@ class WQLinear(nn.Module):
         if layout == self.format:
             after, self._kept = before, {}
         else:
-            weight = get_format(self.format).unpack(before, self.in_features, self.out_features, self.group_size)
-            again, after = get_format(self.format).pack(weight), get_layout(layout).pack(weight)
+            codec = get_format(self.format)
+            weight = codec.unpack(before, self.in_features, self.out_features, self.group_size)
+            after, again = get_layout(layout).pack(weight), before if codec.bijective else codec.pack(weight)
             # Padding that is not zero, or scaled zeros rounded otherwise: rare, small, and needed to save the same bytes.
-            self._kept = {n: t.cpu() for n, t in before.items() if not torch.equal(t.view(torch.uint8), again[n].view(torch.uint8))}
+            self._kept = {
+                n: t.cpu()
+                for n, t in before.items()
+                if t is not again[n] and not torch.equal(t.view(torch.uint8), again[n].view(torch.uint8))
+            }
         self._buffers.update(after)
         self.layout = layout
 
