@@ -10,13 +10,13 @@ Shapes (outputs × inputs) are Mistral-7B's with siblings joined; "sum" adds one
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
+import os
 import platform
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -29,13 +29,13 @@ from awq.core.weight import QuantizedWeight
 from awq.formats import get_layout
 from awq.kernels import Packed, Shape
 from awq.kernels.triton import configs, launch
-from awq.kernels.triton.configs import Config
+from awq.kernels.triton.timing import copies_of, graph_time, random_packed, warm_up
+from awq.kernels.triton.tuning import Job, compile_job, in_processes, tune, write_table
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
 
 LAYER = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-L2 = 200e6  # bytes that the copies of one weight must exceed
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 DEVICE = "cuda"
 
 
@@ -54,16 +54,6 @@ def pack(weight: QuantizedWeight, layout: str = "planar") -> Packed:
     t = get_layout(layout).pack(weight)
     n, k = weight.codes.shape
     return Packed(t["qweight"], t["qzeros"], t["scales"], Shape(k, n, weight.group_size), layout)
-
-
-def random_packed(n: int, k: int, group: int = 128) -> Packed:
-    """A planar weight of random bits, made without codes: for timing."""
-    shape = Shape(k, n, group)
-    sizes = get_layout("planar").shapes(k, n, group)
-    words = torch.randint(-(2**15), 2**15, sizes["qweight"][0], dtype=torch.int16, device=DEVICE)
-    scales = (torch.rand(sizes["scales"][0], device=DEVICE) * 0.02 + 1e-3).half().view(torch.int16).int()
-    grid = scales + (torch.randint(0, 16, scales.shape, dtype=torch.int32, device=DEVICE) << 16)
-    return Packed(words, words.new_empty(0, dtype=torch.uint8), grid, shape, "planar")
 
 
 # ---------------------------------------------------------------- correctness
@@ -113,19 +103,21 @@ def check_products(workers: int) -> dict:
 
 
 def check_configurations() -> dict:
-    """Every configuration of the shipped table and of the rule, on its own shape, forced: relative errors in float16."""
+    """Every configuration of the shipped table and of the rule, on its own shape, forced: largest relative errors."""
     name, processors = launch.architecture(0)
-    worst, count = 0.0, 0
+    worst, count = {torch.float16: 0.0, torch.bfloat16: 0.0}, 0
     for n, k in LAYER.values():
         weight = random_weight(n, k, 128, n + k)
         packed, dense = pack(weight), weight.dequantize(torch.float64)
-        chosen = {configs.config_for(name, processors, packed.shape, m) for m in (1, *configs.BUCKETS)}
-        for config in (c for c in chosen if c is not None):
-            for m in {1, config.bm, config.bm + 1}:
-                x = torch.randn(m, k, device=DEVICE).half()
-                worst, count = max(worst, error(launch.fused(x, packed, None, config), x, dense)), count + 1
-    assert worst < 1e-3, worst
-    return {"worst": worst, "launches": count}
+        for dtype in (torch.float16, torch.bfloat16):
+            chosen = {configs.config_for(name, processors, packed.shape, m, dtype) for m in configs.BUCKETS}
+            for config in (c for c in chosen if c is not None):
+                for m in {1, config.bm, config.bm + 1}:
+                    x = torch.randn(m, k, device=DEVICE).to(dtype)
+                    value = error(launch.fused(x, packed, None, config), x, dense)
+                    worst[dtype], count = max(worst[dtype], value), count + 1
+    assert worst[torch.float16] < 1e-3 and worst[torch.bfloat16] < 8e-3, worst
+    return {"worst": {str(dtype)[6:]: value for dtype, value in worst.items()}, "launches": count}
 
 
 def check_surroundings() -> dict:
@@ -206,46 +198,6 @@ def check_surroundings() -> dict:
 # ---------------------------------------------------------------- times
 
 
-def graph_time(calls: list, repeats: int = 9) -> float:
-    """Median microseconds of one call; `calls` are replayed in order, 40 or more per replay, so that its start counts little."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph, rounds = torch.cuda.CUDAGraph(), -(-40 // len(calls))
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < 0.03:  # what ran before, an allocation or nothing, still shows in the first replays
-        graph.replay()
-        torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / (len(calls) * rounds))
-    return statistics.median(times)
-
-
-@torch.no_grad()
-def warm_up(seconds: float = 0.5) -> None:
-    """Brings the clocks to where a busy GPU has them."""
-    a, start = torch.randn(8192, 8192, device=DEVICE, dtype=torch.float16), time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        a @ a
-        torch.cuda.synchronize()
-
-
-def copies_of(n: int, k: int, bits: float) -> int:
-    return max(2, math.ceil(L2 / (n * k * bits / 8)) + 1)
-
-
 def time_layer(dtype: torch.dtype, tokens: tuple[int, ...]) -> dict:
     """Microseconds by kind, product and tokens, and their sum over the layer."""
     warm_up()
@@ -278,6 +230,18 @@ def time_layer(dtype: torch.dtype, tokens: tuple[int, ...]) -> dict:
     return {kind: rows for kind, rows in times.items() if rows["sum"]}
 
 
+def compile_chosen(tokens: tuple[int, ...], workers: int) -> float:
+    """Seconds that the kernels of `time_layer` take to compile, in processes side by side."""
+    start, gpu = time.perf_counter(), launch.architecture(0)
+    jobs = {
+        Job(shape, dtype, config.bm, config)
+        for shape in (Shape(k, n, 128) for n, k in LAYER.values()) for dtype in (torch.float16, torch.bfloat16) for m in tokens
+        if (config := configs.config_for(*gpu, shape, m, dtype)) is not None
+    }  # fmt: skip
+    assert not any(in_processes(compile_job, list(jobs), workers))
+    return round(time.perf_counter() - start, 1)
+
+
 def time_host() -> dict:
     """Host microseconds of one eager call (the GPU is not waited for)."""
     linear = WQLinear.from_quantized(random_weight(4096, 4096, 128, 1, "cpu")).to(DEVICE)
@@ -306,7 +270,8 @@ def time_host() -> dict:
 
 
 def time_loading() -> dict:
-    """Seconds to move a 7B model's 32 layers from the gemm layout, and from there to the first output at 1 token and at 100."""
+    """Seconds to move a 7B model's 32 layers from the gemm layout, and from there to the first outputs at 1 token and at 100."""
+    torch.zeros(1, device=DEVICE)
     layers = []
     for number in range(32):
         for n, k in ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)):
@@ -324,92 +289,25 @@ def time_loading() -> dict:
             for linear in layers:
                 linear(torch.ones(m, linear.in_features, device=DEVICE, dtype=torch.float16))
     torch.cuda.synchronize()
-    return {"relayout_s": round(moved - start, 2), "first_calls_s": round(time.perf_counter() - moved, 2)}
+    ready = time.perf_counter()
+    return {"relayout_s": round(moved - start, 2), "first_calls_s": round(ready - moved, 2), "ready_s": round(ready - start, 2)}
 
 
-# ---------------------------------------------------------------- tuning
-
-
-def candidates(n: int, k: int, m: int, processors: int) -> list[Config]:
-    """Configurations worth timing for m tokens."""
-    tokens, scaled, splits, forms, loads = [max(8, m)], [False], (1, 2, 3, 4, 6, 8), [(64, 4), (128, 4), (128, 8)], (3, 4)
-    if m <= 8:
-        forms, loads, splits = [(64, 2), (128, 2), (128, 4)], (3, 6), (1, 2, 3, 8, 11, 16)
-    elif m <= 16:
-        forms, splits = [(128, 4), (64, 2)], (1, 2, 6, 8, 11)
-    elif 32 < m <= 64:
-        tokens, scaled, splits = [32, 64], [False, True], (1, 2, 4)
-    elif m > 64:
-        tokens, scaled, splits, forms = [64, 128], [True], (1, 2, 4), [(128, 4), (128, 8), (256, 8)]
-    found = []
-    for (bn, warps), bm, split, flag, stages in itertools.product(forms, tokens, splits, scaled, loads):
-        tiles, steps = -(-n // bn) * -(-m // bm), k // 128
-        waves, most = tiles * split / processors, 7 if m <= 16 else 5 if m <= 64 else 3
-        if split > 1 and (waves > most or steps / split < 2):
-            continue  # more programs than help
-        if waves < (1.4 if m <= 16 else 0.7) and split < splits[-1]:
-            continue  # idle processors
-        if flag and bm == 32:
-            continue
-        if (flag or bn * bm <= 64 * 32 * warps) and (stages - 1) * (bn * 68 + bm * 256) < 225_000:
-            found.append(Config(bm, bn, split, flag, warps, stages))
+def time_cold_start() -> dict:
+    """`time_loading` in new processes: with an empty Triton cache, then with the one that the first has filled."""
+    found = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("cold", "warm"):
+            start = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, __file__, "--loading"],
+                capture_output=True,
+                text=True,
+                env=os.environ | {"TRITON_CACHE_DIR": cache},
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+            found[name] = json.loads(done.stdout) | {"process_s": round(time.perf_counter() - start, 2)}
     return found
-
-
-def _compile(job: tuple) -> str | None:
-    """Fills Triton's disk cache, in a process of its own."""
-    n, k, m, config, dtype = job
-    try:
-        launch.fused(torch.zeros(m, k, device=DEVICE, dtype=dtype), random_packed_cached(n, k), None, config)
-    except Exception as error:  # a configuration that does not compile or fit is not a candidate
-        return f"{type(error).__name__}: {str(error)[:120]}"
-    return None
-
-
-_packed_cache: dict = {}
-
-
-def random_packed_cached(n: int, k: int) -> Packed:
-    if (n, k) not in _packed_cache:
-        _packed_cache.clear()
-        _packed_cache[n, k] = random_packed(n, k)
-    return _packed_cache[n, k]
-
-
-def tune(buckets: tuple[int, ...], seconds: float, workers: int) -> tuple[dict, dict]:
-    """Best configuration by shape and bucket, and all times."""
-    _, processors = launch.architecture(0)
-    jobs = [(n, k, m, c, torch.float16) for n, k in LAYER.values() for m in buckets for c in candidates(n, k, m, processors)]
-    start = time.perf_counter()
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        failures = list(pool.map(_compile, jobs, chunksize=4))
-    refused = {(n, k, m, c): f for (n, k, m, c, _), f in zip(jobs, failures) if f}
-    print(f"{len(jobs)} configurations compiled in {time.perf_counter() - start:.0f} s, {len(refused)} refused")
-    for reason in sorted(set(refused.values()))[:5]:
-        print("  refused:", reason)
-    warm_up()
-    every: dict = {}
-    best: dict = {}
-    start = time.perf_counter()
-    for name, (n, k) in LAYER.items():
-        weights = [random_packed(n, k) for _ in range(copies_of(n, k, 4.25))]
-        for m in buckets:
-            x = torch.randn(m, k, device=DEVICE, dtype=torch.float16)
-            rows = []
-            for config in candidates(n, k, m, processors):
-                if (n, k, m, config) in refused or time.perf_counter() - start > seconds:
-                    continue
-                rows.append((graph_time([lambda w=w: launch.fused(x, w, None, config) for w in weights], 5), config))
-            if m >= 128:
-                rows.append((graph_time([lambda w=w: launch.through_dense(x, w, None) for w in weights[:3]], 5), None))
-            rows.sort(key=lambda row: row[0])
-            every[f"{name} {m}"] = [[round(t, 2), c] for t, c in rows[:12]]
-            best.setdefault(f"{n}x{k}", {})[str(m)] = rows[0][1] if rows else None
-            print(name, m, [(round(t, 1), None if c is None else tuple(int(v) for v in c)) for t, c in rows[:4]], flush=True)
-        del weights
-    for m in buckets:
-        print("sum", m, round(sum(every[f"{name} {m}"][0][0] for name in LAYER if every[f"{name} {m}"]), 1))
-    return best, every
 
 
 # ---------------------------------------------------------------- the script
@@ -433,13 +331,19 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="correctness against float64, graphs, compile, streams, backward")
     parser.add_argument("--time", action="store_true", help="times beside float16 cuBLAS and tinygemm")
     parser.add_argument("--tune", action="store_true", help="time candidate configurations")
+    for dtype in ("float16", "bfloat16"):
+        parser.add_argument(f"--{dtype}", type=int, nargs="*", default=configs.BUCKETS, help="numbers of tokens for --tune")
     parser.add_argument("--table", help="where --tune writes the best of them")
-    parser.add_argument("--tokens", type=int, nargs="*", help="numbers of tokens")
+    parser.add_argument("--tokens", type=int, nargs="*", help="numbers of tokens for --time")
     parser.add_argument("--seconds", type=float, default=120, help="at most so long for the timing of --tune")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile for --tune")
     parser.add_argument("--commit", help="of this code, where git does not know it")
     parser.add_argument("--out", help="JSON file for the results")
+    parser.add_argument("--loading", action="store_true", help=argparse.SUPPRESS)  # the child of `time_cold_start`
     args = parser.parse_args()
+    if args.loading:
+        print(json.dumps(time_loading()))
+        return
     torch.manual_seed(0)
     results: dict = {"environment": environment(args.commit)}
 
@@ -456,34 +360,33 @@ def main() -> None:
         if args.out:
             Path(args.out).write_text(json.dumps(results, indent=1, default=list) + "\n", encoding="utf-8")
 
+    if args.tune:
+
+        def tuning():
+            shapes = [Shape(k, n, 128) for n, k in LAYER.values()]
+            tokens = {torch.float16: args.float16, torch.bfloat16: args.bfloat16}
+            found = tune(shapes, tokens, args.seconds, args.workers)
+            if args.table:
+                write_table(Path(args.table), torch.cuda.get_device_name(0), found)
+                configs.table.cache_clear()
+                launch._config.cache_clear()
+            return {
+                f"{configs.size_of(shape)} {str(dtype)[6:]} {m}": [[round(t, 2), c] for t, c in rows[:12]]
+                for (shape, dtype, m), rows in found.items()
+            }
+
+        stage("tune", tuning)
     if args.check:
         stage("products", check_products, args.workers)
         stage("configurations", check_configurations)
         stage("surroundings", check_surroundings)
-    if args.tune:
-
-        def tuning():
-            best, every = tune(tuple(args.tokens or configs.BUCKETS), args.seconds, args.workers)
-            if args.table:
-                path = Path(args.table)
-                old = json.loads(path.read_text(encoding="utf-8"))["shapes"] if path.is_file() else {}
-                for shape, rows in best.items():
-                    old[shape] = dict(sorted((old.get(shape, {}) | rows).items(), key=lambda item: int(item[0])))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                lines = ",\n".join(f"  {json.dumps(s)}: {json.dumps(rows, default=list)}" for s, rows in old.items())
-                gpu = json.dumps(torch.cuda.get_device_name(0))
-                path.write_text(f'{{"measured_on": {gpu}, "shapes": {{\n{lines}\n}}}}\n', encoding="utf-8")
-                configs.table.cache_clear()
-                launch._config.cache_clear()
-            return every
-
-        stage("tune", tuning)
     if args.time:
         tokens = tuple(args.tokens or TOKENS)
+        stage("compiled_s", compile_chosen, tokens, args.workers)
         stage("float16", time_layer, torch.float16, tokens)
         stage("bfloat16", time_layer, torch.bfloat16, tokens)
         stage("host_us", time_host)
-        stage("loading", time_loading)
+        stage("loading", time_cold_start)
 
 
 if __name__ == "__main__":

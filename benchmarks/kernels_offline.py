@@ -17,7 +17,6 @@ import triton
 
 from awq.kernels.packed import Shape
 from awq.kernels.triton import configs, offline
-from awq.kernels.triton.configs import Config
 
 RULE_SHAPES = [Shape(4096, 6144, 128), Shape(4096, 28672, 128), Shape(14336, 4096, 128), Shape(896, 4864, 64), Shape(576, 1536, 32),
                Shape(1536, 576, 1536), Shape(4224, 72, 128)]  # fmt: skip
@@ -31,13 +30,14 @@ def jobs() -> list[tuple]:
     """(target, shape, configuration, dtype)"""
     found = []
     for target in offline.TARGETS:
-        shipped = set()
-        for shape in RULE_SHAPES:
-            shipped |= {(shape, configs.rule(name_of(target), 108, shape, m)) for m in (1, 8, 16, 32, 64, 128, 256)}
-        for size, rows in configs.table(name_of(target)).items():
-            n, k = map(int, size.split("x"))
-            shipped |= {(Shape(k, n, 128), Config(*row)) for row in rows.values() if row is not None}
-        found += [(target, *item, dtype) for item in shipped for dtype in (torch.float16, torch.bfloat16)]
+        for dtype in (torch.float16, torch.bfloat16):
+            shipped = set()
+            for shape in RULE_SHAPES:
+                shipped |= {(shape, configs.rule(name_of(target), 108, shape, m)) for m in (1, 8, 16, 32, 64, 128, 256)}
+            for size, rows in configs.table(name_of(target), dtype).items():
+                n, k = map(int, size.split("x"))
+                shipped |= {(Shape(k, n, 128), config) for config in rows.values() if config is not None}
+            found += [(target, *item, dtype) for item in shipped]
     return sorted(found, key=str)
 
 

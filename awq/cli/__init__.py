@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-VERBS = ("quantize", "generate", "bench", "embed", "info", "convert", "folds")
+VERBS = ("quantize", "generate", "bench", "embed", "info", "convert", "folds", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:

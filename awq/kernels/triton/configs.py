@@ -1,21 +1,28 @@
-"""Launch configurations: a table measured per GPU architecture, and a rule for shapes and GPUs that are not in it.
+"""Launch configurations: tables measured per GPU architecture, and a rule for shapes and GPUs that are not in them.
 
-`tables/<architecture>.json` holds "shapes": {"N x K": {"M": [BM, BN, split, scale_weight, warps, stages] or null}}: the best
-configuration measured for up to M tokens, null where a dense weight was faster. `benchmarks/kernels.py --tune` writes it.
-Nothing is ever tuned while a model runs.
+`<architecture>.json` holds "shapes": {"N x K": {"M": [BM, BN, split, scale_weight, warps, stages] or null}}: the best configuration
+measured for up to M tokens, null where a dense weight was faster; and "bfloat16", the same where that dtype wants another.
+The shipped tables are in `tables/`. Those of the user come before them, entry by entry: `awq tune` writes them to the folder that
+the variable AWQ_KERNEL_TABLES names, or else to `awq/kernels` in the user's cache folder. Nothing is ever tuned while a model runs.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+
+from awq.errors import ConfigError
 from awq.kernels.packed import Shape
 
 TABLES = Path(__file__).parent / "tables"
-BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512)  # tokens; more go through a dense weight unless the table says otherwise
+VARIABLE = "AWQ_KERNEL_TABLES"
+SECTIONS = ("shapes", "bfloat16")
+BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens; more go through a dense weight unless the table says otherwise
 
 
 class Config(NamedTuple):
@@ -38,20 +45,68 @@ class Config(NamedTuple):
         return min(8, 1 << ((-(-blocks // self.split)).bit_length() - 1))
 
 
+def user_tables() -> Path:
+    """The folder of the user's own tables."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "awq" / "kernels"
+    return Path(os.environ.get(VARIABLE) or default)
+
+
+def section(dtype: torch.dtype) -> str:
+    """The part of a table that is measured with a dtype."""
+    return "bfloat16" if dtype == torch.bfloat16 else "shapes"
+
+
+def size_of(shape: Shape) -> str:
+    """A shape's key in a table. The group size is left out: it hardly changes what is fastest."""
+    return f"{shape.out_features}x{shape.in_features}"
+
+
 @cache
-def table(architecture: str) -> dict[str, dict[str, list | None]]:
-    """Measured configurations of an architecture ("sm90", "gfx942"); empty when it was never measured."""
-    path = TABLES / f"{architecture}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["shapes"] if path.is_file() else {}
+def table(architecture: str, dtype: torch.dtype = torch.float16) -> dict[str, dict[int, Config | None]]:
+    """Configurations of an architecture ("sm90", "gfx942") by "N x K" and tokens; empty when it was never measured.
+
+    Raises ConfigError when a table of the user's cannot be read.
+    """
+    found: dict[str, dict[int, Config | None]] = {}
+    for folder in (TABLES, user_tables()):
+        parts = _read(folder / f"{architecture}.json")
+        for name in ("shapes", section(dtype)):
+            for size, rows in parts.get(name, {}).items():
+                found.setdefault(size, {}).update(rows)
+    return found
 
 
-def config_for(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> Config | None:
+def _read(path: Path) -> dict[str, dict[str, dict[int, Config | None]]]:
+    try:
+        if not path.is_file():
+            return {}
+        parts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            name: {size: {int(m): row and _checked(*row) for m, row in rows.items()} for size, rows in parts.get(name, {}).items()}
+            for name in SECTIONS
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is no table of launch configurations ({type(error).__name__}: {error}); delete it, or write it anew with "
+            "`awq tune`."
+        ) from error
+
+
+def _checked(bm: int, bn: int, split: int, scale_weight: bool, warps: int, stages: int) -> Config:
+    config = Config(bm, bn, split, scale_weight, warps, stages)
+    if not all(isinstance(value, int) and value >= 0 for value in config) or min(bm, bn, split, warps, stages) < 1:
+        raise ValueError(f"{list(config)} is no configuration")
+    return config
+
+
+def config_for(
+    architecture: str, multiprocessors: int, shape: Shape, tokens: int, dtype: torch.dtype = torch.float16
+) -> Config | None:
     """The configuration for a product of `tokens` rows; None when a dense weight is better."""
-    measured = table(architecture).get(f"{shape.out_features}x{shape.in_features}")
-    if measured is not None:
-        bucket = next((b for b in sorted(map(int, measured)) if b >= tokens), None)
-        found = None if bucket is None else measured[str(bucket)]
-        return None if found is None else Config(*found)
+    measured = table(architecture, dtype).get(size_of(shape), {})
+    bucket = min((m for m in measured if m >= tokens), default=None)
+    if bucket is not None and bucket <= min((b for b in BUCKETS if b >= tokens), default=bucket):
+        return measured[bucket]  # what was measured for many more tokens says little
     return rule(architecture, multiprocessors, shape, tokens)
 
 

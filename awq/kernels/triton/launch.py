@@ -44,8 +44,8 @@ def has_dependent_launch(index: int | None) -> bool:
 
 
 @cache
-def _config(index: int | None, shape: Shape, tokens: int) -> Config | None:
-    return config_for(*architecture(index), shape, tokens)
+def _config(index: int | None, shape: Shape, tokens: int, dtype: torch.dtype) -> Config | None:
+    return config_for(*architecture(index), shape, tokens, dtype)
 
 
 class Counters:
@@ -90,7 +90,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     tokens = rows.shape[0]
     config = None
     if x.dtype != torch.float32 and tokens <= 4096:
-        config = _config(x.device.index, shape, tokens)
+        config = _config(x.device.index, shape, tokens, x.dtype)
     if tokens == 0:
         out = rows.new_empty(0, shape.out_features)
     elif config is None:

@@ -73,8 +73,8 @@ def compile_experts(
     nvidia, x = isinstance(target, int), _POINTERS[dtype]
     order = "*i64" if rows else "*i32"
     arguments = {"x": x, "qweight": "*i16", "grid": "*i32", "bias": x, "factors": x, "experts": "*i64",
-                 "order": order, "owner": order, "y": x, "partial": "*fp32" if config.split > 1 else x, "arrived": "*i32" if config.split > 1 else x,
-                 "R": "i32"}  # fmt: skip
+                 "order": order, "owner": order, "y": x, "partial": "*fp32" if config.split > 1 else x,
+                 "arrived": "*i32" if config.split > 1 else x, "R": "i32"}  # fmt: skip
     pdl = nvidia and int(target) >= 90
     constants = {
         "TOP": top, "N": shape.out_features, "K": shape.in_features, "GROUP": shape.group_size,

@@ -1,0 +1,85 @@
+"""Measure which kernel configurations are fastest on this GPU for a model's linears, and keep them as a table for later runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="quantized directory or hub id whose linears to tune for")
+    parser.add_argument("--shapes", nargs="*", default=[], metavar="NxK", help="more linears, outputs x inputs, e.g. 4096x14336")
+    parser.add_argument("--group-size", type=int, default=128, help="of --shapes; -1: the whole row")
+    parser.add_argument("--tokens", type=int, nargs="*", help="numbers of tokens; default: those that tables hold")
+    parser.add_argument("--dtypes", nargs="*", default=["float16", "bfloat16"], choices=["float16", "bfloat16"])
+    parser.add_argument("--seconds", type=float, default=300, help="at most so long for the timing")
+    parser.add_argument("--workers", type=int, help="processes that compile; default: one per CPU core")
+    parser.add_argument("--output", type=Path, help="table to write or add to; default: the user's, which later runs read")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import os
+
+    import torch
+
+    from awq.cli.output import show
+    from awq.errors import ConfigError
+    from awq.kernels.triton import why_not
+
+    shapes = sorted({*_given(arguments), *(_of_model(arguments.model) if arguments.model else ())})
+    if not shapes:
+        raise ConfigError("name a quantized model, or linears as --shapes NxK.")
+    if not torch.cuda.is_available():
+        raise ConfigError("kernels are tuned on the GPU that is to run them, and there is none.")
+    for shape in shapes:
+        reason = why_not(torch.device("cuda", 0), torch.float16, shape)
+        if reason is not None:
+            raise ConfigError(f"a linear of {shape} does not run on Triton's kernels: {reason}.")
+    from awq.kernels.triton import configs, launch, tuning
+
+    path = arguments.output or configs.user_tables() / f"{launch.architecture(0)[0]}.json"
+    found = tuning.tune(
+        shapes, {getattr(torch, name): arguments.tokens or configs.BUCKETS for name in arguments.dtypes}, arguments.seconds,
+        arguments.workers or os.cpu_count() or 1, (lambda line: None) if arguments.json else print,
+    )  # fmt: skip
+    gpu = torch.cuda.get_device_name(0)
+    tuning.write_table(path, gpu, found)
+    rows: list[dict[str, Any]] = [
+        {"shape": configs.size_of(shape), "dtype": str(dtype)[6:], "tokens": m, "us": round(times[0].microseconds, 2),
+         "config": times[0].config} for (shape, dtype, m), times in found.items()
+    ]  # fmt: skip
+    show({"gpu": gpu, "table": str(path), "best": rows}, arguments.json, f"{len(rows)} entries written to {path}")
+
+
+def _given(arguments: argparse.Namespace) -> list[Any]:
+    from awq.errors import ConfigError
+    from awq.kernels import Shape
+
+    found = []
+    for text in arguments.shapes:
+        sizes = text.lower().split("x")
+        if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
+            raise ConfigError(f"--shapes takes outputs x inputs, e.g. 4096x14336, not {text!r}.")
+        n, k = map(int, sizes)
+        found.append(Shape(k, n, k if arguments.group_size == -1 else arguments.group_size))
+    return found
+
+
+def _of_model(path: str) -> set[Any]:
+    """Shapes of a quantized model's linears, alone and, where generation joins siblings to one product, together."""
+    from awq import AutoAWQForCausalLM, AutoAWQForEmbedding
+    from awq.embed.directory import is_sentence_model
+    from awq.kernels import Shape
+    from awq.nn.linear import WQLinear
+
+    door = AutoAWQForEmbedding if is_sentence_model(path) else AutoAWQForCausalLM
+    loaded = door.from_quantized(path)
+
+    def shapes(modules: Any) -> set[Any]:
+        return {Shape(m.in_features, m.out_features, m.group_size) for m in modules if isinstance(m, WQLinear)}
+
+    found = shapes(loaded.model.modules())
+    decoder = loaded.fuse() if hasattr(loaded, "fuse") else None
+    blocks = () if decoder is None else decoder.blocks
+    return found | shapes(joined.linear for block in blocks for joined in block.joined)

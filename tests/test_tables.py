@@ -1,0 +1,129 @@
+"""Tables of launch configurations: the user's before the shipped ones, reading, writing, and `awq tune`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from awq.cli import main
+from awq.errors import ConfigError
+from awq.kernels import Shape
+from awq.kernels.triton import configs
+
+ENTRY = [16, 64, 2, False, 4, 3]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder of user tables, which is the one in use."""
+    monkeypatch.setenv(configs.VARIABLE, str(tmp_path))
+    configs.table.cache_clear()
+    yield tmp_path
+    configs.table.cache_clear()
+
+
+def write(folder, architecture, **parts):
+    (folder / f"{architecture}.json").write_text(json.dumps({"measured_on": "a GPU"} | parts))
+    configs.table.cache_clear()
+
+
+def test_the_users_entries_come_first(folder):
+    shape = Shape(4096, 4096, 128)
+    shipped = configs.config_for("sm90", 132, shape, 16), configs.config_for("sm90", 132, shape, 8)
+    write(folder, "sm90", shapes={"4096x4096": {"16": ENTRY}})
+    assert configs.config_for("sm90", 132, shape, 16) == configs.Config(*ENTRY) != shipped[0]
+    assert configs.config_for("sm90", 132, shape, 8) == shipped[1]
+    assert configs.config_for("sm90", 132, shape, 16, torch.bfloat16) == configs.Config(*ENTRY)
+
+
+def test_bfloat16_may_differ(folder):
+    write(folder, "sm120", shapes={"72x128": {"8": ENTRY}}, bfloat16={"72x128": {"8": None}})
+    assert configs.config_for("sm120", 100, Shape(128, 72, 128), 5) == configs.Config(*ENTRY)
+    assert configs.config_for("sm120", 100, Shape(128, 72, 128), 5, torch.bfloat16) is None
+
+
+def test_few_entries_do_not_serve_other_numbers_of_tokens(folder):
+    shape = Shape(256, 72, 128)
+    write(folder, "sm120", shapes={"72x256": {"64": ENTRY, "24": ENTRY}})
+    for tokens in (1, 8, 25, 32, 65, 128):
+        assert configs.config_for("sm120", 100, shape, tokens) == configs.rule("sm120", 100, shape, tokens)
+    for tokens in (17, 24, 33, 64):
+        assert configs.config_for("sm120", 100, shape, tokens) == configs.Config(*ENTRY)
+
+
+BROKEN = [
+    "",
+    "[1]",
+    '{"shapes": {"72x256": [1]}}',
+    '{"shapes": {"72x256": {"8": [1, 2]}}}',
+    '{"shapes": {"72x256": {"8": [16, 64, 0, false, 4, 3]}}}',
+    '{"shapes": {"1x1": {"x": null}}}',
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_table_is_named(folder, text):
+    (folder / "sm120.json").write_text(text)
+    with pytest.raises(ConfigError, match="sm120.json"):
+        configs.config_for("sm120", 100, Shape(256, 72, 128), 8)
+
+
+def test_default_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv(configs.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert configs.user_tables() == tmp_path / "awq" / "kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert configs.user_tables() == Path.home() / ".cache" / "awq" / "kernels"
+
+
+def test_written_tables_are_read_and_added_to(folder):
+    tuning = pytest.importorskip("awq.kernels.triton.tuning")
+    half, brain, config = torch.float16, torch.bfloat16, configs.Config(*ENTRY)
+    one, two = Shape(256, 72, 128), Shape(512, 72, 128)
+    path = folder / "deeper" / "sm120.json"
+    tuning.write_table(path, "a GPU", {(one, half, 16): [tuning.Timing(1.0, config), tuning.Timing(2.0, None)]})
+    tuning.write_table(path, "a GPU", {(one, half, 8): [tuning.Timing(1.0, None)], (two, brain, 8): [tuning.Timing(1.0, config)]})
+    assert json.loads(path.read_text())["shapes"]["72x256"] == {"8": None, "16": ENTRY}
+    path.rename(folder / "sm120.json")
+    configs.table.cache_clear()
+    assert configs.table("sm120") == {"72x256": {8: None, 16: config}}
+    assert configs.table("sm120", brain) == {"72x256": {8: None, 16: config}, "72x512": {8: config}}
+
+
+def test_candidates_can_be_launched():
+    tuning = pytest.importorskip("awq.kernels.triton.tuning")
+    for n, k in ((4096, 4096), (28672, 4096), (72, 4224), (8, 128)):
+        for tokens in configs.BUCKETS:
+            found = tuning.candidates(Shape(k, n, 128), tokens, 132)
+            assert len(found) == len(set(found)) < 64 and all(c.bm >= 8 and c.split <= max(1, -(-k // 128)) for c in found)
+            assert found or n * k < 4096 * 4096
+
+
+def test_tune_says_what_is_wrong(capsys, monkeypatch):
+    def message(*arguments):
+        assert main(["tune", *arguments]) == 1
+        return capsys.readouterr().err
+
+    assert "--shapes" in message()
+    assert "4096by4096" in message("--shapes", "4096by4096") and "0x5" in message("--shapes", "0x5")
+    if not torch.cuda.is_available():
+        assert "there is none" in message("--shapes", "4096x4096")
+
+
+def test_tune_finds_the_linears_of_a_model(tmp_path, llama_dir, texts):
+    from awq.cli.tune import _of_model
+
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    main(["quantize", str(llama_dir), str(tmp_path / "q"), "--calib-data", str(tmp_path / "texts.txt"), "--group-size", "16",
+          "--tokens", "32", "--preset", "fast"])  # fmt: skip
+    found = _of_model(str(tmp_path / "q"))
+    assert all(shape.group_size == 16 for shape in found)
+    assert any(shape.out_features > shape.in_features for shape in found)
+
+
+def test_tables_need_no_triton():
+    code = "import sys; sys.modules['triton'] = None; from awq.kernels.triton import configs; print(len(configs.table('sm90')))"
+    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) > 0
