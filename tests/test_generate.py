@@ -262,3 +262,40 @@ def test_kernels_equal_plain_operators():
     assert done.returncode == 0, done.stderr[-2000:]
     errors = json.loads(done.stdout)
     assert len(errors) == 32 and all(error < 2e-6 for error in errors.values()), errors
+
+
+def compiled(target, kernel, dtype, **constants):
+    """A decode kernel's machine code for a GPU that is not there."""
+    from awq.kernels.triton import decoding, offline
+
+    pointers = {"qkv": dtype, "x": dtype, "branch": dtype, "total": dtype, "y": dtype, "h": dtype, "q": dtype, "out": dtype,
+                "k_cache": dtype, "v_cache": dtype, "lengths": "i32", "arrived": "i32"}  # fmt: skip
+    numbers = dict.fromkeys(("factor", "eps", "scaling", "softcap", "q_eps", "k_eps"), "fp32")
+    numbers |= dict.fromkeys(("tokens", "start", "positions"), "i32")
+    function = getattr(decoding, kernel)
+    pdl = isinstance(target, int) and target >= 90
+    constants = {n: (constants | {"PDL": pdl})[n] for n in function.arg_names if n in constants or n == "PDL"}
+    arguments = {n: numbers.get(n) or f"*{pointers.get(n, 'fp32')}" for n in function.arg_names if n not in constants}
+    return offline._compile(function, target, arguments, constants, {"num_warps": 4} | ({"launch_pdl": True} if pdl else {}))
+
+
+HEADS = dict(HEADS=32, KV_HEADS=8, DIM=128, D=128, R=64, NORMED=True, MEAN=False)
+KERNELS = {
+    "add_norm_kernel": dict(WIDTH=4096, BLOCK=4096, ADD=True, NORM=True, MEAN=True, HAS_WEIGHT=True, HAS_BIAS=True),
+    "activate_kernel": dict(WIDTH=14336, BLOCK=512, NAME="silu", GATED=True),
+    "split_kernel": HEADS | dict(HEADS2=32, KV2=8),
+    "attend_kernel": HEADS | dict(G=16, GP=4, SPLIT=64, TOGETHER=8, BLOCK=64, LINES=2, WINDOW=4096, CAPPED=True),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("target, dtype", [(80, "fp16"), (90, "bf16"), (100, "fp16"), ("gfx942", "bf16")])
+def test_kernels_compile_without_spilling(kernel, target, dtype):
+    pytest.importorskip("triton", reason="Triton is not installed (pip install 'autoawq[kernels]')")
+    assert compiled(target, kernel, dtype, **KERNELS[kernel]).spilled == 0
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "relu", "relu2"])
+def test_activations_compile(name):
+    pytest.importorskip("triton", reason="Triton is not installed (pip install 'autoawq[kernels]')")
+    assert compiled(90, "activate_kernel", "fp16", WIDTH=700, BLOCK=512, NAME=name, GATED=False).spilled == 0

@@ -25,7 +25,8 @@ class FusedDecoder:
     """A language model as embedding, fused blocks, norm and head.
 
     The weights are those of the transformers model, which keeps working; with `quantize_head` the head is a 4-bit copy.
-    `prefill` and `step` give logits float32 [batch, vocabulary]; the cache of up to `max_seq_len` tokens a row is allocated at the first prompt.
+    `prefill` and `step` give logits float32 [batch, vocabulary]; the cache of up to `max_seq_len` tokens a row is allocated at
+    the first prompt.
     """
 
     def __init__(self, plan: DecoderPlan, model: Any, batch_size: int = 1, merge: bool = True, quantize_head: bool = False) -> None:

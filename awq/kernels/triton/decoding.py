@@ -47,16 +47,18 @@ def add_norm_kernel(
 @triton.jit
 def _activation(v, NAME: tl.constexpr):
     if NAME == "silu":
-        return v / (1.0 + tl.exp(-v))
-    if NAME == "gelu":
-        return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
-    if NAME == "gelu_tanh":
+        y = v / (1.0 + tl.exp(-v))
+    elif NAME == "gelu":
+        y = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
         u = 1.5957691216057308 * (v + 0.044715 * v * v * v)  # 0.5·(1 + tanh(u/2)) is the logistic function of u
-        return v / (1.0 + tl.exp(-u))
-    if NAME == "relu":
-        return tl.maximum(v, 0.0)
-    tl.static_assert(NAME == "relu2", "unknown activation")
-    return tl.maximum(v, 0.0) * tl.maximum(v, 0.0)
+        y = v / (1.0 + tl.exp(-u))
+    elif NAME == "relu":
+        y = tl.maximum(v, 0.0)
+    else:
+        tl.static_assert(NAME == "relu2", "unknown activation")
+        y = tl.maximum(v, 0.0) * tl.maximum(v, 0.0)
+    return y
 
 
 @triton.jit
