@@ -276,7 +276,7 @@ def compiled(target, kernel, dtype, **constants):
     pdl = isinstance(target, int) and target >= 90
     constants = {n: (constants | {"PDL": pdl})[n] for n in function.arg_names if n in constants or n == "PDL"}
     arguments = {n: numbers.get(n) or f"*{pointers.get(n, 'fp32')}" for n in function.arg_names if n not in constants}
-    return offline._compile(function, target, arguments, constants, {"num_warps": 4} | ({"launch_pdl": True} if pdl else {}))
+    return offline.compile_kernel(function, target, arguments, constants, {"num_warps": 4} | ({"launch_pdl": True} if pdl else {}))
 
 
 HEADS = dict(HEADS=32, KV_HEADS=8, DIM=128, D=128, R=64, NORMED=True, MEAN=False)

@@ -21,9 +21,15 @@ def _tile(values, start, row, column, out, columns: tl.constexpr):
 
 
 @triton.jit
+def nearest_integer(x):
+    """Half to even, as torch.round: 1.5 · 2**23 added and taken away leaves the integer."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def _code(steps, zero, top):
-    """The code nearest to zero + steps. Half to even, as torch.round: 1.5 · 2**23 added and taken away leaves the integer."""
-    return tl.minimum(tl.maximum(((steps + 12582912.0) - 12582912.0) + zero, 0.0), top)
+    """The code nearest to zero + steps."""
+    return tl.minimum(tl.maximum(nearest_integer(steps) + zero, 0.0), top)
 
 
 @triton.jit

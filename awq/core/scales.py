@@ -7,14 +7,18 @@ G, whatever the number of calibration tokens. Every linear that reads the same i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from awq.core.blocks import kernels
 from awq.core.weight import fake_quantize, group_range, grouped, scale_and_zero
 
 _TOGETHER = 1 << 25  # weights quantized at once while candidates are compared
+_OPERANDS = torch.bfloat16  # of the kernel's product
+_PARTS = 8  # blocks of columns in a product that leaves out what lies below G's diagonal
+_SMALLEST = 64  # columns in a block
 RATIOS = tuple(k / 20 for k in range(21))
 
 
@@ -56,8 +60,20 @@ def scale_candidates(x_mean: Tensor, w_mean: Tensor, duo: bool = True) -> Iterat
 
 
 def row_losses(delta: Tensor, gram: Tensor) -> Tensor:
-    """diag(Δ G Δᵀ): squared output error of each row, summed over tokens. delta [out, in], gram [in, in] → [out]."""
-    return (delta @ gram).mul_(delta).sum(-1)
+    """diag(Δ G Δᵀ): squared output error of each row, summed over tokens. delta [out, in], gram [in, in] → [out].
+
+    G is symmetric: what is above its diagonal counts twice and what is below is not read, which is half of the work.
+    """
+    width = delta.shape[1]
+    columns = max(_SMALLEST, -(-width // _PARTS))
+    total = torch.zeros(len(delta), device=delta.device)
+    for start in range(0, width, columns):
+        own = delta[:, start : start + columns]
+        product = own @ gram[start : start + columns, start : start + columns]
+        if start:
+            product.addmm_(delta[:, :start], gram[:start, start : start + columns], alpha=2)
+        total += product.mul_(own).sum(-1)
+    return total
 
 
 def gram_loss(delta: Tensor, gram: Tensor) -> Tensor:
@@ -87,14 +103,26 @@ def search_scale(
     candidates = [(k, r, tie(s)) for k, r, s in scale_candidates(x_mean, weight_importance(weight, group_size), duo)]
     scales = torch.stack([s for _, _, s in candidates])
     if loss is None:
-        together = max(1, _TOGETHER // weight.numel())
-        values = torch.cat([_gram_losses(weight, gram, part, group_size, bits, zero_point) for part in scales.split(together)])
+        judge = _judge(weight, gram, group_size, bits, zero_point)
+        values = torch.cat([judge(part) for part in scales.split(max(1, _TOGETHER // weight.numel()))])
     else:
         values = torch.stack([torch.as_tensor(loss(s), device=weight.device) for s in scales])
     losses = values.tolist()
     best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i], i))  # NaN last, then the first of equals
     kind, ratio, s = candidates[best]
     return ScaleChoice(s, ratio, kind, losses[best], losses[0])
+
+
+def _judge(weight: Tensor, gram: Tensor, group_size: int, bits: int, zero_point: bool) -> Callable[[Tensor], Tensor]:
+    """s [n, in] → tr(Δ G Δᵀ) [n], Δ = Q(W s)/s − W, by a kernel where there is one.
+
+    The kernel multiplies in bfloat16: on SmolLM2 every group chose the same candidate as in float32 (docs/notes/quality.md).
+    """
+    fast: Any = kernels("search_kernels", weight.device)
+    if fast is None or not fast.takes_groups(group_size):
+        return lambda scales: _gram_losses(weight, gram, scales, group_size, bits, zero_point)
+    rows, upper = weight.contiguous(), (gram.triu() + gram.triu(1)).to(_OPERANDS)
+    return lambda scales: fast.scaled_losses(rows, upper, scales.contiguous(), group_size, bits, zero_point)
 
 
 def _gram_losses(weight: Tensor, gram: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool) -> Tensor:

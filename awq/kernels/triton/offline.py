@@ -50,7 +50,7 @@ def compile_product(
         "ASM": nvidia, "PDL": pdl, "AHEAD": config.ahead(shape.in_features),
     }  # fmt: skip
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
-    return _compile(product_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {}))
+    return compile_kernel(product_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {}))
 
 
 def compile_dequantize(target: int | str, shape: Shape, dtype: torch.dtype = torch.float16) -> Code:
@@ -61,7 +61,7 @@ def compile_dequantize(target: int | str, shape: Shape, dtype: torch.dtype = tor
     constants = {"K": shape.in_features, "GROUP": shape.group_size, "NP": padded(*shape[:2])[1], "BN": 64}
     pdl = isinstance(target, int) and target >= 90
     options = {"num_warps": 4} | ({"launch_pdl": True} if pdl else {})
-    return _compile(dequantize_kernel, target, arguments, constants | {"PDL": pdl}, options)
+    return compile_kernel(dequantize_kernel, target, arguments, constants | {"PDL": pdl}, options)
 
 
 def compile_experts(
@@ -83,7 +83,7 @@ def compile_experts(
         "HAS_BIAS": True, "HAS_FACTORS": True, "ASM": nvidia, "PDL": pdl,
     }  # fmt: skip
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
-    return _compile(expert_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {}))
+    return compile_kernel(expert_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {}))
 
 
 def compile_route(target: int | str, experts: int, bm: int) -> Code:
@@ -93,10 +93,15 @@ def compile_route(target: int | str, experts: int, bm: int) -> Code:
     arguments = {"experts": "*i64", "order": "*i32", "owner": "*i32", "R": "i32", "E": "i32", "BLOCKS": "i32"}
     pdl = isinstance(target, int) and target >= 90
     constants = {"BINS": 1 << experts.bit_length(), "BM": bm, "CHUNK": 1024, "PDL": pdl}
-    return _compile(route_kernel, target, arguments, constants, {"num_warps": 4} | ({"launch_pdl": True} if pdl else {}))
+    return compile_kernel(route_kernel, target, arguments, constants, {"num_warps": 4} | ({"launch_pdl": True} if pdl else {}))
 
 
-def _compile(kernel: Any, target: int | str, arguments: dict, constants: dict, options: dict) -> Code:
+def compile_kernel(kernel: Any, target: int | str, arguments: dict, constants: dict, options: dict) -> Code:
+    """Any kernel for `target`.
+
+    arguments: name → type of pointers and numbers, "*fp32" or "i32"; "i32 16" is a number that 16 divides, as all pointers are
+    taken to be. constants: name → value of constexpr arguments; options: num_warps, num_stages. Raises what Triton raises.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -104,9 +109,11 @@ def _compile(kernel: Any, target: int | str, arguments: dict, constants: dict, o
         gpu = GPUTarget("cuda", target, 32)
     else:
         gpu = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
-    signature = arguments | dict.fromkeys(constants, "constexpr")
+    signature = {name: kind.split()[0] for name, kind in arguments.items()} | dict.fromkeys(constants, "constexpr")
     names = list(signature)
-    aligned: dict = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind.startswith("*")}
+    aligned: dict = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind.startswith("*") or kind.endswith(" 16")
+    }
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     compiled = compile(source, target=gpu, options=options)
     if not isinstance(target, int):

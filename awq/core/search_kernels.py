@@ -1,0 +1,223 @@
+"""The searches of `ranges` and `scales` as Triton kernels: a weight is read once and its candidates stay on the chip.
+
+With plain operators each candidate is written and read again by every elementwise pass, and that is most of the time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from awq.core.rounding_kernels import nearest_integer
+
+RANGE_GROUPS = 128  # largest group whose block of G fits on the chip
+_SCALE_GROUPS = 1 << 14  # largest group that one program holds
+
+
+class Tile(NamedTuple):
+    """Sizes of `_row_losses`: rows, columns and depth of a tile; warps and pipeline stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _divided(x, y, inverse):
+    """x / y, correctly rounded: inverse is 1 / y correctly rounded, and one Newton step mends its product with x."""
+    q = x * inverse
+    return tl.fma(tl.fma(-q, y, x), inverse, q)
+
+
+@triton.jit
+def _stored(scale):
+    """`weight.storable_scale`: as float16 holds it."""
+    return tl.minimum(tl.maximum(scale, 5.9604644775390625e-08), 65504.0).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _scale_and_zero(low, high, top, steps, per_step, ZERO_POINT: tl.constexpr):
+    """`weight.scale_and_zero`, and 1 / scale; steps: from the lowest to the highest code (from the middle, without a zero
+    point), per_step: 1 / steps."""
+    if ZERO_POINT:
+        scale = _stored(_divided(tl.maximum(high - low, 1e-5), steps, per_step))
+        inverse = tl.div_rn(scale * 0.0 + 1.0, scale)
+        zero = tl.minimum(tl.maximum(nearest_integer(_divided(-low, scale, inverse)), 0.0), top)
+    else:
+        scale = _stored(_divided(tl.maximum(high, 1e-5), steps, per_step))
+        inverse = tl.div_rn(scale * 0.0 + 1.0, scale)
+        zero = scale * 0.0 + steps + 1.0
+    return scale, zero, inverse
+
+
+@triton.jit
+def _represented(w, scale, zero, inverse, top):
+    """`weight.fake_quantize`: nearest representable values of w [ROWS, SIZE] under scale and zero [ROWS]."""
+    steps = nearest_integer(_divided(w, scale[:, None], inverse[:, None]))
+    code = tl.minimum(tl.maximum(steps + zero[:, None], 0.0), top)
+    return (code - zero[:, None]) * scale[:, None]
+
+
+@triton.jit
+def _range(w, ZERO_POINT: tl.constexpr):
+    """`weight.group_range` of w [ROWS, SIZE]; places beyond the group hold zeros, which every range contains."""
+    if ZERO_POINT:
+        low, high = tl.minimum(tl.min(w, 1), 0.0), tl.maximum(tl.max(w, 1), 0.0)
+    else:
+        high = tl.max(tl.abs(w), 1)
+        low = -high
+    return low, high
+
+
+@triton.jit
+def _best_range(
+    weight, blocks, shrink, best, out, width, groups, top, steps, per_step,
+    size, STEPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, ZERO_POINT: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, SIZE)
+    mask = (row < out)[:, None] & (column < size)[None, :]
+    w = tl.load(weight + row.to(tl.int64)[:, None] * width + (group * size + column)[None, :], mask=mask, other=0.0)
+    inner = (column < size)[:, None] & (column < size)[None, :]
+    g = tl.load(blocks + group.to(tl.int64) * size * size + column[:, None] * size + column[None, :], mask=inner, other=0.0)
+    g = tl.trans(g)  # symmetric; the matrix units want the summed axis contiguous
+    low, high = _range(w, ZERO_POINT)
+    best_loss = tl.full([ROWS], float("inf"), tl.float32)
+    found = tl.zeros([ROWS], tl.int32)
+    for k in range(STEPS * STEPS if ZERO_POINT else STEPS):
+        high_factor = tl.load(shrink + (k // STEPS if ZERO_POINT else k))
+        low_factor = tl.load(shrink + k % STEPS)
+        scale, zero, inverse = _scale_and_zero(low * low_factor, high * high_factor, top, steps, per_step, ZERO_POINT)
+        delta = _represented(w, scale, zero, inverse, top) - w
+        loss = tl.sum(tl.dot(delta, g, input_precision="tf32") * delta, 1)
+        better = loss < best_loss  # the first of equals stays
+        best_loss = tl.where(better, loss, best_loss)
+        found = tl.where(better, k, found)
+    tl.store(best + row.to(tl.int64) * groups + group, found.to(tl.uint8), mask=row < out)
+
+
+def range_tile(device: torch.device) -> tuple[int, int]:
+    """Rows and warps of a program of `_best_range`; 32 rows and a block of G fit every GPU's shared memory."""
+    return (64, 8) if _capability(device) == (9, 0) else (32, 4)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """NVIDIA's compute capability; (0, 0) elsewhere."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else (0, 0)
+
+
+def _grid_of(bits: int, zero_point: bool) -> tuple[float, float, float]:
+    """The highest code; steps of a range and their inverse, as `_scale_and_zero` takes them."""
+    steps = 2**bits - 1 if zero_point else 2 ** (bits - 1) - 1
+    return float(2**bits - 1), float(steps), 1 / steps
+
+
+def best_range(weight: Tensor, blocks: Tensor, shrink: Tensor, bits: int, zero_point: bool) -> Tensor:
+    """The best candidate of every group, uint8 [out, groups]: high factor · len(shrink) + low factor, or one factor for both.
+
+    weight: float32 [out, in], contiguous; blocks: float32 [groups, size, size], size ≤ RANGE_GROUPS; shrink: float32 factors.
+    """
+    out, width = weight.shape
+    groups, size, _ = blocks.shape
+    best = torch.empty(out, groups, dtype=torch.uint8, device=weight.device)
+    rows, warps = range_tile(weight.device)
+    with torch.cuda.device(weight.device):
+        _best_range[(triton.cdiv(out, rows), groups)](
+            weight, blocks, shrink, best, out, width, groups, *_grid_of(bits, zero_point), size,
+            STEPS=len(shrink), SIZE=max(16, triton.next_power_of_2(size)), ROWS=rows, ZERO_POINT=zero_point, num_warps=warps,
+        )  # fmt: skip
+    return best
+
+
+@triton.jit
+def _scaled_delta(
+    weight, scales, delta, out, width, top, steps, per_step,
+    size, SIZE: tl.constexpr, ROWS: tl.constexpr, ZERO_POINT: tl.constexpr,
+):  # fmt: skip
+    group, candidate = tl.program_id(1), tl.program_id(2)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, SIZE)
+    mask = (row < out)[:, None] & (column < size)[None, :]
+    place = row.to(tl.int64)[:, None] * width + (group * size + column)[None, :]
+    w = tl.load(weight + place, mask=mask, other=0.0)
+    s = tl.load(scales + candidate * width + group * size + column, mask=column < size, other=1.0)[None, :]
+    scaled = w * s
+    low, high = _range(scaled, ZERO_POINT)
+    scale, zero, inverse = _scale_and_zero(low, high, top, steps, per_step, ZERO_POINT)
+    value = tl.div_rn(_represented(scaled, scale, zero, inverse, top), s + tl.zeros_like(w)) - w
+    start = candidate.to(tl.int64) * out * width
+    tl.store(delta + start + place, value.to(delta.dtype.element_ty), mask=mask)
+
+
+def takes_groups(size: int) -> bool:
+    """Whether `scaled_losses` can work on groups of this many channels."""
+    return size <= _SCALE_GROUPS
+
+
+@triton.jit
+def _row_losses(
+    delta, upper, partial, rows, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    # Tiles of TOGETHER rows of tiles run side by side, and share the pieces of G that they read.
+    tiles_r, tiles_c = tl.cdiv(rows, ROWS), tl.cdiv(width, COLUMNS)
+    band = tl.program_id(0) // (TOGETHER * tiles_c)
+    within = tl.program_id(0) % (TOGETHER * tiles_c)
+    height = tl.minimum(tiles_r - band * TOGETHER, TOGETHER)
+    tile_r = band * TOGETHER + within % height
+    tile_c = tiles_c - 1 - within // height  # the last column of tiles sums over most, and starts first
+    row = tile_r * ROWS + tl.arange(0, ROWS)
+    column = tile_c * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    inside = row < rows
+    left = delta + row.to(tl.int64)[:, None] * width
+    right = upper + column[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, tl.minimum((tile_c + 1) * COLUMNS, width), DEPTH):
+        k = start + depth
+        a = tl.load(left + k[None, :], mask=inside[:, None] & (k < width)[None, :], other=0.0)
+        b = tl.load(right + k.to(tl.int64)[:, None] * width, mask=(k < width)[:, None] & (column < width)[None, :], other=0.0)
+        total = tl.dot(a, b, total)
+    own = tl.load(left + column[None, :], mask=inside[:, None] & (column < width)[None, :], other=0.0)
+    tl.store(partial + tile_c.to(tl.int64) * rows + row, tl.sum(total * own.to(tl.float32), 1), mask=inside)
+
+
+def tile_for(capability: tuple[int, int]) -> Tile:
+    """The tile of `_row_losses` for a compute capability; large shared memories take three stages."""
+    if capability == (9, 0):
+        return Tile(128, 256, 64, 8, 3)
+    return Tile(128, 128, 64, 8, 3 if capability in ((8, 0), (10, 0)) else 2)
+
+
+def scaled_losses(weight: Tensor, upper: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool) -> Tensor:
+    """tr(Δ G Δᵀ) [n], Δ = Q(W s)/s − W, for several s [n, in].
+
+    weight: float32 [out, in], contiguous; upper: bfloat16 [in, in], the diagonal of G and twice what is above it, zeros below;
+    group_size: at most what `takes_groups` says.
+    Sums are made in one order: two calls give the same bits.
+    """
+    (out, width), count = weight.shape, len(scales)
+    delta = torch.empty(count * out, width, dtype=upper.dtype, device=weight.device)
+    size = max(16, triton.next_power_of_2(group_size))
+    rows = max(1, 4096 // size)
+    warps = 4 if size <= 4096 else 16
+    tile = tile_for(_capability(weight.device))
+    tiles_c = triton.cdiv(width, tile.columns)
+    partial = torch.empty(tiles_c, count * out, device=weight.device)
+    with torch.cuda.device(weight.device):
+        _scaled_delta[(triton.cdiv(out, rows), width // group_size, count)](
+            weight, scales, delta, out, width, *_grid_of(bits, zero_point), group_size,
+            SIZE=size, ROWS=rows, ZERO_POINT=zero_point, num_warps=warps,
+        )  # fmt: skip
+        _row_losses[(triton.cdiv(count * out, tile.rows) * tiles_c,)](
+            delta, upper, partial, count * out, width, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, TOGETHER=8,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return partial.sum(0).view(count, out).sum(1)
