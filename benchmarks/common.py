@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 _VERSIONS = ("torch", "transformers", "triton", "sentence-transformers", "onnxruntime")
-ROUND_TO_NEAREST = {"preset": "fast", "scaling": False, "clip": False}
+ROUND_TO_NEAREST = {"preset": "fast", "scaling": False, "clip": False, "bias_correction": False}
 
 
 def jobs(presets: list[str], variants: str) -> list[tuple[str, dict[str, Any]]]:

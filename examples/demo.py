@@ -29,7 +29,7 @@ from awq.calibration.sources import bundled_texts
 from awq.evals.perplexity import perplexity
 from awq.evals.similarity import mean_cosine
 
-ROUND_TO_NEAREST = QuantizeOptions(preset="fast", scaling=False, clip=False)
+ROUND_TO_NEAREST = QuantizeOptions(preset="fast", scaling=False, clip=False, bias_correction=False)
 
 
 def sentences(texts: list[str]) -> list[str]:

@@ -129,6 +129,35 @@ def test_report_is_json(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["linears"][0]["loss_rtn"] > 0
 
 
+def test_biases_take_the_mean_of_the_error():
+    """On the calibration tokens the output of a linear with a bias keeps its mean; linears without one have none after."""
+    from awq.kernels.backends import use_backend
+    from awq.nn.surgery import named_linears
+    from awq.quantize.statistics import MaskHolder, collect_inputs
+
+    ids = zoo.token_batch(rows=16, length=24)["input_ids"]
+    batch = [CalibrationBatch(ids, torch.ones_like(ids))]
+    names = [f"attention.self.{n}" for n in ("query", "key", "value")]  # further inputs change with these
+    reports = {}
+    for corrected in (True, False):
+        model = zoo.tiny_model("bert")
+        block = model.encoder.layer[0]
+        dense = {n: (m.weight.detach().clone(), m.bias.detach().clone()) for n, m in named_linears(block).items()}
+        options = QuantizeOptions(scaling=False, bias_correction=corrected)
+        reports[corrected] = quantize_model(model, batch, CONFIG, options)
+        with collect_inputs(block, names, MaskHolder()) as statistics, torch.no_grad(), use_backend("reference"):
+            model(ids)
+        for name in names:
+            linear, mean = block.get_submodule(name), statistics[name].mean
+            drift = linear.dequantize().float() @ mean + linear.bias - dense[name][0] @ mean - dense[name][1]
+            assert (drift.abs().max() < 2e-6) == corrected, name
+            assert torch.equal(linear.bias, dense[name][1]) != corrected
+    assert reports[True].loss < reports[False].loss
+    model = zoo.tiny_model("llama")
+    quantize_model(model, batch, CONFIG)
+    assert all(m.bias is None for m in model.modules() if isinstance(m, WQLinear))
+
+
 def test_calibration_kinds(tokenizer, texts, tmp_path, caplog):
     long = " ".join(texts)
     whole = load_calibration(texts, tokenizer, max_length=16)

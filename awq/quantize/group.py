@@ -29,11 +29,12 @@ from awq.quantize.statistics import InputStatistics
 
 @dataclass
 class QuantizedLinear:
-    """A linear's canonical weight and its report line (name relative to the block)."""
+    """A linear's canonical weight and its report line (name relative to the block). bias_change: float32 [out], or None."""
 
     name: str
     weight: QuantizedWeight
     report: LinearReport
+    bias_change: Tensor | None = None
 
 
 def choose_scale(
@@ -51,7 +52,8 @@ def choose_scale(
         return ScaleChoice(one, 0.0, "identity", float("nan"), float("nan"))
     weight = torch.cat([get_weight(block.get_submodule(n)).detach().float() for n in group.consumers])
     return search_scale(
-        weight, statistics.gram, statistics.abs_mean, config.group_size_of(group.in_features, group.consumers[0]),
+        weight, _gram(block, list(group.consumers), statistics, options), statistics.abs_mean,
+        config.group_size_of(group.in_features, group.consumers[0]),
         config.bits, config.zero_point, options.duo_scaling, fold.tie, module_loss,
     )  # fmt: skip
 
@@ -82,28 +84,40 @@ def quantize_group(
 
     They are worked on together, as rows of one weight, because they share the Gram matrix and its factorization. The
     statistics are those of the *unscaled* input; the Gram matrix is divided by s sᵀ here. `loss_rtn` is filled by the
-    caller, who saw the untouched weights.
+    caller, who saw the untouched weights. Biases are changed by the caller, too.
     """
     start = time.perf_counter()
     size = config.group_size_of(group.in_features, group.consumers[0])
-    gram = statistics.gram / choice.scale / choice.scale.unsqueeze(-1)
+    gram = _gram(block, names, statistics, options) / choice.scale / choice.scale.unsqueeze(-1)
     weights = [get_weight(block.get_submodule(name)).detach().float() for name in names]
     stacked = torch.cat(weights)
     rows = quantize_rows(stacked, gram, size, config, options, feedback=options.rounding == "feedback" and statistics.tokens > 0)
-    energies = row_losses(stacked, gram)
+    energies = row_losses(stacked, statistics.gram / choice.scale / choice.scale.unsqueeze(-1))
+    corrected = options.bias_correction and _have_bias(block, names)
+    shift = (stacked - rows.weight.dequantize()) @ (statistics.mean / choice.scale)
     results = []
     lengths = [len(w) for w in weights]
-    parts = zip(names, *(t.split(lengths) for t in (*rows.weight[:3], rows.loss, rows.feedback, rows.narrowed, energies)))
-    for name, codes, scales, zeros, loss, feedback, narrowed, energy in parts:
+    parts = zip(names, *(t.split(lengths) for t in (*rows.weight[:3], rows.loss, rows.feedback, rows.narrowed, energies, shift)))
+    for name, codes, scales, zeros, loss, feedback, narrowed, energy, change in parts:
         report = LinearReport(
             name, (codes.shape[0], codes.shape[1]), choice.kind, choice.ratio, float(loss.sum() / _energy(energy.sum())),
             float("nan"), float(narrowed.mean()), "feedback" if float(feedback.float().mean()) > 0.5 else "nearest",
             group.fold.producer if group.fold else None, group.reason, 0.0,
         )  # fmt: skip
-        results.append(QuantizedLinear(name, QuantizedWeight(codes, scales, zeros, config.bits), report))
+        weight = QuantizedWeight(codes, scales, zeros, config.bits)
+        results.append(QuantizedLinear(name, weight, report, change if corrected else None))
     for result in results:
         result.report.seconds = (time.perf_counter() - start) / len(results)
     return results
+
+
+def _have_bias(block: nn.Module, names: list[str]) -> bool:
+    return all(getattr(block.get_submodule(name), "bias", None) is not None for name in names)
+
+
+def _gram(block: nn.Module, names: list[str], statistics: InputStatistics, options: QuantizeOptions) -> Tensor:
+    """The Gram matrix that judges these linears: the centred one when all have a bias that takes the mean of the error."""
+    return statistics.centred_gram if options.bias_correction and _have_bias(block, names) else statistics.gram
 
 
 def _energy(value: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ class QuantizeOptions:
     tuning: epochs of end-to-end tuning of the scales; needs memory for gradients of the whole model; None takes the preset's.
     scaling: search and fold activation-aware scales; duo_scaling adds the candidates that look at the weights too.
     clip: search each group's range; False keeps min/max.
+    bias_correction: the mean of the output error on the calibration tokens goes into the bias of linears that have one (Nagel
+        et al., arXiv 1906.04721), and codes are chosen for what is left.
     propagate: a block's calibration inputs come from its "quantized" or its "original" predecessors.
     objective: judge scales by "gram" (error of the linears) or "module" (error of the module around them: exact, slow).
     damping: of error feedback, as a fraction of the Gram matrix's mean diagonal.
@@ -47,6 +49,7 @@ class QuantizeOptions:
     scaling: bool = True
     duo_scaling: bool = True
     clip: bool = True
+    bias_correction: bool = True
     propagate: str = "quantized"
     objective: str = "gram"
     damping: float = 0.01

@@ -185,7 +185,10 @@ def _quantize_block(
                         block, group, statistics[group.consumers[0]], choice, names, bench.config, bench.options
                     )
             for result in results:
-                get_weight(block.get_submodule(result.name)).copy_(result.weight.dequantize())
+                linear: Any = block.get_submodule(result.name)
+                get_weight(linear).copy_(result.weight.dequantize())
+                if result.bias_change is not None:
+                    linear.bias.add_(result.bias_change)
         with bench.phase("outputs"):
             if outputs is None:
                 _advance(block, calibration, index, device)

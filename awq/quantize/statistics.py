@@ -1,4 +1,4 @@
-"""Streaming statistics of linear inputs: one Gram matrix and one mean |x| per distinct input, never the inputs themselves."""
+"""Streaming statistics of linear inputs: one Gram matrix and the means of x and |x| per input, never the inputs themselves."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 
 class InputStatistics:
-    """Sums over tokens of one input. gram: float32 [in, in] = Σ x xᵀ; abs_sum: float32 [in]; tokens, dropped: counts."""
+    """Sums over tokens of one input. gram: float32 [in, in] = Σ x xᵀ; sum, abs_sum: float32 [in]; tokens, dropped: counts."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.gram = torch.zeros(in_features, in_features, device=device)
+        self.sum = torch.zeros(in_features, device=device)
         self.abs_sum = torch.zeros(in_features, device=device)
         self.tokens = 0
         self.dropped = 0
@@ -30,12 +31,24 @@ class InputStatistics:
             self.dropped += rows.shape[0] - kept
             rows = rows[finite]
         self.gram.addmm_(rows.t(), rows)
+        self.sum += rows.sum(0)
         self.abs_sum += rows.abs().sum(0)
         self.tokens += kept
 
     @property
+    def mean(self) -> Tensor:
+        return self.sum / max(1, self.tokens)
+
+    @property
     def abs_mean(self) -> Tensor:
         return self.abs_sum / max(1, self.tokens)
+
+    @property
+    def centred_gram(self) -> Tensor:
+        """Σ (x − mean)(x − mean)ᵀ: what is left of the error when a bias makes up for its mean."""
+        gram = torch.addr(self.gram, self.sum, self.sum, alpha=-1 / max(1, self.tokens))
+        gram.diagonal().clamp_(min=0)  # a constant channel's difference of two equal numbers
+        return gram
 
 
 class MaskHolder:
