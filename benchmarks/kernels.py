@@ -210,6 +210,7 @@ def time_layer(dtype: torch.dtype, tokens: tuple[int, ...]) -> dict:
             raw = torch.randint(0, 255, (n, k // 2), dtype=torch.uint8, device=DEVICE)
             table = torch.rand(k // 128, n, 2, dtype=dtype, device=DEVICE)
             tiny = [torch.ops.aten._convert_weight_to_int4pack(raw, 8) for _ in weights]
+        warm_up(0.3)  # while weights were made, the GPU was idle for long
         for m in tokens:
             x = torch.randn(m, k, device=DEVICE, dtype=dtype)
             times["ours"][name][m] = graph_time([lambda w=w: launch.linear(x, w, None) for w in weights])

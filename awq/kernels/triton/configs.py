@@ -135,12 +135,19 @@ def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> 
 def config_for_experts(architecture: str, multiprocessors: int, shape: Shape, rows: int, experts: int) -> Config:
     """The configuration for `rows` pairs of a token and an expert, spread over `experts` weights of `shape`.
 
-    Blocks hold what most experts get when tokens choose at random: the mean and two standard deviations. Many rows go in
-    blocks of 64 or 128, several to an expert, because a block that is not full costs as much as a full one.
+    Blocks hold the mean number of rows of an expert that has any. Experts with more take several, which read the same weights
+    out of the L2 cache; larger blocks, mostly empty, were slower.
     """
     active = min(experts, rows)
     mean = rows / active
-    bm = 128 if mean >= 512 else 64 if mean > 32 else next(b for b in BUCKETS[1:] if b >= mean + 2 * (mean - 1) ** 0.5)
-    config = rule(architecture, multiprocessors, Shape(shape.in_features, shape.out_features * active, shape.group_size), bm)
-    assert config is not None
-    return config
+    bm = 128 if mean >= 128 else 64 if mean > 32 else next(b for b in BUCKETS[1:] if b >= mean)
+    outputs, steps = shape.out_features * active, -(-shape.in_features // 128)
+    if architecture.startswith("gfx") or architecture in ("sm100", "sm103"):
+        config = rule(architecture, multiprocessors, Shape(shape.in_features, outputs, shape.group_size), bm)
+        assert config is not None
+        return config
+    split = 1
+    while bm <= 32 and -(-outputs // 128) * split < 3 * multiprocessors and split < 16 and steps // (2 * split) >= 2:
+        split *= 2
+    warps = 8 if bm == 128 and architecture != "sm90" else 4  # without Hopper's instructions, 4 warps have too few registers
+    return Config(bm, 128, split, bm >= 64, warps, 6 if bm == 8 else 3)
