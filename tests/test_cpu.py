@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -293,3 +294,21 @@ def test_activations_of_extreme_values():
         found, expected = decode_launch.activate(h, name, False), function(h)
         torch.testing.assert_close(found[:, [3, 4, 5, 6, 7]], expected[:, [3, 4, 5, 6, 7]], atol=1e-6, rtol=1e-6)
         assert found[:, 0].isnan().all() and found[:, 1].isposinf().all()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_nothing_keeps_the_checkpoint_mapped(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from awq.nn.memory import leave_files
+
+    save_file({"weight": torch.randn(64, 64), "offset": torch.randn(64)}, str(tmp_path / "model.safetensors"))
+    model, stored = torch.nn.Linear(64, 64, bias=False), load_file(str(tmp_path / "model.safetensors"))
+    expected = stored["weight"].clone()
+    model.weight = torch.nn.Parameter(stored.pop("weight"))
+    model.register_buffer("offset", stored.pop("offset"))
+    model.tied = model.weight
+    mapped = str(tmp_path) in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert leave_files(model) == (4 * 65 * 64 if mapped else 0)
+    assert torch.equal(model.weight, expected) and model.tied is model.weight
+    assert leave_files(model) == 0

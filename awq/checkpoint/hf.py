@@ -21,6 +21,7 @@ from awq.checkpoint.match import check_shapes, match_names
 from awq.errors import CheckpointError
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
+from awq.nn.memory import leave_files, trim
 from awq.nn.surgery import linear_shape, named_linears, replace_module
 
 _TABLES: tuple[Any, ...] = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
@@ -105,6 +106,8 @@ class AwqHfQuantizer(HfQuantizer):
         restore_scales(model, self.matched, self.packed)
         check_loaded(model, self.matched, self.packed)
         prepare(model)
+        leave_files(model)
+        trim()
         self.packed = {}
         return model
 

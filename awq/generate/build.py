@@ -17,6 +17,7 @@ from awq.generate.plan import BlockPlan, DecoderPlan, NotFusable
 from awq.generate.structure import read_block
 from awq.generate.trace import rotary_tables, trace
 from awq.nn.blocks import BlockCall
+from awq.nn.memory import trim
 
 logger = logging.getLogger("awq.generate")
 
@@ -44,7 +45,9 @@ def build_decoder(
             raise
         plan = _read_and_prove(model, known)
         logger.info("max_seq_len is %d, the positions that the model knows, instead of %d: %s", known, max_seq_len, reason)
-    return FusedDecoder(plan, model, batch_size, merge, quantize_head)
+    decoder = FusedDecoder(plan, model, batch_size, merge, quantize_head)
+    trim()
+    return decoder
 
 
 def _read_and_prove(model: Any, max_seq_len: int) -> DecoderPlan:
