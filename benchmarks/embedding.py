@@ -7,7 +7,8 @@ Quality: calibrated on sentences of the `--calibration` files, measured on the p
 `score<TAB>sentence<TAB>sentence`). Sentences that occur in both are left out of calibration.
 Speed: every variant in a process of its own; the variants take turns, `--repeats` times, so that other work on the machine
 meets all of them alike. Sentences per second are the median of runs of at least `--seconds`; memory is the process's peak.
-ONNX int8 is torch's export, quantized by onnxruntime (dynamic, per tensor).
+The shape 32×mixed is 128 texts of 4 to 256 tokens (log-uniform, in random order) in one call with batches of 32: what padding
+costs, and what Encoder's batches by length save. ONNX int8 is torch's export, quantized by onnxruntime (dynamic, per tensor).
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import common
 import torch
@@ -28,8 +31,11 @@ import torch
 from awq import AutoAWQForEmbedding, Encoder, clean_texts
 from awq.evals.similarity import embeddings_of, judge, read_pairs
 
-VARIANTS = ("float32", "bfloat16", "onnx-int8", "awq-float32", "awq-bfloat16", "awq-encoder-float32", "float32-encoder")
-SHAPES = [(batch, tokens) for tokens in (16, 256) for batch in (1, 8, 64)]
+VARIANTS = ("float32", "bfloat16", "onnx-int8", "awq-float32", "awq-bfloat16", "float32-encoder", "bfloat16-encoder",
+            "awq-encoder-float32", "awq-encoder-bfloat16")  # fmt: skip
+MIXED = 0  # "tokens" of the shape whose texts differ in length
+MIXED_TEXTS = 128
+SHAPES = [(batch, tokens) for tokens in (16, 256) for batch in (1, 8, 64)] + [(32, MIXED)]
 
 
 def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict:
@@ -142,12 +148,12 @@ def serve_variant(arguments: argparse.Namespace) -> None:
     print("READY", flush=True)
     for line in sys.stdin:
         batch, tokens = map(int, line.split())
-        texts = sentences_of(model.tokenizer, tokens, batch)
+        texts = mixed_sentences(model.tokenizer) if tokens == MIXED else sentences_of(model.tokenizer, tokens, batch)
         model.encode(texts, batch_size=batch)
         start, count = time.perf_counter(), 0
         while count == 0 or time.perf_counter() - start < arguments.seconds:
             model.encode(texts, batch_size=batch)
-            count += batch
+            count += len(texts)
         print(f"RATE {count / (time.perf_counter() - start)}", flush=True)
     found = {"peak_rss_mb": peak_memory()}
     if isinstance(model, torch.nn.Module):
@@ -155,6 +161,11 @@ def serve_variant(arguments: argparse.Namespace) -> None:
     if arguments.device == "cuda":
         found["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 1e6
     print("END " + json.dumps(found), flush=True)
+
+
+def mixed_sentences(tokenizer: Any) -> list[str]:
+    chance = random.Random(0)
+    return [sentences_of(tokenizer, int(2 ** chance.uniform(2, 8)), 1)[0] for _ in range(MIXED_TEXTS)]
 
 
 def peak_memory() -> float:
@@ -195,7 +206,7 @@ def measure_speed(arguments: argparse.Namespace, folder: Path) -> list[dict]:
         rows = [{"batch": b, "tokens": t, "sentences_per_second": statistics.median(rates[name, b, t]),
                  "lowest": min(rates[name, b, t]), "highest": max(rates[name, b, t])} for b, t in SHAPES]  # fmt: skip
         results.append({"name": name, **json.loads(answer(workers[name], "END") or "{}"), "rows": rows})
-        text = "  ".join(f"{r['batch']}×{r['tokens']}: {r['sentences_per_second']:.1f}" for r in rows)
+        text = "  ".join(f"{r['batch']}×{r['tokens'] or 'mixed'}: {r['sentences_per_second']:.1f}" for r in rows)
         print(f"{name:20s} {text}  peak {results[-1].get('peak_rss_mb', 0):.0f} MB", flush=True)
     return results
 

@@ -117,13 +117,14 @@ class Encoder(nn.Module):
             raise ConfigError("no texts to embed; give at least one.")
         rows = self._tokenize([before + text for text in texts])
         prompt_tokens = self._prompt_tokens(before)
-        out: list[Tensor] = [torch.empty(0)] * len(texts)
-        for part in _buckets([len(ids) for ids in rows["input_ids"]], batch_size):
+        parts = list(_buckets([len(ids) for ids in rows["input_ids"]], batch_size))
+        found = []  # on the model's device until the end: a copy after each batch would make a GPU wait for it
+        for part in parts:
             embeddings = self({key: self._padded(key, [values[i] for i in part]) for key, values in rows.items()}, prompt_tokens)
             embeddings = embeddings[:, :truncate_dim].float()
-            for i, row in zip(part, (F.normalize(embeddings, dim=-1) if normalize else embeddings).cpu()):
-                out[i] = row
-        return torch.stack(out)
+            found.append(F.normalize(embeddings, dim=-1) if normalize else embeddings)
+        together = torch.cat(found).cpu()
+        return together[torch.tensor([i for part in parts for i in part]).argsort()]
 
     def forward(self, inputs: dict[str, Tensor], prompt_tokens: int = 0) -> Tensor:
         """Embeddings [texts, features] of padded inputs [texts, tokens], padding on the right."""
