@@ -9,7 +9,16 @@ from rerankers import reranker_directory, word_pairs
 from test_encoder import sentence_directory
 from transformers import AutoModel, AutoTokenizer
 
-from awq import AutoAWQForCausalLM, AutoAWQForEmbedding, AwqConfig, Encoder, clean_texts, load_calibration, quantize_model
+from awq import (
+    AutoAWQForCausalLM,
+    AutoAWQForEmbedding,
+    AwqConfig,
+    Encoder,
+    clean_texts,
+    load_calibration,
+    prepare_calibration_tokens,
+    quantize_model,
+)
 from awq.calibration import CalibrationBatch
 from awq.calibration.sources import bundled_texts
 from awq.checkpoint.files import packed_tensors, weight_files
@@ -301,8 +310,6 @@ def test_token_types_that_the_model_does_not_take(tmp_path, tokenizer, texts):
 
 
 def test_guides_tokens_and_bundled_text_still_do(bert_dir, texts):
-    from awq import prepare_calibration_tokens
-
     for first in (lambda m: prepare_calibration_tokens(m.tokenizer, texts), lambda m: m.tokenizer):
         model = AutoAWQForEmbedding.from_pretrained(str(bert_dir))
         assert len(model.quantize(first(model), quant_config=CONFIG, preset="fast").linears) == 18
@@ -348,23 +355,49 @@ def scores_of(model, inputs):
         return model(**inputs).logits.sigmoid()[:, 0]
 
 
-def test_decoder_embedder(tokenizer, texts, tmp_path):
-    """A causal body with last-token pooling, as Qwen3-Embedding and its kin."""
-    import zoo
+DECODERS = {  # as Qwen3-Embedding: causal, last token, padding on the left; as EmbeddingGemma: both directions, mean, prompts
+    "qwen3": ({}, dict(modes=("lasttoken",), config={"prompts": {"query": "the old house "}}), "left"),
+    "gemma3_text": ({"use_bidirectional_attention": True}, dict(modes=("mean",), dense=True, config=PROMPTS), "right"),
+}
 
-    if not zoo.available("qwen3"):
-        pytest.skip("transformers has no qwen3")
-    zoo.tiny_model("qwen3").model.save_pretrained(tmp_path / "plain")
-    tokenizer.save_pretrained(tmp_path / "plain")
-    directory = sentence_directory(tmp_path / "plain", tmp_path / "m", ("lasttoken",), normalize=True)
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoder_embedders(family, texts, tmp_path):
+    """From a directory to the readers of the quantized one: Encoder, SentenceTransformer (pads as the tokenizer says), guide."""
+    import zoo
+    from conftest import make_tokenizer
+
+    settings, layout, side = DECODERS[family]
+    if not zoo.available(family):
+        pytest.skip(f"transformers has no {family}")
+    tiny = zoo.build(family, {**zoo.DECODERS[family], **settings})
+    if any(not hasattr(type(tiny.config)(), key) for key in settings):
+        pytest.skip(f"this transformers' {family} looks one way only")
+    tiny.model.save_pretrained(tmp_path / "plain")
+    config = json.loads((tmp_path / "plain/config.json").read_text())
+    config["architectures"] = [type(tiny).__name__]  # embedders on the hub name a language model there
+    (tmp_path / "plain/config.json").write_text(json.dumps(config))
+    make_tokenizer(side).save_pretrained(tmp_path / "plain")
+    directory = sentence_directory(tmp_path / "plain", tmp_path / "m", normalize=True, **layout)
     model = AutoAWQForEmbedding.from_pretrained(str(directory))
-    before = model.encode(texts[40:])
-    model.quantize(texts=texts[:40], quant_config=CONFIG)
+    assert model.tokenizer.padding_side == side
+    if settings:
+        ids = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 7, 9]])
+        first, second = (zoo.outputs(model.model, input_ids=i)[0, 0] for i in ids)
+        assert not torch.allclose(first, second, atol=1e-4), "the first token sees the last one"
+    before = model.encode(texts[40:], prompt_name="query")
+    report = model.quantize(texts={"query": texts[:20], "document": texts[20:40]}, quant_config=CONFIG)
+    assert len(report.linears) == 21 and not report.warnings
     model.save_quantized(tmp_path / "q")
-    after = Encoder.from_pretrained(tmp_path / "q").encode(texts[40:])
+    same_files(directory, tmp_path / "q")
+    after = Encoder.from_pretrained(tmp_path / "q").encode(texts[40:], prompt_name="query")
     assert mean_cosine(before, after) > 0.9
-    theirs = embeddings_of(library.SentenceTransformer(str(tmp_path / "q")), texts[40:])
-    torch.testing.assert_close(after, theirs, atol=1e-5, rtol=1e-4)
+    reader = library.SentenceTransformer(str(tmp_path / "q"), device="cpu")
+    torch.testing.assert_close(after, embeddings_of(reader, texts[40:], prompt_name="query"), atol=1e-5, rtol=1e-4)
+    guide = AutoAWQForCausalLM.from_pretrained(str(directory))
+    guide.quantize(prepare_calibration_tokens(guide.tokenizer, texts[:40]), quant_config=CONFIG, preset="fast")
+    assert not guide.can_generate() or guide.model.get_output_embeddings() is None
+    assert {m.name for m in guide.report.linears} == {m.name for m in report.linears}
 
 
 def test_code_blocks_of_our_page(sentence_dir, texts, tmp_path, monkeypatch, tokenizer):
