@@ -320,8 +320,9 @@ def environment(commit: str | None) -> dict:
     if commit is None:
         head = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(head, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    arguments = [Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]
     return {
-        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
         "commit": commit or None, "gpu": torch.cuda.get_device_name(0), "torch": torch.__version__,
         "triton": triton.__version__, "python": platform.python_version(), "cuda": torch.version.cuda, "hip": torch.version.hip,
     }  # fmt: skip

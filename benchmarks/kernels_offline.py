@@ -2,12 +2,14 @@
 
     python benchmarks/kernels_offline.py --out benchmarks/results/kernels-offline.json
 
-Shipped are the measured tables on their own architecture, and the rule for shapes and GPUs without a table on every target.
+Shipped are the measured tables on their own architecture, and the rules for shapes and GPUs without a table, and for a mixture
+of experts, on every target.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -26,8 +28,11 @@ def name_of(target: int | str) -> str:
     return target if isinstance(target, str) else f"sm{target}"
 
 
+EXPERTS = [(Shape(4096, 28672, 128), 8), (Shape(14336, 4096, 128), 8), (Shape(2048, 1536, 128), 128)]  # and how many experts
+
+
 def jobs() -> list[tuple]:
-    """(target, shape, configuration, dtype)"""
+    """(target, shape, configuration, dtype, rows): rows None for an ordinary product, 0 for sorted rows of experts."""
     found = []
     for target in offline.TARGETS:
         for dtype in (torch.float16, torch.bfloat16):
@@ -37,15 +42,22 @@ def jobs() -> list[tuple]:
             for size, rows in configs.table(name_of(target), dtype).items():
                 n, k = map(int, size.split("x"))
                 shipped |= {(Shape(k, n, 128), config) for config in rows.values() if config is not None}
-            found += [(target, *item, dtype) for item in shipped]
+            found += [(target, *item, dtype, None) for item in shipped]
+            for (shape, experts), rows in itertools.product(EXPERTS, (2, 8, 32, 128, 256, 1024)):
+                config = configs.config_for_experts(name_of(target), 108, shape, rows, experts)
+                found.append((target, shape, config, dtype, rows if rows <= 128 else 0))
     return sorted(found, key=str)
 
 
 def measure(job: tuple) -> dict:
-    target, shape, config, dtype = job
+    target, shape, config, dtype, rows = job
     row = {"target": name_of(target), "shape": shape, "config": config, "dtype": str(dtype).split(".")[1]}
+    row |= {} if rows is None else {"rows of experts": rows or "sorted"}
     try:
-        code = offline.compile_product(target, shape, config, dtype)
+        if rows is None:
+            code = offline.compile_product(target, shape, config, dtype)
+        else:
+            code = offline.compile_experts(target, shape, config, rows or None, dtype)
     except Exception as error:  # reported, and counted as a failure below
         return row | {"failed": f"{type(error).__name__}: {str(error)[-200:]}"}
     weights = config.bn * 128 / (32 * config.warps)
