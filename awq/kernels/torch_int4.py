@@ -53,7 +53,9 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), packed.qweight, shape.group_size, packed.scales)
     else:
         out = _dense_product(rows, packed)
-    out = out[:, : shape.out_features].to(x.dtype)
+    if out.shape[1] != shape.out_features:
+        out = out[:, : shape.out_features]
+    out = out.to(x.dtype)
     if bias is not None:
         out = out + bias.to(x.dtype)
     return out.reshape(*x.shape[:-1], shape.out_features)

@@ -52,7 +52,8 @@ def concatenate_outputs(linears: Sequence[WQLinear]) -> WQLinear:
     bias: Tensor | None = None
     if dtype is not None:
         bias = torch.cat([weight.scales.new_zeros(m.out_features, dtype=dtype) if m.bias is None else m.bias for m in linears])
-    return WQLinear.from_quantized(weight, bias, linears[0].format)
+    layout = linears[0].layout if len({m.layout for m in linears}) == 1 else None
+    return WQLinear.from_quantized(weight, bias, linears[0].format, layout)
 
 
 @torch.no_grad()
@@ -62,7 +63,9 @@ def split_outputs(linear: WQLinear, sizes: Sequence[int]) -> list[WQLinear]:
         raise ConfigError(f"a linear of {linear.out_features} outputs cannot be split into {list(sizes)}.")
     parts = zip(*(tensor.split(list(sizes)) for tensor in linear.quantized()[:3]))
     biases = linear.bias.split(list(sizes)) if linear.bias is not None else [None] * len(sizes)
-    return [WQLinear.from_quantized(QuantizedWeight(*part), bias, linear.format) for part, bias in zip(parts, biases)]
+    return [
+        WQLinear.from_quantized(QuantizedWeight(*part), bias, linear.format, linear.layout) for part, bias in zip(parts, biases)
+    ]
 
 
 @torch.no_grad()
@@ -71,4 +74,4 @@ def reorder_outputs(linear: WQLinear, order: Tensor) -> WQLinear:
     weight = linear.quantized()
     codes, scales, zeros = (tensor[order.to(tensor.device)] for tensor in weight[:3])
     bias = None if linear.bias is None else linear.bias[order.to(linear.bias.device)]
-    return WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros), bias, linear.format)
+    return WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros), bias, linear.format, linear.layout)

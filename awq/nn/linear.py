@@ -62,11 +62,17 @@ class WQLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None, format: str = "gemm") -> WQLinear:
-        """From a canonical weight [out, in]; raises ConfigError when the format cannot hold its shape."""
+    def from_quantized(
+        cls, weight: QuantizedWeight, bias: Tensor | None = None, format: str = "gemm", layout: str | None = None
+    ) -> WQLinear:
+        """From a canonical weight [out, in]. layout: in memory, instead of the format's.
+
+        Raises ConfigError when the format cannot hold its shape.
+        """
         out_features, in_features = weight.codes.shape
         module = cls(in_features, out_features, bias is not None, weight.group_size, format, "meta")
-        for name, tensor in get_format(format).pack(weight).items():
+        module.layout = layout or module.format
+        for name, tensor in get_layout(module.layout).pack(weight).items():
             module.register_buffer(name, tensor)
         if bias is not None:
             module.register_buffer("bias", bias.detach().clone())
