@@ -180,6 +180,10 @@ def answer(worker: subprocess.Popen, word: str) -> str | None:
     return next((line[len(word) :].strip() for line in worker.stdout if line.startswith(word)), None)
 
 
+def shape_name(batch: int, tokens: int) -> str:
+    return f"{batch}×{tokens or 'mixed'}"
+
+
 def measure_speed(arguments: argparse.Namespace, folder: Path) -> list[dict]:
     if "onnx-int8" in arguments.speed_variants:
         try:
@@ -193,8 +197,9 @@ def measure_speed(arguments: argparse.Namespace, folder: Path) -> list[dict]:
         workers[name] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
+    shapes = [shape for shape in SHAPES if shape_name(*shape) in arguments.shapes]
     failed = [name for name, worker in workers.items() if answer(worker, "READY") is None]
-    rates: dict[tuple, list[float]] = {(n, *shape): [] for n in workers if n not in failed for shape in SHAPES}
+    rates: dict[tuple, list[float]] = {(n, *shape): [] for n in workers if n not in failed for shape in shapes}
     for _ in range(arguments.repeats):
         for name, batch, tokens in sorted(rates, key=lambda key: key[1:]):
             workers[name].stdin.write(f"{batch} {tokens}\n")
@@ -204,9 +209,9 @@ def measure_speed(arguments: argparse.Namespace, folder: Path) -> list[dict]:
     for name in (n for n in workers if n not in failed):
         workers[name].stdin.close()
         rows = [{"batch": b, "tokens": t, "sentences_per_second": statistics.median(rates[name, b, t]),
-                 "lowest": min(rates[name, b, t]), "highest": max(rates[name, b, t])} for b, t in SHAPES]  # fmt: skip
+                 "lowest": min(rates[name, b, t]), "highest": max(rates[name, b, t])} for b, t in shapes]  # fmt: skip
         results.append({"name": name, **json.loads(answer(workers[name], "END") or "{}"), "rows": rows})
-        text = "  ".join(f"{r['batch']}×{r['tokens'] or 'mixed'}: {r['sentences_per_second']:.1f}" for r in rows)
+        text = "  ".join(f"{shape_name(r['batch'], r['tokens'])}: {r['sentences_per_second']:.1f}" for r in rows)
         print(f"{name:20s} {text}  peak {results[-1].get('peak_rss_mb', 0):.0f} MB", flush=True)
     return results
 
@@ -222,6 +227,7 @@ def main() -> None:
     parser.add_argument("--variants", default="[]", help='JSON list of {"name": …, option: …}')
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--speed-variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--shapes", nargs="+", default=[shape_name(*shape) for shape in SHAPES], help="batch×tokens, or 32×mixed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
