@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from awq.nn.surgery import get_weight, is_linear
 
+_UNIT = 2.0**40  # fixed-point logarithms: 12 digits after the point
 FoldKind = Literal["norm", "norm_plus_one", "linear"]
 
 
@@ -31,15 +32,15 @@ class Fold:
         """s [in] made equal (geometric mean) over channels that share a row, as under grouped-query attention."""
         if self.rows is None:
             return scale
+        size = max(1, int(self.rows.max()) + 1)
         rows = self.rows.to(scale.device)
-        known = rows >= 0
-        size = int(rows.max()) + 1
-        total = torch.zeros(size, device=scale.device).index_add_(0, rows[known], scale[known].float().log())
-        count = torch.zeros(size, device=scale.device).index_add_(
-            0, rows[known], torch.ones_like(scale[known], dtype=torch.float32)
-        )
-        mean = (total / count.clamp(min=1)).exp()
-        return torch.where(known, mean[rows.clamp(min=0)].to(scale.dtype), torch.ones_like(scale))
+        known, rows = rows >= 0, rows.clamp(min=0)
+        # Fixed point: a GPU adds in any order, and only sums of integers are the same in each.
+        logs = torch.where(known, scale.double().log() * _UNIT, 0).round().long()
+        total = torch.zeros(size, dtype=torch.int64, device=scale.device).index_add_(0, rows, logs)
+        count = torch.zeros(size, dtype=torch.int64, device=scale.device).index_add_(0, rows, known.long())
+        mean = (total.double() / _UNIT / count.clamp(min=1)).exp().to(scale.dtype)
+        return torch.where(known, mean[rows], torch.ones_like(scale))
 
     def describe(self) -> str:
         """One line for people: "v_proj rows, each feeding 3 channels"."""
