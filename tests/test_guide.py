@@ -375,4 +375,5 @@ def test_commands_of_our_guide(models, tmp_path, monkeypatch, capsys):
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("awq ")]
     assert {line.split()[1] for line in lines} == set(awq.cli.VERBS)
     for line in lines:
-        assert main(shlex.split(line, comments=True)[1:]) == 0, line
+        needs_gpu = line.startswith("awq tune") and not torch.cuda.is_available()
+        assert main(shlex.split(line, comments=True)[1:]) == (1 if needs_gpu else 0), line
