@@ -97,11 +97,7 @@ def product_runs(weights: list[QuantizedWeight], tokens: int, threads: int, sess
             with use_backend(backend):
                 module.settle(dtype)
 
-        def ours(i: int, modules: list = modules, x: Any = x, backend: str = backend) -> None:
-            with use_backend(backend):
-                modules[i % COPIES](x)
-
-        runs[f"awq {backend} {str(dtype)[6:]}"] = ours
+        runs[f"awq {backend} {str(dtype)[6:]}"] = lambda i, modules=modules, x=x: modules[i % COPIES](x)
     x = torch.randn(tokens, INPUTS).bfloat16()
     packs = [get_layout("int4pack").pack(weight) for weight in weights]
     runs["torch int4 operator bfloat16"] = lambda i: torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -145,7 +141,8 @@ def products(arguments: argparse.Namespace) -> dict[str, Any]:
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(arguments.rounds):
             for name, run in runs.items():
-                times[name] += timed(run, 24 if tokens < 32 else 8)
+                with use_backend(name.split()[1] if name.startswith("awq") else None):
+                    times[name] += timed(run, 24 if tokens < 32 else 8)
         for name, found in times.items():
             median, best = statistics.median(found), min(found)
             row = {"tokens": tokens, "name": name, "us": median * 1e6, "best_us": best * 1e6,

@@ -44,19 +44,18 @@ def measure(prefill: Callable[[], object], whole: Callable[[], object]) -> dict[
 
 def transformers_model(folder: Path, kind: str) -> dict[str, float]:
     import torch
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
-    import awq
+    from awq import AutoAWQForCausalLM
     from awq.kernels import cpu, use_backend
 
     if kind != "transformers bfloat16":
         cpu.problem(torch.bfloat16, 2)  # LLVM's own memory does not belong to the model
     before, start = resident(), time.perf_counter()
     if kind == "transformers bfloat16":
-        from transformers import AutoModelForCausalLM
-
         model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.bfloat16)
     else:
-        model = awq.AutoAWQForCausalLM.from_quantized(str(folder / "awq"), fuse_layers=True, device="cpu", max_seq_len=512)
+        model = AutoAWQForCausalLM.from_quantized(str(folder / "awq"), fuse_layers=True, device="cpu", max_seq_len=512)
         if kind == "awq 4-bit head":
             model.fuse_layers(512, 1, True)
     load = time.perf_counter() - start

@@ -20,6 +20,7 @@ MANY = 256  # tokens from which dense weights are faster
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPS = (32, 64, 128, 256)
 _PIECE = 1 << 22  # weights that are dense at a time
+_product = torch.ops.aten._weight_int4pack_mm_for_cpu.default if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else None
 
 
 def why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | None:
@@ -48,17 +49,20 @@ def problem() -> str | None:
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """x [..., in] → [..., out] in x's dtype."""
-    shape, rows = packed.shape, x.to(torch.bfloat16).reshape(-1, packed.shape.in_features)
+    shape, rows = packed.shape, x.reshape(-1, packed.shape.in_features)
+    if x.dtype != torch.bfloat16:
+        rows = rows.to(torch.bfloat16)
     if len(rows) < MANY:
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), packed.qweight, shape.group_size, packed.scales)
+        out = _product(rows.contiguous(), packed.qweight, shape.group_size, packed.scales)
     else:
         out = _dense_product(rows, packed)
     if out.shape[1] != shape.out_features:
         out = out[:, : shape.out_features]
-    out = out.to(x.dtype)
+    if x.dtype != torch.bfloat16:
+        out = out.to(x.dtype)
     if bias is not None:
         out = out + bias.to(x.dtype)
-    return out.reshape(*x.shape[:-1], shape.out_features)
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], shape.out_features)
 
 
 def _dense_product(x: Tensor, packed: Packed) -> Tensor:

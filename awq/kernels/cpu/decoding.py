@@ -235,34 +235,21 @@ def _rotate(b: Emitter, q: Any, rotary: Any, cos: Any, sin: Any) -> None:
     b.strip(rotary, body)
 
 
-def emit_dense(module: ir.Module, element: ir.Type, block: int = 4) -> list[ir.Function]:
-    """y float32 [rows, outputs] = x float32 [rows, inputs] · weight [outputs, inputs]ᵀ; `block` outputs at a time."""
+def emit_dense(module: ir.Module, element: ir.Type) -> list[ir.Function]:
+    """y float32 [rows, outputs] = x float32 [rows, inputs] · weight [outputs, inputs]ᵀ, one output after the other."""
     b, (task, index, count) = Emitter.define(module, "dense", [PTR, I64, I64])
     t = Task(b, task, DENSE)
     x, weight, y, rows, inputs, outputs = t.x, t.weight, t.y, t.rows, t.inputs, t.outputs
-
-    def outputs_from(n: Any, size: int) -> None:
-        lines = [b.at(weight, b.mul(b.add(n, const(I64, j)), inputs), element) for j in range(size)]
+    size = const(I64, 4 if element == F32 else 2)
+    with b.loop(*b.part(outputs, index, count)) as n:
+        line = b.at(weight, b.mul(n, inputs), element)
         with b.loop(ZERO, rows) as row:
             source = b.at(x, b.mul(row, inputs), F32)
-            sums = {(j, w): b.variable(vec(F32, w), const(vec(F32, w), 0.0)) for j in range(size) for w in (16, 1)}
 
-            def body(i: Any, lanes: int) -> None:
-                value, kind = b.fetch(source, i, F32, lanes), vec(F32, lanes)
-                for j, line in enumerate(lines):
-                    place = sums[j, lanes]
-                    b.store(b.math("fma", value, b.floats(line, i, element, lanes), b.get(place, kind)), place)
+            def products(i: Any, lanes: int) -> Any:
+                b.prefetch(line, b.mul(b.add(i, inputs), size))  # the next line: the hardware's own stops where a page ends
+                return b.fmul(b.fetch(source, i, F32, lanes), b.floats(line, i, element, lanes))
 
-            b.strip(inputs, body)
-            for j in range(size):
-                total = b.fadd(*(b.sum(b.get(sums[j, w], vec(F32, w))) for w in (16, 1)))
-                b.put(total, y, b.add(b.add(b.mul(row, outputs), n), const(I64, j)), F32)
-
-    first, last = b.part(outputs, index, count)
-    whole = b.add(first, b.mul(b.sdiv(b.sub(last, first), const(I64, block)), const(I64, block)))
-    with b.loop(first, whole, block) as n:
-        outputs_from(n, block)
-    with b.loop(whole, last) as n:
-        outputs_from(n, 1)
+            b.put(b.total(inputs, products), y, b.add(b.mul(row, outputs), n), F32)
     b.ret_void()
     return [b.function]
