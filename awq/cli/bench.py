@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     device = str(model.device)
     result = {"model": arguments.model, "device": device, "fusion": model.fusion, "rows": [r.to_dict() for r in rows]}
-    table = as_table(arguments.model.rstrip("/").rpartition("/")[2], model.quant_config.version, rows)
+    table = as_table(arguments.model.rstrip("/").rpartition("/")[2], model.quant_config.format, rows)
     show(result, arguments.json, f"{table}\n\non {device}; {model.fusion}")
 
 
