@@ -162,10 +162,10 @@ def _packed(weight: QuantizedWeight) -> Packed:
 
 def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     from awq import AutoAWQForCausalLM
-    from awq.evals import perplexity
+    from awq.evals.perplexity import perplexity
 
     rows: list[dict[str, Any]] = []
-    for dtype in ("float32", "bfloat16", "float16"):
+    for dtype in arguments.dtypes:
         base: float | None = None
         for backend in ("reference", "cpu", "cpu_int8", "torch_int4"):
             with use_backend(backend):
@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--model", help="a quantized directory, for quality")
     parser.add_argument("--text", help="a text file; its second half is measured")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--limit", type=int, default=8192)
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python")
     parser.add_argument("--work", help="where to put 3 GB of random models for a while")

@@ -7,6 +7,7 @@ and an ordinary product.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ MANY = 256  # tokens from which dense weights are faster
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPS = (32, 64, 128, 256)
 _PIECE = 1 << 22  # weights that are dense at a time
-_product = torch.ops.aten._weight_int4pack_mm_for_cpu.default if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else None
+_product: Any = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | None:
