@@ -113,6 +113,31 @@ def test_tune_says_what_is_wrong(capsys, monkeypatch):
         assert "there is none" in message("--shapes", "4096x4096")
 
 
+def test_tune_writes_the_users_table(capsys, monkeypatch, folder):
+    """The command around a search that is made up: there is no GPU."""
+    tuning = pytest.importorskip("awq.kernels.triton.tuning")
+    from awq.kernels import triton
+    from awq.kernels.triton import launch
+
+    asked = {}
+
+    def search(shapes, tokens, seconds, workers, say):
+        asked.update(shapes=shapes, tokens=tokens)
+        return {(shapes[0], torch.bfloat16, 16): [tuning.Timing(1.234, configs.Config(*ENTRY))]}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(triton, "why_not", lambda device, dtype, shape: None)
+    monkeypatch.setattr(launch, "architecture", lambda index: ("sm120", 100))
+    monkeypatch.setattr(tuning, "tune", search)
+    assert main(["tune", "--shapes", "72x256", "--tokens", "16", "--dtypes", "bfloat16", "--json"]) == 0
+    assert asked == {"shapes": [Shape(256, 72, 128)], "tokens": {torch.bfloat16: [16]}}
+    result = json.loads(capsys.readouterr().out)
+    assert result["best"] == [{"shape": "72x256", "dtype": "bfloat16", "tokens": 16, "us": 1.23, "config": ENTRY}]
+    configs.table.cache_clear()
+    assert configs.config_for("sm120", 100, Shape(256, 72, 128), 9, torch.bfloat16) == configs.Config(*ENTRY)
+
+
 def test_tune_finds_the_linears_of_a_model(tmp_path, llama_dir, texts):
     from awq.cli.tune import _of_model
 
