@@ -15,7 +15,7 @@ from torch import Tensor
 from awq.core.blocks import kernels
 from awq.core.weight import fake_quantize, group_range, grouped, scale_and_zero
 
-_TOGETHER = 1 << 25  # weights quantized at once while candidates are compared
+_TOGETHER = {"cpu": 1 << 19, "cuda": 1 << 25}  # weights quantized at once: a CPU's cache, a GPU's occupancy
 _OPERANDS = torch.bfloat16  # of the kernel's product
 _PARTS = 8  # blocks of columns in a product that leaves out what lies below G's diagonal
 _SMALLEST = 64  # columns in a block
@@ -103,8 +103,7 @@ def search_scale(
     candidates = [(k, r, tie(s)) for k, r, s in scale_candidates(x_mean, weight_importance(weight, group_size), duo)]
     scales = torch.stack([s for _, _, s in candidates])
     if loss is None:
-        judge = _judge(weight, gram, group_size, bits, zero_point)
-        values = torch.cat([judge(part) for part in scales.split(max(1, _TOGETHER // weight.numel()))])
+        values = _losses(weight, gram, scales, group_size, bits, zero_point)
     else:
         values = torch.stack([torch.as_tensor(loss(s), device=weight.device) for s in scales])
     losses = values.tolist()
@@ -113,16 +112,22 @@ def search_scale(
     return ScaleChoice(s, ratio, kind, losses[best], losses[0])
 
 
-def _judge(weight: Tensor, gram: Tensor, group_size: int, bits: int, zero_point: bool) -> Callable[[Tensor], Tensor]:
-    """s [n, in] → tr(Δ G Δᵀ) [n], Δ = Q(W s)/s − W, by a kernel where there is one.
+def _losses(weight: Tensor, gram: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool) -> Tensor:
+    """tr(Δ G Δᵀ) [n], Δ = Q(W s)/s − W, for scales [n, in], by a kernel where there is one.
 
     The kernel multiplies in bfloat16: on SmolLM2 every group chose the same candidate as in float32 (docs/notes/quality.md).
     """
+    limit, width = _TOGETHER.get(weight.device.type, _TOGETHER["cuda"]), weight.shape[1]
     fast: Any = kernels("search_kernels", weight.device)
-    if fast is None or not fast.takes_groups(group_size):
-        return lambda scales: _gram_losses(weight, gram, scales, group_size, bits, zero_point)
-    rows, upper = weight.contiguous(), (gram.triu() + gram.triu(1)).to(_OPERANDS)
-    return lambda scales: fast.scaled_losses(rows, upper, scales.contiguous(), group_size, bits, zero_point)
+    if fast is not None and fast.takes_groups(group_size):
+        rows, upper = weight.contiguous(), (gram.triu() + gram.triu(1)).to(_OPERANDS)
+        parts = scales.contiguous().split(max(1, limit // weight.numel()))
+        return torch.cat([fast.scaled_losses(rows, upper, part, group_size, bits, zero_point) for part in parts])
+    total = torch.zeros(len(scales), device=weight.device)
+    for rows in weight.split(max(1, limit // width)):
+        parts = scales.split(max(1, limit // rows.numel()))
+        total += torch.cat([_gram_losses(rows, gram, part, group_size, bits, zero_point) for part in parts])
+    return total
 
 
 def _gram_losses(weight: Tensor, gram: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool) -> Tensor:
