@@ -232,8 +232,10 @@ def test_quantized_model(saved, tmp_path):
     expected = plain.generate(**kwargs)
     assert torch.equal(fused.generate(**kwargs), expected)
     assert plain.fusion == "fuse_layers=False" and fused.fusion == "fused"
-    joined = [m for m in fused.model.modules() if isinstance(m, WQLinear)]
-    assert len(joined) == 3 * 2  # o and down; q, k, v and gate, up are slices of one product each
+    products = [m for m in fused.model.modules() if isinstance(m, WQLinear)]
+    assert len(products) == 3 * 4  # q, k, v and gate, up are one each
+    theirs, ours = plain.model.state_dict(), fused.model.state_dict()
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
     with torch.no_grad():
         assert torch.allclose(fused(**prompts()).logits, plain(**prompts()).logits, atol=1e-5)
     assert torch.equal(fused.generate(**kwargs, num_beams=1), expected)
@@ -241,6 +243,30 @@ def test_quantized_model(saved, tmp_path):
     first, second = (Path(p, "model.safetensors").read_bytes() for p in (saved, tmp_path / "again"))
     assert first == second
     assert torch.equal(fused.generate(**kwargs), expected)
+
+
+def test_a_fused_model_that_is_cast(saved):
+    """It is fused anew; what the joined weights hold is not lost."""
+    plain, fused = (
+        AutoAWQForCausalLM.from_quantized(saved, fuse_layers=f, device="cpu", torch_dtype=torch.float32) for f in (False, True)
+    )
+    kwargs = dict(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    fused.generate(**kwargs)
+    fused.to(torch.bfloat16).generate(**kwargs)
+    assert fused.fusion == "fused" and fused.fuse().cache[0].k.dtype == torch.bfloat16
+    expected = plain.to(torch.bfloat16).to(torch.float32).generate(**kwargs)
+    assert torch.equal(fused.to(torch.float32).generate(**kwargs), expected)
+
+
+def test_calls_from_several_threads(llama):
+    from concurrent.futures import ThreadPoolExecutor
+
+    wrapper, kwargs = wrapped(llama), dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    batches = [zoo.token_batch(1 + i % 3, 4 + i, seed=i) for i in range(8)]
+    alone = [wrapper.generate(**batch, **kwargs) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda batch: wrapper.generate(**batch, **kwargs), batches))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
 
 
 def test_chat_through_a_text_streamer(saved, capsys):

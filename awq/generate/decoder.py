@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -35,12 +36,17 @@ class FusedDecoder:
         self.cache: list[LayerCache] = []
         self.graphs: dict[int, StepGraph] = {}  # by batch
         self.dtype = model.dtype
+        self.lock = Lock()  # one cache, so one call at a time
         self.head = quantized_head(plan.head) if quantize_head else plan.head
         self.device: torch.device = get_weight(plan.embedding).device
 
     @property
     def max_seq_len(self) -> int:
         return self.plan.max_seq_len
+
+    def fits(self, model: Any) -> bool:
+        """Whether the model is still where and what it was when it was fused."""
+        return model.dtype == self.dtype and get_weight(self.plan.embedding).device == self.device
 
     def reserve(self, batch: int) -> None:
         """Room in the cache for `batch` rows; what is there is kept when it is enough already."""

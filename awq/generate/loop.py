@@ -11,7 +11,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from awq.generate.decoder import FusedDecoder
 logger = logging.getLogger("awq.generate")
 
 _OUR_MODES = ("greedy_search", "sample")
+_THEIRS = ("inputs_embeds", "past_key_values", "position_ids", "token_type_ids", "custom_generate", "cache_implementation",
+           "guidance_scale")  # fmt: skip
 _HARMLESS = {"use_cache", "logits_to_keep", "num_logits_to_keep", "cache_position", "attention_mask", "past_key_values",
              "position_ids", "token_type_ids", "tokenizer"}  # fmt: skip
 
@@ -43,7 +45,7 @@ def why_not(model: Any, kwargs: dict[str, Any]) -> str | None:
         return f"{', '.join(wanted)}: fused blocks keep none"
     if merged.use_cache is False:
         return "use_cache=False"
-    for name in ("inputs_embeds", "past_key_values", "custom_generate", "cache_implementation", "guidance_scale"):
+    for name in _THEIRS:
         if kwargs.get(name) is not None:
             return f"{name} is given"
     return None
@@ -77,8 +79,9 @@ def make_loop(decoder: FusedDecoder, generator: torch.Generator | None = None, s
         if unknown:
             names = ", ".join(unknown)
             raise ConfigError(f"generate() got {names}, which a fused model does not take; load with fuse_layers=False.")
-        run = _Run(decoder, input_ids, model_kwargs.get("attention_mask"), generation_config, generator)
-        return run(logits_processor, stopping_criteria, streamer)
+        with decoder.lock, torch.cuda.device(decoder.device) if decoder.device.type == "cuda" else nullcontext():
+            run = _Run(decoder, input_ids, model_kwargs.get("attention_mask"), generation_config, generator)
+            return run(logits_processor, stopping_criteria, streamer)
 
     return loop
 

@@ -68,12 +68,12 @@ def observe(model: Any, max_seq_len: int) -> Surroundings:
     one = {"input_ids": ids.expand(2, -1).contiguous()}  # of two rows, so that no call looks like packed sequences
     near = _skeleton(model, lists, one | {"position_ids": places[:1].expand(2, -1).contiguous()}, heads)
     logits = heads.logits
-    everywhere = _skeleton(model, lists, {"input_ids": ids.expand(pieces, -1).contiguous(), "position_ids": places}, None)
     far = _skeleton(model, lists, one | {"position_ids": places[-1:].expand(2, -1).contiguous()}, None)
+    everywhere = _skeleton(model, lists, {"input_ids": ids.expand(pieces, -1).contiguous(), "position_ids": places}, None)
     tables = [_tables(call, pieces * PIECE) for call in everywhere.calls[0][0]]
     _check_tables(tables, near.calls[0][0], "the first")
-    hidden = everywhere.hidden[0][0].float()
-    factor, positions = _embedding(embedding, ids, hidden, near.hidden[0][0].float())
+    hidden = everywhere.hidden[0][0]
+    factor, positions = _embedding(embedding, ids, hidden)
     final = _head(model, heads, near.hidden[0][0], logits)
     return Surroundings(
         blocks, near.calls[0][0], far.calls[0][0], tables, hidden.shape[-1], embedding, factor, positions,
@@ -132,19 +132,19 @@ def _check_tables(tables: list[dict], calls: list[BlockCall], what: str) -> None
                 raise NotFusable(f"rotary tables of {what} positions depend on the length of the sequence")
 
 
-def _embedding(embedding: nn.Module, ids: Tensor, hidden: Tensor, again: Tensor) -> tuple[float, Tensor | None]:
+def _embedding(embedding: nn.Module, ids: Tensor, hidden: Tensor) -> tuple[float, Tensor | None]:
     """Factor and absolute positions in hidden [pieces, PIECE, features] = factor · E[ids] + P[position]."""
     vectors = embedding(ids)[0].float()
     if vectors.shape != hidden.shape[1:]:
         raise NotFusable("the embedding's width is not the blocks'")
-    dtype_error = 1e-2 if embedding.weight.dtype != torch.float32 else 1e-5
-    factor = float((hidden[0] * vectors).sum() / vectors.square().sum().clamp(min=1e-30))
-    if torch.allclose(hidden, (factor * vectors).expand_as(hidden), rtol=dtype_error, atol=dtype_error * float(hidden.abs().max())):
-        return (1.0 if abs(factor - 1) < 1e-4 else factor), None
-    positions = (hidden - vectors).flatten(0, 1)
-    if torch.equal(again[0], hidden[0]) and hidden.shape[0] > 1 and torch.equal(hidden[0], hidden[1]):
+    rounding = 4 * torch.finfo(hidden.dtype).eps
+    factor = float((hidden[0].float() * vectors).sum() / vectors.square().sum().clamp(min=1e-30))
+    expected, slack = factor * vectors, rounding * float(hidden[0].float().abs().mean())
+    if all(torch.allclose(h, expected.expand_as(h), rtol=rounding, atol=slack) for h in map(Tensor.float, hidden.split(64))):
+        return (1.0 if abs(factor - 1) < rounding else factor), None
+    if len(hidden) > 1 and torch.equal(hidden[0], hidden[1]):
         raise NotFusable("absolute positions are not taken from position_ids")
-    return 1.0, positions
+    return 1.0, (hidden.float() - vectors).flatten(0, 1)
 
 
 def _head(model: Any, heads: _HeadCalls, hidden: Tensor, logits: Tensor | None) -> tuple[Norm | None, float, float | None]:
@@ -160,7 +160,7 @@ def _head(model: Any, heads: _HeadCalls, hidden: Tensor, logits: Tensor | None) 
     plain = heads.head(heads.x).float()
     logits = logits.float()
     factor = float((plain * logits).sum() / plain.square().sum().clamp(min=1e-30))
-    tolerance = 1e-5 if hidden.dtype == torch.float32 else 1e-2
+    tolerance = 1e-5 if hidden.dtype == torch.float32 else 4 * torch.finfo(hidden.dtype).eps
     if torch.allclose(logits, factor * plain, rtol=tolerance, atol=tolerance * float(logits.abs().max())):
         return norm, (1.0 if abs(factor - 1) < 1e-4 else factor), None
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from awq.generate.plan import Source
-from awq.nn.layout import concatenate_outputs, reorder_outputs, split_outputs
+from awq.nn.layout import concatenate_outputs, take_outputs
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import replace_module
 
@@ -28,26 +29,8 @@ class Projection(nn.Module):
         return joined if self.rows is None else joined[..., self.rows.to(joined.device)]
 
 
-class Slice(nn.Module):
-    """Stands for one of several siblings whose weights were joined: some outputs of the shared product.
-
-    The product is computed once per input: the siblings ask one after the other with the same tensor.
-    """
-
-    def __init__(self, shared: Shared, rows: Tensor) -> None:
-        super().__init__()
-        self.shared, self.rows = shared, rows
-        self.in_features, self.out_features = shared.linear.in_features, len(rows)
-        first = int(rows[0])
-        self.first = first if torch.equal(rows, torch.arange(first, first + len(rows), device=rows.device)) else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.shared(x)
-        return y[..., self.rows] if self.first is None else y.narrow(-1, self.first, self.out_features)
-
-
 class Shared:
-    """The joined linear and its last result. Not a module: each of the slices would register it."""
+    """A joined linear and its last result, which each of the siblings asks for in turn."""
 
     def __init__(self, linear: WQLinear, siblings: int) -> None:
         self.linear, self.siblings = linear, siblings
@@ -64,25 +47,48 @@ class Shared:
         return y
 
 
+class Slice(nn.Module):
+    """Stands for one of several siblings whose weights were joined: outputs `rows` of the shared product.
+
+    It moves with the model, and its state is that of the linear it stands for.
+    """
+
+    def __init__(self, shared: Shared, rows: Tensor, stands_for: WQLinear) -> None:
+        super().__init__()
+        self.shared, self.rows, self._kept, self._biased = shared, rows, stands_for._kept, stands_for.bias is not None
+        self.joined = shared.linear  # registered, so that `.to` reaches it
+        self.in_features, self.out_features = stands_for.in_features, len(rows)
+        first = int(rows[0])
+        self.first = first if torch.equal(rows, torch.arange(first, first + len(rows), device=rows.device)) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.shared(x)
+        return y[..., self.rows.to(y.device)] if self.first is None else y.narrow(-1, self.first, self.out_features)
+
+    def part(self) -> WQLinear:
+        """The linear it stands for, bit for bit as it was loaded."""
+        linear = take_outputs(self.joined, self.rows)
+        linear._kept = self._kept
+        if not self._biased:  # a sibling of one with a bias
+            linear.register_buffer("bias", None)
+        return linear
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        return self.part().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+
 @dataclass
 class Joined:
-    """Siblings that became one product, and what it takes to part them again."""
+    """Siblings `names` of a block that became one product."""
 
     linear: WQLinear
     block: nn.Module
-    source: Source
-    sizes: list[int]
-    kept: list[dict[str, Tensor]]
+    names: tuple[str, ...]
 
     def part(self) -> None:
         """Puts the siblings back, bit for bit as they were loaded."""
-        linear = self.linear
-        inverse = self.source.rows.argsort()
-        if not _in_order(inverse):
-            linear = reorder_outputs(linear, inverse)
-        for name, sibling, kept in zip(self.source.names, split_outputs(linear, self.sizes), self.kept):
-            sibling._kept = kept
-            replace_module(self.block, name, sibling)
+        for name in self.names:
+            replace_module(self.block, name, self.block.get_submodule(name).part())  # type: ignore[operator]
 
 
 def join(block: nn.Module, source: Source) -> Joined | None:
@@ -99,11 +105,11 @@ def join(block: nn.Module, source: Source) -> Joined | None:
         return None
     linear = concatenate_outputs(packed)
     if not _in_order(source.rows):
-        linear = reorder_outputs(linear, source.rows)
+        linear = take_outputs(linear, source.rows)
     shared, places = Shared(linear, len(packed)), source.rows.argsort().split(sizes)
-    for name, rows in zip(source.names, places):
-        replace_module(block, name, Slice(shared, rows))
-    return Joined(linear, block, source, sizes, [m._kept for m in packed])
+    for name, rows, sibling in zip(source.names, places, packed):
+        replace_module(block, name, Slice(shared, rows, sibling))
+    return Joined(linear, block, source.names)
 
 
 def _in_order(rows: Tensor) -> bool:

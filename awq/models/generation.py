@@ -81,6 +81,8 @@ class FusedGeneration:
         `generate` does so at its first call. Sibling linears (q, k, v; gate, up) are joined; the transformers model stays
         usable on the joined weights.
         """
+        if self._decoder is not None and not self._decoder.fits(self.model):  # moved or cast meanwhile
+            self.unfuse()
         if self._fusion == "not fused yet":
             from awq.generate import NotFusable, build_decoder
 

@@ -69,9 +69,9 @@ def split_outputs(linear: WQLinear, sizes: Sequence[int]) -> list[WQLinear]:
 
 
 @torch.no_grad()
-def reorder_outputs(linear: WQLinear, order: Tensor) -> WQLinear:
-    """A copy of a linear whose output i is output order[i] of the given one; order: int64 [out], a permutation."""
+def take_outputs(linear: WQLinear, rows: Tensor) -> WQLinear:
+    """A linear with outputs `rows` (int64) of the given one, in that order."""
     weight = linear.quantized()
-    codes, scales, zeros = (tensor[order.to(tensor.device)] for tensor in weight[:3])
-    bias = None if linear.bias is None else linear.bias[order.to(linear.bias.device)]
+    codes, scales, zeros = (tensor[rows.to(tensor.device)] for tensor in weight[:3])
+    bias = None if linear.bias is None else linear.bias[rows.to(linear.bias.device)]
     return WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros), bias, linear.format, linear.layout)
