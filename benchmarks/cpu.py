@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from awq.core.weight import QuantizedWeight
+from awq.evals.speed import read_bandwidth
 from awq.formats import get_layout
 from awq.kernels import Packed, Shape, use_backend
 from awq.nn.linear import WQLinear
@@ -122,19 +123,10 @@ def timed(run: Run, repeats: int) -> list[float]:
     return times[2:]
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of reading half a GB in torch's threads, the best of many."""
-    data, best = torch.ones(1 << 27), 0.0
-    for _ in range(10):
-        start = time.perf_counter()
-        data.sum()
-        best = max(best, data.nbytes / (time.perf_counter() - start))
-    return best
-
 
 def products(arguments: argparse.Namespace) -> dict[str, Any]:
     weights, sessions, rows = [random_weight() for _ in range(COPIES)], [], []
-    bandwidth, packed = read_bandwidth(), _packed(weights[0])
+    bandwidth, packed = read_bandwidth("cpu"), _packed(weights[0])
     size = sum(t.nbytes for t in packed[:3])
     for tokens in arguments.tokens:
         runs = product_runs(weights, tokens, arguments.threads, sessions)

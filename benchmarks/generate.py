@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 
 from awq.config import AwqConfig
 from awq.core.weight import QuantizedWeight
-from awq.evals.speed import generation_speed, seconds
+from awq.evals.speed import generation_speed, seconds, weight_bytes
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
@@ -78,14 +78,6 @@ def random_linear(in_features: int, out_features: int, device: str, generator: t
     scales = torch.full((out_features, groups), 0.02 / 4.6, dtype=torch.float16, device=device)  # codes spread by 4.6
     zeros = torch.full((out_features, groups), 8, dtype=torch.uint8, device=device)
     return WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros))
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """What a decode step reads of the model: all but the embedding table."""
-    table = model.get_input_embeddings().weight  # type: ignore[operator]
-    tensors = [*model.parameters(), *(b for m in model.modules() if isinstance(m, WQLinear) for b in m.buffers())]
-    seen = {t.data_ptr(): t.numel() * t.element_size() for t in tensors if t is not table}
-    return sum(seen.values())
 
 
 def profile(model: Any, batch: int, prompt: int, device: str) -> dict[str, float]:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from awq import AutoAWQForCausalLM
     from awq.cli.output import show
-    from awq.evals.speed import as_table, generation_speed
+    from awq.evals.speed import as_table, generation_speed, read_bandwidth, weight_bytes
 
     lengths = [_lengths(text) for text in arguments.lengths]
     model = AutoAWQForCausalLM.from_quantized(
@@ -30,10 +30,13 @@ def run(arguments: argparse.Namespace) -> None:
     rows = [
         generation_speed(model, batch, prompt, new, arguments.repeats) for batch in arguments.batch_sizes for prompt, new in lengths
     ]
-    device = str(model.device)
+    device, read, bandwidth = str(model.device), weight_bytes(model.model), read_bandwidth(model.device)
     result = {"model": arguments.model, "device": device, "fusion": model.fusion, "rows": [r.to_dict() for r in rows]}
+    result |= {"weight_gb": read / 1e9, "read_bandwidth_gb_s": bandwidth / 1e9}
+    best = max(read * r.decode_tok_s / r.batch for r in rows)
     table = as_table(arguments.model.rstrip("/").rpartition("/")[2], model.quant_config.format, rows)
-    show(result, arguments.json, f"{table}\n\non {device}; {model.fusion}")
+    speed = f"weights read at up to {best / 1e9:.1f} GB/s; a plain sum reads {bandwidth / 1e9:.1f}"
+    show(result, arguments.json, f"{table}\n\non {device}; {model.fusion}; {speed}")
 
 
 def _lengths(text: str) -> tuple[int, int]:

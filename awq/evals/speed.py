@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awq.nn.linear import WQLinear
+
 
 @dataclass
 class Speed:
@@ -61,6 +63,30 @@ def seconds(model: Any, ids: Tensor, new: int, **kwargs: Any) -> float:
     if ids.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes that a decode step reads of a model: all its parameters and packed weights but the embedding table, unless that is
+    the head too."""
+    head = model.get_output_embeddings()
+    table = model.get_input_embeddings().weight
+    kept = head is not None and getattr(head, "weight", None) is table
+    packed = (b for m in model.modules() if isinstance(m, WQLinear) for b in m.buffers())
+    tensors = (t for t in (*model.parameters(), *packed) if kept or t is not table)
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def read_bandwidth(device: torch.device | str, size: int = 1 << 29) -> float:
+    """Bytes per second at which a device reads its memory: the best of several sums over `size` bytes, on torch's threads."""
+    values = torch.ones(size // 4, device=device)
+    best = 0.0
+    for _ in range(10):
+        if values.is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        values.sum().item()
+        best = max(best, size / (time.perf_counter() - start))
+    return best
 
 
 def _process_peak() -> float:
