@@ -32,13 +32,13 @@ from awq.errors import CalibrationError
 from awq.folds import InputGroup, apply_fold, discover, prove
 from awq.nn.blocks import BlockCall, find_block_lists, record_block_calls
 from awq.nn.linear import WQLinear
-from awq.nn.surgery import get_weight, replace_module
+from awq.nn.surgery import get_weight, linear_shape, replace_module
 from awq.quantize.group import QuantizedLinear, choose_scale, quantize_group, round_to_nearest_losses
 from awq.quantize.module_loss import enclosing_module, module_loss, record_module_calls
 from awq.quantize.options import QuantizeOptions
 from awq.quantize.plan import Plan, make_plan
 from awq.quantize.report import QuantReport
-from awq.quantize.statistics import InputStatistics, MaskHolder, collect_inputs
+from awq.quantize.statistics import ENOUGH, InputStatistics, MaskHolder, collect_inputs
 from awq.quantize.tuning import OutputMatch, tune_scales
 
 logger = logging.getLogger("awq.quantize")
@@ -101,6 +101,12 @@ def quantize_model(
     plan = make_plan(model, lists, config, packed=not options.export_compatible)
     report = QuantReport(config.to_dict(), asdict(options), skipped=plan.skipped, versions=_versions())
     report.tokens = sum(int(b.attention_mask.sum()) for b in batches)
+    widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.chosen)
+    if report.tokens < ENOUGH * widest:
+        report.warnings.append(
+            f"{report.tokens} calibration tokens are few for linears with {widest} inputs: codes are chosen more cautiously; "
+            f"{ENOUGH * widest} or more would be better."
+        )
     bench = Workbench(config, options, plan, report)
     match = None
     with bench.phase("inputs"):
@@ -233,6 +239,7 @@ def _gather(
             bench.report.warnings.append(
                 f"block {index}, {group.consumers[0]}: {found.dropped} tokens with non-finite activations were left out."
             )
+        found.fill()
     return statistics, outputs if keep else None
 
 

@@ -102,12 +102,14 @@ class OutputMatch:
         find_head = getattr(self.model, "get_output_embeddings", None)
         head = find_head() if find_head is not None else None
         self.kind = "kl" if head is not None and self.body is not model else "mse"
+        self.output: Any = BaseModelOutputWithPast  # what the body returns: heads read other fields of it
         self.batches = list(_micro_batches(batches, next(model.parameters()).device))
         with torch.no_grad(), _float32_on_cpu(model):
             self.targets = [self._hidden(batch) for batch in self.batches]
 
     def _hidden(self, batch: CalibrationBatch) -> Tensor:
         output = self.body(**self._inputs(batch))
+        self.output = type(output) if hasattr(output, "last_hidden_state") else BaseModelOutputWithPast
         return output.last_hidden_state if hasattr(output, "last_hidden_state") else hidden_of(output)
 
     def _inputs(self, batch: CalibrationBatch) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class OutputMatch:
 
     def _logits(self, batch: CalibrationBatch, hidden: Tensor) -> Tensor:
         """What the model makes of its body's hidden states: its own head, with whatever caps and factors it applies."""
-        output = BaseModelOutputWithPast(last_hidden_state=hidden)
+        output = self.output(last_hidden_state=hidden)
         with replaced_forwards({self.body: lambda *args, **kwargs: output}):
             return self.model(**self._inputs(batch)).logits
 

@@ -1,0 +1,103 @@
+"""Odd models, odd data, every bit width: a valid result no worse than round-to-nearest, and a warning where data were too few."""
+
+import pytest
+import torch
+import zoo
+
+from awq import AwqConfig, QuantizeOptions, quantize_model
+from awq.calibration import CalibrationBatch
+from awq.core.weight import round_to_nearest
+
+NEAREST = {"preset": "fast", "scaling": False, "clip": False, "bias_correction": False}
+
+
+def calibration(rows: int, length: int, low: int = 3, high: int = 63) -> list[CalibrationBatch]:
+    ids = torch.randint(low, high, (rows, length), generator=torch.Generator().manual_seed(3))
+    return [CalibrationBatch(ids, torch.ones_like(ids))]
+
+
+def output_error(family: str, batches: list[CalibrationBatch], change=lambda model: None, **options) -> tuple[float, list[str]]:
+    """Relative squared error of the outputs on other tokens, and the warnings."""
+    before, model = zoo.tiny_model(family), zoo.tiny_model(family)
+    change(before)
+    change(model)
+    report = quantize_model(model, batches, AwqConfig(group_size=16), QuantizeOptions(**options))
+    inputs = zoo.token_batch(rows=16, length=24, seed=9)
+    expected, found = (zoo.outputs(m, **inputs).float() for m in (before, model))
+    assert found.isfinite().all() and all(line.loss <= line.loss_rtn * 1.001 for line in report.linears)
+    return float((found - expected).pow(2).sum() / expected.pow(2).sum()), report.warnings
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "bert", "gpt2"])
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_few_tokens_do_no_harm(family, preset, tokens):
+    """Without care, one token makes tiny models 10 to 900 times as wrong as nearest codes do."""
+    nearest, _ = output_error(family, calibration(1, tokens), **NEAREST)
+    error, warnings = output_error(family, calibration(1, tokens), preset=preset)
+    assert error < 1.35 * nearest  # tiny models: two roundings that are equally good differ by a third
+    assert any(f"{tokens} calibration tokens are few" in w for w in warnings)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "bert", "gpt2"])
+def test_texts_of_another_kind(family):
+    """Calibrated on one half of the vocabulary, measured on all of it."""
+    nearest, _ = output_error(family, calibration(32, 16, 3, 33), **NEAREST)
+    error, warnings = output_error(family, calibration(32, 16, 3, 33))
+    assert error < nearest and not warnings
+
+
+def massive(model: torch.nn.Module) -> None:
+    """One channel of the residual stream a thousand times as loud as the others, as large models have."""
+    model.model.embed_tokens.weight.data[:, 7] *= 1000
+    model.model.layers[0].input_layernorm.weight.data[7] = 50
+
+
+def constant(model: torch.nn.Module) -> None:
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    model.model.layers[1].self_attn.o_proj.weight.data.fill_(0.25)
+    model.model.layers[2].mlp.down_proj.weight.data[::2] = -1e-7
+
+
+@pytest.mark.parametrize("change", [massive, constant])
+@pytest.mark.parametrize("preset", ["fast", "balanced"])
+def test_odd_models(change, preset):
+    nearest, _ = output_error("llama", calibration(32, 16), change, **NEAREST)
+    error, _ = output_error("llama", calibration(32, 16), change, preset=preset)
+    assert error < 1.1 * nearest
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_activations_beyond_float16(dtype):
+    """Products that overflow float16 in the model are finite while it is quantized, in float32."""
+
+    def loud(model: torch.nn.Module) -> None:
+        model.model.layers[0].mlp.up_proj.weight.data *= 3000
+        model.to(dtype)
+
+    model = zoo.tiny_model("llama")
+    loud(model)
+    report = quantize_model(model, calibration(32, 16), AwqConfig(group_size=16))
+    assert all(line.loss <= line.loss_rtn * 1.001 for line in report.linears) and not report.warnings
+    assert all(t.isfinite().all() for t in model.state_dict().values() if t.is_floating_point())
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
+def test_every_preset_on_a_model_whose_head_reads_more_than_hidden_states(preset):
+    nearest, _ = output_error("gpt2", calibration(32, 16), **NEAREST)
+    assert output_error("gpt2", calibration(32, 16), preset=preset)[0] < nearest
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [-1, 16, 32, 64, 128])
+def test_every_width_and_group_size_as_dense_weights(bits, group_size):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 32}
+    model = zoo.build("llama", sizes)
+    config = AwqConfig(bits=bits, group_size=group_size)
+    report = quantize_model(model, calibration(64, 16), config, QuantizeOptions(export_compatible=True))
+    assert report.loss < report.loss_rtn
+    weight = model.model.layers[1].mlp.down_proj.weight.data
+    groups = weight.view(len(weight), -1, weight.shape[1] if group_size == -1 else group_size)
+    assert max(len(row.unique()) for row in groups[::16].flatten(0, 1)) <= 2**bits
+    nearest = round_to_nearest(weight, group_size, bits).dequantize()
+    assert weight.isfinite().all() and nearest.shape == weight.shape
