@@ -91,12 +91,12 @@ def test_every_preset_on_a_model_whose_head_reads_more_than_hidden_states(preset
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [-1, 16, 32, 64, 128])
 def test_every_width_and_group_size_as_dense_weights(bits, group_size):
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 32}
+    sizes = {"num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 32}
     model = zoo.build("llama", sizes)
     config = AwqConfig(bits=bits, group_size=group_size)
-    report = quantize_model(model, calibration(64, 16), config, QuantizeOptions(export_compatible=True))
+    report = quantize_model(model, calibration(32, 32), config, QuantizeOptions(export_compatible=True))
     assert report.loss < report.loss_rtn
-    weight = model.model.layers[1].mlp.down_proj.weight.data
+    weight = model.model.layers[0].mlp.down_proj.weight.data
     groups = weight.view(len(weight), -1, weight.shape[1] if group_size == -1 else group_size)
     assert max(len(row.unique()) for row in groups[::16].flatten(0, 1)) <= 2**bits
     nearest = round_to_nearest(weight, group_size, bits).dequantize()
