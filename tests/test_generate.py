@@ -61,11 +61,12 @@ def both(model, wrapper, **kwargs):
 def test_greedy_equals_transformers(family):
     if not zoo.available(family):
         pytest.skip(f"this transformers has no {family}")
-    model = zoo.tiny_model(family)
-    wrapper = wrapped(model, 60)
+    positions = dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 96)  # families name it differently
+    model = zoo.build(family, zoo.DECODERS[family] | positions)
+    wrapper = wrapped(model, 80)
     for rows in (1, 4):
-        theirs, ours = both(model, wrapper, **prompts(rows), max_new_tokens=48, min_new_tokens=48, do_sample=False, pad_token_id=0)
-        assert ours.shape == (rows, 57) and torch.equal(ours, theirs)
+        theirs, ours = both(model, wrapper, **prompts(rows), max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)
+        assert ours.shape == (rows, 73) and torch.equal(ours, theirs)
     assert len(theirs.unique()) > 8  # a model that says one token would show nothing
     interface = hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")  # releases differ in who uses it
     assert (wrapper.fusion == "fused") == (interface and family not in ALIBI), wrapper.fusion
