@@ -123,7 +123,6 @@ def timed(run: Run, repeats: int) -> list[float]:
     return times[2:]
 
 
-
 def products(arguments: argparse.Namespace) -> dict[str, Any]:
     weights, sessions, rows = [random_weight() for _ in range(COPIES)], [], []
     bandwidth, packed = read_bandwidth("cpu"), _packed(weights[0])

@@ -137,7 +137,7 @@ def test_the_hosts_own_loader_reads_the_directory_too(quantized):
     assert sum(isinstance(m, WQLinear) for m in model.to("cpu").modules()) == 18
 
 
-@pytest.mark.parametrize("device, message", [("tpu", "use \"auto\""), ("cuda:x", "use \"auto\""), ("cuda:99", "GPUs")])
+@pytest.mark.parametrize("device, message", [("tpu", 'use "auto"'), ("cuda:x", 'use "auto"'), ("cuda:99", "GPUs")])
 def test_device(loader_class, quantized, device, message):
     with pytest.raises(ConfigError, match=message):
         loader_class(quantized, device=device)

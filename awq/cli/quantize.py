@@ -36,9 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     given = {"--prompt-name": arguments.prompt_name, "--evaluate": arguments.evaluate}
     unused = [name for name, value in given.items() if value is not None and not embedding]
     if unused:
-        raise ConfigError(
-            f"{', '.join(unused)}: for embedding models, and {arguments.model} is no such directory."
-        )
+        raise ConfigError(f"{', '.join(unused)}: for embedding models, and {arguments.model} is no such directory.")
     options: dict[str, Any] = {}
     if embedding:
         options |= {"prompt_name": arguments.prompt_name, "evaluate": _evaluation(arguments)}
