@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -198,10 +199,17 @@ def check_surroundings() -> dict:
 # ---------------------------------------------------------------- times
 
 
-def time_layer(dtype: torch.dtype, tokens: tuple[int, ...]) -> dict:
-    """Microseconds by kind, product and tokens, and their sum over the layer."""
+def time_layer(dtype: torch.dtype, tokens: tuple[int, ...], rounds: int = 3) -> dict:
+    """Microseconds by kind, product and tokens, and their sum over the layer; medians over rounds through all tokens.
+
+    The rounds go up and down in turn: a card that has just computed a large product clocks lower for a while.
+    """
     warm_up()
     times: dict = {kind: {name: {} for name in LAYER} for kind in ("ours", "dense_weight", "cublas", "tinygemm")}
+
+    def note(kind: str, name: str, m: int, calls: list) -> None:
+        times[kind][name].setdefault(m, []).append(graph_time(calls, warm=0.1))
+
     for name, (n, k) in LAYER.items():
         weights = [random_packed(n, k) for _ in range(copies_of(n, k, 4.25))]
         dense = [torch.randn(n, k, device=DEVICE, dtype=dtype) for _ in range(copies_of(n, k, 16))]
@@ -211,19 +219,19 @@ def time_layer(dtype: torch.dtype, tokens: tuple[int, ...]) -> dict:
             table = torch.rand(k // 128, n, 2, dtype=dtype, device=DEVICE)
             tiny = [torch.ops.aten._convert_weight_to_int4pack(raw, 8) for _ in weights]
         warm_up(0.3)  # while weights were made, the GPU was idle for long
-        for m in tokens:
+        for m in [m for number in range(rounds) for m in (tokens if number % 2 == 0 else reversed(tokens))]:
             x = torch.randn(m, k, device=DEVICE, dtype=dtype)
-            times["ours"][name][m] = graph_time([lambda w=w: launch.linear(x, w, None) for w in weights])
-            times["cublas"][name][m] = graph_time([lambda w=w: F.linear(x, w) for w in dense])
+            note("ours", name, m, [lambda w=w: launch.linear(x, w, None) for w in weights])
+            note("cublas", name, m, [lambda w=w: F.linear(x, w) for w in dense])
             if m >= 128:
-                times["dense_weight"][name][m] = graph_time([lambda w=w: launch.through_dense(x, w, None) for w in weights[:3]])
+                note("dense_weight", name, m, [lambda w=w: launch.through_dense(x, w, None) for w in weights[:3]])
             if tiny and m <= 64:
-                times["tinygemm"][name][m] = graph_time(
-                    [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, table) for w in tiny]
-                )
+                note("tinygemm", name, m, [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, table) for w in tiny])
         del weights, dense, tiny
         torch.cuda.empty_cache()
     for kind in times.values():
+        for name in LAYER:
+            kind[name] = {m: statistics.median(found) for m, found in kind[name].items()}
         shared = set.intersection(*(set(row) for row in kind.values()))
         kind["sum"] = {m: round(sum(row[m] for row in kind.values()), 1) for m in sorted(shared)}
         for name in LAYER:

@@ -16,8 +16,11 @@ from awq.kernels.packed import Packed, Shape
 L2 = 200e6  # bytes that the copies of one weight must exceed
 
 
-def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 9) -> float:
-    """Median microseconds of one call; `calls` are replayed in order, 40 or more per replay, so that its start counts little."""
+def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 9, warm: float = 0.03) -> float:
+    """Median microseconds of one call; `calls` are replayed in order, 40 or more per replay, so that its start counts little.
+
+    warm: seconds of replays before: what ran last (an allocation, nothing, or a product that drew all the power) still shows.
+    """
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for call in calls:
@@ -29,7 +32,7 @@ def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 9) -> float:
             for call in calls:
                 call()
     begun = time.perf_counter()
-    while time.perf_counter() - begun < 0.03:  # what ran before, an allocation or nothing, still shows in the first replays
+    while time.perf_counter() - begun < warm:
         graph.replay()
         torch.cuda.synchronize()
     times = []
