@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from awq.core.weight import QuantizedWeight
 from awq.formats import get_layout
 from awq.kernels import Packed, Shape
-from awq.kernels.triton import configs, launch
+from awq.kernels.triton import configs, decode_launch, launch
+from awq.kernels.triton.activations import RUN
 from awq.kernels.triton.timing import copies_of, graph_time, random_packed, warm_up
 from awq.kernels.triton.tuning import Job, compile_job, in_processes, tune, write_table
 from awq.nn.layout import prepare
@@ -119,6 +120,21 @@ def check_configurations() -> dict:
                     worst[dtype], count = max(worst[dtype], value), count + 1
     assert worst[torch.float16] < 1e-3 and worst[torch.bfloat16] < 8e-3, worst
     return {"worst": {str(dtype)[6:]: value for dtype, value in worst.items()}, "launches": count}
+
+
+def check_gated() -> dict:
+    """Product and activation in one kernel against the two, which round alike: largest relative error."""
+    worst = 0.0
+    for n, k in ((28672, 4096), (672, 1536)):
+        packed = pack(random_weight(n, k, 128, n))
+        for m in (1, 7, 16, 40, 64, 100, 300, 1000, 2000):
+            x = torch.randn(m, k, device=DEVICE).half()
+            plain = decode_launch.activate(launch.linear(x, packed, None), "silu", True, RUN)
+            y = decode_launch.gated(x, packed, None, "silu")
+            assert torch.equal(y, decode_launch.gated(x, packed, None, "silu")), (n, k, m)
+            worst = max(worst, ((y.float() - plain.float()).norm() / plain.float().norm()).item())
+    assert worst < 1e-4, worst
+    return {"worst_relative_error": worst}
 
 
 def check_surroundings() -> dict:
@@ -389,6 +405,7 @@ def main() -> None:
     if args.check:
         stage("products", check_products, args.workers)
         stage("configurations", check_configurations)
+        stage("gated", check_gated)
         stage("surroundings", check_surroundings)
     if args.time:
         tokens = tuple(args.tokens or TOKENS)

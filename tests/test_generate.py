@@ -246,6 +246,19 @@ def test_quantized_model(saved, tmp_path):
     assert torch.equal(fused.generate(**kwargs), expected)
 
 
+def test_gate_and_up_in_turn(saved, monkeypatch):
+    """As they are joined for a GPU: the same tokens, the same bytes saved."""
+    plain, fused = (AutoAWQForCausalLM.from_quantized(saved, fuse_layers=f, device="cpu", max_seq_len=64) for f in (False, True))
+    monkeypatch.setattr("awq.generate.operations.gate_run", lambda linear: 16)
+    kwargs = dict(**prompts(), max_new_tokens=30, do_sample=False, pad_token_id=0)
+    assert torch.equal(fused.generate(**kwargs), plain.generate(**kwargs))
+    assert [block.run for block in fused.fuse().blocks] == [16] * len(fused.fuse().blocks)
+    theirs, ours = plain.model.state_dict(), fused.model.state_dict()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    with torch.no_grad():
+        assert torch.allclose(fused(**prompts()).logits, plain(**prompts()).logits, atol=1e-5)
+
+
 def test_a_fused_model_that_is_cast(saved):
     """It is fused anew; what the joined weights hold is not lost."""
     plain, fused = (
@@ -309,7 +322,7 @@ def compiled(target, kernel, dtype, **constants):
 HEADS = dict(HEADS=32, KV_HEADS=8, DIM=128, D=128, R=64, NORMED=True, MEAN=False)
 KERNELS = {
     "add_norm_kernel": dict(WIDTH=4096, BLOCK=4096, ADD=True, NORM=True, MEAN=True, HAS_WEIGHT=True, HAS_BIAS=True),
-    "activate_kernel": dict(WIDTH=14336, BLOCK=512, NAME="silu", GATED=True),
+    "activate_kernel": dict(WIDTH=14336, BLOCK=512, NAME="silu", GATED=True, RUN=16),
     "split_kernel": HEADS | dict(HEADS2=32, KV2=8),
     "attend_kernel": HEADS | dict(G=16, GP=4, SPLIT=64, TOGETHER=8, BLOCK=64, LINES=2, WINDOW=4096, CAPPED=True),
 }
@@ -325,4 +338,4 @@ def test_kernels_compile_without_spilling(kernel, target, dtype):
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "relu", "relu2"])
 def test_activations_compile(name):
     pytest.importorskip("triton", reason="Triton is not installed (pip install 'autoawq[kernels]')")
-    assert compiled(90, "activate_kernel", "fp16", WIDTH=700, BLOCK=512, NAME=name, GATED=False).spilled == 0
+    assert compiled(90, "activate_kernel", "fp16", WIDTH=700, BLOCK=512, NAME=name, GATED=False, RUN=0).spilled == 0

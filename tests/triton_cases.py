@@ -12,8 +12,10 @@ import torch
 
 from awq.core.weight import QuantizedWeight
 from awq.formats import get_layout
+from awq.generate.structure import ACTIVATIONS
 from awq.kernels import Packed, Shape, moe, stack_experts
-from awq.kernels.triton import expert_launch, launch
+from awq.kernels.triton import decode_launch, expert_launch, launch
+from awq.kernels.triton.activations import RUN
 from awq.kernels.triton.configs import Config
 
 # in, out, group, tokens, dtype, bias, zero point, configuration (bm, bn, split, scale_weight, warps, stages)
@@ -52,6 +54,38 @@ def error(in_features, out_features, group, tokens, dtype, bias, zero_point, con
     first, second = (run(x, packed, offset) for _ in range(2))
     assert first.dtype == x.dtype and torch.equal(first, second)
     return ((first.double() - expected).norm() / expected.norm()).item()
+
+
+# in, gate + up, group, tokens, bias, activation, configuration
+GATED_CASES = {
+    "gated, one token": (256, 64, 128, 1, False, "silu", (16, 32, 1, False, 1, 1)),
+    "gated, split, several runs in a tile": (512, 192, 128, 3, True, "gelu_tanh", (16, 128, 3, False, 1, 1)),
+    "gated, tiles beyond the outputs": (256, 96, 64, 40, True, "gelu", (32, 64, 1, True, 1, 1)),
+    "gated, dense": (256, 96, 64, 40, True, "relu", None),
+}
+
+
+def gated_error(in_features, out_features, group, tokens, bias, name, config):
+    """Relative error of activation(gate) · up to the same of the rounded product without it; 0 when it is rounded alike."""
+    generator = torch.Generator().manual_seed(in_features + tokens)
+    codes, zeros = (
+        torch.randint(0, 16, (out_features, n), generator=generator, dtype=torch.uint8) for n in (in_features, in_features // group)
+    )
+    scales = (torch.rand(zeros.shape, generator=generator) * 0.02 + 1e-3).half()
+    t, shape = get_layout("planar").pack(QuantizedWeight(codes, scales, zeros)), Shape(in_features, out_features, group)
+    packed = Packed(t["qweight"], t["qzeros"], t["scales"], shape, "planar")
+    x = torch.randn(tokens, in_features, generator=generator).half()
+    offset = torch.randn(out_features, generator=generator).half() if bias else None
+    if config is None:
+        plain, found = (
+            launch.through_dense(x, packed, offset),
+            decode_launch.activate(launch.through_dense(x, packed, offset), name, True, RUN),
+        )
+    else:
+        plain, found = launch.fused(x, packed, offset, Config(*config)), launch.fused(x, packed, offset, Config(*config), name)
+    gate, up = (half.reshape(tokens, -1).float() for half in plain.view(tokens, -1, 2, RUN).unbind(2))
+    expected = ACTIVATIONS[name](gate).half().float() * up
+    return ((found.float() - expected).norm() / expected.norm()).item()
 
 
 # experts, in, out, group, tokens, top_k, rows of x shared by a token's experts, weights, bias, sorted, configuration
@@ -96,4 +130,5 @@ if __name__ == "__main__":
     launch._CHUNK = 64 * 128 * 2  # so that small weights go in pieces
     errors = {name: error(*case) for name, case in CASES.items()}
     errors |= {name: expert_error(*case) for name, case in EXPERT_CASES.items()}
+    errors |= {name: gated_error(*case) for name, case in GATED_CASES.items()}
     json.dump(errors, sys.stdout)

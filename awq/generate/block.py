@@ -10,7 +10,7 @@ from awq.generate import operations as ops
 from awq.generate.attention import attend
 from awq.generate.cache import LayerCache
 from awq.generate.plan import BlockPlan, Source
-from awq.generate.projection import Joined, Projection, join
+from awq.generate.projection import Joined, Projection, join, joinable
 
 
 @dataclass
@@ -38,7 +38,8 @@ class FusedBlock(nn.Module):
         super().__init__()
         self.plan = plan
         self.joined: list[Joined] = []
-        self.qkv, self.mlp_in = (self._product(block, source, merge) for source in (plan.qkv, plan.mlp_in))
+        self.run, mlp_in = self._gate_runs(block) if merge else (0, plan.mlp_in)
+        self.qkv, self.mlp_in = (self._product(block, source, merge) for source in (plan.qkv, mlp_in))
         self.attention_out, self.mlp_out = block.get_submodule(plan.attention_out), block.get_submodule(plan.mlp_out)
 
     def forward(self, x: Tensor, branch: Tensor | None, cache: LayerCache, where: Prompt | Step) -> tuple[Tensor, Tensor]:
@@ -57,6 +58,16 @@ class FusedBlock(nn.Module):
         x, normed = ops.add_norm(x, a, p.factor, p.mlp_norm)
         return x, self._mlp(normed)
 
+    def _gate_runs(self, block: nn.Module) -> tuple[int, Source]:
+        """(run, channels of gate and up in turn) where product and activation are one kernel; (0, as they are) elsewhere."""
+        p, linears = self.plan, [block.get_submodule(name) for name in self.plan.mlp_in.names]
+        if not p.gated or p.activation_name is None or not joinable(linears, p.mlp_in):
+            return 0, p.mlp_in
+        run = ops.gate_run(linears[0])  # type: ignore[arg-type]
+        if not run or len(p.mlp_in.rows) % (2 * run):
+            return 0, p.mlp_in
+        return run, Source(p.mlp_in.names, p.mlp_in.rows.view(2, -1, run).transpose(0, 1).flatten())
+
     def _product(self, block: nn.Module, source: Source, merge: bool) -> nn.Module:
         joined = join(block, source) if merge else None
         if joined is None:
@@ -66,7 +77,11 @@ class FusedBlock(nn.Module):
 
     def _mlp(self, x: Tensor) -> Tensor:
         p = self.plan
-        y = self.mlp_out(ops.activate(self.mlp_in(x), p.activation, p.activation_name, p.gated))
+        if self.run and p.activation_name is not None:
+            h = ops.gated(x, self.mlp_in, p.activation, p.activation_name, self.run)  # type: ignore[arg-type]
+        else:
+            h = ops.activate(self.mlp_in(x), p.activation, p.activation_name, p.gated)
+        y = self.mlp_out(h)
         return y if p.mlp_post_norm is None else ops.normalize(y, p.mlp_post_norm)
 
     def _attention(self, qkv: Tensor, cache: LayerCache, where: Prompt | Step) -> Tensor:

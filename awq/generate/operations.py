@@ -15,7 +15,9 @@ from awq.generate.cache import LayerCache
 from awq.generate.norms import apply_norm
 from awq.generate.plan import Attention, Norm
 from awq.kernels import cpu
+from awq.kernels.backends import choose
 from awq.kernels.heads import Heads
+from awq.nn.linear import WQLinear
 
 _FEW = 4  # rows for which reading the head takes longer than computing with it
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,6 +66,22 @@ def activate(h: Tensor, activation: Callable[[Tensor], Tensor], name: str | None
         return activation(h)
     gate, up = h.chunk(2, -1)
     return activation(gate) * up
+
+
+def gate_run(linear: WQLinear) -> int:
+    """How many channels of the gate and of up are to be in turn, so that `gated` is one kernel on the linear's device; or 0."""
+    return getattr(kernels(torch.empty(0, dtype=torch.float16, device=linear.qweight.device)), "RUN", 0)
+
+
+def gated(x: Tensor, linear: WQLinear, activation: Callable[[Tensor], Tensor], name: str, run: int) -> Tensor:
+    """activation(gate) · up for a linear whose outputs are `run` channels of the gate and `run` of up in turn."""
+    if has_kernels(x) and choose(x.device, x.dtype, linear.packed.shape, linear.layout) == "triton":
+        from awq.kernels.triton import decode_launch
+
+        y = decode_launch.gated(x.reshape(-1, x.shape[-1]), linear.packed, linear.bias, name)
+        return y.view(*x.shape[:-1], -1)
+    gate, up = linear(x).unflatten(-1, (-1, 2, run)).unbind(-2)
+    return activation(gate.flatten(-2)) * up.flatten(-2)
 
 
 def split_heads(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

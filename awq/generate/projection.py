@@ -97,12 +97,10 @@ def join(block: nn.Module, source: Source) -> Joined | None:
     Nothing is held twice. None when they cannot be one packed product, or are one in order already.
     """
     linears = [block.get_submodule(name) for name in source.names]
-    if not all(isinstance(linear, WQLinear) for linear in linears) or (len(linears) == 1 and _in_order(source.rows)):
+    if not joinable(linears, source) or (len(linears) == 1 and _in_order(source.rows)):
         return None
     packed: Sequence[WQLinear] = linears  # type: ignore[assignment]
     sizes = [m.out_features for m in packed]
-    if len({(m.in_features, m.group_size, m.format) for m in packed}) != 1 or sum(sizes) != len(source.rows):
-        return None
     linear = concatenate_outputs(packed)
     if not _in_order(source.rows):
         linear = take_outputs(linear, source.rows)
@@ -110,6 +108,14 @@ def join(block: nn.Module, source: Source) -> Joined | None:
     for name, rows, sibling in zip(source.names, places, packed):
         replace_module(block, name, Slice(shared, rows, sibling))
     return Joined(linear, block, source.names)
+
+
+def joinable(linears: Sequence[nn.Module], source: Source) -> bool:
+    """Whether linears can be one packed product whose outputs are all the channels of `source`."""
+    if not all(isinstance(linear, WQLinear) for linear in linears):
+        return False
+    shared = {(m.in_features, m.group_size, m.format) for m in linears}  # type: ignore[union-attr]
+    return len(shared) == 1 and sum(m.out_features for m in linears) == len(source.rows)  # type: ignore[misc]
 
 
 def _in_order(rows: Tensor) -> bool:

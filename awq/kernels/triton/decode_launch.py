@@ -10,8 +10,10 @@ import triton
 from torch import Tensor
 
 from awq.kernels.heads import Heads
+from awq.kernels.packed import Packed
 from awq.kernels.triton import decoding
-from awq.kernels.triton.launch import _on, _stream, architecture, counters, has_dependent_launch
+from awq.kernels.triton.activations import RUN
+from awq.kernels.triton.launch import _on, _stream, architecture, choice, counters, fused, has_dependent_launch, through_dense
 
 
 class Started:
@@ -66,18 +68,26 @@ def add_norm(
     return total, y
 
 
-def activate(h: Tensor, name: str, gated: bool) -> Tensor:
-    """act(gate) · up for h = [gate, up] along the last axis, or act(h)."""
+def activate(h: Tensor, name: str, gated: bool, run: int = 0) -> Tensor:
+    """act(gate) · up for h [..., gate and up: `activations.columns`], or act(h)."""
     h = h.contiguous()
     width = h.shape[-1] // (2 if gated else 1)
     y = h.new_empty((*h.shape[:-1], width))
     rows = y.numel() // width
     if rows:
         block = 512 if rows < 64 else 2048
-        start = _started(decoding.activate_kernel, h.device.index, (h.dtype,), (width, block, name, gated), block // 256)
+        start = _started(decoding.activate_kernel, h.device.index, (h.dtype,), (width, block, name, gated, run), block // 256)
         with _on(h.device):
             start((triton.cdiv(width, block), rows, 1), (h, y))
     return y
+
+
+def gated(x: Tensor, packed: Packed, bias: Tensor | None, name: str) -> Tensor:
+    """x [tokens, in] → act(gate) · up [tokens, out/2], for a weight whose outputs are gate and up in turn, in runs of `RUN`."""
+    config = choice(x, packed.shape, len(x))
+    if config is None or len(x) == 0:
+        return activate(through_dense(x, packed, bias), name, True, RUN)
+    return fused(x, packed, bias, config, name)
 
 
 def split(

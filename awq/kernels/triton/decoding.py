@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from awq.kernels.triton.activations import activation, columns
+
 
 @triton.jit
 def add_norm_kernel(
@@ -45,37 +47,22 @@ def add_norm_kernel(
 
 
 @triton.jit
-def _activation(v, NAME: tl.constexpr):
-    if NAME == "silu":
-        y = v / (1.0 + tl.exp(-v))
-    elif NAME == "gelu":
-        y = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
-    elif NAME == "gelu_tanh":
-        u = 1.5957691216057308 * (v + 0.044715 * v * v * v)  # 0.5·(1 + tanh(u/2)) is the logistic function of u
-        y = v / (1.0 + tl.exp(-u))
-    elif NAME == "relu":
-        y = tl.maximum(v, 0.0)
-    else:
-        tl.static_assert(NAME == "relu2", "unknown activation")
-        y = tl.maximum(v, 0.0) * tl.maximum(v, 0.0)
-    return y
-
-
-@triton.jit
 def activate_kernel(
-    h, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NAME: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr
+    h, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NAME: tl.constexpr, GATED: tl.constexpr, RUN: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """y [rows, WIDTH] = act(h[:, :WIDTH]) · h[:, WIDTH:] (GATED) or act(h). Grid: (⌈WIDTH/BLOCK⌉, rows)."""
+    """y [rows, WIDTH] = act(h), or (GATED) act(gate) · up of h [rows, 2·WIDTH], see `columns`. Grid: (⌈WIDTH/BLOCK⌉, rows)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     inside = i < WIDTH
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    gate = h + row * (2 * WIDTH if GATED else WIDTH) + i
-    v = _activation(tl.load(gate, mask=inside, other=0.0).to(tl.float32), NAME)
     if GATED:
-        v = v.to(h.dtype.element_ty).to(tl.float32) * tl.load(gate + WIDTH, mask=inside, other=0.0).to(tl.float32)
+        gate, up = columns(i, WIDTH, RUN)
+        v = activation(tl.load(h + row * (2 * WIDTH) + gate, mask=inside, other=0.0).to(tl.float32), NAME)
+        v = v.to(h.dtype.element_ty).to(tl.float32) * tl.load(h + row * (2 * WIDTH) + up, mask=inside, other=0.0).to(tl.float32)
+    else:
+        v = activation(tl.load(h + row * WIDTH + i, mask=inside, other=0.0).to(tl.float32), NAME)
     tl.store(y + row * WIDTH + i, v.to(y.dtype.element_ty), mask=inside)
 
 

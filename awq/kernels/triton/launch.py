@@ -13,6 +13,7 @@ from torch import Tensor
 from awq.formats.planar import padded
 from awq.kernels.packed import Packed, Shape
 from awq.kernels.triton import products
+from awq.kernels.triton.activations import RUN
 from awq.kernels.triton.configs import Config, config_for
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -83,17 +84,19 @@ def counters(device: torch.device) -> Counters:
     return Counters(device)
 
 
+def choice(x: Tensor, shape: Shape, tokens: int) -> Config | None:
+    """The configuration of a product for so many rows of x's dtype on its GPU; None: a dense weight is better."""
+    return None if x.dtype == torch.float32 or tokens > 4096 else _config(x.device.index, shape, tokens, x.dtype)
+
+
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """x [..., in] → [..., out] in x's dtype."""
     shape = packed.shape
     rows = x.reshape(-1, shape.in_features)
     tokens = rows.shape[0]
-    config = None
-    if x.dtype != torch.float32 and tokens <= 4096:
-        config = _config(x.device.index, shape, tokens, x.dtype)
     if tokens == 0:
         out = rows.new_empty(0, shape.out_features)
-    elif config is None:
+    elif (config := choice(x, shape, tokens)) is None:
         out = through_dense(rows, packed, bias)
     else:
         out = fused(rows, packed, bias, config)
@@ -107,11 +110,12 @@ class Launch:
     that it returned the first time is called instead, as long as pointers are aligned as they were.
     """
 
-    def __init__(self, index: int | None, shape: Shape, config: Config, bias: bool) -> None:
+    def __init__(self, index: int | None, shape: Shape, config: Config, bias: bool, gated: str) -> None:
         self.tiles, self.config, self.pdl = -(-shape.out_features // config.bn), config, has_dependent_launch(index)
         self.constants = (
             shape.out_features, shape.in_features, shape.group_size, padded(*shape[:2])[1], config.bm, config.bn, config.split,
             config.scale_weight, bias, has_assembly(index), self.pdl, config.ahead(shape.in_features),
+            gated, RUN,
         )  # fmt: skip
         self.compiled: Any = None
 
@@ -131,22 +135,28 @@ class Launch:
 
 
 @cache
-def _launch(index: int | None, dtype: torch.dtype, shape: Shape, config: Config, bias: torch.dtype | None) -> Launch:
+def _launch(
+    index: int | None, dtype: torch.dtype, shape: Shape, config: Config, bias: torch.dtype | None, gated: str = ""
+) -> Launch:
     """One per kernel that Triton compiles: dtypes of x and of the bias are among what it compiles for."""
-    return Launch(index, shape, config, bias is not None)
+    return Launch(index, shape, config, bias is not None, gated)
 
 
 def _stream(index: Any) -> int:
     return torch._C._cuda_getCurrentRawStream(index)  # as Inductor's code does; a `Stream` object costs microseconds
 
 
-def fused(x: Tensor, packed: Packed, bias: Tensor | None, config: Config) -> Tensor:
-    """x [tokens, in] (float16 or bfloat16) → [tokens, out] without a dense weight."""
+def fused(x: Tensor, packed: Packed, bias: Tensor | None, config: Config, gated: str = "") -> Tensor:
+    """x [tokens, in] (float16 or bfloat16) → [tokens, out] without a dense weight.
+
+    gated: the name of an activation, for a weight whose outputs are gate and up in turn, in runs of `activations.RUN`: the
+    result is act(gate) · up [tokens, out/2].
+    """
     shape, device, index = packed.shape, x.device, x.device.index
     x = x.contiguous()
     tokens = x.shape[0]
-    y = x.new_empty((tokens, shape.out_features))
-    launch = _launch(index, x.dtype, shape, config, None if bias is None else bias.dtype)
+    y = x.new_empty((tokens, shape.out_features // (2 if gated else 1)))
+    launch = _launch(index, x.dtype, shape, config, None if bias is None else bias.dtype, gated)
     partial = arrived = y
     with _on(device):
         if config.split > 1:

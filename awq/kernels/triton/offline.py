@@ -17,6 +17,7 @@ import torch
 
 from awq.formats.planar import padded
 from awq.kernels.packed import Shape
+from awq.kernels.triton.activations import RUN
 from awq.kernels.triton.configs import Config
 
 TARGETS: tuple[int | str, ...] = (80, 86, 89, 90, 100, "gfx90a", "gfx942", "gfx1100")
@@ -34,7 +35,7 @@ class Code(NamedTuple):
 
 
 def compile_product(
-    target: int | str, shape: Shape, config: Config, dtype: torch.dtype = torch.float16, bias: bool = False
+    target: int | str, shape: Shape, config: Config, dtype: torch.dtype = torch.float16, bias: bool = False, gated: str = ""
 ) -> Code:
     """The product kernel as `launch.fused` would compile it on `target`. Raises what Triton raises."""
     from awq.kernels.triton.products import product_kernel
@@ -47,7 +48,7 @@ def compile_product(
     constants = {
         "N": shape.out_features, "K": shape.in_features, "GROUP": shape.group_size, "NP": padded(*shape[:2])[1],
         "BM": config.bm, "BN": config.bn, "SPLIT": config.split, "SCALE_WEIGHT": config.scale_weight, "HAS_BIAS": bias,
-        "ASM": nvidia, "PDL": pdl, "AHEAD": config.ahead(shape.in_features),
+        "ASM": nvidia, "PDL": pdl, "AHEAD": config.ahead(shape.in_features), "GATED": gated, "RUN": RUN,
     }  # fmt: skip
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
     return compile_kernel(product_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {}))

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from awq.kernels.triton.activations import activation
+
 
 @triton.jit
 def _planes(words, zeros, ASM: tl.constexpr, BF16: tl.constexpr):
@@ -160,15 +162,37 @@ def sum_of_slice(
     return acc
 
 
+@triton.jit
+def _store(
+    y, total, bias, first, n, m, M,
+    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """y at outputs n = first … of tokens m = float32 total [BN, BM] + bias; with GATED act(gate) · up of it, half as many."""
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    dtype: tl.constexpr = y.dtype.element_ty
+    if GATED == "":
+        inside = (m[None, :] < M) & (n[:, None] < N)
+        tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], total.to(dtype), mask=inside)
+    else:
+        halves = tl.permute(total.to(dtype).to(tl.float32).reshape(BN // (2 * RUN), 2, RUN, BM), (0, 2, 3, 1))
+        gate, up = tl.split(halves)  # rounded to y's dtype, as they would be stored
+        value = (activation(gate, GATED).to(dtype).to(tl.float32) * up).reshape(BN // 2, BM)
+        half = first // 2 + tl.arange(0, BN // 2)
+        inside = (m[None, :] < M) & (half[:, None] < N // 2)
+        tl.store(y + m[None, :].to(tl.int64) * (N // 2) + half[:, None], value.to(dtype), mask=inside)
+
+
 @triton.jit(do_not_specialize=["M"])
 def product_kernel(
     x, qweight, grid, bias, y, partial, arrived, M,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, NP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SCALE_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, GATED: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] · weightᵀ + bias. NP: rows of the padded weight. Grid: (⌈N/BN⌉, SPLIT, ⌈M/BM⌉).
 
+    GATED: an activation's name, or "". With one, y [M, N/2] = act(gate) · up, whose rows of the weight alternate in runs of RUN.
     AHEAD: steps whose weights are fetched into the L2 cache before the wait for the kernel in front (a power of two, or 0).
 
     partial float32 [SPLIT, M, N] and arrived int32 [⌈M/BM⌉ · ⌈N/BN⌉] are used when SPLIT > 1.
@@ -195,9 +219,9 @@ def product_kernel(
             )  # fmt: skip
         gdc_wait()
     acc = sum_of_slice(x, m, M, qweight, grid, row, slice, i, K, GROUP, NP, BM, BN, SPLIT, SCALE_WEIGHT, ASM, BF16)
-    inside = (m[None, :] < M) & (n[:, None] < N)
-    where = m[None, :].to(tl.int64) * N + n[:, None]
     if SPLIT > 1:
+        inside = (m[None, :] < M) & (n[:, None] < N)
+        where = m[None, :].to(tl.int64) * N + n[:, None]
         plane = M.to(tl.int64) * N
         tl.store(partial + slice * plane + where, acc, mask=inside)
         tl.debug_barrier()  # every thread's sums before the release by one of them
@@ -206,14 +230,10 @@ def product_kernel(
             total = tl.zeros((BN, BM), tl.float32)
             for s in tl.static_range(SPLIT):
                 total += tl.load(partial + s * plane + where, mask=inside, other=0.0, cache_modifier=".cg")
-            if HAS_BIAS:
-                total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-            tl.store(y + where, total.to(y.dtype.element_ty), mask=inside)
+            _store(y, total, bias, tile * BN, n, m, M, N, BM, BN, HAS_BIAS, GATED, RUN)
             tl.store(counter, 0)
     else:
-        if HAS_BIAS:
-            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(y + where, acc.to(y.dtype.element_ty), mask=inside)
+        _store(y, acc, bias, tile * BN, n, m, M, N, BM, BN, HAS_BIAS, GATED, RUN)
 
 
 @triton.jit(do_not_specialize=["first", "N"])

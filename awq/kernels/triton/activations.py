@@ -1,0 +1,37 @@
+"""Activations of an MLP inside Triton kernels, and where gate and up are when one product makes both."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+RUN = 16  # channels of the gate, then as many of up, in turn: both are in every tile of a product, however small
+
+
+@triton.jit
+def activation(v, NAME: tl.constexpr):
+    """The activation NAME of v, float32."""
+    if NAME == "silu":
+        y = v / (1.0 + tl.exp(-v))
+    elif NAME == "gelu":
+        y = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
+        u = 1.5957691216057308 * (v + 0.044715 * v * v * v)  # 0.5·(1 + tanh(u/2)) is the logistic function of u
+        y = v / (1.0 + tl.exp(-u))
+    elif NAME == "relu":
+        y = tl.maximum(v, 0.0)
+    else:
+        tl.static_assert(NAME == "relu2", "unknown activation")
+        y = tl.maximum(v, 0.0) * tl.maximum(v, 0.0)
+    return y
+
+
+@triton.jit
+def columns(i, WIDTH: tl.constexpr, RUN: tl.constexpr):
+    """Where channels i of the gate and of up are among 2·WIDTH: runs of RUN in turn, or (RUN 0) one after the other."""
+    if RUN == 0:
+        gate, up = i, i + WIDTH
+    else:
+        gate = (i // RUN) * (2 * RUN) + i % RUN
+        up = gate + RUN
+    return gate, up
