@@ -5,9 +5,10 @@
     python benchmarks/cpu.py models --llama-python venv/bin/python --json benchmarks/results/cpu-models.json
 
 products: one 4096 × 4096 weight, group 128, of which so many copies take turns that none stays in a cache; the variants take
-turns too. models: TinyLlama-1.1B's shape with random weights, 32 tokens in and 32 out, each engine in its own process, the
+turns too. models: a Llama's shape with random weights, 32 tokens in and 32 out, each engine in its own process, the
 engines taking turns; llama.cpp (`pip install llama-cpp-python gguf` where --llama-python is) reads a Q4_0 file that
-`cpu_models.py` writes. Times are medians; "best" is the fastest, for machines that others use too.
+`cpu_models.py` writes, onnxruntime-genai what its own builder makes of the dense model. Times are medians; "best" is the
+fastest, for machines that others use too.
 """
 
 from __future__ import annotations
@@ -173,17 +174,26 @@ def models(arguments: argparse.Namespace) -> dict[str, Any]:
     script = str(Path(__file__).with_name("cpu_models.py"))
     rows: dict[str, list[dict]] = {}
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
+    own = ["awq", "awq 4-bit head", "awq int8", "transformers bfloat16"] + ["transformers float32"] * arguments.float32
+    pythons = {
+        "llama.cpp": arguments.llama_python,
+        "autoawq": arguments.autoawq_python,
+        "onnxruntime-genai": arguments.genai_python,
+    }
+    engines = dict.fromkeys(own, sys.executable) | {name: python for name, python in pythons.items() if python}
+    writers = {"write-awq": sys.executable, "write-dense": sys.executable}
+    if arguments.llama_python:
+        writers["write-gguf"] = sys.executable
+    if arguments.genai_python:
+        writers["write-genai"] = arguments.genai_python
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        commands = {
-            name: [sys.executable, script, name, folder] for name in ("awq", "awq 4-bit head", "awq int8", "transformers bfloat16")
-        }
-        if arguments.llama_python:
-            commands["llama.cpp Q4_0"] = [arguments.llama_python, script, "llama.cpp", folder]
-            subprocess.run([sys.executable, script, "write-gguf", folder], check=True)
-        for kind in ("write-awq", "write-dense"):
-            subprocess.run([sys.executable, script, kind, folder], check=True)
+        for kind, python in writers.items():
+            subprocess.run([python, script, kind, folder, arguments.shape], check=True, stdout=subprocess.DEVNULL)
         for turn in range(arguments.rounds):
-            for name, command in commands.items():
+            for name, python in engines.items():
+                if name == "autoawq" and turn:
+                    continue  # one turn of it takes minutes
+                command = [python, script, name, folder, arguments.shape]
                 done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
                 rows.setdefault(name, []).append(
                     json.loads(done.stdout.splitlines()[-1]) | {"turn": turn, "load": os.getloadavg()[0]}
@@ -192,7 +202,7 @@ def models(arguments: argparse.Namespace) -> dict[str, Any]:
     summary = {
         n: {k: statistics.median(r[k] for r in found) for k in ("prefill_tok_s", "decode_tok_s")} for n, found in rows.items()
     }
-    return {"shape": "TinyLlama-1.1B, 32 in, 32 out, batch 1", "medians": summary, "rows": rows}
+    return {"shape": f"{arguments.shape}, 32 in, 32 out, batch 1", "medians": summary, "rows": rows}
 
 
 def main() -> None:
@@ -206,6 +216,10 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--limit", type=int, default=8192)
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python")
+    parser.add_argument("--genai-python", help="a Python with onnxruntime-genai, torch and transformers")
+    parser.add_argument("--autoawq-python", help="a Python with AutoAWQ 0.2.9 and a transformers that it works with")
+    parser.add_argument("--shape", choices=["tinyllama-1.1b", "llama-3.2-3b"], default="tinyllama-1.1b")
+    parser.add_argument("--float32", action="store_true", help="transformers in float32 too")
     parser.add_argument("--work", help="where to put 3 GB of random models for a while")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
