@@ -24,7 +24,9 @@ def output_error(family: str, batches: list[CalibrationBatch], change=lambda mod
     report = quantize_model(model, batches, AwqConfig(group_size=16), QuantizeOptions(**options))
     inputs = zoo.token_batch(rows=16, length=24, seed=9)
     expected, found = (zoo.outputs(m, **inputs).float() for m in (before, model))
-    assert found.isfinite().all() and all(line.loss <= line.loss_rtn * 1.001 for line in report.linears)
+    assert found.isfinite().all()
+    for line in report.linears:  # weights that codes hold exactly lose nothing but what they aim at beyond themselves
+        assert line.loss <= line.loss_rtn * 1.001 or (line.loss_rtn < 1e-6 and report.options["correction"]), line
     return float((found - expected).pow(2).sum() / expected.pow(2).sum()), report.warnings
 
 

@@ -22,6 +22,7 @@ from awq.core.scales import ScaleChoice, gram_loss, row_losses, search_scale
 from awq.core.weight import QuantizedWeight, group_range, quantize_nearest, round_to_nearest, scale_and_zero
 from awq.folds import InputGroup
 from awq.nn.surgery import get_weight
+from awq.quantize.drift import DriftStatistics, corrected
 from awq.quantize.options import QuantizeOptions
 from awq.quantize.report import LinearReport
 from awq.quantize.statistics import InputStatistics
@@ -83,18 +84,24 @@ def quantize_group(
     """Quantizes the linears `names` of a group whose scales (and those of every other group) are folded already.
 
     They are worked on together, as rows of one weight, because they share the Gram matrix and its factorization. The
-    statistics are those of the *unscaled* input; the Gram matrix is divided by s sᵀ here. `loss_rtn` is filled by the
-    caller, who saw the untouched weights. Biases are changed by the caller, too.
+    statistics are those of the input *behind* the folded scale; with `DriftStatistics`, the rows aim at the original model's
+    outputs. `loss_rtn` is filled by the caller, who saw the untouched weights. Biases are changed by the caller, too.
     """
     start = time.perf_counter()
     size = config.group_size_of(group.in_features, group.consumers[0])
-    gram = _gram(block, names, statistics, options) / choice.scale / choice.scale.unsqueeze(-1)
+    gram = _gram(block, names, statistics, options)
     weights = [get_weight(block.get_submodule(name)).detach().float() for name in names]
     stacked = torch.cat(weights)
-    rows = quantize_rows(stacked, gram, size, config, options, feedback=options.rounding == "feedback" and statistics.tokens > 0)
-    energies = row_losses(stacked, statistics.gram / choice.scale / choice.scale.unsqueeze(-1))
-    corrected = options.bias_correction and _have_bias(block, names)
-    shift = (stacked - rows.weight.dequantize()) @ (statistics.mean / choice.scale)
+    energies = row_losses(stacked, statistics.gram)
+    with_bias = options.bias_correction and _have_bias(block, names)
+    factor = feedback_factor(gram, options.damping) if options.rounding == "feedback" and statistics.tokens > 0 else None
+    target, mean_change = stacked, torch.zeros(len(stacked), device=gram.device)
+    if isinstance(statistics, DriftStatistics) and factor is not None:
+        drift = statistics.centred_drift if with_bias else statistics.drift
+        target = corrected(stacked, drift, *factor, options.correction or 0.0)
+        mean_change = stacked @ statistics.drift_mean
+    rows = quantize_rows(target, gram, size, config, options, factor)
+    shift = (stacked - rows.weight.dequantize()) @ statistics.mean + mean_change
     results = []
     lengths = [len(w) for w in weights]
     parts = zip(names, *(t.split(lengths) for t in (*rows.weight[:3], rows.loss, rows.feedback, rows.narrowed, energies, shift)))
@@ -105,7 +112,7 @@ def quantize_group(
             group.fold.producer if group.fold else None, group.reason, 0.0,
         )  # fmt: skip
         weight = QuantizedWeight(codes, scales, zeros, config.bits)
-        results.append(QuantizedLinear(name, weight, report, change if corrected else None))
+        results.append(QuantizedLinear(name, weight, report, change if with_bias else None))
     for result in results:
         result.report.seconds = (time.perf_counter() - start) / len(results)
     return results
@@ -134,9 +141,12 @@ class QuantizedRows(NamedTuple):
 
 
 def quantize_rows(
-    weight: Tensor, gram: Tensor, group_size: int, config: AwqConfig, options: QuantizeOptions, feedback: bool
+    weight: Tensor, gram: Tensor, group_size: int, config: AwqConfig, options: QuantizeOptions, factor: tuple[Tensor, Tensor] | None
 ) -> QuantizedRows:
-    """Codes for a weight [out, in]: for each row the best of min/max nearest, searched range nearest, and error feedback."""
+    """Codes for a weight [out, in]: for each row the best of min/max nearest, searched range nearest, and error feedback.
+
+    factor: of the Gram matrix, by `feedback_factor`; None: no feedback.
+    """
     bits = config.bits
     full = scale_and_zero(*group_range(weight, group_size, config.zero_point), bits, config.zero_point)
     nearest = quantize_nearest(weight, *full, bits)
@@ -149,8 +159,8 @@ def quantize_rows(
             best, quantize_nearest(weight, *searched, bits), weight, gram, False, (searched[0] != full[0]).float().mean(1)
         )
         ranges = best.weight.scales.float(), best.weight.zeros.float()
-    if feedback:
-        codes = round_with_feedback(weight, *feedback_factor(gram, options.damping), *ranges, bits)
+    if factor is not None:
+        codes = round_with_feedback(weight, *factor, *ranges, bits)
         codes = refine(weight, gram, codes, options.refinement or 0)
         best = _better_rows(best, codes, weight, gram, True, best.narrowed)
     return best

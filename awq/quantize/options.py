@@ -8,9 +8,9 @@ from typing import Any
 from awq.errors import ConfigError
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"rounding": "nearest", "refinement": 0, "tuning": 0},
-    "balanced": {"rounding": "feedback", "refinement": 1, "tuning": 0},
-    "best": {"rounding": "feedback", "refinement": 2, "tuning": 2},
+    "fast": {"rounding": "nearest", "refinement": 0, "tuning": 0, "correction": 0.0},
+    "balanced": {"rounding": "feedback", "refinement": 1, "tuning": 0, "correction": 0.5},
+    "best": {"rounding": "feedback", "refinement": 2, "tuning": 2, "correction": 0.5},
 }
 _CHOICES = {
     "preset": tuple(PRESETS),
@@ -28,6 +28,8 @@ class QuantizeOptions:
         coordinate descent) or "best" (more of it, then the packed weights' scales are tuned on the whole model's output).
     rounding: "nearest" or "feedback"; None takes the preset's.
     refinement: rounds of coordinate descent and least-squares scales after feedback; None takes the preset's.
+    correction: share, 0 to 1, of what quantized predecessors changed in a linear's input that its codes make up for
+        (`awq.quantize.drift`; with rounding "feedback" and propagate "quantized"); None takes the preset's.
     tuning: epochs of end-to-end tuning of the scales; needs memory for gradients of the whole model; None takes the preset's.
     scaling: search and fold activation-aware scales; duo_scaling adds the candidates that look at the weights too.
     clip: search each group's range; False keeps min/max.
@@ -46,6 +48,7 @@ class QuantizeOptions:
     rounding: str | None = None
     refinement: int | None = None
     tuning: int | None = None
+    correction: float | None = None
     scaling: bool = True
     duo_scaling: bool = True
     clip: bool = True
@@ -67,6 +70,8 @@ class QuantizeOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ConfigError(f"{name} is {value!r}; use a whole number from 0.")
+        if self.correction is not None and not 0 <= self.correction <= 1:
+            raise ConfigError(f"correction is {self.correction!r}; use a share from 0 to 1.")
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
@@ -33,6 +34,7 @@ from awq.folds import InputGroup, apply_fold, discover, prove
 from awq.nn.blocks import BlockCall, find_block_lists, record_block_calls
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import get_weight, linear_shape, replace_module
+from awq.quantize.drift import DriftStatistics, input_of
 from awq.quantize.group import QuantizedLinear, choose_scale, quantize_group, round_to_nearest_losses
 from awq.quantize.module_loss import enclosing_module, module_loss, record_module_calls
 from awq.quantize.options import QuantizeOptions
@@ -50,11 +52,15 @@ ONE_TOKEN_ROWS = 64  # one-token sequences that map producer rows to channels
 
 @dataclass
 class Stream:
-    """Inputs that walk through the blocks of one list: per batch, the hidden states and the token mask."""
+    """Inputs that walk through the blocks of one list: per batch, the hidden states and the token mask.
+
+    original: the hidden states of the original model beside those of the quantized one, where they are needed.
+    """
 
     calls: list[list[BlockCall]]  # [batch][block]
     hidden: list[Tensor]
     masks: list[Tensor | None]
+    original: list[Tensor] | None = None
 
     def at(self, index: int, device: torch.device) -> list[tuple[BlockCall, Tensor]]:
         return [(calls[index].to(device, torch.float32), h.to(device).float()) for calls, h in zip(self.calls, self.hidden)]
@@ -113,6 +119,9 @@ def quantize_model(
         if options.tuning:
             match = OutputMatch(model, batches)
         streams = _open_streams(model, lists, batches)
+        if options.correction and options.rounding == "feedback" and options.propagate == "quantized":
+            for calibration, *_ in streams:
+                calibration.original = list(calibration.hidden)
     total = sum(len(blocks) for _, blocks in lists)
     hide = None if options.progress is None else not options.progress
     with tqdm(total=total, desc="AWQ", unit="block", disable=hide) as bar:
@@ -183,19 +192,28 @@ def _quantize_block(
             for group, choice in zip(groups, choices):
                 if group.fold is not None and choice.kind != "identity":
                     apply_fold(block, group.fold, choice.scale)
-        with bench.phase("rounding"):
-            results: list[QuantizedLinear] = []
-            for group, choice, names in zip(groups, choices, names_of):
-                if names:
-                    results += quantize_group(
-                        block, group, statistics[group.consumers[0]], choice, names, bench.config, bench.options
-                    )
-            for result in results:
-                linear: Any = block.get_submodule(result.name)
-                get_weight(linear).copy_(result.weight.dequantize())
-                if result.bias_change is not None:
-                    linear.bias.add_(result.bias_change)
+        original = deepcopy(block) if calibration.original is not None else None
+        results: list[QuantizedLinear] = []
+        order = list(statistics)  # of first calls: a linear's input changes with those before it
+        work = sorted(zip(groups, choices, names_of), key=lambda item: order.index(item[0].consumers[0]))
+        for group, choice, names in (item for item in work if item[2]):
+            found = statistics[group.consumers[0]]
+            with bench.phase("drift"):
+                drifted = (
+                    None if original is None else _drift(block, original, group.consumers[0], found, calibration, index, device)
+                )
+            with bench.phase("rounding"):
+                results += quantize_group(
+                    block, group, drifted or found.divided_by(choice.scale), choice, names, bench.config, bench.options
+                )
+                for result in results[-len(names) :]:
+                    linear: Any = block.get_submodule(result.name)
+                    get_weight(linear).copy_(result.weight.dequantize())
+                    if result.bias_change is not None:
+                        linear.bias.add_(result.bias_change)
         with bench.phase("outputs"):
+            if original is not None:
+                _advance_original(original, calibration, index, device)
             if outputs is None:
                 _advance(block, calibration, index, device)
             else:
@@ -243,6 +261,22 @@ def _gather(
     return statistics, outputs if keep else None
 
 
+def _drift(
+    block: nn.Module, original: nn.Module, name: str, before: InputStatistics, stream: Stream, index: int, device: torch.device
+) -> DriftStatistics | None:
+    """Statistics of a linear's input now and in the original block; None for one that is not called once per token."""
+    real = sum(h.shape[0] * h.shape[1] if m is None else int(m.sum()) for h, m in zip(stream.hidden, stream.masks))
+    if before.calls != len(stream.hidden) or before.tokens + before.dropped != real or not before.tokens:
+        return None
+    found = DriftStatistics(len(before.gram), device)
+    assert stream.original is not None
+    for (call, hidden), other, mask in zip(stream.at(index, device), stream.original, stream.masks):
+        now, then = input_of(block, name, call, hidden), input_of(original, name, call, other.to(device).float())
+        found.add_pair(now, then, None if mask is None else mask.to(device))
+    found.fill()
+    return found
+
+
 def _choose(bench: Workbench, block: nn.Module, group: InputGroup, statistics, stream: Stream, index: int, device):
     judge = None
     if bench.options.objective == "module" and group.fold is not None and statistics.tokens:
@@ -262,6 +296,12 @@ def _choose(bench: Workbench, block: nn.Module, group: InputGroup, statistics, s
 
 def _advance(block: nn.Module, stream: Stream, index: int, device: torch.device) -> None:
     stream.hidden = [call.run(block, hidden) for call, hidden in stream.at(index, device)]
+
+
+def _advance_original(block: nn.Module, stream: Stream, index: int, device: torch.device) -> None:
+    assert stream.original is not None
+    pairs = zip(stream.at(index, device), stream.original)
+    stream.original = [call.run(block, hidden.to(device).float()) for (call, _), hidden in pairs]
 
 
 def _finish(bench: Workbench, block: nn.Module, prefix: str, results, rtn_losses, home: torch.device, dtypes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ _OWN = 16  # tokens from which a channel's own energy outweighs that of all
 class InputStatistics:
     """Sums over tokens of one input. gram: float32 [in, in] = Σ x xᵀ; sum, abs_sum: float32 [in].
 
-    tokens: how many were added; dropped: how many were not finite; imagined: how many `fill` stands for.
+    tokens: how many were added; dropped: how many were not finite; imagined: how many `fill` stands for; calls: of the linear.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -25,6 +26,7 @@ class InputStatistics:
         self.tokens = 0
         self.dropped = 0
         self.imagined = 0
+        self.calls = 0
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
         """x: [..., in]; mask: bool [batch, tokens] of real tokens. Rows that are not finite are dropped and counted."""
@@ -41,6 +43,14 @@ class InputStatistics:
         self.sum += rows.sum(0)
         self.abs_sum += rows.abs().sum(0)
         self.tokens += kept
+        self.calls += 1
+
+    def divided_by(self, scale: Tensor) -> InputStatistics:
+        """The statistics of x / scale, as a linear behind a folded scale [in] meets it."""
+        found = copy(self)
+        found.gram = self.gram / scale / scale.unsqueeze(-1)
+        found.sum, found.abs_sum = self.sum / scale, self.abs_sum / scale
+        return found
 
     def fill(self) -> None:
         """Adds what imagined tokens with independent channels would, as many as ENOUGH tokens per channel ask for.
