@@ -14,7 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from awq import AutoAWQForCausalLM
 from awq.errors import ConfigError
-from awq.generate import NotFusable, build_decoder, decoder
+from awq.generate import NotFusable, build_decoder, build_static, decoder
+from awq.generate.static import why_not_static
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.linear import WQLinear
 
@@ -120,6 +121,55 @@ def test_settings(llama, settings):
     length = {} if "max_length" in settings else {"max_new_tokens": 20}
     theirs, ours = both(llama, wrapper, **prompts(), **settings, **length, pad_token_id=0)
     assert torch.equal(ours, theirs) and wrapper.fusion == "fused"
+
+
+def test_prompt_lookup(llama):
+    """transformers' own speculative decoding, over a model whose siblings are joined: equal tokens from fewer passes."""
+    wrapper, passes = wrapped(llama), []
+    prompt = {name: values.repeat(1, 3) for name, values in zoo.token_batch(1, 9).items()}
+    kwargs = dict(**prompt, max_new_tokens=36, do_sample=False, pad_token_id=0)
+    plain = wrapper.generate(**kwargs)
+    llama.register_forward_hook(lambda *_: passes.append(1))
+    assert torch.equal(wrapper.generate(**kwargs, prompt_lookup_num_tokens=4), plain) and wrapper.fusion == "fused"
+    assert 0 < len(passes) < 30
+
+
+UNFUSED = {
+    "falcon": {}, "gptj": {}, "bloom": {}, "mixtral": dict(num_key_value_heads=2, num_local_experts=4),
+    "qwen3_moe": zoo.GQA | dict(num_experts=4, moe_intermediate_size=32, num_experts_per_tok=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", UNFUSED)
+def test_step_over_a_static_cache(family):
+    """What a GPU captures of a model that is not fused, here without capture: equal tokens, whatever was called before."""
+    positions = dict.fromkeys(("max_position_embeddings", "n_positions"), 96)
+    model = zoo.build(family, zoo.DECODERS.get(family, {}) | UNFUSED[family] | positions)
+    if isinstance(why_not_static(model), str):
+        pytest.skip(why_not_static(model))
+    wrapper = wrapped(model, 80)
+    assert wrapper.fuse() is None and wrapper.fusion != "not fused yet"
+    wrapper._capture()
+    for rows, new in ((1, 64), (4, 64), (3, 9), (4, 30), (1, 12)):
+        theirs, ours = both(model, wrapper, **prompts(rows), max_new_tokens=new, do_sample=False, pad_token_id=0)
+        assert torch.equal(ours, theirs) and wrapper.fusion.startswith("captured: ")
+    with pytest.raises(ConfigError, match="max_seq_len=80"):
+        wrapper.generate(**prompts(1), max_new_tokens=72)
+    assert wrapper.to(torch.bfloat16).generate(**prompts(1), max_new_tokens=2).shape[1] <= 11
+    assert not wrapper.fusion.startswith("captured")  # it was for float32
+
+
+def test_step_over_a_static_cache_is_refused_where_it_cannot_be():
+    if isinstance(why_not_static(zoo.tiny_model("llama")), str):
+        pytest.skip("no static cache that counts on the device")
+    for family, reason in (("mpt", "one graph"), ("mistral", "sliding window")):
+        with pytest.raises(NotFusable, match=reason):
+            build_static(zoo.tiny_model(family), 64)
+    llama = zoo.tiny_model("llama")
+    plain = llama.lm_head.forward
+    llama.lm_head.forward = lambda x: plain(x) * (1 + (x.shape[1] == 1))  # as if it attended to what is not there
+    with pytest.raises(NotFusable, match="differ"):
+        build_static(llama, 64)
 
 
 def test_returned_dictionary(llama):

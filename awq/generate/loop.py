@@ -22,6 +22,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from awq.errors import ConfigError
 from awq.generate.decoder import FusedDecoder
+from awq.generate.static import StaticDecoder
 
 logger = logging.getLogger("awq.generate")
 
@@ -65,7 +66,9 @@ def own_loop(model: Any, loop: Callable[..., Any]) -> Iterator[dict[str, Any]]:
         del model._sample
 
 
-def make_loop(decoder: FusedDecoder, generator: torch.Generator | None = None, streamer: Any = None) -> Callable[..., Any]:
+def make_loop(
+    decoder: FusedDecoder | StaticDecoder, generator: torch.Generator | None = None, streamer: Any = None
+) -> Callable[..., Any]:
     """The function that transformers' generate calls; generator: source of random numbers for sampling.
 
     streamer: that of the call; transformers does not hand it to a function given as `custom_generate`.
@@ -89,7 +92,9 @@ def make_loop(decoder: FusedDecoder, generator: torch.Generator | None = None, s
 class _Run:
     """One call of generate."""
 
-    def __init__(self, decoder: FusedDecoder, ids: Tensor, mask: Tensor | None, config: Any, generator: Any) -> None:
+    def __init__(
+        self, decoder: FusedDecoder | StaticDecoder, ids: Tensor, mask: Tensor | None, config: Any, generator: Any
+    ) -> None:
         self.decoder, self.config, self.generator = decoder, config, generator
         self.ids = ids.to(decoder.device)
         mask = torch.ones_like(self.ids) if mask is None else mask.to(decoder.device)

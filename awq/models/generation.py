@@ -11,7 +11,7 @@ from torch import Tensor
 from awq.errors import ConfigError
 
 if TYPE_CHECKING:
-    from awq.generate import FusedDecoder
+    from awq.generate import FusedDecoder, StaticDecoder
 
 logger = logging.getLogger("awq.models")
 
@@ -26,6 +26,7 @@ class FusedGeneration:
         self._fusion = "fuse_layers=False"
         self._fused: dict[str, Any] = {}
         self._decoder: FusedDecoder | None = None
+        self._captured: StaticDecoder | None = None
 
     def fuse_layers(self, max_seq_len: int = 2048, batch_size: int = 1, quantize_lm_head: bool = False) -> None:
         """Generation goes through fused blocks from now on, with a cache of `max_seq_len` tokens, prompt included, for each
@@ -60,7 +61,7 @@ class FusedGeneration:
     def _generate(self, *args: Any, generator: torch.Generator | None, **kwargs: Any) -> Any:
         from awq.generate.loop import make_loop, own_loop, why_not
 
-        decoder = self.fuse()
+        decoder = self.fuse() or self._captured
         reason = self._fusion if decoder is None else "positional arguments" if args else why_not(self.model, kwargs)
         if decoder is None or reason is not None:
             if generator is not None:
@@ -72,16 +73,18 @@ class FusedGeneration:
 
     @property
     def fusion(self) -> str:
-        """ "fused", or why generation runs on transformers' own blocks; known after `fuse` or the first `generate`."""
+        """ "fused", or why generation runs on transformers' own blocks, "captured: …" where their step is a CUDA graph; known
+        after `fuse` or the first `generate`."""
         return self._fusion
 
     def fuse(self) -> FusedDecoder | None:
         """Builds the fused decoder, once, and proves it against the transformers model; None when it cannot be (`fusion` says why).
 
         `generate` does so at its first call. Sibling linears (q, k, v; gate, up) are joined; the transformers model stays
-        usable on the joined weights.
+        usable on the joined weights. On a GPU the step of a model that cannot be fused is captured as transformers has it.
         """
-        if self._decoder is not None and not self._decoder.fits(self.model):  # moved or cast meanwhile
+        current = self._decoder or self._captured
+        if current is not None and not current.fits(self.model):  # moved or cast meanwhile
             self.unfuse()
         if self._fusion == "not fused yet":
             from awq.generate import NotFusable, build_decoder
@@ -91,10 +94,24 @@ class FusedGeneration:
             except NotFusable as reason:
                 self._fusion = str(reason)
                 logger.warning("%s is not fused, generation runs on transformers' own blocks: %s", self.path, reason)
+                if self.model.device.type == "cuda":
+                    self._capture()
         return self._decoder
+
+    def _capture(self) -> None:
+        """transformers' own step as a graph, where that can be."""
+        from awq.generate import NotFusable, build_static
+
+        try:
+            self._captured = build_static(self.model, self._fused["max_seq_len"])
+            self._fusion = f"captured: {self._fusion}"
+        except NotFusable as reason:
+            logger.warning("%s: the step is not captured in a CUDA graph: %s", self.path, reason)
 
     def unfuse(self) -> None:
         """Puts separate siblings back where `fuse` joined them, bit for bit; the next `generate` fuses again."""
-        if self._decoder is not None:
-            self._decoder.restore()
-            self._decoder, self._fusion = None, "not fused yet"
+        for decoder in (self._decoder, self._captured):
+            if decoder is not None:
+                decoder.restore()
+                self._fusion = "not fused yet"
+        self._decoder = self._captured = None
