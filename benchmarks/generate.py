@@ -130,31 +130,52 @@ def peers(shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, in
                 note(shape, {"name": f"transformers {arguments.dtype} {peer}"} | speed.to_dict())
 
 
-def start_times(shape: str, dtype: str, directory: str) -> dict[str, float]:
-    """Seconds from `from_quantized` to the first token in fresh processes, without and with what the first one compiled."""
-    model = random_model(shape, getattr(torch, dtype), "cuda", True)
+_START = """
+import sys, time
+begin = time.perf_counter()
+import torch
+from awq import AutoAWQForCausalLM
+import awq.models.auto
+torch.zeros(1, device={device!r})
+t = time.perf_counter()
+m = AutoAWQForCausalLM.from_quantized({directory!r}, fuse_layers=True, device={device!r}, torch_dtype={dtype!r})
+u = time.perf_counter()
+m.fuse()
+v = time.perf_counter()
+ids = torch.arange(3, 67, device={device!r}).view(1, -1)
+m.generate(input_ids=ids, max_new_tokens=1, pad_token_id=0).tolist()
+w = time.perf_counter()
+m.generate(input_ids=ids, max_new_tokens=2, pad_token_id=0).tolist()
+assert m.fusion == "fused", m.fusion
+print(t - begin, u - t, v - u, w - v, w - t, time.perf_counter() - w)
+"""
+_STAGES = ("import_s", "load_s", "fuse_s", "prompt_s", "first_token_s", "second_call_s")
+
+
+def start_times(shape: str, dtype: str, device: str, directory: str) -> dict[str, float]:
+    """Seconds of fresh processes, with an empty Triton cache ("cold") and with what the first of them compiled ("warm").
+
+    first_token_s: from `from_quantized` to the first token, the sum of load, fuse and prompt; second_call_s: a second call,
+    which captures the decode step, for two tokens; import_s: before all that.
+    """
+    model = random_model(shape, getattr(torch, dtype), device, True)
     wrapper = BaseAWQForCausalLM(model, shape, AwqConfig(group_size=128))
     wrapper.save_quantized(directory)
     del wrapper, model
     gc.collect()
-    torch.cuda.empty_cache()
-    code = (
-        "import time, torch; from awq import AutoAWQForCausalLM; import awq.models.auto; torch.zeros(1).cuda();"
-        f"t = time.perf_counter(); m = AutoAWQForCausalLM.from_quantized({directory!r}, fuse_layers=True); u = time.perf_counter();"
-        "m.generate(input_ids=torch.arange(3, 67).view(1, -1).cuda(), max_new_tokens=1); v = time.perf_counter();"
-        "m.generate(input_ids=torch.arange(3, 67).view(1, -1).cuda(), max_new_tokens=2);"
-        "print(u - t, v - t, time.perf_counter() - t)"
-    )
-    times = {}
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    code, times = _START.format(device=device, directory=directory, dtype=dtype), {}
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
+            begin = time.perf_counter()
             done = subprocess.run(
                 [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TRITON_CACHE_DIR": cache}
             )
             if done.returncode:
                 raise RuntimeError(done.stderr[-2000:])
-            loaded, first, second = map(float, done.stdout.split()[-3:])
-            times |= {f"{name}_loaded_s": loaded, f"{name}_first_token_s": first, f"{name}_first_step_s": second}
+            times |= {f"{name}_{stage}": float(t) for stage, t in zip(_STAGES, done.stdout.split()[-6:])}
+            times[f"{name}_process_s"] = time.perf_counter() - begin
     return times
 
 
@@ -168,7 +189,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s, for the share of the floor")
     parser.add_argument("--quantize-lm-head", action="store_true", help="also with a 4-bit head")
-    parser.add_argument("--start", help="save the first shape to this directory and time fresh processes")
+    parser.add_argument("--start", help="only save the first shape to this directory and time fresh processes")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--commit", help="of the code, where git does not tell")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -186,7 +207,9 @@ def main() -> None:
             common.write(arguments.json, arguments.device, result)
 
     if arguments.start:
-        note(arguments.shapes[0], {"name": "start"} | start_times(arguments.shapes[0], arguments.dtype, arguments.start))
+        shape = arguments.shapes[0]
+        note(shape, {"name": "start"} | start_times(shape, arguments.dtype, arguments.device, arguments.start))
+        return
     for shape in arguments.shapes:
         ours(shape, arguments, lengths, note)
         gc.collect()
