@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def head(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         **{name: _version(name) for name in _VERSIONS},
         "commit": commit,
-        "command": " ".join(Path(a).name if Path(a).is_absolute() or Path(a).exists() else a for a in sys.argv),
+        "command": " ".join(Path(a).name if Path(a).is_absolute() or os.path.exists(a) else a for a in sys.argv),
     }
 
 
