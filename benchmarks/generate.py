@@ -93,7 +93,7 @@ def profile(model: Any, batch: int, prompt: int, device: str) -> dict[str, float
 
 
 def ours(shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, int]], note: Note) -> None:
-    """Rows of this package: fused, and (a peer) the same packed model in transformers' own loop."""
+    """Rows of this package: fused, and (peers) the same packed model in transformers' own loop or its step captured."""
     model = random_model(shape, getattr(torch, arguments.dtype), arguments.device, True)
     size, wrapper = weight_bytes(model), BaseAWQForCausalLM(model, shape)
     for quantize_head in (False, True) if arguments.quantize_lm_head else (False,):
@@ -114,15 +114,23 @@ def ours(shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, int
                     note(
                         shape, {"name": "profile", "batch": batch, "us_per_step": profile(wrapper, batch, prompt, arguments.device)}
                     )
+    wrapper.unfuse()
     if "unfused" in arguments.peers:
-        wrapper.unfuse()
         note(shape, {"name": "unfused"} | generation_speed(model, 1, *lengths[0], 1).to_dict())
+    if "captured" in arguments.peers:  # as if it could not be fused
+        for batch in arguments.batches:
+            for prompt, new in lengths:
+                wrapper.fuse_layers(prompt + new, batch)
+                wrapper._fusion = "to be compared"
+                wrapper._capture()
+                speed = generation_speed(wrapper, batch, prompt, new, arguments.repeats)
+                note(shape, {"name": wrapper.fusion} | speed.to_dict())
 
 
 def peers(shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, int]], note: Note) -> None:
     """Rows of transformers with dense weights; at most 64 new tokens, for they take long."""
     model = random_model(shape, getattr(torch, arguments.dtype), arguments.device, False)
-    for peer in (p for p in arguments.peers if p != "unfused"):
+    for peer in (p for p in arguments.peers if p in ("eager", "compiled")):
         kwargs = {"cache_implementation": "static"} if peer == "compiled" else {}
         for batch in arguments.batches:
             for prompt, new in lengths:
@@ -184,7 +192,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["mistral-7b"], choices=SHAPES)
     parser.add_argument("--lengths", nargs="+", default=["64/64", "2048/2048"], help="prompt/new tokens")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--peers", nargs="*", default=[], choices=["unfused", "eager", "compiled"])
+    parser.add_argument("--peers", nargs="*", default=[], choices=["unfused", "captured", "eager", "compiled"])
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s, for the share of the floor")
