@@ -144,6 +144,7 @@ def _error(decoder: StaticDecoder) -> float:
     ids = ids.to(decoder.device)
     found = [decoder.prefill(ids[:, :-2], lengths)]
     counts = torch.tensor(lengths, dtype=torch.int32, device=ids.device)
+    _look_for_waits(decoder, ids[:, -2], counts)
     for step in range(2):
         token = ids[:, -2 + step]
         found.append(decoder.step(token, counts + step, _PROBE + step).clone())
@@ -154,3 +155,16 @@ def _error(decoder: StaticDecoder) -> float:
         ours = torch.stack([logits[row] for logits in found])
         worst = max(worst, float(((ours - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max()))
     return worst
+
+
+def _look_for_waits(decoder: StaticDecoder, ids: Tensor, lengths: Tensor) -> None:
+    """Raises RuntimeError when the step asks the GPU for a number, before a capture fails of it, which leaves torch in disorder."""
+    if decoder.device.type != "cuda":
+        return
+    decoder.eager_step(ids, lengths, _PROBE)  # the first run may wait for what it compiles
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decoder.eager_step(ids, lengths, _PROBE)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
