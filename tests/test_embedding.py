@@ -43,7 +43,8 @@ def minilm(tmp_path_factory):
     """all-MiniLM-L6-v2 at group 128, calibrated on one half of the bundled sentences: (report, directory)."""
     sentences = [s.strip() for t in bundled_texts() for s in t.replace("。", ".").split(".") if len(s.strip()) >= 20]
     model = AutoAWQForEmbedding.from_pretrained(str(minilm_dir()))
-    report = model.quantize(texts=sentences, quant_config={"q_group_size": 128}, preset="fast", max_calib_samples=128)
+    report = model.quantize(texts=sentences, quant_config={"q_group_size": 128}, preset="fast", max_calib_samples=128,
+                            general_texts=False)  # fmt: skip
     target = tmp_path_factory.mktemp("minilm") / "q"
     model.save_quantized(target)
     return report, target
@@ -86,11 +87,13 @@ def test_texts_files_pairs_and_prompts_reach_calibration(sentence_dir, texts, tm
         ({"query": ["the cat"], "passage": ["fire", "a dog"]}, {}, ["the old house the cat", "red fire", "red a dog"]),
     ):
         with pytest.raises(CalibrationError, match="seen"):
-            model.quantize(texts=data, quant_config=CONFIG, **kwargs)
+            model.quantize(texts=data, quant_config=CONFIG, general_texts=False, **kwargs)
         assert seen.pop() == (expected, 40, "rows"), "max_seq_length of the directory is 40"
     with pytest.raises(CalibrationError, match="seen"):
         model.quantize(texts=[f"w{i}" for i in range(30, 60)], quant_config=CONFIG, max_calib_samples=3)
-    assert seen.pop()[0] == ["w30", "w40", "w50"], "spread over the texts"
+    calibration = seen.pop()[0]
+    assert calibration[:3] == ["w30", "w40", "w50"], "spread over the texts"
+    assert len(calibration) > 1000 and not {"w31", "w39"} & set(calibration), "the bundled text, but nothing that judges"
 
 
 def test_bad_input_before_any_weight_is_touched(sentence_dir):
@@ -175,7 +178,8 @@ def test_minilm_files_figures_and_size(minilm):
 
 def test_embeddings_in_float16_halve_the_tables(tmp_path):
     model = AutoAWQForEmbedding.from_pretrained(str(minilm_dir()), torch_dtype="float16")
-    model.quantize(texts=bundled_texts()[:8], quant_config={"q_group_size": 128}, preset="fast", evaluate=False)
+    settings = {"preset": "fast", "evaluate": False, "general_texts": False}
+    model.quantize(texts=bundled_texts()[:8], quant_config={"q_group_size": 128}, **settings)
     model.save_quantized(tmp_path / "q")
     full = sum(f.stat().st_size for f in weight_files(minilm_dir()))
     small = sum(f.stat().st_size for f in weight_files(tmp_path / "q"))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import re
 from collections.abc import Iterable
 from importlib import resources
 from itertools import islice
@@ -16,13 +17,22 @@ from awq.errors import CalibrationError
 logger = logging.getLogger("awq.calibration")
 
 _HUB_NAMES = {"pileval": ("mit-han-lab/pile-val-backup", "validation")}
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
+_SHORTEST = 16  # characters of a piece worth a row
 _SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
-def bundled_texts() -> list[str]:
-    """Passages of the small public-domain multilingual text that ships with the package."""
+def bundled_texts(short: bool = False) -> list[str]:
+    """Passages of the free, mostly English text that ships with the package.
+
+    short: cut into lines and sentences, as embedding models meet text.
+    """
     text = resources.files("awq.calibration").joinpath("data/passages.txt").read_text(encoding="utf-8")
-    return [p.strip() for p in text.split("\n\n") if p.strip()]
+    passages = [p.strip() for p in text.split("\n\n") if p.strip()]
+    if not short:
+        return passages
+    pieces = (piece for p in passages for line in p.split("\n") for piece in _SENTENCE_END.split(line))
+    return [piece for piece in pieces if len(piece) >= _SHORTEST]
 
 
 def named_texts(name: str, split: str, column: str, limit: int) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from awq.calibration import clean_texts
-from awq.calibration.sources import named_texts
+from awq.calibration.sources import bundled_texts, named_texts
 from awq.checkpoint.directory import source_directory
 from awq.embed.encoder import Encoder
 from awq.errors import CalibrationError, ConfigError
@@ -45,6 +45,7 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         texts: Any = None,
         prompt_name: str | None = None,
         evaluate: Any = None,
+        general_texts: bool = True,
         split: str = "train",
         text_column: str = "text",
         max_calib_samples: int | None = None,
@@ -57,7 +58,9 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         texts}. Each gets its prompt (`prompt_name`, else the model's default one) and is cleaned by `clean_texts`. Token ids
         are taken as they are. max_calib_samples: None takes 256, 1024 or 2048 by the model's size, spread over the texts.
         evaluate: texts, or (scores, first, second) of sentence pairs, embedded before and after for `report.evaluation`; None
-        takes up to 256 texts that calibration left over, False none. Other arguments are `AutoAWQForCausalLM`'s.
+        takes up to 256 texts that calibration left over, False none. general_texts: the bundled text joins the calibration, so
+        that what is embedded later may be of other kinds than `texts` (measured: docs/embeddings.md). Other arguments are
+        `AutoAWQForCausalLM`'s.
         Raises ConfigError, CalibrationError or ModelError before any weight is touched.
         """
         from_first = isinstance(tokenizer, (str, Tensor, Mapping, list, tuple))
@@ -83,7 +86,11 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         before = encoder.encode(held_out, **prompt) if held_out else None
         others["max_calib_seq_len"] = min(max_calib_seq_len, encoder.max_seq_length)
         calibration = [ready[i] for i in chosen]
-        report = super().quantize(self.tokenizer, quant_config, calibration, max_calib_samples=count, **others)
+        if general_texts:
+            general = (encoder.cased(text) for text in _with_prompts(encoder, bundled_texts(short=True), None))
+            known = {*ready, *held_out}
+            calibration += [text for text in general if text not in known]
+        report = super().quantize(self.tokenizer, quant_config, calibration, max_calib_samples=len(calibration), **others)
         if before is not None:
             report.evaluation = judge(before, encoder.encode(held_out, **prompt), pairs)
         return report
