@@ -41,7 +41,7 @@ from awq.quantize.options import QuantizeOptions
 from awq.quantize.plan import Plan, make_plan
 from awq.quantize.report import QuantReport
 from awq.quantize.statistics import ENOUGH, InputStatistics, MaskHolder, collect_inputs
-from awq.quantize.tuning import OutputMatch, tune_scales
+from awq.quantize.tuning import OutputMatch, held_out, micro_batches, tune_scales
 
 logger = logging.getLogger("awq.quantize")
 
@@ -54,13 +54,15 @@ ONE_TOKEN_ROWS = 64  # one-token sequences that map producer rows to channels
 class Stream:
     """Inputs that walk through the blocks of one list: per batch, the hidden states and the token mask.
 
-    original: the hidden states of the original model beside those of the quantized one, where they are needed.
+    original: the hidden states of the original model beside those of the quantized one, where they are needed; unseen: batches
+    that the comparison of both leaves out.
     """
 
     calls: list[list[BlockCall]]  # [batch][block]
     hidden: list[Tensor]
     masks: list[Tensor | None]
     original: list[Tensor] | None = None
+    unseen: frozenset[int] = frozenset()
 
     def at(self, index: int, device: torch.device) -> list[tuple[BlockCall, Tensor]]:
         return [(calls[index].to(device, torch.float32), h.to(device).float()) for calls, h in zip(self.calls, self.hidden)]
@@ -102,6 +104,8 @@ def quantize_model(
         raise CalibrationError("the calibration data holds no token; give at least one text.")
     start = time.perf_counter()
     batches = rebatched(batches)
+    if options.tuning:
+        batches = micro_batches(batches)
     model.eval()
     lists = find_block_lists(model)
     plan = make_plan(model, lists, config, packed=not options.export_compatible)
@@ -114,14 +118,16 @@ def quantize_model(
             f"{ENOUGH * widest} or more would be better."
         )
     bench = Workbench(config, options, plan, report)
-    match = None
+    match, judges = None, frozenset[int]()
     with bench.phase("inputs"):
         if options.tuning:
-            match = OutputMatch(model, batches)
+            judges = held_out(len(batches))
+            match = OutputMatch(model, batches, judges)
         streams = _open_streams(model, lists, batches)
         if options.correction and options.rounding == "feedback" and options.propagate == "quantized":
             for calibration, *_ in streams:
                 calibration.original = list(calibration.hidden)
+                calibration.unseen = judges
     total = sum(len(blocks) for _, blocks in lists)
     hide = None if options.progress is None else not options.progress
     with tqdm(total=total, desc="AWQ", unit="block", disable=hide) as bar:
@@ -270,7 +276,9 @@ def _drift(
         return None
     found = DriftStatistics(len(before.gram), device)
     assert stream.original is not None
-    for (call, hidden), other, mask in zip(stream.at(index, device), stream.original, stream.masks):
+    for i, ((call, hidden), other, mask) in enumerate(zip(stream.at(index, device), stream.original, stream.masks)):
+        if i in stream.unseen:
+            continue
         now, then = input_of(block, name, call, hidden), input_of(original, name, call, other.to(device).float())
         found.add_pair(now, then, None if mask is None else mask.to(device))
     found.fill()

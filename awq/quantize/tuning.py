@@ -10,7 +10,7 @@ no tuning at all is one of the choices. Only float16 scales change, so the file 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ from awq.nn.surgery import replace_module
 
 LEARNING_RATE = 2e-3  # of the relative change of a scale, Adam with a cosine schedule
 _STEP_TOKENS, _STEP_ROWS = 2048, 32  # largest micro-batch
-_HELD_OUT = 8  # one micro-batch in eight judges
+_HELD_OUT = 8  # one batch in eight judges
 _WARM_UP = 10
 _LARGE = 1 << 29  # quantized weights above which the blocks' activations are computed twice instead of kept
 
@@ -90,20 +90,32 @@ class TunedLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
+def held_out(count: int) -> frozenset[int]:
+    """Batches that judge the tuning, of `count`. Fewer than eight have none to spare.
+
+    Correction of drift must not see them either: its own gain on tokens that it has seen is more than tuning can gain.
+    """
+    return frozenset(range(_HELD_OUT - 1, count, _HELD_OUT))
+
+
 class OutputMatch:
     """The original model's last hidden states on the calibration tokens, and the distance of another model's output to them.
 
-    Made before quantization begins. Needs tokens × features values of memory in the model's dtype.
+    Made before quantization begins, of `micro_batches`. Needs tokens × features values of memory in the model's dtype.
+    held_out: which of the batches judge, by `held_out`; with none, all of them train and judge.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[CalibrationBatch]) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[CalibrationBatch], held_out: Collection[int] = ()) -> None:
         self.model: Any = model
         self.body: Any = getattr(model, "base_model", model)
         find_head = getattr(self.model, "get_output_embeddings", None)
         head = find_head() if find_head is not None else None
         self.kind = "kl" if head is not None and self.body is not model else "mse"
         self.output: Any = BaseModelOutputWithPast  # what the body returns: heads read other fields of it
-        self.batches = list(_micro_batches(batches, next(model.parameters()).device))
+        device = next(model.parameters()).device
+        self.batches = [CalibrationBatch(*map_tensors(tuple(batch), lambda t: t.to(device))) for batch in batches]
+        self.training = [i for i in range(len(batches)) if i not in held_out]
+        self.judging = sorted(held_out) or self.training
         with torch.no_grad(), _float32_on_cpu(model):
             self.targets = [self._hidden(batch) for batch in self.batches]
 
@@ -150,7 +162,7 @@ def tune_scales(
     The model's modules of those names are replaced while it runs and put back after it.
     """
     tuned = {name: TunedLinear(weight, getattr(model.get_submodule(name), "bias", None)) for name, weight in weights.items()}
-    training, judging = _split(len(match.batches))
+    training, judging = match.training, match.judging
     with _tuning(model, tuned), _float32_on_cpu(model):
         best_loss = before = _mean_distance(match, judging)
         best, best_epoch = _state(tuned), 0
@@ -179,21 +191,16 @@ def tune_scales(
     return {name: weight._replace(scales=scales[name]) for name, weight in weights.items()}, report
 
 
-def _micro_batches(batches: Sequence[CalibrationBatch], device: torch.device) -> Iterator[CalibrationBatch]:
+def micro_batches(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
+    """The same rows in pieces small enough for a step of training."""
+    pieces = []
     for batch in batches:
         rows = min(_STEP_ROWS, max(1, _STEP_TOKENS // batch.input_ids.shape[1]))
         for start in range(0, len(batch.input_ids), rows):
-            ids, mask, extra = (map_tensors(part, lambda t: t[start : start + rows].to(device)) for part in batch)
-            if bool(mask.any()):
-                yield CalibrationBatch(ids, mask, extra)
-
-
-def _split(count: int) -> tuple[list[int], list[int]]:
-    """Micro-batches to train on and to judge by; with fewer than eight there is nothing to spare, and all do both."""
-    if count < _HELD_OUT:
-        return list(range(count)), list(range(count))
-    judging = list(range(_HELD_OUT - 1, count, _HELD_OUT))
-    return [i for i in range(count) if i not in set(judging)], judging
+            piece = CalibrationBatch(*map_tensors(tuple(batch), lambda t: t[start : start + rows]))
+            if bool(piece.attention_mask.any()):
+                pieces.append(piece)
+    return pieces
 
 
 def _state(tuned: dict[str, TunedLinear]) -> dict[str, Tensor]:
