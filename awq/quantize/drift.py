@@ -18,7 +18,7 @@ from awq.quantize.statistics import InputStatistics
 class DriftStatistics(InputStatistics):
     """Sums over tokens of x̂, a linear's input now, and of x, its input in the original model.
 
-    drift: float32 [in, in] = Σ (x − x̂) x̂ᵀ; drift_sum: float32 [in] = Σ (x − x̂). All else is about x̂.
+    drift: float32 [in, in] = Σ (x − x̂) x̂ᵀ; drift_sum: float32 [in] = Σ (x − x̂). gram and sum are of x̂; |x̂| is not summed.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -28,13 +28,11 @@ class DriftStatistics(InputStatistics):
 
     def add_pair(self, now: Tensor, original: Tensor, mask: Tensor | None) -> None:
         """Both [batch, tokens, in]; mask: bool [batch, tokens] of real tokens. A token that is not finite in either is dropped."""
-        rows = torch.cat([now, original], -1).float().flatten(0, -2)
-        if mask is not None:
-            rows = rows[mask.flatten()]
-        rows = rows[rows.isfinite().all(-1)]
+        rows = self._kept(torch.cat([now, original], -1).float().flatten(0, -2), mask)
         now, original = rows.chunk(2, -1)
-        self.add(now, None)
         moved = original - now
+        self.gram.addmm_(now.t(), now)
+        self.sum += now.sum(0)
         self.drift.addmm_(moved.t(), now)
         self.drift_sum += moved.sum(0)
 

@@ -23,27 +23,34 @@ class InputStatistics:
         self.gram = torch.zeros(in_features, in_features, device=device)
         self.sum = torch.zeros(in_features, device=device)
         self.abs_sum = torch.zeros(in_features, device=device)
-        self.tokens = 0
-        self.dropped = 0
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # asked for at the end: a GPU would be waited for
         self.imagined = 0
         self.calls = 0
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
         """x: [..., in]; mask: bool [batch, tokens] of real tokens. Rows that are not finite are dropped and counted."""
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if mask is not None and mask.numel() == rows.shape[0]:
-            rows = rows[mask.reshape(-1)]
-        rows = rows.float()
-        finite = rows.isfinite().all(-1)
-        kept = int(finite.sum())
-        if kept < rows.shape[0]:
-            self.dropped += rows.shape[0] - kept
-            rows = rows[finite]
+        rows = self._kept(x.detach().reshape(-1, x.shape[-1]).float(), mask)
         self.gram.addmm_(rows.t(), rows)
         self.sum += rows.sum(0)
         self.abs_sum += rows.abs().sum(0)
-        self.tokens += kept
         self.calls += 1
+
+    def _kept(self, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """rows [n, any] with zeros in those that do not count; counts the others."""
+        finite = keep = rows.isfinite().all(-1)
+        if mask is not None and mask.numel() == len(rows):
+            keep = finite & mask.reshape(-1)
+            finite = finite | ~mask.reshape(-1)
+        self._counts += torch.stack([keep.sum(), (~finite).sum()])
+        return rows.where(keep.unsqueeze(-1), 0.0)
+
+    @property
+    def tokens(self) -> int:
+        return int(self._counts[0])
+
+    @property
+    def dropped(self) -> int:
+        return int(self._counts[1])
 
     def divided_by(self, scale: Tensor) -> InputStatistics:
         """The statistics of x / scale, as a linear behind a folded scale [in] meets it."""

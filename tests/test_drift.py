@@ -1,0 +1,96 @@
+"""Codes that aim at the original model's outputs: what is gathered, what is solved, and that it helps."""
+
+import pytest
+import torch
+import zoo
+
+from awq import AwqConfig, QuantizeOptions, quantize_model
+from awq.calibration import CalibrationBatch
+from awq.core.rounding import feedback_factor
+from awq.errors import ConfigError
+from awq.nn.blocks import BlockCall
+from awq.quantize.drift import DriftStatistics, corrected, input_of
+from awq.quantize.pipeline import Stream, _drift
+from awq.quantize.statistics import InputStatistics
+
+
+def pairs(rows=400, width=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    original = torch.randn(4, rows // 4, width, generator=generator) @ torch.randn(width, width, generator=generator) + 1
+    return original + 0.2 * torch.randn(original.shape, generator=generator) + 0.1 * original.roll(1, -1), original
+
+
+def test_full_correction_is_the_least_squares_solution():
+    now, original = pairs()
+    found = DriftStatistics(24, torch.device("cpu"))
+    found.add_pair(now, original, None)
+    weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(1))
+    order, factor = feedback_factor(found.gram, 1e-7)
+    x, wanted = now.flatten(0, 1).double(), original.flatten(0, 1).double() @ weight.double().t()
+    best = torch.linalg.lstsq(x, wanted).solution.t()
+    torch.testing.assert_close(corrected(weight, found.drift, order, factor, 1.0).double(), best, atol=1e-3, rtol=1e-3)
+    half = corrected(weight, found.drift, order, factor, 0.5)
+    torch.testing.assert_close(half.double(), (weight.double() + best) / 2, atol=1e-3, rtol=1e-3)
+
+
+def test_sums_leave_out_padding_and_what_is_not_finite():
+    now, original = pairs()
+    mask = torch.ones(4, 100, dtype=torch.bool)
+    mask[1, 60:] = False
+    original[2, 5, 3] = float("inf")
+    now[1, 80] = float("nan")  # in the padding: not counted at all
+    found = DriftStatistics(24, torch.device("cpu"))
+    found.add_pair(now, original, mask)
+    keep = mask.clone()
+    keep[2, 5] = False
+    x, moved = now[keep].double(), (original - now)[keep].double()
+    assert (found.tokens, found.dropped) == (359, 1)
+    torch.testing.assert_close(found.drift.double(), moved.t() @ x, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(found.drift_mean.double(), moved.mean(0), atol=1e-5, rtol=1e-4)
+    centred = (moved - moved.mean(0)).t() @ (x - x.mean(0))
+    torch.testing.assert_close(found.centred_drift.double(), centred, atol=1e-2, rtol=1e-3)
+
+
+def test_a_forward_stops_at_the_linear():
+    calls = []
+    block = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4), torch.nn.Linear(4, 4))
+    block[3].register_forward_pre_hook(lambda *_: calls.append(1))
+    hidden = torch.randn(2, 3, 4)
+    found = input_of(block, "2", BlockCall((), {}), hidden)
+    torch.testing.assert_close(found, block[:2](hidden))
+    assert not calls and not block[2]._forward_pre_hooks
+    block(hidden)
+    assert calls
+
+
+def test_a_linear_that_sees_other_rows_is_left_alone():
+    """An expert, or a linear that is called twice: its inputs in the two models cannot be paired."""
+    block, hidden = torch.nn.Sequential(torch.nn.Linear(4, 4)), [torch.randn(2, 3, 4)]
+    stream = Stream([[BlockCall((), {})]], hidden, [None], hidden)
+    statistics = InputStatistics(4, torch.device("cpu"))
+    statistics.add(hidden[0][:1], None)
+    assert _drift(block, block, "0", statistics, stream, 0, torch.device("cpu")) is None
+    statistics.add(hidden[0][1:], None)
+    assert _drift(block, block, "0", statistics, stream, 0, torch.device("cpu")) is None
+    once = InputStatistics(4, torch.device("cpu"))
+    once.add(hidden[0], None)
+    found = _drift(block, block, "0", once, stream, 0, torch.device("cpu"))
+    assert found is not None and found.tokens == 6 and not found.drift.any()
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_outputs_come_nearer_to_the_original(family):
+    ids = torch.randint(3, 63, (64, 32), generator=torch.Generator().manual_seed(3))
+    batches, errors = [CalibrationBatch(ids, torch.ones_like(ids))], []
+    before = zoo.outputs(zoo.tiny_model(family), input_ids=ids, attention_mask=torch.ones_like(ids))
+    for share in (0.0, 0.5, 1.0):
+        model = zoo.tiny_model(family)
+        quantize_model(model, batches, AwqConfig(group_size=16), QuantizeOptions(correction=share))
+        after = zoo.outputs(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+        errors.append(float((after - before).pow(2).mean()))
+    assert errors[1] < 0.95 * errors[0] and errors[2] < errors[0], errors
+
+
+def test_share_is_checked():
+    with pytest.raises(ConfigError, match="from 0 to 1"):
+        QuantizeOptions(correction=1.5)
