@@ -87,6 +87,7 @@ class AutoAWQForCausalLM:
         download_kwargs: dict | None = None,
         device: Any = None,
         quantize_lm_head: bool = False,
+        capture_unfused: bool = False,
         **config_kwargs: Any,
     ) -> BaseAWQForCausalLM:
         """A quantized model ready to use; `.tokenizer` is the one saved beside it, or None.
@@ -94,7 +95,8 @@ class AutoAWQForCausalLM:
         device: one device for the whole model; device_map: transformers' spreading over several. The GPU is taken when neither
         is given and there is one. fuse_layers: generation runs on fused blocks with a cache of `max_seq_len` tokens for each of
         `batch_size` rows (more rows make it grow), proven at the first `generate`; False: plain transformers.
-        quantize_lm_head: generate through a 4-bit copy of the head. The use_… switches are accepted for compatibility.
+        quantize_lm_head: generate through a 4-bit copy of the head. capture_unfused: as for `fuse_layers`. The use_… switches
+        are accepted for compatibility.
         """
         dtype = _dtype(config_kwargs.pop("dtype", config_kwargs.pop("torch_dtype", "auto")))
         config = read_config(quant_path, trust_remote_code, **_where({**(download_kwargs or {}), **config_kwargs}))
@@ -116,7 +118,7 @@ class AutoAWQForCausalLM:
         tokenizer = find_tokenizer(quant_path, trust_remote_code)
         loaded = cls._wrapper(model, str(quant_path), stored, tokenizer, trust_remote_code)
         if fuse_layers and loaded.can_generate():
-            loaded.fuse_layers(max_seq_len, batch_size, quantize_lm_head)
+            loaded.fuse_layers(max_seq_len, batch_size, quantize_lm_head, capture_unfused)
         return loaded
 
 

@@ -27,12 +27,18 @@ class FusedGeneration:
         self._fused: dict[str, Any] = {}
         self._decoder: FusedDecoder | None = None
         self._captured: StaticDecoder | None = None
+        self._wants_capture = False
 
-    def fuse_layers(self, max_seq_len: int = 2048, batch_size: int = 1, quantize_lm_head: bool = False) -> None:
+    def fuse_layers(
+        self, max_seq_len: int = 2048, batch_size: int = 1, quantize_lm_head: bool = False, capture_unfused: bool = False
+    ) -> None:
         """Generation goes through fused blocks from now on, with a cache of `max_seq_len` tokens, prompt included, for each
         of `batch_size` rows; a larger batch makes it grow. quantize_lm_head: with a 4-bit head, rounded to nearest: a few
-        percent faster, and not quite the same logits."""
+        percent faster, and not quite the same logits. capture_unfused: on a GPU the step of a model that cannot be fused is
+        captured in a CUDA graph as transformers has it, proven first; it then generates up to `max_seq_len` tokens. Off by default:
+        it has not run on a GPU yet."""
         self.unfuse()
+        self._wants_capture = capture_unfused
         self._fusion = "not fused yet"
         self._fused = {"max_seq_len": max_seq_len, "batch_size": batch_size, "quantize_head": quantize_lm_head}
 
@@ -81,7 +87,7 @@ class FusedGeneration:
         """Builds the fused decoder, once, and proves it against the transformers model; None when it cannot be (`fusion` says why).
 
         `generate` does so at its first call. Sibling linears (q, k, v; gate, up) are joined; the transformers model stays
-        usable on the joined weights. On a GPU the step of a model that cannot be fused is captured as transformers has it.
+        usable on the joined weights.
         """
         current = self._decoder or self._captured
         if current is not None and not current.fits(self.model):  # moved or cast meanwhile
@@ -94,7 +100,7 @@ class FusedGeneration:
             except NotFusable as reason:
                 self._fusion = str(reason)
                 logger.warning("%s is not fused, generation runs on transformers' own blocks: %s", self.path, reason)
-                if self.model.device.type == "cuda":
+                if self._wants_capture and self.model.device.type == "cuda":
                     self._capture()
         return self._decoder
 
