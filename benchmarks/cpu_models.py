@@ -203,6 +203,8 @@ def write_model(folder: Path, quantized: bool, shape: Shape) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         torch.nn.init.ones_(parameter) if "norm" in name else parameter.data.normal_(0, 0.02)
+    if shape.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
     if not quantized:
         model.save_pretrained(folder / "dense")
         return
