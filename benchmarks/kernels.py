@@ -30,7 +30,7 @@ from awq.core.weight import QuantizedWeight
 from awq.formats import get_layout
 from awq.kernels import Packed, Shape
 from awq.kernels.triton import configs, decode_launch, launch
-from awq.kernels.triton.activations import RUN
+from awq.kernels.triton.configs import RUN
 from awq.kernels.triton.timing import copies_of, graph_time, random_packed, warm_up
 from awq.kernels.triton.tuning import Job, compile_job, in_processes, tune, write_table
 from awq.nn.layout import prepare

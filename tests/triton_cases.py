@@ -15,8 +15,7 @@ from awq.formats import get_layout
 from awq.generate.structure import ACTIVATIONS
 from awq.kernels import Packed, Shape, moe, stack_experts
 from awq.kernels.triton import decode_launch, expert_launch, launch
-from awq.kernels.triton.activations import RUN
-from awq.kernels.triton.configs import Config
+from awq.kernels.triton.configs import RUN, Config
 
 # in, out, group, tokens, dtype, bias, zero point, configuration (bm, bn, split, scale_weight, warps, stages)
 CASES = {

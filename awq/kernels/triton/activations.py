@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-RUN = 16  # channels of the gate, then as many of up, in turn: both are in every tile of a product, however small
-
 
 @triton.jit
 def activation(v, NAME: tl.constexpr):

@@ -12,7 +12,7 @@ from torch import Tensor
 from awq.kernels.heads import Heads
 from awq.kernels.packed import Packed
 from awq.kernels.triton import decoding
-from awq.kernels.triton.activations import RUN
+from awq.kernels.triton.configs import RUN
 from awq.kernels.triton.launch import _on, _stream, architecture, choice, counters, fused, has_dependent_launch, through_dense
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from awq.formats.planar import padded
 from awq.kernels.packed import Packed, Shape
 from awq.kernels.triton import products
-from awq.kernels.triton.activations import RUN
-from awq.kernels.triton.configs import Config, config_for
+from awq.kernels.triton.configs import RUN, Config, config_for
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ARENA = 1 << 20  # counters kept for CUDA graphs
@@ -149,7 +148,7 @@ def _stream(index: Any) -> int:
 def fused(x: Tensor, packed: Packed, bias: Tensor | None, config: Config, gated: str = "") -> Tensor:
     """x [tokens, in] (float16 or bfloat16) → [tokens, out] without a dense weight.
 
-    gated: the name of an activation, for a weight whose outputs are gate and up in turn, in runs of `activations.RUN`: the
+    gated: the name of an activation, for a weight whose outputs are gate and up in turn, in runs of `RUN`: the
     result is act(gate) · up [tokens, out/2].
     """
     shape, device, index = packed.shape, x.device, x.device.index

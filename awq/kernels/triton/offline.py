@@ -17,8 +17,7 @@ import torch
 
 from awq.formats.planar import padded
 from awq.kernels.packed import Shape
-from awq.kernels.triton.activations import RUN
-from awq.kernels.triton.configs import Config
+from awq.kernels.triton.configs import RUN, Config
 
 TARGETS: tuple[int | str, ...] = (80, 86, 89, 90, 100, "gfx90a", "gfx942", "gfx1100")
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
