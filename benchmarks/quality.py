@@ -100,11 +100,11 @@ def main() -> None:
         row["share_of_rtn_loss"] = (row["perplexity"] - full) / (rows[0]["perplexity"] - full)
         print(f"{name:24s} {row['perplexity']:.4f}  share of {rows[0]['name']}'s loss {row['share_of_rtn_loss']:.3f}  "
               f"{row['seconds']:.1f} s  {row['phases']}", flush=True)  # fmt: skip
-    if arguments.json:
-        common.write(arguments.json, arguments.device, {
-            "tokens_measured": len(ids[: arguments.limit]), "group_size": arguments.group_size, "full_precision": full,
-            "rows": rows,
-        })  # fmt: skip
+        if arguments.json:  # after every row: a run that is cut off keeps what it has measured
+            common.write(arguments.json, arguments.device, {
+                "tokens_measured": len(ids[: arguments.limit]), "group_size": arguments.group_size, "full_precision": full,
+                "rows": rows,
+            })  # fmt: skip
 
 
 if __name__ == "__main__":
