@@ -16,7 +16,7 @@ from awq.errors import CalibrationError
 
 logger = logging.getLogger("awq.calibration")
 
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 
 
 class CalibrationBatch(NamedTuple):
@@ -165,13 +165,13 @@ def _trailing_mask(ids: Tensor, pad: int) -> Tensor:
     return (real.cumsum(1).clamp(max=1) * real.flip(1).cumsum(1).flip(1).clamp(max=1)).long()
 
 
-def _batches(rows: list[Row], pad: int) -> list[CalibrationBatch]:
-    """Rows sorted by length (stable) in batches of about `_BATCH_TOKENS` padded tokens."""
+def _batches(rows: list[Row], pad: int, tokens: int = BATCH_TOKENS) -> list[CalibrationBatch]:
+    """Rows sorted by length (stable) in batches of about `tokens` padded tokens."""
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
     batches, start = [], 0
     while start < len(ordered):
         longest = len(ordered[start]["input_ids"])
-        part = ordered[start : start + max(1, _BATCH_TOKENS // longest)]
+        part = ordered[start : start + max(1, tokens // longest)]
         start += len(part)
         keys = dict.fromkeys(key for row in part for key in row if key not in ("input_ids", "attention_mask"))
         ones = [row.get("attention_mask", [1] * len(row["input_ids"])) for row in part]
@@ -184,16 +184,13 @@ def _padded(rows: list[list[int]], length: int, fill: int) -> Tensor:
     return torch.tensor([row + [fill] * (length - len(row)) for row in rows], dtype=torch.long)
 
 
-def rebatched(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
-    """The same rows in batches that depend on the rows alone, not on how they were padded or put together.
+def rebatched(batches: Sequence[CalibrationBatch], tokens: int = BATCH_TOKENS) -> list[CalibrationBatch]:
+    """The same rows in batches of about `tokens`, which depend on the rows alone, not on how they were padded or put together.
 
     Padding at the ends of rows goes, rows are sorted by length (stable) and padded again, on the right. Sums in floating point
     depend on shapes, so this is what makes quantized weights equal bit for bit with and without padding. Batches stay as they
-    are when all rows are full and of one length, or when `extra` holds something that is not [batch, tokens].
+    are when `extra` holds something that is not [batch, tokens].
     """
-    shapes = {b.input_ids.shape[1] for b in batches}
-    if len(shapes) == 1 and all(bool(b.attention_mask.all()) for b in batches):
-        return list(batches)
     if any(value.shape != b.input_ids.shape or value.is_floating_point() for b in batches for value in b.extra.values()):
         return list(batches)
     rows: list[Row] = []
@@ -203,4 +200,4 @@ def rebatched(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
             if places:
                 part = slice(places[0], places[-1] + 1)
                 rows.append({key: value[i, part].tolist() for key, value in batch.model_inputs().items()})
-    return _batches(rows, 0)
+    return _batches(rows, 0, tokens)

@@ -8,11 +8,13 @@ why this is worth it only where graphs save the host's time. `build_static` prov
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import StaticCache
 
 from awq.errors import ConfigError
@@ -21,6 +23,15 @@ from awq.generate.plan import NotFusable
 
 _PROBE = 9  # tokens of the longest prompt of the proof
 _TOLERANCE, _ROUGH = 1e-4, 0.03  # of the logits' norm; the second in 16 bits
+
+
+class _FilledOnTheDevice(TorchFunctionMode):
+    """`torch.tensor(number, device=gpu)`, as masks are made with, copies from the host, which no capture can: `full` does not."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.tensor and len(args) == 1 and isinstance(args[0], (bool, int, float)):
+            return torch.full((), *args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 class StaticDecoder:
@@ -84,7 +95,10 @@ class StaticDecoder:
         place = lengths.max()
         for layer in self.cache.layers:
             layer.cumulative_length.copy_(place)
-        return self._run(ids.unsqueeze(1), lengths.unsqueeze(1).long())
+        # On a GPU transformers computes the experts of one token without asking for their numbers; so does its own `generate`.
+        experts = getattr(self.model, "_optimize_model_for_decode", nullcontext)
+        with _FilledOnTheDevice(), experts():
+            return self._run(ids.unsqueeze(1), lengths.unsqueeze(1).long())
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids, positions [batch, tokens] → the logits of the last column."""

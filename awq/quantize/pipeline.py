@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from awq.calibration import CalibrationBatch
-from awq.calibration.batches import rebatched
+from awq.calibration.batches import BATCH_TOKENS, rebatched
 from awq.config import AwqConfig
 from awq.core.weight import QuantizedWeight
 from awq.errors import CalibrationError
@@ -48,6 +48,7 @@ logger = logging.getLogger("awq.quantize")
 PROBE_TOKENS = 32  # tokens per row of the fold proof
 PROBE_ROWS = 2
 ONE_TOKEN_ROWS = 64  # one-token sequences that map producer rows to channels
+_GPU_BATCH_VALUES = 2**25  # of the widest input in one forward on a GPU, 128 MiB: narrow blocks would wait for the host with less
 
 
 @dataclass
@@ -103,15 +104,16 @@ def quantize_model(
     if not batches or not any(int(b.attention_mask.sum()) for b in batches):
         raise CalibrationError("the calibration data holds no token; give at least one text.")
     start = time.perf_counter()
-    batches = rebatched(batches)
-    if options.tuning:
-        batches = micro_batches(batches)
     model.eval()
     lists = find_block_lists(model)
     plan = make_plan(model, lists, config, packed=not options.export_compatible)
+    widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.chosen)
+    on_gpu = _work_device(next(model.parameters()).device, options).type != "cpu"
+    batches = rebatched(batches, max(BATCH_TOKENS, _GPU_BATCH_VALUES // widest) if on_gpu else BATCH_TOKENS)
+    if options.tuning:
+        batches = micro_batches(batches)
     report = QuantReport(config.to_dict(), asdict(options), skipped=plan.skipped, versions=_versions())
     report.tokens = sum(int(b.attention_mask.sum()) for b in batches)
-    widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.chosen)
     if report.tokens < ENOUGH * widest:
         report.warnings.append(
             f"{report.tokens} calibration tokens are few for linears with {widest} inputs: codes are chosen more cautiously; "
