@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from awq import AutoAWQForCausalLM
 from awq.errors import ConfigError
 from awq.generate import NotFusable, build_decoder, build_static, decoder
-from awq.generate.static import why_not_static
+from awq.generate.static import _NothingFromTheHost, why_not_static
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.linear import WQLinear
 
@@ -157,6 +157,19 @@ def test_step_over_a_static_cache(family):
         wrapper.generate(**prompts(1), max_new_tokens=72)
     assert wrapper.to(torch.bfloat16).generate(**prompts(1), max_new_tokens=2).shape[1] <= 11
     assert not wrapper.fusion.startswith("captured")  # it was for float32
+
+
+def test_nothing_from_the_host_changes_no_result():
+    x = torch.arange(48.0).view(2, 3, 4, 2)
+    reads = (
+        lambda: torch.tensor(0.5, dtype=torch.float64), lambda: torch.tensor(True), lambda: torch.tensor(7),
+        lambda: torch.tensor([1, 2]), lambda: x[:, :, [-2]], lambda: x[:, [-1]], lambda: x[:, [0], 1], lambda: x[[1]],
+        lambda: x[:, [0, 2]], lambda: x[:, [True, False, True]], lambda: x[[0], :, [1]], lambda: x[..., [1], None, 0],
+    )  # fmt: skip
+    for read in reads:
+        with _NothingFromTheHost():
+            found = read()
+        assert torch.equal(found, read()) and found.dtype == read().dtype
 
 
 def test_step_over_a_static_cache_is_refused_where_it_cannot_be():

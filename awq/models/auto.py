@@ -112,9 +112,13 @@ class AutoAWQForCausalLM:
         kwargs = {k: v for k, v in placement.items() if v is not None} | (download_kwargs or {}) | config_kwargs
         if device_map is not None and device is None:
             kwargs["device_map"] = device_map
+        elif "device_map" not in kwargs:
+            target = torch.device(device if device is not None else "cuda:0" if torch.cuda.is_available() else "cpu")
+            if target.type == "cuda" and target.index is None:
+                target = torch.device("cuda", torch.cuda.current_device())
+            if target.type != "cpu":  # straight there: weights are moved to their kernels' layout where they land
+                kwargs["device_map"] = {"": target}
         model = load_model(quant_path, dtype, trust_remote_code, cls._kind, **kwargs)
-        if "device_map" not in kwargs:
-            model.to(device if device is not None else "cuda:0" if torch.cuda.is_available() else "cpu")
         tokenizer = find_tokenizer(quant_path, trust_remote_code)
         loaded = cls._wrapper(model, str(quant_path), stored, tokenizer, trust_remote_code)
         if fuse_layers and loaded.can_generate():
