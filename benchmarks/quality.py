@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import awq
 from awq.calibration import load_calibration
+from awq.calibration.batches import general_rows
 from awq.checkpoint import load_checkpoint, save_checkpoint
 from awq.evals.perplexity import perplexity
 from awq.quantize import QuantizeOptions, quantize_model
@@ -35,7 +36,7 @@ def split_text(path: Path, split_bytes: int) -> tuple[list[str], str]:
     return [p for p in paragraphs if len(p) > 200], raw[cut:].decode("utf-8")
 
 
-def measure(arguments: argparse.Namespace, name: str, settings: dict, calibration, ids) -> dict:
+def measure(arguments: argparse.Namespace, name: str, settings: dict, calibration, general, ids) -> dict:
     """One row: quantize with `settings`, save, load, measure."""
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(arguments.device)
     config = awq.AwqConfig(group_size=arguments.group_size)
@@ -43,7 +44,9 @@ def measure(arguments: argparse.Namespace, name: str, settings: dict, calibratio
     if arguments.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    report = quantize_model(model, calibration, config, QuantizeOptions(**settings))
+    options = QuantizeOptions(**settings)
+    batches = calibration + general if options.rounding == "feedback" else calibration  # as `quantize` does
+    report = quantize_model(model, batches, config, options)
     row["seconds"] = time.perf_counter() - start
     if arguments.device == "cuda":
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -77,6 +80,7 @@ def main() -> None:
     parser.add_argument("--variants", default="[]", help='JSON list of {"name": …, option: …}')
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--general-texts", action=argparse.BooleanOptionalAction, default=True, help="as in `quantize`")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
@@ -88,6 +92,7 @@ def main() -> None:
         text = arguments.calibration_text.read_text(encoding="utf-8")
         paragraphs = [chunk for chunk in text.split("\n\n") if len(chunk) > 200]
     calibration = load_calibration(paragraphs, tokenizer, max_samples=arguments.samples, max_length=arguments.tokens, mode="pack")
+    general = general_rows(calibration, tokenizer) if arguments.general_texts else []
     ids = torch.tensor(tokenizer(held_out, add_special_tokens=False, verbose=False)["input_ids"])
     dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(arguments.device)
     full = perplexity(dense, ids, limit=arguments.limit)
@@ -95,7 +100,7 @@ def main() -> None:
     print(f"full precision {full:.4f}", flush=True)
     rows = []
     for name, settings in common.jobs(arguments.presets, arguments.variants):
-        rows.append(measure(arguments, name, settings, calibration, ids))
+        rows.append(measure(arguments, name, settings, calibration, general, ids))
         row = rows[-1]
         row["share_of_rtn_loss"] = (row["perplexity"] - full) / (rows[0]["perplexity"] - full)
         print(f"{name:24s} {row['perplexity']:.4f}  share of {rows[0]['name']}'s loss {row['share_of_rtn_loss']:.3f}  "

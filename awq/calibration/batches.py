@@ -184,6 +184,13 @@ def _padded(rows: list[list[int]], length: int, fill: int) -> Tensor:
     return torch.tensor([row + [fill] * (length - len(row)) for row in rows], dtype=torch.long)
 
 
+def general_rows(batches: Sequence[CalibrationBatch], tokenizer: Any) -> list[CalibrationBatch]:
+    """Batches of the bundled text with half as many rows as `batches`, of their longest row's length."""
+    rows = sum(len(b.input_ids) for b in batches) // 2
+    longest = max(b.input_ids.shape[1] for b in batches)
+    return load_calibration(bundled_texts(), tokenizer, max_samples=rows, max_length=longest) if rows else []
+
+
 def rebatched(batches: Sequence[CalibrationBatch], tokens: int = BATCH_TOKENS) -> list[CalibrationBatch]:
     """The same rows in batches of about `tokens`, which depend on the rows alone, not on how they were padded or put together.
 

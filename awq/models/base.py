@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.calibration import load_calibration
-from awq.calibration.batches import is_text
+from awq.calibration.batches import general_rows, is_text
 from awq.checkpoint import save_checkpoint
 from awq.checkpoint.tokenizer import find_tokenizer
 from awq.config import AwqConfig
@@ -101,6 +101,7 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         max_chunk_memory: int = 1 << 30,
         quantizer_cls: Any = None,
         preset: str = "balanced",
+        general_texts: bool = True,
         **options: Any,
     ) -> QuantReport:
         """Quantizes the model in place and returns the report.
@@ -108,14 +109,19 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         tokenizer: a tokenizer (None: the one beside the model), or calibration data itself: token ids ([samples, tokens]
         tensor, or a list of id tensors of any lengths), a tokenizer's output, or texts.
         quant_config: {"zero_point", "q_group_size", "w_bit", "version", "modules_to_not_convert"}. The other arguments are
-        AutoAWQ's; n_parallel_calib_samples, max_chunk_memory and quantizer_cls are accepted and not needed. options: fields
+        AutoAWQ's; n_parallel_calib_samples, max_chunk_memory and quantizer_cls are accepted and not needed. general_texts: rows
+        of the bundled text, half as many as there are of yours, join texts that calibrate a language model's error feedback,
+        so that it does not follow their domain alone (docs/notes/quality.md); token ids stay alone. options: fields
         of `QuantizeOptions`. Raises ConfigError, CalibrationError or ModelError before any weight is touched.
         """
         if self.is_quantized or self._waiting:
             raise ConfigError(f"the model from {self.path} is quantized already; start from the full-precision model.")
         config = quant_config if isinstance(quant_config, AwqConfig) else AwqConfig.from_dict(quant_config)
         chosen = _options(options, preset=preset, duo_scaling=duo_scaling, clip=apply_clip)
-        batches = self._calibration(tokenizer, calib_data, split, text_column, max_calib_samples, max_calib_seq_len)
+        batches = self._calibration(
+            tokenizer, calib_data, split, text_column, max_calib_samples, max_calib_seq_len,
+            general_texts and chosen.rounding == "feedback",
+        )  # fmt: skip
         if export_compatible:
             self.report = self._quantize_dense(batches, config, chosen)
         else:
@@ -123,7 +129,7 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         self.awq_config, self.is_quantized = config, not export_compatible
         return self.report
 
-    def _calibration(self, first: Any, data: Any, split: str, text_column: str, samples: int, tokens: int) -> list:
+    def _calibration(self, first: Any, data: Any, split: str, text_column: str, samples: int, tokens: int, general: bool) -> list:
         tokenizer = first
         if isinstance(first, (str, Tensor, Mapping, list, tuple)):
             tokenizer, data = self.tokenizer if _holds_text(first) else None, first
@@ -140,6 +146,9 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
             max_length=self._limit(tokens), mode="pack" if decoder else "rows",
             pad_id=getattr(tokenizer, "pad_token_id", None) if tokenizer is not None else self._pad_id(),
         )  # fmt: skip
+        own = isinstance(data, (list, tuple)) or (isinstance(data, str) and Path(data).is_file())  # a dataset is general itself
+        if decoder and general and own and _holds_text(data) and tokenizer is not None:
+            batches += general_rows(batches, tokenizer)
         accepted = inspect.signature(getattr(self.model, "base_model", self.model).forward).parameters
         # A tokenizer may tell the texts of a pair apart for a model that does not.
         return [b._replace(extra={k: v for k, v in b.extra.items() if k in accepted}) for b in batches]
