@@ -35,8 +35,8 @@ class FusedGeneration:
         """Generation goes through fused blocks from now on, with a cache of `max_seq_len` tokens, prompt included, for each
         of `batch_size` rows; a larger batch makes it grow. quantize_lm_head: with a 4-bit head, rounded to nearest: a few
         percent faster, and not quite the same logits. capture_unfused: on a GPU the step of a model that cannot be fused is
-        captured in a CUDA graph as transformers has it, proven first; it then generates up to `max_seq_len` tokens. Off by default:
-        it has not run on a GPU yet."""
+        captured in a CUDA graph as transformers has it, proven first; it then generates up to `max_seq_len` tokens. Off by
+        default: it captures someone else's code."""
         self.unfuse()
         self._wants_capture = capture_unfused
         self._fusion = "not fused yet"
