@@ -21,11 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import awq
-from awq.calibration import load_calibration
-from awq.calibration.batches import general_rows
 from awq.checkpoint import load_checkpoint, save_checkpoint
 from awq.evals.perplexity import perplexity
-from awq.quantize import QuantizeOptions, quantize_model
+from awq.models.base import BaseAWQForCausalLM
 
 
 def split_text(path: Path, split_bytes: int) -> tuple[list[str], str]:
@@ -36,17 +34,17 @@ def split_text(path: Path, split_bytes: int) -> tuple[list[str], str]:
     return [p for p in paragraphs if len(p) > 200], raw[cut:].decode("utf-8")
 
 
-def measure(arguments: argparse.Namespace, name: str, settings: dict, calibration, general, ids) -> dict:
-    """One row: quantize with `settings`, save, load, measure."""
+def measure(arguments: argparse.Namespace, name: str, settings: dict, tokenizer, texts: list[str], ids) -> dict:
+    """One row: quantize as a user does, with `settings` as its keyword arguments, save, load, measure."""
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(arguments.device)
     config = awq.AwqConfig(group_size=arguments.group_size)
     row: dict = {"name": name}
     if arguments.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    options = QuantizeOptions(**settings)
-    batches = calibration + general if options.rounding == "feedback" else calibration  # as `quantize` does
-    report = quantize_model(model, batches, config, options)
+    report = BaseAWQForCausalLM(model, arguments.model).quantize(
+        tokenizer, config, calib_data=texts, max_calib_samples=arguments.samples, max_calib_seq_len=arguments.tokens, **settings
+    )
     row["seconds"] = time.perf_counter() - start
     if arguments.device == "cuda":
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -77,10 +75,9 @@ def main() -> None:
     parser.add_argument("--split-bytes", type=int, default=560313)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--presets", nargs="+", default=["rtn", "fast", "balanced"])
-    parser.add_argument("--variants", default="[]", help='JSON list of {"name": …, option: …}')
+    parser.add_argument("--variants", default="[]", help='JSON list of {"name": …, argument of quantize: …}')
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--general-texts", action=argparse.BooleanOptionalAction, default=True, help="as in `quantize`")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
@@ -91,8 +88,6 @@ def main() -> None:
     if arguments.calibration_text:
         text = arguments.calibration_text.read_text(encoding="utf-8")
         paragraphs = [chunk for chunk in text.split("\n\n") if len(chunk) > 200]
-    calibration = load_calibration(paragraphs, tokenizer, max_samples=arguments.samples, max_length=arguments.tokens, mode="pack")
-    general = general_rows(calibration, tokenizer) if arguments.general_texts else []
     ids = torch.tensor(tokenizer(held_out, add_special_tokens=False, verbose=False)["input_ids"])
     dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(arguments.device)
     full = perplexity(dense, ids, limit=arguments.limit)
@@ -100,7 +95,7 @@ def main() -> None:
     print(f"full precision {full:.4f}", flush=True)
     rows = []
     for name, settings in common.jobs(arguments.presets, arguments.variants):
-        rows.append(measure(arguments, name, settings, calibration, general, ids))
+        rows.append(measure(arguments, name, settings, tokenizer, paragraphs, ids))
         row = rows[-1]
         row["share_of_rtn_loss"] = (row["perplexity"] - full) / (rows[0]["perplexity"] - full)
         print(f"{name:24s} {row['perplexity']:.4f}  share of {rows[0]['name']}'s loss {row['share_of_rtn_loss']:.3f}  "

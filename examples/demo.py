@@ -77,7 +77,10 @@ def language_model() -> dict:
     del dense
     model = AutoAWQForCausalLM.from_pretrained(str(source), torch_dtype="float32")
     settings = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
-    report = model.quantize(tokenizer, quant_config=settings, calib_data=calibration, max_calib_samples=32, max_calib_seq_len=256)
+    report = model.quantize(
+        tokenizer, quant_config=settings, calib_data=calibration, max_calib_samples=32, max_calib_seq_len=256,
+        general_texts=False,  # they are the text that is measured on
+    )  # fmt: skip
     model.save_quantized(str(target))
     loaded = AutoAWQForCausalLM.from_quantized(str(target), fuse_layers=True)
     after = perplexity(loaded, ids)

@@ -146,8 +146,8 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
             max_length=self._limit(tokens), mode="pack" if decoder else "rows",
             pad_id=getattr(tokenizer, "pad_token_id", None) if tokenizer is not None else self._pad_id(),
         )  # fmt: skip
-        own = isinstance(data, (list, tuple)) or (isinstance(data, str) and Path(data).is_file())  # a dataset is general itself
-        if decoder and general and own and _holds_text(data) and tokenizer is not None:
+        named = isinstance(data, str) and not Path(data).expanduser().is_file()  # a dataset: general itself
+        if decoder and general and _holds_text(data) and not named:
             batches += general_rows(batches, tokenizer)
         accepted = inspect.signature(getattr(self.model, "base_model", self.model).forward).parameters
         # A tokenizer may tell the texts of a pair apart for a model that does not.

@@ -65,8 +65,14 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         """
         from_first = isinstance(tokenizer, (str, Tensor, Mapping, list, tuple))
         data = next((d for d in (texts, calib_data, tokenizer if from_first else None) if d is not None), None)
-        others = {"split": split, "text_column": text_column, "max_calib_seq_len": max_calib_seq_len, **options}
-        others["general_texts"] = False  # they are sentences here, and join below
+        # General texts are sentences here, and join below.
+        others = {
+            "split": split,
+            "text_column": text_column,
+            "max_calib_seq_len": max_calib_seq_len,
+            "general_texts": False,
+            **options,
+        }
         if not from_first and tokenizer is not None and not self._tokenizer_known:
             self.tokenizer = tokenizer
         if data is None or not _is_text(data):
