@@ -6,6 +6,7 @@ import zoo
 
 from awq import AwqConfig, QuantizeOptions, load_calibration, quantize_model
 from awq.calibration import CalibrationBatch
+from awq.models.base import BaseAWQForCausalLM
 from awq.nn.linear import WQLinear
 
 CONFIG = AwqConfig(group_size=16)
@@ -157,6 +158,22 @@ def test_biases_take_the_mean_of_the_error():
     model = zoo.tiny_model("llama")
     quantize_model(model, batch, CONFIG)
     assert all(m.bias is None for m in model.modules() if isinstance(m, WQLinear))
+
+
+def test_general_texts_join_texts_that_calibrate_error_feedback(tokenizer, texts, tmp_path):
+    """Half as many rows as the caller's; never beside token ids, a dataset's name, nearest rounding, or when not wanted."""
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+
+    def tokens(data, **settings) -> int:
+        model = BaseAWQForCausalLM(zoo.tiny_model("llama"), "")
+        given = {"calib_data": data, "max_calib_samples": 8, "max_calib_seq_len": 16, "quant_config": {"q_group_size": 16}}
+        return model.quantize(tokenizer, **given | settings).tokens
+
+    own = tokens(texts, general_texts=False)
+    assert own == 8 * 16 and tokens(texts) == tokens(str(tmp_path / "texts.txt")) == own + own // 2
+    assert tokens(texts, preset="fast") == own and tokens("pileval") == own
+    assert tokens(ids) == tokens(ids, general_texts=False)
 
 
 def test_calibration_kinds(tokenizer, texts, tmp_path, caplog):
