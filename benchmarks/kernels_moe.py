@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kernels import environment, pack, random_weight
+from kernels_products import environment, pack, random_weight
 
 from awq.kernels import Packed, Shape, moe_linear, stack_experts
 from awq.kernels.moe import expert_of

@@ -20,7 +20,7 @@ from pathlib import Path
 def launch_all() -> int:
     """Launches split and whole products, dense weights and both kinds of expert products; returns how many."""
     import torch
-    from kernels import pack, random_weight
+    from kernels_products import pack, random_weight
 
     from awq.kernels import stack_experts
     from awq.kernels.triton import expert_launch, launch
@@ -54,7 +54,7 @@ def main() -> None:
     if args.child:
         print("launched", launch_all())
         return
-    from kernels import environment
+    from kernels_products import environment
 
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     results: dict = {"environment": environment(args.commit)}

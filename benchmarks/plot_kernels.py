@@ -1,4 +1,4 @@
-"""Draws time against tokens from a result of `kernels.py`, as an SVG without other software.
+"""Draws time against tokens from a result of `kernels_products.py`, as an SVG without other software.
 
 python benchmarks/plot_kernels.py benchmarks/results/kernels-h100.json docs/kernels-h100.svg
 """

@@ -1,7 +1,7 @@
 """Int4 products on a GPU: correctness, times beside float16 and torch's own int4 kernel, and a sweep that writes the table.
 
-    python benchmarks/kernels.py --check --time --out kernels.json
-    python benchmarks/kernels.py --tune --table awq/kernels/triton/tables/sm90.json --out tune.json
+    python benchmarks/kernels_products.py --check --time --out kernels.json
+    python benchmarks/kernels_products.py --tune --table awq/kernels/triton/tables/sm90.json --out tune.json
 
 Times are medians over replays of a CUDA graph that goes through copies of the weight larger together than the L2 cache.
 Shapes (outputs × inputs) are Mistral-7B's with siblings joined; "sum" adds one layer's four products.
