@@ -123,7 +123,7 @@ def load_variant(name: str, model: str, quantized: str, device: str):
     if name == "onnx-int8":
         return OnnxInt8(model, Path(quantized).with_name("int8.onnx"))
     directory = quantized if name.startswith("awq") else model
-    dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
+    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
     if "encoder" in name:
         return Encoder.from_pretrained(directory, device=device, dtype=dtype)
     import transformers

@@ -75,7 +75,7 @@ def compare(name: str, model: Any, device: str, dtype: torch.dtype, rows: int, n
         copy.deepcopy(model).to(device, dtype),
         BaseAWQForCausalLM(copy.deepcopy(model).to(device, dtype), name),
     )
-    wrapper.fuse_layers(16 + new, rows, capture_unfused=True)
+    wrapper.fuse_layers(16 + new, rows)
     batch = prompts(rows, model.config.get_text_config().vocab_size, device)
     kwargs = dict(max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True,
                   output_logits=True)  # fmt: skip

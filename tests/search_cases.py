@@ -71,7 +71,7 @@ def range_case(out: int, width: int, size: int, bits: int, zero_point: bool, dev
 
 def scale_case(out: int, width: int, size: int, bits: int, zero_point: bool, device: str) -> dict[str, float]:
     weight, gram, mean = problem(out, width, device)
-    candidates = torch.stack([s for _, _, s in scales.scale_candidates(mean, scales.weight_importance(weight, size))])[::8]
+    candidates = scales.scale_candidates(mean, scales.weight_importance(weight, size))[1][::8]
 
     def losses() -> torch.Tensor:
         return scales._losses(weight, gram, candidates, size, bits, zero_point)

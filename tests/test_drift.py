@@ -9,8 +9,8 @@ from awq.calibration import CalibrationBatch
 from awq.core.rounding import feedback_factor
 from awq.errors import ConfigError
 from awq.nn.blocks import BlockCall
-from awq.quantize.drift import DriftStatistics, corrected, input_of
-from awq.quantize.pipeline import Stream, _drift
+from awq.quantize.drift import DriftStatistics, OriginalInputs, corrected, input_of
+from awq.quantize.pipeline import Stream, _drift, _once_per_token
 from awq.quantize.statistics import InputStatistics
 
 
@@ -69,13 +69,28 @@ def test_a_linear_that_sees_other_rows_is_left_alone():
     stream = Stream([[BlockCall((), {})]], hidden, [None], hidden)
     statistics = InputStatistics(4, torch.device("cpu"))
     statistics.add(hidden[0][:1], None)
-    assert _drift(block, block, "0", statistics, stream, 0, torch.device("cpu")) is None
+    assert not _once_per_token(statistics, stream)
     statistics.add(hidden[0][1:], None)
-    assert _drift(block, block, "0", statistics, stream, 0, torch.device("cpu")) is None
+    assert not _once_per_token(statistics, stream)
     once = InputStatistics(4, torch.device("cpu"))
     once.add(hidden[0], None)
-    found = _drift(block, block, "0", once, stream, 0, torch.device("cpu"))
+    assert _once_per_token(once, stream)
+    cpu = torch.device("cpu")
+    assert _drift(block, OriginalInputs(block, [], [BlockCall((), {})], hidden, ()), "0", stream, 0, cpu) is None
+    found = _drift(block, OriginalInputs(block, ["0"], [BlockCall((), {})], hidden, ()), "0", stream, 0, cpu)
     assert found is not None and found.tokens == 6 and not found.drift.any()
+
+
+def test_original_inputs_are_the_same_kept_or_computed_again(monkeypatch):
+    block = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+    hidden, calls = [torch.randn(2, 3, 4), torch.randn(1, 5, 4)], [BlockCall((), {})] * 2
+    kept = OriginalInputs(block, ["0", "2"], calls, hidden, {1})
+    monkeypatch.setattr("awq.quantize.drift._KEPT", 0)
+    again = OriginalInputs(block, ["0", "2"], calls, hidden, {1})
+    assert kept.kept is not None and again.kept is None and not block[0]._forward_pre_hooks
+    for name in ("0", "2"):
+        assert torch.equal(kept.of(name, 0), again.of(name, 0))
+    assert all(torch.equal(a, b) for a, b in zip(kept.outputs(), again.outputs()))
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

@@ -185,10 +185,10 @@ def _padded(rows: list[list[int]], length: int, fill: int) -> Tensor:
 
 
 def general_rows(batches: Sequence[CalibrationBatch], tokenizer: Any) -> list[CalibrationBatch]:
-    """Batches of the bundled text with half as many rows as `batches`, of their longest row's length."""
-    rows = sum(len(b.input_ids) for b in batches) // 2
+    """Batches of the bundled text with as many rows as `batches`, of their longest row's length."""
+    rows = sum(len(b.input_ids) for b in batches)
     longest = max(b.input_ids.shape[1] for b in batches)
-    return load_calibration(bundled_texts(), tokenizer, max_samples=rows, max_length=longest) if rows else []
+    return load_calibration(bundled_texts(), tokenizer, max_samples=rows, max_length=longest)
 
 
 def rebatched(batches: Sequence[CalibrationBatch], tokens: int = BATCH_TOKENS) -> list[CalibrationBatch]:

@@ -6,7 +6,7 @@ G, whatever the number of calibration tokens. Every linear that reads the same i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,25 +38,27 @@ def weight_importance(weight: Tensor, group_size: int) -> Tensor:
     return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).view(weight.shape).mean(0)
 
 
-def scale_candidates(x_mean: Tensor, w_mean: Tensor, duo: bool = True) -> Iterator[tuple[str, float, Tensor]]:
-    """(kind, ratio, s [in]) for every candidate, identity first. Channels never active keep 1.
+def scale_candidates(x_mean: Tensor, w_mean: Tensor, duo: bool = True) -> tuple[list[tuple[str, float]], Tensor]:
+    """Every candidate's (kind, ratio), identity first, and its s: float32 [n, in]. Channels never active keep 1.
 
     activation: s = x̄^r; duo: s = x̄^r / (w̄^(1−r) + 1e-4); both divided by sqrt(max·min), r = 0, 0.05 … 1.
     """
-    yield "identity", 0.0, torch.ones_like(x_mean)
+    names, one = [("identity", 0.0)], torch.ones_like(x_mean).unsqueeze(0)
     active = x_mean > 0
     if not active.any():
-        return
+        return names, one
     x = x_mean.clamp(min=1e-4 * float(x_mean[active].mean()))
-    infinity = torch.tensor(torch.inf, device=x.device)
-    for ratio in RATIOS:
-        forms = [("activation", x**ratio)] if ratio else []
-        if duo:
-            forms.append(("duo", x**ratio / (w_mean ** (1 - ratio) + 1e-4)))
-        for kind, s in forms:
-            s = s.clamp(min=1e-4)
-            s = s / (torch.where(active, s, -infinity).max() * torch.where(active, s, infinity).min()).sqrt()
-            yield kind, ratio, torch.where(active, s, torch.ones_like(s))
+    ratios = torch.tensor(RATIOS, device=x.device).unsqueeze(1)
+    by_activation = x**ratios
+    forms = [by_activation[1:]]  # ratio 0 is the identity again
+    names += [("activation", ratio) for ratio in RATIOS[1:]]
+    if duo:
+        forms.append(by_activation / (w_mean ** (1 - ratios) + 1e-4))
+        names += [("duo", ratio) for ratio in RATIOS]
+    s = torch.cat(forms).clamp_(min=1e-4)
+    highest = s.where(active, -torch.inf).amax(1, keepdim=True)
+    s /= (highest * s.where(active, torch.inf).amin(1, keepdim=True)).sqrt()
+    return names, torch.cat([one, s.where(active, 1.0)])
 
 
 def row_losses(delta: Tensor, gram: Tensor) -> Tensor:
@@ -95,21 +97,21 @@ def search_scale(
     """The best s [in] for the stacked weights [sum of out, in] of the linears that share one input.
 
     gram: float32 [in, in], Σ x xᵀ over tokens; x_mean: mean |x| per channel [in].
-    tie: makes s equal where channels share one producing row (grouped-query attention).
+    tie: makes s [n, in] equal where channels share one producing row (grouped-query attention).
     loss: another judge of s (the enclosing module's output error); default tr(Δ G Δᵀ), Δ = Q(W s)/s − W.
     A candidate whose loss is not finite is dropped. Deterministic: the first of equal candidates wins.
     """
 
-    candidates = [(k, r, tie(s)) for k, r, s in scale_candidates(x_mean, weight_importance(weight, group_size), duo)]
-    scales = torch.stack([s for _, _, s in candidates])
+    names, scales = scale_candidates(x_mean, weight_importance(weight, group_size), duo)
+    scales = tie(scales)
     if loss is None:
         values = _losses(weight, gram, scales, group_size, bits, zero_point)
     else:
         values = torch.stack([torch.as_tensor(loss(s), device=weight.device) for s in scales])
     losses = values.tolist()
     best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i], i))  # NaN last, then the first of equals
-    kind, ratio, s = candidates[best]
-    return ScaleChoice(s, ratio, kind, losses[best], losses[0])
+    kind, ratio = names[best]
+    return ScaleChoice(scales[best], ratio, kind, losses[best], losses[0])
 
 
 def _losses(weight: Tensor, gram: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool) -> Tensor:

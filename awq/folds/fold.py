@@ -29,7 +29,7 @@ class Fold:
     rows: Tensor | None = None
 
     def tie(self, scale: Tensor) -> Tensor:
-        """s [in] made equal (geometric mean) over channels that share a row, as under grouped-query attention."""
+        """s [in] or [n, in] made equal (geometric mean) over channels that share a row, as under grouped-query attention."""
         if self.rows is None:
             return scale
         size = max(1, int(self.rows.max()) + 1)
@@ -37,10 +37,10 @@ class Fold:
         known, rows = rows >= 0, rows.clamp(min=0)
         # Fixed point: a GPU adds in any order, and only sums of integers are the same in each.
         logs = torch.where(known, scale.double().log() * _UNIT, 0).round().long()
-        total = torch.zeros(size, dtype=torch.int64, device=scale.device).index_add_(0, rows, logs)
+        total = torch.zeros(*scale.shape[:-1], size, dtype=torch.int64, device=scale.device).index_add_(-1, rows, logs)
         count = torch.zeros(size, dtype=torch.int64, device=scale.device).index_add_(0, rows, known.long())
         mean = (total.double() / _UNIT / count.clamp(min=1)).exp().to(scale.dtype)
-        return torch.where(known, mean[rows], torch.ones_like(scale))
+        return torch.where(known, mean[..., rows], torch.ones_like(scale))
 
     def describe(self) -> str:
         """One line for people: "v_proj rows, each feeding 3 channels"."""

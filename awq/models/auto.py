@@ -87,7 +87,7 @@ class AutoAWQForCausalLM:
         download_kwargs: dict | None = None,
         device: Any = None,
         quantize_lm_head: bool = False,
-        capture_unfused: bool = False,
+        capture_unfused: bool = True,
         **config_kwargs: Any,
     ) -> BaseAWQForCausalLM:
         """A quantized model ready to use; `.tokenizer` is the one saved beside it, or None.

@@ -21,6 +21,7 @@ from awq.quantize import QuantReport
 # Parameters below which a count of calibration texts is enough: upper ends of the usual advice for small, medium and large.
 _SAMPLES = ((200e6, 256), (1e9, 1024), (float("inf"), 2048))
 _HELD_OUT = 256
+_GENERAL = 3072  # sentences of the bundled text
 
 
 class AwqEmbeddingModel(BaseAWQForCausalLM):
@@ -86,7 +87,7 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         if not ready:
             raise CalibrationError("no calibration text is left after cleaning; give at least one that is not empty.")
         count = min(len(ready), max_calib_samples or self.sample_count())
-        chosen = [i * len(ready) // count for i in range(count)]
+        chosen = _spread(len(ready), count)
         rest = sorted(set(range(len(ready))) - set(chosen))
         rest = rest[:: max(1, len(rest) // _HELD_OUT)][:_HELD_OUT]
         held_out, pairs, prompt = _to_judge(evaluate, [ready[i] for i in rest], prompt_name)
@@ -94,7 +95,9 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         others["max_calib_seq_len"] = min(max_calib_seq_len, encoder.max_seq_length)
         calibration = [ready[i] for i in chosen]
         if general_texts:
-            general = (encoder.cased(text) for text in _with_prompts(encoder, bundled_texts(short=True), None))
+            sentences = bundled_texts(short=True)
+            sentences = [sentences[i] for i in _spread(len(sentences), _GENERAL)]
+            general = (encoder.cased(text) for text in _with_prompts(encoder, sentences, None))
             known = {*ready, *held_out}
             calibration += [text for text in general if text not in known]
         report = super().quantize(self.tokenizer, quant_config, calibration, max_calib_samples=len(calibration), **others)
@@ -106,6 +109,11 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         """Calibration texts that a model of this size should get: 256, 1024 or 2048."""
         size = sum(p.numel() for p in self.model.parameters())
         return next(count for limit, count in _SAMPLES if size < limit)
+
+
+def _spread(items: int, count: int) -> list[int]:
+    """At most `count` indices below `items`, evenly spread."""
+    return [i * items // count for i in range(count)] if count < items else list(range(items))
 
 
 def _is_text(data: Any) -> bool:

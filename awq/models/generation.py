@@ -30,13 +30,12 @@ class FusedGeneration:
         self._wants_capture = False
 
     def fuse_layers(
-        self, max_seq_len: int = 2048, batch_size: int = 1, quantize_lm_head: bool = False, capture_unfused: bool = False
+        self, max_seq_len: int = 2048, batch_size: int = 1, quantize_lm_head: bool = False, capture_unfused: bool = True
     ) -> None:
         """Generation goes through fused blocks from now on, with a cache of `max_seq_len` tokens, prompt included, for each
         of `batch_size` rows; a larger batch makes it grow. quantize_lm_head: with a 4-bit head, rounded to nearest: a few
         percent faster, and not quite the same logits. capture_unfused: on a GPU the step of a model that cannot be fused is
-        captured in a CUDA graph as transformers has it, proven first; it then generates up to `max_seq_len` tokens. Off by
-        default: it captures someone else's code."""
+        captured in a CUDA graph as transformers has it, proven first; it then generates up to `max_seq_len` tokens."""
         self.unfuse()
         self._wants_capture = capture_unfused
         self._fusion = "not fused yet"

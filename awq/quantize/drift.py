@@ -8,11 +8,16 @@ less of it carries over to other text (measured: docs/notes/quality.md).
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from awq.nn.blocks import BlockCall
+from awq.nn.surgery import linear_shape
 from awq.quantize.statistics import InputStatistics
+
+_KEPT = 1 << 29  # values of inputs that are kept rather than computed again: 2 GiB
 
 
 class DriftStatistics(InputStatistics):
@@ -67,6 +72,54 @@ def input_of(block: nn.Module, name: str, call: BlockCall, hidden: Tensor) -> Te
     finally:
         handle.remove()
     return found[0]
+
+
+class OriginalInputs:
+    """What linears of the original block read, batch by batch, while the block beside it is quantized.
+
+    One forward notes the inputs of all of them where these fit into memory; else each comes from a forward that stops there.
+    """
+
+    def __init__(
+        self, block: nn.Module, names: Sequence[str], calls: list[BlockCall], hidden: list[Tensor], unseen: Collection[int]
+    ) -> None:
+        """hidden: float32 [batch, tokens, features] before the block; unseen: batches that nobody asks for."""
+        self.block, self.names, self.calls, self.hidden = block, names, calls, hidden
+        tokens = sum(h.shape[0] * h.shape[1] for h in hidden)
+        width = sum(linear_shape(block.get_submodule(name))[0] for name in names)
+        self.kept: list[dict[str, Tensor]] | None = None
+        if tokens * width <= _KEPT:
+            found = [_inputs_and_output(block, () if i in unseen else names, *pair) for i, pair in enumerate(zip(calls, hidden))]
+            self.kept, self._outputs = [inputs for inputs, _ in found], [output for _, output in found]
+
+    def of(self, name: str, batch: int) -> Tensor:
+        """[batch, tokens, in]."""
+        if self.kept is not None:
+            return self.kept[batch][name]
+        return input_of(self.block, name, self.calls[batch], self.hidden[batch])
+
+    def outputs(self) -> list[Tensor]:
+        """The block's new hidden states, for every batch."""
+        if self.kept is not None:
+            return self._outputs
+        return [call.run(self.block, hidden) for call, hidden in zip(self.calls, self.hidden)]
+
+
+def _inputs_and_output(block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    inputs: dict[str, Tensor] = {}
+
+    def hook_for(name: str):
+        def hook(_module: nn.Module, args: tuple) -> None:
+            inputs[name] = args[0]
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    try:
+        return inputs, call.run(block, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def corrected(weight: Tensor, drift: Tensor, order: Tensor, factor: Tensor, share: float) -> Tensor:

@@ -34,7 +34,7 @@ from awq.folds import InputGroup, apply_fold, discover, prove
 from awq.nn.blocks import BlockCall, find_block_lists, record_block_calls
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import get_weight, linear_shape, replace_module
-from awq.quantize.drift import DriftStatistics, input_of
+from awq.quantize.drift import DriftStatistics, OriginalInputs, input_of
 from awq.quantize.group import QuantizedLinear, choose_scale, quantize_group, round_to_nearest_losses
 from awq.quantize.module_loss import enclosing_module, module_loss, record_module_calls
 from awq.quantize.options import QuantizeOptions
@@ -200,16 +200,15 @@ def _quantize_block(
             for group, choice in zip(groups, choices):
                 if group.fold is not None and choice.kind != "identity":
                     apply_fold(block, group.fold, choice.scale)
-        original = deepcopy(block) if calibration.original is not None else None
+        with bench.phase("drift"):
+            original = _original_inputs(block, groups, statistics, calibration, index, device)
         results: list[QuantizedLinear] = []
         order = list(statistics)  # of first calls: a linear's input changes with those before it
         work = sorted(zip(groups, choices, names_of), key=lambda item: order.index(item[0].consumers[0]))
         for group, choice, names in (item for item in work if item[2]):
             found = statistics[group.consumers[0]]
             with bench.phase("drift"):
-                drifted = (
-                    None if original is None else _drift(block, original, group.consumers[0], found, calibration, index, device)
-                )
+                drifted = None if original is None else _drift(block, original, group.consumers[0], calibration, index, device)
             with bench.phase("rounding"):
                 results += quantize_group(
                     block, group, drifted or found.divided_by(choice.scale), choice, names, bench.config, bench.options
@@ -221,7 +220,7 @@ def _quantize_block(
                         linear.bias.add_(result.bias_change)
         with bench.phase("outputs"):
             if original is not None:
-                _advance_original(original, calibration, index, device)
+                calibration.original = original.outputs()
             if outputs is None:
                 _advance(block, calibration, index, device)
             else:
@@ -269,20 +268,36 @@ def _gather(
     return statistics, outputs if keep else None
 
 
-def _drift(
-    block: nn.Module, original: nn.Module, name: str, before: InputStatistics, stream: Stream, index: int, device: torch.device
-) -> DriftStatistics | None:
-    """Statistics of a linear's input now and in the original block; None for one that is not called once per token."""
-    real = sum(h.shape[0] * h.shape[1] if m is None else int(m.sum()) for h, m in zip(stream.hidden, stream.masks))
-    if before.calls != len(stream.hidden) or before.tokens + before.dropped != real or not before.tokens:
+def _original_inputs(
+    block: nn.Module, groups: list[InputGroup], statistics: dict[str, InputStatistics], stream: Stream, index: int,
+    device: torch.device,
+) -> OriginalInputs | None:  # fmt: skip
+    """What the block's linears read in the original model; the block is copied as it is now, folded and not yet quantized."""
+    if stream.original is None:
         return None
-    found = DriftStatistics(len(before.gram), device)
-    assert stream.original is not None
-    for i, ((call, hidden), other, mask) in enumerate(zip(stream.at(index, device), stream.original, stream.masks)):
-        if i in stream.unseen:
-            continue
-        now, then = input_of(block, name, call, hidden), input_of(original, name, call, other.to(device).float())
-        found.add_pair(now, then, None if mask is None else mask.to(device))
+    names = [name for name in (g.consumers[0] for g in groups) if _once_per_token(statistics[name], stream)]
+    calls = [calls[index].to(device, torch.float32) for calls in stream.calls]
+    return OriginalInputs(deepcopy(block), names, calls, [h.to(device).float() for h in stream.original], stream.unseen)
+
+
+def _once_per_token(statistics: InputStatistics, stream: Stream) -> bool:
+    """Whether an input comes once for every token: an expert's cannot be compared between two models."""
+    real = sum(h.shape[0] * h.shape[1] if m is None else int(m.sum()) for h, m in zip(stream.hidden, stream.masks))
+    once = statistics.calls == len(stream.hidden) and statistics.tokens + statistics.dropped == real
+    return once and statistics.tokens > 0
+
+
+def _drift(
+    block: nn.Module, original: OriginalInputs, name: str, stream: Stream, index: int, device: torch.device
+) -> DriftStatistics | None:
+    """Statistics of a linear's input now and in the original block; None for one that cannot be compared."""
+    if name not in original.names:
+        return None
+    found = DriftStatistics(linear_shape(block.get_submodule(name))[0], device)
+    for i, ((call, hidden), mask) in enumerate(zip(stream.at(index, device), stream.masks)):
+        if i not in stream.unseen:
+            now = input_of(block, name, call, hidden)
+            found.add_pair(now, original.of(name, i), None if mask is None else mask.to(device))
     found.fill()
     return found
 
@@ -306,12 +321,6 @@ def _choose(bench: Workbench, block: nn.Module, group: InputGroup, statistics, s
 
 def _advance(block: nn.Module, stream: Stream, index: int, device: torch.device) -> None:
     stream.hidden = [call.run(block, hidden) for call, hidden in stream.at(index, device)]
-
-
-def _advance_original(block: nn.Module, stream: Stream, index: int, device: torch.device) -> None:
-    assert stream.original is not None
-    pairs = zip(stream.at(index, device), stream.original)
-    stream.original = [call.run(block, hidden.to(device).float()) for (call, _), hidden in pairs]
 
 
 def _finish(bench: Workbench, block: nn.Module, prefix: str, results, rtn_losses, home: torch.device, dtypes) -> None:
