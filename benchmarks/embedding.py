@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--presets", nargs="+", default=["rtn", "fast", "balanced"])
+    parser.add_argument("--presets", nargs="*", default=["rtn", "fast", "balanced"])
     parser.add_argument("--variants", default="[]", help='JSON list of {"name": …, option: …}')
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--speed-variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)

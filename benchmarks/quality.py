@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--calibration-text", type=Path, help="calibrate on this text instead")
     parser.add_argument("--split-bytes", type=int, default=560313)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--presets", nargs="+", default=["rtn", "fast", "balanced"])
+    parser.add_argument("--presets", nargs="*", default=["rtn", "fast", "balanced"])
     parser.add_argument("--variants", default="[]", help='JSON list of {"name": …, argument of quantize: …}')
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=512)

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--presets", nargs="+", default=["rtn", "fast", "balanced"])
+    parser.add_argument("--presets", nargs="*", default=["rtn", "fast", "balanced"])
     parser.add_argument("--variants", default="[]", help='JSON list of {"name": …, option: …}')
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from awq import AutoAWQForCausalLM
 from awq.errors import ConfigError
-from awq.generate import NotFusable, build_decoder, build_static, decoder
+from awq.generate import NotFusable, build, build_decoder, build_static, decoder
 from awq.generate.static import _NothingFromTheHost, why_not_static
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.linear import WQLinear
@@ -71,6 +71,29 @@ def test_greedy_equals_transformers(family):
     assert len(theirs.unique()) > 8  # a model that says one token would show nothing
     interface = hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")  # releases differ in who uses it
     assert (wrapper.fusion == "fused") == (interface and family not in ALIBI), wrapper.fusion
+
+
+def test_multiplied_embeddings_beside_absolute_positions():
+    """The factor of the embedding and the positions are told apart: ctrl multiplies by √features and adds sines."""
+    model = zoo.build("ctrl", dict(n_embd=32, n_head=4, n_layer=2, dff=48, n_positions=96))
+    wrapper = wrapped(model)
+    for rows in (1, 4):
+        theirs, ours = both(model, wrapper, **prompts(rows), max_new_tokens=40, do_sample=False, pad_token_id=0)
+        assert torch.equal(ours, theirs) and wrapper.fusion == "fused"
+
+
+def test_what_surrounds_the_blocks_is_proven_too(llama, monkeypatch):
+    plain = build._read_and_prove
+
+    def wrong(*args):
+        plan = plain(*args)
+        plan.embedding_factor = 1.5
+        return plan
+
+    monkeypatch.setattr(build, "_read_and_prove", wrong)
+    with pytest.raises(NotFusable, match="logits differ from transformers'"):
+        build_decoder(llama, 64)
+    assert isinstance(llama.model.layers[0].mlp.up_proj, torch.nn.Linear)
 
 
 @pytest.mark.parametrize("rope", ROPE)

@@ -34,6 +34,12 @@ def test_only_scales_change_and_held_out_loss_falls(family, kind):
     assert all(p.requires_grad for p in after.parameters())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU beside the CPU")
+def test_a_model_on_the_cpu_is_tuned_on_the_gpu():
+    model, report = quantized("bert", tuning=1)
+    assert report.tuning["epochs"] == 1 and {t.device.type for t in model.state_dict().values()} == {"cpu"}
+
+
 def test_same_bytes_twice():
     first, second = quantized("llama")[0].state_dict(), quantized("llama")[0].state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)

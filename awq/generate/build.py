@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from awq.folds.proof import float_copy
 from awq.generate.block import FusedBlock, Prompt, Step
 from awq.generate.cache import allocate
-from awq.generate.decoder import FusedDecoder
+from awq.generate.decoder import FusedDecoder, quantized_head
 from awq.generate.observe import PIECE, Surroundings, observe
 from awq.generate.plan import BlockPlan, DecoderPlan, NotFusable
 from awq.generate.structure import read_block
 from awq.generate.trace import rotary_tables, trace
 from awq.nn.blocks import BlockCall
 from awq.nn.memory import trim
+from awq.nn.surgery import get_weight
 
 logger = logging.getLogger("awq.generate")
 
 _TOLERANCE = 1e-4  # of a block's contribution, in float32
+_WHOLE, _WHOLE_ROUGH = 1e-2, 0.1  # of the logits' norm, in the model's own dtype; the second in 16 bits
 
 
 @torch.no_grad()
@@ -45,9 +47,39 @@ def build_decoder(
             raise
         plan = _read_and_prove(model, known)
         logger.info("max_seq_len is %d, the positions that the model knows, instead of %d: %s", known, max_seq_len, reason)
-    decoder = FusedDecoder(plan, model, batch_size, merge, quantize_head)
+    decoder = FusedDecoder(plan, model, batch_size, merge)
+    try:
+        prove_whole(decoder, model)
+    except NotFusable:
+        decoder.restore()
+        raise
+    if quantize_head:
+        decoder.head = quantized_head(plan.head)
     trim()
     return decoder
+
+
+@torch.inference_mode()
+def prove_whole(decoder: FusedDecoder, model: Any) -> None:
+    """Logits of a prompt and a step beside the model's own, on tokens that nothing was read from. Raises NotFusable.
+
+    Blocks are proven more sharply one by one; this is for what surrounds them.
+    """
+    vocabulary = get_weight(decoder.plan.embedding).shape[0]
+    length = min(PIECE, decoder.max_seq_len)
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (1, length), generator=torch.Generator().manual_seed(2))
+    ids = ids.to(decoder.device)
+    theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
+    tolerance = _WHOLE_ROUGH if decoder.dtype.itemsize < 4 else _WHOLE
+    lengths = torch.full((1,), length - 1, dtype=torch.int32, device=ids.device)
+    ours = [decoder.prefill(ids[:, :-1], [length - 1])] if length > 1 else []
+    if ours:
+        ours.append(decoder.eager_step(ids[:, -1], lengths, length - 1))
+    for logits, expected, what in zip(ours, theirs[-2:], ("a prompt", "a step")):
+        error = float((logits[0] - expected).norm() / expected.norm().clamp(min=1e-30))
+        if not error <= tolerance:
+            raise NotFusable(f"the fused model's logits differ from transformers' by {error:.1e} after {what}")
+    decoder.cache = []
 
 
 def _read_and_prove(model: Any, max_seq_len: int) -> DecoderPlan:

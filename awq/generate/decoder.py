@@ -25,19 +25,19 @@ _PROMPT_TOKENS = 4096  # of all rows together, in one piece of a prompt
 class FusedDecoder:
     """A language model as embedding, fused blocks, norm and head.
 
-    The weights are those of the transformers model, which keeps working; with `quantize_head` the head is a 4-bit copy.
+    The weights are those of the transformers model, which keeps working.
     `prefill` and `step` give logits float32 [batch, vocabulary]; the cache of up to `max_seq_len` tokens a row is allocated at
     the first prompt.
     """
 
-    def __init__(self, plan: DecoderPlan, model: Any, batch_size: int = 1, merge: bool = True, quantize_head: bool = False) -> None:
+    def __init__(self, plan: DecoderPlan, model: Any, batch_size: int = 1, merge: bool = True) -> None:
         self.plan, self.model, self.batch_size = plan, model, batch_size
         self.blocks = [FusedBlock(p, m, merge) for p, m in zip(plan.blocks, plan.modules)]
         self.cache: list[LayerCache] = []
         self.graphs: dict[int, StepGraph] = {}  # by batch
         self.dtype = model.dtype
         self.lock = Lock()  # one cache, so one call at a time
-        self.head = quantized_head(plan.head) if quantize_head else plan.head
+        self.head = plan.head
         self.device: torch.device = get_weight(plan.embedding).device
 
     @property

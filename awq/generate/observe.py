@@ -73,7 +73,9 @@ def observe(model: Any, max_seq_len: int) -> Surroundings:
     tables = [_tables(call, pieces * PIECE) for call in everywhere.calls[0][0]]
     _check_tables(tables, near.calls[0][0], "the first")
     hidden = everywhere.hidden[0][0]
-    factor, positions = _embedding(embedding, ids, hidden)
+    others = {name: (t.roll(1, 1) if name == "input_ids" else t) for name, t in one.items()}
+    changed = _skeleton(model, lists, others | {"position_ids": places[:1].expand(2, -1).contiguous()}, None).hidden[0][0]
+    factor, positions = _embedding(embedding, ids, hidden, changed[0])
     final = _head(model, heads, near.hidden[0][0], logits)
     return Surroundings(
         blocks, near.calls[0][0], far.calls[0][0], tables, hidden.shape[-1], embedding, factor, positions,
@@ -132,19 +134,33 @@ def _check_tables(tables: list[dict], calls: list[BlockCall], what: str) -> None
                 raise NotFusable(f"rotary tables of {what} positions depend on the length of the sequence")
 
 
-def _embedding(embedding: nn.Module, ids: Tensor, hidden: Tensor) -> tuple[float, Tensor | None]:
-    """Factor and absolute positions in hidden [pieces, PIECE, features] = factor · E[ids] + P[position]."""
+def _embedding(embedding: nn.Module, ids: Tensor, hidden: Tensor, changed: Tensor) -> tuple[float, Tensor | None]:
+    """Factor and absolute positions in hidden [pieces, PIECE, features] = factor · E[ids] + P[position].
+
+    changed: hidden [PIECE, features] of the first piece's positions with the ids rolled by one.
+    """
     vectors = embedding(ids)[0].float()
     if vectors.shape != hidden.shape[1:]:
         raise NotFusable("the embedding's width is not the blocks'")
     rounding = 4 * torch.finfo(hidden.dtype).eps
-    factor = float((hidden[0].float() * vectors).sum() / vectors.square().sum().clamp(min=1e-30))
-    expected, slack = factor * vectors, rounding * float(hidden[0].float().abs().mean())
+    factor, slack = _multiple(hidden[0].float(), vectors), rounding * float(hidden[0].float().abs().mean())
+    expected = factor * vectors
     if all(torch.allclose(h, expected.expand_as(h), rtol=rounding, atol=slack) for h in map(Tensor.float, hidden.split(64))):
         return (1.0 if abs(factor - 1) < rounding else factor), None
     if len(hidden) > 1 and torch.equal(hidden[0], hidden[1]):
         raise NotFusable("absolute positions are not taken from position_ids")
-    return 1.0, (hidden.float() - vectors).flatten(0, 1)
+    # Positions do not change with the ids, so the difference tells the factor, and the rest is theirs.
+    factor = _multiple(hidden[0].float() - changed.float(), vectors - vectors.roll(1, 0))
+    factor = 1.0 if abs(factor - 1) < rounding else factor
+    positions = hidden.float() - factor * vectors
+    if not torch.allclose(changed.float() - factor * vectors.roll(1, 0), positions[0], rtol=rounding, atol=4 * slack):
+        raise NotFusable("what enters the blocks is not a multiple of the embedding and a vector for each position")
+    return factor, positions.flatten(0, 1)
+
+
+def _multiple(values: Tensor, of: Tensor) -> float:
+    """The f that fits values = f · of best."""
+    return float((values * of).sum() / of.square().sum().clamp(min=1e-30))
 
 
 def _head(model: Any, heads: _HeadCalls, hidden: Tensor, logits: Tensor | None) -> tuple[Norm | None, float, float | None]:

@@ -108,8 +108,9 @@ def quantize_model(
     lists = find_block_lists(model)
     plan = make_plan(model, lists, config, packed=not options.export_compatible)
     widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.chosen)
-    on_gpu = _work_device(next(model.parameters()).device, options).type != "cpu"
-    batches = rebatched(batches, max(BATCH_TOKENS, _GPU_BATCH_VALUES // widest) if on_gpu else BATCH_TOKENS)
+    home = next(model.parameters()).device
+    device = _work_device(home, options)
+    batches = rebatched(batches, BATCH_TOKENS if device.type == "cpu" else max(BATCH_TOKENS, _GPU_BATCH_VALUES // widest))
     if options.tuning:
         batches = micro_batches(batches)
     report = QuantReport(config.to_dict(), asdict(options), skipped=plan.skipped, versions=_versions())
@@ -120,6 +121,15 @@ def quantize_model(
             f"{ENOUGH * widest} or more would be better."
         )
     bench = Workbench(config, options, plan, report)
+    with _lent(model, device if options.tuning else home):
+        _quantize_blocks(bench, model, lists, batches)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _quantize_blocks(bench: Workbench, model: nn.Module, lists, batches: Sequence[CalibrationBatch]) -> None:
+    """Every block in turn; then the tuning of what was found."""
+    options, report = bench.options, bench.report
     match, judges = None, frozenset[int]()
     with bench.phase("inputs"):
         if options.tuning:
@@ -143,9 +153,25 @@ def quantize_model(
             tuned, tuning = tune_scales(model, bench.weights, match, options.tuning or 0, options.seed, options.progress)
             report.tuning = asdict(tuning)
             for name, weight in tuned.items():
-                _install(model, name, weight, config, options)
-    report.seconds = time.perf_counter() - start
-    return report
+                _install(model, name, weight, bench.config, options)
+
+
+@contextmanager
+def _lent(model: nn.Module, device: torch.device):
+    """The whole model on `device` for a while, where it fits: tuning sends gradients through all of it."""
+    home = next(model.parameters()).device
+    if home == device:
+        yield
+        return
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError:
+        logger.warning("the model does not fit on %s: scales are tuned on %s, which takes long.", device, home)
+        model.to(home)
+    try:
+        yield
+    finally:
+        model.to(home)
 
 
 def _open_streams(model: nn.Module, lists, batches: Sequence[CalibrationBatch]) -> list[tuple[Stream, Stream, Stream]]:

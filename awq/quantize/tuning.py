@@ -74,10 +74,10 @@ def _dense(steps: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 class TunedLinear(nn.Module):
     """A quantized linear whose scales are trained: weight = (codes − zeros) · s · (1 + change)."""
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, device: torch.device) -> None:
         super().__init__()
-        self.steps = weight.steps()
-        self.start = weight.scales.float()
+        self.steps = weight.steps().to(device)
+        self.start = weight.scales.float().to(device)
         self.change = nn.Parameter(torch.zeros_like(self.start))
         self.bias = bias
 
@@ -161,7 +161,10 @@ def tune_scales(
 
     The model's modules of those names are replaced while it runs and put back after it.
     """
-    tuned = {name: TunedLinear(weight, getattr(model.get_submodule(name), "bias", None)) for name, weight in weights.items()}
+    device = next(model.parameters()).device
+    tuned = {
+        name: TunedLinear(weight, getattr(model.get_submodule(name), "bias", None), device) for name, weight in weights.items()
+    }
     training, judging = match.training, match.judging
     with _tuning(model, tuned), _float32_on_cpu(model):
         best_loss = before = _mean_distance(match, judging)
@@ -186,7 +189,7 @@ def tune_scales(
                 bar.set_postfix({match.kind: f"{loss:.5f}", "before": f"{before:.5f}"})
                 if loss < best_loss:
                     best, best_loss, best_epoch = _state(tuned), loss, epoch
-    scales = {name: storable_scale(best[name]).half() for name in weights}
+    scales = {name: storable_scale(best[name]).half().to(weight.scales.device) for name, weight in weights.items()}
     report = TuningReport(match.kind, epochs, best_epoch, before, best_loss)
     return {name: weight._replace(scales=scales[name]) for name, weight in weights.items()}, report
 
