@@ -20,6 +20,7 @@ from awq.nn.layout import concatenate_outputs, restore, split_outputs
 from awq.nn.linear import WQLinear
 
 pytest.importorskip("llvmlite")
+from awq.kernels.cpu import dense
 from awq.kernels.cpu.products import emit_linear
 
 CPU = torch.device("cpu")
@@ -136,6 +137,27 @@ def test_a_token_does_not_depend_on_the_others_nor_on_threads():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(torch.cat([backend.linear(x[i : i + 1], packed, None) for i in range(70)]), whole)
+
+
+@pytest.mark.parametrize("inputs, outputs, group", SHAPES)
+def test_dense_weights_for_matrix_units(inputs, outputs, group, monkeypatch):
+    """The dense weight is the canonical one rounded to bfloat16, in one piece or several, from many tokens on only."""
+    weight = random_weight(inputs, outputs, group)
+    packed, bias = pack(weight), torch.randn(outputs)
+    assert torch.equal(dense.dequantized(packed, 0, outputs), weight.dequantize(torch.bfloat16))
+    assert outputs <= 16 or torch.equal(dense.dequantized(packed, 16, outputs), weight.dequantize(torch.bfloat16)[16:])
+    x = torch.randn(2, backend.MANY // 2, inputs).bfloat16()
+    whole = dense.linear(x, packed, bias)
+    assert whole.shape == (2, backend.MANY // 2, outputs) and error(whole, x, weight, bias) < 2 * ROUNDING[torch.bfloat16]
+    monkeypatch.setattr(dense, "_PIECE", 16 * inputs)
+    assert error(dense.linear(x, packed, bias), x, weight, bias) < 2 * ROUNDING[torch.bfloat16]
+    for unit in (True, False):
+        monkeypatch.setattr(backend, "has_matrix_unit", lambda unit=unit: unit)
+        few = backend.linear(x[:1], packed, bias)
+        assert error(few, x[:1], weight, bias) < ROUNDING[torch.bfloat16]
+        with monkeypatch.context() as patch:
+            patch.setattr(dense, "linear", lambda *_: None)
+            assert (backend.linear(x, packed, bias) is None) == unit
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -9,7 +9,8 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
-ENOUGH = 4  # tokens per channel from which a Gram matrix is taken as it is
+ENOUGH = 4  # tokens per channel that a Gram matrix should stand for
+INDEPENDENT = 1 / 9  # imagined tokens for each true one, however many there are: a tenth of the whole
 _OWN = 16  # tokens from which a channel's own energy outweighs that of all
 
 
@@ -60,15 +61,15 @@ class InputStatistics:
         return found
 
     def fill(self) -> None:
-        """Adds what imagined tokens with independent channels would, as many as ENOUGH tokens per channel ask for.
+        """Adds what imagined tokens with independent channels would: a share of the true ones, and up to ENOUGH per channel.
 
         Few tokens leave directions in which no error is seen, and codes chosen for them are far worse than the nearest ones
-        on any other text. The channels' means and energies come from the tokens there are, drawn towards 0 and towards the
-        mean energy when those are few.
+        on any other text; and any text leaves directions that another one uses. The channels' means and energies come from the
+        tokens there are, drawn towards 0 and towards the mean energy when those are few.
         """
-        missing = ENOUGH * len(self.gram) - self.tokens
-        if missing <= 0 or self.tokens == 0:
+        if self.tokens == 0:
             return
+        missing = max(ENOUGH * len(self.gram) - self.tokens, round(INDEPENDENT * self.tokens))
         own = self.tokens / (self.tokens + _OWN)
         energy, mean = self.gram.diagonal() / self.tokens, own * self.mean
         energy = energy * own + energy.mean() * (1 - own)

@@ -5,7 +5,8 @@ everything else is float32. Two planes (16 bits) serve bfloat16 and float16, thr
 its own dtype is. At one token the planes are nearly free, since memory is what limits. `cpu_int8` is the same with one plane,
 as llama.cpp and onnxruntime compute: twice as fast for many tokens, and off by 0.5 %.
 
-Kernels: `products`, `decoding`; what each kind of CPU has: `targets`; compiling and threads: `engine`.
+Kernels: `products`, `decoding`, and `dense` for many bfloat16 tokens where the CPU has a matrix unit; what each kind of CPU has:
+`targets`; compiling and threads: `engine`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from awq.kernels.packed import Packed, Shape
 from awq.kernels.trial import trial_error
 
 LAYOUT = "rows16"
+MANY = 128  # tokens from which a matrix unit is worth a dense weight
 PLANES = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 _TOLERANCE = {1: 2e-2, 2: 2e-4, 3: 1e-6}  # of the trial product by planes, beside the rounding of its dtype
 _CHUNK = 256  # most inputs that share one step of the activations
@@ -65,8 +67,25 @@ def compiled(dtype: torch.dtype, planes: int) -> Program:
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """x [..., in] → [..., out] in x's dtype."""
+    if x.dtype == torch.bfloat16 and has_matrix_unit() and x.numel() >= MANY * packed.shape.in_features:
+        from awq.kernels.cpu import dense
+
+        return dense.linear(x, packed, bias)
     planes = PLANES[x.dtype]
     return run(compiled(x.dtype, planes), x, packed, bias, planes)
+
+
+@cache
+def has_matrix_unit() -> bool:
+    """Whether this CPU multiplies tiles of bfloat16, and a trial of it is right."""
+    if not binding().get_host_cpu_features().get("amx-bf16"):
+        return False
+    from awq.kernels.cpu import dense
+
+    try:
+        return trial_error(lambda x, packed: dense.linear(x, packed, None), LAYOUT, torch.bfloat16, (MANY,)) < 1e-2
+    except Exception:  # as in `problem`; the other kernels serve
+        return False
 
 
 def run(kernel: Program, x: Tensor, packed: Packed, bias: Tensor | None, planes: int) -> Tensor:
