@@ -93,6 +93,23 @@ def test_original_inputs_are_the_same_kept_or_computed_again(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(kept.outputs(), again.outputs()))
 
 
+def test_inputs_that_a_block_overwrites_are_computed_again():
+    class Overwrites(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = x + 0
+            y = self.first(x)
+            return y + x.mul_(2)
+
+    hidden = [torch.randn(2, 3, 4)]
+    with torch.no_grad():
+        found = OriginalInputs(Overwrites(), ["first"], [BlockCall((), {})], hidden, ())
+        assert found.kept is None and torch.equal(found.of("first", 0), hidden[0])
+
+
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_outputs_come_nearer_to_the_original(family):
     ids = torch.randint(3, 63, (64, 32), generator=torch.Generator().manual_seed(3))

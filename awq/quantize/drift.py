@@ -90,7 +90,8 @@ class OriginalInputs:
         self.kept: list[dict[str, Tensor]] | None = None
         if tokens * width <= _KEPT:
             found = [_inputs_and_output(block, () if i in unseen else names, *pair) for i, pair in enumerate(zip(calls, hidden))]
-            self.kept, self._outputs = [inputs for inputs, _ in found], [output for _, output in found]
+            if all(whole for _, _, whole in found):
+                self.kept, self._outputs = [inputs for inputs, _, _ in found], [output for _, output, _ in found]
 
     def of(self, name: str, batch: int) -> Tensor:
         """[batch, tokens, in]."""
@@ -105,21 +106,26 @@ class OriginalInputs:
         return [call.run(self.block, hidden) for call, hidden in zip(self.calls, self.hidden)]
 
 
-def _inputs_and_output(block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def _inputs_and_output(
+    block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor
+) -> tuple[dict[str, Tensor], Tensor, bool]:
+    """(inputs of the named linears, output of the block, whether the inputs are still what they were when they were read)."""
     inputs: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
 
     def hook_for(name: str):
         def hook(_module: nn.Module, args: tuple) -> None:
-            inputs[name] = args[0]
+            inputs[name], versions[name] = args[0], args[0]._version
 
         return hook
 
     handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
     try:
-        return inputs, call.run(block, hidden)
+        output = call.run(block, hidden)
     finally:
         for handle in handles:
             handle.remove()
+    return inputs, output, all(inputs[name]._version == version for name, version in versions.items())
 
 
 def corrected(weight: Tensor, drift: Tensor, order: Tensor, factor: Tensor, share: float) -> Tensor:
