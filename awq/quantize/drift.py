@@ -43,8 +43,8 @@ class DriftStatistics(InputStatistics):
 
     @property
     def drift_mean(self) -> Tensor:
-        """Of x − x̂; imagined tokens have none."""
-        return self.drift_sum / max(1, self.tokens + self.imagined)
+        """Of x − x̂, with none for tokens that are lacking."""
+        return self.drift_sum / max(1, self.tokens + self.lacking)
 
     @property
     def centred_drift(self) -> Tensor:

@@ -69,14 +69,19 @@ class InputStatistics:
         """
         if self.tokens == 0:
             return
-        missing = max(ENOUGH * len(self.gram) - self.tokens, round(INDEPENDENT * self.tokens))
-        own = self.tokens / (self.tokens + _OWN)
+        missing = max(self.lacking, round(INDEPENDENT * self.tokens))
+        own = self.tokens / (self.tokens + _OWN) if self.lacking else 1.0
         energy, mean = self.gram.diagonal() / self.tokens, own * self.mean
         energy = energy * own + energy.mean() * (1 - own)
         self.gram.addr_(mean, mean, alpha=missing)
         self.gram.diagonal().add_((energy - mean**2).clamp_(min=0), alpha=missing)
         self.sum += missing * mean
         self.imagined = missing
+
+    @property
+    def lacking(self) -> int:
+        """Tokens that are missing to ENOUGH per channel."""
+        return max(0, ENOUGH * len(self.gram) - self.tokens)
 
     @property
     def mean(self) -> Tensor:
