@@ -22,6 +22,7 @@ from awq.quantize import QuantReport
 _SAMPLES = ((200e6, 256), (1e9, 1024), (float("inf"), 2048))
 _HELD_OUT = 256
 _GENERAL = 3072  # sentences of the bundled text
+_CORRECTION = 0.75  # of drift; encoders bear more of it than the presets' 0.5, which is language models' (docs/notes/quality.md)
 
 
 class AwqEmbeddingModel(BaseAWQForCausalLM):
@@ -72,6 +73,7 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
             "text_column": text_column,
             "max_calib_seq_len": max_calib_seq_len,
             "general_texts": False,
+            "correction": _CORRECTION,
             **options,
         }
         if not from_first and tokenizer is not None and not self._tokenizer_known:
