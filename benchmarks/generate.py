@@ -73,9 +73,10 @@ def random_model(shape: str, dtype: torch.dtype, device: str, quantized: bool) -
 
 
 def random_linear(in_features: int, out_features: int, device: str, generator: torch.Generator) -> WQLinear:
-    codes = torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8, device=device, generator=generator)
+    # Around 8, for a mean that is not zero would add up to what float16 cannot hold, layer by layer.
+    codes = torch.randint(1, 16, (out_features, in_features), dtype=torch.uint8, device=device, generator=generator)
     groups = in_features // min(128, in_features)
-    scales = torch.full((out_features, groups), 0.02 / 4.6, dtype=torch.float16, device=device)  # codes spread by 4.6
+    scales = torch.full((out_features, groups), 0.02 / 4.3, dtype=torch.float16, device=device)  # codes spread by 4.3
     zeros = torch.full((out_features, groups), 8, dtype=torch.uint8, device=device)
     return WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros))
 

@@ -10,6 +10,7 @@ import torch
 from conftest import make_tokenizer
 
 from awq.calibration import CalibrationBatch, load_calibration, prepare_calibration_tokens
+from awq.calibration.corpora import split_words, with_corpus_form
 from awq.calibration.sources import bundled_texts, file_texts, named_texts
 from awq.calibration.tokens import tokenize
 from awq.errors import CalibrationError
@@ -263,6 +264,23 @@ def test_bundled_text():
     assert max(map(len, texts)) < 2500 and not any("\ufffd" in t for t in texts)
     short = bundled_texts(short=True)
     assert len(short) > 5 * len(texts) and min(map(len, short)) >= 16 and sum(len(t) < 200 for t in short) > 0.9 * len(short)
+
+
+def test_split_words():
+    text = 'The well-known 1.5 m "rule", 10,000 of them: that\'s Zork.\nIt (he) didn\u2019t.'
+    known = set("The well known rule m of them that It he didn".split())
+    assert split_words(text, known) == (
+        'The well @-@ known 1 @.@ 5 m " rule " , 10 @,@ 000 of them : that \'s <unk> . \n It ( he ) didn \u2019t .'
+    )
+
+
+def test_half_of_the_prose_has_the_form_of_corpora():
+    prose = [f"Sentence number {i} says that rivers flow, " * 12 for i in range(6)] + ["def f(x):\n" * 60]
+    made = with_corpus_form(prose)
+    assert [a == b for a, b in zip(prose, made)] == [True, False] * 3 + [True]
+    assert made[1].startswith("Sentence number 1 says that rivers flow , Sentence")
+    share = sum("<unk>" in text for text in bundled_texts()) / len(bundled_texts())
+    assert 0.1 < share < 0.3 and not any("<unk>" in text for text in bundled_texts(short=True))
 
 
 # --- prepare_calibration_tokens ---

@@ -1,5 +1,6 @@
 """Fused generation: what transformers' own loop on its own blocks gives, token for token."""
 
+import copy
 import json
 import os
 import subprocess
@@ -94,6 +95,20 @@ def test_what_surrounds_the_blocks_is_proven_too(llama, monkeypatch):
     with pytest.raises(NotFusable, match="logits differ from transformers'"):
         build_decoder(llama, 64)
     assert isinstance(llama.model.layers[0].mlp.up_proj, torch.nn.Linear)
+
+
+def test_logits_that_are_not_finite_prove_nothing(llama, caplog):
+    model = copy.deepcopy(llama).half()
+    mlp = model.model.layers[0].mlp
+    with torch.no_grad():
+        mlp.down_proj.weight.sign_().mul_(6e4)
+        mlp.up_proj.weight.mul_(100)
+    build_decoder(model, 64)
+    assert "own logits are not finite" in caplog.text
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.inf
+    with pytest.raises(NotFusable, match="not finite"):
+        build_decoder(model, 64)
 
 
 @pytest.mark.parametrize("rope", ROPE)

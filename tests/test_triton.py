@@ -135,12 +135,12 @@ def test_products_with_an_activation_do_not_spill(target, tokens):
 
 
 def test_a_compiled_kernel_is_not_called_with_other_dtypes():
-    from awq.kernels.triton.launch import _launch
+    from awq.kernels.triton.launch import _product
 
     common, config = (None, torch.float16, Shape(256, 64, 128)), configs.Config(16, 64, 1, False, 4, 2)
     dtypes = (None, torch.float16, torch.float32, torch.bfloat16)
-    assert len({id(_launch(*common, config, bias)) for bias in dtypes}) == 4
-    assert _launch(*common, config, torch.float16) is _launch(*common, config, torch.float16)
+    assert len({id(_product(*common, config, bias, "")) for bias in dtypes}) == 4
+    assert _product(*common, config, torch.float16, "") is _product(*common, config, torch.float16, "")
 
 
 def test_counters_are_zero_and_large_enough():

@@ -12,6 +12,7 @@ from importlib import resources
 from itertools import islice
 from pathlib import Path
 
+from awq.calibration.corpora import with_corpus_form
 from awq.errors import CalibrationError
 
 logger = logging.getLogger("awq.calibration")
@@ -23,14 +24,14 @@ _SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def bundled_texts(short: bool = False) -> list[str]:
-    """Passages of the free, mostly English text that ships with the package.
+    """Passages of the free, mostly English text that ships with the package; half of the prose in the form of corpora.
 
-    short: cut into lines and sentences, as embedding models meet text.
+    short: all of it as it is written, cut into lines and sentences, as embedding models meet text.
     """
     text = resources.files("awq.calibration").joinpath("data/passages.txt").read_text(encoding="utf-8")
     passages = [p.strip() for p in text.split("\n\n") if p.strip()]
     if not short:
-        return passages
+        return with_corpus_form(passages)
     pieces = (piece for p in passages for line in p.split("\n") for piece in _SENTENCE_END.split(line))
     return [piece for piece in pieces if len(piece) >= _SHORTEST]
 

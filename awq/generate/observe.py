@@ -175,6 +175,8 @@ def _head(model: Any, heads: _HeadCalls, hidden: Tensor, logits: Tensor | None) 
         norm = _final_norm(event[0], event[1])
     plain = heads.head(heads.x).float()
     logits = logits.float()
+    if not bool(logits.isfinite().all()):
+        raise NotFusable("the head gives logits that are not finite")
     factor = float((plain * logits).sum() / plain.square().sum().clamp(min=1e-30))
     tolerance = 1e-5 if hidden.dtype == torch.float32 else 4 * torch.finfo(hidden.dtype).eps
     if torch.allclose(logits, factor * plain, rtol=tolerance, atol=tolerance * float(logits.abs().max())):

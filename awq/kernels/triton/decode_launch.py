@@ -13,36 +13,13 @@ from awq.kernels.heads import Heads
 from awq.kernels.packed import Packed
 from awq.kernels.triton import decoding
 from awq.kernels.triton.configs import RUN
-from awq.kernels.triton.launch import _on, _stream, architecture, choice, counters, fused, has_dependent_launch, through_dense
-
-
-class Started:
-    """A kernel with its compile-time constants, on one GPU and for one set of dtypes.
-
-    Triton's own launch costs tens of microseconds of host time, which a prompt pays a hundred times. What it compiled is
-    called directly from the second time on, as long as all pointers are aligned.
-    """
-
-    def __init__(self, kernel: Any, index: int | None, constants: tuple, warps: int) -> None:
-        self.kernel, self.index, self.compiled = kernel, index, None
-        pdl = has_dependent_launch(index)
-        self.constants = (*constants, pdl)
-        self.options = {"num_warps": warps} | ({"launch_pdl": True} if pdl else {})
-
-    def __call__(self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], *numbers: float) -> None:
-        aligned = self.index is not None and not any(t.data_ptr() & 15 for t in tensors)
-        if self.compiled is not None and aligned:
-            self.compiled[grid](*tensors, *numbers, *self.constants, stream=_stream(self.index))
-            return
-        compiled = self.kernel[grid](*tensors, *numbers, *self.constants, **self.options)
-        if aligned:
-            self.compiled = compiled
+from awq.kernels.triton.launch import Started, _on, architecture, choice, counters, fused, has_dependent_launch, through_dense
 
 
 @cache
 def _started(kernel: Any, index: int | None, dtypes: tuple[torch.dtype, ...], constants: tuple, warps: int) -> Started:
     """dtypes: of the tensors whose dtype is not always the same; they are among what Triton compiles for."""
-    return Started(kernel, index, constants, warps)
+    return Started(kernel, index, (*constants, has_dependent_launch(index)), {"num_warps": warps})
 
 
 def add_norm(

@@ -17,6 +17,7 @@ from awq.kernels.triton.configs import RUN, Config, config_for
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ARENA = 1 << 20  # counters kept for CUDA graphs
+_ROWS = 64  # of a weight that one program dequantizes
 _CHUNK = 512 << 20  # bytes of dense weight made at a time. Pieces that fit the L2 cache were slower: their products are too small.
 
 
@@ -102,43 +103,46 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return out.view(*x.shape[:-1], shape.out_features)
 
 
-class Launch:
-    """One compiled product: the constants of a kernel for one linear, configuration and dtype on one GPU.
+class Started:
+    """A kernel with its compile-time constants, on one GPU and for one set of dtypes.
 
-    Triton's own launch looks at the type and value of every argument each time, at a cost of tens of microseconds. The kernel
-    that it returned the first time is called instead, as long as pointers are aligned as they were.
+    Triton's own launch looks at the type and value of every argument each time, at a cost of tens of microseconds of host time,
+    which a prompt pays a hundred times. What it compiled is called directly from the second time on, as long as all pointers
+    are aligned.
     """
 
-    def __init__(self, index: int | None, shape: Shape, config: Config, bias: bool, gated: str) -> None:
-        self.tiles, self.config, self.pdl = -(-shape.out_features // config.bn), config, has_dependent_launch(index)
-        self.constants = (
-            shape.out_features, shape.in_features, shape.group_size, padded(*shape[:2])[1], config.bm, config.bn, config.split,
-            config.scale_weight, bias, has_assembly(index), self.pdl, config.ahead(shape.in_features),
-            gated, RUN,
-        )  # fmt: skip
+    def __init__(self, kernel: Any, index: int | None, constants: tuple, options: dict[str, Any]) -> None:
+        """constants: the kernel's last arguments; options: of its compilation."""
+        self.kernel, self.index, self.constants = kernel, index, constants
+        self.options = options | ({"launch_pdl": True} if has_dependent_launch(index) else {})
         self.compiled: Any = None
 
-    def __call__(self, index: int | None, tokens: int, tensors: tuple) -> None:
-        """tensors: x, qweight, grid, bias, y, partial, arrived."""
-        grid = (self.tiles, self.config.split, -(-tokens // self.config.bm))
-        aligned = index is not None and not any(t.data_ptr() & 15 for t in tensors)
+    def __call__(self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], *numbers: float) -> None:
+        """numbers: the arguments between tensors and constants; kernels must not be specialized on the value of integers."""
+        aligned = self.index is not None and not any(t.data_ptr() & 15 for t in tensors)
         if self.compiled is not None and aligned:
-            self.compiled[grid](*tensors, tokens, *self.constants, stream=_stream(index))
+            self.compiled[grid](*tensors, *numbers, *self.constants, stream=_stream(self.index))
             return
-        options = {"num_warps": self.config.warps, "num_stages": self.config.stages}
-        if self.pdl:
-            options["launch_pdl"] = True
-        compiled = products.product_kernel[grid](*tensors, tokens, *self.constants, **options)
+        compiled = self.kernel[grid](*tensors, *numbers, *self.constants, **self.options)
         if aligned:
             self.compiled = compiled
 
 
 @cache
-def _launch(
-    index: int | None, dtype: torch.dtype, shape: Shape, config: Config, bias: torch.dtype | None, gated: str = ""
-) -> Launch:
+def _product(index: int | None, dtype: torch.dtype, shape: Shape, config: Config, bias: torch.dtype | None, gated: str) -> Started:
     """One per kernel that Triton compiles: dtypes of x and of the bias are among what it compiles for."""
-    return Launch(index, shape, config, bias is not None, gated)
+    constants = (
+        shape.out_features, shape.in_features, shape.group_size, padded(*shape[:2])[1], config.bm, config.bn, config.split,
+        config.scale_weight, bias is not None, has_assembly(index), has_dependent_launch(index), config.ahead(shape.in_features),
+        gated, RUN,
+    )  # fmt: skip
+    return Started(products.product_kernel, index, constants, {"num_warps": config.warps, "num_stages": config.stages})
+
+
+@cache
+def _dequantizing(index: int | None, dtype: torch.dtype, shape: Shape) -> Started:
+    constants = (shape.in_features, shape.group_size, padded(*shape[:2])[1], _ROWS, has_dependent_launch(index))
+    return Started(products.dequantize_kernel, index, constants, {"num_warps": 4})
 
 
 def _stream(index: Any) -> int:
@@ -155,13 +159,14 @@ def fused(x: Tensor, packed: Packed, bias: Tensor | None, config: Config, gated:
     x = x.contiguous()
     tokens = x.shape[0]
     y = x.new_empty((tokens, shape.out_features // (2 if gated else 1)))
-    launch = _launch(index, x.dtype, shape, config, None if bias is None else bias.dtype, gated)
+    product = _product(index, x.dtype, shape, config, None if bias is None else bias.dtype, gated)
+    grid = (-(-shape.out_features // config.bn), config.split, -(-tokens // config.bm))
     partial = arrived = y
     with _on(device):
         if config.split > 1:
             partial = x.new_empty((config.split, tokens, shape.out_features), dtype=torch.float32)
-            arrived = counters(device).take(launch.tiles * -(-tokens // config.bm))
-        launch(index, tokens, (x, packed.qweight, packed.scales, y if bias is None else bias, y, partial, arrived))
+            arrived = counters(device).take(grid[0] * grid[2])
+        product(grid, (x, packed.qweight, packed.scales, y if bias is None else bias, y, partial, arrived), tokens)
     return y
 
 
@@ -208,14 +213,9 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     return dense
 
 
-def _dequantize_into(dense: Tensor, packed: Packed, first: int, rows: int = 64) -> None:
+def _dequantize_into(dense: Tensor, packed: Packed, first: int) -> None:
     """Rows `first` … of the weight into dense [rows, in]."""
-    shape = packed.shape
-    grid = (-(-dense.shape[0] // rows), packed.qweight.shape[0])
-    pdl = has_dependent_launch(dense.device.index)
+    grid = (-(-dense.shape[0] // _ROWS), packed.qweight.shape[0], 1)
     with _on(dense.device):
-        products.dequantize_kernel[grid](
-            packed.qweight, packed.scales, dense, first, first + dense.shape[0],
-            shape.in_features, shape.group_size, packed.qweight.shape[1], rows, pdl,
-            num_warps=4, **({"launch_pdl": True} if pdl else {}),
-        )  # fmt: skip
+        start = _dequantizing(dense.device.index, dense.dtype, packed.shape)
+        start(grid, (packed.qweight, packed.scales, dense), first, first + dense.shape[0])
