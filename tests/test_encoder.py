@@ -1,14 +1,18 @@
 """`Encoder` against sentence-transformers on the same weights, and its own rules."""
 
+import copy
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 import zoo
 from torch import nn
 
-from awq import Encoder
+from awq import AwqConfig, Encoder, quantize_model
+from awq.calibration import load_calibration
+from awq.embed import graphs
 from awq.embed.encoder import _buckets
 from awq.embed.heads import Dense, Pooling
 from awq.errors import AwqError, ConfigError, ModelError
@@ -92,6 +96,95 @@ def test_families(family, tokenizer, tmp_path):
     mine = encoder.encode(WORDS[:3], batch_size=3)
     torch.testing.assert_close(mine, theirs(directory, WORDS[:3]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mine, encoder.encode(WORDS[:3], batch_size=1), atol=1e-5, rtol=1e-5)
+
+
+class _Stub:
+    """A captured graph's stand-in where there is no GPU: it keeps its inputs' shape and runs the forward anew."""
+
+    pool = None
+
+    def __init__(self, encoder, inputs, prompt_tokens, device, pool):
+        self.encoder, self.prompt_tokens, self.shape = encoder, prompt_tokens, inputs["input_ids"].shape
+
+    def __call__(self, inputs):
+        assert inputs["input_ids"].shape == self.shape
+        return self.encoder(inputs, self.prompt_tokens)
+
+
+class _Wrong(_Stub):
+    def __call__(self, inputs):
+        return super().__call__(inputs) * 1.1
+
+
+@pytest.fixture
+def on_a_gpu(bert_dir, tmp_path, monkeypatch):
+    """An encoder that goes through graphs, stand-ins of them."""
+    monkeypatch.setattr(graphs, "Graph", _Stub)
+    encoder = Encoder.from_pretrained(sentence_directory(bert_dir, tmp_path / "m", max_length=40), device="cpu")
+
+    def encode(texts, **settings):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "device", lambda device: nullcontext())
+            patch.setattr(Encoder, "_on_gpu", True)
+            return encoder.encode(texts, **settings)
+
+    return encoder, encode
+
+
+def test_batches_of_few_tokens_go_through_graphs(on_a_gpu):
+    encoder, encode = on_a_gpu
+    texts = [WORDS[i % 5] + " tree" * (i % 9) for i in range(13)]
+    expected = encoder.encode(texts, batch_size=3)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(encode(texts, batch_size=3), expected, atol=1e-5, rtol=1e-5)
+    made = encoder._graphs.graphs
+    assert made and {key[0] for key in made} <= {1, 2, 4} and {key[1] for key in made} <= {16, 32, 40}
+    copied = copy.deepcopy(encoder)
+    assert copied._graphs.encoder is copied and not copied._graphs.graphs
+
+
+def test_graphs_end_with_the_weights_they_were_made_of(on_a_gpu):
+    encoder, encode = on_a_gpu
+    for _ in range(2):
+        encode(WORDS)
+    assert encoder._graphs.graphs
+    encoder.model.encoder.layer[0].output.dense = nn.Linear(48, 32)
+    torch.testing.assert_close(encode(WORDS), encoder.encode(WORDS), atol=1e-5, rtol=1e-5)
+    assert not encoder._graphs.graphs
+    encode(WORDS)
+    assert encoder._graphs.graphs
+    encoder.double()
+    encode(WORDS)
+    assert not encoder._graphs.graphs
+
+
+def test_a_graph_that_is_wrong_is_not_used(on_a_gpu, monkeypatch, caplog):
+    encoder, encode = on_a_gpu
+    monkeypatch.setattr(graphs, "Graph", _Wrong)
+    for _ in range(3):
+        torch.testing.assert_close(encode(WORDS), encoder.encode(WORDS), atol=1e-5, rtol=1e-5)
+    assert "results differ by 1.0e-01" in caplog.text and not encoder._graphs.graphs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU")
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "distilbert", "modernbert", "nomic_bert", "qwen3"])
+def test_graphs_on_a_gpu(family, tokenizer, tmp_path):
+    if not zoo.available(family):
+        pytest.skip(f"transformers has no {family}")
+    model = zoo.tiny_model(family)
+    model = getattr(model, "model", model)
+    if family == "bert":
+        quantize_model(model, load_calibration(WORDS, tokenizer, mode="rows"), AwqConfig(group_size=16))
+    pooling = Pooling(("lasttoken",) if family in zoo.DECODERS else ("mean",))
+    texts = [WORDS[i % 5] + " tree" * (i % 9) for i in range(1, 30)]
+    encoder = Encoder(model.cpu().eval(), tokenizer, [pooling])
+    encoder.max_seq_length = 40
+    expected = encoder.encode(texts, batch_size=4)
+    encoder.cuda()
+    for _ in range(3):
+        torch.testing.assert_close(encoder.encode(texts, batch_size=4), expected, atol=1e-4, rtol=1e-3)
+    assert encoder._graphs.graphs, encoder._graphs.reason
 
 
 def test_a_real_model():

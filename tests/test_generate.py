@@ -16,8 +16,9 @@ from transformers.generation.streamers import BaseStreamer
 from awq import AutoAWQForCausalLM
 from awq.errors import ConfigError
 from awq.generate import NotFusable, build, build_decoder, build_static, decoder
-from awq.generate.static import _NothingFromTheHost, why_not_static
+from awq.generate.static import why_not_static
 from awq.models.base import BaseAWQForCausalLM
+from awq.nn.capture import NothingFromTheHost
 from awq.nn.linear import WQLinear
 
 HERE = Path(__file__).parent
@@ -205,7 +206,7 @@ def test_nothing_from_the_host_changes_no_result():
         lambda: x[:, [0, 2]], lambda: x[:, [True, False, True]], lambda: x[[0], :, [1]], lambda: x[..., [1], None, 0],
     )  # fmt: skip
     for read in reads:
-        with _NothingFromTheHost():
+        with NothingFromTheHost():
             found = read()
         assert torch.equal(found, read()) and found.dtype == read().dtype
 

@@ -20,6 +20,7 @@ from transformers import AutoModel
 from awq.checkpoint.load import load_model, read_config
 from awq.checkpoint.tokenizer import load_tokenizer
 from awq.embed.directory import SentenceSettings, longest_input, sentence_settings
+from awq.embed.graphs import EncoderGraphs
 from awq.embed.heads import Pooling, read_head
 from awq.errors import ConfigError, ModelError
 
@@ -50,6 +51,11 @@ class Encoder(nn.Module):
         self.prompts = {"query": "", "document": "", **settings.prompts}
         self.default_prompt_name = settings.default_prompt_name
         self._lower_case = settings.lower_case
+        # Of inputs by name; the attention mask's is 0.
+        self.padding = {
+            "input_ids": tokenizer.pad_token_id or 0, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)
+        }  # fmt: skip
+        self._graphs = EncoderGraphs(self)
         accepted = inspect.signature(model.forward).parameters
         self._accepted = None if any(p.kind is p.VAR_KEYWORD for p in accepted.values()) else set(accepted)
 
@@ -89,6 +95,10 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
     @torch.no_grad()
     def encode(
         self,
@@ -118,9 +128,13 @@ class Encoder(nn.Module):
         rows = self._tokenize([before + text for text in texts])
         prompt_tokens = self._prompt_tokens(before)
         parts = list(_buckets([len(ids) for ids in rows["input_ids"]], batch_size))
+        run: Any = self
+        if self._on_gpu:
+            run = self._graphs
+            run.look()
         found = []  # on the model's device until the end: a copy after each batch would make a GPU wait for it
         for part in parts:
-            embeddings = self({key: self._padded(key, [values[i] for i in part]) for key, values in rows.items()}, prompt_tokens)
+            embeddings = run({key: self._padded(key, [values[i] for i in part]) for key, values in rows.items()}, prompt_tokens)
             embeddings = embeddings[:, :truncate_dim].float()
             found.append(F.normalize(embeddings, dim=-1) if normalize else embeddings)
         together = torch.cat(found).cpu()
@@ -164,9 +178,8 @@ class Encoder(nn.Module):
         return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)  # a closing special token is not the prompt's
 
     def _padded(self, key: str, rows: list[list[int]]) -> Tensor:
-        fill = {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": getattr(self.tokenizer, "pad_token_type_id", 0)}
         longest = max(map(len, rows))
-        return torch.tensor([row + [fill.get(key, 0)] * (longest - len(row)) for row in rows])
+        return torch.tensor([row + [self.padding.get(key, 0)] * (longest - len(row)) for row in rows])
 
 
 def _buckets(lengths: list[int], batch_size: int) -> Iterator[list[int]]:

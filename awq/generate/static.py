@@ -14,41 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import StaticCache
 
 from awq.errors import ConfigError
 from awq.generate.graph import StepGraph
 from awq.generate.plan import NotFusable
+from awq.nn.capture import NothingFromTheHost, no_waiting
 
 _PROBE = 9  # tokens of the longest prompt of the proof
 _TOLERANCE, _ROUGH = 1e-4, 0.03  # of the logits' norm; the second in 16 bits
-
-
-class _NothingFromTheHost(TorchFunctionMode):
-    """What models write that copies a number from the host, which no capture can, done without: the results are the same.
-
-    `torch.tensor(number, device=gpu)`, as masks are made with, becomes `full`; an index of one number in a list, a slice.
-    """
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is torch.tensor and len(args) == 1 and isinstance(args[0], (bool, int, float)):
-            return torch.full((), *args, **kwargs)
-        if function is Tensor.__getitem__ and isinstance(args[1], tuple) and sum(map(_is_list, args[1])) == 1:
-            args = (args[0], tuple(_one_wide(i) for i in args[1]))
-        return function(*args, **kwargs)
-
-
-def _is_list(index: Any) -> bool:
-    return isinstance(index, (list, Tensor))
-
-
-def _one_wide(index: Any) -> Any:
-    """[i] → i : i + 1; any other index as it is."""
-    if isinstance(index, list) and len(index) == 1 and type(index[0]) is int:
-        return slice(index[0], index[0] + 1 or None)
-    return index
 
 
 class StaticDecoder:
@@ -114,7 +88,7 @@ class StaticDecoder:
             layer.cumulative_length.copy_(place)
         # On a GPU transformers computes the experts of one token without asking for their numbers; so does its own `generate`.
         experts = getattr(self.model, "_optimize_model_for_decode", nullcontext)
-        with _NothingFromTheHost(), experts():
+        with NothingFromTheHost(), experts():
             return self._run(ids.unsqueeze(1), lengths.unsqueeze(1).long())
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -193,9 +167,5 @@ def _look_for_waits(decoder: StaticDecoder, ids: Tensor, lengths: Tensor) -> Non
     if decoder.device.type != "cuda":
         return
     decoder.eager_step(ids, lengths, _PROBE)  # the first run may wait for what it compiles
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         decoder.eager_step(ids, lengths, _PROBE)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)

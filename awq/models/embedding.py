@@ -28,11 +28,16 @@ _CORRECTION = 0.75  # of drift; encoders bear more of it than the presets' 0.5, 
 class AwqEmbeddingModel(BaseAWQForCausalLM):
     """An encoder (`.model`) with `quantize` on texts and `encode`."""
 
+    _encoder: tuple[Encoder, tuple] | None = None
+
     @property
     def encoder(self) -> Encoder:
-        """The model with the pooling, heads and prompts of its directory."""
-        root = source_directory(self.path) or self.path
-        return Encoder.around(self.model, root, self.tokenizer, self._trust_remote_code)
+        """The model with the pooling, heads and prompts of its directory; the same one as long as the model stays where it is."""
+        made_of = (self.model, self.tokenizer, self.path, next(self.model.parameters()).device)
+        if self._encoder is None or any(a is not b and a != b for a, b in zip(self._encoder[1], made_of)):
+            root = source_directory(self.path) or self.path
+            self._encoder = Encoder.around(self.model, root, self.tokenizer, self._trust_remote_code), made_of
+        return self._encoder[0]
 
     def encode(self, texts: str | Sequence[str], **kwargs: Any) -> Tensor:
         """Embeddings, float32 [texts, features]; arguments are `Encoder.encode`'s."""

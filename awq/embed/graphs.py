@@ -1,0 +1,143 @@
+"""Batches of few tokens as CUDA graphs: on a GPU most of their time is the host's, starting a hundred kernels one by one.
+
+A graph serves one shape: texts up to a power of two, tokens up to a multiple of 16. It is made when its shape comes for the
+second time and proven then: it must give what the plain forward gives. Where that fails, or the model asks for numbers from the
+GPU on its way, everything goes through the plain forward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from awq.nn.capture import NothingFromTheHost, no_waiting
+
+logger = logging.getLogger("awq.embed")
+
+_TOKENS = 4096  # of a batch, padding included: with more the GPU is what takes the time
+_STEP = 16  # tokens
+_MOST = 128  # graphs, whose memory is shared but for their own kernels' arguments
+_TOLERANCE, _ROUGH = 1e-3, 0.05  # of an embedding's norm; the second in 16 bits
+
+Forward = Callable[[dict[str, Tensor], int], Tensor]
+
+
+class _MaskCounts(NothingFromTheHost):
+    """Whether a mask hides anything is a question to the GPU: the answer is yes, so that the graph serves masks that do."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__bool__ and args[0].is_cuda:
+            return False  # not all of them are ones
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+class Graph:
+    """One captured shape. Inputs are copied into its own tensor, its result is overwritten by the next replay of any."""
+
+    def __init__(self, forward: Forward, inputs: dict[str, Tensor], prompt_tokens: int, device: torch.device, pool: Any) -> None:
+        """inputs: int64 [texts, tokens] each, on the CPU."""
+        self.names = list(inputs)
+        self.block = torch.stack(list(inputs.values())).to(device)
+        static = dict(zip(self.names, self.block))
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side), _MaskCounts():
+            forward(static, prompt_tokens)  # what has to be compiled or allocated is so before the capture
+            with no_waiting():
+                forward(static, prompt_tokens)
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with _MaskCounts(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.result = forward(static, prompt_tokens)
+        self.pool = self.graph.pool()
+
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        self.block.copy_(torch.stack([inputs[name] for name in self.names]))
+        self.graph.replay()
+        return self.result
+
+
+class EncoderGraphs:
+    """`Encoder.forward` on a GPU, through graphs where it pays. Calls from several threads take turns."""
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder = encoder
+        self.lock = Lock()
+        self.reason: str | None = None  # why there are no graphs
+        self._forget([])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"encoder": self.encoder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["encoder"])  # type: ignore[misc]
+
+    def _forget(self, tensors: list[Tensor]) -> None:
+        self.tensors, self.addresses = tensors, [t.data_ptr() for t in tensors]
+        self.seen: set[tuple] = set()
+        self.graphs: dict[tuple, Graph] = {}
+        self.pool: Any = None
+
+    def look(self) -> None:
+        """Forgets all graphs when a weight is no longer where it was: they would go on with the old ones."""
+        tensors = _tensors(self.encoder)
+        if [t.data_ptr() for t in tensors] != self.addresses:
+            with self.lock:
+                self._forget([t.detach() for t in tensors])  # kept, so that nothing else can come to lie at their addresses
+
+    def __call__(self, inputs: dict[str, Tensor], prompt_tokens: int = 0) -> Tensor:
+        """inputs: int64 [texts, tokens] by name, on the CPU. Embeddings [texts, features] on the GPU."""
+        texts, tokens = inputs["input_ids"].shape
+        rows = 1 << (texts - 1).bit_length()
+        length = max(tokens, min(-(-tokens // _STEP) * _STEP, self.encoder.max_seq_length))
+        if self.reason is not None or rows * length > _TOKENS or self.encoder.model.training or torch.is_autocast_enabled():
+            return self.encoder(inputs, prompt_tokens)
+        key = (rows, length, prompt_tokens, *inputs)
+        with self.lock, torch.cuda.device(self.encoder.device):
+            graph = self.graphs.get(key)
+            if graph is not None:
+                return graph(self._enlarged(inputs, rows, length))[:texts].clone()
+            expected = self.encoder(inputs, prompt_tokens)
+            if key in self.seen and len(self.graphs) < _MOST:
+                self._capture(key, self._enlarged(inputs, rows, length), prompt_tokens, expected)
+            self.seen.add(key)
+            return expected
+
+    def _capture(self, key: tuple, inputs: dict[str, Tensor], prompt_tokens: int, expected: Tensor) -> None:
+        try:
+            graph = Graph(self.encoder, inputs, prompt_tokens, expected.device, self.pool)
+            found = graph(inputs)[: len(expected)]
+            error = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max())
+        except Exception as failure:  # someone else's forward, which may fail in any way while it is captured
+            self.reason = f"{type(failure).__name__}: {failure}"
+        else:
+            rough = next(self.encoder.model.parameters()).dtype.itemsize < 4
+            if error <= (_ROUGH if rough else _TOLERANCE):
+                self.graphs[key], self.pool = graph, graph.pool
+                return
+            self.reason = f"its results differ by {error:.1e}"
+        self.graphs.clear()
+        logger.warning("the encoder runs without CUDA graphs: %s", self.reason)
+
+    def _enlarged(self, inputs: dict[str, Tensor], rows: int, length: int) -> dict[str, Tensor]:
+        """With hidden padding to `length` tokens and, as copies of the last text, to `rows` texts."""
+        texts, tokens = inputs["input_ids"].shape
+        row = torch.arange(rows).clamp(max=texts - 1)
+        fill = self.encoder.padding
+        return {name: F.pad(value[row], (0, length - tokens), value=fill.get(name, 0)) for name, value in inputs.items()}
+
+
+def _tensors(root: nn.Module) -> list[Tensor]:
+    """Parameters and buffers; `nn.Module.parameters` takes ten times as long."""
+    found, modules = [], [root]
+    while modules:
+        module = modules.pop()
+        found += [t for tensors in (module._parameters, module._buffers) for t in tensors.values() if t is not None]
+        modules += [m for m in module._modules.values() if m is not None]
+    return found
