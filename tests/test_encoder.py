@@ -167,6 +167,21 @@ def test_a_graph_that_is_wrong_is_not_used(on_a_gpu, monkeypatch, caplog):
     assert "results differ by 1.0e-01" in caplog.text and not encoder._graphs.graphs
 
 
+def test_copies_from_the_cpu_are_made_once():
+    def forward():
+        table = torch.arange(4).to("meta")
+        return table, torch.ones(2).to(torch.float64)
+
+    mode = graphs._ByShapeAlone()
+    with mode:
+        first = forward()
+    with mode.again():
+        second = forward()
+    with mode.again():
+        third = forward()
+    assert all(a is b is c for a, b, c in zip(first, second, third)) and first[0].is_meta
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU")
 @pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "distilbert", "modernbert", "nomic_bert", "qwen3"])
 def test_graphs_on_a_gpu(family, tokenizer, tmp_path):
@@ -175,7 +190,7 @@ def test_graphs_on_a_gpu(family, tokenizer, tmp_path):
     model = zoo.tiny_model(family)
     model = getattr(model, "model", model)
     if family == "bert":
-        quantize_model(model, load_calibration(WORDS, tokenizer, mode="rows"), AwqConfig(group_size=16))
+        quantize_model(model, load_calibration(WORDS, tokenizer, mode="rows", max_length=40), AwqConfig(group_size=16))
     pooling = Pooling(("lasttoken",) if family in zoo.DECODERS else ("mean",))
     texts = [WORDS[i % 5] + " tree" * (i % 9) for i in range(1, 30)]
     encoder = Encoder(model.cpu().eval(), tokenizer, [pooling])

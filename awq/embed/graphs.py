@@ -28,13 +28,33 @@ _TOLERANCE, _ROUGH = 1e-3, 0.05  # of an embedding's norm; the second in 16 bits
 Forward = Callable[[dict[str, Tensor], int], Tensor]
 
 
-class _MaskCounts(NothingFromTheHost):
-    """Whether a mask hides anything is a question to the GPU: the answer is yes, so that the graph serves masks that do."""
+class _ByShapeAlone(NothingFromTheHost):
+    """The forward as a function of its inputs' shape and values on the GPU, with nothing that a capture cannot hold.
+
+    Whether a mask hides anything is a question to the GPU: the answer is yes, so that the graph serves masks that do. Copies from
+    the CPU, as of a table of relative positions, depend on the shape alone: they are made the first time, and found after that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[Any] = []
+        self.place: int | None = None  # of the next copy that is to be found; None: they are being made
+
+    def again(self) -> _ByShapeAlone:
+        """The same, for another forward of that shape."""
+        self.place = 0
+        return self
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.__bool__ and args[0].is_cuda:
             return False  # not all of them are ones
-        return super().__torch_function__(function, types, args, kwargs)
+        if function not in (Tensor.to, Tensor.cuda) or args[0].device.type != "cpu":
+            return super().__torch_function__(function, types, args, kwargs)
+        if self.place is None:
+            self.copies.append(function(*args, **(kwargs or {})))
+            return self.copies[-1]
+        self.place += 1
+        return self.copies[self.place - 1]
 
 
 class Graph:
@@ -47,14 +67,17 @@ class Graph:
         static = dict(zip(self.names, self.block))
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side), _MaskCounts():
-            forward(static, prompt_tokens)  # what has to be compiled or allocated is so before the capture
-            with no_waiting():
+        mode = _ByShapeAlone()
+        with torch.cuda.stream(side):
+            with mode:
+                forward(static, prompt_tokens)  # what has to be compiled or allocated is so before the capture
+            with mode.again(), no_waiting():
                 forward(static, prompt_tokens)
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with _MaskCounts(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with mode.again(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.result = forward(static, prompt_tokens)
+        self.copies = mode.copies  # the graph reads them
         self.pool = self.graph.pool()
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
