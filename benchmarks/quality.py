@@ -6,12 +6,14 @@ Calibrates on the first half of a text and measures perplexity on the second (do
         --presets fast balanced --samples 128 --tokens 512 --json out.json
 
 `--limit 16384` measures on the first 16,384 tokens only: the share of round-to-nearest's loss is then the figure to read.
+`--natural` takes the form of WikiText off the text first: words as they are written, and no sentence with an `<unk>`.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -26,12 +28,29 @@ from awq.evals.perplexity import perplexity
 from awq.models.base import BaseAWQForCausalLM
 
 
-def split_text(path: Path, split_bytes: int) -> tuple[list[str], str]:
+def split_text(path: Path, split_bytes: int, as_written: bool = False) -> tuple[list[str], str]:
     """Paragraphs longer than 200 characters of the first `split_bytes` (up to a line end), and the rest as one text."""
     raw = path.read_bytes()
     cut = raw.rindex(b"\n", 0, split_bytes) + 1
-    paragraphs = [line.strip() for line in raw[:cut].decode("utf-8").splitlines()]
-    return [p for p in paragraphs if len(p) > 200], raw[cut:].decode("utf-8")
+    seen, held_out = raw[:cut].decode("utf-8"), raw[cut:].decode("utf-8")
+    if as_written:
+        seen, held_out = natural(seen), natural(held_out)
+    return [p for p in map(str.strip, seen.splitlines()) if len(p) > 200], held_out
+
+
+def natural(text: str) -> str:
+    """WikiText's paragraphs with words and marks joined as they are written, without the sentences that have an <unk>."""
+    found = []
+    for line in (line.strip() for line in text.splitlines()):
+        if len(line) < 100:
+            continue  # titles and empty lines
+        line = re.sub(r" @([-.,])@ ", r"\1", line)
+        line = " ".join(s for s in re.split(r"(?<= [.!?]) (?=[A-Z\"])", line) if "<unk>" not in s)
+        line = re.sub(r"([(\[$]) ", r"\1", re.sub(r" ([.,;:!?%)\]])", r"\1", line))
+        line = re.sub(r'" ([^"]*?) ?"', r'"\1"', re.sub(r" (['’](?:s|t|d|m|re|ve|ll)\b)", r"\1", line))
+        if len(line) > 100:
+            found.append(line + "\n")
+    return "".join(found)
 
 
 def measure(arguments: argparse.Namespace, name: str, settings: dict, tokenizer, texts: list[str], ids) -> dict:
@@ -73,6 +92,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--calibration-text", type=Path, help="calibrate on this text instead")
     parser.add_argument("--split-bytes", type=int, default=560313)
+    parser.add_argument("--natural", action="store_true", help="take the form of WikiText off the text")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--presets", nargs="*", default=["rtn", "fast", "balanced"])
     parser.add_argument("--variants", default="[]", help='JSON list of {"name": …, argument of quantize: …}')
@@ -84,7 +104,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    paragraphs, held_out = split_text(arguments.text, arguments.split_bytes)
+    paragraphs, held_out = split_text(arguments.text, arguments.split_bytes, arguments.natural)
     if arguments.calibration_text:
         text = arguments.calibration_text.read_text(encoding="utf-8")
         paragraphs = [chunk for chunk in text.split("\n\n") if len(chunk) > 200]

@@ -103,7 +103,7 @@ class _Stub:
 
     pool = None
 
-    def __init__(self, encoder, inputs, prompt_tokens, device, pool):
+    def __init__(self, encoder, inputs, prompt_tokens, stream, pool):
         self.encoder, self.prompt_tokens, self.shape = encoder, prompt_tokens, inputs["input_ids"].shape
 
     def __call__(self, inputs):
@@ -125,6 +125,7 @@ def on_a_gpu(bert_dir, tmp_path, monkeypatch):
     def encode(texts, **settings):
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "device", lambda device: nullcontext())
+            patch.setattr(torch.cuda, "Stream", lambda device: device)
             patch.setattr(Encoder, "_on_gpu", True)
             return encoder.encode(texts, **settings)
 

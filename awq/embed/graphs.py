@@ -60,22 +60,23 @@ class _ByShapeAlone(NothingFromTheHost):
 class Graph:
     """One captured shape. Inputs are copied into its own tensor, its result is overwritten by the next replay of any."""
 
-    def __init__(self, forward: Forward, inputs: dict[str, Tensor], prompt_tokens: int, device: torch.device, pool: Any) -> None:
-        """inputs: int64 [texts, tokens] each, on the CPU."""
+    def __init__(self, forward: Forward, inputs: dict[str, Tensor], prompt_tokens: int, stream: Any, pool: Any) -> None:
+        """inputs: int64 [texts, tokens] each, on the CPU. stream: to make it on, the same one always: for each stream that a
+        product has run on, torch keeps tens of megabytes of work space."""
+        device = stream.device
         self.names = list(inputs)
         self.block = torch.stack(list(inputs.values())).to(device)
         static = dict(zip(self.names, self.block))
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
+        stream.wait_stream(torch.cuda.current_stream(device))
         mode = _ByShapeAlone()
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(stream):
             with mode:
                 forward(static, prompt_tokens)  # what has to be compiled or allocated is so before the capture
             with mode.again(), no_waiting():
                 forward(static, prompt_tokens)
-        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with mode.again(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with mode.again(), torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.result = forward(static, prompt_tokens)
         self.copies = mode.copies  # the graph reads them
         self.pool = self.graph.pool()
@@ -106,6 +107,7 @@ class EncoderGraphs:
         self.seen: set[tuple] = set()
         self.graphs: dict[tuple, Graph] = {}
         self.pool: Any = None
+        self.stream: Any = None
 
     def look(self) -> None:
         """Forgets all graphs when a weight is no longer where it was: they would go on with the old ones."""
@@ -134,7 +136,8 @@ class EncoderGraphs:
 
     def _capture(self, key: tuple, inputs: dict[str, Tensor], prompt_tokens: int, expected: Tensor) -> None:
         try:
-            graph = Graph(self.encoder, inputs, prompt_tokens, expected.device, self.pool)
+            self.stream = self.stream or torch.cuda.Stream(expected.device)
+            graph = Graph(self.encoder, inputs, prompt_tokens, self.stream, self.pool)
             found = graph(inputs)[: len(expected)]
             error = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max())
         except Exception as failure:  # someone else's forward, which may fail in any way while it is captured
