@@ -124,7 +124,8 @@ class EncoderGraphs:
         if self.reason is not None or rows * length > _TOKENS or self.encoder.model.training or torch.is_autocast_enabled():
             return self.encoder(inputs, prompt_tokens)
         key = (rows, length, prompt_tokens, *inputs)
-        with self.lock, torch.cuda.device(self.encoder.device):
+        # Tensors made in inference mode could not be written to by calls outside of it.
+        with self.lock, torch.cuda.device(self.encoder.device), torch.inference_mode(False), torch.no_grad():
             graph = self.graphs.get(key)
             if graph is not None:
                 return graph(self._enlarged(inputs, rows, length))[:texts].clone()
