@@ -8,6 +8,7 @@ from awq import AwqConfig, QuantizeOptions, load_calibration, quantize_model
 from awq.calibration import CalibrationBatch
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.linear import WQLinear
+from awq.nn.surgery import is_linear
 
 CONFIG = AwqConfig(group_size=16)
 
@@ -20,6 +21,46 @@ def batches(rows=8, length=16, seed=3):
 def quantized(family="llama", config=CONFIG, calibration=None, **options):
     model = zoo.tiny_model(family)
     return model, quantize_model(model, calibration or batches(), config, QuantizeOptions(**options))
+
+
+class _OwnProduct(torch.nn.Linear):
+    """As falcon's: a linear that spells its product out."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class _Router(torch.nn.Linear):
+    """As llama4's and phimoe's: a linear by class that gives its choice."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.topk(1).values, logits
+
+
+class _GatedMLP(torch.nn.Module):
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp, self.router = mlp, _Router(32, 16)
+
+    def forward(self, x):
+        return self.mlp(x) * self.router(x)[0]
+
+
+def test_subclasses_of_linear_are_taken_for_what_they_do():
+    for device in ("cpu", "meta"):
+        assert is_linear(_OwnProduct(8, 4).to(device)) and not is_linear(_Router(8, 4).to(device))
+    model = zoo.tiny_model("llama")
+    for layer in model.model.layers:
+        own = _OwnProduct(48, 32, bias=False)
+        own.weight = layer.mlp.down_proj.weight
+        layer.mlp.down_proj = own
+        layer.mlp = _GatedMLP(layer.mlp)
+    report = quantize_model(model, batches(), CONFIG, QuantizeOptions())
+    assert report.skipped["model.layers.0.mlp.router"] == "_Router does more than a linear"
+    assert "model.layers.0.mlp.mlp.down_proj" in {line.name for line in report.linears}
+    assert all(line.loss <= line.loss_rtn * 1.001 for line in report.linears)
 
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)

@@ -17,7 +17,7 @@ DECODERS: dict[str, dict] = {
     "gptj": GPT | dict(rotary_dim=8), "opt": dict(ffn_dim=48, word_embed_proj_dim=32), "bloom": dict(n_head=4, n_layer=3),
     "mpt": dict(d_model=32, n_heads=4, n_layers=3, expansion_ratio=2, max_seq_len=64), "starcoder2": dict(num_key_value_heads=2),
     "stablelm": dict(num_key_value_heads=2, use_parallel_residual=True), "cohere": dict(num_key_value_heads=2),
-    "olmo2": dict(num_key_value_heads=2), "granite": dict(num_key_value_heads=2), "gpt2": GPT,
+    "olmo": dict(num_key_value_heads=2), "olmo2": dict(num_key_value_heads=2), "granite": dict(num_key_value_heads=2), "gpt2": GPT,
 }  # fmt: skip
 ENCODERS: dict[str, dict] = {
     "bert": {}, "roberta": {}, "xlm-roberta": {}, "mpnet": {},

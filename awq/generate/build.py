@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ def probe(width: int, device: torch.device) -> Tensor:
 
 
 def _device(block: nn.Module) -> torch.device:
-    return next(block.parameters()).device
+    return next(chain(block.parameters(), block.buffers())).device  # a block with packed linears may have no parameter
 
 
 @torch.no_grad()

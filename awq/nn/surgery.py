@@ -4,13 +4,46 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+LINEARS = (nn.Linear, Conv1D)
+_acts_as_linear: dict[type, bool] = {}  # of subclasses with a forward of their own
+
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a dense linear this package can quantize."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    """Whether a module is a dense linear this package can quantize.
+
+    A subclass with a forward of its own may be one (falcon's), or a router that gives its choice, or a grouped product: it is
+    one when it gives x Wᵀ + b.
+    """
+    if not isinstance(module, LINEARS):
+        return False
+    kind = type(module)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if module.weight.is_meta:
+        return _gives_product(module)
+    if kind not in _acts_as_linear:
+        _acts_as_linear[kind] = _gives_product(module)
+    return _acts_as_linear[kind]
+
+
+@torch.no_grad()
+def _gives_product(module: nn.Module) -> bool:
+    """On two rows of numbers; by shape alone on the meta device. Hooks are passed by."""
+    weight, bias = get_weight(module), cast("Tensor | None", module.bias)
+    x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(2, -1).to(weight.dtype)
+    try:
+        y = type(module).forward(module, x)
+        expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    except Exception:  # someone else's forward; one that fails here is no plain product
+        return False
+    if not isinstance(y, Tensor) or y.shape != expected.shape:
+        return False
+    return y.is_meta or float((y.float() - expected).norm()) <= 0.03 * float(expected.norm())
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

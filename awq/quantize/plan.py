@@ -9,7 +9,7 @@ from torch import nn
 from awq.config import AwqConfig
 from awq.errors import ConfigError, ModelError
 from awq.formats import get_format
-from awq.nn.surgery import is_linear, linear_shape
+from awq.nn.surgery import LINEARS, is_linear, linear_shape
 
 
 @dataclass
@@ -39,6 +39,8 @@ def make_plan(model: nn.Module, lists: list[tuple[str, nn.ModuleList]], config: 
     prefixes = tuple(f"{prefix}." for prefix, _ in lists)
     for name, module in model.named_modules():
         if not is_linear(module):
+            if isinstance(module, LINEARS):  # named in the checkpoint, for readers who take every such module for a linear
+                plan.skipped[name] = f"{type(module).__name__} does more than a linear"
             continue
         in_features, out_features = linear_shape(module)
         pattern = excluded_by(name, config.modules_to_not_convert)
