@@ -116,6 +116,13 @@ class _Wrong(_Stub):
         return super().__call__(inputs) * 1.1
 
 
+class _Maskless(_Stub):
+    """As if the forward had asked on its way whether the mask hides anything, where it did not."""
+
+    def __call__(self, inputs):
+        return super().__call__(inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])})
+
+
 @pytest.fixture
 def on_a_gpu(bert_dir, tmp_path, monkeypatch):
     """An encoder that goes through graphs, stand-ins of them."""
@@ -160,12 +167,26 @@ def test_graphs_end_with_the_weights_they_were_made_of(on_a_gpu):
     assert not encoder._graphs.graphs
 
 
-def test_a_graph_that_is_wrong_is_not_used(on_a_gpu, monkeypatch, caplog):
+@pytest.mark.parametrize("stub", [_Wrong, _Maskless])
+def test_a_graph_that_is_wrong_is_not_used(on_a_gpu, stub, monkeypatch, caplog):
     encoder, encode = on_a_gpu
-    monkeypatch.setattr(graphs, "Graph", _Wrong)
+    monkeypatch.setattr(graphs, "Graph", stub)
+    texts = ["the cat " * 7, "a dog " * 7]  # 16 tokens each: nothing is padded
+    assert [len(ids) for ids in encoder._tokenize(texts)["input_ids"]] == [16, 16]
     for _ in range(3):
-        torch.testing.assert_close(encode(WORDS), encoder.encode(WORDS), atol=1e-5, rtol=1e-5)
-    assert "results differ by 1.0e-01" in caplog.text and not encoder._graphs.graphs
+        torch.testing.assert_close(encode(texts), encoder.encode(texts), atol=1e-5, rtol=1e-5)
+    assert "results differ by" in caplog.text and not encoder._graphs.graphs
+
+
+def test_batches_that_keep_a_gpu_busy_need_no_graph(on_a_gpu, monkeypatch):
+    encoder, encode = on_a_gpu
+    weights = sum(m.weight.numel() for m in encoder.modules() if isinstance(m, nn.Linear))
+    monkeypatch.setattr(graphs, "_WORK", 48 * weights)
+    for _ in range(3):
+        encode(WORDS, batch_size=1)
+        encode(WORDS[:4], batch_size=4)
+    made = {key[:2] for key in encoder._graphs.graphs}
+    assert {(1, 16), (1, 40)} <= made and max(rows * length for rows, length in made) <= 48
 
 
 def test_copies_from_the_cpu_are_made_once():

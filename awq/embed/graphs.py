@@ -17,10 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awq.nn.capture import NothingFromTheHost, no_waiting
+from awq.nn.linear import WQLinear
 
 logger = logging.getLogger("awq.embed")
 
-_TOKENS = 4096  # of a batch, padding included: with more the GPU is what takes the time
+_TOKENS = 4096  # of a batch, padding included; with more, the GPU is what takes the time
+_WORK = (
+    1e11  # of tokens times weights of linears: milliseconds of a GPU, as long as the host takes to start the kernels of any model
+)
 _STEP = 16  # tokens
 _MOST = 128  # graphs, whose memory is shared but for their own kernels' arguments
 _TOLERANCE, _ROUGH = 1e-3, 0.05  # of an embedding's norm; the second in 16 bits
@@ -93,7 +97,6 @@ class EncoderGraphs:
     def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
         self.lock = Lock()
-        self.reason: str | None = None  # why there are no graphs
         self._forget([])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,6 +107,8 @@ class EncoderGraphs:
 
     def _forget(self, tensors: list[Tensor]) -> None:
         self.tensors, self.addresses = tensors, [t.data_ptr() for t in tensors]
+        self.most_tokens = 0.0  # of a batch that may have a graph
+        self.reason: str | None = None  # why there are no graphs
         self.seen: set[tuple] = set()
         self.graphs: dict[tuple, Graph] = {}
         self.pool: Any = None
@@ -115,13 +120,16 @@ class EncoderGraphs:
         if [t.data_ptr() for t in tensors] != self.addresses:
             with self.lock:
                 self._forget([t.detach() for t in tensors])  # kept, so that nothing else can come to lie at their addresses
+                linears = (m for m in self.encoder.modules() if isinstance(m, (nn.Linear, WQLinear)))
+                self.most_tokens = min(_TOKENS, _WORK / max(1, sum(m.in_features * m.out_features for m in linears)))
 
     def __call__(self, inputs: dict[str, Tensor], prompt_tokens: int = 0) -> Tensor:
         """inputs: int64 [texts, tokens] by name, on the CPU. Embeddings [texts, features] on the GPU."""
         texts, tokens = inputs["input_ids"].shape
         rows = 1 << (texts - 1).bit_length()
         length = max(tokens, min(-(-tokens // _STEP) * _STEP, self.encoder.max_seq_length))
-        if self.reason is not None or rows * length > _TOKENS or self.encoder.model.training or torch.is_autocast_enabled():
+        too_much = rows * length > self.most_tokens
+        if self.reason is not None or too_much or self.encoder.model.training or torch.is_autocast_enabled():
             return self.encoder(inputs, prompt_tokens)
         key = (rows, length, prompt_tokens, *inputs)
         # Tensors made in inference mode could not be written to by calls outside of it.
@@ -139,16 +147,17 @@ class EncoderGraphs:
         try:
             self.stream = self.stream or torch.cuda.Stream(expected.device)
             graph = Graph(self.encoder, inputs, prompt_tokens, self.stream, self.pool)
-            found = graph(inputs)[: len(expected)]
-            error = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max())
+            error = _difference(graph(inputs)[: len(expected)], expected)
+            padded = self._padded(inputs)
+            errors = error, _difference(graph(padded), self.encoder(padded, prompt_tokens))
         except Exception as failure:  # someone else's forward, which may fail in any way while it is captured
             self.reason = f"{type(failure).__name__}: {failure}"
         else:
             rough = next(self.encoder.model.parameters()).dtype.itemsize < 4
-            if error <= (_ROUGH if rough else _TOLERANCE):
+            if all(error <= (_ROUGH if rough else _TOLERANCE) for error in errors):
                 self.graphs[key], self.pool = graph, graph.pool
                 return
-            self.reason = f"its results differ by {error:.1e}"
+            self.reason = f"its results differ by {max(errors):.1e}"
         self.graphs.clear()
         logger.warning("the encoder runs without CUDA graphs: %s", self.reason)
 
@@ -158,6 +167,18 @@ class EncoderGraphs:
         row = torch.arange(rows).clamp(max=texts - 1)
         fill = self.encoder.padding
         return {name: F.pad(value[row], (0, length - tokens), value=fill.get(name, 0)) for name, value in inputs.items()}
+
+    def _padded(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same with the last quarter of the first text hidden: a graph made where nothing is hidden must know of masks too."""
+        found = {name: value.clone() for name, value in inputs.items()}
+        for name, value in found.items():
+            value[0, -(value.shape[1] // 4) or value.shape[1] :] = self.encoder.padding.get(name, 0)
+        return found
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The largest ‖found − expected‖ / ‖expected‖ of any text; NaN where one is."""
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max())
 
 
 def _tensors(root: nn.Module) -> list[Tensor]:
