@@ -7,6 +7,7 @@ import zoo
 from awq import AwqConfig, QuantizeOptions, quantize_model
 from awq.calibration import CalibrationBatch
 from awq.core.weight import round_to_nearest
+from awq.models.base import BaseAWQForCausalLM
 
 NEAREST = {"preset": "fast", "scaling": False, "clip": False, "bias_correction": False}
 
@@ -103,3 +104,12 @@ def test_every_width_and_group_size_as_dense_weights(bits, group_size):
     assert max(len(row.unique()) for row in groups[::16].flatten(0, 1)) <= 2**bits
     nearest = round_to_nearest(weight, group_size, bits).dequantize()
     assert weight.isfinite().all() and nearest.shape == weight.shape
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mpt", "opt", "roberta"])
+def test_rows_are_no_longer_than_the_model_reads(family):
+    """Families name the number of their positions differently; these have 64."""
+    wrapper = BaseAWQForCausalLM(zoo.tiny_model(family), "tiny")
+    ids = torch.randint(3, 63, (300,), generator=torch.Generator().manual_seed(3)).tolist()
+    wrapper.quantize(quant_config={"q_group_size": 16}, calib_data=[ids], preset="fast")
+    assert wrapper.report.tokens >= 62

@@ -205,7 +205,7 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         return head is not None and getattr(self.model, "can_generate", lambda: False)()
 
     def _limit(self, tokens: int) -> int:
-        longest = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+        longest = next((v for v in (getattr(self.config, name, None) for name in _POSITIONS) if v), None)
         # RoBERTa numbers its positions from pad_token_id + 1, so its table is a little longer than its inputs may be.
         return min(tokens, longest - 2) if isinstance(longest, int) and longest > 2 else tokens
 
@@ -214,6 +214,7 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
 
 
 AwqModel = BaseAWQForCausalLM
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")  # how configs name their number
 
 
 def _options(given: dict[str, Any], **others: Any) -> QuantizeOptions:
