@@ -110,6 +110,8 @@ def test_every_width_and_group_size_as_dense_weights(bits, group_size):
 def test_rows_are_no_longer_than_the_model_reads(family):
     """Families name the number of their positions differently; these have 64."""
     wrapper = BaseAWQForCausalLM(zoo.tiny_model(family), "tiny")
+    if family in ("gpt2", "mpt"):  # the zoo sets this for all of them
+        vars(wrapper.config).pop("max_position_embeddings", None)
     ids = torch.randint(3, 63, (300,), generator=torch.Generator().manual_seed(3)).tolist()
     wrapper.quantize(quant_config={"q_group_size": 16}, calib_data=[ids], preset="fast")
     assert wrapper.report.tokens >= 62
