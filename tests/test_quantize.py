@@ -6,6 +6,8 @@ import zoo
 
 from awq import AwqConfig, QuantizeOptions, load_calibration, quantize_model
 from awq.calibration import CalibrationBatch
+from awq.checkpoint import load_checkpoint, save_checkpoint
+from awq.errors import ModelError
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import is_linear
@@ -61,6 +63,86 @@ def test_subclasses_of_linear_are_taken_for_what_they_do():
     assert report.skipped["model.layers.0.mlp.router"] == "_Router does more than a linear"
     assert "model.layers.0.mlp.mlp.down_proj" in {line.name for line in report.linears}
     assert all(line.loss <= line.loss_rtn * 1.001 for line in report.linears)
+
+
+class _Reader(torch.nn.Module):
+    """As mamba's mixer: computes with a linear's weight instead of calling it. And asks another one for its dtype, as T5 does."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp, self.dt_proj = mlp, torch.nn.Linear(32, 32, bias=False)
+
+    def forward(self, x):
+        return self.mlp(x.to(self.mlp.down_proj.weight.dtype)) + x @ self.dt_proj.weight.t()
+
+
+def test_weights_that_are_read_stay():
+    model = zoo.tiny_model("llama")
+    torch.manual_seed(1)
+    for layer in model.model.layers:
+        layer.mlp = _Reader(layer.mlp)
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    inputs = zoo.token_batch(seed=9)
+    before = zoo.outputs(model, **inputs)
+    report = quantize_model(model, batches(), CONFIG, QuantizeOptions())
+    assert report.skipped["model.layers.1.mlp.dt_proj"] == "its weight is read past its forward"
+    chosen = {line.name for line in report.linears}
+    assert len(chosen) == 21 and "model.layers.1.mlp.mlp.down_proj" in chosen
+    assert all(type(m) is kinds[name] and not m._forward_hooks for name, m in model.named_modules() if name not in chosen)
+    error = (zoo.outputs(model, **inputs) - before).norm() / before.norm()
+    assert 0 < float(error) < 0.3
+    weight = model.model.layers[1].mlp.mlp.down_proj.weight
+    assert isinstance(weight, torch.Tensor) and weight.dtype == torch.float32 and weight.shape == (32, 48)
+    for use in (lambda: torch.cat([weight, weight]), lambda: weight + 1, lambda: torch.zeros(1, 48) @ weight.t()):
+        with pytest.raises(ModelError, match="packed linear"):
+            use()
+    assert model.bfloat16().model.layers[1].mlp.mlp.down_proj.weight.dtype == torch.bfloat16
+
+
+def test_blocks_of_torch_itself():
+    """nn.TransformerEncoderLayer hands its weights to one operator, or calls its linears where that will not do."""
+    torch.manual_seed(0)
+    model = _Torch().eval()
+    ids = torch.randint(3, 63, (8, 16))
+    with torch.no_grad():
+        before = model(ids)
+        report = quantize_model(model, [CalibrationBatch(ids, torch.ones_like(ids))], CONFIG, QuantizeOptions())
+        error = (model(ids) - before).norm() / before.norm()
+    assert {line.name.rpartition(".")[2] for line in report.linears} == {"linear1", "linear2"}
+    assert report.skipped["layers.0.self_attn.out_proj"] == "its weight is read past its forward"
+    assert 0 < float(error) < 0.3
+
+
+class _Torch(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(64, 32)
+        self.layers = torch.nn.ModuleList(torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True) for _ in range(3))
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
+def test_t5_encoder(kind, tmp_path):
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    settings = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, feed_forward_proj=kind)
+    model = T5EncoderModel(T5Config(**settings)).eval()
+    inputs = zoo.token_batch(seed=9)
+    with torch.no_grad():
+        before = model(**inputs).last_hidden_state
+        report = quantize_model(model, batches(), CONFIG, QuantizeOptions())
+        after = model(**inputs).last_hidden_state
+        save_checkpoint(model, tmp_path / "q", CONFIG, report)
+        loaded = load_checkpoint(tmp_path / "q", T5EncoderModel, dtype=torch.float32)
+        torch.testing.assert_close(loaded(**inputs).last_hidden_state, after, atol=1e-5, rtol=1e-5)
+    assert len(report.linears) == (21 if "gated" in kind else 18)
+    assert 0 < float((after - before).norm() / before.norm()) < 0.2
 
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)

@@ -53,7 +53,7 @@ def concatenate_outputs(linears: Sequence[WQLinear]) -> WQLinear:
     if dtype is not None:
         bias = torch.cat([weight.scales.new_zeros(m.out_features, dtype=dtype) if m.bias is None else m.bias for m in linears])
     layout = linears[0].layout if len({m.layout for m in linears}) == 1 else None
-    return WQLinear.from_quantized(weight, bias, linears[0].format, layout)
+    return WQLinear.from_quantized(weight, bias, linears[0].format, layout, linears[0].dtype)
 
 
 @torch.no_grad()
@@ -64,7 +64,8 @@ def split_outputs(linear: WQLinear, sizes: Sequence[int]) -> list[WQLinear]:
     parts = zip(*(tensor.split(list(sizes)) for tensor in linear.quantized()[:3]))
     biases = linear.bias.split(list(sizes)) if linear.bias is not None else [None] * len(sizes)
     return [
-        WQLinear.from_quantized(QuantizedWeight(*part), bias, linear.format, linear.layout) for part, bias in zip(parts, biases)
+        WQLinear.from_quantized(QuantizedWeight(*part), bias, linear.format, linear.layout, linear.dtype)
+        for part, bias in zip(parts, biases)
     ]
 
 
@@ -74,4 +75,4 @@ def take_outputs(linear: WQLinear, rows: Tensor) -> WQLinear:
     weight = linear.quantized()
     codes, scales, zeros = (tensor[rows.to(tensor.device)] for tensor in weight[:3])
     bias = None if linear.bias is None else linear.bias[rows.to(linear.bias.device)]
-    return WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros), bias, linear.format, linear.layout)
+    return WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros), bias, linear.format, linear.layout, linear.dtype)

@@ -11,22 +11,31 @@ The buffers hold either the checkpoint's layout (`format`) or the one that the b
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from awq.core.weight import QuantizedWeight
-from awq.errors import ConfigError
+from awq.errors import ConfigError, ModelError
 from awq.formats import get_format, get_layout
 from awq.kernels import Packed, Shape, layout_for, quantized_linear
+from awq.nn.reading import asked
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _TENSORS = ("qweight", "qzeros", "scales")
+
+
+def _no_weight() -> None:
+    raise ModelError("the model computes with the weight of a packed linear, which has none; dequantize() gives it.")
 
 
 class WQLinear(nn.Module):
     """A 4-bit linear. Buffers `qweight`, `qzeros`, `scales` in `layout`, and `bias` [out] in the model's dtype.
 
+    dtype: the model's, as far as is known; what is asked of `weight` is answered with it.
     format: the layout in checkpoints. layout: the one in memory now: `format`, or what the device's backend computes on.
 
     Raises ConfigError for a shape that the format cannot hold.
@@ -52,6 +61,7 @@ class WQLinear(nn.Module):
         self.group_size = in_features if group_size == -1 else group_size
         codec = get_format(format)
         self.format = self.layout = codec.name
+        self.dtype = dtype or torch.float16
         self._settled: Tensor | None = None  # the `qweight` whose layout was chosen for its device
         self._kept: dict[str, Tensor] = {}  # tensors of the checkpoint that packing again would not give back bit for bit
         problem = codec.why_not(in_features, out_features, self.group_size)
@@ -63,20 +73,26 @@ class WQLinear(nn.Module):
 
     @classmethod
     def from_quantized(
-        cls, weight: QuantizedWeight, bias: Tensor | None = None, format: str = "gemm", layout: str | None = None
-    ) -> WQLinear:
-        """From a canonical weight [out, in]. layout: in memory, instead of the format's.
+        cls, weight: QuantizedWeight, bias: Tensor | None = None, format: str = "gemm", layout: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> WQLinear:  # fmt: skip
+        """From a canonical weight [out, in]. layout: in memory, instead of the format's. dtype: of the model.
 
         Raises ConfigError when the format cannot hold its shape.
         """
         out_features, in_features = weight.codes.shape
-        module = cls(in_features, out_features, bias is not None, weight.group_size, format, "meta")
-        module.layout = layout or module.format
-        for name, tensor in get_layout(module.layout).pack(weight).items():
-            module.register_buffer(name, tensor)
+        return cls(in_features, out_features, bias is not None, weight.group_size, format, "meta", dtype)._hold(
+            weight, bias, layout
+        )
+
+    def _hold(self, weight: QuantizedWeight, bias: Tensor | None, layout: str | None) -> Self:
+        """Itself, with a weight and bias of its shape in place of its empty buffers."""
+        self.layout = layout or self.format
+        for name, tensor in get_layout(self.layout).pack(weight).items():
+            self.register_buffer(name, tensor)
         if bias is not None:
-            module.register_buffer("bias", bias.detach().clone())
-        return module
+            self.register_buffer("bias", bias.detach().clone())
+        return self
 
     @property
     def packed(self) -> Packed:
@@ -125,6 +141,7 @@ class WQLinear(nn.Module):
         if qweight.is_meta or (qweight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         self._recognize(qweight)
+        self.dtype = dtype
         shape = Shape(self.in_features, self.out_features, self.group_size)
         self.set_layout(layout_for(qweight.device, dtype, shape) or self.layout)
         self._settled = self._buffers["qweight"]
@@ -159,11 +176,21 @@ class WQLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WQLinear:
         kept = {name: t for name, t in self._buffers.items() if name != "bias" and t is not None and t.is_floating_point()}
         super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         for name, old in kept.items():
             new = self._buffers[name]
             if new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        # Models ask linears for their weight's dtype, device or shape (T5's MLP does); there is none to compute with.
+        if name == "weight" and "_buffers" in self.__dict__:
+            qweight = self._buffers["qweight"]
+            assert qweight is not None
+            nothing = torch.empty((), device=qweight.device, dtype=self.dtype).expand(self.out_features, self.in_features)
+            return asked(nothing, _no_weight)
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         return (

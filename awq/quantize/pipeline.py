@@ -33,6 +33,7 @@ from awq.errors import CalibrationError
 from awq.folds import InputGroup, apply_fold, discover, prove
 from awq.nn.blocks import BlockCall, find_block_lists, record_block_calls
 from awq.nn.linear import WQLinear
+from awq.nn.reading import watched_weights
 from awq.nn.surgery import get_weight, linear_shape, replace_module
 from awq.quantize.drift import DriftStatistics, OriginalInputs, input_of
 from awq.quantize.group import QuantizedLinear, choose_scale, quantize_group, round_to_nearest_losses
@@ -135,7 +136,9 @@ def _quantize_blocks(bench: Workbench, model: nn.Module, lists, batches: Sequenc
         if options.tuning:
             judges = held_out(len(batches))
             match = OutputMatch(model, batches, judges)
-        streams = _open_streams(model, lists, batches)
+        with watched_weights(model, bench.plan.chosen) as read:
+            streams = _open_streams(model, lists, batches)
+        bench.plan.leave(read, "its weight is read past its forward")
         if options.correction and options.rounding == "feedback" and options.propagate == "quantized":
             for calibration, *_ in streams:
                 calibration.original = list(calibration.hidden)
@@ -378,11 +381,12 @@ def _tensor_cores(device: torch.device):
 
 def _install(root: nn.Module, name: str, weight: QuantizedWeight, config: AwqConfig, options: QuantizeOptions) -> None:
     """Puts a quantized weight into the model: packed, or as the values of the ordinary linear."""
-    linear = root.get_submodule(name)
+    linear: Any = root.get_submodule(name)
     if options.export_compatible:
         get_weight(linear).copy_(weight.dequantize())
     else:
-        replace_module(root, name, WQLinear.from_quantized(weight, getattr(linear, "bias", None), config.format))
+        packed = WQLinear.from_quantized(weight, getattr(linear, "bias", None), config.format, dtype=linear.weight.dtype)
+        replace_module(root, name, packed)
 
 
 def _work_device(home: torch.device, options: QuantizeOptions) -> torch.device:

@@ -19,6 +19,13 @@ class Plan:
     chosen: set[str] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)
 
+    def leave(self, names: set[str], reason: str) -> None:
+        """These stay as they are. Raises ModelError when nothing is left to quantize."""
+        self.chosen -= names
+        self.skipped |= dict.fromkeys(sorted(names), reason)
+        if not self.chosen:
+            raise ModelError(f"no linear is left to quantize; skipped: {self.skipped or 'none found'}.")
+
 
 def excluded_by(name: str, patterns: tuple[str, ...]) -> str | None:
     """The first pattern that names this module or a module around it, in whole name parts ("mlp.gate", "layers.1")."""
@@ -62,6 +69,5 @@ def make_plan(model: nn.Module, lists: list[tuple[str, nn.ModuleList]], config: 
     if problems:
         more = f" ({len(problems) - 1} more linears have the same problem)" if len(problems) > 1 else ""
         raise ConfigError(problems[0] + more)
-    if not plan.chosen:
-        raise ModelError(f"no linear is left to quantize; skipped: {plan.skipped or 'none found'}.")
+    plan.leave(set(), "")
     return plan

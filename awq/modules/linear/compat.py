@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from awq.core.weight import QuantizedWeight, quantize_nearest, round_to_nearest
 from awq.errors import ConfigError
-from awq.formats import get_format, get_layout
+from awq.formats import get_format
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import get_weight, linear_shape
 
@@ -72,19 +72,16 @@ class CompatLinear(WQLinear, metaclass=_ByFormat):
 
     @classmethod
     def from_quantized(
-        cls, weight: QuantizedWeight, bias: Tensor | None = None, format: str | None = None, layout: str | None = None
-    ) -> CompatLinear:
+        cls, weight: QuantizedWeight, bias: Tensor | None = None, format: str | None = None, layout: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> CompatLinear:  # fmt: skip
         """From a canonical weight [out, in]; the format is the class's own. layout: in memory, instead of the format's."""
         if format is not None and get_format(format).name != cls.version:
             raise ConfigError(f"{cls.__name__} holds version {cls.version}, not {format}.")
         out_features, in_features = weight.codes.shape
         module = cls(weight.bits, weight.group_size, in_features, out_features, bias is not None, "meta")
-        module.layout = layout or module.format
-        for name, tensor in get_layout(module.layout).pack(weight).items():
-            module.register_buffer(name, tensor)
-        if bias is not None:
-            module.register_buffer("bias", bias.detach().clone())
-        return module
+        module.dtype = dtype or module.dtype
+        return module._hold(weight, bias, layout)
 
     @classmethod
     def _by_rows(cls, table: Tensor, out_features: int) -> Tensor:
