@@ -7,7 +7,7 @@ import zoo
 from awq import AwqConfig, QuantizeOptions, load_calibration, quantize_model
 from awq.calibration import CalibrationBatch
 from awq.checkpoint import load_checkpoint, save_checkpoint
-from awq.errors import ModelError
+from awq.errors import ConfigError, ModelError
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import is_linear
@@ -124,6 +124,34 @@ class _Torch(torch.nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+class _Small(torch.nn.Module):
+    """As gemma3n's blocks: a linear of very few channels beside the large ones."""
+
+    def __init__(self, mlp, width=4):
+        super().__init__()
+        self.mlp, self.coefficients = mlp, torch.nn.Linear(width, width, bias=False)
+
+    def forward(self, x):
+        width = self.coefficients.in_features
+        return self.mlp(x) + torch.nn.functional.pad(self.coefficients(x[..., :width]), (0, 32 - width))
+
+
+def test_small_linears_that_the_group_size_does_not_divide_stay():
+    model = zoo.tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = _Small(layer.mlp)
+    report = quantize_model(model, batches(), CONFIG, QuantizeOptions())
+    assert report.skipped["model.layers.2.mlp.coefficients"] == "the group size does not divide its in_features"
+    assert len(report.linears) == 21
+    model = zoo.tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = _Small(layer.mlp, 24)
+    with pytest.raises(ConfigError, match=r"coefficients: in_features 24 is not a multiple .* \(2 more"):
+        quantize_model(model, batches(), CONFIG, QuantizeOptions())
+    advised = CONFIG.with_(modules_to_not_convert=("coefficients",))
+    assert len(quantize_model(model, batches(), advised, QuantizeOptions()).linears) == 21
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated-gelu"])

@@ -214,7 +214,8 @@ def _quantize_block(
     device = _work_device(home, bench.options)
     block.to(device, torch.float32)
     with bench.phase("folds"):
-        groups = _folds_of(bench, block, prefix, single.at(index, device), many.at(index, device))
+        found = _folds_of(bench, block, prefix, single.at(index, device), many.at(index, device))
+        groups = [g for g in found if any(f"{prefix}.{n}" in bench.plan.chosen for n in g.consumers)]
         _advance(block, many, index, device)
         _advance(block, single, index, device)
     with _tensor_cores(device):
@@ -234,13 +235,13 @@ def _quantize_block(
         results: list[QuantizedLinear] = []
         order = list(statistics)  # of first calls: a linear's input changes with those before it
         work = sorted(zip(groups, choices, names_of), key=lambda item: order.index(item[0].consumers[0]))
-        for group, choice, names in (item for item in work if item[2]):
-            found = statistics[group.consumers[0]]
+        for group, choice, names in work:
+            seen = statistics[group.consumers[0]]
             with bench.phase("drift"):
                 drifted = None if original is None else _drift(block, original, group.consumers[0], calibration, index, device)
             with bench.phase("rounding"):
                 results += quantize_group(
-                    block, group, drifted or found.divided_by(choice.scale), choice, names, bench.config, bench.options
+                    block, group, drifted or seen.divided_by(choice.scale), choice, names, bench.config, bench.options
                 )
                 for result in results[-len(names) :]:
                     linear: Any = block.get_submodule(result.name)

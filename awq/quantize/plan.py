@@ -11,6 +11,8 @@ from awq.errors import ConfigError, ModelError
 from awq.formats import get_format
 from awq.nn.surgery import LINEARS, is_linear, linear_shape
 
+_FEW = 0.05  # of the blocks' weights
+
 
 @dataclass
 class Plan:
@@ -35,14 +37,15 @@ def excluded_by(name: str, patterns: tuple[str, ...]) -> str | None:
 def make_plan(model: nn.Module, lists: list[tuple[str, nn.ModuleList]], config: AwqConfig, packed: bool = True) -> Plan:
     """Decides for every linear of the model.
 
-    Raises ConfigError when the group size does not divide a linear's input, naming every such linear, or when packed
-    weights are asked for in other than 4 bits; ModelError when nothing is left to quantize.
+    Linears whose input the group size does not divide stay as they are where they hold next to none of the weights (gemma3n's
+    products of 4 channels). Raises ConfigError when they hold more, naming the first, or when packed weights are asked for in
+    other than 4 bits; ModelError when nothing is left to quantize.
     """
     if packed and config.bits != 4:
         raise ConfigError(
             f"bits is {config.bits}: packed formats hold 4 bits; use w_bit 4, or export_compatible=True for dense weights."
         )
-    plan, problems = Plan(), []
+    plan, problems, sizes = Plan(), {}, {}
     prefixes = tuple(f"{prefix}." for prefix, _ in lists)
     for name, module in model.named_modules():
         if not is_linear(module):
@@ -56,10 +59,11 @@ def make_plan(model: nn.Module, lists: list[tuple[str, nn.ModuleList]], config: 
         elif pattern is not None:
             plan.skipped[name] = f"excluded by modules_to_not_convert: {pattern}"
         else:
+            sizes[name] = in_features * out_features
             try:
                 size = config.group_size_of(in_features, name)
             except ConfigError as error:
-                problems.append(str(error))
+                problems[name] = str(error)
                 continue
             reason = get_format(config.format).why_not(in_features, out_features, size) if packed else None
             if reason:
@@ -67,7 +71,9 @@ def make_plan(model: nn.Module, lists: list[tuple[str, nn.ModuleList]], config: 
             else:
                 plan.chosen.add(name)
     if problems:
-        more = f" ({len(problems) - 1} more linears have the same problem)" if len(problems) > 1 else ""
-        raise ConfigError(problems[0] + more)
+        if sum(sizes[name] for name in problems) > _FEW * sum(sizes.values()):
+            more = f" ({len(problems) - 1} more linears have the same problem)" if len(problems) > 1 else ""
+            raise ConfigError(next(iter(problems.values())) + more)
+        plan.skipped |= dict.fromkeys(problems, "the group size does not divide its in_features")
     plan.leave(set(), "")
     return plan
