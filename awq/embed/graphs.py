@@ -22,9 +22,8 @@ from awq.nn.linear import WQLinear
 logger = logging.getLogger("awq.embed")
 
 _TOKENS = 4096  # of a batch, padding included; with more, the GPU is what takes the time
-_WORK = (
-    1e11  # of tokens times weights of linears: milliseconds of a GPU, as long as the host takes to start the kernels of any model
-)
+# Of tokens times weights of linears: milliseconds of a GPU, no more than the host takes to start the kernels.
+_WORK = 1e11
 _STEP = 16  # tokens
 _MOST = 128  # graphs, whose memory is shared but for their own kernels' arguments
 _TOLERANCE, _ROUGH = 1e-3, 0.05  # of an embedding's norm; the second in 16 bits
