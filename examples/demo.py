@@ -32,12 +32,6 @@ from awq.evals.similarity import mean_cosine
 ROUND_TO_NEAREST = QuantizeOptions(preset="fast", scaling=False, clip=False, bias_correction=False)
 
 
-def sentences(texts: list[str]) -> list[str]:
-    """Rough sentences of at least 20 characters."""
-    parts = [s.strip() for t in texts for s in t.replace("?", ".").replace("!", ".").replace("。", ".").split(".")]
-    return [p for p in parts if len(p) >= 20]
-
-
 def size(folder: Path) -> float:
     """Weights in MB."""
     return sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
@@ -47,7 +41,7 @@ def embedding_model() -> dict:
     """all-MiniLM-L6-v2 at group 128: calibrated on a quarter of the bundled sentences, measured on another."""
     source, target = minilm_dir(), CACHE / "all-MiniLM-L6-v2-awq"
     tokenizer = AutoTokenizer.from_pretrained(source)
-    texts = sentences(bundled_texts())[::2]
+    texts = bundled_texts(short=True)[::2]
     calibration, held_out = texts[::2], texts[1::2]
     full = Encoder.from_pretrained(source).encode(held_out)
     model = AutoAWQForCausalLM.from_pretrained(str(source))
