@@ -170,6 +170,9 @@ def test_t5_encoder(kind, tmp_path):
         loaded = load_checkpoint(tmp_path / "q", T5EncoderModel, dtype=torch.float32)
         torch.testing.assert_close(loaded(**inputs).last_hidden_state, after, atol=1e-5, rtol=1e-5)
     assert len(report.linears) == (21 if "gated" in kind else 18)
+    half = T5EncoderModel(T5Config(**settings)).eval().bfloat16()
+    quantize_model(half, batches(), CONFIG, QuantizeOptions())
+    assert {half.get_submodule(line.name).weight.dtype for line in report.linears} == {torch.bfloat16}
     assert 0 < float((after - before).norm() / before.norm()) < 0.2
 
 

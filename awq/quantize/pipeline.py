@@ -356,7 +356,8 @@ def _advance(block: nn.Module, stream: Stream, index: int, device: torch.device)
 def _finish(bench: Workbench, block: nn.Module, prefix: str, results, rtn_losses, home: torch.device, dtypes) -> None:
     """Packs the quantized linears, restores the block's dtype and device, and writes the report's lines."""
     for result in results:
-        _install(block, result.name, result.weight, bench.config, bench.options)
+        dtype = dtypes[f"{result.name}.weight"]
+        _install(block, result.name, result.weight, bench.config, bench.options, dtype)
         if bench.options.tuning:
             bench.weights[f"{prefix}.{result.name}"] = result.weight
         result.report.loss_rtn = rtn_losses[result.name]
@@ -380,14 +381,22 @@ def _tensor_cores(device: torch.device):
         torch.set_float32_matmul_precision(before)
 
 
-def _install(root: nn.Module, name: str, weight: QuantizedWeight, config: AwqConfig, options: QuantizeOptions) -> None:
-    """Puts a quantized weight into the model: packed, or as the values of the ordinary linear."""
+def _install(
+    root: nn.Module,
+    name: str,
+    weight: QuantizedWeight,
+    config: AwqConfig,
+    options: QuantizeOptions,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Puts a quantized weight into the model: packed, or as the values of the ordinary linear. dtype: of the model, where the
+    linear's is another one for now."""
     linear: Any = root.get_submodule(name)
     if options.export_compatible:
         get_weight(linear).copy_(weight.dequantize())
     else:
-        packed = WQLinear.from_quantized(weight, getattr(linear, "bias", None), config.format, dtype=linear.weight.dtype)
-        replace_module(root, name, packed)
+        dtype = dtype or linear.weight.dtype
+        replace_module(root, name, WQLinear.from_quantized(weight, getattr(linear, "bias", None), config.format, dtype=dtype))
 
 
 def _work_device(home: torch.device, options: QuantizeOptions) -> torch.device:
