@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from awq.generate.structure import read_block
 from awq.generate.trace import rotary_tables, trace
 from awq.nn.blocks import BlockCall
 from awq.nn.memory import trim
-from awq.nn.surgery import get_weight
+from awq.nn.surgery import device_of, get_weight
 
 logger = logging.getLogger("awq.generate")
 
@@ -91,7 +90,7 @@ def _read_and_prove(model: Any, max_seq_len: int) -> DecoderPlan:
     around = observe(model, max_seq_len)
     plans = [read_plan(around, i) for i in range(len(around.blocks))]
     for plan, block, near, far in zip(plans, around.blocks, around.near, around.far):
-        prove(plan, block, probe(around.width, _device(block)), (near, far), max_seq_len)
+        prove(plan, block, probe(around.width, device_of(block)), (near, far), max_seq_len)
     return DecoderPlan(
         plans, around.blocks, around.embedding, around.embedding_factor, around.positions, around.norm, around.head,
         around.logits_factor, around.logits_softcap, max_seq_len,
@@ -101,8 +100,8 @@ def _read_and_prove(model: Any, max_seq_len: int) -> DecoderPlan:
 def read_plan(around: Surroundings, index: int) -> BlockPlan:
     """The plan of one block. Raises NotFusable."""
     block = float_copy(around.blocks[index])
-    call = around.near[index].to(_device(block), torch.float32)
-    hidden = probe(around.width, _device(block))
+    call = around.near[index].to(device_of(block), torch.float32)
+    hidden = probe(around.width, device_of(block))
     plan = read_block(trace(block, call, hidden, neutral=True), trace(block, call, hidden), call)
     if plan.cos is not None and plan.sin is not None:
         plan.cos, plan.sin = _whole_tables(plan.cos, plan.sin, call, around.tables[index])
@@ -126,10 +125,6 @@ def probe(width: int, device: torch.device) -> Tensor:
     return torch.randn(2, PIECE, width, generator=torch.Generator().manual_seed(1)).to(device)
 
 
-def _device(block: nn.Module) -> torch.device:
-    return next(chain(block.parameters(), block.buffers())).device  # a block with packed linears may have no parameter
-
-
 @torch.no_grad()
 def prove(plan: BlockPlan, block: nn.Module, hidden: Tensor, calls: tuple[BlockCall, BlockCall], max_seq_len: int) -> None:
     """The fused block gives what transformers' block gives, in float32, at the first positions and at the last.
@@ -140,7 +135,7 @@ def prove(plan: BlockPlan, block: nn.Module, hidden: Tensor, calls: tuple[BlockC
     fused = FusedBlock(plan, copy)
     first = max(0, -(-max_seq_len // PIECE) * PIECE - PIECE)
     for call, start in zip(calls, (0, first)):
-        expected = call.to(_device(copy), torch.float32).run(copy, hidden) - hidden
+        expected = call.to(device_of(copy), torch.float32).run(copy, hidden) - hidden
         cos, sin = plan.cos, plan.sin
         if cos is not None and sin is not None:  # the tables moved so that a cache of a few places will do
             plan.cos, plan.sin = (t[_places(start, max_seq_len, t.device)] for t in (cos, sin))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from awq.config import AwqConfig
 from awq.errors import ConfigError
 from awq.models.generation import FusedGeneration
 from awq.nn.linear import WQLinear
-from awq.nn.surgery import get_weight, named_linears, replace_module
+from awq.nn.surgery import device_of, get_weight, named_linears, replace_module
 from awq.quantize import QuantizeOptions, QuantReport, quantize_model
 
 logger = logging.getLogger("awq.models")
@@ -64,7 +63,7 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(chain(self.model.parameters(), self.model.buffers())).device
+        return device_of(self.model)
 
     @property
     def quant_config(self) -> AwqConfig:

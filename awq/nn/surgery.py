@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import cast
 
 import torch
@@ -61,6 +62,11 @@ def get_weight(module: nn.Module) -> Tensor:
 def named_linears(root: nn.Module) -> dict[str, nn.Module]:
     """Name → linear for every dense linear below `root`."""
     return {name: module for name, module in root.named_modules() if is_linear(module)}
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where its tensors are; a module with packed linears may have no parameter."""
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:

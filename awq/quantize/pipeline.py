@@ -31,7 +31,7 @@ from awq.config import AwqConfig
 from awq.core.weight import QuantizedWeight
 from awq.errors import CalibrationError
 from awq.folds import InputGroup, apply_fold, discover, prove
-from awq.nn.blocks import BlockCall, find_block_lists, record_block_calls
+from awq.nn.blocks import find_block_lists
 from awq.nn.linear import WQLinear
 from awq.nn.reading import watched_weights
 from awq.nn.surgery import get_weight, linear_shape, replace_module
@@ -42,32 +42,12 @@ from awq.quantize.options import QuantizeOptions
 from awq.quantize.plan import Plan, make_plan
 from awq.quantize.report import QuantReport
 from awq.quantize.statistics import ENOUGH, InputStatistics, MaskHolder, collect_inputs
+from awq.quantize.streams import Stream, open_streams
 from awq.quantize.tuning import OutputMatch, held_out, micro_batches, tune_scales
 
 logger = logging.getLogger("awq.quantize")
 
-PROBE_TOKENS = 32  # tokens per row of the fold proof
-PROBE_ROWS = 2
-ONE_TOKEN_ROWS = 64  # one-token sequences that map producer rows to channels
 _GPU_BATCH_VALUES = 2**25  # of the widest input in one forward on a GPU, 128 MiB: narrow blocks would wait for the host with less
-
-
-@dataclass
-class Stream:
-    """Inputs that walk through the blocks of one list: per batch, the hidden states and the token mask.
-
-    original: the hidden states of the original model beside those of the quantized one, where they are needed; unseen: batches
-    that the comparison of both leaves out.
-    """
-
-    calls: list[list[BlockCall]]  # [batch][block]
-    hidden: list[Tensor]
-    masks: list[Tensor | None]
-    original: list[Tensor] | None = None
-    unseen: frozenset[int] = frozenset()
-
-    def at(self, index: int, device: torch.device) -> list[tuple[BlockCall, Tensor]]:
-        return [(calls[index].to(device, torch.float32), h.to(device).float()) for calls, h in zip(self.calls, self.hidden)]
 
 
 @dataclass
@@ -137,7 +117,7 @@ def _quantize_blocks(bench: Workbench, model: nn.Module, lists, batches: Sequenc
             judges = held_out(len(batches))
             match = OutputMatch(model, batches, judges)
         with watched_weights(model, bench.plan.chosen) as read:
-            streams = _open_streams(model, lists, batches)
+            streams = open_streams(model, lists, batches)
         bench.plan.leave(read, "its weight is read past its forward")
         if options.correction and options.rounding == "feedback" and options.propagate == "quantized":
             for calibration, *_ in streams:
@@ -177,34 +157,6 @@ def _lent(model: nn.Module, device: torch.device):
         model.to(home)
 
 
-def _open_streams(model: nn.Module, lists, batches: Sequence[CalibrationBatch]) -> list[tuple[Stream, Stream, Stream]]:
-    """(calibration, many-token probe, one-token probe) for every block list."""
-    device = next(model.parameters()).device
-    longest = max(batches, key=lambda b: int(b.attention_mask.sum(1).max()))
-    rows = longest.attention_mask.sum(1).argsort(descending=True, stable=True)[:PROBE_ROWS]
-    ids, mask = longest.input_ids[rows], longest.attention_mask[rows].bool()
-    length = max(1, min(PROBE_TOKENS, int(mask.sum(1).min())))
-    probe = torch.stack([row[keep][:length] for row, keep in zip(ids, mask)])
-    tokens = torch.cat([b.input_ids[b.attention_mask.bool()] for b in batches[:8]]).unique()
-    single = tokens[torch.linspace(0, len(tokens) - 1, min(ONE_TOKEN_ROWS, len(tokens))).long()].unsqueeze(1)
-    sets = [
-        list(batches),
-        [CalibrationBatch(probe, torch.ones_like(probe))],
-        [CalibrationBatch(single, torch.ones_like(single))],
-    ]
-    recorded = []
-    for group in sets:
-        inputs = [{k: v.to(device) for k, v in b.model_inputs().items()} for b in group]
-        recorded.append(record_block_calls(model, lists, inputs))
-    masks = [None if bool(b.attention_mask.all()) else b.attention_mask.bool() for b in batches]
-    return [
-        (Stream(recorded[0].calls[i], recorded[0].hidden[i], masks),
-         Stream(recorded[1].calls[i], recorded[1].hidden[i], [None]),
-         Stream(recorded[2].calls[i], recorded[2].hidden[i], [None]))
-        for i in range(len(lists))
-    ]  # fmt: skip
-
-
 def _quantize_block(
     bench: Workbench, block: nn.Module, prefix: str, index: int, calibration: Stream, many: Stream, single: Stream
 ) -> None:
@@ -216,8 +168,8 @@ def _quantize_block(
     with bench.phase("folds"):
         found = _folds_of(bench, block, prefix, single.at(index, device), many.at(index, device))
         groups = [g for g in found if any(f"{prefix}.{n}" in bench.plan.chosen for n in g.consumers)]
-        _advance(block, many, index, device)
-        _advance(block, single, index, device)
+        many.advance(block, index, device)
+        single.advance(block, index, device)
     with _tensor_cores(device):
         with bench.phase("statistics"):
             statistics, outputs = _gather(bench, block, groups, calibration, index, device)
@@ -252,7 +204,7 @@ def _quantize_block(
             if original is not None:
                 calibration.original = original.outputs()
             if outputs is None:
-                _advance(block, calibration, index, device)
+                calibration.advance(block, index, device)
             else:
                 calibration.hidden = outputs
         with bench.phase("packing"):
@@ -347,10 +299,6 @@ def _choose(bench: Workbench, block: nn.Module, group: InputGroup, statistics, s
     if choice.kind == "identity" and choice.loss != choice.loss and group.fold is not None and bench.options.scaling:
         bench.report.warnings.append(f"block {index}, {', '.join(group.consumers)}: no finite loss; scale 1 is kept.")
     return choice
-
-
-def _advance(block: nn.Module, stream: Stream, index: int, device: torch.device) -> None:
-    stream.hidden = [call.run(block, hidden) for call, hidden in stream.at(index, device)]
 
 
 def _finish(bench: Workbench, block: nn.Module, prefix: str, results, rtn_losses, home: torch.device, dtypes) -> None:

@@ -70,10 +70,8 @@ def make_plan(model: nn.Module, lists: list[tuple[str, nn.ModuleList]], config: 
                 plan.skipped[name] = reason
             else:
                 plan.chosen.add(name)
-    if problems:
-        if sum(sizes[name] for name in problems) > _FEW * sum(sizes.values()):
-            more = f" ({len(problems) - 1} more linears have the same problem)" if len(problems) > 1 else ""
-            raise ConfigError(next(iter(problems.values())) + more)
-        plan.skipped |= dict.fromkeys(problems, "the group size does not divide its in_features")
-    plan.leave(set(), "")
+    if sum(sizes[name] for name in problems) > _FEW * sum(sizes.values()):
+        more = f" ({len(problems) - 1} more linears have the same problem)" if len(problems) > 1 else ""
+        raise ConfigError(next(iter(problems.values())) + more)
+    plan.leave(set(problems), "the group size does not divide its in_features")
     return plan
