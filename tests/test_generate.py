@@ -243,6 +243,27 @@ def test_generator_is_the_source_of_random_numbers(llama):
         wrapper.generate(**prompts(), max_new_tokens=3, num_beams=2, generator=torch.Generator())
 
 
+def test_what_transformers_prepares_for_its_own_loop_is_no_obstacle(llama):
+    """Releases hand their loop other keyword arguments (`cache` since 5.24); none of them is the caller's wish."""
+
+    class Later(type(llama)):
+        def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            model_kwargs["of_a_later_release"] = object()
+
+    wrapper = wrapped(llama)
+    expected = wrapper.generate(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    llama.__class__ = Later
+    assert torch.equal(wrapper.generate(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=0), expected)
+    assert wrapper.fusion == "fused"
+
+
+def test_inputs_that_only_the_models_forward_knows_go_there(llama):
+    wrapper = wrapped(llama)
+    with pytest.raises(ValueError, match="no_such_input"):  # transformers' own words about it
+        wrapper.generate(**prompts(), max_new_tokens=3, no_such_input=torch.ones(4))
+
+
 class Until(StoppingCriteria):
     """Stops each row at the first token that three divides."""
 

@@ -29,8 +29,9 @@ logger = logging.getLogger("awq.generate")
 _OUR_MODES = ("greedy_search", "sample")
 _THEIRS = ("inputs_embeds", "past_key_values", "position_ids", "token_type_ids", "custom_generate", "cache_implementation",
            "guidance_scale")  # fmt: skip
-_HARMLESS = {"use_cache", "logits_to_keep", "num_logits_to_keep", "cache_position", "attention_mask", "past_key_values",
-             "position_ids", "token_type_ids", "tokenizer"}  # fmt: skip
+# Keyword arguments of a forward that change nothing here: a fused decoder always caches and computes the last logits.
+_HARMLESS = {"input_ids", "inputs", "attention_mask", "use_cache", "logits_to_keep", "num_logits_to_keep", "cache_position",
+             "tokenizer"}  # fmt: skip
 
 
 def why_not(model: Any, kwargs: dict[str, Any]) -> str | None:
@@ -49,7 +50,16 @@ def why_not(model: Any, kwargs: dict[str, Any]) -> str | None:
     for name in _THEIRS:
         if kwargs.get(name) is not None:
             return f"{name} is given"
+    for name in _model_inputs(kwargs, config):
+        return f"{name} is an input of the model's own forward"
     return None
+
+
+def _model_inputs(kwargs: dict[str, Any], config: Any) -> list[str]:
+    """Names of the keyword arguments that `generate` would hand through to the model's forward, and that matter there."""
+    own = inspect.signature(GenerationMixin.generate).parameters
+    known = {*own, *config.to_dict(), *_HARMLESS, *_THEIRS}
+    return sorted(name for name, value in kwargs.items() if value is not None and name not in known)
 
 
 @contextmanager
@@ -72,16 +82,13 @@ def make_loop(
     """The function that transformers' generate calls; generator: source of random numbers for sampling.
 
     streamer: that of the call; transformers does not hand it to a function given as `custom_generate`.
+    Of the keyword arguments that transformers has prepared for its own loop (caches, positions; every release has others)
+    only the attention mask is read: what the caller gave has been judged by `why_not`.
     """
 
     def loop(
         model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **model_kwargs: Any
     ) -> Any:
-        model_kwargs = {k: v for k, v in model_kwargs.items() if k not in ("synced_gpus", "streamer")}
-        unknown = sorted(k for k, v in model_kwargs.items() if k not in _HARMLESS and v is not None)
-        if unknown:
-            names = ", ".join(unknown)
-            raise ConfigError(f"generate() got {names}, which a fused model does not take; load with fuse_layers=False.")
         with decoder.lock, torch.cuda.device(decoder.device) if decoder.device.type == "cuda" else nullcontext():
             run = _Run(decoder, input_ids, model_kwargs.get("attention_mask"), generation_config, generator)
             return run(logits_processor, stopping_criteria, streamer)
