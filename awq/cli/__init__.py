@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-VERBS = ("quantize", "generate", "bench", "embed", "info", "convert", "folds", "tune")
+VERBS = ("quantize", "generate", "bench", "embed", "info", "convert", "folds", "report", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,222 @@
+"""The report as one HTML page that opens offline: no script, no font, no request.
+
+A section stands for a question a user asks after quantizing: Is it good? Where was error lost? What stayed dense, and
+why? Which experts saw too few tokens? Where did the time go? A section without data is left out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from html import escape
+from typing import Any
+
+from awq.report.charts import bar_chart, error_chart, heat_map
+from awq.report.read import Linear, ReportView
+
+MAX_POINTS = 400  # marks in the chart of errors; larger models are drawn by their worst linears per bin
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d2530; --soft: #5c6875; --paper: #fbfbf9; --card: #ffffff; --line: #dfe3e8;
+  --after: #0b6e8a; --before: #b3541e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8ebee; --soft: #9aa6b2; --paper: #14181d; --card: #1c2229;
+  --line: #313a44; --after: #58c4dd; --before: #f0a06a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 880px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 40px 0 8px; }
+p { margin: 0 0 12px; max-width: 66ch; }
+.lead, .note { color: var(--soft); }
+.note { font-size: .9rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0; }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
+.tile b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: .85rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 5px 10px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.n, th.n { text-align: right; white-space: nowrap; }
+svg { width: 100%; height: auto; display: block; }
+svg text.axis { fill: var(--soft); font: 12px system-ui, sans-serif; }
+.rule { stroke: var(--line); } .stem { stroke: var(--line); }
+.before { fill: var(--before); } .after, .bar { fill: var(--after); }
+.key { font-size: .9rem; color: var(--soft); }
+.key i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin: 0 .35em 0 1em; }
+.k1 { background: var(--before); } .k2 { background: var(--after); }
+.warning { border-left: 3px solid var(--before); padding-left: 12px; }
+@media (max-width: 560px) { svg text.axis { font-size: 20px; } }
+details { margin-top: 12px; } summary { cursor: pointer; }
+code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
+"""
+
+
+def render_page(view: ReportView) -> str:
+    """The whole page as a string of HTML."""
+    sections = [
+        _head(view),
+        _warnings(view),
+        _evaluation(view),
+        _errors(view),
+        _roles(view),
+        _experts(view),
+        _dense(view),
+        _time(view),
+        _settings(view),
+        _all_linears(view),
+    ]
+    body = "\n".join(section for section in sections if section)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(view.title)}: quantization report</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _head(view: ReportView) -> str:
+    share = view.loss / view.loss_nearest if view.loss_nearest else 0.0
+    tiles = [
+        (f"{100 * share:.0f} %", "of nearest rounding's error is left"),
+        (f"{len(view.linears)}", f"linears in {view.raw.get('config', {}).get('w_bit', 4)} bits"),
+        (f"{len(view.skipped)}", "linears kept dense"),
+        (f"{int(view.raw.get('tokens') or 0):,}", "calibration tokens"),
+        (_duration(float(view.raw.get("seconds") or 0.0)), "to quantize"),
+    ]
+    drawn = "\n".join(f'<div class="tile"><b>{value}</b><span>{label}</span></div>' for value, label in tiles)
+    lead = f"Output error {view.loss:.4f}, rounding to nearest {view.loss_nearest:.4f} (relative, mean over linears)."
+    return f'<h1>{escape(view.title)}</h1>\n<p class="lead">{lead}</p>\n<div class="tiles">\n{drawn}\n</div>'
+
+
+def _warnings(view: ReportView) -> str:
+    texts = view.raw.get("warnings") or []
+    return "\n".join(f'<p class="warning">{escape(str(text))}</p>' for text in texts)
+
+
+def _evaluation(view: ReportView) -> str:
+    """Figures before and after, whatever was measured: cosines of embeddings, KL divergence, perplexity."""
+    measured = view.raw.get("evaluation") or {}
+    rows = [(name.replace("_", " "), _figure(value)) for name, value in _flat(measured) if value is not None]
+    if not rows:
+        return ""
+    return f"<h2>Measured before and after</h2>\n{_table(['figure', 'value'], rows, numeric={1})}"
+
+
+def _errors(view: ReportView) -> str:
+    chart = error_chart([(item.name, item.loss, item.loss_nearest) for item in _thinned(view.linears)])
+    if not chart:
+        return ""
+    key = '<p class="key"><i class="k1"></i>rounded to nearest<i class="k2"></i>this run</p>'
+    return f"<h2>Error of every linear</h2>\n{key}\n{chart}"
+
+
+def _thinned(linears: list[Linear]) -> list[Linear]:
+    """At most MAX_POINTS linears: of every run of neighbours, the one with the largest error."""
+    size = -(-len(linears) // MAX_POINTS)
+    if size <= 1:
+        return linears
+    runs = [linears[start : start + size] for start in range(0, len(linears), size)]
+    return [max(run, key=lambda linear: linear.loss) for run in runs]
+
+
+def _roles(view: ReportView) -> str:
+    """Means over the blocks, by the linear's place in its block."""
+    by_role: dict[str, list[Linear]] = defaultdict(list)
+    for linear in view.linears:
+        by_role[linear.role].append(linear)
+    if not 1 < len(by_role) <= 60:
+        return ""
+    rows = []
+    for role, members in by_role.items():
+        loss = _mean([m.loss for m in members])
+        nearest = _mean([m.loss_nearest for m in members])
+        scaled = sum(m.kind != "identity" for m in members)
+        narrowed = _mean([m.clip_fraction for m in members])
+        left = f"{100 * loss / nearest:.0f} %" if nearest else "–"
+        rows.append((role, f"{loss:.4f}", f"{nearest:.4f}", left, f"{scaled} of {len(members)}", f"{100 * narrowed:.0f} %"))
+    heads = ["linear", "error", "nearest", "left", "scales folded", "groups with a narrower range"]
+    return f"<h2>By place in the block</h2>\n{_table(heads, rows, numeric={1, 2, 3, 4, 5})}"
+
+
+def _experts(view: ReportView) -> str:
+    rows = [(name, [float(v) for v in values]) for name, values in view.experts.items()]
+    chart = heat_map(rows, "Calibration tokens per expert, one row per layer")
+    if not chart:
+        return ""
+    fewest = min(min(values) for _, values in rows)
+    note = f'<p class="note">The least used expert saw {fewest:,.0f} tokens.</p>'
+    return f"<h2>Tokens per expert</h2>\n{note}\n{chart}"
+
+
+def _dense(view: ReportView) -> str:
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in view.skipped.items():
+        by_reason[reason].append(name)
+    if not by_reason:
+        return ""
+    rows = []
+    for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        rows.append((reason, str(len(names)), shown))
+    return f"<h2>What stayed dense, and why</h2>\n{_table(['reason', 'linears', 'names'], rows, numeric={1})}"
+
+
+def _time(view: ReportView) -> str:
+    phases = sorted((view.raw.get("phases") or {}).items(), key=lambda item: -item[1])
+    rows = [(name, float(seconds), _duration(float(seconds))) for name, seconds in phases]
+    chart = bar_chart(rows, "Seconds per phase")
+    return f"<h2>Where the time went</h2>\n{chart}" if chart else ""
+
+
+def _settings(view: ReportView) -> str:
+    rows = []
+    for part in ("config", "options", "versions"):
+        rows += [(part, name, _figure(value)) for name, value in (view.raw.get(part) or {}).items() if value is not None]
+    if not rows:
+        return ""
+    table = _table(["", "setting", "value"], rows)
+    return f"<details>\n<summary>Settings and versions</summary>\n{table}\n</details>"
+
+
+def _all_linears(view: ReportView) -> str:
+    rows = []
+    for linear in view.linears:
+        scale = f"{linear.kind} {linear.ratio:g}, in {linear.producer}" if linear.producer else linear.reason or linear.kind
+        shape = " × ".join(str(size) for size in linear.shape)
+        rows.append((linear.name, shape, f"{linear.loss:.5f}", f"{linear.loss_nearest:.5f}", scale))
+    table = _table(["linear", "shape", "error", "nearest", "scale"], rows, numeric={2, 3})
+    return f"<details>\n<summary>Every linear ({len(rows)})</summary>\n{table}\n</details>"
+
+
+def _table(heads: list[str], rows: list[tuple[str, ...]], numeric: set[int] | frozenset[int] = frozenset()) -> str:
+    def cell(tag: str, index: int, text: str) -> str:
+        kind = ' class="n"' if index in numeric else ""
+        return f"<{tag}{kind}>{escape(text)}</{tag}>"
+
+    head = "".join(cell("th", i, text) for i, text in enumerate(heads))
+    lines = ["".join(cell("td", i, text) for i, text in enumerate(row)) for row in rows]
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def _flat(value: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    """Nested dicts as one list of (path, value)."""
+    found: list[tuple[str, Any]] = []
+    for name, item in value.items():
+        path = f"{before}{name}"
+        found += _flat(item, f"{path} ") if isinstance(item, dict) else [(path, item)]
+    return found
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / max(1, len(values))

@@ -1,0 +1,115 @@
+"""Reads `quantization_report.json`, the file that `save_quantized` writes beside the weights.
+
+Reports of older versions, and of runs that measured less, lack keys. A view gives such parts as empty, so that the
+page leaves a section out instead of failing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from awq.errors import CheckpointError
+
+REPORT_FILE = "quantization_report.json"
+
+_BLOCK_INDEX = re.compile(r"^(?P<before>.*?)\.(?P<index>\d+)\.(?P<role>.+)$")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One quantized linear as the report tells it; `block` is −1 where its name has no index."""
+
+    name: str
+    block: int
+    role: str
+    shape: tuple[int, ...]
+    loss: float
+    loss_nearest: float
+    kind: str
+    ratio: float
+    clip_fraction: float
+    producer: str
+    reason: str
+
+    @property
+    def recovered(self) -> float:
+        """Share of nearest rounding's error that is gone, at most 1."""
+        if self.loss_nearest <= 0:
+            return 0.0
+        return 1 - self.loss / self.loss_nearest
+
+
+@dataclass(frozen=True)
+class ReportView:
+    """What the page draws."""
+
+    title: str
+    linears: list[Linear]
+    raw: dict[str, Any]
+    skipped: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        return float(self.raw.get("loss", 0.0))
+
+    @property
+    def loss_nearest(self) -> float:
+        return float(self.raw.get("loss_rtn", 0.0))
+
+    @property
+    def blocks(self) -> int:
+        return 1 + max((linear.block for linear in self.linears), default=-1)
+
+    @property
+    def roles(self) -> list[str]:
+        """Linears' names inside their block, in the order of first appearance."""
+        return list(dict.fromkeys(linear.role for linear in self.linears))
+
+
+def read_report(path: str | Path) -> ReportView:
+    """The report of a quantized directory, or a report file itself.
+
+    Raises CheckpointError when there is none, or it is no report.
+
+    >>> view = read_report(quant_path)  # doctest: +SKIP
+    >>> view.loss < view.loss_nearest  # doctest: +SKIP
+    True
+    """
+    path = Path(path)
+    file = path / REPORT_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist; `save_quantized` writes it into the directory it saves.")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        linears = [_linear(entry) for entry in raw["linears"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is no quantization report: {error!r}.") from error
+    return ReportView(
+        title=file.resolve().parent.name,
+        linears=linears,
+        raw=raw,
+        skipped=dict(raw.get("skipped") or {}),
+        experts=dict(raw.get("expert_tokens") or {}),
+    )
+
+
+def _linear(entry: dict[str, Any]) -> Linear:
+    match = _BLOCK_INDEX.match(entry["name"])
+    return Linear(
+        name=entry["name"],
+        block=int(match["index"]) if match else -1,
+        role=match["role"] if match else entry["name"],
+        shape=tuple(entry.get("shape") or ()),
+        loss=float(entry["loss"]),
+        loss_nearest=float(entry["loss_rtn"]),
+        kind=str(entry.get("kind", "")),
+        ratio=float(entry.get("ratio") or 0.0),
+        clip_fraction=float(entry.get("clip_fraction") or 0.0),
+        producer=str(entry.get("producer") or ""),
+        reason=str(entry.get("reason") or ""),
+    )

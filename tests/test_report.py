@@ -1,0 +1,106 @@
+"""The report page: it tells every linear, needs no network, and survives names and files of any kind."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from awq.errors import CheckpointError
+from awq.quantize.report import LinearReport, QuantReport
+from awq.report import read_report, render_page, render_text
+
+HOSTILE = '<script>alert("x")</script>'
+VOID_TAGS = {"meta", "br"}
+
+
+def linear(name, loss=0.01, nearest=0.04):
+    return LinearReport(
+        name=name, shape=(8, 16), kind="duo", ratio=0.5, loss=loss, loss_rtn=nearest, clip_fraction=0.25,
+        rounding="feedback", producer="norm", reason="", seconds=0.1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def report():
+    report = QuantReport(config={"w_bit": 4}, options={"preset": "fast"}, tokens=1234, seconds=5.0)
+    report.linears = [linear(f"layers.{block}.{role}") for block in range(3) for role in ("q_proj", "down_proj")]
+    report.skipped = {"lm_head": "outside the repeated blocks", HOSTILE: "its weight is read past its forward"}
+    report.phases = {"rounding": 4.0, "search": 1.0}
+    return report
+
+
+class Tags(HTMLParser):
+    """Opened and closed tags, and everything that would leave the page."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.outside, self.texts = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+        if tag in ("script", "link", "img", "iframe") or any(name in ("src", "href") for name, _ in attributes):
+            self.outside.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def page_of(report, directory):
+    report.save(directory / "quantization_report.json")
+    view = read_report(directory)
+    page = render_page(view)
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert tags.outside == []
+    return view, " ".join(tags.texts)
+
+
+def test_page_tells_every_linear_and_every_dense_name(report, tmp_path):
+    view, text = page_of(report, tmp_path)
+    assert all(item.name in text for item in report.linears)
+    assert all(name in text for name in report.skipped)
+    assert [item.block for item in view.linears] == [0, 0, 1, 1, 2, 2]
+    assert view.roles == ["q_proj", "down_proj"]
+    assert "25 %" in text  # of nearest rounding's error: 0.01 of 0.04
+    assert view.linears[0].recovered == 0.75
+    assert HOSTILE in render_text(view)
+
+
+@pytest.mark.parametrize("missing", ["skipped", "phases", "tokens", "options", "versions", "warnings", "evaluation"])
+def test_reports_without_a_part_still_draw(report, tmp_path, missing):
+    raw = report.to_dict()
+    del raw[missing]
+    (tmp_path / "quantization_report.json").write_text(json.dumps(raw))
+    assert "layers.2.down_proj" in render_page(read_report(tmp_path))
+
+
+def test_a_report_of_nothing_draws(tmp_path):
+    page_of(QuantReport(config={}, options={}), tmp_path)
+
+
+def test_tokens_per_expert_are_drawn(report, tmp_path):
+    raw = report.to_dict() | {"expert_tokens": {"layers.0": [10, 0, 30], "layers.1": [7, 7, 7]}}
+    (tmp_path / "quantization_report.json").write_text(json.dumps(raw))
+    page = render_page(read_report(tmp_path))
+    assert "layers.0, expert 2: 30 tokens" in page
+    assert "saw 0 tokens" in page
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"linears": [{"name": 3}]}', '{"linears": 5}', "\x00"])
+def test_what_is_no_report_is_refused(tmp_path, content):
+    (tmp_path / "quantization_report.json").write_text(content)
+    with pytest.raises(CheckpointError, match="no quantization report"):
+        read_report(tmp_path)
+
+
+def test_a_missing_report_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="quantization_report.json does not exist"):
+        read_report(tmp_path)
