@@ -1,12 +1,13 @@
 # make demo  quantize two real models and print what it did
-# make test  the test suite
+# make test  the test suite; the kernels for GPUs run in Triton's interpreter
+# make test-gpu  all of it on this machine's GPU, with the torch that $(PYTHON) has
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint clean
 
 # The torch pin comes first and from pip: on CPU-only machines it decides which build everything else uses.
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -21,6 +22,9 @@ demo: $(VENV)/.done
 
 test: $(VENV)/.done
 	$(BIN)/python -m pytest -q
+
+test-gpu:
+	$(PYTHON) -m pytest -q --gpu
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .

@@ -1,6 +1,11 @@
-"""Shared fixtures: no hub, a tiny tokenizer, tiny models on disk."""
+"""Shared fixtures (no hub, a tiny tokenizer, tiny models on disk), and the rule about skipped tests.
+
+A test may be skipped for one of the reasons in `MAY_SKIP`. Any other skip fails the run: a test that nobody runs proves
+nothing. Tests that need a GPU carry the mark `gpu`; `pytest --gpu` (`make test-gpu`) fails where there is none.
+"""
 
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,6 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+
+MAY_SKIP = (
+    r"needs a GPU",
+    r"needs (an x86 CPU|Linux|a CPU with) ?.*",
+    r"transformers has no .+",
+    r"this transformers' \w+ looks one way only",
+    r"(mteb|httpx|fastapi|compressed_tensors)\b.* is not installed",
+    r"AUTOAWQ_\w+ (is not set|names no guide)",  # comparisons with AutoAWQ's own files
+)
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
 
@@ -86,3 +100,50 @@ def llama_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def bert_dir(tmp_path_factory):
     return _on_disk("bert", tmp_path_factory.mktemp("models") / "bert")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="there must be a GPU: tests marked `gpu` may not be skipped")
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available() or config.getoption("--gpu"):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_configure(config):
+    if config.getoption("--gpu") and not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu: torch sees no GPU on this machine.")
+    config.pluginmanager.register(_SkipRule(config), "skip-rule")
+
+
+class _SkipRule:
+    """Fails a run in which a test was skipped for a reason that is not in `MAY_SKIP`."""
+
+    def __init__(self, config):
+        self.config = config
+        self.wrong = []
+
+    def _look(self, report):
+        if not report.skipped or hasattr(report, "wasxfail"):
+            return
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not any(re.fullmatch(pattern, reason) for pattern in MAY_SKIP):
+            self.wrong.append(f"{report.nodeid}: {reason}")
+
+    def pytest_runtest_logreport(self, report):
+        self._look(report)
+
+    def pytest_collectreport(self, report):
+        self._look(report)
+
+    def pytest_sessionfinish(self, session):
+        if self.wrong and session.exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        for line in self.wrong:
+            terminalreporter.write_line(f"skipped for a reason that is not on the list of tests/conftest.py: {line}", red=True)

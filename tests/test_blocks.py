@@ -24,7 +24,7 @@ def own_outputs(model, blocks, inputs):
 @torch.no_grad()
 def test_blocks_one_at_a_time_equal_the_model(family, side):
     if not zoo.available(family):
-        pytest.skip(f"{family} is not in this transformers")
+        pytest.skip(f"transformers has no {family}")
     model = zoo.tiny_model(family)
     inputs = zoo.token_batch()
     if side != "none":

@@ -166,7 +166,7 @@ def write(path, content):
 
 
 def test_files(tmp_path):
-    pa = pytest.importorskip("pyarrow")
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     odd, want = "one\u2028line \u2013 \u201cquoted\u201d", ["the cat", "one\u2028line \u2013 \u201cquoted\u201d"]

@@ -14,14 +14,11 @@ from awq.formats import get_layout
 from awq.kernels import Packed, Shape, choose, explain, reference, use_backend
 from awq.kernels import cpu as backend
 from awq.kernels.backends import _choose, reasons
-from awq.kernels.cpu import engine
+from awq.kernels.cpu import dense, engine
+from awq.kernels.cpu.products import emit_linear
 from awq.kernels.cpu.targets import TARGETS
 from awq.nn.layout import concatenate_outputs, restore, split_outputs
 from awq.nn.linear import WQLinear
-
-pytest.importorskip("llvmlite")
-from awq.kernels.cpu import dense
-from awq.kernels.cpu.products import emit_linear
 
 CPU = torch.device("cpu")
 # inputs, outputs, group: odd rows, whole-row groups, groups that are cut into chunks, one group of eight.
@@ -84,7 +81,7 @@ def test_nibbles_are_where_the_kernels_look():
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_every_kind_of_cpu_equals_the_dense_product(target, dtype):
     if not served(target):
-        pytest.skip(f"this CPU has no {target.name}")
+        pytest.skip(f"needs a CPU with {target.name}")
     torch.manual_seed(0)
     kinds = [
         (planes, engine.Program(emit_linear, dtype, target, planes), bound)
@@ -318,7 +315,7 @@ def test_activations_of_extreme_values():
         assert found[:, 0].isnan().all() and found[:, 1].isposinf().all()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 def test_nothing_keeps_the_checkpoint_mapped(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -6,6 +6,7 @@ import shutil
 from contextlib import nullcontext
 
 import pytest
+import sentence_transformers
 import torch
 import zoo
 from torch import nn
@@ -17,7 +18,6 @@ from awq.embed.encoder import _buckets
 from awq.embed.heads import Dense, Pooling
 from awq.errors import AwqError, ConfigError, ModelError
 
-sentence_transformers = pytest.importorskip("sentence_transformers")
 WORDS = ["the cat", "a dog sleeps under the old tree", "fire", "", "the quick cat runs over the river " * 12]
 FLAGS = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
          "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}  # fmt: skip
@@ -204,7 +204,7 @@ def test_copies_from_the_cpu_are_made_once():
     assert all(a is b is c for a, b, c in zip(first, second, third)) and first[0].is_meta
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "distilbert", "modernbert", "nomic_bert", "qwen3"])
 def test_graphs_on_a_gpu(family, tokenizer, tmp_path):
     if not zoo.available(family):

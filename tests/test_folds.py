@@ -39,7 +39,7 @@ def fold_everything(model):
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_function_is_preserved(family):
     if not zoo.available(family):
-        pytest.skip(f"{family} is not in this transformers")
+        pytest.skip(f"transformers has no {family}")
     model = zoo.tiny_model(family)
     inputs = zoo.token_batch(seed=7)
     before = zoo.outputs(model, **inputs)
@@ -74,7 +74,7 @@ FORBIDDEN = {"bert": ["attention.self.query", "intermediate.dense", "output.dens
 @pytest.mark.parametrize("family", sorted({*EXPECTED, *FORBIDDEN}))
 def test_known_folds(family):
     if not zoo.available(family):
-        pytest.skip(f"{family} is not in this transformers")
+        pytest.skip(f"transformers has no {family}")
     groups = fold_everything(zoo.tiny_model(family))
     found = {name: g.fold.producer for g in groups if g.fold for name in g.consumers}
     for consumer, producer in EXPECTED.get(family, {}).items():

@@ -19,7 +19,10 @@ def make(in_features, out_features, group_size):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_compressed_tensors_converter(shape):
-    module = pytest.importorskip("compressed_tensors.entrypoints.convert.converters.autoawq")
+    module = pytest.importorskip(
+        "compressed_tensors.entrypoints.convert.converters.autoawq",
+        reason="compressed_tensors with a reader of AutoAWQ files is not installed",
+    )
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     weight, tensors = make(*shape)

@@ -63,7 +63,7 @@ def both(model, wrapper, **kwargs):
 @pytest.mark.parametrize("family", zoo.DECODERS)
 def test_greedy_equals_transformers(family):
     if not zoo.available(family):
-        pytest.skip(f"this transformers has no {family}")
+        pytest.skip(f"transformers has no {family}")
     positions = dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 96)  # families name it differently
     model = zoo.build(family, zoo.DECODERS[family] | positions)
     wrapper = wrapped(model, 80)
@@ -185,7 +185,7 @@ def test_step_over_a_static_cache(family):
     positions = dict.fromkeys(("max_position_embeddings", "n_positions"), 96)
     model = zoo.build(family, zoo.DECODERS.get(family, {}) | UNFUSED[family] | positions)
     if isinstance(why_not_static(model), str):
-        pytest.skip(why_not_static(model))
+        pytest.skip(f"transformers has no static step: {why_not_static(model)}")
     wrapper = wrapped(model, 80)
     assert wrapper.fuse() is None and wrapper.fusion != "not fused yet"
     wrapper._capture()
@@ -213,7 +213,7 @@ def test_nothing_from_the_host_changes_no_result():
 
 def test_step_over_a_static_cache_is_refused_where_it_cannot_be():
     if isinstance(why_not_static(zoo.tiny_model("llama")), str):
-        pytest.skip("no static cache that counts on the device")
+        pytest.skip("transformers has no static cache that counts on the device")
     for family, reason in (("mpt", "one graph"), ("mistral", "sliding window")):
         with pytest.raises(NotFusable, match=reason):
             build_static(zoo.tiny_model(family), 64)
@@ -419,7 +419,6 @@ def test_chat_through_a_text_streamer(saved, capsys):
 
 
 def test_kernels_equal_plain_operators():
-    pytest.importorskip("triton", reason="Triton is not installed (pip install 'autoawq[kernels]')")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
     done = subprocess.run([sys.executable, HERE / "decoding_cases.py"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -454,11 +453,9 @@ KERNELS = {
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("target, dtype", [(80, "fp16"), (90, "bf16"), (100, "fp16"), ("gfx942", "bf16")])
 def test_kernels_compile_without_spilling(kernel, target, dtype):
-    pytest.importorskip("triton", reason="Triton is not installed (pip install 'autoawq[kernels]')")
     assert compiled(target, kernel, dtype, **KERNELS[kernel]).spilled == 0
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "relu", "relu2"])
 def test_activations_compile(name):
-    pytest.importorskip("triton", reason="Triton is not installed (pip install 'autoawq[kernels]')")
     assert compiled(90, "activate_kernel", "fp16", WIDTH=700, BLOCK=512, NAME=name, GATED=False, RUN=0).spilled == 0

@@ -1,10 +1,13 @@
 """Rules of the house: layers, no cycles, light import."""
 
 import ast
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {"errors": 0, "config": 0, "_register": 0, "_triton": 0, "core": 1, "formats": 1, "kernels": 2, "nn": 3, "folds": 3,
@@ -77,3 +80,13 @@ def test_no_architecture_names():
             tree = ast.parse(path.read_text(encoding="utf-8"))
             code = {n.id.lower() for n in ast.walk(tree) if isinstance(n, ast.Name)}
             assert not [n for n in names if any(n in c for c in code)], path
+
+
+@pytest.mark.parametrize("reason, status", [("needs a GPU", 0), ("too slow today", 1)])
+def test_a_skip_that_is_not_listed_fails_the_run(reason, status, tmp_path):
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    test = f"import pytest\n\ndef test_runs(): pass\n\n@pytest.mark.skip(reason={reason!r})\ndef test_skipped(): pass\n"
+    (tmp_path / "test_it.py").write_text(test)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", tmp_path], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == status, done.stdout
+    assert (reason in done.stdout) == bool(status)

@@ -129,8 +129,7 @@ def test_modules_come_from_the_files_not_from_the_list(wide, tmp_path):
 def test_device_maps(wide, device_map):
     model, folder = wide
     loaded = load_checkpoint(folder, device_map=device_map)
-    inputs = zoo.token_batch()
-    assert torch.equal(zoo.outputs(loaded, **inputs), zoo.outputs(model, **inputs))
+    zoo.assert_same_outputs(loaded, model, **zoo.token_batch())
 
 
 def test_configs_of_other_writers():
@@ -162,7 +161,7 @@ def test_dequantize(wide):
 
 
 def test_sentence_transformer(tmp_path):
-    library = pytest.importorskip("sentence_transformers")
+    import sentence_transformers as library
     from conftest import make_tokenizer
 
     model = packed_model("bert", group_size=16)

@@ -6,11 +6,11 @@ import torch
 from awq import AutoAWQForEmbedding
 from awq.evals.similarity import embeddings_of, pair_spearman
 
-pytest.importorskip("mteb")
-library = pytest.importorskip("sentence_transformers")
+pytest.importorskip("mteb", reason="mteb is not installed")
 
 
 def test_scores_are_those_of_the_embeddings(bert_dir, texts, tmp_path):
+    import sentence_transformers as library
     from mteb_scores import LocalPairs, scores
     from test_encoder import sentence_directory
 

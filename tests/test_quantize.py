@@ -179,7 +179,7 @@ def test_t5_encoder(kind, tmp_path):
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_every_family_quantizes_and_loss_is_below_rtn(family):
     if not zoo.available(family):
-        pytest.skip(f"{family} is not in this transformers")
+        pytest.skip(f"transformers has no {family}")
     model, report = quantized(family)
     reference = zoo.tiny_model(family)
     assert report.linears and all(r.loss <= r.loss_rtn * 1.001 for r in report.linears)

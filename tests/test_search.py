@@ -23,7 +23,6 @@ def test_row_losses_read_half_of_a_symmetric_matrix(width):
 
 
 def test_kernels_equal_plain_operators():
-    pytest.importorskip("triton", reason="Triton is not installed (pip install 'autoawq[kernels]')")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
     done = subprocess.run([sys.executable, HERE / "search_cases.py"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -38,7 +37,6 @@ def test_kernels_equal_plain_operators():
 @pytest.mark.parametrize("target", [80, 86, 90, "gfx942"])
 @pytest.mark.parametrize("size", [16, 64, 128])
 def test_range_kernel_compiles_without_spilling(target, size):
-    pytest.importorskip("triton", reason="Triton is not installed (pip install 'autoawq[kernels]')")
     from awq.core import search_kernels
     from awq.kernels.triton import offline
 
@@ -52,7 +50,6 @@ def test_range_kernel_compiles_without_spilling(target, size):
 
 @pytest.mark.parametrize("target", [80, 86, 90, "gfx942"])
 def test_scale_kernels_compile_without_spilling(target):
-    pytest.importorskip("triton", reason="Triton is not installed (pip install 'autoawq[kernels]')")
     from awq.core import search_kernels
     from awq.kernels.triton import offline
 
@@ -61,8 +58,9 @@ def test_scale_kernels_compile_without_spilling(target):
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "TOGETHER": 8}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     code = offline.compile_kernel(search_kernels._row_losses, target, arguments, constants, options)
-    # The fastest tile of Hopper keeps 40 bytes of stack, outside its loop.
-    assert code.spilled <= (40 if target == 90 else 0) and code.shared <= {80: 163, 86: 99, 90: 227}.get(target, 64) * 1024
+    assert code.shared <= {80: 163, 86: 99, 90: 227}.get(target, 64) * 1024
+    # The fastest tile of Hopper keeps some bytes of stack, which its loop does not touch.
+    assert code.spilled == 0 or (target == 90 and not any(op.startswith(("LDL", "STL")) for op in code.instructions))
     arguments = {"weight": "*fp32", "scales": "*fp32", "delta": "*bf16", "out": "i32", "width": "i32 16", "top": "fp32",
                  "steps": "fp32", "per_step": "fp32", "size": "i32 16"}  # fmt: skip
     for size, rows, warps in ((128, 32, 4), (4096, 1, 4), (16384, 1, 16)):

@@ -80,7 +80,8 @@ def test_default_folder(monkeypatch, tmp_path):
 
 
 def test_written_tables_are_read_and_added_to(folder):
-    tuning = pytest.importorskip("awq.kernels.triton.tuning")
+    from awq.kernels.triton import tuning
+
     half, brain, config = torch.float16, torch.bfloat16, configs.Config(*ENTRY)
     one, two = Shape(256, 72, 128), Shape(512, 72, 128)
     path = folder / "deeper" / "sm120.json"
@@ -94,7 +95,8 @@ def test_written_tables_are_read_and_added_to(folder):
 
 
 def test_candidates_can_be_launched():
-    tuning = pytest.importorskip("awq.kernels.triton.tuning")
+    from awq.kernels.triton import tuning
+
     for n, k in ((4096, 4096), (28672, 4096), (72, 4224), (8, 128)):
         for tokens in configs.BUCKETS:
             found = tuning.candidates(Shape(k, n, 128), tokens, 132)
@@ -115,7 +117,6 @@ def test_tune_says_what_is_wrong(capsys, monkeypatch):
 
 def test_tune_writes_the_users_table(capsys, monkeypatch, folder):
     """The command around a search that is made up: there is no GPU."""
-    pytest.importorskip("triton", reason="Triton is not installed (pip install 'autoawq[kernels]')")
     from awq.kernels import triton
     from awq.kernels.triton import launch, tuning
 

@@ -46,7 +46,7 @@ def test_only_scales_change_and_held_out_loss_falls(family, kind, monkeypatch):
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU beside the CPU")
+@pytest.mark.gpu
 def test_a_model_on_the_cpu_is_tuned_on_the_gpu():
     model, report = quantized("bert", tuning=1)
     assert report.tuning["epochs"] == 1 and {t.device.type for t in model.state_dict().values()} == {"cpu"}

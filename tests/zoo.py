@@ -63,10 +63,20 @@ def build(family: str, settings: dict, seed: int = 0) -> torch.nn.Module:
 
 
 def outputs(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
-    """Logits or last hidden states, whichever the model gives."""
+    """Logits or last hidden states, whichever the model gives, on the CPU; inputs go to the device of the model."""
+    device = next(model.parameters()).device
     with torch.no_grad():
-        out = model(**inputs)
-    return out.logits if "logits" in out else out.last_hidden_state
+        out = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+    return (out.logits if "logits" in out else out.last_hidden_state).cpu()
+
+
+def assert_same_outputs(model: torch.nn.Module, other: torch.nn.Module, **inputs: torch.Tensor) -> None:
+    """Equal bits from two models on one kind of device; float32 sums in another order from two kinds."""
+    ours, theirs = outputs(model, **inputs), outputs(other, **inputs)
+    if next(model.parameters()).device.type == next(other.parameters()).device.type:
+        assert torch.equal(ours, theirs)
+    else:
+        assert (ours - theirs).norm() / theirs.norm() < 1e-5
 
 
 def token_batch(rows: int = 3, length: int = 12, seed: int = 1) -> dict[str, torch.Tensor]:
