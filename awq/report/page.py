@@ -7,6 +7,7 @@ why? Which experts saw too few tokens? Where did the time go? A section without 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 from html import escape
 from typing import Any
 
@@ -187,7 +188,7 @@ def _all_linears(view: ReportView) -> str:
     return f"<details>\n<summary>Every linear ({len(rows)})</summary>\n{table}\n</details>"
 
 
-def _table(heads: list[str], rows: list[tuple[str, ...]], numeric: set[int] | frozenset[int] = frozenset()) -> str:
+def _table(heads: list[str], rows: Sequence[tuple[str, ...]], numeric: Collection[int] = ()) -> str:
     def cell(tag: str, index: int, text: str) -> str:
         kind = ' class="n"' if index in numeric else ""
         return f"<{tag}{kind}>{escape(text)}</{tag}>"
