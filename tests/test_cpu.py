@@ -1,6 +1,7 @@
 """The CPU kernels equal the reference on any shape, for any kind of CPU, and step aside where they cannot be trusted."""
 
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -143,10 +144,11 @@ def test_dense_weights_for_matrix_units(inputs, outputs, group, monkeypatch):
     packed, bias = pack(weight), torch.randn(outputs)
     assert torch.equal(dense.dequantized(packed, 0, outputs), weight.dequantize(torch.bfloat16))
     assert outputs <= 16 or torch.equal(dense.dequantized(packed, 16, outputs), weight.dequantize(torch.bfloat16)[16:])
-    x = torch.randn(2, backend.MANY // 2, inputs).bfloat16()
+    x = torch.randn(2, backend.MATRIX_UNIT_MIN_TOKENS // 2, inputs).bfloat16()
     whole = dense.linear(x, packed, bias)
-    assert whole.shape == (2, backend.MANY // 2, outputs) and error(whole, x, weight, bias) < 2 * ROUNDING[torch.bfloat16]
-    monkeypatch.setattr(dense, "_PIECE", 16 * inputs)
+    assert whole.shape == (2, backend.MATRIX_UNIT_MIN_TOKENS // 2, outputs)
+    assert error(whole, x, weight, bias) < 2 * ROUNDING[torch.bfloat16]
+    monkeypatch.setattr(dense, "MAX_DENSE_VALUES", 16 * inputs)
     assert error(dense.linear(x, packed, bias), x, weight, bias) < 2 * ROUNDING[torch.bfloat16]
     for unit in (True, False):
         monkeypatch.setattr(backend, "has_matrix_unit", lambda unit=unit: unit)
@@ -331,3 +333,16 @@ def test_nothing_keeps_the_checkpoint_mapped(tmp_path):
     assert leave_files(model) == (4 * 65 * 64 if mapped else 0)
     assert torch.equal(model.weight, expected) and model.tied is model.weight
     assert leave_files(model) == 0
+
+
+def test_a_task_is_filled_by_name_and_by_nothing_else():
+    from awq.kernels.cpu.task import COUNT, ELEMENT, FLOAT, Array, Task
+
+    task = Task(threads=COUNT, x=Array(ELEMENT), eps=FLOAT, rows=COUNT)
+    x = torch.zeros(3)
+    packed = task.pack(rows=7, eps=0.5, x=x, threads=-1)
+    assert struct.unpack("<qqf4xq", packed) == (-1, x.data_ptr(), 0.5, 7)
+    with pytest.raises(TypeError, match="eps"):
+        task.pack(rows=7, x=x, threads=1)
+    with pytest.raises(TypeError, match="heads"):
+        task.pack(rows=7, eps=0.5, x=None, threads=1, heads=2)

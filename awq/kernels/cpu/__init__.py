@@ -11,7 +11,6 @@ Kernels: `products`, `decoding`, and `dense` for many bfloat16 tokens where the 
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 
 import torch
@@ -22,12 +21,12 @@ from awq.kernels.packed import Packed, Shape
 from awq.kernels.trial import trial_error
 
 LAYOUT = "rows16"
-MANY = 128  # tokens from which a matrix unit is worth a dense weight
+MATRIX_UNIT_MIN_TOKENS = 128  # fewer are not worth a dense weight
 PLANES = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 _TOLERANCE = {1: 2e-2, 2: 2e-4, 3: 1e-6}  # of the trial product by planes, beside the rounding of its dtype
-_CHUNK = 256  # most inputs that share one step of the activations
-_SERIAL = 1 << 16  # most activations that one thread makes bytes of
-_CACHED = 1 << 19  # bytes of activations that a core keeps near
+MAX_CHUNK_INPUTS = 256  # that share one step of the activations
+MAX_SERIAL_VALUES = 1 << 16  # activations that one thread makes bytes of sooner than two
+MAX_CACHED_BYTES = 1 << 19  # of activations that a core keeps near
 
 
 def why_not(device: torch.device, dtype: torch.dtype, shape: Shape, planes: int | None = None) -> str | None:
@@ -67,7 +66,7 @@ def compiled(dtype: torch.dtype, planes: int) -> Program:
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """x [..., in] → [..., out] in x's dtype."""
-    if x.dtype == torch.bfloat16 and has_matrix_unit() and x.numel() >= MANY * packed.shape.in_features:
+    if x.dtype == torch.bfloat16 and has_matrix_unit() and x.numel() >= MATRIX_UNIT_MIN_TOKENS * packed.shape.in_features:
         from awq.kernels.cpu import dense
 
         return dense.linear(x, packed, bias)
@@ -83,35 +82,56 @@ def has_matrix_unit() -> bool:
     from awq.kernels.cpu import dense
 
     try:
-        return trial_error(lambda x, packed: dense.linear(x, packed, None), LAYOUT, torch.bfloat16, (MANY,)) < 1e-2
+        tokens = (MATRIX_UNIT_MIN_TOKENS,)
+        return trial_error(lambda x, packed: dense.linear(x, packed, None), LAYOUT, torch.bfloat16, tokens) < 1e-2
     except Exception:  # as in `problem`; the other kernels serve
         return False
 
 
 def run(kernel: Program, x: Tensor, packed: Packed, bias: Tensor | None, planes: int) -> Tensor:
     """x [..., in] times the packed weight, in the threads that torch uses; `kernel` is `compiled` for x's dtype and `planes`."""
+    from awq.kernels.cpu.products import PRODUCT
+
     inputs, outputs, group = packed.shape
     x = x.contiguous()
-    tokens, chunk = x.numel() // inputs, chunk_of(group)
+    tokens = x.numel() // inputs
+    chunk = chunk_of(group)
     y = x.new_empty(*x.shape[:-1], outputs)
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
-    size, steps = tokens * planes * inputs, tokens * (inputs // chunk) * 4
-    scratch = torch.empty(size + 2 * steps, dtype=torch.uint8)
-    start, threads = scratch.data_ptr(), torch.get_num_threads()
-    kernel(_Task(
-        threads if tokens * inputs > _SERIAL else 1, threads, x.data_ptr(), y.data_ptr(),
-        packed.qweight.data_ptr(), packed.scales.data_ptr(), packed.qzeros.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        start, start + size, start + size + steps,
-        tokens, inputs, outputs, group, chunk, max(8, _CACHED // (planes * inputs) // 8 * 8),
-    ))  # fmt: skip
+    plane_bytes = tokens * planes * inputs
+    step_bytes = tokens * (inputs // chunk) * 4
+    scratch = torch.empty(plane_bytes + 2 * step_bytes, dtype=torch.uint8)
+    start = scratch.data_ptr()
+    threads = torch.get_num_threads()
+    task = PRODUCT.pack(
+        quantize_threads=threads if tokens * inputs > MAX_SERIAL_VALUES else 1,
+        threads=threads,
+        x=x,
+        y=y,
+        codes=packed.qweight,
+        scales=packed.scales,
+        zeros=packed.qzeros,
+        bias=bias,
+        planes=start,
+        steps=start + plane_bytes,
+        sums=start + plane_bytes + step_bytes,
+        tokens=tokens,
+        inputs=inputs,
+        outputs=outputs,
+        group=group,
+        chunk=chunk,
+        cached=max(8, MAX_CACHED_BYTES // (planes * inputs) // 8 * 8),
+    )
+    kernel(task)
     return y
-
-
-_Task = ctypes.c_int64 * 17
 
 
 @cache
 def chunk_of(group: int) -> int:
     """Inputs that share one step of the activations: the group, or the largest even part of it, by eights, up to 256."""
-    return group if group <= _CHUNK else max(part for part in range(8, _CHUNK + 1, 8) if group % part == 0)
+    return group if group <= MAX_CHUNK_INPUTS else _largest_part(group)
+
+
+def _largest_part(group: int) -> int:
+    return max(part for part in range(8, MAX_CHUNK_INPUTS + 1, 8) if group % part == 0)

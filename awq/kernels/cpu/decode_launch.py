@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
-import struct
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from awq.kernels.cpu.decoding import emit_activate, emit_add_norm, emit_attend, emit_dense
+from awq.kernels.cpu.decoding import (
+    ACTIVATE,
+    ADD_NORM,
+    ATTEND,
+    DENSE,
+    emit_activate,
+    emit_add_norm,
+    emit_attend,
+    emit_dense,
+)
 from awq.kernels.cpu.engine import program
 from awq.kernels.heads import Heads
 
-_ALONE = 1 << 15  # elements, or products of attention, that one thread does sooner than two
+MAX_SERIAL_WORK = 1 << 15  # elements, or products of attention, that one thread does sooner than two
 
 
 def add_norm(
@@ -32,10 +36,20 @@ def add_norm(
     y, width = torch.empty_like(x), x.shape[-1]
     kernel = program(emit_add_norm, x.dtype, branch is not None, mean, weight is not None, bias is not None)
     branch = None if branch is None else branch.contiguous()
-    kernel(_task(
-        _threads(x.numel()), _address(x), _address(branch), _address(weight), _address(bias), _address(total), _address(y),
-        x.numel() // width, width, _bits(factor), _bits(eps),
-    ))  # fmt: skip
+    task = ADD_NORM.pack(
+        threads=_threads(x.numel()),
+        x=x,
+        branch=branch,
+        weight=weight,
+        bias=bias,
+        total=total,
+        y=y,
+        rows=x.numel() // width,
+        width=width,
+        factor=factor,
+        eps=eps,
+    )
+    kernel(task)
     return total, y
 
 
@@ -44,9 +58,8 @@ def activate(h: Tensor, name: str, gated: bool) -> Tensor:
     h = h.contiguous()
     width = h.shape[-1] // (2 if gated else 1)
     y = h.new_empty((*h.shape[:-1], width))
-    program(emit_activate, h.dtype, name, gated)(
-        _task(_threads(4 * y.numel()), _address(h), _address(y), y.numel() // width, width)
-    )
+    task = ACTIVATE.pack(threads=_threads(4 * y.numel()), h=h, y=y, rows=y.numel() // width, width=width)
+    program(emit_activate, h.dtype, name, gated)(task)
     return y
 
 
@@ -62,11 +75,33 @@ def attend(
     threads = min(_threads(batch * a.heads * a.dim * (longest + 1)), batch * a.kv_heads)
     scratch = torch.empty(threads * (a.dim + longest + 1), dtype=torch.float32)
     kernel = program(emit_attend, qkv.dtype, a.rotary > 0, a.normed, a.mean, a.softcap is not None)
-    kernel(_task(
-        threads, _address(qkv), *map(_address, tables), _address(lengths), _address(k_cache), _address(v_cache), _address(out),
-        _address(scratch), batch, k_cache.shape[2], a.heads, a.kv_heads, a.dim, a.rotary, a.window,
-        _bits(a.scaling), _bits(a.softcap or 0.0), _bits(a.q_eps), _bits(a.k_eps), longest,
-    ))  # fmt: skip
+    cos, sin, q_weight, k_weight = tables
+    task = ATTEND.pack(
+        threads=threads,
+        qkv=qkv,
+        cos=cos,
+        sin=sin,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        lengths=lengths,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        out=out,
+        scratch=scratch,
+        rows=batch,
+        positions=k_cache.shape[2],
+        heads=a.heads,
+        kv_heads=a.kv_heads,
+        dim=a.dim,
+        rotary=a.rotary,
+        window=a.window,
+        scaling=a.scaling,
+        softcap=a.softcap or 0.0,
+        q_eps=a.q_eps,
+        k_eps=a.k_eps,
+        longest=longest,
+    )
+    kernel(task)
     return out
 
 
@@ -75,29 +110,12 @@ def dense(x: Tensor, weight: Tensor) -> Tensor:
     x = x.float().contiguous()
     outputs, inputs = weight.shape
     y = x.new_empty(len(x), outputs)
-    program(emit_dense, weight.dtype)(
-        _task(_threads(weight.numel()), _address(x), _address(weight), _address(y), len(x), inputs, outputs)
+    task = DENSE.pack(
+        threads=_threads(weight.numel()), x=x, weight=weight, y=y, rows=len(x), inputs=inputs, outputs=outputs
     )
+    program(emit_dense, weight.dtype)(task)
     return y
 
 
 def _threads(work: int) -> int:
-    return 1 if work <= _ALONE else torch.get_num_threads()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-@cache
-def _bits(number: float) -> int:
-    return int.from_bytes(struct.pack("<f", number), "little")
-
-
-def _task(*fields: int) -> Any:
-    return _array(len(fields))(*fields)
-
-
-@cache
-def _array(length: int) -> Any:
-    return ctypes.c_int64 * length
+    return 1 if work <= MAX_SERIAL_WORK else torch.get_num_threads()

@@ -1,201 +1,271 @@
-"""A thin layer over llvmlite's builder: variables, loops, vectors, and floats of three kinds.
+"""`Emitter`: builds one function of LLVM IR, with variables, loops, vectors, and floats of three kinds.
 
-A kernel takes a task, an array of 64-bit fields: numbers of threads first, then pointers, integers and floats by name. Its
-parts `part(task, i, n)` do the i-th of n shares of the work, one part after the other.
+A kernel takes a `Task` and consists of parts: `part(task, i, n)` does the i-th of n shares of the work. All shares of one
+part are done before the next part begins. `values` has the numbers and pointers that emitters compute with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
 
-from awq.kernels.cpu.targets import LANES
+from awq.kernels.cpu.ir_types import F16, F32, I16, I32, I64, LANES, PTR, VOID, const, lanes_of, vec
+from awq.kernels.cpu.values import Number, Pointer, Value, Variable
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-F16, F32, PTR, VOID = ir.HalfType(), ir.FloatType(), ir.PointerType(), ir.VoidType()
-
-
-ELEMENTS = {"float32": F32, "float16": F16, "bfloat16": I16}  # by torch's names
-
-
-def vec(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
-    return ir.VectorType(element, lanes)
+# Cody and Waite: ln 2 in two parts, so that x − n · ln 2 keeps its last bits.
+_LN2_HIGH = 0.693145751953125
+_LN2_LOW = 1.4286068203094172e-06
+_LOG2_E = 1.4426950408889634
 
 
-def const(type: ir.Type, value: float) -> ir.Constant:
-    """A constant; of a vector type: that value in every lane."""
-    if isinstance(type, ir.VectorType):
-        return ir.Constant(type, [ir.Constant(type.element, value)] * type.count)
-    return ir.Constant(type, value)
+class Emitter:
+    """Appends instructions to one function. `builder` is llvmlite's own, for what is missing here."""
 
-
-class Emitter(ir.IRBuilder):
-    """A builder of one function, with variables that LLVM turns into registers."""
+    def __init__(self, function: ir.Function) -> None:
+        self.function = function
+        self.module: ir.Module = function.module
+        self.builder = ir.IRBuilder(function.append_basic_block("entry"))
 
     @classmethod
-    def define(cls, module: ir.Module, name: str, arguments: Sequence[ir.Type], internal: bool = False) -> tuple[Emitter, Any]:
-        """(builder at the start of a new function without result, its arguments)."""
+    def define(
+        cls, module: ir.Module, name: str, arguments: Sequence[ir.Type], internal: bool = False
+    ) -> tuple[Emitter, list[Any]]:
+        """(emitter at the start of a new function without result, its arguments). A pointer argument points to int64."""
         function = ir.Function(module, ir.FunctionType(VOID, arguments), name)
         if internal:
             function.linkage = "internal"
-        return cls(function.append_basic_block("entry")), function.args
+        b = cls(function)
+        return b, [Pointer(b, a, I64) if a.type == PTR else Value(b, a) for a in function.args]
 
-    def variable(self, type: ir.Type, value: Any) -> Any:
-        with self.goto_entry_block():
-            place = self.alloca(type)
-        self.store(value, place)
+    @classmethod
+    def define_part(cls, module: ir.Module, name: str) -> tuple[Emitter, Pointer, Value, Value]:
+        """(emitter, task, index, count) of a new part of a kernel."""
+        b, (task, index, count) = cls.define(module, name, [PTR, I64, I64])
+        return b, task, index, count
+
+    def finish(self) -> ir.Function:
+        """Ends the function."""
+        self.builder.ret_void()
+        return self.function
+
+    # Numbers and places
+
+    def const(self, type: ir.Type, value: float) -> Value:
+        return Value(self, const(type, value))
+
+    def integers(self, bits: int, lanes: int) -> ir.VectorType:
+        """The type of a vector of integers."""
+        return vec(ir.IntType(bits), lanes)
+
+    def variable(self, type: ir.Type, value: Number) -> Variable:
+        with self.builder.goto_entry_block():
+            address = self.builder.alloca(type)
+        place = Variable(self, address, type)
+        place.value = value if isinstance(value, Value) else self.const(type, value)
         return place
 
-    def get(self, place: Any, type: ir.Type) -> Any:
-        return self.load(place, typ=type)
+    def pointer(self, bits: Value, element: ir.Type) -> Pointer:
+        """The pointer whose address is an int64."""
+        return Pointer(self, self.builder.inttoptr(bits.ir, PTR), element)
+
+    def float_of(self, bits: Value) -> Value:
+        """The float32 whose bits are the lower half of an int64."""
+        return Value(self, self.builder.bitcast(self.builder.trunc(bits.ir, I32), F32))
+
+    def as_type(self, pointer: Pointer, element: ir.Type) -> Pointer:
+        """The same address, pointing to another type."""
+        return Pointer(self, pointer.ir, element)
+
+    # Control
 
     @contextmanager
-    def loop(self, start: Any, stop: Any, step: int = 1) -> Iterator[Any]:
+    def loop(self, start: Number, stop: Number, step: int = 1) -> Iterator[Value]:
         """`for i in range(start, stop, step)` on int64; yields i. No turn is made when start ≥ stop."""
+        builder = self.builder
         index = self.variable(I64, start)
-        head, body, end = (self.append_basic_block(name) for name in ("head", "body", "end"))
-        self.branch(head)
-        self.position_at_end(head)
-        i = self.get(index, I64)
-        self.cbranch(self.icmp_signed("<", i, stop), body, end)
-        self.position_at_end(body)
+        head, body, end = (builder.append_basic_block(name) for name in ("head", "body", "end"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        i = index.value
+        builder.cbranch((i < stop).ir, body, end)
+        builder.position_at_end(body)
         yield i
-        self.store(self.add(i, const(I64, step)), index)
-        self.branch(head)
-        self.position_at_end(end)
+        index.value = i + step
+        builder.branch(head)
+        builder.position_at_end(end)
 
-    def part(self, total: Any, index: Any, count: Any) -> tuple[Any, Any]:
+    @contextmanager
+    def when(self, condition: Value) -> Iterator[None]:
+        """`if condition:`"""
+        with self.builder.if_then(condition.ir):
+            yield
+
+    def select(self, condition: Value, yes: Value, no: Number) -> Value:
+        other = no if isinstance(no, Value) else self.const(yes.type, no)
+        return Value(self, self.builder.select(condition.ir, yes.ir, other.ir))
+
+    def part(self, total: Value, index: Value, count: Value) -> tuple[Value, Value]:
         """(start, stop) of the index-th of `count` even parts of `total`."""
-        return self.sdiv(self.mul(total, index), count), self.sdiv(self.mul(total, self.add(index, const(I64, 1))), count)
+        return total * index // count, total * (index + 1) // count
 
-    def at(self, base: Any, index: Any, element: ir.Type) -> Any:
-        """Address of base[index]."""
-        return self.gep(base, [index], source_etype=element)
+    def call(self, function: ir.Function, arguments: Sequence[Value | Pointer]) -> Value:
+        return Value(self, self.builder.call(function, [argument.ir for argument in arguments]))
 
-    def fetch(self, base: Any, index: Any, element: ir.Type, lanes: int = 0, align: int = 1) -> Any:
-        """base[index], or `lanes` elements from there."""
-        return self.load(self.at(base, index, element), typ=vec(element, lanes) if lanes else element, align=align)
+    # LLVM's intrinsics
 
-    def put(self, value: Any, base: Any, index: Any, element: ir.Type, align: int = 1) -> None:
-        self.store(value, self.at(base, index, element), align=align)
+    def intrinsic(self, name: str, result: ir.Type, arguments: Sequence[Value | Pointer]) -> Value:
+        return self.call(self._declared(name, result, [a.ir.type for a in arguments]), arguments)
 
-    def prefetch(self, base: Any, offset: Any) -> None:
-        """Fetches the cache line at base + offset bytes; beyond the end of memory nothing happens."""
-        self.intrinsic("llvm.prefetch.p0", VOID, [self.at(base, offset, I8), const(I32, 0), const(I32, 3), const(I32, 1)])
+    def _declared(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
+        found = self.module.globals.get(name)
+        return found or ir.Function(self.module, ir.FunctionType(result, arguments), name)
 
-    def splat(self, value: Any, lanes: int = LANES) -> Any:
-        type = vec(value.type, lanes)
-        first = self.insert_element(ir.Constant(type, ir.Undefined), value, const(I32, 0))
-        return self.shuffle_vector(first, ir.Constant(type, ir.Undefined), const(vec(I32, lanes), 0))
-
-    def slice(self, value: Any, start: int, count: int) -> Any:
-        lanes = ir.Constant(vec(I32, count), list(range(start, start + count)))
-        return self.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), lanes)
-
-    def joined(self, parts: list[Any]) -> Any:
-        """Vectors of the same length, a power of two of them, one after the other."""
-        while len(parts) > 1:
-            both = ir.Constant(vec(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
-            parts = [self.shuffle_vector(a, b, both) for a, b in zip(parts[::2], parts[1::2])]
-        return parts[0]
-
-    def intrinsic(self, name: str, result: ir.Type, arguments: Sequence[Any]) -> Any:
-        return self.call(self.intrinsic_function(name, result, [a.type for a in arguments]), arguments)
-
-    def intrinsic_function(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> Any:
-        return self.module.globals.get(name) or ir.Function(self.module, ir.FunctionType(result, arguments), name)
-
-    def math(self, name: str, *arguments: Any) -> Any:
+    def math(self, name: str, *arguments: Value) -> Value:
         """LLVM's intrinsic of that name on floats or vectors of them: fma, fabs, rint, maximum …"""
         type = arguments[0].type
-        suffix = f"v{type.count}f32" if isinstance(type, ir.VectorType) else "f32"
+        lanes = lanes_of(type)
+        suffix = f"v{lanes}f32" if lanes else "f32"
         return self.intrinsic(f"llvm.{name}.{suffix}", type, arguments)
 
-    def sum(self, value: Any) -> Any:
-        """The sum of a vector's lanes, in any order."""
-        if value.type.count == 1:
-            return self.extract_element(value, const(I32, 0))
-        function = self.intrinsic_function("llvm.vector.reduce.fadd.v16f32", F32, [F32, value.type])
-        return self.call(function, [const(F32, 0.0), value], fastmath=("reassoc",))
+    def fma(self, a: Value, factor: Value, addend: Number) -> Value:
+        """a · factor + addend, rounded once."""
+        return self.math("fma", a, factor, addend if isinstance(addend, Value) else self.const(a.type, addend))
 
-    def exp(self, x: Any) -> Any:
-        """e^x to float32's precision; below e^-87 and above e^88 it stays there. NaN stays NaN."""
-        type = x.type
-        ints = vec(I32, type.count)
-        x = self.math("minimum", self.math("maximum", x, const(type, -87.0)), const(type, 88.0))
-        n = self.math("rint", self.fmul(x, const(type, 1.4426950408889634)))
-        r = self.math("fma", n, const(type, -0.693145751953125), x)
-        r = self.math("fma", n, const(type, -1.4286068203094172e-06), r)
-        y = const(type, 1 / 720)
-        for c in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
-            y = self.math("fma", y, r, const(type, c))
-        whole = self.intrinsic(f"llvm.fptosi.sat.v{type.count}i32.v{type.count}f32", ints, [n])
-        power = self.shl(self.add(whole, const(ints, 127)), const(ints, 23))
-        return self.fmul(y, self.bitcast(power, type))
+    def maximum(self, a: Value, b: Number) -> Value:
+        """The larger one; NaN when either is NaN."""
+        return self.math("maximum", a, b if isinstance(b, Value) else self.const(a.type, b))
 
-    def strip(self, count: Any, body: Any) -> None:
-        """body(i, lanes) over range(count): 16 at a time, then one by one. What is loaded in it are vectors of `lanes`."""
-        whole = self.and_(count, const(I64, -LANES))
-        with self.loop(const(I64, 0), whole, LANES) as i:
-            body(i, LANES)
-        with self.loop(whole, count) as i:
-            body(i, 1)
+    def minimum(self, a: Value, b: Number) -> Value:
+        return self.math("minimum", a, b if isinstance(b, Value) else self.const(a.type, b))
 
-    def total(self, count: Any, body: Any) -> Any:
-        """Σ of the vectors body(i, lanes) over range(count), as one float."""
-        sums = {lanes: self.variable(vec(F32, lanes), const(vec(F32, lanes), 0.0)) for lanes in (LANES, 1)}
+    def prefetch(self, place: Pointer) -> None:
+        """Fetches a cache line; beyond the end of memory nothing happens."""
+        read, keep, data = (self.const(I32, number) for number in (0, 3, 1))
+        self.intrinsic("llvm.prefetch.p0", VOID, [place, read, keep, data])
 
-        def add(i: Any, lanes: int) -> None:
-            self.store(self.fadd(self.get(sums[lanes], vec(F32, lanes)), body(i, lanes)), sums[lanes])
+    # Conversions
 
-        self.strip(count, add)
-        return self.fadd(*(self.sum(self.get(place, vec(F32, lanes))) for lanes, place in sums.items()))
+    def zext(self, value: Value, type: ir.Type) -> Value:
+        return Value(self, self.builder.zext(value.ir, type))
 
-    def floats(self, base: Any, index: Any, kind: ir.Type, lanes: int) -> Any:
-        """`lanes` values from base[index], as float32."""
-        return self.to_float(self.fetch(base, index, kind, lanes))
+    def sext(self, value: Value, type: ir.Type) -> Value:
+        return Value(self, self.builder.sext(value.ir, type))
 
-    def to_float(self, value: Any) -> Any:
+    def trunc(self, value: Value, type: ir.Type) -> Value:
+        return Value(self, self.builder.trunc(value.ir, type))
+
+    def bitcast(self, value: Value, type: ir.Type) -> Value:
+        return Value(self, self.builder.bitcast(value.ir, type))
+
+    def signed_to_float(self, value: Value, type: ir.Type) -> Value:
+        return Value(self, self.builder.sitofp(value.ir, type))
+
+    def unsigned_to_float(self, value: Value, type: ir.Type) -> Value:
+        return Value(self, self.builder.uitofp(value.ir, type))
+
+    def round_to_int(self, value: Value) -> Value:
+        """The nearest int32 of each lane, ties to even; what is too large becomes the largest."""
+        return self._saturated(self.math("rint", value))
+
+    def _saturated(self, value: Value) -> Value:
+        lanes = lanes_of(value.type)
+        return self.intrinsic(f"llvm.fptosi.sat.v{lanes}i32.v{lanes}f32", vec(I32, lanes), [value])
+
+    def to_float(self, value: Value) -> Value:
         """float32 of a vector of float32, float16, or (as int16) bfloat16 bits."""
         kind, lanes = value.type.element, value.type.count
         if kind == I16:
-            wide = self.shl(self.zext(value, vec(I32, lanes)), const(vec(I32, lanes), 16))
-            return self.bitcast(wide, vec(F32, lanes))
-        return value if kind == F32 else self.fpext(value, vec(F32, lanes))
+            return self.bitcast(self.zext(value, vec(I32, lanes)) << 16, vec(F32, lanes))
+        return value if kind == F32 else Value(self, self.builder.fpext(value.ir, vec(F32, lanes)))
 
-    def from_float(self, value: Any, kind: ir.Type) -> Any:
+    def half_to_float(self, value: Value) -> Value:
+        """float32 of one float16."""
+        return Value(self, self.builder.fpext(value.ir, F32))
+
+    def from_float(self, value: Value, kind: ir.Type) -> Value:
         """Inverse of `to_float`, rounding to nearest even; NaN stays NaN."""
         lanes = value.type.count
         if kind == F32:
             return value
         if kind == F16:
-            return self.fptrunc(value, vec(F16, lanes))
+            return Value(self, self.builder.fptrunc(value.ir, vec(F16, lanes)))
         wide = vec(I32, lanes)
         bits = self.bitcast(value, wide)
-        odd = self.and_(self.lshr(bits, const(wide, 16)), const(wide, 1))
-        rounded = self.add(bits, self.add(odd, const(wide, 0x7FFF)))
-        rounded = self.select(self.fcmp_unordered("uno", value, value), const(wide, 0x7FC00000), rounded)
-        return self.trunc(self.lshr(rounded, const(wide, 16)), vec(I16, lanes))
+        odd = bits.shift_right(16) & 1
+        rounded = bits + (odd + 0x7FFF)
+        is_nan = Value(self, self.builder.fcmp_unordered("uno", value.ir, value.ir))
+        rounded = self.select(is_nan, self.const(wide, 0x7FC00000), rounded)
+        return self.trunc(rounded.shift_right(16), vec(I16, lanes))
 
+    # Vectors
 
-class Task:
-    """Reads fields of a task inside of a kernel; those before the field "tokens" or "rows" as pointers."""
+    def splat(self, value: Value, lanes: int = LANES) -> Value:
+        """A vector with the same number in every lane."""
+        type = vec(value.type, lanes)
+        first = self.builder.insert_element(ir.Constant(type, ir.Undefined), value.ir, const(I32, 0))
+        return Value(self, self.builder.shuffle_vector(first, ir.Constant(type, ir.Undefined), const(vec(I32, lanes), 0)))
 
-    def __init__(self, b: Emitter, task: Any, fields: Sequence[str]) -> None:
-        self._b, self._task, self._fields = b, task, fields
-        self._pointers = next(i for i, name in enumerate(fields) if name in ("tokens", "rows"))
+    def slice(self, value: Value, start: int, count: int) -> Value:
+        """Lanes start … start + count."""
+        lanes = ir.Constant(vec(I32, count), list(range(start, start + count)))
+        return Value(self, self.builder.shuffle_vector(value.ir, ir.Constant(value.type, ir.Undefined), lanes))
 
-    def __getattr__(self, name: str) -> Any:
-        index = self._fields.index(name)
-        value = self._b.fetch(self._task, const(I64, index), I64, align=8)
-        return self._b.inttoptr(value, PTR) if index < self._pointers else value
+    def joined(self, parts: Sequence[Value]) -> Value:
+        """Vectors of the same length, a power of two of them, one after the other."""
+        vectors = [part.ir for part in parts]
+        while len(vectors) > 1:
+            lanes = 2 * vectors[0].type.count
+            both = ir.Constant(vec(I32, lanes), list(range(lanes)))
+            vectors = [self.builder.shuffle_vector(a, b, both) for a, b in zip(vectors[::2], vectors[1::2])]
+        return Value(self, vectors[0])
 
-    def number(self, name: str) -> Any:
-        """A float32 whose bits are the field's lower half."""
-        return self._b.bitcast(self._b.trunc(getattr(self, name), I32), F32)
+    def lane(self, value: Value, index: int) -> Value:
+        return Value(self, self.builder.extract_element(value.ir, const(I32, index)))
+
+    def sum(self, value: Value) -> Value:
+        """The sum of a vector's lanes, in any order."""
+        if value.type.count == 1:
+            return self.lane(value, 0)
+        name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
+        function = self._declared(name, F32, [F32, value.type])
+        return Value(self, self.builder.call(function, [const(F32, 0.0), value.ir], fastmath=("reassoc",)))
+
+    def strip(self, count: Value, body: Callable[[Value, int], None]) -> None:
+        """body(i, lanes) over range(count): 16 at a time, then one by one. It loads vectors of `lanes`."""
+        whole = count & -LANES
+        with self.loop(0, whole, LANES) as i:
+            body(i, LANES)
+        with self.loop(whole, count) as i:
+            body(i, 1)
+
+    def total(self, count: Value, body: Callable[[Value, int], Value]) -> Value:
+        """Σ of the vectors body(i, lanes) over range(count), as one float."""
+        sums = {lanes: self.variable(vec(F32, lanes), 0.0) for lanes in (LANES, 1)}
+
+        def add(i: Value, lanes: int) -> None:
+            sums[lanes].value = sums[lanes].value + body(i, lanes)
+
+        self.strip(count, add)
+        wide, single = (self.sum(place.value) for place in sums.values())
+        return wide + single
+
+    # Functions
+
+    def exp(self, x: Value) -> Value:
+        """e^x to float32's precision; below e^-87 and above e^88 it stays there. NaN stays NaN."""
+        type = x.type
+        x = self.minimum(self.maximum(x, -87.0), 88.0)
+        n = self.math("rint", x * _LOG2_E)
+        r = self.fma(n, self.const(type, -_LN2_HIGH), x)
+        r = self.fma(n, self.const(type, -_LN2_LOW), r)
+        y = self.const(type, 1 / 720)
+        for c in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+            y = self.fma(y, r, c)
+        power = (self._saturated(n) + 127) << 23
+        return y * self.bitcast(power, type)
 
 
 def emit_entry(module: ir.Module, parts: Sequence[ir.Function]) -> None:
@@ -206,15 +276,15 @@ def emit_entry(module: ir.Module, parts: Sequence[ir.Function]) -> None:
     shares = []
     for part in parts:
         b, (task,) = Emitter.define(module, f"{part.name}_share", [PTR], internal=True)
-        b.call(part, [task, b.sext(b.call(number, []), I64), b.sext(b.call(size, []), I64)])
-        b.ret_void()
-        shares.append(b.function)
+        index, count = (b.sext(b.call(function, []), I64) for function in (number, size))
+        b.call(part, [task, index, count])
+        shares.append(b.finish())
     b, (task,) = Emitter.define(module, "run", [PTR])
     for i, (part, share) in enumerate(zip(parts, shares)):
-        threads = b.fetch(task, const(I64, i), I64, align=8)
-        with b.if_else(b.icmp_signed("==", threads, const(I64, 1))) as (alone, together):
+        threads = task.load(i, align=8)
+        with b.builder.if_else(threads.equals(1).ir) as (alone, together):
             with alone:
-                b.call(part, [task, const(I64, 0), const(I64, 1)])
+                b.call(part, [task, b.const(I64, 0), b.const(I64, 1)])
             with together:
-                b.call(fork, [share, task, b.trunc(threads, I32), const(I32, 0)])
-    b.ret_void()
+                b.builder.call(fork, [share, task.ir, b.trunc(threads, I32).ir, const(I32, 0)])
+    b.finish()

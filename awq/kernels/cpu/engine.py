@@ -10,6 +10,7 @@ milliseconds. Where torch has none that speaks GNU's interface (macOS, Windows),
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,7 +22,7 @@ import torch
 from awq.kernels.cpu.targets import TARGETS, Target
 
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-_LIBRARIES = ("libgomp", "libiomp5", "libomp")
+_LIBRARIES = ("libgomp", "libiomp5", "libomp")  # their file names begin so
 MINIMUM = (0, 45)  # of llvmlite: the first with LLVM 20, hence with opaque pointers everywhere
 
 
@@ -58,7 +59,7 @@ def openmp() -> dict[str, int]:
     paths = {
         line.split(maxsplit=5)[-1]
         for line in lines
-        if any(n in line.rpartition("/")[-1] for n in ("libgomp", "libiomp5", "libomp"))
+        if any(name in line.rpartition("/")[-1] for name in _LIBRARIES)
     }
     for path in sorted(paths, key=lambda path: "torch" not in path):  # torch's own before other packages' copies
         try:
@@ -80,7 +81,7 @@ def machine_code(module: Any, machine: Any) -> Any:
 
 
 class Program:
-    """A compiled kernel. Calling it with a task, an array of int64, does the task.
+    """A compiled kernel. Calling it with a packed `Task` does the task.
 
     emit: (llvmlite module, element type, *settings) → the kernel's parts; dtype: of the activations; cpu: another CPU than
     this one, by LLVM's name. Raises what llvmlite raises when it cannot compile.
@@ -98,12 +99,12 @@ class Program:
         self._engine.finalize_object()
         address = self._engine.get_function_address
         if addresses:
-            self._run: Callable[[Any], None] = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address("run"))
+            self._run: Callable[[bytes], None] = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address("run"))
         else:
             kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
             self._run = _in_python_threads([kind(address(name)) for name in parts])
 
-    def __call__(self, task: Any) -> None:
+    def __call__(self, task: bytes) -> None:
         self._run(task)
 
 
@@ -117,7 +118,8 @@ def kernel_module(emit: Callable[..., Any], dtype: torch.dtype, settings: tuple,
     """(the kernel as an `ir.Module`, the names of its parts)."""
     from llvmlite import ir
 
-    from awq.kernels.cpu.emit import ELEMENTS, emit_entry
+    from awq.kernels.cpu.emit import emit_entry
+    from awq.kernels.cpu.ir_types import ELEMENTS
 
     module = ir.Module("awq")
     parts = emit(module, ELEMENTS[str(dtype).removeprefix("torch.")], *settings)
@@ -126,9 +128,9 @@ def kernel_module(emit: Callable[..., Any], dtype: torch.dtype, settings: tuple,
     return module, [part.name for part in parts]
 
 
-def _in_python_threads(parts: list[Any]) -> Callable[[Any], None]:
-    def run(task: Any) -> None:
-        for part, threads in zip(parts, task):
+def _in_python_threads(parts: list[Any]) -> Callable[[bytes], None]:
+    def run(task: bytes) -> None:
+        for part, threads in zip(parts, struct.unpack_from(f"<{len(parts)}q", task)):
             if threads == 1:
                 part(task, 0, 1)
             else:  # ctypes lets go of the interpreter's lock while a part runs

@@ -10,153 +10,226 @@ where the sum over one plane is exact in int32, and planes are put together in f
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from llvmlite import ir
 
-from awq.kernels.cpu.emit import F16, F32, I8, I16, I32, I64, PTR, VOID, Emitter, Task, const, vec
-from awq.kernels.cpu.targets import LANES, Target
+from awq.kernels.cpu.emit import Emitter
+from awq.kernels.cpu.ir_types import F16, F32, I8, I16, I32, I64, LANES, PTR, VOID, vec
+from awq.kernels.cpu.targets import Target
+from awq.kernels.cpu.task import COUNT, ELEMENT, Array, Reader, Task
+from awq.kernels.cpu.values import Number, Pointer, Value, Variable
 
-FIELDS = (
-    "quantize_threads", "threads", "x", "y", "codes", "scales", "zeros", "bias", "planes", "steps", "sums",
-    "tokens", "inputs", "outputs", "group", "chunk", "cached",
-)  # fmt: skip
-ROW, ROWS = 8, LANES  # activations per step; outputs per block
-AHEAD = 4096  # bytes between what is read and what is fetched into the cache
+PRODUCT = Task(
+    quantize_threads=COUNT,
+    threads=COUNT,
+    x=Array(ELEMENT),
+    y=Array(ELEMENT),
+    codes=Array(I8),
+    scales=Array(F16),
+    zeros=Array(I8),
+    bias=Array(ELEMENT),
+    planes=Array(I8),
+    steps=Array(F32),
+    sums=Array(F32),
+    tokens=COUNT,
+    inputs=COUNT,
+    outputs=COUNT,
+    group=COUNT,
+    chunk=COUNT,
+    cached=COUNT,
+)
+DEPTH = 8  # inputs per step
+ROWS = LANES  # outputs per block
+PREFETCH_BYTES = 4096  # between what is read and what is fetched into the cache
 
 
 def emit_quantize(module: ir.Module, element: ir.Type, planes: int) -> ir.Function:
-    """quantize(task, i, n): rows of x [tokens, inputs] to planes int8 [tokens, planes, inputs], steps and sums [tokens, chunks]."""
-    b, (task, index, count) = Emitter.define(module, "quantize", [PTR, I64, I64])
-    t = Task(b, task, FIELDS)
+    """quantize(task, i, n): rows of x [tokens, inputs] to planes int8 [tokens, planes, inputs], steps and sums [tokens, chunks].
+
+    For one plane: step = x.abs().amax(-1) / 127; planes = (x / step).round(); sums = planes.sum(-1), by chunks of a row.
+    """
+    b, task, index, count = Emitter.define_part(module, "quantize")
+    t = PRODUCT.reader(b, task, element)
     x, out, steps, sums, inputs, chunk = t.x, t.planes, t.steps, t.sums, t.inputs, t.chunk
-    chunks = b.sdiv(inputs, chunk)
-    limit, floats, ints = 127.0 * 256 ** (planes - 1), vec(F32, ROW), vec(I32, ROW)
+    chunks = inputs // chunk
+    limit = 127.0 * 256 ** (planes - 1)
+    floats, ints = vec(F32, DEPTH), vec(I32, DEPTH)
     with b.loop(*b.part(t.tokens, index, count)) as token:
-        first = b.mul(token, const(I64, planes))
-        rows = [b.at(out, b.mul(b.add(first, const(I64, p)), inputs), I8) for p in range(planes)]
-        row = b.at(x, b.mul(token, inputs), element)
-        with b.loop(const(I64, 0), chunks) as c:
-            start = b.mul(c, chunk)
-            stop = b.add(start, chunk)
-            most = b.variable(floats, const(floats, 0.0))
-            with b.loop(start, stop, ROW) as k:
-                value = b.to_float(b.fetch(row, k, element, ROW))
-                b.store(b.math("maximum", b.get(most, floats), b.math("fabs", value)), most)
-            largest = b.intrinsic("llvm.vector.reduce.fmaximum.v8f32", F32, [b.get(most, floats)])
-            step = b.fdiv(largest, const(F32, limit))
-            some = b.fcmp_unordered("!=", largest, const(F32, 0.0))
-            factor = b.splat(b.select(some, b.fdiv(const(F32, limit), largest), const(F32, 0.0)), ROW)
-            total = b.variable(ints, const(ints, 0))
-            with b.loop(start, stop, ROW) as k:
-                value = b.fmul(b.to_float(b.fetch(row, k, element, ROW)), factor)
-                v = b.intrinsic("llvm.fptosi.sat.v8i32.v8f32", ints, [b.math("rint", value)])
-                b.store(b.add(b.get(total, ints), v), total)
+        first = token * planes
+        rows = [out + (first + p) * inputs for p in range(planes)]
+        row = x + token * inputs
+        with b.loop(0, chunks) as c:
+            start = c * chunk
+            stop = start + chunk
+            most = b.variable(floats, 0.0)
+            with b.loop(start, stop, DEPTH) as k:
+                value = row.floats(k, DEPTH)
+                most.value = b.maximum(most.value, b.math("fabs", value))
+            largest = b.intrinsic("llvm.vector.reduce.fmaximum.v8f32", F32, [most.value])
+            step = largest / limit
+            factor = b.splat(b.select(largest.differs(0.0), limit / largest, 0.0), DEPTH)
+            total = b.variable(ints, 0)
+            with b.loop(start, stop, DEPTH) as k:
+                v = b.round_to_int(row.floats(k, DEPTH) * factor)
+                total.value = total.value + v
                 for p in range(planes - 1, -1, -1):
-                    byte = b.trunc(v, vec(I8, ROW))
-                    b.put(byte, rows[p], k, I8)
-                    v = b.ashr(b.sub(v, b.sext(byte, ints)), const(ints, 8))
-            sum = b.intrinsic("llvm.vector.reduce.add.v8i32", I32, [b.get(total, ints)])
-            place = b.add(b.mul(token, chunks), c)
-            b.put(step, steps, place, F32)
-            b.put(b.sitofp(sum, F32), sums, place, F32)
-    b.ret_void()
-    return b.function
+                    byte = b.trunc(v, vec(I8, DEPTH))
+                    rows[p][k] = byte
+                    v = (v - b.sext(byte, ints)) >> 8
+            sum = b.intrinsic("llvm.vector.reduce.add.v8i32", I32, [total.value])
+            place = token * chunks + c
+            steps[place] = step
+            sums[place] = b.signed_to_float(sum, F32)
+    return b.finish()
 
 
-def emit_tile(module: ir.Module, target: Target, element: ir.Type, planes: int, rows: int, tokens: int) -> ir.Function:
+class _Tile(NamedTuple):
+    """What a tile computes: `rows` blocks of 16 outputs × `tokens` tokens, with activations in `planes`.
+
+    split: independent sums per output, where few sums would wait for each other.
+    """
+
+    rows: int
+    tokens: int
+    planes: int
+
+    @property
+    def split(self) -> int:
+        return 2 if self.rows * self.tokens * self.planes <= 4 else 1
+
+    def pairs(self) -> list[tuple[int, int]]:
+        return [(r, i) for r in range(self.rows) for i in range(self.tokens)]
+
+    def sums(self) -> list[tuple[int, int, int, int]]:
+        """(row block, token, plane, half) of every sum of integers."""
+        return [(r, i, p, s) for r, i in self.pairs() for p in range(self.planes) for s in range(self.split)]
+
+
+def emit_tile(module: ir.Module, target: Target, element: ir.Type, tile: _Tile) -> ir.Function:
     """tile(task, block, token): `rows` blocks of 16 outputs from `block`, for `tokens` tokens from `token`."""
-    b, (task, block, token) = Emitter.define(module, f"tile_{rows}x{tokens}", [PTR, I64, I64], internal=True)
-    t = Task(b, task, FIELDS)
+    name = f"tile_{tile.rows}x{tile.tokens}"
+    b, (task, block, token) = Emitter.define(module, name, [PTR, I64, I64], internal=True)
+    t = PRODUCT.reader(b, task, element)
     inputs, outputs, group, chunk = t.inputs, t.outputs, t.group, t.chunk
-    groups, chunks, chunks_per_group = b.sdiv(inputs, group), b.sdiv(inputs, chunk), b.sdiv(group, chunk)
-    blocks = [b.add(block, const(I64, r)) for r in range(rows)]
-    codes = [b.at(t.codes, b.mul(n, b.mul(inputs, const(I64, ROWS // 2))), I8) for n in blocks]
-    grids = [b.mul(n, b.mul(groups, const(I64, ROWS))) for n in blocks]
-    where = [b.add(token, const(I64, i)) for i in range(tokens)]
-    data = [
-        [b.at(t.planes, b.mul(b.add(b.mul(n, const(I64, planes)), const(I64, p)), inputs), I8) for p in range(planes)]
-        for n in where
-    ]
-    steps, sums = ([b.at(base, b.mul(n, chunks), F32) for n in where] for base in (t.steps, t.sums))
-    scales, zeros, ints, floats = t.scales, t.zeros, vec(I32), vec(F32)
-    pairs = [(r, i) for r in range(rows) for i in range(tokens)]
-    split = 2 if len(pairs) * planes <= 4 else 1  # more independent sums where few would wait for each other
-    total = {pair: b.variable(floats, const(floats, 0.0)) for pair in pairs}
-    acc = {(r, i, p, s): b.variable(ints, const(ints, 0)) for r, i in pairs for p in range(planes) for s in range(split)}
-    with b.loop(const(I64, 0), groups) as g:
-        place = [b.add(start, b.mul(g, const(I64, ROWS))) for start in grids]
-        scale = [b.to_float(b.fetch(scales, n, F16, LANES)) for n in place]
-        zero = [b.uitofp(b.fetch(zeros, n, I8, LANES), floats) for n in place]
-        first = b.mul(g, chunks_per_group)
-        with b.loop(first, b.add(first, chunks_per_group)) as c:
-            for variable in acc.values():
-                b.store(const(ints, 0), variable)
-            start = b.mul(c, chunk)
-            with b.loop(start, b.add(start, chunk), ROW) as k:
-                for r in range(rows):
-                    offset = b.mul(k, const(I64, ROWS // 2))
-                    b.prefetch(codes[r], b.add(offset, const(I64, AHEAD)))
-                    word = b.fetch(codes[r], offset, I8, 4 * LANES)
-                    halves = (b.and_(word, const(word.type, 15)), b.lshr(word, const(word.type, 4)))
-                    for i in range(tokens):
-                        for p in range(planes):
-                            for h, half in enumerate(halves):
-                                four = b.load(b.at(data[i][p], b.add(k, const(I64, 4 * h)), I8), typ=I32, align=1)
-                                place_ = acc[r, i, p, h % split]
-                                values = b.bitcast(b.splat(four), vec(I8, 4 * LANES))
-                                b.store(target.dot(b, b.get(place_, ints), half, values), place_)
-            for i in range(tokens):
-                step, sum = b.splat(b.fetch(steps[i], c, F32)), b.splat(b.fetch(sums[i], c, F32))
-                for r in range(rows):
-                    parts = []
-                    for p in range(planes):
-                        both = [b.get(acc[r, i, p, half], ints) for half in range(split)]
-                        parts.append(b.sitofp(b.add(*both) if split == 2 else both[0], floats))
-                    value = parts[0]
-                    for part in parts[1:]:
-                        value = b.math("fma", value, const(floats, 256.0), part)
-                    value = b.math("fma", b.fneg(zero[r]), sum, value)
-                    b.store(b.math("fma", value, b.fmul(scale[r], step), b.get(total[r, i], floats)), total[r, i])
-    _store(b, t, element, blocks, where, total, outputs)
-    b.ret_void()
-    return b.function
+    groups, chunks, chunks_per_group = inputs // group, inputs // chunk, group // chunk
+    blocks = [block + r for r in range(tile.rows)]
+    codes = [t.codes + n * (inputs * (ROWS // 2)) for n in blocks]
+    grids = [n * (groups * ROWS) for n in blocks]
+    tokens = [token + i for i in range(tile.tokens)]
+    planes = [[t.planes + (n * tile.planes + p) * inputs for p in range(tile.planes)] for n in tokens]
+    all_steps, all_sums = t.steps, t.sums
+    steps = [all_steps + n * chunks for n in tokens]
+    sums = [all_sums + n * chunks for n in tokens]
+    scales, zeros = t.scales, t.zeros
+    totals = {pair: b.variable(vec(F32), 0.0) for pair in tile.pairs()}
+    integers = {key: b.variable(vec(I32), 0) for key in tile.sums()}
+    with b.loop(0, groups) as g:
+        places = [start + g * ROWS for start in grids]
+        scale = [b.to_float(scales.vector(n, LANES)) for n in places]
+        zero = [b.unsigned_to_float(zeros.vector(n, LANES), vec(F32)) for n in places]
+        first = g * chunks_per_group
+        with b.loop(first, first + chunks_per_group) as c:
+            for variable in integers.values():
+                variable.value = b.const(vec(I32), 0)
+            start = c * chunk
+            with b.loop(start, start + chunk, DEPTH) as k:
+                _add_products(b, target, tile, k, codes, planes, integers)
+            for i in range(tile.tokens):
+                step, sum = b.splat(steps[i][c]), b.splat(sums[i][c])
+                for r in range(tile.rows):
+                    value = _combined(b, tile, r, i, integers)
+                    value = b.fma(-zero[r], sum, value)
+                    totals[r, i].value = b.fma(value, scale[r] * step, totals[r, i].value)
+    _store(b, t, element, blocks, tokens, totals, outputs)
+    return b.finish()
 
 
-def _store(b: Emitter, t: Task, element: ir.Type, blocks: list, where: list, total: dict, outputs: Any) -> None:
-    lanes, floats = vec(I64), vec(F32)
-    counting = ir.Constant(lanes, list(range(LANES)))
+def _add_products(
+    b: Emitter,
+    target: Target,
+    tile: _Tile,
+    k: Value,
+    codes: Sequence[Pointer],
+    planes: Sequence[Sequence[Pointer]],
+    integers: dict[tuple[int, int, int, int], Variable],
+) -> None:
+    """Adds the products of eight inputs from k on to the integer sums."""
+    for r in range(tile.rows):
+        offset = k * (ROWS // 2)
+        b.prefetch(codes[r] + (offset + PREFETCH_BYTES))
+        word = codes[r].vector(offset, 4 * LANES)
+        halves = (word & 15, word.shift_right(4))
+        for i in range(tile.tokens):
+            for p in range(tile.planes):
+                for h, half in enumerate(halves):
+                    four = (planes[i][p] + (k + 4 * h)).load_as(I32)
+                    place = integers[r, i, p, h % tile.split]
+                    values = b.bitcast(b.splat(four), vec(I8, 4 * LANES))
+                    place.value = target.dot(b, place.value, half, values)
+
+
+def _combined(b: Emitter, tile: _Tile, r: int, i: int, integers: dict[tuple[int, int, int, int], Variable]) -> Value:
+    """The digits of one sum put together, as float32."""
+    parts = []
+    for p in range(tile.planes):
+        halves = [integers[r, i, p, s].value for s in range(tile.split)]
+        whole = halves[0] + halves[1] if tile.split == 2 else halves[0]
+        parts.append(b.signed_to_float(whole, vec(F32)))
+    value = parts[0]
+    for part in parts[1:]:
+        value = b.fma(value, b.const(vec(F32), 256.0), part)
+    return value
+
+
+def _store(
+    b: Emitter,
+    t: Reader,
+    element: ir.Type,
+    blocks: Sequence[Value],
+    tokens: Sequence[Value],
+    totals: dict[tuple[int, int], Variable],
+    outputs: Value,
+) -> None:
+    """Writes the sums plus the bias; outputs beyond the last one are masked."""
+    counting = Value(b, ir.Constant(vec(I64), list(range(LANES))))
     for r, block in enumerate(blocks):
-        n = b.mul(block, const(I64, ROWS))
-        mask = b.icmp_signed("<", b.add(b.splat(n), counting), b.splat(outputs))
+        n = block * ROWS
+        mask = b.splat(n) + counting < b.splat(outputs)
         kind = {F32: "f32", F16: "f16", I16: "i16"}[element]
-        offset = b.variable(floats, const(floats, 0.0))
-        with b.if_then(b.icmp_signed("!=", b.ptrtoint(t.bias, I64), const(I64, 0))):
-            values = [b.at(t.bias, n, element), const(I32, 1), mask, const(vec(element), 0)]
-            loaded = b.intrinsic(f"llvm.masked.load.v16{kind}.p0", vec(element), values)
-            b.store(b.to_float(loaded), offset)
-        for i, token in enumerate(where):
-            value = b.from_float(b.fadd(b.get(total[r, i], floats), b.get(offset, floats)), element)
-            place = b.at(t.y, b.add(b.mul(token, outputs), n), element)
-            b.intrinsic(f"llvm.masked.store.v16{kind}.p0", VOID, [value, place, const(I32, 1), mask])
+        align = b.const(I32, 1)
+        offset = b.variable(vec(F32), 0.0)
+        with b.when(t.bias.is_given()):
+            operands = [t.bias + n, align, mask, b.const(vec(element), 0)]
+            loaded = b.intrinsic(f"llvm.masked.load.v16{kind}.p0", vec(element), operands)
+            offset.value = b.to_float(loaded)
+        for i, token in enumerate(tokens):
+            value = b.from_float(totals[r, i].value + offset.value, element)
+            place = t.y + (token * outputs + n)
+            b.intrinsic(f"llvm.masked.store.v16{kind}.p0", VOID, [value, place, align, mask])
 
 
 def emit_products(module: ir.Module, target: Target, element: ir.Type, planes: int) -> ir.Function:
     """products(task, i, n): the i-th of n parts of the outputs, all tokens; `cached` tokens at a time stay in a core's cache.
 
-    One token takes one block of outputs after the other, which reads memory in one stream; more share what is unpacked.
+    y = x @ ((codes - zeros) * scales).T + bias. One token takes one block of outputs after the other, which reads memory in one
+    stream; more share what is unpacked.
     """
     widths = [w for w in (8, 4, 2, 1) if target.rows * w * planes <= target.sums]
-    tiles = {(rows, w): emit_tile(module, target, element, planes, rows, w) for rows in {1, target.rows} for w in widths}
-    b, (task, index, count) = Emitter.define(module, "products", [PTR, I64, I64])
-    t = Task(b, task, FIELDS)
+    tiles = {}
+    for rows in {1, target.rows}:
+        for width in widths:
+            tiles[rows, width] = emit_tile(module, target, element, _Tile(rows, width, planes))
+    b, task, index, count = Emitter.define_part(module, "products")
+    t = PRODUCT.reader(b, task, element)
     tokens, cached = t.tokens, t.cached
 
-    def whole(start: Any, stop: Any, step: int) -> Any:
+    def whole(start: Value, stop: Value, step: int) -> Value:
         """The last place that steps from start reach without passing stop."""
-        return b.add(start, b.mul(b.sdiv(b.sub(stop, start), const(I64, step)), const(I64, step)))
+        return start + (stop - start) // step * step
 
-    def sweep(rows: int, first: Any, last: Any, begin: Any, end: Any) -> None:
+    def sweep(rows: int, first: Number, last: Number, begin: Value, end: Value) -> None:
         with b.loop(first, last, rows) as block:
             place = begin
             for width in widths:
@@ -165,17 +238,17 @@ def emit_products(module: ir.Module, target: Target, element: ir.Type, planes: i
                     b.call(tiles[rows, width], [task, block, token])
                 place = stop
 
-    first, last = b.part(b.sdiv(b.add(t.outputs, const(I64, LANES - 1)), const(I64, LANES)), index, count)
-    middle = b.select(b.icmp_signed(">", tokens, const(I64, 1)), whole(first, last, target.rows), first)
-    with b.loop(const(I64, 0), b.sdiv(b.add(tokens, b.sub(cached, const(I64, 1))), cached)) as piece:
-        begin = b.mul(piece, cached)
-        end = b.add(begin, cached)
-        end = b.select(b.icmp_signed("<", end, tokens), end, tokens)
+    blocks = (t.outputs + (LANES - 1)) // LANES
+    first, last = b.part(blocks, index, count)
+    middle = b.select(tokens > 1, whole(first, last, target.rows), first)
+    with b.loop(0, (tokens + (cached - 1)) // cached) as piece:
+        begin = piece * cached
+        end = begin + cached
+        end = b.select(end < tokens, end, tokens)
         if target.rows > 1:
             sweep(target.rows, first, middle, begin, end)
         sweep(1, middle if target.rows > 1 else first, last, begin, end)
-    b.ret_void()
-    return b.function
+    return b.finish()
 
 
 def emit_linear(module: ir.Module, element: ir.Type, target: Target, planes: int) -> list[ir.Function]:

@@ -6,9 +6,14 @@ of bytes has no portable spelling that every version of LLVM turns into the righ
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from awq.kernels.cpu.emit import Emitter
+    from awq.kernels.cpu.values import Value
 
 LANES = 16
+_PAIRS = 16  # bits of the sum of two products of bytes
 
 
 class Target(NamedTuple):
@@ -26,25 +31,27 @@ class Target(NamedTuple):
     rows: int
     sums: int
 
-    def dot(self, b: Any, total: Any, codes: Any, values: Any) -> Any:
-        """total int32 [16] + codes int8 [64] (0 … 15) · values int8 [64], four neighbours into each lane. b: an `Emitter`."""
+    def dot(self, b: Emitter, total: Value, codes: Value, values: Value) -> Value:
+        """total int32 [16] + codes int8 [64] (0 … 15) · values int8 [64], four neighbours into each lane."""
         if self.lanes == LANES:
-            return _step(b, self.step, total, codes, values)
+            return self._step(b, total, codes, values)
         n = self.lanes
-        parts = [(b.slice(total, i, n), b.slice(codes, 4 * i, 4 * n), b.slice(values, 4 * i, 4 * n)) for i in range(0, LANES, n)]
-        return b.joined([_step(b, self.step, *part) for part in parts])
+        parts = []
+        for i in range(0, LANES, n):
+            own = (b.slice(total, i, n), b.slice(codes, 4 * i, 4 * n), b.slice(values, 4 * i, 4 * n))
+            parts.append(own)
+        return b.joined([self._step(b, *part) for part in parts])
 
-
-def _step(b: Any, names: tuple[str, ...], total: Any, codes: Any, values: Any) -> Any:
-    from awq.kernels.cpu.emit import I16, const, vec
-
-    if len(names) == 1 and "aarch64" in names[0]:
-        return b.intrinsic(names[0], total.type, [total, codes, values])
-    if len(names) == 1:
-        return b.intrinsic(names[0], total.type, [total, b.bitcast(codes, total.type), b.bitcast(values, total.type)])
-    # Pairs of bytes to int16 (at most 2 · 15 · 128, which fits), pairs of those to int32.
-    words = vec(I16, codes.type.count // 2)
-    return b.add(total, b.intrinsic(names[1], total.type, [b.intrinsic(names[0], words, [codes, values]), const(words, 1)]))
+    def _step(self, b: Emitter, total: Value, codes: Value, values: Value) -> Value:
+        if len(self.step) == 1 and "aarch64" in self.step[0]:
+            return b.intrinsic(self.step[0], total.type, [total, codes, values])
+        if len(self.step) == 1:
+            words = [b.bitcast(bytes_, total.type) for bytes_ in (codes, values)]
+            return b.intrinsic(self.step[0], total.type, [total, *words])
+        # Pairs of bytes to int16 (at most 2 · 15 · 128, which fits), pairs of those to int32.
+        multiply_bytes, multiply_pairs = self.step
+        pairs = b.intrinsic(multiply_bytes, b.integers(_PAIRS, 2 * total.type.count), [codes, values])
+        return total + b.intrinsic(multiply_pairs, total.type, [pairs, b.const(pairs.type, 1)])
 
 
 TARGETS = (
