@@ -16,12 +16,15 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from awq import config as settings
+from awq.checkpoint.expert_names import names_in_files
 from awq.checkpoint.files import PackedTensors, files_of, packed_tensors
 from awq.checkpoint.match import check_shapes, match_names
 from awq.errors import CheckpointError
+from awq.nn.experts import expose_experts
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
 from awq.nn.memory import leave_files, trim
+from awq.nn.packed_experts import AwqExperts, pack_experts
 from awq.nn.surgery import linear_shape, named_linears, replace_module
 
 _TABLES: tuple[Any, ...] = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
@@ -92,6 +95,7 @@ class AwqHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         self.packed = packed_tensors(files_of(model.config, kwargs.get("checkpoint_files")))
+        expose_experts(model, names_in_files(model, self.packed))
         self.matched = replace_linears(model, self.settings, self.packed)
         for name in self.matched:
             # Some models initialise their linears' `weight` by name after loading, which passes over what is marked as loaded.
@@ -105,6 +109,7 @@ class AwqHfQuantizer(HfQuantizer):
             model.get_submodule(name).__dict__.pop("weight", None)
         restore_scales(model, self.matched, self.packed)
         check_loaded(model, self.matched, self.packed)
+        pack_experts(model)
         prepare(model)
         leave_files(model)
         trim()
@@ -124,6 +129,8 @@ class AwqHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
         for name, module in list(model.named_modules()):
+            if isinstance(module, AwqExperts):
+                replace_module(model, name, module.dequantized(dtype or model.dtype))
             if isinstance(module, WQLinear):
                 dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
                 dense.weight = nn.Parameter(module.dequantize(dtype or model.dtype))

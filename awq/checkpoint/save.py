@@ -10,6 +10,7 @@ from typing import Any
 
 from awq.checkpoint.card import write_card
 from awq.checkpoint.directory import complete_directory, copy_companions, source_directory
+from awq.checkpoint.expert_names import router_spellings
 from awq.checkpoint.files import read_json
 from awq.checkpoint.hf import storage_settings
 from awq.checkpoint.match import merged_on_disk
@@ -65,7 +66,7 @@ def unconverted(model: Any) -> tuple[str, ...]:
     Names are written out in full because readers match them differently: transformers by their start or end, vLLM and SGLang
     by any part, where a short name like "mlp.gate" would hit "mlp.gate_up_proj".
     """
-    names = set(named_linears(model))
+    names = set(named_linears(model)) | router_spellings(model)
     base = f"{getattr(model, 'base_model_prefix', '')}."
     return tuple(sorted(names | {name.removeprefix(base) for name in names if base != "."}))
 

@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from awq.folds.fold import Fold, InputGroup, hook_all, linear_names
+from awq.folds.fold import Fold, InputGroup, hook_all, linear_names, reader_names
 from awq.folds.proof import TOLERANCE, Calls, float_calls, float_copy, holds
-from awq.nn.surgery import get_weight, linear_shape
+from awq.nn.surgery import get_weight, is_linear, linear_shape
 
 
 class _Reached(Exception):
@@ -51,12 +51,13 @@ def _input_groups(block: nn.Module, calls: Calls) -> tuple[list[InputGroup], dic
     inputs: dict[str, tuple] = {}
     outputs: dict[str, tuple] = {}
     alive: list[Tensor] = []  # a storage that lives cannot be reused, so its address names the tensor
-    linears = linear_names(block)
+    readers = reader_names(block)
     norms = [n for n, m in block.named_modules() if n and isinstance(getattr(m, "weight", None), Tensor) and m.weight.dim() == 1]
 
     def reads(name: str):
         def hook(_module, args):
-            if args and isinstance(args[0], Tensor) and name not in inputs:
+            fits = args and isinstance(args[0], Tensor) and args[0].shape[-1] == linear_shape(_module)[0]
+            if fits and name not in inputs:
                 inputs[name] = _identity(args[0])
                 alive.append(args[0])
 
@@ -70,7 +71,7 @@ def _input_groups(block: nn.Module, calls: Calls) -> tuple[list[InputGroup], dic
 
         return hook
 
-    handles = hook_all(block, linears, reads, pre=True) + hook_all(block, norms, writes)
+    handles = hook_all(block, readers, reads, pre=True) + hook_all(block, norms, writes)
     try:
         call, hidden = calls[0]
         call.run(block, hidden)
@@ -80,6 +81,8 @@ def _input_groups(block: nn.Module, calls: Calls) -> tuple[list[InputGroup], dic
     members: dict[tuple, list[str]] = {}
     for name, key in inputs.items():
         members.setdefault(key, []).append(name)
+    linears = set(linear_names(block))
+    members = {key: names for key, names in members.items() if linears.intersection(names)}
     groups = [InputGroup(tuple(names), key[1]) for key, names in members.items()]
     widths = {n: block.get_parameter(f"{n}.weight").numel() for n in outputs}
     feeding = {names[0]: [n for n, out in outputs.items() if out == key and widths[n] == key[1]] for key, names in members.items()}
@@ -106,6 +109,8 @@ def _linear_fold(block: nn.Module, group: InputGroup, order: list[str], one_toke
     if reference is None:
         return None
     for producer in reversed(order[: order.index(group.consumers[0])]):
+        if not is_linear(block.get_submodule(producer)):
+            continue  # a router: what it gives is a choice
         for subset in _row_subsets(get_weight(block.get_submodule(producer)).shape[0]):
             if len(subset) * _MAX_TIE < group.in_features:
                 continue

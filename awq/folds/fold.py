@@ -100,6 +100,20 @@ def hook_all(block: nn.Module, names, make: Callable, pre: bool = False) -> list
     return [m.register_forward_pre_hook(make(n)) if pre else m.register_forward_hook(make(n)) for n, m in modules]
 
 
+def reader_names(block: nn.Module) -> list[str]:
+    """Names of all modules below the block that multiply their input by a weight [out, in]: linears, and routers.
+
+    A router that holds a bare parameter is no linear and never quantized, but its weight takes part in the fold of its input.
+    """
+    names = []
+    for name, module in block.named_modules():
+        weight = module._parameters.get("weight")
+        matrix = weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+        if name and (matrix or is_linear(module)):
+            names.append(name)
+    return names
+
+
 def linear_names(block: nn.Module) -> list[str]:
     """Names of all linears below the block, in registration order."""
     return [name for name, module in block.named_modules() if name and is_linear(module)]

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def outputs_of(block: nn.Module, names: Sequence[str], calls: Calls) -> Outputs:
     seen: Outputs = {}
 
     def make(name: str):
-        return lambda _m, _a, out: seen.setdefault(name, []).append(out.detach().clone())
+        return lambda _m, _a, out: seen.setdefault(name, []).append(_values(out).detach().clone())
 
     handles = hook_all(block, names, make)
     try:
@@ -48,6 +49,13 @@ def outputs_of(block: nn.Module, names: Sequence[str], calls: Calls) -> Outputs:
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _values(output: Any) -> Tensor:
+    """The first floating tensor of an output: routers give several, their logits or weights among them."""
+    if isinstance(output, Tensor):
+        return output
+    return next(value for value in output if isinstance(value, Tensor) and value.is_floating_point())
 
 
 def largest_change(before: Mapping[str, Sequence[Tensor]], after: Mapping[str, Sequence[Tensor]]) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from awq.core.weight import QuantizedWeight
 from awq.errors import ConfigError
 from awq.nn.linear import WQLinear
+from awq.nn.packed_experts import ExpertStack
 
 
 def prepare(model: nn.Module, dtype: torch.dtype | None = None) -> int:
@@ -21,7 +22,7 @@ def prepare(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """
     if dtype is None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float16)
-    linears = [module for module in model.modules() if isinstance(module, WQLinear)]
+    linears = [module for module in model.modules() if isinstance(module, (WQLinear, ExpertStack))]
     for linear in linears:
         linear.settle(dtype)
     return len(linears)
@@ -30,7 +31,7 @@ def prepare(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 def restore(model: nn.Module) -> None:
     """Moves every `WQLinear` back to the layout of its checkpoint. The next forward outside of compilation undoes it."""
     for module in model.modules():
-        if isinstance(module, WQLinear):
+        if isinstance(module, (WQLinear, ExpertStack)):
             module.set_layout(module.format)
 
 

@@ -27,15 +27,25 @@ from tqdm import tqdm
 
 from awq.calibration import CalibrationBatch
 from awq.calibration.batches import BATCH_TOKENS, rebatched
+from awq.checkpoint.expert_names import expert_names
 from awq.config import AwqConfig
 from awq.core.weight import QuantizedWeight
 from awq.errors import CalibrationError
 from awq.folds import InputGroup, apply_fold, discover, prove
 from awq.nn.blocks import find_block_lists
+from awq.nn.experts import conceal_experts, every_token, expert_of, expose_experts, named_experts
 from awq.nn.linear import WQLinear
+from awq.nn.packed_experts import pack_experts
 from awq.nn.reading import watched_weights
 from awq.nn.surgery import get_weight, linear_shape, replace_module
 from awq.quantize.drift import DriftStatistics, OriginalInputs, input_of
+from awq.quantize.experts import (
+    collect_experts,
+    complete_experts,
+    rounding_parts,
+    skip_in_mixtures,
+    statistics_name,
+)
 from awq.quantize.group import QuantizedLinear, choose_scale, quantize_group, round_to_nearest_losses
 from awq.quantize.module_loss import enclosing_module, module_loss, record_module_calls
 from awq.quantize.options import QuantizeOptions
@@ -86,8 +96,22 @@ def quantize_model(
         raise CalibrationError("the calibration data holds no token; give at least one text.")
     start = time.perf_counter()
     model.eval()
+    left = expose_experts(model, expert_names(model))
+    try:
+        report = _quantize(model, batches, config, options)
+    finally:
+        pack_experts(model)
+        conceal_experts(model)
+    report.warnings += [f"{name} stays dense: {reason}." for name, reason in left.items()]
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _quantize(model: nn.Module, batches: Sequence[CalibrationBatch], config: AwqConfig, options: QuantizeOptions) -> QuantReport:
+    """`quantize_model` on a model whose experts are linears."""
     lists = find_block_lists(model)
     plan = make_plan(model, lists, config, packed=not options.export_compatible)
+    skip_in_mixtures(plan, model)
     widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.chosen)
     home = next(model.parameters()).device
     device = _work_device(home, options)
@@ -104,7 +128,6 @@ def quantize_model(
     bench = Workbench(config, options, plan, report)
     with _lent(model, device if options.tuning else home):
         _quantize_blocks(bench, model, lists, batches)
-    report.seconds = time.perf_counter() - start
     return report
 
 
@@ -166,31 +189,34 @@ def _quantize_block(
     device = _work_device(home, bench.options)
     block.to(device, torch.float32)
     with bench.phase("folds"):
-        found = _folds_of(bench, block, prefix, single.at(index, device), many.at(index, device))
+        with every_token(block):
+            found = _folds_of(bench, block, prefix, single.at(index, device), many.at(index, device))
         groups = [g for g in found if any(f"{prefix}.{n}" in bench.plan.chosen for n in g.consumers)]
         many.advance(block, index, device)
         single.advance(block, index, device)
     with _tensor_cores(device):
         with bench.phase("statistics"):
-            statistics, outputs = _gather(bench, block, groups, calibration, index, device)
+            statistics, outputs = _gather(bench, block, prefix, groups, calibration, index, device)
         with bench.phase("search"):
-            choices = [_choose(bench, block, g, statistics[g.consumers[0]], calibration, index, device) for g in groups]
-            names_of = [[n for n in g.consumers if f"{prefix}.{n}" in bench.plan.chosen] for g in groups]
+            choices = [_choose(bench, block, g, statistics[statistics_name(block, g)], calibration, index, device) for g in groups]
+            chosen = {name.removeprefix(f"{prefix}.") for name in bench.plan.chosen if name.startswith(f"{prefix}.")}
+            parts = rounding_parts(block, groups, chosen)
             rtn_losses: dict[str, float] = {}
-            for group, names in zip(groups, names_of):
-                rtn_losses |= round_to_nearest_losses(block, group, names, statistics[group.consumers[0]], bench.config)
+            for part in parts:
+                rtn_losses |= round_to_nearest_losses(block, part.group, part.names, statistics[part.statistics], bench.config)
             for group, choice in zip(groups, choices):
                 if group.fold is not None and choice.kind != "identity":
                     apply_fold(block, group.fold, choice.scale)
         with bench.phase("drift"):
-            original = _original_inputs(block, groups, statistics, calibration, index, device)
+            compared = [part.statistics for part in parts]
+            original = _original_inputs(block, compared, statistics, calibration, index, device)
         results: list[QuantizedLinear] = []
         order = list(statistics)  # of first calls: a linear's input changes with those before it
-        work = sorted(zip(groups, choices, names_of), key=lambda item: order.index(item[0].consumers[0]))
-        for group, choice, names in work:
-            seen = statistics[group.consumers[0]]
+        for part in sorted(parts, key=lambda part: order.index(part.statistics)):
+            group, choice, names = part.group, choices[part.source], part.names
+            seen = statistics[part.statistics]
             with bench.phase("drift"):
-                drifted = None if original is None else _drift(block, original, group.consumers[0], calibration, index, device)
+                drifted = None if original is None else _drift(block, original, part.statistics, calibration, index, device)
             with bench.phase("rounding"):
                 results += quantize_group(
                     block, group, drifted or seen.divided_by(choice.scale), choice, names, bench.config, bench.options
@@ -229,35 +255,47 @@ def _folds_of(bench: Workbench, block: nn.Module, prefix: str, single, many) -> 
 
 
 def _gather(
-    bench: Workbench, block: nn.Module, groups: list[InputGroup], stream: Stream, index: int, device: torch.device
+    bench: Workbench, block: nn.Module, prefix: str, groups: list[InputGroup], stream: Stream, index: int, device: torch.device
 ) -> tuple[dict[str, InputStatistics], list[Tensor] | None]:
     """Statistics of every group's input; the original block's outputs too, when they are what the next block gets."""
     holder, outputs = MaskHolder(), []
     keep = bench.options.propagate == "original"
-    with collect_inputs(block, [g.consumers[0] for g in groups], holder) as statistics:
+    names = [part.statistics for part in rounding_parts(block, groups, {n for g in groups for n in g.consumers})]
+    routed = [name for name in names if expert_of(block, name)]
+    layers = list(named_experts(block))
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    shared = [name for name in names if name not in routed]
+    with (
+        collect_inputs(block, [*shared, *layers], holder) as statistics,
+        collect_experts(block, routed, holder, statistics, seen),
+    ):
         for (call, hidden), mask in zip(stream.at(index, device), stream.masks):
             holder.mask = None if mask is None else mask.to(device)
             out = call.run(block, hidden)
             if keep:
                 outputs.append(out)
     for group in groups:
-        found = statistics.setdefault(group.consumers[0], InputStatistics(group.in_features, device))
+        if not expert_of(block, group.consumers[0]):
+            statistics.setdefault(group.consumers[0], InputStatistics(group.in_features, device))
+    for owner, tokens in complete_experts(block, statistics, routed, seen).items():
+        bench.report.experts[f"{prefix}.{owner}"] = tokens
+    for name, found in statistics.items():
         if found.dropped:
             bench.report.warnings.append(
-                f"block {index}, {group.consumers[0]}: {found.dropped} tokens with non-finite activations were left out."
+                f"block {index}, {name}: {found.dropped} tokens with non-finite activations were left out."
             )
         found.fill()
     return statistics, outputs if keep else None
 
 
 def _original_inputs(
-    block: nn.Module, groups: list[InputGroup], statistics: dict[str, InputStatistics], stream: Stream, index: int,
+    block: nn.Module, names: list[str], statistics: dict[str, InputStatistics], stream: Stream, index: int,
     device: torch.device,
 ) -> OriginalInputs | None:  # fmt: skip
     """What the block's linears read in the original model; the block is copied as it is now, folded and not yet quantized."""
     if stream.original is None:
         return None
-    names = [name for name in (g.consumers[0] for g in groups) if _once_per_token(statistics[name], stream)]
+    names = [name for name in names if _once_per_token(statistics[name], stream)]
     calls = [calls[index].to(device, torch.float32) for calls in stream.calls]
     return OriginalInputs(deepcopy(block), names, calls, [h.to(device).float() for h in stream.original], stream.unseen)
 

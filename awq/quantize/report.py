@@ -42,6 +42,7 @@ class QuantReport:
     tokens: int = 0
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
+    experts: dict[str, Any] = field(default_factory=dict)  # name → tokens that each expert got (`experts.ExpertTokens`)
     versions: dict[str, str] = field(default_factory=dict)
     evaluation: Any = None  # figures before and after, a dataclass with `summary()`, e.g. `evals.similarity.EmbeddingDrift`
 

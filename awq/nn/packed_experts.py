@@ -1,0 +1,250 @@
+"""`AwqExperts`: all experts of a layer, packed, in one module behind transformers' contract for experts.
+
+The weights of all experts are stacked along a leading axis, gate and up joined as the class's activation takes them, and
+computed by `awq::moe_linear`: one call for the first product, one for the second with its weighted sum. A checkpoint never
+shows the stacks. `state_dict` speaks of one packed linear per expert (`3.w1.qweight`), as every reader expects, and is made
+from the canonical weight, so that saving what was loaded gives the same bytes.
+
+Checkpoints are loaded into an `ExpertLinears` of packed linears, of the names that the files have, and `pack_experts` makes
+one `AwqExperts` of each afterwards, layer by layer: nothing dense exists on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from awq.core.weight import QuantizedWeight
+from awq.formats import get_format, get_layout
+from awq.kernels import Packed, Shape, layout_for
+from awq.kernels.moe import expert_of, moe_linear
+from awq.nn.experts import ExpertLinears, ExpertRules, ExpertShape, named_experts, restore_original
+from awq.nn.linear import WQLinear
+from awq.nn.surgery import replace_module
+
+_KINDS = ("qweight", "qzeros", "scales")
+
+
+class ExpertStack(nn.Module):
+    """One product of all experts: buffers `qweight`, `qzeros`, `scales` [experts, …] in `layout`, and `bias` [experts, out].
+
+    format: the layout of the checkpoint, kept for saving.
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor] | None, format: str, layout: str) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weights[0].codes.shape
+        self.group_size, self.num_experts = weights[0].group_size, len(weights)
+        self.format, self.layout = format, layout
+        self._settled: Tensor | None = None
+        # Not persistent: a checkpoint shows each expert by itself (`AwqExperts.checkpoint_tensors`).
+        for kind in _KINDS:
+            self.register_buffer(kind, None, persistent=False)
+        self.register_buffer("bias", None if biases is None else torch.stack(list(biases)), persistent=False)
+        self._hold(list(weights), layout)
+
+    def _hold(self, weights: list[QuantizedWeight], layout: str) -> None:
+        packed = [get_layout(layout).pack(weight) for weight in weights]
+        for kind in _KINDS:
+            self._buffers[kind] = torch.stack([tensors[kind] for tensors in packed])
+        self.layout = layout
+
+    def load(self, weights: list[QuantizedWeight], biases: list[Tensor]) -> None:
+        """Other weights of the same shapes, in the layout of now."""
+        self._hold(weights, self.layout)
+        if self.bias is not None:
+            self.bias.copy_(torch.stack(biases))
+
+    @property
+    def packed(self) -> Packed:
+        """The stack as `moe_linear` takes it."""
+        shape = Shape(self.in_features, self.out_features, self.group_size)
+        return Packed(self.qweight, self.qzeros, self.scales, shape, self.layout)
+
+    def weight_of(self, number: int) -> QuantizedWeight:
+        """One expert's canonical weight, exactly."""
+        return expert_of(self.packed, number).unpack()
+
+    def bias_of(self, number: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[number]
+
+    def set_layout(self, layout: str) -> None:
+        """Moves all experts to another layout, without loss; the old buffers are freed."""
+        if layout != self.layout:
+            self._hold([self.weight_of(number) for number in range(self.num_experts)], layout)
+
+    def settle(self, dtype: torch.dtype) -> None:
+        """Moves the weights to the layout that the backend for their device and for activations of `dtype` computes on."""
+        qweight = self.qweight
+        if qweight.is_meta or (qweight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        shape = Shape(self.in_features, self.out_features, self.group_size)
+        self.set_layout(layout_for(qweight.device, dtype, shape) or self.layout)
+        self._settled = self.qweight
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor | None = None) -> Tensor:
+        """`moe_linear` with these weights."""
+        if not torch.compiler.is_compiling() and self._settled is not self.qweight:
+            self.settle(x.dtype)
+        return moe_linear(x, self.packed, experts, weights, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStack:
+        scales = {name: tensor for name, tensor in self._buffers.items() if name in _KINDS and tensor is not None}
+        super()._apply(fn, recurse)
+        for name, old in scales.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, "
+            f"group_size={self.group_size}, bias={self.bias is not None}, layout={self.layout}"
+        )
+
+
+class AwqExperts(ExpertRules):
+    """The packed experts of one layer: `first` (gate and up joined, or up) and `second` (down)."""
+
+    def __init__(self, linears: ExpertLinears) -> None:
+        """From exposed experts whose linears are all packed, alike; these are emptied."""
+        super().__init__(linears.original, linears.shape, linears.names)
+        triples = [linears.linears(number) for number in range(linears.shape.num_experts)]
+        self.first = _first_stack(linears, triples)
+        self.second = _stack([cast(WQLinear, down) for _, _, down in triples])
+        self.train(linears.training)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[tokens, hidden] → [tokens, hidden]. top_k_index: int [tokens, top_k]; top_k_weights: float [tokens, top_k]."""
+        inner = self.activate(self.first(hidden_states, top_k_index))
+        if not self.has_norm:
+            return self.second(inner, top_k_index, top_k_weights)
+        output = self.finish(self.second(inner, top_k_index))
+        return (output.float() * top_k_weights.float().unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+    def weights_of(self, number: int) -> dict[str, tuple[QuantizedWeight, Tensor | None]]:
+        """Name ("w1") → (canonical weight, bias) of one expert's linears, as a checkpoint holds them."""
+        first, bias = self.first.weight_of(number), self.first.bias_of(number)
+        found: dict[str, tuple[QuantizedWeight, Tensor | None]] = {}
+        if self.shape.has_gate:
+            gate, up = zip(*(self.shape.split(tensor, 0) for tensor in first[:3]))
+            biases = (None, None) if bias is None else self.shape.split(bias, 0)
+            found[self.names.gate] = QuantizedWeight(*(t.contiguous() for t in gate)), biases[0]
+            found[self.names.up] = QuantizedWeight(*(t.contiguous() for t in up)), biases[1]
+        else:
+            found[self.names.up] = first, bias
+        found[self.names.down] = self.second.weight_of(number), self.second.bias_of(number)
+        return found
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Tensors as a checkpoint holds them, below the name of this module ("3.w1.qweight")."""
+        codec = get_format(self.first.format)
+        tensors: dict[str, Tensor] = {}
+        for number in range(self.shape.num_experts):
+            for name, (weight, bias) in self.weights_of(number).items():
+                packed = codec.pack(weight)
+                tensors |= {f"{number}.{name}.{kind}": packed[kind] for kind in _KINDS}
+                if bias is not None:
+                    tensors[f"{number}.{name}.bias"] = bias.contiguous()
+        return tensors
+
+    def dequantized(self, dtype: torch.dtype) -> nn.Module:
+        """The module of transformers with dense weights."""
+        parts = [self.weights_of(number) for number in range(self.shape.num_experts)]
+        order = ([self.names.gate] if self.shape.has_gate else []) + [self.names.up, self.names.down]
+        missing: list[Tensor | None] = [] if self.shape.has_gate else [None]
+        weights = [missing + [part[name][0].dequantize(dtype) for name in order] for part in parts]
+        if not self.shape.has_bias:
+            return restore_original(self, weights, None)
+        biases = [missing + [cast(Tensor, part[name][1]).to(dtype) for name in order] for part in parts]
+        return restore_original(self, weights, biases)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in self.checkpoint_tensors().items()})
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list, unexpected: list, errors: list
+    ) -> None:
+        ours = {prefix + name: tensor for name, tensor in self.checkpoint_tensors().items()}
+        given = {name: state_dict[name] for name in ours if name in state_dict}
+        rest = {name: tensor for name, tensor in state_dict.items() if name not in given}
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+        if not given:
+            missing += list(ours)
+            return
+        self._load({name.removeprefix(prefix): tensor for name, tensor in (ours | given).items()})
+
+    @torch.no_grad()
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes all experts' weights from checkpoint tensors ("3.w1.qweight")."""
+        firsts, seconds = [], []
+        first_biases: list[Tensor] = []
+        second_biases: list[Tensor] = []
+        for number in range(self.shape.num_experts):
+            up, up_bias = self._linear_of(tensors, number, self.names.up)
+            down, down_bias = self._linear_of(tensors, number, self.names.down)
+            if self.shape.has_gate:
+                gate, gate_bias = self._linear_of(tensors, number, self.names.gate)
+                up = _joined(self.shape, gate, up)
+                up_bias = None if gate_bias is None or up_bias is None else self.shape.join(gate_bias, up_bias, 0)
+            firsts.append(up)
+            seconds.append(down)
+            if up_bias is not None and down_bias is not None:
+                first_biases.append(up_bias)
+                second_biases.append(down_bias)
+        self.first.load(firsts, first_biases)
+        self.second.load(seconds, second_biases)
+
+    def _linear_of(self, tensors: dict[str, Tensor], number: int, name: str) -> tuple[QuantizedWeight, Tensor | None]:
+        """(canonical weight, bias) of one expert's linear, out of checkpoint tensors."""
+        down = name == self.names.down
+        inputs = self.second.in_features if down else self.first.in_features
+        outputs = self.second.out_features if down else self.shape.inner
+        device, size = self.first.qweight.device, (self.second if down else self.first).group_size
+        parts = {kind: tensors[f"{number}.{name}.{kind}"].to(device) for kind in _KINDS}
+        weight = get_format(self.first.format).unpack(parts, inputs, outputs, size)
+        return weight, tensors.get(f"{number}.{name}.bias")
+
+
+def _joined(shape: ExpertShape, gate: QuantizedWeight, up: QuantizedWeight) -> QuantizedWeight:
+    codes, scales, zeros = (shape.join(a, b, 0) for a, b in zip(gate[:3], up[:3]))
+    return QuantizedWeight(codes, scales, zeros)
+
+
+def _first_stack(linears: ExpertLinears, triples: list[tuple[Any, Any, Any]]) -> ExpertStack:
+    shape = linears.shape
+    if not shape.has_gate:
+        return _stack([up for _, up, _ in triples])
+    weights, biases = [], []
+    for gate, up, _ in triples:
+        weights.append(_joined(shape, gate.quantized(), up.quantized()))
+        if gate.bias is not None:
+            biases.append(shape.join(gate.bias, up.bias, 0))
+    return ExpertStack(weights, biases or None, triples[0][0].format, triples[0][0].format)
+
+
+def _stack(linears: list[WQLinear]) -> ExpertStack:
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    return ExpertStack([linear.quantized() for linear in linears], biases or None, linears[0].format, linears[0].format)
+
+
+@torch.no_grad()
+def pack_experts(model: nn.Module) -> int:
+    """Makes one `AwqExperts` of every `ExpertLinears` whose linears are all packed, in place; returns how many there are."""
+    made = 0
+    for name, linears in named_experts(model).items():
+        triples = [linears.linears(number) for number in range(linears.shape.num_experts)]
+        if all(isinstance(m, WQLinear) for triple in triples for m in triple if m is not None):
+            replace_module(model, name, AwqExperts(linears))
+            made += 1
+    return made

@@ -1,0 +1,131 @@
+"""Mixtures of experts: experts as linears, packed in one module, under the names of the hub's checkpoints."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from awq import AutoAWQForCausalLM
+from awq.calibration import CalibrationBatch
+from awq.checkpoint import save_checkpoint
+from awq.config import AwqConfig
+from awq.quantize import quantize_model
+
+pytest.importorskip("transformers.integrations.moe", reason="experts as 3-D parameters came with transformers 5")
+
+from awq.checkpoint.expert_names import expert_names
+from awq.folds.survey import survey
+from awq.nn.experts import conceal_experts, every_token, expose_experts, fused_experts, named_experts
+from awq.nn.packed_experts import AwqExperts
+
+SMALL = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=128,
+    max_position_embeddings=128, pad_token_id=0,
+)  # fmt: skip
+KINDS = {
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16),
+    "qwen2_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64),
+    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16, layer_types=["full_attention"] * 2),
+}
+NAMES = {
+    "mixtral": "model.layers.0.block_sparse_moe.experts.3.w1",
+    "qwen3_moe": "model.layers.0.mlp.experts.3.gate_proj",
+    "qwen2_moe": "model.layers.0.mlp.experts.3.gate_proj",
+    "gpt_oss": "model.layers.0.mlp.experts.3.gate_proj",
+}
+CONFIG = AwqConfig(group_size=32)
+
+
+def mixture(kind, seed=0):
+    """A tiny random float32 model whose norms and biases are random too."""
+    config = AutoConfig.for_model(kind, **SMALL, **KINDS[kind])
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 or name.endswith("bias"):
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        elif "embed" not in name:
+            parameter.data *= 4
+    return model
+
+
+def ids_of(seed, rows=4, tokens=48):
+    return torch.randint(1, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def batch_of(seed):
+    ids = ids_of(seed)
+    mask = torch.ones_like(ids)
+    mask[0, :10] = 0
+    return CalibrationBatch(ids, mask)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_as_linears_compute_the_same_and_go_back_bit_for_bit(kind):
+    model, ids = mixture(kind), ids_of(1)
+    before, expected = {name: t.clone() for name, t in model.state_dict().items()}, logits(model, ids)
+    assert fused_experts(model)
+    assert not expose_experts(model, expert_names(model))
+    assert len(named_experts(model)) == 2
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
+    with every_token(model):
+        torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
+    conceal_experts(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_router_and_all_experts_take_part_in_the_fold_of_their_norm(kind):
+    model = mixture(kind)
+    expose_experts(model)
+    with every_token(model):
+        (_, groups), *_ = survey(model)
+    shared = next(g for g in groups if g.fold and any("experts.0." in name for name in g.consumers))
+    inside = [name for name in shared.consumers if ".experts." in name]
+    assert len(inside) == 8  # gate and up of four experts
+    routers = [name for name in shared.consumers if name in ("mlp.gate", "mlp.router")]
+    assert len(routers) == 1
+    downs = [g for g in groups if any(name.endswith("down_proj") and ".experts." in name for name in g.consumers)]
+    assert len(downs) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_saved_and_loaded_through_both_doors(kind, tmp_path):
+    model, ids = mixture(kind), ids_of(2)
+    report = quantize_model(model, [batch_of(3)], CONFIG)
+    assert all(line.loss <= line.loss_rtn for line in report.linears)
+    assert all(sum(tokens.routed) == 2 * int(batch_of(3).attention_mask.sum()) for tokens in report.experts.values())
+    assert not fused_experts(model)
+    expected = logits(model, ids)
+    save_checkpoint(model, tmp_path / "a", CONFIG, report)
+    tensors = load_file(tmp_path / "a/model.safetensors")
+    assert f"{NAMES[kind]}.qweight" in tensors
+    assert not [name for name, tensor in tensors.items() if tensor.dim() == 3]
+    settings = json.loads((tmp_path / "a/config.json").read_text())["quantization_config"]
+    router = NAMES[kind].split(".experts")[0] + (".router" if kind == "gpt_oss" else ".gate")
+    assert router in settings["modules_to_not_convert"]
+    ours = AutoAWQForCausalLM.from_quantized(str(tmp_path / "a"), torch_dtype="float32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert torch.equal(logits(ours.model, ids), expected)
+    assert torch.equal(logits(theirs, ids), expected)
+    assert sum(isinstance(module, AwqExperts) for module in theirs.modules()) == 2
+    save_checkpoint(theirs, tmp_path / "b", CONFIG)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_packed_experts_load_their_own_state_dict():
+    first, second, ids = mixture("mixtral", 0), mixture("mixtral", 1), ids_of(4)
+    for model in (first, second):
+        quantize_model(model, [batch_of(5)], CONFIG)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(logits(second, ids), logits(first, ids))
