@@ -10,7 +10,7 @@ import torch
 from conftest import make_tokenizer
 
 from awq.calibration import CalibrationBatch, load_calibration, prepare_calibration_tokens
-from awq.calibration.corpora import split_words, with_corpus_form
+from awq.calibration.batches import general_rows, spelled_texts
 from awq.calibration.sources import bundled_texts, file_texts, named_texts
 from awq.calibration.tokens import tokenize
 from awq.errors import CalibrationError
@@ -266,21 +266,33 @@ def test_bundled_text():
     assert len(short) > 5 * len(texts) and min(map(len, short)) >= 16 and sum(len(t) < 200 for t in short) > 0.9 * len(short)
 
 
-def test_split_words():
-    text = 'The well-known 1.5 m "rule", 10,000 of them: that\'s Zork.\nIt (he) didn\u2019t.'
-    known = {"The", "well", "known", "rule", "m", "of", "them", "that", "It", "he", "didn"}
-    assert split_words(text, known) == (
-        'The well @-@ known 1 @.@ 5 m " rule " , 10 @,@ 000 of them : that \'s <unk> . \n It ( he ) didn \u2019t .'
-    )
+@pytest.mark.parametrize("short", [False, True])
+def test_bundled_text_is_as_people_write_it(short):
+    """No text of it spells a special token of any tokenizer: no served text would."""
+    marks = ["<unk>", "<s>", "</s>", "<pad>", "<bos>", "<eos>", "<mask>", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[PAD]", "<|"]
+    marks += [" @-@ ", " @,@ ", " @.@ "]
+    for text in bundled_texts(short):
+        assert not [mark for mark in marks if mark in text], text[:80]
 
 
-def test_half_of_the_prose_has_the_form_of_corpora():
-    prose = [f"Sentence number {i} says that rivers flow, " * 12 for i in range(6)] + ["def f(x):\n" * 60]
-    made = with_corpus_form(prose)
-    assert [a == b for a, b in zip(prose, made)] == [True, False] * 3 + [True]
-    assert made[1].startswith("Sentence number 1 says that rivers flow , Sentence")
-    share = sum("<unk>" in text for text in bundled_texts()) / len(bundled_texts())
-    assert 0.1 < share < 0.3 and not any("<unk>" in text for text in bundled_texts(short=True))
+@pytest.mark.parametrize("find", ["minilm_dir", "smollm2_dir"])
+def test_no_general_row_holds_a_special_token(find):
+    real_models = pytest.importorskip("real_models")
+    try:
+        folder = getattr(real_models, find)()
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    from transformers import AutoTokenizer
+
+    real = AutoTokenizer.from_pretrained(folder)
+    rows = real_rows(general_rows(load_calibration([[5] * 64] * 64, mode="rows"), real))
+    assert len(rows) == 64 and not {i for row in rows for i in row} & set(real.all_special_ids)
+
+
+def test_texts_that_cannot_be_spelled_are_left_out(tokenizer):
+    known, unknown = ["the cat"] * 2, ["zork"] * 3
+    assert spelled_texts(known + unknown, tokenizer) == known
+    assert spelled_texts(unknown, tokenizer) == unknown, "a tokenizer that is not made for text gets all of it"
 
 
 # --- prepare_calibration_tokens ---

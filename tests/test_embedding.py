@@ -73,7 +73,7 @@ def test_texts_files_pairs_and_prompts_reach_calibration(sentence_dir, texts, tm
     import awq.models.base as base
 
     def recording(data, tokenizer, **kwargs):
-        seen.append((list(data), kwargs["max_length"], kwargs["mode"]))
+        seen.append((list(getattr(data, "samples", data)), kwargs["max_length"], kwargs["mode"]))
         raise CalibrationError("seen")
 
     monkeypatch.setattr(base, "load_calibration", recording)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from awq.calibration.sources import bundled_texts, named_texts
-from awq.calibration.tokens import Row, as_row, tokenize
+from awq.calibration.request import CalibrationRequest, is_tokenizer, read_request
+from awq.calibration.sources import bundled_texts
+from awq.calibration.tokens import Row, tokenize
 from awq.errors import CalibrationError
 
 logger = logging.getLogger("awq.calibration")
 
 BATCH_TOKENS = 4096
+MAX_COUNT = 1 << 20  # samples, or tokens of a sample
+MAX_TEXTS_PER_ROW = 64  # texts read for each row wanted: empty ones give none
+MIN_SPELLED_SHARE = 0.1  # of the bundled texts
+MIN_CUT_CHARACTERS_PER_TOKEN = 20  # no script has so long tokens: more of the text than of it was used is gone
 
 
 class CalibrationBatch(NamedTuple):
@@ -44,125 +49,106 @@ def load_calibration(
 ) -> list[CalibrationBatch]:
     """Batches of about 4,096 tokens from any kind of calibration data.
 
-    data: None (the bundled text), a dataset name or local file, texts, pairs of texts (one row each, as a cross-encoder reads
-    them), lists of token ids, a [samples, tokens] tensor, id tensors of different lengths, or tokenizer outputs, whose masks
-    and token types are kept. Long samples are cut, not dropped.
+    data: whatever `read_request` takes: None (the bundled text), a dataset name or local file, texts, chats, pairs of texts
+    (one row each, as a cross-encoder reads them), lists of token ids, a [samples, tokens] tensor, id tensors of different
+    lengths, or tokenizer outputs, whose masks and token types are kept; or the `CalibrationRequest` itself.
     mode: "pack" joins the samples into one stream and cuts it into rows of max_length (decoders; at most max_samples rows);
     "rows" keeps one sample per row, padded and masked (encoders; at most max_samples rows): a long text keeps its first
     max_length tokens with the special ones, long token ids become several rows.
     Raises CalibrationError when the data is empty or not understood.
+
+    >>> [batch] = load_calibration([[4, 5, 6], [7, 8]], mode="rows", pad_id=0)
+    >>> batch.input_ids.tolist(), batch.attention_mask.tolist()
+    ([[4, 5, 6], [7, 8, 0]], [[1, 1, 1], [1, 1, 0]])
     """
     if mode not in ("pack", "rows"):
         raise CalibrationError(f"mode is {mode!r}; use 'pack' or 'rows'.")
-    if max_samples < 1 or max_length < 1:
-        raise CalibrationError(f"max_samples {max_samples} and max_length {max_length} must be at least 1.")
-    rows = _token_rows(data, tokenizer, split, text_column, max_samples, max_length, mode, pad_id)
+    check_count("max_samples", max_samples)
+    check_count("max_length", max_length)
+    padding = pad_id if pad_id is not None else getattr(tokenizer, "pad_token_id", None)
+    request = read_request(
+        data,
+        None,
+        tokenizer,
+        split=split,
+        text_column=text_column,
+        text_per_line=mode == "rows",
+        pad_id=padding,
+        limit=max_samples * 8,
+    )
+    rows = _token_rows(request, max_samples, max_length, mode)
     if not rows:
         raise CalibrationError("the calibration data is empty; give at least one text with at least one token.")
-    if min(min(row["input_ids"]) for row in rows) < 0:
-        raise CalibrationError("calibration ids are negative; use an attention mask to leave tokens out.")
-    if mode == "pack" and not _are_rows(data):
-        stream = [i for row in rows for i in row["input_ids"]]
-        cut = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
-        # A short remainder would need padding; it is kept only when there is nothing else.
-        rows = [{"input_ids": ids} for ids in [r for r in cut if len(r) == max_length] or cut]
+    if mode == "pack" and not request.whole_rows:
+        rows = _packed(rows, max_length)
     else:
-        rows = [
-            {key: values[i : i + max_length] for key, values in row.items()}
-            for row in rows for i in range(0, len(row["input_ids"]), max_length)
-        ]  # fmt: skip
-    rows = rows[:max_samples]
-    pad = pad_id if pad_id is not None else getattr(tokenizer, "pad_token_id", None) or 0
-    return _batches(rows, pad)
+        rows = [part for row in rows for part in _pieces(row, max_length)]
+    return _batches(rows[:max_samples], padding or 0)
 
 
-def _are_rows(data: Any) -> bool:
-    """Token rows given by the caller stay rows: their boundaries mean something."""
-    return isinstance(data, (Tensor, np.ndarray)) and data.ndim == 2
+def check_count(name: str, value: Any) -> None:
+    """Raises CalibrationError unless `value` is a whole number from 1 to MAX_COUNT."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or not 1 <= value <= MAX_COUNT:
+        raise CalibrationError(f"{name} is {value!r}; it must be a whole number of at least 1 and at most {MAX_COUNT}.")
 
 
-def _token_rows(
-    data: Any, tokenizer: Any, split: str, column: str, max_samples: int, max_length: int, mode: str, pad_id: int | None
-) -> list[Row]:
-    if data is None:
+def _token_rows(request: CalibrationRequest, max_samples: int, max_length: int, mode: str) -> list[Row]:
+    """Rows of ids without padding; those of texts are cut already in mode "rows"."""
+    if request.kind == "ids":
+        return request.rows
+    texts: Sequence[Any] = request.samples
+    if request.kind == "bundled":
         logger.warning("no calibration data given: using the bundled text. Texts of your own task give better results.")
-        data = bundled_texts()
-    if isinstance(data, str):
-        data = named_texts(data, split, column, limit=max_samples * 8)
-    if isinstance(data, np.ndarray):
-        data = torch.from_numpy(data)
-    if isinstance(data, Mapping) or (isinstance(data, Tensor) and data.dim() == 2):
-        return _unpadded(data, tokenizer, pad_id)
-    if not isinstance(data, Sequence) and not isinstance(data, Tensor):
-        raise CalibrationError(f"calibration data is {type(data).__name__}; give texts, token ids, a file or a dataset name.")
-    rows: list[Row] = []
-    texts = [item for item in data if is_text(item)]
-    if texts:
-        if len(texts) != len(data):
-            raise CalibrationError("calibration data mixes strings with other kinds; give one kind.")
-        if tokenizer is None:
-            raise CalibrationError("calibration texts need a tokenizer: quantize(tokenizer, calib_data=texts).")
-        if mode == "rows":
-            return tokenize(tokenizer, texts[: max_samples * 64], max_length)
-        return tokenize(tokenizer, texts, special=False, enough=max_samples * max_length)
-    for item in [data] if isinstance(data, Tensor) else data:
-        if isinstance(item, Mapping):
-            rows += _unpadded(item, tokenizer, pad_id)
-        else:
-            rows += [as_row(ids) for ids in _id_rows(item)]
-    return [row for row in rows if row["input_ids"]]
+        texts = bundled_texts(short=mode == "rows")
+        if is_tokenizer(request.tokenizer):
+            texts = spelled_texts(texts, request.tokenizer)
+    if not texts:
+        return []
+    if request.kind == "chats" or not is_tokenizer(request.tokenizer):
+        raise CalibrationError("calibration texts need a tokenizer: quantize(tokenizer, calib_data=texts).")
+    if mode == "pack":
+        return tokenize(request.tokenizer, texts, special=False, enough=max_samples * max_length)
+    if request.kind == "bundled":
+        texts = [texts[i] for i in evenly_spread(len(texts), max_samples)]
+    rows = tokenize(request.tokenizer, texts[: max_samples * MAX_TEXTS_PER_ROW], max_length)
+    _warn_of_cuts(texts, rows[:max_samples], max_length)
+    return rows
 
 
-def is_text(item: Any) -> bool:
-    """Whether a calibration sample is a text or a pair of texts."""
-    pair = isinstance(item, (tuple, list)) and len(item) == 2
-    return isinstance(item, str) or (pair and all(isinstance(part, str) for part in item))
+def _warn_of_cuts(texts: Sequence[Any], rows: list[Row], max_length: int) -> None:
+    """A warning when most of the texts was cut away: then a file of lines was likely taken for one text."""
+    used = sum(len(row["input_ids"]) for row in rows)
+    given = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
+    cut = [row for row in rows if len(row["input_ids"]) >= max_length]
+    if cut and given > MIN_CUT_CHARACTERS_PER_TOKEN * used and len(rows) >= len(texts):
+        logger.warning(
+            "%d of %d calibration texts are longer than %d tokens, and most of what was given is cut away (%d characters, "
+            "%d tokens used); give shorter texts.",
+            len(cut), len(texts), max_length, given, used,
+        )  # fmt: skip
 
 
-def _id_rows(item: Any) -> list[list[int]]:
-    """Rows of one element: a 1-D or 2-D tensor, or a list of ids."""
-    ids = item if isinstance(item, Tensor) else None
-    if ids is None:
-        try:
-            ids = torch.as_tensor(item)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise CalibrationError(f"a calibration sample is {type(item).__name__}, not token ids or text.") from error
-    if ids.numel() == 0:
-        return []  # an empty list has no dtype of its own
-    if ids.is_floating_point() or ids.dim() not in (1, 2):
-        raise CalibrationError(f"calibration ids have shape {tuple(ids.shape)} and dtype {ids.dtype}; give integers [n] or [1, n].")
-    return (ids if ids.dim() == 2 else ids.unsqueeze(0)).tolist()
+def _packed(rows: list[Row], length: int) -> list[Row]:
+    """One stream of all ids in rows of `length`. A short remainder is kept only when there is nothing else."""
+    stream = [i for row in rows for i in row["input_ids"]]
+    cut = [stream[i : i + length] for i in range(0, len(stream), length)]
+    full = [ids for ids in cut if len(ids) == length]
+    return [{"input_ids": ids} for ids in full or cut]
 
 
-def _unpadded(item: Mapping | Tensor, tokenizer: Any, pad_id: int | None) -> list[Row]:
-    """Rows of a tokenizer's output or a [samples, tokens] tensor without their padding."""
-    given = item.get("token_type_ids") if isinstance(item, Mapping) else None
-    if isinstance(item, Mapping) and "input_ids" not in item:
-        raise CalibrationError(f"a calibration sample has keys {sorted(item)} but no input_ids.")
-    if isinstance(item, Mapping) and _is_ragged(item["input_ids"]):
-        found = zip(item["input_ids"], given if given is not None else [None] * len(item["input_ids"]))
-        return [as_row(row, kinds) for row, kinds in found if len(row)]  # lengths differ: the tokenizer did not pad
-    ids = torch.as_tensor(item["input_ids"] if isinstance(item, Mapping) else item)
-    if ids.is_floating_point():
-        raise CalibrationError(f"calibration ids have dtype {ids.dtype}; give integers.")
-    mask = torch.as_tensor(item["attention_mask"]) if isinstance(item, Mapping) and "attention_mask" in item else None
-    ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
-    if mask is None:
-        pad = pad_id if pad_id is not None else getattr(tokenizer, "pad_token_id", None)
-        mask = torch.ones_like(ids) if pad is None else _trailing_mask(ids, pad)
-    types = torch.as_tensor(given).view_as(ids) if given is not None else torch.zeros_like(ids)
-    parts = zip(ids, types, mask.view_as(ids).bool())
-    return [as_row(row[keep].tolist(), kinds[keep].tolist()) for row, kinds, keep in parts if bool(keep.any())]
+def _pieces(row: Row, length: int) -> list[Row]:
+    starts = range(0, len(row["input_ids"]), length)
+    return [{key: values[start : start + length] for key, values in row.items()} for start in starts]
 
 
-def _is_ragged(ids: Any) -> bool:
-    return isinstance(ids, list) and bool(ids) and isinstance(ids[0], list) and len({len(row) for row in ids}) > 1
+def evenly_spread(items: int, count: int) -> list[int]:
+    """At most `count` indices below `items`, evenly spread.
 
-
-def _trailing_mask(ids: Tensor, pad: int) -> Tensor:
-    """1 between the first and the last id that is no padding: a pad id inside a text stays."""
-    real = (ids != pad).long()
-    return (real.cumsum(1).clamp(max=1) * real.flip(1).cumsum(1).flip(1).clamp(max=1)).long()
+    >>> evenly_spread(10, 4)
+    [0, 2, 5, 7]
+    """
+    return [i * items // count for i in range(count)] if count < items else list(range(items))
 
 
 def _batches(rows: list[Row], pad: int, tokens: int = BATCH_TOKENS) -> list[CalibrationBatch]:
@@ -188,7 +174,18 @@ def general_rows(batches: Sequence[CalibrationBatch], tokenizer: Any) -> list[Ca
     """Batches of the bundled text with as many rows as `batches`, of their longest row's length."""
     rows = sum(len(b.input_ids) for b in batches)
     longest = max(b.input_ids.shape[1] for b in batches)
-    return load_calibration(bundled_texts(), tokenizer, max_samples=rows, max_length=longest)
+    return load_calibration(spelled_texts(bundled_texts(), tokenizer), tokenizer, max_samples=rows, max_length=longest)
+
+
+def spelled_texts(texts: Sequence[str], tokenizer: Any) -> list[str]:
+    """Those of the bundled texts that the tokenizer can spell: none of its special ids stands in them, `[UNK]` included.
+
+    Nobody serves a model texts that it cannot read, and such an id would weigh in every Gram matrix. All texts stay when
+    fewer than a tenth can be spelled: then the tokenizer is not made for text.
+    """
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    spelled = [t for t in texts if not special.intersection(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"])]
+    return spelled if len(spelled) >= MIN_SPELLED_SHARE * len(texts) else list(texts)
 
 
 def rebatched(batches: Sequence[CalibrationBatch], tokens: int = BATCH_TOKENS) -> list[CalibrationBatch]:

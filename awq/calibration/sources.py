@@ -6,80 +6,150 @@ import csv
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable
 from importlib import resources
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from awq.calibration.corpora import with_corpus_form
 from awq.errors import CalibrationError
 
 logger = logging.getLogger("awq.calibration")
 
+MAX_FILE_BYTES = 1 << 30
+CHAT_COLUMNS = ("messages", "conversations")
 _HUB_NAMES = {"pileval": ("mit-han-lab/pile-val-backup", "validation")}
+_DATASET_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
-_SHORTEST = 16  # characters of a piece worth a row
+_EMPTY_LINE = re.compile(r"\n[^\S\n]*\n")
+_MIN_PIECE_CHARACTERS = 16  # of a piece that is worth a row
 _SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def bundled_texts(short: bool = False) -> list[str]:
-    """Passages of the free, mostly English text that ships with the package; half of the prose in the form of corpora.
+    """Passages of the free text that ships with the package, as they are written.
 
-    short: all of it as it is written, cut into lines and sentences, as embedding models meet text.
+    short: cut into lines and sentences, as embedding models meet text.
     """
     text = resources.files("awq.calibration").joinpath("data/passages.txt").read_text(encoding="utf-8")
     passages = [p.strip() for p in text.split("\n\n") if p.strip()]
     if not short:
-        return with_corpus_form(passages)
+        return passages
     pieces = (piece for p in passages for line in p.split("\n") for piece in _SENTENCE_END.split(line))
-    return [piece for piece in pieces if len(piece) >= _SHORTEST]
+    return [piece for piece in pieces if len(piece) >= _MIN_PIECE_CHARACTERS]
 
 
 def named_texts(name: str, split: str, column: str, limit: int) -> list[str]:
-    """Texts of a local file or a hub dataset; the bundled text, with a warning, when the hub cannot be reached.
+    """Texts of a local file or a dataset of the hub; the bundled text, with a warning, for "pileval" without a network.
 
-    Raises CalibrationError for a file that is missing, empty or has no such column, and for a directory.
+    Raises CalibrationError as `named_samples` does.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return file_texts(path, column)
-    if path.is_dir():
-        raise CalibrationError(f"{name} is a directory; give one file of texts ({', '.join(_SUFFIXES)}).")
-    if path.suffix.lower() in _SUFFIXES or path.is_absolute():
-        raise CalibrationError(f"calibration file {name} does not exist.")
+    samples, _ = named_samples(name, split, column, limit)
+    return bundled_texts() if samples is None else [sample for sample in samples if isinstance(sample, str)]
+
+
+def named_samples(
+    name: str | os.PathLike, split: str, column: str, limit: int, text_per_line: bool = False
+) -> tuple[list[Any] | None, bool]:
+    """(texts or chats of a local file or a dataset, whether they are the user's own file).
+
+    (None, False) stands for the bundled text: "pileval", the default, when the hub cannot be reached.
+    text_per_line: a .txt or .md without empty lines is one text per line.
+    Raises CalibrationError for a file that is missing, empty, too large or has no such column, for a directory, for a string
+    that can be neither a file nor a dataset, and for a dataset that cannot be loaded.
+    """
+    path = _existing(name)
+    if path is not None:
+        return file_samples(path, column, text_per_line), True
+    name = os.fspath(name)
+    if Path(name).suffix.lower() in _SUFFIXES or name.startswith(("/", "~", ".")):
+        raise CalibrationError(f"calibration file {_shown(name)} does not exist.")
+    if not _DATASET_NAME.fullmatch(name):
+        raise CalibrationError(
+            f"calibration data is the one string {_shown(name)}, neither a file nor the name of a dataset; "
+            "give a list of texts, a file or a name such as 'owner/dataset'."
+        )
+    return _hub_samples(name, split, column, limit), False
+
+
+def _existing(name: str | os.PathLike) -> Path | None:
+    """The regular file of that name, or None. Raises CalibrationError for directories and other things that exist."""
+    try:
+        path = Path(os.fspath(name)).expanduser()
+        if path.is_file():
+            return path
+        exists, folder = path.exists(), path.is_dir()
+    except (OSError, RuntimeError, ValueError, TypeError):  # too long, an unknown user, a zero byte, bytes
+        return None
+    if folder:
+        raise CalibrationError(f"{_shown(name)} is a directory; give one file of texts ({', '.join(_SUFFIXES)}).")
+    if exists:
+        raise CalibrationError(f"{_shown(name)} is not a regular file.")
+    return None
+
+
+def _hub_samples(name: str, split: str, column: str, limit: int) -> list[Any] | None:
     dataset, split = _HUB_NAMES.get(name, (name, split))
     try:
         from datasets import load_dataset
 
         rows = list(islice(load_dataset(dataset, split=split, streaming=True), limit))
     except Exception as error:  # the hub fails in many ways: offline mode, DNS, missing dataset, HTTP errors
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if name not in _HUB_NAMES:
+            raise CalibrationError(
+                f"calibration dataset {dataset}, split {split!r}, cannot be loaded ({reason}); "
+                "give texts or a local file, or None for the bundled text."
+            ) from error
         logger.warning(
-            "calibration dataset %s cannot be loaded (%s: %s); using the bundled text. Texts of your own task give better results.",
-            dataset, type(error).__name__, str(error).splitlines()[0] if str(error) else "",
-        )  # fmt: skip
-        return bundled_texts()
-    if rows and not any(column in row for row in rows):
-        raise CalibrationError(f"dataset {dataset} has no column {column!r}, only {sorted(rows[0])}; give text_column.")
-    texts = _only_texts(row.get(column) for row in rows)
-    if not texts:
+            "calibration dataset %s cannot be loaded (%s); using the bundled text. Texts of your own task give better results.",
+            dataset,
+            reason,
+        )
+        return None
+    columns = sorted({key for row in rows[:64] for key in row})
+    column = _column_of(columns, column)
+    if rows and column not in columns:
+        raise CalibrationError(f"dataset {dataset} has no column {column!r}, only {columns}; give text_column.")
+    samples = _only_samples(row.get(column) for row in rows)
+    if not samples:
         raise CalibrationError(f"dataset {dataset} holds no text in column {column!r} of split {split!r}.")
-    return texts
+    return samples
 
 
 def file_texts(path: Path, column: str = "text") -> list[str]:
     """Texts of a local file: paragraphs of .txt/.md, or one column of .jsonl, .json, .csv, .tsv or .parquet."""
-    try:
-        values = _parquet_column(path, column) if path.suffix.lower() == ".parquet" else _text_file_values(path, column)
-    except (KeyError, csv.Error, TypeError, ValueError) as error:  # JSON and Unicode errors are ValueErrors
-        raise CalibrationError(f"{path} cannot be read as calibration texts with column {column!r}: {error!r}.") from error
-    texts = _only_texts(values)
+    texts = [sample for sample in file_samples(path, column) if isinstance(sample, str)]
     if not texts:
         raise CalibrationError(f"{path} holds no text.")
     return texts
 
 
-def _text_file_values(path: Path, column: str) -> list[object]:
+def file_samples(path: Path, column: str = "text", text_per_line: bool = False) -> list[Any]:
+    """Texts of a local file, or chats (lists of messages) of a .jsonl, .json or .parquet; as `file_texts` else."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise CalibrationError(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB; a few hundred texts are enough.")
+        if path.suffix.lower() == ".parquet":
+            values = _parquet_column(path, column)
+        else:
+            values = _text_file_values(path, column, text_per_line)
+    except CalibrationError:
+        raise
+    except KeyError as error:
+        raise CalibrationError(f"{path} cannot be read as calibration texts: it has no column {column!r}.") from error
+    except (csv.Error, TypeError, ValueError, OSError, RecursionError) as error:  # JSON's errors are ValueErrors
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeError) else first_line(error)
+        raise CalibrationError(f"{path} cannot be read as calibration texts with column {column!r}: {reason}.") from error
+    samples = _only_samples(values)
+    if not samples:
+        raise CalibrationError(f"{path} holds no text.")
+    return samples
+
+
+def _text_file_values(path: Path, column: str, text_per_line: bool) -> list[object]:
     suffix = path.suffix.lower()
     text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark, which would hide the first column
     if suffix in (".csv", ".tsv"):
@@ -89,7 +159,10 @@ def _text_file_values(path: Path, column: str) -> list[object]:
         return [_field(json.loads(line), column) for line in text.split("\n") if line.strip()]
     if suffix == ".json":
         return [_field(row, column) for row in json.loads(text)]
-    return list(text.split("\n\n"))
+    paragraphs = _EMPTY_LINE.split(text)
+    if text_per_line and len([p for p in paragraphs if p.strip()]) == 1:
+        return list(text.split("\n"))
+    return list(paragraphs)
 
 
 def _csv_column(text: str, column: str, delimiter: str) -> list[object]:
@@ -105,13 +178,36 @@ def _parquet_column(path: Path, column: str) -> list[object]:
         import pyarrow.parquet
     except ImportError as error:
         raise CalibrationError(f"{path} needs pyarrow: pip install pyarrow.") from error
+    column = _column_of(pyarrow.parquet.read_schema(path).names, column)
     return pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist()
 
 
 def _field(row: object, column: str) -> object:
-    return row if isinstance(row, str) else row[column]  # type: ignore[index]
+    """A row's value in `column`. Texts and chats that stand in a file without a column are rows themselves."""
+    if isinstance(row, (str, list)):
+        return row
+    return row[_column_of(row, column)]  # type: ignore[call-overload, index]
 
 
-def _only_texts(values: Iterable[object]) -> list[str]:
-    """Empty and missing fields are common in datasets and say nothing."""
-    return [v for v in values if isinstance(v, str) and v.strip()]
+def _column_of(columns: Any, column: str) -> str:
+    """`column`, or the column of chats when there is none of that name."""
+    if column in columns:
+        return column
+    return next((name for name in CHAT_COLUMNS if name in columns), column)
+
+
+def _only_samples(values: Iterable[object]) -> list[Any]:
+    """Texts and chats. Empty and missing fields are common in datasets and say nothing."""
+    return [v for v in values if (isinstance(v, str) and v.strip()) or (isinstance(v, (list, tuple)) and len(v) > 0)]
+
+
+def first_line(error: BaseException, longest: int = 120) -> str:
+    """The first line of an error's message, cut to `longest` characters."""
+    lines = str(error).splitlines()
+    line = lines[0] if lines else ""
+    return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+def _shown(name: str | os.PathLike) -> str:
+    text = os.fspath(name)
+    return repr(text if len(text) <= 60 else text[:59] + "…")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from awq.calibration import load_calibration
-from awq.calibration.batches import general_rows, is_text
+from awq.calibration.batches import general_rows
+from awq.calibration.request import read_request, tell_apart
 from awq.checkpoint import save_checkpoint
 from awq.checkpoint.tokenizer import find_tokenizer
 from awq.config import AwqConfig
@@ -95,7 +96,7 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         export_compatible: bool = False,
         apply_clip: bool = True,
         n_parallel_calib_samples: int | None = None,
-        max_calib_samples: int = 128,
+        max_calib_samples: int | None = None,
         max_calib_seq_len: int = 512,
         max_chunk_memory: int = 1 << 30,
         quantizer_cls: Any = None,
@@ -128,26 +129,27 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         self.awq_config, self.is_quantized = config, not export_compatible
         return self.report
 
-    def _calibration(self, first: Any, data: Any, split: str, text_column: str, samples: int, tokens: int, general: bool) -> list:
-        tokenizer = first
-        if isinstance(first, (str, Tensor, Mapping, list, tuple)):
-            tokenizer, data = self.tokenizer if _holds_text(first) else None, first
-            if not _holds_text(first):
-                # Token ids are the caller's own choice of samples: all of them are used.
-                samples = max(samples, len(first["input_ids"] if isinstance(first, Mapping) else first))
-        elif tokenizer is None:
-            tokenizer = self.tokenizer
-        elif not self._tokenizer_known:
-            self.tokenizer = tokenizer
+    def _calibration(
+        self, first: Any, data: Any, split: str, text_column: str, samples: int | None, tokens: int, general: bool
+    ) -> list:
         decoder = self._is_decoder()
+        data, tokenizer = tell_apart(first, data)
+        if tokenizer is not None and not self._tokenizer_known:
+            self.tokenizer = tokenizer
+        pad_id = self._pad_id() if tokenizer is None else getattr(tokenizer, "pad_token_id", None)
+        request = read_request(
+            data, split=split, text_column=text_column, text_per_line=not decoder, pad_id=pad_id, limit=(samples or _SAMPLES) * 8
+        )
+        if tokenizer is not None or request.kind != "ids":
+            request = request.with_tokenizer(self.tokenizer if tokenizer is None else tokenizer)
+        if samples is None:  # token ids are the caller's own choice of samples: all of them are used
+            samples = max(_SAMPLES, len(request.rows))
         batches = load_calibration(
-            data, tokenizer, split=split, text_column=text_column, max_samples=samples,
-            max_length=self._limit(tokens), mode="pack" if decoder else "rows",
-            pad_id=getattr(tokenizer, "pad_token_id", None) if tokenizer is not None else self._pad_id(),
+            request, request.tokenizer, max_samples=samples, max_length=self._limit(tokens), mode="pack" if decoder else "rows",
+            pad_id=pad_id,
         )  # fmt: skip
-        named = isinstance(data, str) and not Path(data).expanduser().is_file()  # a dataset: general itself
-        if decoder and general and _holds_text(data) and not named:
-            batches += general_rows(batches, tokenizer)
+        if decoder and general and request.own and request.kind != "ids":
+            batches += general_rows(batches, request.tokenizer)
         accepted = inspect.signature(getattr(self.model, "base_model", self.model).forward).parameters
         # A tokenizer may tell the texts of a pair apart for a model that does not.
         return [b._replace(extra={k: v for k, v in b.extra.items() if k in accepted}) for b in batches]
@@ -213,6 +215,7 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
 
 
 AwqModel = BaseAWQForCausalLM
+_SAMPLES = 128  # rows of text that calibrate, AutoAWQ's number
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")  # how configs name their number
 
 
@@ -222,8 +225,3 @@ def _options(given: dict[str, Any], **others: Any) -> QuantizeOptions:
         known = ", ".join(QuantizeOptions.__dataclass_fields__)
         raise ConfigError(f"quantize() does not know {', '.join(unknown)}; further options are {known}.")
     return QuantizeOptions(**{**others, **given})
-
-
-def _holds_text(data: Any) -> bool:
-    """Whether calibration data needs a tokenizer: a name or file, or a list of texts or pairs of texts."""
-    return isinstance(data, str) or (isinstance(data, (list, tuple)) and len(data) > 0 and is_text(data[0]))

@@ -4,13 +4,15 @@ to its own length; and says how far the embeddings moved, on texts that were not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from awq.calibration import clean_texts
-from awq.calibration.sources import bundled_texts, named_texts
+from awq.calibration.batches import evenly_spread, spelled_texts
+from awq.calibration.request import CalibrationRequest, read_request, tell_apart
+from awq.calibration.sources import bundled_texts
 from awq.checkpoint.directory import source_directory
 from awq.embed.encoder import Encoder
 from awq.errors import CalibrationError, ConfigError
@@ -70,8 +72,10 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         `AutoAWQForCausalLM`'s.
         Raises ConfigError, CalibrationError or ModelError before any weight is touched.
         """
-        from_first = isinstance(tokenizer, (str, Tensor, Mapping, list, tuple))
-        data = next((d for d in (texts, calib_data, tokenizer if from_first else None) if d is not None), None)
+        data = calib_data if texts is None else texts
+        data, given = tell_apart(tokenizer, data)
+        if given is not None and not self._tokenizer_known:
+            self.tokenizer = given
         # General texts are sentences here, and join below.
         others = {
             "split": split,
@@ -81,20 +85,20 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
             "correction": _CORRECTION,
             **options,
         }
-        if not from_first and tokenizer is not None and not self._tokenizer_known:
-            self.tokenizer = tokenizer
-        if data is None or not _is_text(data):
+        pad_id = self._pad_id() if given is None else getattr(given, "pad_token_id", None)
+        request = read_request(data, split=split, text_column=text_column, text_per_line=True, pad_id=pad_id)
+        if request.kind in ("ids", "bundled"):
             samples = max_calib_samples or self.sample_count()
-            first = data if data is not None else self.tokenizer
-            return super().quantize(first, quant_config, None, max_calib_samples=samples, **others)
+            return super().quantize(request, quant_config, None, max_calib_samples=samples, **others)
         if self.tokenizer is None:
             raise CalibrationError(f"{self.path} has no tokenizer; give one, or token ids.")
+        request = request.with_tokenizer(self.tokenizer)
         encoder = self.encoder
-        ready = [encoder.cased(text) for text in _with_prompts(encoder, _listed(data, split, text_column), prompt_name)]
+        ready = [encoder.cased(text) for text in _with_prompts(encoder, _listed(request), prompt_name)]
         if not ready:
             raise CalibrationError("no calibration text is left after cleaning; give at least one that is not empty.")
         count = min(len(ready), max_calib_samples or self.sample_count())
-        chosen = _spread(len(ready), count)
+        chosen = evenly_spread(len(ready), count)
         rest = sorted(set(range(len(ready))) - set(chosen))
         rest = rest[:: max(1, len(rest) // _HELD_OUT)][:_HELD_OUT]
         held_out, pairs, prompt = _to_judge(evaluate, [ready[i] for i in rest], prompt_name)
@@ -102,8 +106,8 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         others["max_calib_seq_len"] = min(max_calib_seq_len, encoder.max_seq_length)
         calibration = [ready[i] for i in chosen]
         if general_texts:
-            sentences = bundled_texts(short=True)
-            sentences = [sentences[i] for i in _spread(len(sentences), _GENERAL)]
+            sentences = spelled_texts(bundled_texts(short=True), self.tokenizer)
+            sentences = [sentences[i] for i in evenly_spread(len(sentences), _GENERAL)]
             general = (encoder.cased(text) for text in _with_prompts(encoder, sentences, None))
             known = {*ready, *held_out}
             calibration += [text for text in general if text not in known]
@@ -118,30 +122,11 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         return next(count for limit, count in _SAMPLES if size < limit)
 
 
-def _spread(items: int, count: int) -> list[int]:
-    """At most `count` indices below `items`, evenly spread."""
-    return [i * items // count for i in range(count)] if count < items else list(range(items))
-
-
-def _is_text(data: Any) -> bool:
-    """Whether calibration data is text: a name, strings, pairs of strings, or lists of them by prompt name."""
-    if isinstance(data, str):
-        return True
-    if isinstance(data, Mapping):
-        return bool(data) and "input_ids" not in data
-    if isinstance(data, Tensor) or not hasattr(data, "__getitem__") or not len(data):
-        return False
-    first = data[0]
-    return isinstance(first, str) or (isinstance(first, (list, tuple)) and len(first) > 0 and isinstance(first[0], str))
-
-
-def _listed(data: Any, split: str, column: str) -> Any:
+def _listed(request: CalibrationRequest) -> dict[str, list[str]] | list[str]:
     """Strings by prompt name, or a list of them; pairs come apart."""
-    if isinstance(data, str):
-        return named_texts(data, split, column, limit=8192)
-    if isinstance(data, Mapping):
-        return {str(name): _listed(texts, split, column) for name, texts in data.items()}
-    return [text for item in data for text in ([item] if isinstance(item, str) or item is None else item)]
+    if request.kind == "prompts":
+        return request.prompts
+    return request.texts or [text for pair in request.pairs for text in pair]
 
 
 def _with_prompts(encoder: Encoder, texts: Any, prompt_name: str | None) -> list[str]:

@@ -1,0 +1,416 @@
+"""What users give as calibration data, turned into one of six kinds.
+
+People hold calibration data in many ways: lists of strings, a column of a dataset, chat messages, a file, token ids of a
+tokenizer. `read_request` is the one place that knows them all. Everything behind it sees a `CalibrationRequest`:
+
+    given                                                    kind
+    -------------------------------------------------------  ---------
+    None, or "pileval" without a network                     "bundled"
+    a file's path, the name of a dataset on the hub          "texts"
+    an iterable of strings: list, tuple, set, generator,     "texts"
+        numpy array, pandas Series
+    an iterable of chats, each a list of messages            "chats", with a tokenizer "texts" by its chat template
+    a table: datasets.Dataset, pandas.DataFrame,             what its column `text_column` holds; else its columns
+        iterable of dicts                                    input_ids, messages or conversations
+    an iterable of pairs of strings                          "pairs"
+    {prompt name: texts}                                     "prompts"
+    token ids: tensors, arrays, lists of integers,           "ids"
+        outputs of a tokenizer
+
+Whatever fits no line is refused with one sentence that names what was given. Nothing is guessed: a string that is neither
+a file nor the form of a dataset's name is an error, not a dataset that happens to be missing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from awq.calibration.sources import CHAT_COLUMNS, first_line, named_samples
+from awq.calibration.tokens import Row, as_row
+from awq.errors import CalibrationError
+
+MAX_SAMPLES_READ = 100_000  # of an iterable; an endless generator ends here
+
+_HUMAN_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """Calibration data of one kind, read and checked.
+
+    kind: "texts", "chats", "pairs", "prompts", "ids", or "bundled": nothing was given, and the text that ships with the
+        package is meant.
+    texts: of kind "texts".
+    chats: lists of messages that still need a tokenizer (`with_tokenizer`), of kind "chats".
+    pairs: of kind "pairs".
+    prompts: texts by prompt name, of kind "prompts".
+    rows: token ids without padding, of kind "ids".
+    whole_rows: the ids came as one [samples, tokens] tensor, whose rows stay rows when other ids would be joined.
+    tokenizer: the one that was given, or None.
+    own: the texts are the user's own, from memory or a file, and not a general dataset.
+    """
+
+    kind: str
+    texts: list[str] = field(default_factory=list)
+    chats: list[list[dict[str, Any]]] = field(default_factory=list)
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+    prompts: dict[str, list[str]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    whole_rows: bool = False
+    tokenizer: Any = None
+    own: bool = True
+
+    @property
+    def samples(self) -> Sequence[Any]:
+        """What `kind` says the request holds: texts, pairs, all texts of all prompts, or rows of ids."""
+        if self.kind == "prompts":
+            return [text for texts in self.prompts.values() for text in texts]
+        held: dict[str, list[Any]] = {"texts": self.texts, "chats": self.chats, "pairs": self.pairs, "ids": self.rows}
+        return held.get(self.kind, [])
+
+    def with_tokenizer(self, tokenizer: Any) -> CalibrationRequest:
+        """The same request with a tokenizer; chats become texts. Raises CalibrationError when it has no chat template."""
+        if self.kind != "chats":
+            return replace(self, tokenizer=tokenizer)
+        texts = [chat_text(chat, tokenizer) for chat in self.chats]
+        return replace(self, kind="texts", texts=texts, chats=[], tokenizer=tokenizer)
+
+
+def read_request(
+    first: Any,
+    second: Any = None,
+    tokenizer: Any = None,
+    *,
+    split: str = "train",
+    text_column: str = "text",
+    text_per_line: bool = False,
+    pad_id: int | None = None,
+    limit: int = MAX_SAMPLES_READ,
+) -> CalibrationRequest:
+    """The calibration data among the first arguments of `quantize`, whatever their order.
+
+    first: a tokenizer or calibration data; second: calibration data, or None; tokenizer: taken when neither holds one.
+    split, text_column: of datasets and tables. text_per_line: a text file without empty lines is one text per line (for
+    encoders, which never join texts). pad_id: padding of bare id tensors; None: they have none.
+    limit: samples read of a dataset of the hub.
+    Raises CalibrationError, with one line, when the data is of no known kind.
+
+    >>> read_request(["the cat", "a dog"]).texts
+    ['the cat', 'a dog']
+    >>> read_request(None).kind
+    'bundled'
+    """
+    data, tokenizer = tell_apart(first, second, tokenizer)
+    if isinstance(data, CalibrationRequest):
+        return data
+    for name, value in (("split", split), ("text_column", text_column)):
+        if not isinstance(value, str) or not value:
+            raise CalibrationError(f"{name} is {value!r}; give a name.")
+    reader = _Reader(split, text_column, pad_id)
+    own = True
+    if isinstance(data, (str, os.PathLike)):
+        data, own = named_samples(data, split, text_column, limit, text_per_line)
+    request = reader.read(data, own)
+    return request if tokenizer is None else request.with_tokenizer(tokenizer)
+
+
+def tell_apart(first: Any, second: Any = None, tokenizer: Any = None) -> tuple[Any, Any]:
+    """(calibration data, tokenizer) of `quantize(first, calib_data=second)`.
+
+    AutoAWQ's first argument is the tokenizer; guides for embedding models put the data there. Only tokenizers can be called.
+    Data in the first argument wins over `second`, whose default always stands there.
+    """
+    if first is None:
+        return second, tokenizer
+    if is_tokenizer(first):
+        return second, first
+    return first, tokenizer
+
+
+def is_tokenizer(value: Any) -> bool:
+    """Whether `value` can turn texts into ids: it can be called, and it is no data."""
+    return callable(value) and not isinstance(value, (str, Mapping, Tensor, np.ndarray))
+
+
+class _Reader:
+    """Reads data of any kind; holds what is the same for all of it."""
+
+    def __init__(self, split: str, column: str, pad_id: int | None) -> None:
+        self.split = split
+        self.column = column
+        self.pad_id = pad_id
+
+    def read(self, data: Any, own: bool = True) -> CalibrationRequest:
+        if data is None:
+            return CalibrationRequest("bundled", own=False)
+        if isinstance(data, Mapping):
+            return self._mapping(data, own)
+        if isinstance(data, (Tensor, np.ndarray)):
+            return self._array(data, own)
+        return self._items(self._listed(data), own)
+
+    def _mapping(self, data: Mapping, own: bool) -> CalibrationRequest:
+        """A tokenizer's output, the splits of a dataset, or texts by prompt name."""
+        if "input_ids" in data:
+            return self._ids(self._unpadded(data))
+        if data and all(_columns(part) is not None for part in data.values()):
+            if self.split not in data:
+                raise CalibrationError(f"the dataset has no split {self.split!r}, only {_names(data)}; give split.")
+            return self.read(data[self.split], own)
+        prompts = {}
+        for name, texts in data.items():
+            if isinstance(texts, (str, Mapping)) or not isinstance(texts, Iterable):
+                raise CalibrationError(
+                    f"calibration data is a mapping with keys {_names(data)} but no input_ids, and {str(name)!r} holds "
+                    f"{type(texts).__name__}; give a tokenizer's output, or a list of texts for each prompt name."
+                )
+            found = self.read(texts, own)
+            if found.kind not in ("texts", "pairs"):
+                raise CalibrationError(f"prompt {str(name)!r} holds {found.kind}; give a list of texts.")
+            prompts[str(name)] = found.texts or [text for pair in found.pairs for text in pair]
+        if not prompts:
+            raise CalibrationError("calibration data is an empty mapping; give texts or token ids.")
+        return CalibrationRequest("prompts", prompts=prompts, own=own)
+
+    def _array(self, data: Tensor | np.ndarray, own: bool) -> CalibrationRequest:
+        """Ids as one tensor or array, or an array of strings or other objects."""
+        if isinstance(data, np.ndarray) and data.dtype.kind in "OUST" and data.ndim:
+            return self._items(data.tolist(), own)
+        ids = _integers(data)
+        if ids.dim() == 2:
+            return self._ids(self._unpadded({"input_ids": ids}), whole_rows=True)
+        return self._ids([as_row(ids.tolist())])
+
+    def _listed(self, data: Any) -> list[Any]:
+        """The samples of a table or an iterable."""
+        columns = _columns(data)
+        if columns is not None:
+            column = self._column_of(columns)
+            if hasattr(data, "iloc") or hasattr(data, "to_pylist"):  # pandas, pyarrow
+                values = data[column]
+                return values.to_pylist() if hasattr(values, "to_pylist") else values.tolist()
+            return [self._cell(row, column) for row in islice(data, MAX_SAMPLES_READ)]
+        iterable = isinstance(data, Iterable) or hasattr(data, "__getitem__")
+        if isinstance(data, (bytes, bytearray, str)) or not iterable:
+            raise CalibrationError(f"calibration data is {type(data).__name__}; give texts, token ids, a file or a dataset name.")
+        items = list(islice(data, MAX_SAMPLES_READ))
+        return sorted(items, key=repr) if isinstance(data, (set, frozenset)) else items  # sets have no order of their own
+
+    def _column_of(self, columns: Sequence[str]) -> str:
+        for name in (self.column, "input_ids", *CHAT_COLUMNS):
+            if name in columns:
+                return name
+        raise CalibrationError(f"the dataset has no column {self.column!r}, only {_names(columns)}; give text_column.")
+
+    @staticmethod
+    def _cell(row: Mapping, column: str) -> Any:
+        """A row's value in `column`; of a tokenized dataset the row itself, whose mask counts too."""
+        return dict(row) if column == "input_ids" else row.get(column)
+
+    def _items(self, items: list[Any], own: bool) -> CalibrationRequest:
+        """Samples that must all be of one kind. Missing ones say nothing."""
+        items = [item for item in items if item is not None]
+        if items and all(_is_integer(item) for item in items):
+            return self._ids([as_row([int(item) for item in items])])
+        if items and all(_is_message(item) for item in items):
+            items = [items]  # one chat, not a list of them
+        kinds = dict.fromkeys(_kind_of(item) for item in items)
+        if len(kinds) > 1:
+            raise CalibrationError(f"calibration data mixes {' and '.join(kinds)}; give one kind.")
+        kind = next(iter(kinds), "texts")
+        read: dict[str, Callable[[list[Any], bool], CalibrationRequest]] = {
+            "strings": self._texts,
+            "pairs": self._pairs,
+            "lists of strings": self._string_lists,
+            "chats": self._chats,
+            "dicts": self._dicts,
+        }
+        if kind in read:
+            return read[kind](items, own)
+        return self._ids([as_row(row) for item in items for row in _id_rows(item)])
+
+    def _texts(self, items: list[Any], own: bool) -> CalibrationRequest:
+        texts = [repaired(item) for item in items]
+        return CalibrationRequest("texts", texts=[t for t in texts if t.strip()], own=own)
+
+    def _pairs(self, items: list[Any], own: bool) -> CalibrationRequest:
+        pairs = [(repaired(first), repaired(second)) for first, second in items]
+        pairs = [pair for pair in pairs if any(part.strip() for part in pair)]
+        return CalibrationRequest("pairs", pairs=pairs, own=own)
+
+    def _string_lists(self, items: list[Any], own: bool) -> CalibrationRequest:
+        """Triplets and longer: each string is a text."""
+        return self._texts([text for item in items for text in item], own)
+
+    def _chats(self, items: list[Any], own: bool) -> CalibrationRequest:
+        return CalibrationRequest("chats", chats=[[_turn(message) for message in item] for item in items], own=own)
+
+    def _dicts(self, items: list[Mapping], own: bool) -> CalibrationRequest:
+        """Rows of a table, or outputs of a tokenizer."""
+        columns = list(dict.fromkeys(str(key) for item in items[:64] for key in item))
+        if "input_ids" in columns and self.column not in columns:
+            return self._ids([row for item in items for row in self._unpadded(item)])
+        try:
+            column = self._column_of(columns)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"calibration samples have keys {_names(columns)} but no input_ids and no column {self.column!r}; give text_column."
+            ) from error
+        return self._items([item.get(column) for item in items], own)
+
+    def _ids(self, rows: list[Row], whole_rows: bool = False) -> CalibrationRequest:
+        rows = [row for row in rows if row["input_ids"]]
+        if any(min(row["input_ids"]) < 0 for row in rows):
+            raise CalibrationError("calibration ids are negative; use an attention mask to leave tokens out.")
+        return CalibrationRequest("ids", rows=rows, whole_rows=whole_rows)
+
+    def _unpadded(self, item: Mapping) -> list[Row]:
+        """Rows of a tokenizer's output without its padding."""
+        if "input_ids" not in item:
+            raise CalibrationError(f"a calibration sample has keys {_names(item)} but no input_ids.")
+        types = item.get("token_type_ids")
+        if _is_ragged(item["input_ids"]):  # lengths differ: the tokenizer did not pad
+            found = zip(item["input_ids"], types if types is not None else [None] * len(item["input_ids"]))
+            return [as_row(_integers(ids).tolist(), kinds) for ids, kinds in found if len(ids)]
+        ids = _integers(item["input_ids"])
+        ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
+        mask = self._mask(item, ids)
+        kinds = torch.zeros_like(ids) if types is None else _fitting("token_type_ids", types, ids)
+        rows = zip(ids, kinds, mask)
+        return [as_row(row[keep].tolist(), kind[keep].tolist()) for row, kind, keep in rows if bool(keep.any())]
+
+    def _mask(self, item: Mapping, ids: Tensor) -> Tensor:
+        """bool [rows, tokens]: real tokens, by the attention mask or by the padding id at the ends of rows."""
+        if item.get("attention_mask") is not None:
+            return _fitting("attention_mask", item["attention_mask"], ids).bool()
+        if self.pad_id is None:
+            return torch.ones_like(ids, dtype=torch.bool)
+        real = (ids != self.pad_id).long()
+        from_start = real.cumsum(1).clamp(max=1)
+        from_end = real.flip(1).cumsum(1).flip(1).clamp(max=1)
+        return (from_start * from_end).bool()  # a padding id inside a text stays
+
+
+def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
+    """A chat as the model reads it: through the tokenizer's own template.
+
+    messages: {"role": …, "content": …}.
+    Raises CalibrationError when there is no template.
+    """
+    if getattr(tokenizer, "chat_template", None) is None or not hasattr(tokenizer, "apply_chat_template"):
+        raise CalibrationError(
+            "calibration data holds chat messages, which need a tokenizer with a chat template (apply_chat_template); "
+            "give the model's own tokenizer, or texts."
+        )
+    try:
+        return repaired(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    except Exception as error:  # a template is a program of the model's author: it may raise anything
+        reason = first_line(error)
+        raise CalibrationError(f"the chat template cannot take a chat of {len(messages)} messages: {reason}") from error
+
+
+def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with role and content, whether it has them already or {"from": …, "value": …} as ShareGPT's files."""
+    if "from" not in message:
+        return dict(message)
+    role = str(message["from"])
+    return {"role": _HUMAN_NAMES.get(role, role), "content": message.get("value")}
+
+
+def repaired(text: str) -> str:
+    """The text without lone surrogates, which no tokenizer takes."""
+    if text.isascii():
+        return str(text)
+    return "".join(c for c in text if not 0xD800 <= ord(c) <= 0xDFFF)
+
+
+def _kind_of(item: Any) -> str:
+    if isinstance(item, str):
+        return "strings"
+    if isinstance(item, Mapping):
+        return "dicts"
+    if isinstance(item, (list, tuple)) and item:
+        if all(isinstance(part, str) for part in item):
+            return "pairs" if len(item) == 2 else "lists of strings"
+        if all(_is_message(part) for part in item):
+            return "chats"
+    if isinstance(item, (Tensor, np.ndarray, list, tuple, range)):
+        return "token ids"
+    raise CalibrationError(f"a calibration sample is {type(item).__name__}, not token ids or text.")
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, Mapping) and ("role" in item or {"from", "value"} <= set(item))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_ragged(ids: Any) -> bool:
+    if not isinstance(ids, (list, tuple)) or not ids:
+        return False
+    return all(hasattr(row, "__len__") for row in ids) and len({len(row) for row in ids}) > 1
+
+
+def _id_rows(item: Any) -> list[list[int]]:
+    """Rows of one sample: a list of ids, a tensor or array [n] or [rows, n]."""
+    ids = _integers(item)
+    return ids.tolist() if ids.dim() == 2 else [ids.tolist()]
+
+
+def _integers(values: Any) -> Tensor:
+    """int64 ids [n] or [rows, n]. Raises CalibrationError for anything else."""
+    try:
+        ids = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CalibrationError(f"a calibration sample is {type(values).__name__}, not token ids or text.") from error
+    if ids.is_meta:
+        raise CalibrationError("calibration ids are on the meta device, where they have no values.")
+    empty = ids.numel() == 0
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.dim() not in (1, 2) or not (whole or empty):
+        raise CalibrationError(
+            f"calibration ids have shape {tuple(ids.shape)} and dtype {ids.dtype}; give integers [n] or [rows, n]."
+        )
+    return ids.detach().cpu().long()
+
+
+def _fitting(name: str, values: Any, ids: Tensor) -> Tensor:
+    """int64 [rows, tokens] of the same shape as the ids."""
+    try:
+        found = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationError(f"{name} is {type(values).__name__}; give numbers like the ids.") from error
+    if found.numel() != ids.numel():
+        raise CalibrationError(f"{name} has shape {tuple(found.shape)}, the ids {tuple(ids.shape)}; they must be equal.")
+    if found.is_complex() or (found.is_floating_point() and not bool(found.isfinite().all())):
+        raise CalibrationError(f"{name} holds values that are not finite numbers.")
+    return found.detach().cpu().view_as(ids).long()
+
+
+def _columns(data: Any) -> list[str] | None:
+    """Column names of a table (datasets, pandas, pyarrow); None for anything else."""
+    if isinstance(data, (Mapping, list, tuple, str)):
+        return None
+    names = getattr(data, "column_names", None)
+    if names is None and hasattr(data, "iloc"):
+        names = getattr(data, "columns", None)
+    if names is None and hasattr(data, "features"):  # a streamed dataset whose columns are not known yet
+        first = next(iter(data), None)
+        names = list(first) if isinstance(first, Mapping) else None
+    return None if names is None else [str(name) for name in names]
+
+
+def _names(keys: Iterable[Any], most: int = 8) -> str:
+    found = [repr(str(key))[:40] for key in keys]
+    shown = ", ".join(found[:most])
+    return f"[{shown}, … {len(found) - most} more]" if len(found) > most else f"[{shown}]"
