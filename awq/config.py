@@ -6,25 +6,18 @@ nowhere else. How the numbers are *found* (search, clip, rounding) is `awq.quant
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from awq.errors import ConfigError
 
+logger = logging.getLogger("awq")
+
 FORMATS = ("gemm", "gemv", "gemv_fast")
 _FORMAT_ALIASES = {"gemvfast": "gemv_fast", "gemv-fast": "gemv_fast"}
 _SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size", "version": "format"}
-# Keys that other writers put into a `quantization_config`; they carry nothing that the weights do not.
-_IGNORED = {
-    "quant_method", "backend", "checkpoint_format", "exllama_config", "do_fuse", "fuse_max_seq_len", "modules_to_fuse",
-    "ipex_config", "desc_act", "sym", "lm_head", "meta", "pack_dtype", "dynamic", "true_sequential", "damp_percent",
-    "model_seqlen", "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id",
-    "use_cuda_fp16", "max_input_length", "cache_block_outputs", "modules_in_block_to_quantize", "act_group_aware",
-    "dataset", "tokenizer", "_load_in_4bit", "_load_in_8bit", "static_groups", "damp_auto_increment", "dequantize",
-}  # fmt: skip
-
-
 def normalize_format(name: str) -> str:
     """Canonical name of a packed format: "GEMM" → "gemm", "GEMVFast" → "gemv_fast".
 
@@ -37,6 +30,14 @@ def normalize_format(name: str) -> str:
     return lowered
 
 
+def _names(given: Any) -> tuple[str, ...]:
+    """Names of modules; one string is one name. Raises ConfigError for anything else."""
+    names = (given,) if isinstance(given, str) else given or ()
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"modules_to_not_convert is {given!r}; use a list of names of modules.")
+    return tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
+
+
 @dataclass(frozen=True)
 class AwqConfig:
     """Storage settings of an AWQ checkpoint.
@@ -45,7 +46,7 @@ class AwqConfig:
     group_size: input channels that share one scale and zero; −1 means the whole row.
     zero_point: True for asymmetric groups; False keeps every zero at the middle code (8 for 4 bits).
     format: "gemm", "gemv" or "gemv_fast".
-    modules_to_not_convert: names (or parts of names) of linears that stay in full precision.
+    modules_to_not_convert: names of modules whose linears stay in full precision, or parts of names between dots.
     """
 
     bits: int = 4
@@ -56,8 +57,10 @@ class AwqConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", normalize_format(self.format))
-        object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert or ()))
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+        object.__setattr__(self, "modules_to_not_convert", _names(self.modules_to_not_convert))
+        if not isinstance(self.zero_point, bool):
+            raise ConfigError(f"zero_point is {self.zero_point!r}; use True or False.")
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
             raise ConfigError(f"bits is {self.bits!r}; use an integer from 2 to 8 (packed checkpoints: 4).")
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and size < 8):
@@ -65,20 +68,43 @@ class AwqConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> AwqConfig:
-        """From a `quant_config` of AutoAWQ's spelling, or the `quantization_config` of a checkpoint.
+        """From a user's own `quant_config`, in AutoAWQ's spelling or ours; strict, since a key that means nothing is a typo.
 
-        Raises ConfigError on a key that means nothing, on conflicting spellings and on values that cannot work.
+        Raises ConfigError on such a key, on conflicting spellings and on values that cannot work.
         """
+        known = {*cls.__dataclass_fields__, *_SPELLINGS, "quant_method"}
+        unknown = [key for key in settings or {} if key not in known]
+        if unknown:
+            names = ", ".join(sorted(known - {"quant_method"}))
+            raise ConfigError(f"quant_config has an unknown key {unknown[0]!r}; known keys are {names}.")
+        return cls._from_known(settings or {})
+
+    @classmethod
+    def from_file(cls, settings: Mapping[str, Any]) -> AwqConfig:
+        """From the `quantization_config` that some tool wrote into a checkpoint.
+
+        Tolerant: every tool adds keys of its own, and the tensors decide in the end. Keys that mean nothing here are logged.
+        Raises ConfigError for another `quant_method` and for values that cannot work.
+        """
+        known = {*cls.__dataclass_fields__, *_SPELLINGS, "quant_method"}
+        foreign = sorted(str(key) for key in settings if key not in known)
+        if foreign:
+            logger.info("quantization_config: keys of other tools, without effect here: %s", ", ".join(foreign))
+        given = {key: value for key, value in settings.items() if key in known and value is not None}
+        if "version" in given and given.get("format") not in FORMATS:
+            given.pop("format", None)  # GPTQModel says "gemm" there too, others what the file's container is
+        return cls._from_known(given)
+
+    @classmethod
+    def _from_known(cls, settings: Mapping[str, Any]) -> AwqConfig:
+        method = settings.get("quant_method", "awq")
+        if str(getattr(method, "value", method)) != "awq":
+            raise ConfigError(f"quant_method is {method!r}; this package reads 'awq' checkpoints.")
         given: dict[str, Any] = {}
-        for key, value in (settings or {}).items():
+        for key, value in settings.items():
             name = _SPELLINGS.get(key, key)
-            if name in _IGNORED:
-                if name == "quant_method" and str(getattr(value, "value", value)) != "awq":
-                    raise ConfigError(f"quant_method is {value!r}; this package reads 'awq' checkpoints.")
+            if name == "quant_method":
                 continue
-            if name not in cls.__dataclass_fields__:
-                known = sorted({*cls.__dataclass_fields__, *_SPELLINGS})
-                raise ConfigError(f"quant_config has an unknown key {key!r}; known keys are {', '.join(known)}.")
             if name == "format":
                 value = normalize_format(value)
             if name in given and given[name] != value:

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import awq
-from awq.checkpoint import load_checkpoint, save_checkpoint
+from awq.checkpoint import load_model, save_checkpoint
 from awq.evals.perplexity import perplexity
 from awq.models.base import BaseAWQForCausalLM
 
@@ -72,7 +72,7 @@ def measure(arguments: argparse.Namespace, name: str, settings: dict, tokenizer,
         save_checkpoint(model.cpu(), target, config, report, source=arguments.model)
         del model
         row["sha256"] = weights_digest(target)
-        loaded = load_checkpoint(target, dtype=torch.float32).to(arguments.device)
+        loaded = load_model(target, dtype=torch.float32).to(arguments.device)
         row["perplexity"] = perplexity(loaded, ids, limit=arguments.limit)
     return row | {"loss": report.loss, "loss_rtn": report.loss_rtn, "phases": report.phases, "options": settings,
                   "warnings": report.warnings}  # fmt: skip

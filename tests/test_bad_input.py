@@ -9,7 +9,7 @@ import zoo
 from transformers import AutoTokenizer
 
 from awq import AutoAWQForCausalLM, AwqConfig, load_calibration, prepare_calibration_tokens, quantize_model
-from awq.checkpoint import convert_checkpoint, load_checkpoint, save_checkpoint
+from awq.checkpoint import convert_checkpoint, load_model, save_checkpoint
 from awq.errors import CalibrationError, CheckpointError, ConfigError, ModelError
 
 
@@ -104,19 +104,23 @@ def test_truncated_safetensors(saved, tmp_path):
     path = tmp_path / "q" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="truncated"):
-        load_checkpoint(tmp_path / "q")
+        load_model(tmp_path / "q")
     with pytest.raises(CheckpointError, match="truncated"):
         convert_checkpoint(tmp_path / "q", tmp_path / "r", "gemv")
     assert not (tmp_path / "r").exists()
 
 
-def test_config_with_wrong_keys(saved, tmp_path):
+def test_keys_of_users_are_strict_and_those_of_files_are_not(saved, tmp_path):
+    with pytest.raises(ConfigError, match="group_sise"):
+        AwqConfig.from_dict({"group_sise": 3})
     shutil.copytree(saved[1], tmp_path / "q")
     config = json.loads((tmp_path / "q" / "config.json").read_text())
-    config["quantization_config"]["group_sise"] = 3
+    config["quantization_config"] |= {"autoround_version": "0.5.1", "sym": True, "meta": {}, "ignore": ["lm_head"]}
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="group_sise"):
-        AutoAWQForCausalLM.from_quantized(str(tmp_path / "q"))
+    ids = torch.tensor([[5, 6, 7]])
+    foreign = AutoAWQForCausalLM.from_quantized(str(tmp_path / "q"), fuse_layers=False)
+    own = AutoAWQForCausalLM.from_quantized(str(saved[1]), fuse_layers=False)
+    assert torch.equal(foreign(ids).logits, own(ids).logits)
 
 
 def test_unknown_argument(llama_dir, texts):

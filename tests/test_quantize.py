@@ -6,7 +6,7 @@ import zoo
 
 from awq import AwqConfig, QuantizeOptions, load_calibration, quantize_model
 from awq.calibration import CalibrationBatch
-from awq.checkpoint import load_checkpoint, save_checkpoint
+from awq.checkpoint import load_model, save_checkpoint
 from awq.errors import ConfigError, ModelError
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.linear import WQLinear
@@ -167,7 +167,7 @@ def test_t5_encoder(kind, tmp_path):
         report = quantize_model(model, batches(), CONFIG, QuantizeOptions())
         after = model(**inputs).last_hidden_state
         save_checkpoint(model, tmp_path / "q", CONFIG, report)
-        loaded = load_checkpoint(tmp_path / "q", T5EncoderModel, dtype=torch.float32)
+        loaded = load_model(tmp_path / "q", kind=T5EncoderModel, dtype=torch.float32)
         torch.testing.assert_close(loaded(**inputs).last_hidden_state, after, atol=1e-5, rtol=1e-5)
     assert len(report.linears) == (21 if "gated" in kind else 18)
     half = T5EncoderModel(T5Config(**settings)).eval().bfloat16()

@@ -199,6 +199,6 @@ def test_conversion_refuses(model, tmp_path):
     with pytest.raises(CheckpointError, match="not a directory"):
         convert_checkpoint(tmp_path / "nowhere", tmp_path / "other", "gemv")
     zoo.tiny_model("llama").save_pretrained(tmp_path / "dense")
-    with pytest.raises(CheckpointError, match="not quantized"):
+    with pytest.raises(ConfigError, match="not quantized"):
         convert_checkpoint(tmp_path / "dense", tmp_path / "other", "gemv")
     assert not (tmp_path / "other").exists()

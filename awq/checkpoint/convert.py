@@ -13,7 +13,7 @@ from torch import Tensor
 
 from awq.checkpoint.directory import complete_directory
 from awq.checkpoint.files import PACKED_KINDS, PackedTensors, check_directory, packed_tensors, read_json, weight_files
-from awq.checkpoint.save import read_settings
+from awq.checkpoint.source import Source
 from awq.config import AwqConfig, normalize_format
 from awq.errors import CheckpointError, ConfigError
 from awq.formats import get_format
@@ -29,7 +29,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, version: str) -> 
     if not source.is_dir():
         raise CheckpointError(f"{source} is not a directory; give the directory of a saved checkpoint.")
     check_directory(source)
-    config = read_settings(source)
+    config = Source.open(source).settings
     if Path(target).resolve() == source.resolve():
         raise CheckpointError(f"target {target} is the source; give another directory.")
     packed = packed_tensors(weight_files(source))

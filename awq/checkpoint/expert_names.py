@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awq.checkpoint.match import todays_names
+from awq.checkpoint.match import current_names
 from awq.folds.fold import reader_names
 from awq.nn.blocks import is_product
 from awq.nn.experts import ExpertNames, ExpertShape, fused_experts
@@ -76,7 +76,7 @@ def names_in_files(model: Any, stored: Iterable[str]) -> dict[str, ExpertNames]:
 
     Files that other tools wrote may have the usual names where the type's own are others.
     """
-    today = set(todays_names(model, stored))
+    today = set(current_names(model, stored))
     found = {}
     for name, names in expert_names(model).items():
         for candidate in (names, ExpertNames()):
@@ -123,7 +123,7 @@ def _common_names(
     model: Any, name: str, shape: ExpertShape, parts: dict[tuple[int, int], str], wanted: list[int]
 ) -> ExpertNames | None:
     """Names below an expert's number, when they are the same for all experts."""
-    today = {stored: current for current, stored in todays_names(model, parts.values()).items()}
+    today = {stored: current for current, stored in current_names(model, parts.values()).items()}
     endings = {part: set[str]() for part in wanted}
     for number in range(shape.num_experts):
         for part in wanted:

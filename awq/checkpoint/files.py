@@ -1,38 +1,60 @@
-"""Looking into checkpoint files without loading them: safetensors headers, sizes and names."""
+"""Looking into checkpoint files without loading them: names, dtypes and shapes of tensors, sizes, JSON.
+
+Files come from strangers. A pipe would hang the reader, a header may claim gigabytes, JSON may nest without end: only
+regular files are opened, sizes are compared with a bound before anything is allocated, and whatever the parsers raise
+becomes a `CheckpointError` with the file's name.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-import struct
+import os
+import stat
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from awq.errors import CheckpointError
 
 PackedTensors = dict[str, dict[str, dict[str, Any]]]
-"""Module name → "qweight" | "qzeros" | "scales" → {dtype, shape, data_offsets, file}."""
+"""Module name → "qweight" | "qzeros" | "scales" → {dtype, shape, file}."""
 
-_ITEM_BITS = {
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-    "F32": 32,
-    "I32": 32,
-    "U32": 32,
-    "F16": 16,
-    "BF16": 16,
-    "I16": 16,
-    "U16": 16,
-}
 PACKED_KINDS = ("qweight", "qzeros", "scales")
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
+MAX_JSON_BYTES = 64 << 20  # the index of the largest models has 10 MB
 
 
 def weight_files(directory: str | Path) -> list[Path]:
-    """The safetensors files at the top of a local directory, sorted; empty when it is no directory."""
+    """The safetensors files that make up the model of a local directory, in the order of their names.
+
+    As transformers chooses: `model.safetensors`, else the shards that the index names, else whatever lies there. Empty when
+    it is no directory.
+    """
     root = Path(directory)
-    return sorted(root.glob("*.safetensors")) if str(directory) and root.is_dir() else []
+    if not str(directory) or not root.is_dir():
+        return []
+    if (root / SINGLE_FILE).exists():
+        return [root / SINGLE_FILE]
+    if (root / INDEX_FILE).is_file():
+        return [root / name for name in shards_of(root / INDEX_FILE) if (root / name).exists()]
+    return sorted(root.glob("*.safetensors"))
+
+
+def shards_of(index: Path) -> list[str]:
+    """Names of the files that an index speaks of. Raises CheckpointError when one of them lies outside its folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map of tensor names to file names; save the checkpoint again.")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{index} names {outside[0]!r}, which is no file of its own folder; the checkpoint is refused.")
+    return names
 
 
 def files_of(config: Any, given: Iterable[str] | None = None) -> list[Path]:
@@ -43,10 +65,10 @@ def files_of(config: Any, given: Iterable[str] | None = None) -> list[Path]:
     if given:
         return [Path(f) for f in given if str(f).endswith(".safetensors")]
     name = getattr(config, "_name_or_path", "") or ""
-    found = weight_files(name)
-    if not found and name and not Path(name).exists():
-        found = weight_files(cached_directory(name, getattr(config, "_commit_hash", None)) or "")
-    return found
+    files = weight_files(name)
+    if not files and name and not Path(name).exists():
+        files = weight_files(cached_directory(name, getattr(config, "_commit_hash", None)) or "")
+    return files
 
 
 def cached_directory(repository: str, revision: str | None = None) -> Path | None:
@@ -61,70 +83,132 @@ def cached_directory(repository: str, revision: str | None = None) -> Path | Non
     return Path(config).parent if isinstance(config, str) else None
 
 
-def read_header(path: Path) -> dict[str, dict]:
-    """Tensor name → {dtype, shape, data_offsets} of one safetensors file.
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name → {dtype, shape, file} of one safetensors file; dtype in the file's words ("F16", "I32").
 
-    Raises CheckpointError when the file is truncated or is no safetensors file.
+    A file that did not change is read once. Raises CheckpointError when it is no regular file, truncated, or no safetensors.
     """
+    status = _regular(path)
+    return dict(_read_header(path, status.st_size, status.st_mtime_ns, status.st_ino))
+
+
+@lru_cache(maxsize=256)
+def _read_header(path: Path, size: int, _changed: int, _inode: int) -> dict[str, dict[str, Any]]:
+    _check_header_size(path, size)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > size:
-                raise ValueError(f"header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        for name, entry in header.items():
-            bits = _ITEM_BITS.get(entry["dtype"])
-            start, stop = entry["data_offsets"]
-            if bits and math.prod(entry["shape"]) * bits != (stop - start) * 8:
-                raise ValueError(f"{name} of shape {entry['shape']} in {stop - start} bytes")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: {"dtype": part.get_dtype(), "shape": list(part.get_shape()), "file": path}
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError, ValueError) as error:
+        if "not fully covered" in str(error) or "incomplete metadata" in str(error).lower():
+            raise CheckpointError(f"{path} is truncated (it has {size} bytes); download or save it again.") from error
         raise CheckpointError(f"{path} is not a readable safetensors file ({error}); download or save it again.") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    if size < end:
-        raise CheckpointError(f"{path} is truncated: {size} bytes of {end}; download or save it again.")
-    return header
+
+
+def _check_header_size(path: Path, size: int) -> None:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file (a header of {length} bytes in a file of {size}); "
+            "download or save it again."
+        )
+
+
+def tensor_headers(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Headers of all tensors of all files. Raises CheckpointError when two files hold a tensor of one name."""
+    headers: dict[str, dict[str, Any]] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if name in headers:
+                raise CheckpointError(f"{name} lies in {headers[name]['file'].name} and in {file.name}; remove the older file.")
+            headers[name] = entry
+    return headers
 
 
 def packed_tensors(files: Iterable[Path]) -> PackedTensors:
     """Headers of all packed linears in the files: every module that has a `qweight`."""
-    found: PackedTensors = {}
-    for file in files:
-        for name, entry in read_header(file).items():
-            module, _, kind = name.rpartition(".")
-            if kind in PACKED_KINDS:
-                found.setdefault(module, {})[kind] = {**entry, "file": file}
-    return {module: tensors for module, tensors in found.items() if "qweight" in tensors}
+    return packed_among(tensor_headers(files))
+
+
+def packed_among(headers: dict[str, dict[str, Any]]) -> PackedTensors:
+    """The packed linears among tensor headers."""
+    modules: PackedTensors = {}
+    for name, entry in headers.items():
+        module, _, kind = name.rpartition(".")
+        if kind in PACKED_KINDS:
+            modules.setdefault(module, {})[kind] = entry
+    return {module: tensors for module, tensors in modules.items() if "qweight" in tensors}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError when it is missing or broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is missing or not readable as JSON: {error}.") from error
+    """A JSON object from a file. Raises CheckpointError when it is missing, too large, or no object."""
+    content = read_any_json(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a JSON object.")
     return content
 
 
+def read_any_json(path: Path) -> Any:
+    """What a JSON file holds. Raises CheckpointError when it is missing, too large, or no JSON."""
+    size = _regular(path).st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that a settings file may have.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is missing or not readable as JSON: {error}.") from error
+
+
+def _regular(path: Path) -> os.stat_result:
+    """The status of a regular file; opening a pipe or a device would hang. Raises CheckpointError."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a regular file; it is not read.")
+    return status
+
+
 def check_directory(path: str | Path) -> None:
-    """Raises CheckpointError when a local model directory has no config, no safetensors weights, or broken ones."""
+    """Raises CheckpointError when a local model directory lacks its config or weights, or when they are broken.
+
+    Packed weights ask for a `quantization_config`: without one, every reader would load random numbers in their place.
+    """
     root = Path(path)
-    if not (root / "config.json").is_file():
+    if not (root / "config.json").exists():
         raise CheckpointError(f"{root} has no config.json; it is not a model directory.")
-    read_json(root / "config.json")
+    config = read_json(root / "config.json")
     files = weight_files(root)
+    if (root / INDEX_FILE).exists():
+        _check_index(root, {file.name for file in files})
     if not files:
         raise CheckpointError(f"{root} has no .safetensors weights; convert the model to safetensors first.")
-    index = root / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(read_json(index).get("weight_map", {}).values())
-        missing = sorted(named - {f.name for f in files})
-        if missing:
-            raise CheckpointError(f"{root} lacks {', '.join(missing)}, named in {index.name}.")
-    for file in files:
-        read_header(file)
+    packed = packed_tensors(files)
+    if packed and not config.get("quantization_config"):
+        raise CheckpointError(
+            f"{root} holds packed weights (first: {min(packed)}.qweight), but its config.json has no quantization_config; "
+            'add {"quant_method": "awq", "bits": 4, "group_size": …, "version": …} as the checkpoint was made.'
+        )
+
+
+def _check_index(root: Path, files: set[str]) -> None:
+    index = root / INDEX_FILE
+    named = set(shards_of(index))
+    present = {file.name for file in root.glob("model*.safetensors")}
+    missing = sorted(named - present - files)
+    if missing:
+        raise CheckpointError(f"{root} lacks {', '.join(missing)}, named in {index.name}.")
+    stray = sorted(present - named)
+    if stray:
+        raise CheckpointError(f"{root} holds {', '.join(stray)}, which {index.name} does not name; remove what is stale.")
+    weight_map = read_json(index)["weight_map"]
+    for file in sorted(named):
+        header = read_header(root / file)
+        absent = [name for name, shard in weight_map.items() if shard == file and name not in header]
+        if absent:
+            raise CheckpointError(f"{root / file} lacks {absent[0]}, which {index.name} looks for there.")

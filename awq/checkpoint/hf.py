@@ -6,6 +6,7 @@ modules in the config are a fallback only, since every tool spells and matches t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from awq import config as settings
+from awq.checkpoint.account import check_blocks, check_packed_finite, place_activation_scales
 from awq.checkpoint.expert_names import names_in_files
-from awq.checkpoint.files import PackedTensors, files_of, packed_tensors
+from awq.checkpoint.files import PackedTensors, files_of, packed_among, tensor_headers
 from awq.checkpoint.match import check_shapes, match_names
 from awq.errors import CheckpointError
 from awq.nn.experts import expose_experts
@@ -38,14 +40,16 @@ def storage_settings(source: Any) -> settings.AwqConfig:
 
     Raises ConfigError for values that cannot be read.
     """
-    given = dict(source) if isinstance(source, dict) else {
-        key: getattr(source, key) for key in ("bits", "group_size", "zero_point", "modules_to_not_convert")
-    } | {"version": getattr(source, "format", None) or getattr(source, "version", "gemm")}  # fmt: skip
-    given = {key: value for key, value in given.items() if value is not None}
+    if isinstance(source, dict):
+        given = dict(source)
+    else:
+        names = ("quant_method", "bits", "group_size", "zero_point", "modules_to_not_convert")
+        given = {name: getattr(source, name, None) for name in names}
+        given["version"] = getattr(source, "format", None) or getattr(source, "version", "gemm")
     version = given.get("version")
     if str(getattr(version, "value", version)).lower() in _GEMM_KERNELS:
         given["version"] = "gemm"
-    return settings.AwqConfig.from_dict(given)
+    return settings.AwqConfig.from_file(given)
 
 
 class AwqConfig(transformers.AwqConfig):  # transformers compares the class's name when one is given by hand
@@ -79,6 +83,7 @@ class AwqHfQuantizer(HfQuantizer):
         self.modules_to_not_convert = list(getattr(quantization_config, "modules_to_not_convert", None) or [])
         self.matched: dict[str, str] = {}
         self.packed: PackedTensors = {}
+        self.stored: list[str] = []  # names of all tensors in the files
 
     @property
     def settings(self) -> settings.AwqConfig:
@@ -94,9 +99,18 @@ class AwqHfQuantizer(HfQuantizer):
         return torch_dtype or (torch.float16 if torch.cuda.is_available() else torch.float32)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
-        self.packed = packed_tensors(files_of(model.config, kwargs.get("checkpoint_files")))
+        headers = tensor_headers(files_of(model.config, kwargs.get("checkpoint_files")))
+        self.stored = list(headers)
+        self.packed = packed_among(headers)
+        if headers and not self.packed:
+            raise CheckpointError(
+                f"the config of {model.config._name_or_path} has a quantization_config, but its files hold no packed weights; "
+                "remove quantization_config from config.json."
+            )
+        place_activation_scales(model, headers)
         expose_experts(model, names_in_files(model, self.packed))
         self.matched = replace_linears(model, self.settings, self.packed)
+        untie_packed(model, self.matched)
         for name in self.matched:
             # Some models initialise their linears' `weight` by name after loading, which passes over what is marked as loaded.
             placeholder = torch.empty(0)
@@ -109,11 +123,14 @@ class AwqHfQuantizer(HfQuantizer):
             model.get_submodule(name).__dict__.pop("weight", None)
         restore_scales(model, self.matched, self.packed)
         check_loaded(model, self.matched, self.packed)
+        if self.stored:
+            check_blocks(model, self.stored, self.matched)
+        check_packed_finite(model, self.matched)
         pack_experts(model)
         prepare(model)
         leave_files(model)
         trim()
-        self.packed = {}
+        self.packed, self.stored = {}, []
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -165,6 +182,22 @@ def replace_linears(model: Any, config: settings.AwqConfig, packed: PackedTensor
         bias = getattr(module, "bias", None) is not None
         replace_module(model, name, WQLinear(in_features, out_features, bias, size, config.format, place, dtype))
     return matched
+
+
+def untie_packed(model: Any, matched: Iterable[str]) -> None:
+    """Takes packed modules out of the model's ties: they have no `weight` to share, in whatever direction.
+
+    A head that is packed although its config ties it to the embeddings is used as the head it is; the config then says so.
+    """
+    packed = set(matched)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if any(module is head and name in packed for name, module in model.named_modules()):
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied:
+        weights = {f"{name}.weight" for name in packed}
+        model.all_tied_weights_keys = {k: v for k, v in tied.items() if k not in weights and v not in weights}
 
 
 def restore_scales(model: Any, matched: dict[str, str], packed: PackedTensors) -> None:

@@ -1,95 +1,100 @@
-"""Loading a checkpoint through transformers, after checking the files of a local directory."""
+"""Loading a checkpoint through transformers, after checking its files, and accounting for every tensor afterwards."""
 
 from __future__ import annotations
 
-import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from awq.checkpoint.files import check_directory, read_json
+from awq.checkpoint.account import check_finite, check_float_parameters, check_report
 from awq.checkpoint.hf import register
-from awq.errors import ModelError
+from awq.checkpoint.source import Source, first_line, hub_arguments
+from awq.errors import AwqError, CheckpointError, ModelError
+
+# torch's default dtype belongs to the process, and transformers changes it while it builds a model.
+_one_at_a_time = threading.RLock()
 
 
-def auto_class(path: str | Path, config: Any) -> Any:
-    """The transformers class for a model: AutoModel for encoders and sentence embedders, else the one with its own head.
+def model_class(source: Source) -> Any:
+    """The transformers class for a model: the one that its config names, or AutoModel for directories of embedding models.
 
-    path: local directory or hub id; config: its transformers config.
+    Raises ModelError when the config names a class of another kind of model.
     """
-    if is_embedder(path):
+    config = source.config
+    named = getattr(config, "architectures", None) or [""]
+    architecture = named[0] if isinstance(named[0], str) else ""
+    if source.is_embedder and not architecture.endswith("EncoderModel"):
         return AutoModel
-    architecture = (getattr(config, "architectures", None) or [""])[0]
+    remote = source.trust_remote_code and bool(getattr(config, "auto_map", None))
+    kind = getattr(transformers, architecture, None) if architecture and not remote else None
+    if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+        _check_kind(source, kind)
+        return kind
     if not architecture and type(config) in AutoModelForCausalLM._model_mapping:
         # BERT and its kin can be built as decoders too; what has a masked head is an encoder.
         return AutoModel if type(config) in AutoModelForMaskedLM._model_mapping else AutoModelForCausalLM
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return AutoModelForCausalLM
-    for head in ("ForSequenceClassification", "ForTokenClassification", "ForConditionalGeneration"):
-        if architecture.endswith(head) and hasattr(transformers, architecture):
-            return getattr(transformers, architecture)
     return AutoModel
 
 
-def is_embedder(path: str | Path) -> bool:
-    """Whether a local directory is sentence-transformers' of a model for embeddings, not of a cross-encoder with its head."""
-    settings = Path(path) / "config_sentence_transformers.json"
-    kind = read_json(settings).get("model_type") if settings.is_file() else None
-    return (Path(path) / "modules.json").is_file() and kind != "CrossEncoder"
+def body_class(source: Source) -> Any:
+    """The class whose call gives `last_hidden_state`: AutoModel, or the encoder that the config names (T5EncoderModel)."""
+    named = model_class(source)
+    return named if named.__name__.endswith("EncoderModel") else AutoModel
 
 
-def read_config(path: str | Path, trust_remote_code: bool = False, **download: Any) -> Any:
-    """transformers config of a local directory or hub id; checks a local directory's files first.
-
-    Raises CheckpointError for broken files, ModelError when there is no such model.
-    """
-    if os.path.isdir(path):
-        check_directory(Path(path) / download.get("subfolder", ""))
-    elif os.path.exists(path) or str(path).startswith((".", "/", "~")):
-        raise ModelError(f"model {path} does not exist as a directory.")
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **download)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {path!s} cannot be loaded: {str(error).splitlines()[0]}") from error
+def _check_kind(source: Source, kind: Any) -> None:
+    expected = getattr(kind, "config_class", None)
+    if isinstance(expected, type) and not isinstance(source.config, expected):
+        raise ModelError(
+            f"{source.name}: config.json names the class {kind.__name__}, which is no model of type "
+            f"{source.config.model_type}; correct architectures."
+        )
 
 
 def load_model(
-    path: str | Path,
+    path: str | Path | Source,
     dtype: torch.dtype | str = "auto",
     trust_remote_code: bool = False,
     kind: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """A transformers model in evaluation mode from a local directory or hub id, quantized or not.
+    """A transformers model in evaluation mode, quantized or not, of which every tensor came from the files.
 
-    kind: the transformers class to use instead of the one that fits the model. Raises CheckpointError, ConfigError or
-    ModelError before anything is built.
+    path: local directory, hub id, or an open `Source`. dtype: of everything that is not packed; "auto" is what the checkpoint
+    was saved in. kind: the transformers class, e.g. `transformers.AutoModel`; None takes what fits the checkpoint.
+    kwargs: of `from_pretrained` (device_map, revision …).
+
+    Raises ModelError when there is no such model or its config cannot be built, CheckpointError when files are broken, or
+    tensors missing, left over or not finite.
     """
     register()
-    download = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "subfolder", "local_files_only") if k in kwargs}
-    config = read_config(path, trust_remote_code, **download)
-    kind = kind or auto_class(path, config)
-    if kind is AutoModelForCausalLM and not trust_remote_code and type(config) not in kind._model_mapping:
-        raise ModelError(f"model {path!s} of type {config.model_type} has no causal language model in transformers.")
+    source = path if isinstance(path, Source) else Source.open(path, trust_remote_code, **hub_arguments(kwargs))
+    chosen = kind or model_class(source)
+    if chosen is AutoModelForCausalLM and not source.trust_remote_code and type(source.config) not in chosen._model_mapping:
+        raise ModelError(f"model {source.name} of type {source.config.model_type} has no causal language model in transformers.")
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    return kind.from_pretrained(path, trust_remote_code=trust_remote_code, use_safetensors=True, **{name: dtype}, **kwargs).eval()
+    arguments = {**kwargs, name: dtype, "trust_remote_code": source.trust_remote_code, "use_safetensors": True}
+    with _one_at_a_time:
+        model, report = _from_pretrained(chosen, source, arguments)
+    check_report(model, report, source.name, body_only=chosen is AutoModel or kind is not None)
+    check_float_parameters(model, source.name)
+    check_finite(model, source.name)
+    return model.eval()
 
 
-def load_checkpoint(
-    path: str | Path,
-    auto_class: Any = None,
-    device_map: Any = None,
-    dtype: torch.dtype | str = "auto",
-    trust_remote_code: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """A quantized model. dtype: of everything that is not packed; "auto" is what the checkpoint was saved in.
-
-    auto_class: e.g. `transformers.AutoModel`; None takes what fits the checkpoint.
-    """
-    if device_map is not None:
-        kwargs["device_map"] = device_map
-    return load_model(path, dtype, trust_remote_code, auto_class, **kwargs)
+def _from_pretrained(kind: Any, source: Source, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    before = torch.get_default_dtype()
+    try:
+        return kind.from_pretrained(source.location, output_loading_info=True, **arguments)
+    except (AwqError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers meets in someone's files
+        raise CheckpointError(f"{source.name} cannot be loaded as {kind.__name__}: {first_line(error)}") from error
+    finally:
+        torch.set_default_dtype(before)

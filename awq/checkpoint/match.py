@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from awq.checkpoint.files import PackedTensors
@@ -22,6 +23,8 @@ from awq.nn.surgery import linear_shape, named_linears
 
 logger = logging.getLogger("awq.checkpoint")
 
+_FLOATS = ("F16", "BF16", "F32")
+_CODES = {torch.int32: "I32", torch.int16: "I16"}
 _DTYPES = {"I32": "int32", "I16": "int16", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _SHORTEST_ENDING = 3  # parts of a name, so that a layer's index is among them
 
@@ -32,7 +35,7 @@ def match_names(model: Any, packed: PackedTensors) -> dict[str, str]:
     Raises CheckpointError when the files hold packed weights and none of them belongs to this model.
     """
     linears, base = named_linears(model), getattr(model, "base_model_prefix", "")
-    today, matched = todays_names(model, packed), {}
+    today, matched = current_names(model, packed), {}
     for name in linears:
         for spelling in (name, f"{base}.{name}", name.removeprefix(f"{base}.")):
             if spelling in today:
@@ -48,23 +51,61 @@ def match_names(model: Any, packed: PackedTensors) -> dict[str, str]:
             f"belongs to {type(model).__name__}."
         )
     if left:
-        logger.warning(
-            "%d quantized weights of the checkpoint have no place in %s and are not used: %s …",
-            len(left), type(model).__name__, ", ".join(sorted(left)[:3]),
-        )  # fmt: skip
+        _check_left_over(model, sorted(left), matched)
     return matched
 
 
-def todays_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+def _check_left_over(model: Any, left: list[str], matched: dict[str, str]) -> None:
+    """Packed weights without a place in the model: those of a head may stay out where a body is loaded, no others."""
+    used = {_list_of(name) for name in matched.values()} - {""}
+    inside = [name for name in left if _list_of(name) in used]
+    names = ", ".join((inside or left)[:3])
+    if inside:
+        raise CheckpointError(
+            f"{len(inside)} quantized weights of the checkpoint have no place in {type(model).__name__}: {names} …; "
+            "it would compute with random numbers instead. Load it with the class and sizes that it was saved with."
+        )
+    logger.warning(
+        "%d quantized weights of the checkpoint have no place in %s and are not used: %s …",
+        len(left),
+        type(model).__name__,
+        names,
+    )
+
+
+def _list_of(name: str) -> str:
+    """The list of blocks that a weight belongs to ("model.layers"), or "" outside lists."""
+    parts = name.split(".")
+    start = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[:start])
+
+
+def current_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     """Module name in the installed transformers → name in the checkpoint; transformers 5 renames modules while loading."""
-    renamings = [step for step in _conversions(model) if not hasattr(step, "operations")]
-    names = {}
+    keys = current_keys(model, [f"{name}.qweight" for name in stored])
+    return {key.removesuffix(".qweight"): name.removesuffix(".qweight") for key, name in keys.items()}
+
+
+def current_keys(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Tensor name in the installed transformers → name in the checkpoint, as transformers renames while loading.
+
+    Tensors that transformers would join into one (a model's experts) keep the name of the joined tensor; the last one wins.
+    """
+    steps = _conversions(model)
+    renamings = [step for step in steps if not hasattr(step, "operations")]
+    joinings = [step for step in steps if hasattr(step, "operations")]
+    stored = list(stored)
+    packed = {name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")}
+    keys = {}
     for name in stored:
-        key = f"{name}.qweight"
-        for renaming in renamings:
-            key, _ = renaming.rename_source_key(key)
-        names[key.removesuffix(".qweight")] = name
-    return names
+        key = name
+        for step in renamings:
+            key, _ = step.rename_source_key(key)
+        if name.rpartition(".")[0] not in packed:  # tensors of packed linears stay as they are
+            for step in joinings:
+                key, _ = step.rename_source_key(key)
+        keys[key] = name
+    return keys
 
 
 def merged_on_disk(model: Any, packed: Iterable[str]) -> list[str]:
@@ -113,6 +154,8 @@ def check_shapes(name: str, module: nn.Module, tensors: dict[str, dict], config:
     if missing:
         raise CheckpointError(f"{name}: the checkpoint lacks {', '.join(missing)}; the file is incomplete, save it again.")
     in_features, out_features = linear_shape(module)
+    if config.bits != 4:
+        raise CheckpointError(f"{name}: config.json says {config.bits} bits; packed weights hold 4. Correct config.json.")
     found = {kind: (tuple(entry["shape"]), entry["dtype"]) for kind, entry in tensors.items()}
     if _fits(found, in_features, out_features, config.group_size_of(in_features, name), config.format):
         return
@@ -131,6 +174,6 @@ def _fits(found: dict[str, tuple[tuple[int, ...], str]], in_features: int, out_f
     if codec.why_not(in_features, out_features, size):
         return False
     return all(
-        shape == found[kind][0] and (dtype.is_floating_point or _DTYPES.get(found[kind][1]) == str(dtype).split(".")[1])
+        shape == found[kind][0] and found[kind][1] in (_FLOATS if dtype.is_floating_point else (_CODES[dtype],))
         for kind, (shape, dtype) in codec.shapes(in_features, out_features, size).items()
     )

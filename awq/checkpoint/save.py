@@ -12,7 +12,6 @@ from awq.checkpoint.card import write_card
 from awq.checkpoint.directory import complete_directory, copy_companions, source_directory
 from awq.checkpoint.expert_names import router_spellings
 from awq.checkpoint.files import read_json
-from awq.checkpoint.hf import storage_settings
 from awq.checkpoint.match import merged_on_disk
 from awq.config import AwqConfig
 from awq.errors import CheckpointError
@@ -103,14 +102,3 @@ def _config_of(model: Any, settings: dict[str, Any] | None) -> Iterator[None]:
             config.quantization_config = had
         if quantizer is not None:
             model.hf_quantizer = quantizer
-
-
-def read_settings(directory: str | Path) -> AwqConfig:
-    """The storage settings of a saved checkpoint. Raises CheckpointError when it is not an AWQ checkpoint."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no config.json; it is not a model directory.")
-    found = read_json(path).get("quantization_config")
-    if not found:
-        raise CheckpointError(f"{directory} is not quantized: config.json has no quantization_config.")
-    return storage_settings(found)

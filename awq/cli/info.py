@@ -10,12 +10,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from awq.checkpoint.files import check_directory, packed_tensors, weight_files
-    from awq.checkpoint.save import read_settings
+    from awq.checkpoint.source import Source
     from awq.cli.output import show
 
-    check_directory(arguments.model)
-    files = weight_files(arguments.model)
-    result = read_settings(arguments.model).to_dict()
-    result |= {"quantized_linears": len(packed_tensors(files)), "weight_bytes": sum(f.stat().st_size for f in files)}
+    source = Source.open(arguments.model)
+    files = {entry["file"] for entry in source.headers.values()}
+    result = source.settings.to_dict()
+    result |= {"quantized_linears": len(source.packed), "weight_bytes": sum(f.stat().st_size for f in files)}
     show(result, arguments.json)

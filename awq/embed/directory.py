@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from awq.checkpoint.files import read_json
-from awq.checkpoint.load import is_embedder
+from awq.checkpoint.source import UNLIMITED, is_embedder, position_limit, read_modules
 from awq.errors import CheckpointError
 
 logger = logging.getLogger("awq.embed")
@@ -32,43 +31,76 @@ class SentenceSettings:
 def sentence_settings(directory: str | Path) -> SentenceSettings:
     """Settings of a local directory; those of a plain transformers directory are empty. Raises CheckpointError for broken files."""
     root = Path(directory)
-    modules: tuple[tuple[str, Path], ...] = ()
-    if (root / "modules.json").is_file():
-        try:
-            listed = json.loads((root / "modules.json").read_text(encoding="utf-8"))
-            modules = tuple((str(m["type"]).rpartition(".")[2], root / m["path"]) for m in listed)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{root / 'modules.json'} is not a list of sentence-transformers modules: {error!r}.") from error
+    modules = read_modules(root)
     general = _optional(root / "config_sentence_transformers.json")
     home = modules[0][1] if modules else root
     # Early releases named the file after the architecture: sentence_roberta_config.json and its kin.
-    inner = next((read_json(p) for p in sorted(home.glob("sentence_*_config.json"))), {})
+    files = sorted(home.glob("sentence_*_config.json"))
+    inner = read_json(files[0]) if files else {}
+    place = files[0] if files else root
     return SentenceSettings(
-        modules, inner.get("max_seq_length"), bool(inner.get("do_lower_case")),
-        dict(general.get("prompts") or {}), general.get("default_prompt_name"),
-    )  # fmt: skip
+        modules=modules,
+        max_length=_length(inner.get("max_seq_length"), place),
+        lower_case=_flag(inner.get("do_lower_case"), place),
+        prompts=_prompts(general.get("prompts"), root),
+        default_prompt_name=_prompt_name(general, root),
+    )
+
+
+def _length(value: Any, place: Path) -> int | None:
+    if value is None or value == 0:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 2:
+        raise CheckpointError(f"{place}: max_seq_length is {value!r}; it must be a whole number of at least 2.")
+    return value
+
+
+def _flag(value: Any, place: Path) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{place}: do_lower_case is {value!r}; it must be true or false.")
+    return bool(value)
+
+
+def _prompts(value: Any, place: Path) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise CheckpointError(f"{place}/config_sentence_transformers.json: prompts must be texts by name, not {value!r:.100}.")
+    return dict(value)
+
+
+def _prompt_name(general: dict[str, Any], place: Path) -> str | None:
+    name = general.get("default_prompt_name")
+    known = {"query", "document", *(general.get("prompts") or {})}
+    if name is not None and (not isinstance(name, str) or name not in known):
+        raise CheckpointError(f"{place}/config_sentence_transformers.json: default_prompt_name {name!r} is none of its prompts.")
+    return name
 
 
 def is_sentence_model(path: str | Path) -> bool:
     """Whether a local directory, or a hub model, is sentence-transformers' of a model for embeddings (not of a cross-encoder)."""
     if Path(path).exists() or str(path).startswith((".", "/", "~")):
-        return is_embedder(path)
+        return is_embedder(Path(path))
     from huggingface_hub import snapshot_download
 
     try:
-        return is_embedder(snapshot_download(str(path), allow_patterns=["modules.json", "config_sentence_transformers.json"]))
+        files = ["modules.json", "config_sentence_transformers.json"]
+        return is_embedder(Path(snapshot_download(str(path), allow_patterns=files)))
     except Exception as error:  # the hub's client has many ways to fail; a model that is missing is reported when it is loaded
         logger.info("%s is taken for no sentence embedder: %s", path, str(error).split("\n")[0])
         return False
 
 
 def longest_input(config: Any, tokenizer: Any, settings: SentenceSettings) -> int:
-    """Longest input in tokens, special ones included: the directory's own, else what tokenizer and positions allow."""
+    """Longest input in tokens, special ones included: what the directory, the tokenizer and the positions all allow.
+
+    The directory's own number counts more than the tokenizer's, never more than the positions that the model has.
+    """
+    positions = position_limit(config)
     if settings.max_length:
-        return settings.max_length
-    limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
-    # A tokenizer without a limit says 10^30, and models with relative positions say nothing or −1.
-    known = [n for n in limits if isinstance(n, int) and 0 < n < 1 << 24]
+        return min(settings.max_length, positions or settings.max_length)
+    limits = [positions, getattr(tokenizer, "model_max_length", None)]
+    known = [n for n in limits if isinstance(n, int) and 0 < n < UNLIMITED]
     return min(known, default=512)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel
 
-from awq.checkpoint.load import load_model, read_config
+from awq.checkpoint.load import body_class, load_model
+from awq.checkpoint.source import Source
 from awq.checkpoint.tokenizer import load_tokenizer
 from awq.embed.directory import SentenceSettings, longest_input, sentence_settings
 from awq.embed.graphs import EncoderGraphs
@@ -73,9 +73,11 @@ class Encoder(nn.Module):
             root = _downloaded(str(path))
         settings = sentence_settings(root)
         body = settings.modules[0][1] if settings.modules else root
-        if getattr(read_config(body, trust_remote_code), "is_encoder_decoder", False):
+        source = Source.open(body, trust_remote_code)
+        kind = body_class(source)
+        if getattr(source.config, "is_encoder_decoder", False) and not kind.__name__.endswith("EncoderModel"):
             raise ModelError(f"{path} is an encoder-decoder model; use SentenceTransformer({str(path)!r}) for it.")
-        encoder = cls.around(load_model(body, dtype, trust_remote_code, AutoModel), root, trust_remote_code=trust_remote_code)
+        encoder = cls.around(load_model(source, dtype, kind=kind), root, trust_remote_code=trust_remote_code)
         return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
     @classmethod

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from awq.checkpoint.load import load_model, read_config
+from awq.checkpoint.load import load_model
+from awq.checkpoint.source import Source
 from awq.checkpoint.tokenizer import load_tokenizer
 from awq.embed.directory import longest_input, sentence_settings
 from awq.errors import AwqError, ConfigError
@@ -152,7 +153,7 @@ class AutoAWQLoader(BaseModelLoader):
         self.cleanup()
 
     def _config(self) -> Any:
-        return read_config(self._source, self._trust, **self._hub)
+        return Source.open(self._source, self._trust, **self._hub).config
 
     def _is_quantized(self) -> bool:
         found = getattr(self._config(), "quantization_config", None)

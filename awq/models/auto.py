@@ -6,10 +6,9 @@ import logging
 from typing import Any
 
 import torch
-from transformers import AutoModel
 
-from awq.checkpoint.hf import storage_settings
-from awq.checkpoint.load import load_model, read_config
+from awq.checkpoint.load import body_class, load_model
+from awq.checkpoint.source import Source, hub_arguments
 from awq.checkpoint.tokenizer import find_tokenizer
 from awq.errors import ConfigError, ModelError
 from awq.models.base import BaseAWQForCausalLM
@@ -31,7 +30,6 @@ def _dtype(value: Any) -> torch.dtype | str:
 class AutoAWQForCausalLM:
     """Factory; not instantiated."""
 
-    _kind: Any = None
     _wrapper: Any = BaseAWQForCausalLM
 
     def __init__(self) -> None:
@@ -62,10 +60,10 @@ class AutoAWQForCausalLM:
         kwargs = {**(download_kwargs or {}), **model_init_kwargs}
         if device_map is not None:
             kwargs["device_map"] = device_map
-        config = read_config(model_path, trust_remote_code, **_where(kwargs))
-        if getattr(config, "quantization_config", None) is not None:
+        source = Source.open(model_path, trust_remote_code, **hub_arguments(kwargs))
+        if source.is_quantized:
             raise ConfigError(f"{model_path} is quantized already; load it with from_quantized.")
-        model = load_model(model_path, dtype, trust_remote_code, cls._kind, **kwargs)
+        model = load_model(source, dtype, kind=cls._class_of(source), **kwargs)
         return cls._wrapper(model, str(model_path), trust_remote_code=trust_remote_code)
 
     @classmethod
@@ -99,11 +97,9 @@ class AutoAWQForCausalLM:
         are accepted for compatibility.
         """
         dtype = _dtype(config_kwargs.pop("dtype", config_kwargs.pop("torch_dtype", "auto")))
-        config = read_config(quant_path, trust_remote_code, **_where({**(download_kwargs or {}), **config_kwargs}))
-        settings = getattr(config, "quantization_config", None)
-        if settings is None:
-            raise ConfigError(f"{quant_path} is not quantized: its config has no quantization_config; use from_pretrained.")
-        stored = storage_settings(settings)
+        max_seq_len = config_kwargs.pop("max_new_tokens", None) or max_seq_len  # AutoAWQ's older name
+        source = Source.open(quant_path, trust_remote_code, **hub_arguments({**(download_kwargs or {}), **config_kwargs}))
+        stored = source.settings
         _note_unused(
             quant_filename=quant_filename, use_exllama=use_exllama, use_exllama_v2=use_exllama_v2, use_ipex=use_ipex,
             use_qbits=config_kwargs.pop("use_qbits", False),
@@ -118,17 +114,17 @@ class AutoAWQForCausalLM:
                 target = torch.device("cuda", torch.cuda.current_device())
             if target.type != "cpu":  # straight there: weights are moved to their kernels' layout where they land
                 kwargs["device_map"] = {"": target}
-        model = load_model(quant_path, dtype, trust_remote_code, cls._kind, **kwargs)
-        tokenizer = find_tokenizer(quant_path, trust_remote_code)
+        model = load_model(source, dtype, kind=cls._class_of(source), **kwargs)
+        tokenizer = find_tokenizer(source.location, trust_remote_code)
         loaded = cls._wrapper(model, str(quant_path), stored, tokenizer, trust_remote_code)
         if fuse_layers and loaded.can_generate():
             loaded.fuse_layers(max_seq_len, batch_size, quantize_lm_head, capture_unfused)
         return loaded
 
-
-def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that say where on the hub, or in which folder, a model is."""
-    return {k: kwargs[k] for k in ("revision", "cache_dir", "token", "subfolder", "local_files_only") if k in kwargs}
+    @classmethod
+    def _class_of(cls, source: Source) -> Any:
+        """The transformers class to load, or None for what the checkpoint names."""
+        return None
 
 
 def _note_unused(**given: Any) -> None:
@@ -146,8 +142,11 @@ class AutoAWQForEmbedding(AutoAWQForCausalLM):
     What it returns is an `AwqEmbeddingModel`, whose `quantize` takes texts and whose `encode` gives embeddings.
     """
 
-    _kind = AutoModel
     _wrapper = AwqEmbeddingModel
+
+    @classmethod
+    def _class_of(cls, source: Source) -> Any:
+        return body_class(source)
 
     @classmethod
     def from_sentence_transformer(cls, model: Any) -> AwqEmbeddingModel:

@@ -1,0 +1,159 @@
+"""Every tensor of a checkpoint accounted for: none missing, none left over, none that is not a number.
+
+transformers only warns about tensors that it did not find or had no place for, since people start fine-tuning from parts of
+models; what is missing gets random numbers. A *quantized* checkpoint, or one that is to be quantized, has no such excuse.
+This package's own doors ask transformers for its loading report and refuse what that report lists (`check_report`).
+Behind transformers' own doors a new head is legitimate, so only the blocks that hold packed weights must be complete there
+(`check_blocks`).
+
+A scale of an activation (`mlp.act.scales`, AutoAWQ's for GELU models) is a tensor like the others. It belongs to a module
+without parameters, so `place_activation_scales` gives that module one before the weights are loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq.checkpoint.match import current_keys
+from awq.errors import CheckpointError
+from awq.nn.activation import ScaledActivation
+from awq.nn.surgery import replace_module
+
+MAX_NAMES_SHOWN = 3
+_UNUSED_POOLER = re.compile(r"(^|\.)pooler\.")
+_UP_TO_BLOCK_INDEX = re.compile(r"^(.*?\.\d+)\.")
+
+
+def check_report(model: nn.Module, report: dict[str, Any], path: str | Path, body_only: bool = False) -> None:
+    """Refuses a model that transformers could not fill with exactly what the files of `path` hold.
+
+    report: transformers' loading report ("missing_keys", "unexpected_keys", "mismatched_keys"). body_only: a body was asked
+    for on purpose, so tensors of a head outside it may be left over. Raises CheckpointError with the first names.
+    """
+    kind = type(model).__name__
+    headless = getattr(model, "base_model", model) is model
+    missing = [name for name in report.get("missing_keys", ()) if not (headless and _UNUSED_POOLER.search(name))]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks tensors that {kind} needs: {_first(missing)}; transformers would fill them with random numbers. "
+            "Download or save the checkpoint again, or correct its config.json."
+        )
+    surplus = [name for name in report.get("unexpected_keys", ()) if not (body_only and _outside(model, name))]
+    if surplus:
+        raise CheckpointError(
+            f"{path} holds tensors that have no place in {kind}: {_first(surplus)}; they would be ignored. "
+            "Correct architectures or the sizes in its config.json."
+        )
+    mismatched = [str(entry[0]) for entry in report.get("mismatched_keys", ())]
+    if mismatched:
+        raise CheckpointError(f"{path} holds tensors of other shapes than {kind} has: {_first(mismatched)}.")
+
+
+def _outside(model: nn.Module, name: str) -> bool:
+    """Whether a tensor belongs to no child of the model: a head's, where the body was loaded."""
+    base = getattr(model, "base_model_prefix", "")
+    top = name.removeprefix(f"{base}.").split(".")[0]
+    return top not in dict(model.named_children())
+
+
+def check_blocks(model: nn.Module, stored: Iterable[str], matched: Iterable[str]) -> None:
+    """Refuses blocks with packed linears that lack other tensors: they would be random numbers.
+
+    stored: names of all tensors in the files. matched: names of the model's packed linears. Heads and all else outside
+    these blocks may be missing, for `AutoModelFor…` puts new heads on old bodies. Raises CheckpointError.
+    """
+    blocks = {_block_of(name) for name in matched} - {""}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    endings = {_in_block(name) for name in current_keys(model, stored)}
+    missing = [
+        name
+        for name in model.state_dict()
+        if _block_of(name) in blocks and name not in tied and _in_block(name) not in endings
+    ]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks tensors of blocks that {type(model).__name__} reads packed: {_first(missing)}; "
+            "download or save it again."
+        )
+
+
+def _block_of(name: str) -> str:
+    """Name up to the first index ("model.layers.3"), or "" outside lists."""
+    match = _UP_TO_BLOCK_INDEX.match(f"{name}.")
+    return match.group(1) if match else ""
+
+
+def _in_block(name: str) -> str:
+    """Name from the first index on ("3.mlp.up_proj.bias"): what prefixes of bodies and heads do not change."""
+    parts = name.split(".")
+    start = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[start:])
+
+
+def place_activation_scales(model: nn.Module, headers: dict[str, dict[str, Any]]) -> list[str]:
+    """Wraps every activation that the files hold scales for in a `ScaledActivation`, in place; returns their names.
+
+    headers: of all tensors in the files. A tensor `X.scales` without `X.qweight` means that the output of module X, which has
+    no parameters of its own, is divided by it. Must run before weights are loaded.
+    """
+    stored = [name for name in headers if name.endswith(".scales") and f"{name.removesuffix('.scales')}.qweight" not in headers]
+    modules = dict(model.named_modules())
+    base = getattr(model, "base_model_prefix", "")
+    placed = []
+    for name, key in current_keys(model, stored).items():
+        spelled = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
+        place = next((s.removesuffix(".scales") for s in spelled if s.removesuffix(".scales") in modules), None)
+        if place is None or any(True for _ in modules[place].parameters()):
+            continue
+        shape = headers[key]["shape"]
+        scales = torch.empty(shape, device="meta")
+        replace_module(model, place, ScaledActivation(modules[place], scales))
+        placed.append(place)
+    return placed
+
+
+def check_finite(model: nn.Module, path: str | Path, error: Callable[[str], Exception] = CheckpointError) -> None:
+    """Refuses parameters that hold NaN or infinity, with their names; those of packed linears are `check_packed_finite`'s."""
+    named = ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
+    broken = [name for name, parameter in named if not is_finite(parameter)]
+    if broken:
+        raise error(f"{path} holds numbers that are not finite in {_first(broken)}; download or make it again.")
+
+
+def check_packed_finite(model: nn.Module, matched: Iterable[str]) -> None:
+    """Refuses packed linears whose scales or biases hold NaN or infinity: every output of theirs would."""
+    broken = []
+    for name in matched:
+        for kind, tensor in model.get_submodule(name).named_buffers(recurse=False):
+            if tensor.is_floating_point() and not is_finite(tensor):
+                broken.append(f"{name}.{kind}")
+    if broken:
+        raise CheckpointError(f"the checkpoint holds numbers that are not finite in {_first(broken)}; download it again.")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor holds finite numbers only: one pass, and no copy."""
+    if tensor.is_meta or not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_float_parameters(model: nn.Module, path: str | Path) -> None:
+    """Refuses whole numbers where the model computes with floating ones."""
+    strange = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
+    if strange:
+        dtype = str(dict(model.named_parameters())[strange[0]].dtype).removeprefix("torch.")
+        raise CheckpointError(f"{path} holds {dtype} where floating-point numbers belong: {_first(strange)}.")
+
+
+def _first(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - MAX_NAMES_SHOWN} more" if len(listed) > MAX_NAMES_SHOWN else ""
+    return ", ".join(listed[:MAX_NAMES_SHOWN]) + more

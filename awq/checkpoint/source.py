@@ -1,0 +1,200 @@
+"""`Source`: a checkpoint, opened once.
+
+Every door (loading, encoding, converting, `awq info`) needs the same answers about a checkpoint before any weight is read:
+is it a directory or a model of the hub, in which folder does the transformer lie, is it packed, with which settings, how
+long may an input be. `Source.open` finds them once, checks the files while it is there, and is passed down.
+
+Directories of sentence-transformers name their parts in `modules.json`, and releases before 2.0 put the transformer into a
+folder `0_Transformer`. `read_modules` is the only reader of that file: a list of modules whose folders lie inside.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from awq.checkpoint.files import (
+    PackedTensors,
+    cached_directory,
+    check_directory,
+    packed_among,
+    read_any_json,
+    read_json,
+    tensor_headers,
+    weight_files,
+)
+from awq.config import AwqConfig
+from awq.errors import AwqError, CheckpointError, ConfigError, ModelError
+
+HUB_ARGUMENTS = ("revision", "cache_dir", "token", "subfolder", "local_files_only")
+# How configs name the longest input their positions allow, in the order in which they are asked.
+POSITION_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+UNLIMITED = 1 << 24  # tokenizers without a limit say 10^30
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint whose files were looked at and whose config was read.
+
+    name: directory or hub id, as given. directory: the local directory or the cached snapshot; None while a hub model is not
+    in the cache. config: transformers' config. download: where on the hub it is, for further downloads.
+    """
+
+    name: str
+    directory: Path | None
+    config: Any
+    trust_remote_code: bool = False
+    download: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, name: str | Path, trust_remote_code: bool = False, **download: Any) -> Source:
+        """Opens a local directory or hub id. download: `revision`, `cache_dir`, `token`, `subfolder`, `local_files_only`.
+
+        Raises ModelError when there is no such model, CheckpointError when its files are incomplete or broken.
+        """
+        directory = local_directory(name)
+        if directory is not None:
+            directory = directory / download.get("subfolder", "")
+            check_directory(body_directory(directory))
+        config = _read_config(name, directory, trust_remote_code, download)
+        if directory is None:
+            directory = cached_directory(str(name), getattr(config, "_commit_hash", None))
+        return cls(str(name), directory, config, trust_remote_code, download)
+
+    @property
+    def location(self) -> str:
+        """What transformers loads from: the folder of the transformer, or the hub id."""
+        if self.directory is None or local_directory(self.name) is None:
+            return self.name
+        if self.download.get("subfolder"):
+            return self.name
+        return str(body_directory(self.directory))
+
+    @cached_property
+    def headers(self) -> dict[str, dict[str, Any]]:
+        """Tensor name → {dtype, shape, file}; empty while a hub model is not in the cache."""
+        return tensor_headers(weight_files(body_directory(self.directory))) if self.directory is not None else {}
+
+    @cached_property
+    def packed(self) -> PackedTensors:
+        """Headers of the packed linears."""
+        return packed_among(self.headers)
+
+    @property
+    def is_quantized(self) -> bool:
+        return getattr(self.config, "quantization_config", None) is not None
+
+    @property
+    def settings(self) -> AwqConfig:
+        """How its weights are stored. Raises ConfigError when the config does not say so."""
+        from awq.checkpoint.hf import storage_settings
+
+        if not self.is_quantized:
+            raise ConfigError(f"{self.name} is not quantized: its config has no quantization_config; use from_pretrained.")
+        return storage_settings(self.config.quantization_config)
+
+    @property
+    def is_embedder(self) -> bool:
+        """Whether it is a sentence-transformers directory of a model for embeddings, not of a cross-encoder with its head."""
+        return self.directory is not None and is_embedder(self.directory)
+
+    @property
+    def longest_input(self) -> int | None:
+        """Tokens that the model's positions allow; None when the config says nothing."""
+        return position_limit(self.config)
+
+
+def local_directory(name: str | Path) -> Path | None:
+    """The directory of that name, or None for what looks like a hub id.
+
+    Raises ModelError for a path that is no directory.
+    """
+    if not str(name):
+        raise ModelError("the model's name is empty; give a directory or a hub id.")
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.exists(name) or str(name).startswith((".", "/", "~")):
+        raise ModelError(f"model {name} does not exist as a directory.")
+    return None
+
+
+def _read_config(name: str | Path, directory: Path | None, trust_remote_code: bool, download: dict[str, Any]) -> Any:
+    place: Any = name
+    others = dict(download)
+    if directory is not None and not download.get("subfolder"):
+        place = body_directory(directory)
+        others.pop("subfolder", None)
+    try:
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **others)
+    except AwqError:
+        raise
+    except Exception as error:  # config classes of a hundred authors fail in as many ways on values they did not expect
+        raise ModelError(f"model {name!s} cannot be loaded: its config.json is refused: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message in one line, or its kind when it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def read_modules(root: Path) -> tuple[tuple[str, Path], ...]:
+    """(kind, folder) of every module in `modules.json`, the transformer first; empty without that file.
+
+    Raises CheckpointError unless it is a list of modules with different folders inside `root`.
+    """
+    path = root / "modules.json"
+    if not path.exists():
+        return ()
+    listed = read_any_json(path)
+    if not isinstance(listed, list) or not listed:
+        raise CheckpointError(f"{path} is not a list of sentence-transformers modules; copy it from the original model.")
+    modules = []
+    for entry in listed:
+        kind, part = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(kind, str) or not isinstance(part, str):
+            raise CheckpointError(f"{path}: {entry!r} is not a module with a type and a path; copy the original file.")
+        folder = root / part
+        if Path(part).is_absolute() or not folder.resolve().is_relative_to(root.resolve()):
+            raise CheckpointError(f"{path}: path {part!r} leads outside the directory; the checkpoint is refused.")
+        modules.append((kind.rpartition(".")[2], folder))
+    folders = [folder.resolve() for _, folder in modules]
+    if len(set(folders)) < len(folders):
+        raise CheckpointError(f"{path} gives two modules the same path; copy the original file.")
+    return tuple(modules)
+
+
+def body_directory(root: Path) -> Path:
+    """The folder of the transformer: `root` itself, or what the first module of `modules.json` says."""
+    if (root / "config.json").exists():
+        return root
+    modules = read_modules(root)
+    return modules[0][1] if modules else root
+
+
+def is_embedder(root: Path) -> bool:
+    """Whether a local directory is sentence-transformers' of a model for embeddings, not of a cross-encoder with its head."""
+    settings = root / "config_sentence_transformers.json"
+    kind = read_json(settings).get("model_type") if settings.is_file() else None
+    modules = read_modules(root)
+    # A sparse encoder's transformer is a masked language model, whose head it needs.
+    return bool(modules) and modules[0][0] != "MLMTransformer" and kind != "CrossEncoder"
+
+
+def position_limit(config: Any) -> int | None:
+    """Longest input in tokens that a config's positions allow, or None."""
+    for name in POSITION_NAMES:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < UNLIMITED:
+            return value
+    return None
+
+
+def hub_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the keyword arguments that say where on the hub, or in which folder, a model is."""
+    return {name: given[name] for name in HUB_ARGUMENTS if name in given}

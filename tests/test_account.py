@@ -1,0 +1,203 @@
+"""Every tensor of a checkpoint is accounted for: what is missing, left over, renamed or no number is refused by name."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+from test_loading import edit_config, packed_model, save
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+
+from awq import AutoAWQForCausalLM, Encoder
+from awq.checkpoint.convert import convert_checkpoint
+from awq.checkpoint.files import read_header
+from awq.checkpoint.source import Source
+from awq.errors import AwqError, CheckpointError
+from awq.nn.activation import ScaledActivation
+from awq.nn.linear import WQLinear
+
+UP = "model.layers.1.mlp.up_proj"
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save(packed_model("llama", group_size=16), tmp_path_factory.mktemp("account") / "q", group_size=16)
+
+
+@pytest.fixture
+def folder(llama, tmp_path):
+    return shutil.copytree(llama, tmp_path / "q")
+
+
+def edit(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def renamed(old, new):
+    def change(tensors):
+        tensors[new] = tensors.pop(old)
+
+    return change
+
+
+def replaced(name, value):
+    def change(tensors):
+        tensors[name] = value(tensors[name])
+
+    return change
+
+
+def with_nan(tensor):
+    tensor = tensor.clone()
+    tensor.view(-1)[3] = float("nan")
+    return tensor
+
+
+FAULTS = {
+    "norm missing": (lambda t: t.pop(NORM), "input_layernorm"),
+    "norm renamed": (renamed(NORM, NORM.replace("input_layernorm", "input_layernorn")), "input_layernor"),
+    "embedding missing": (lambda t: t.pop("model.embed_tokens.weight"), "embed_tokens"),
+    "final norm missing": (lambda t: t.pop("model.norm.weight"), "model.norm"),
+    "codes renamed": (renamed(f"{UP}.qweight", f"{UP}.qweighs"), "up_proj"),
+    "linear missing": (lambda t: [t.pop(f"{UP}.{k}") for k in ("qweight", "qzeros", "scales")], "up_proj"),
+    "surplus": (lambda t: t.update({"model.layers.0.mlp.extra.weight": torch.ones(3)}), "extra"),
+    "scales of whole numbers": (replaced(f"{UP}.scales", lambda t: t.to(torch.int32)), "up_proj"),
+    "codes of another dtype": (replaced(f"{UP}.qweight", lambda t: t.float()), "up_proj"),
+    "scales with NaN": (replaced(f"{UP}.scales", with_nan), r"up_proj\.scales"),
+    "norm with NaN": (replaced(NORM, with_nan), "input_layernorm"),
+    "norm of whole numbers": (replaced(NORM, lambda t: t.to(torch.int64)), "input_layernorm"),
+    "norm of another shape": (replaced(NORM, lambda t: t[:-1].clone()), "."),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_broken_tensors_are_refused_by_name(folder, fault):
+    change, name = FAULTS[fault]
+    edit(folder, change)
+    with pytest.raises(CheckpointError, match=name):
+        AutoAWQForCausalLM.from_quantized(str(folder))
+
+
+@pytest.mark.parametrize("fault", ["norm missing", "norm renamed", "codes renamed", "linear missing", "scales with NaN"])
+def test_transformers_own_door_refuses_what_packed_blocks_lack(folder, fault):
+    change, name = FAULTS[fault]
+    edit(folder, change)
+    with pytest.raises(CheckpointError, match=name):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_another_number_of_layers_is_refused(folder, more):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + more}))
+    with pytest.raises(AwqError):
+        AutoAWQForCausalLM.from_quantized(str(folder))
+
+
+def test_packed_files_need_a_config_that_says_so(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for door in (AutoAWQForCausalLM.from_pretrained, AutoAWQForCausalLM.from_quantized, Encoder.from_pretrained):
+        with pytest.raises(CheckpointError, match="no quantization_config"):
+            door(str(folder))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_bits_than_the_tensors_hold(folder, bits):
+    edit_config(folder, bits=bits)
+    with pytest.raises(AwqError, match="bits"):
+        AutoAWQForCausalLM.from_quantized(str(folder))
+
+
+def test_stray_shards_are_refused(folder):
+    shutil.copyfile(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    names = read_header(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"00002.*stale"):
+        AutoAWQForCausalLM.from_quantized(str(folder))
+    index = {"weight_map": dict.fromkeys(names, "../outside.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="no file of its own folder"):
+        AutoAWQForCausalLM.from_quantized(str(folder))
+
+
+def test_a_pipe_does_not_hang_the_reader(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    for door in (lambda: Source.open(folder), lambda: convert_checkpoint(folder, tmp_path / "other", "gemv")):
+        with pytest.raises(CheckpointError, match="regular file"):
+            door()
+
+
+def test_activation_scales_divide_the_activation(tmp_path):
+    """AutoAWQ's fold for GELU models: `mlp.act.scales` in the file, the following linear's columns multiplied."""
+    model = packed_model("starcoder2", group_size=16)
+    ids = torch.arange(3, 15).view(2, 6)
+    expected = None
+    generator = torch.Generator().manual_seed(0)
+    for block in model.model.layers:
+        block.mlp.act = ScaledActivation(block.mlp.act, torch.rand(block.mlp.c_proj.in_features, generator=generator) + 0.5)
+    expected = model(ids).logits
+    folder = save(model, tmp_path / "q", group_size=16)
+    assert "model.layers.0.mlp.act.scales" in read_header(folder / "model.safetensors")
+    loaded = AutoAWQForCausalLM.from_quantized(str(folder), fuse_layers=False)
+    assert torch.allclose(loaded(ids).logits, expected, atol=1e-5)
+    assert torch.allclose(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, expected, atol=1e-5)
+    convert_checkpoint(folder, tmp_path / "gemv", "gemv")
+    again = AutoAWQForCausalLM.from_quantized(str(tmp_path / "gemv"), fuse_layers=False)
+    assert torch.allclose(again(ids).logits, expected, atol=1e-5)
+
+
+def test_a_packed_head_of_a_tied_model_is_the_head(tmp_path):
+    model = packed_model("llama", group_size=16, tie_word_embeddings=False)
+    from awq.core.weight import round_to_nearest
+
+    model.lm_head = WQLinear.from_quantized(round_to_nearest(model.lm_head.weight, 16))
+    ids = torch.arange(3, 15).view(2, 6)
+    expected = model(ids).logits
+    folder = save(model, tmp_path / "q", group_size=16)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    for load in (AutoModelForCausalLM.from_pretrained, AutoAWQForCausalLM.from_quantized):
+        assert torch.allclose(load(str(folder))(ids).logits, expected, atol=1e-5)
+
+
+def test_the_class_that_the_config_names_is_loaded(tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+    model = BertForMaskedLM(BertConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path / "mlm")
+    ids = torch.arange(3, 15).view(2, 6)
+    loaded = AutoAWQForCausalLM.from_pretrained(str(tmp_path / "mlm"))
+    assert type(loaded.model) is BertForMaskedLM
+    assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
+
+
+def test_a_class_of_another_kind_of_model_is_refused(tmp_path):
+    zoo.tiny_model("llama").save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    with pytest.raises(AwqError, match="BertForMaskedLM"):
+        AutoAWQForCausalLM.from_pretrained(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [[], "", {}, [3], [{"type": "x.Transformer", "path": "../other"}], [{"type": "x.Transformer", "path": "/etc"}],
+     [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": ""}]],
+)  # fmt: skip
+def test_modules_that_cannot_be(bert_dir, tmp_path, modules):
+    folder = shutil.copytree(bert_dir, tmp_path / "m")
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(CheckpointError, match=r"modules\.json"):
+        Encoder.from_pretrained(folder)
