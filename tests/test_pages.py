@@ -1,9 +1,11 @@
 """Pages in two languages say the same thing, and no link of any page leads nowhere."""
 
 import re
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -35,3 +37,30 @@ def test_links_to_files_resolve(page):
     local = [target for target in targets if not re.match(r"[a-z]+:", target)]
     missing = [target for target in local if not (page.parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_places_that_newcomers_are_sent_to_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    places = re.findall(r"`((?:awq|benchmarks|tests|docs|examples)/[\w/.-]*)`", text)
+    assert places
+    made_by_the_example = {"awq/kernels/float64.py"}
+    assert not [place for place in places if not (ROOT / place).exists() and place not in made_by_the_example]
+
+
+def test_the_worked_example_is_a_backend():
+    """The module that CONTRIBUTING.md writes computes what the reference computes."""
+    from awq.core.weight import round_to_nearest
+    from awq.formats import get_format
+    from awq.kernels import reference
+    from awq.kernels.packed import Packed, Shape
+
+    block = next(block for block in python_blocks(ROOT / "CONTRIBUTING.md") if "LAYOUT" in block)
+    backend = types.ModuleType("float64")
+    exec(compile(block, "CONTRIBUTING.md", "exec"), backend.__dict__)
+    tensors = get_format("gemm").pack(round_to_nearest(torch.randn(48, 64), 32))
+    packed = Packed(tensors["qweight"], tensors["qzeros"], tensors["scales"], Shape(64, 48, 32), "gemm")
+    x, bias = torch.randn(5, 64), torch.randn(48)
+    assert backend.LAYOUT is None
+    assert backend.why_not(x.device, x.dtype, packed.shape) is None
+    torch.testing.assert_close(backend.linear(x, packed, bias), reference.linear(x, packed, bias))
