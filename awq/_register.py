@@ -1,7 +1,8 @@
-"""Registers our loader with transformers the moment transformers' quantizers are imported, and not before.
+"""Registers this package with transformers and PEFT the moment they are imported, and not before.
 
 `import awq` must stay light, and `AutoModel.from_pretrained(quantized_dir)` must work after it: a finder waits for the import
-of `transformers.quantizers.auto` and calls `_register()` behind it. This is the only thing `import awq` changes.
+of `transformers.quantizers.auto`, and of `peft.tuners.lora.model`, and calls the function of `_WAITING` behind it. This is
+the only thing `import awq` changes.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
-_TARGET = "transformers.quantizers.auto"
+_QUANTIZERS = "transformers.quantizers.auto"
 _TABLES = {"AUTO_QUANTIZER_MAPPING": "AwqHfQuantizer", "AUTO_QUANTIZATION_CONFIG_MAPPING": "AwqConfig"}
 
 
 class _Finder:
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        if name != _TARGET:
+        if name not in _WAITING:
             return None
         spec = PathFinder.find_spec(name, path)
         loader = getattr(spec, "loader", None)
@@ -26,7 +27,7 @@ class _Finder:
 
         def exec_module(module) -> None:
             run(module)
-            _register()
+            _WAITING[name](module)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -51,15 +52,25 @@ class _Later:
         return self._resolve().from_dict(*args, **kwargs)
 
 
-def _register() -> None:
+def _register_quantizer(auto: Any) -> None:
     for table, ours in _TABLES.items():
-        entries = getattr(sys.modules[_TARGET], table)
+        entries = getattr(auto, table)
         entries["awq"] = _Later(ours, entries.get("awq"))
 
 
+def _register_adapters(lora_model: Any) -> None:
+    from awq.integrations import peft
+
+    peft.register(lora_model)
+
+
+_WAITING = {_QUANTIZERS: _register_quantizer, "peft.tuners.lora.model": _register_adapters}
+
+
 def install() -> None:
-    """Registers now if transformers' quantizers are loaded, else when they are."""
-    if _TARGET in sys.modules:
-        _register()
-    elif not any(isinstance(f, _Finder) for f in sys.meta_path):
+    """Registers now with what is loaded already, and with the rest when it is."""
+    for name, register in _WAITING.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]

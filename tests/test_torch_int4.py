@@ -48,16 +48,17 @@ def test_reasons(monkeypatch):
     shape = Shape(128, 64, 32)
     assert "weights are on cuda" in torch_int4.why_not(torch.device("cuda"), torch.float16, shape)
     assert "float64" in torch_int4.why_not(CPU, torch.float64, shape)
-    assert "group_size is 96" in torch_int4.why_not(CPU, torch.float32, Shape(192, 64, 96))
+    assert "it computes in bfloat16" in torch_int4.why_not(CPU, torch.float32, shape)
+    assert "group_size is 96" in torch_int4.why_not(CPU, torch.bfloat16, Shape(192, 64, 96))
     with use_backend("torch_int4"):
-        assert choose(CPU, torch.float32, shape) == "torch_int4"
+        assert choose(CPU, torch.bfloat16, shape) == "torch_int4"
     assert backends.PREFERENCE.index("cpu") < backends.PREFERENCE.index("torch_int4")
     torch_int4.problem.cache_clear()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert "AVX2" in torch_int4.why_not(CPU, torch.float32, shape)
+    assert "AVX2" in torch_int4.why_not(CPU, torch.bfloat16, shape)
     torch_int4.problem.cache_clear()
     monkeypatch.undo()
     right = torch_int4.linear
     monkeypatch.setattr(torch_int4, "linear", lambda x, packed, bias: right(x, packed, bias) * 1.1)
-    assert "trial product was wrong" in torch_int4.why_not(CPU, torch.float32, shape)
+    assert "trial product was wrong" in torch_int4.why_not(CPU, torch.bfloat16, shape)
     torch_int4.problem.cache_clear()

@@ -94,9 +94,11 @@ class AwqHfQuantizer(HfQuantizer):
         """Raises ConfigError for settings this package cannot read, before the model is built."""
         _ = self.settings
 
-    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
         """transformers 4.x: no dtype means float16, AutoAWQ's, on an accelerator and float32 on a CPU."""
-        return torch_dtype or (torch.float16 if torch.cuda.is_available() else torch.float32)
+        return dtype or (torch.float16 if torch.cuda.is_available() else torch.float32)
+
+    update_torch_dtype = update_dtype  # its name until transformers 4.55
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         headers = tensor_headers(files_of(model.config, kwargs.get("checkpoint_files")))

@@ -1,4 +1,6 @@
-"""torch's own 4-bit product on x86: what a CPU gets without `autoawq[cpu]`. It computes in bfloat16 whatever the model's dtype.
+"""torch's own 4-bit product on x86: what a 16-bit model gets on a CPU without llvmlite. It computes in bfloat16.
+
+A float32 model is not served: float32 means float32, and the reference gives it, slowly.
 
 Few tokens: `_weight_int4pack_mm_for_cpu`, whose time grows with each token. Many: dense bfloat16 weights, some rows at a time,
 and an ordinary product.
@@ -18,7 +20,7 @@ from awq.kernels.trial import trial_error
 
 LAYOUT = "int4pack"
 MANY = 256  # tokens from which dense weights are faster
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.bfloat16, torch.float16)
 _GROUPS = (32, 64, 128, 256)
 _PIECE = 1 << 22  # weights that are dense at a time
 _product: Any = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
@@ -29,7 +31,7 @@ def why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | Non
     if device.type != "cpu":
         return f"it runs on CPUs, and the weights are on {device.type}"
     if dtype not in _DTYPES:
-        return f"activations are {dtype}; it takes float16, bfloat16 and float32"
+        return f"activations are {dtype}; it computes in bfloat16, and takes float16 and bfloat16"
     if shape.group_size not in _GROUPS:
         return f"group_size is {shape.group_size}, and torch's product takes {', '.join(map(str, _GROUPS))}"
     return problem()

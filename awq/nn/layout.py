@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,8 @@ from awq.core.weight import QuantizedWeight
 from awq.errors import ConfigError
 from awq.nn.linear import WQLinear
 from awq.nn.packed_experts import ExpertStack
+
+logger = logging.getLogger("awq.nn")
 
 
 def prepare(model: nn.Module, dtype: torch.dtype | None = None) -> int:
@@ -25,7 +28,23 @@ def prepare(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     linears = [module for module in model.modules() if isinstance(module, (WQLinear, ExpertStack))]
     for linear in linears:
         linear.settle(dtype)
+    if linears:
+        _note_without_llvmlite(linears[0], dtype)
     return len(linears)
+
+
+def _note_without_llvmlite(linear: WQLinear, dtype: torch.dtype) -> None:
+    """Says what a model on a CPU costs where the generated kernels cannot run."""
+    if linear.qweight.device.type != "cpu" or linear.layout == "rows16":
+        return
+    if linear.layout == "int4pack":
+        if dtype != torch.bfloat16:
+            logger.warning("4-bit linears compute in bfloat16 on this CPU, not in %s: the kernels need llvmlite.", dtype)
+        return
+    logger.warning(
+        "4-bit linears are made dense again at every call on this CPU, which is slow: the kernels need llvmlite "
+        "(pip install llvmlite); awq.kernels.explain(linear) says why others do not serve."
+    )
 
 
 def restore(model: nn.Module) -> None:
