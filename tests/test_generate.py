@@ -390,7 +390,7 @@ def test_a_fused_model_that_is_cast(saved):
     kwargs = dict(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=0)
     fused.generate(**kwargs)
     fused.to(torch.bfloat16).generate(**kwargs)
-    assert fused.fusion == "fused" and fused.fuse().cache[0].k.dtype == torch.bfloat16
+    assert fused.fusion == "fused" and fused.fuse().dtype == torch.bfloat16
     expected = plain.to(torch.bfloat16).to(torch.float32).generate(**kwargs)
     assert torch.equal(fused.to(torch.float32).generate(**kwargs), expected)
 

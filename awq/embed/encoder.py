@@ -23,6 +23,7 @@ from awq.embed.directory import SentenceSettings, longest_input, sentence_settin
 from awq.embed.graphs import EncoderGraphs
 from awq.embed.heads import Pooling, read_head
 from awq.errors import ConfigError, ModelError
+from awq.nn.locks import lock_of
 
 logger = logging.getLogger("awq.embed")
 
@@ -164,7 +165,8 @@ class Encoder(nn.Module):
 
     def _tokenize(self, texts: list[str]) -> dict[str, list[list[int]]]:
         """Input name → one row per text, without padding."""
-        found = self.tokenizer([self.cased(text) for text in texts], truncation=True, max_length=self.max_seq_length)
+        with lock_of(self.tokenizer):  # a fast tokenizer keeps padding and truncation as state, and borrows itself only once
+            found = self.tokenizer([self.cased(text) for text in texts], truncation=True, max_length=self.max_seq_length)
         rows = {key: found[key] for key in ("input_ids", "token_type_ids", "attention_mask") if key in found}
         if any(not ids for ids in rows["input_ids"]):  # an empty text, with a tokenizer that adds no special tokens
             pad = self.tokenizer.pad_token_id or 0

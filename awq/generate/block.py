@@ -10,7 +10,7 @@ from awq.generate import operations as ops
 from awq.generate.attention import attend
 from awq.generate.cache import LayerCache
 from awq.generate.plan import BlockPlan, Source
-from awq.generate.projection import Joined, Projection, join, joinable
+from awq.generate.projection import Projection, join, joinable
 
 
 @dataclass
@@ -37,7 +37,6 @@ class FusedBlock(nn.Module):
     def __init__(self, plan: BlockPlan, block: nn.Module, merge: bool = False) -> None:
         super().__init__()
         self.plan = plan
-        self.joined: list[Joined] = []
         self.run, mlp_in = self._gate_runs(block) if merge else (0, plan.mlp_in)
         self.qkv, self.mlp_in = (self._product(block, source, merge) for source in (plan.qkv, mlp_in))
         self.attention_out, self.mlp_out = block.get_submodule(plan.attention_out), block.get_submodule(plan.mlp_out)
@@ -70,10 +69,7 @@ class FusedBlock(nn.Module):
 
     def _product(self, block: nn.Module, source: Source, merge: bool) -> nn.Module:
         joined = join(block, source) if merge else None
-        if joined is None:
-            return Projection(block, source)
-        self.joined.append(joined)
-        return joined.linear
+        return Projection(block, source) if joined is None else joined
 
     def _mlp(self, x: Tensor) -> Tensor:
         p = self.plan

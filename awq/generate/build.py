@@ -17,6 +17,8 @@ from awq.generate.plan import BlockPlan, DecoderPlan, NotFusable
 from awq.generate.structure import read_block
 from awq.generate.trace import rotary_tables, trace
 from awq.nn.blocks import BlockCall
+from awq.nn.copies import copy_structure
+from awq.nn.locks import lock_of
 from awq.nn.memory import trim
 from awq.nn.surgery import device_of, get_weight
 
@@ -26,7 +28,6 @@ _TOLERANCE = 1e-4  # of a block's contribution, in float32
 _WHOLE, _WHOLE_ROUGH = 1e-2, 0.1  # of the logits' norm, in the model's own dtype; the second in 16 bits
 
 
-@torch.no_grad()
 def build_decoder(
     model: Any, max_seq_len: int, batch_size: int = 1, merge: bool = True, quantize_head: bool = False
 ) -> FusedDecoder:
@@ -35,64 +36,90 @@ def build_decoder(
     max_seq_len: tokens of a row, prompt included, that the cache holds; fewer when the model itself knows fewer positions and
     cannot go beyond (the decoder's `max_seq_len` says how many). merge: siblings become one packed product each, and the
     model's own modules slices of it. quantize_head: decode through a 4-bit copy of the head.
+
+    Other threads may run the model meanwhile: it is read and proven on a copy of its modules, and joined as `projection` says.
     """
-    devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
-    if len(devices) != 1 or next(iter(devices)).type == "meta":
-        raise NotFusable(f"the model is spread over {', '.join(sorted(map(str, devices)))}")
+    # Tensors made in inference mode could not be used by a training step later.
+    with lock_of(model), torch.inference_mode(False), torch.no_grad():
+        devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
+        if len(devices) != 1 or next(iter(devices)).type == "meta":
+            raise NotFusable(f"the model is spread over {', '.join(sorted(map(str, devices)))}")
+        plan, expected = _read_and_compute(model, max_seq_len)
+        decoder = FusedDecoder(plan, model, batch_size, merge)
+        try:
+            prove_whole(decoder, expected)
+        except BaseException:
+            decoder.restore()
+            raise
+        if quantize_head:
+            decoder.head = quantized_head(plan.head)
+        trim()
+        return decoder
+
+
+def _read_and_compute(model: Any, max_seq_len: int) -> tuple[DecoderPlan, Tensor]:
+    """(the model's plan, proven block by block; the model's own logits of `probe_ids` [1, PIECE, vocabulary])."""
     try:
-        plan = _read_and_prove(model, max_seq_len)
+        twin = copy_structure(model)
+    except Exception as error:  # someone else's attributes, which may refuse to be copied in any way
+        raise NotFusable(f"its modules cannot be copied: {type(error).__name__}: {error}") from error
+    try:
+        plan = _read_and_prove(model, twin, max_seq_len)
     except NotFusable as reason:
         known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(known, int) or not PIECE <= known < max_seq_len:
             raise
-        plan = _read_and_prove(model, known)
+        plan = _read_and_prove(model, twin, known)
         logger.info("max_seq_len is %d, the positions that the model knows, instead of %d: %s", known, max_seq_len, reason)
-    decoder = FusedDecoder(plan, model, batch_size, merge)
-    try:
-        prove_whole(decoder, model)
-    except NotFusable:
-        decoder.restore()
-        raise
-    if quantize_head:
-        decoder.head = quantized_head(plan.head)
-    trim()
-    return decoder
+    ids = probe_ids(plan)
+    return plan, twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
 
-@torch.inference_mode()
-def prove_whole(decoder: FusedDecoder, model: Any) -> None:
-    """Logits of a prompt and a step beside the model's own, on tokens that nothing was read from. Raises NotFusable.
+def probe_ids(plan: DecoderPlan) -> Tensor:
+    """Random tokens int64 [1, tokens] that nothing was read from."""
+    weight = get_weight(plan.embedding)
+    length = min(PIECE, plan.max_seq_len)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(min(3, len(weight) - 1), len(weight), (1, length), generator=generator)
+    return ids.to(weight.device)
+
+
+def prove_whole(decoder: FusedDecoder, expected: Tensor) -> None:
+    """Logits of a prompt and of a step beside the model's own of `probe_ids`. Raises NotFusable.
 
     Blocks are proven more sharply one by one; this is for what surrounds them. A model whose own logits are not finite, as
     where float16 cannot hold its activations, has nothing to be compared with: a warning says so.
     """
-    vocabulary = get_weight(decoder.plan.embedding).shape[0]
-    length = min(PIECE, decoder.max_seq_len)
-    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (1, length), generator=torch.Generator().manual_seed(2))
-    ids = ids.to(decoder.device)
-    theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
+    ids = probe_ids(decoder.plan)
+    length = ids.shape[1]
+    theirs = expected[0].float()
     if not bool(theirs[-2:].isfinite().all()):
         logger.warning("the model's own logits are not finite in %s; its fused blocks are proven one by one only", decoder.dtype)
         return
-    tolerance = _WHOLE_ROUGH if decoder.dtype.itemsize < 4 else _WHOLE
+    if length == 1:
+        return
     lengths = torch.full((1,), length - 1, dtype=torch.int32, device=ids.device)
-    ours = [decoder.prefill(ids[:, :-1], [length - 1])] if length > 1 else []
-    if ours:
-        ours.append(decoder.eager_step(ids[:, -1], lengths, length - 1))
-    for logits, expected, what in zip(ours, theirs[-2:], ("a prompt", "a step")):
-        error = float((logits[0] - expected).norm() / expected.norm().clamp(min=1e-30))
+    with torch.inference_mode():
+        prompt = decoder.prefill(ids[:, :-1], [length - 1])
+        step = decoder.eager_step(ids[:, -1], lengths, length - 1)
+    tolerance = _WHOLE_ROUGH if decoder.dtype.itemsize < 4 else _WHOLE
+    for logits, own, what in zip((prompt, step), theirs[-2:], ("a prompt", "a step")):
+        error = float((logits[0] - own).norm() / own.norm().clamp(min=1e-30))
         if not error <= tolerance:
             raise NotFusable(f"the fused model's logits differ from transformers' by {error:.1e} after {what}")
     decoder.cache = []
 
 
-def _read_and_prove(model: Any, max_seq_len: int) -> DecoderPlan:
-    around = observe(model, max_seq_len)
+def _read_and_prove(model: Any, twin: Any, max_seq_len: int) -> DecoderPlan:
+    """twin: a copy of the model's modules, to look at; the plan names modules of the model itself."""
+    around = observe(twin, max_seq_len)
     plans = [read_plan(around, i) for i in range(len(around.blocks))]
     for plan, block, near, far in zip(plans, around.blocks, around.near, around.far):
         prove(plan, block, probe(around.width, device_of(block)), (near, far), max_seq_len)
+    blocks: Any = model.get_submodule(around.name)
     return DecoderPlan(
-        plans, around.blocks, around.embedding, around.embedding_factor, around.positions, around.norm, around.head,
+        plans, list(blocks), model.get_input_embeddings(), around.embedding_factor,
+        around.positions, around.norm, model.get_output_embeddings(),
         around.logits_factor, around.logits_softcap, max_seq_len,
     )  # fmt: skip
 
@@ -122,10 +149,10 @@ def _whole_tables(cos: Tensor, sin: Tensor, call: BlockCall, tables: dict[str, t
 
 def probe(width: int, device: torch.device) -> Tensor:
     """Random hidden states float32 [2, PIECE, width] for a block."""
-    return torch.randn(2, PIECE, width, generator=torch.Generator().manual_seed(1)).to(device)
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, PIECE, width, generator=generator, dtype=torch.float32).to(device)
 
 
-@torch.no_grad()
 def prove(plan: BlockPlan, block: nn.Module, hidden: Tensor, calls: tuple[BlockCall, BlockCall], max_seq_len: int) -> None:
     """The fused block gives what transformers' block gives, in float32, at the first positions and at the last.
 

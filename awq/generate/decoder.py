@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from threading import Lock
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from awq.generate.block import FusedBlock, Prompt, Step
 from awq.generate.cache import LayerCache, allocate
 from awq.generate.graph import StepGraph
 from awq.generate.plan import DecoderPlan
+from awq.generate.projection import separate
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import get_weight, is_linear
 
 _PROMPT_TOKENS = 4096  # of all rows together, in one piece of a prompt
+KEPT_CALLS = 8  # requests for which a GPU keeps a cache that they do not fill
 
 
 class FusedDecoder:
@@ -27,18 +29,25 @@ class FusedDecoder:
 
     The weights are those of the transformers model, which keeps working.
     `prefill` and `step` give logits float32 [batch, vocabulary]; the cache of up to `max_seq_len` tokens a row is allocated at
-    the first prompt.
+    the first prompt. There is one cache: callers take turns, by `awq.nn.locks.lock_of(model)`.
     """
 
     def __init__(self, plan: DecoderPlan, model: Any, batch_size: int = 1, merge: bool = True) -> None:
         self.plan, self.model, self.batch_size = plan, model, batch_size
-        self.blocks = [FusedBlock(p, m, merge) for p, m in zip(plan.blocks, plan.modules)]
         self.cache: list[LayerCache] = []
         self.graphs: dict[int, StepGraph] = {}  # by batch
         self.dtype = model.dtype
-        self.lock = Lock()  # one cache, so one call at a time
+        self.running = False  # inside a call of generate
+        self.recent: deque[int] = deque(maxlen=KEPT_CALLS)  # rows of the last requests
         self.head = plan.head
         self.device: torch.device = get_weight(plan.embedding).device
+        self.blocks: list[FusedBlock] = []
+        try:
+            for block_plan, block in zip(plan.blocks, plan.modules):
+                self.blocks.append(FusedBlock(block_plan, block, merge))
+        except BaseException:
+            self.restore()
+            raise
 
     @property
     def max_seq_len(self) -> int:
@@ -52,18 +61,40 @@ class FusedDecoder:
         """Room in the cache for `batch` rows; what is there is kept when it is enough already."""
         batch = max(batch, self.batch_size)
         if not self.cache or self.cache[0].k.shape[0] < batch:
-            self.graphs.clear()  # they hold the old cache's addresses
-            self.cache = []  # before the new one is made: both need not fit
+            self._forget_cache()  # before the new one is made: both need not fit
             attentions = [p.attention for p in self.plan.blocks]
             self.cache = allocate(attentions, batch, self.max_seq_len, self.dtype, self.device)  # type: ignore[arg-type]
 
+    def release(self, batch: int) -> None:
+        """Called after a request of `batch` rows: gives memory back that only outsized requests need.
+
+        Rows beyond `batch_size` go back at once on a CPU. On a GPU, where the next request of that size would capture its
+        step again, they go back when `KEPT_CALLS` requests in a row did without them.
+        """
+        rows = self.cache[0].k.shape[0] if self.cache else 0
+        if rows <= self.batch_size:
+            return
+        self.recent.append(batch)
+        unused = len(self.recent) == KEPT_CALLS and max(self.recent) < rows
+        if unused or self.device.type != "cuda":
+            self._forget_cache()
+
+    def _forget_cache(self) -> None:
+        self.graphs.clear()  # they hold the cache's addresses
+        self.recent.clear()
+        self.cache = []
+
     def restore(self) -> None:
-        """Puts separate siblings back into the transformers model; the decoder is of no use afterwards."""
-        for block in self.blocks:
-            for joined in block.joined:
-                joined.part()
-        self.blocks, self.cache = [], []
-        self.graphs.clear()
+        """Puts separate siblings back into the transformers model; the decoder is of no use afterwards.
+
+        Raises ConfigError inside a call of generate, as from a streamer.
+        """
+        if self.running:
+            raise ConfigError("the model is generating; take it apart (unfuse, cast, move) after generate has returned.")
+        for block in self.plan.modules:
+            separate(block)
+        self.blocks = []
+        self._forget_cache()
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:

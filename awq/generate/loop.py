@@ -7,11 +7,12 @@ step is under way before the host looks at the tokens of the last one, so lookin
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from awq.errors import ConfigError
 from awq.generate.decoder import FusedDecoder
 from awq.generate.static import StaticDecoder
+from awq.nn.locks import lock_of
 
 logger = logging.getLogger("awq.generate")
 
@@ -62,18 +64,30 @@ def _model_inputs(kwargs: dict[str, Any], config: Any) -> list[str]:
     return sorted(name for name, value in kwargs.items() if value is not None and name not in known)
 
 
-@contextmanager
-def own_loop(model: Any, loop: Callable[..., Any]) -> Iterator[dict[str, Any]]:
-    """Inside, `model.generate(**given)` with what this yields runs `loop` in place of transformers' `_sample`."""
+def generate_fused(
+    model: Any, decoder: FusedDecoder | StaticDecoder, generator: torch.Generator | None = None, **kwargs: Any
+) -> Any:
+    """`model.generate(**kwargs)` with the decoder's loop in place of transformers' `_sample`.
+
+    Waits for other threads, since the decoder has one cache. generator: source of random numbers for sampling.
+    """
+    loop = make_loop(decoder, generator, kwargs.get("streamer"))
+    with lock_of(model):
+        decoder.running = True
+        try:
+            if _takes_a_loop():
+                return model.generate(**kwargs, custom_generate=loop)
+            twin = copy.copy(model)  # the model's own `_sample` may be running in other threads
+            twin._sample = functools.partial(loop, twin)
+            return twin.generate(**kwargs)
+        finally:
+            decoder.running = False
+
+
+def _takes_a_loop() -> bool:
+    """Whether this transformers takes a function as `custom_generate`."""
     parameter = inspect.signature(GenerationMixin.generate).parameters.get("custom_generate")
-    if parameter is not None and "Callable" in str(parameter.annotation):
-        yield {"custom_generate": loop}
-        return
-    model._sample = functools.partial(loop, model)  # releases before custom_generate took a function
-    try:
-        yield {}
-    finally:
-        del model._sample
+    return parameter is not None and "Callable" in str(parameter.annotation)
 
 
 def make_loop(
@@ -89,11 +103,25 @@ def make_loop(
     def loop(
         model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **model_kwargs: Any
     ) -> Any:
-        with decoder.lock, torch.cuda.device(decoder.device) if decoder.device.type == "cuda" else nullcontext():
-            run = _Run(decoder, input_ids, model_kwargs.get("attention_mask"), generation_config, generator)
-            return run(logits_processor, stopping_criteria, streamer)
+        device = torch.cuda.device(decoder.device) if decoder.device.type == "cuda" else nullcontext()
+        try:
+            with device, torch.inference_mode():
+                run = _Run(decoder, input_ids, model_kwargs.get("attention_mask"), generation_config, generator)
+                result = run(logits_processor, stopping_criteria, streamer)
+        finally:
+            decoder.release(len(input_ids))
+        return _ordinary(result)
 
     return loop
+
+
+def _ordinary(result: Any) -> Any:
+    """The result in tensors that training may use: those made in inference mode it may not."""
+    if isinstance(result, Tensor):
+        return result.clone()
+    for name, value in result.items():
+        result[name] = tuple(t.clone() for t in value) if isinstance(value, tuple) else value.clone()
+    return result
 
 
 class _Run:
@@ -103,8 +131,8 @@ class _Run:
         self, decoder: FusedDecoder | StaticDecoder, ids: Tensor, mask: Tensor | None, config: Any, generator: Any
     ) -> None:
         self.decoder, self.config, self.generator = decoder, config, generator
-        self.ids = ids.to(decoder.device)
-        mask = torch.ones_like(self.ids) if mask is None else mask.to(decoder.device)
+        self.ids = ids.to(decoder.device, torch.int64)
+        mask = torch.ones_like(self.ids) if mask is None else (mask.to(decoder.device) != 0).long()
         self.room = config.max_length - ids.shape[1]
         self.lengths = mask.sum(1).tolist()
         if min(self.lengths) == 0:

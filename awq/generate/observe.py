@@ -26,28 +26,30 @@ PIECE = 12  # tokens of one sequence of a skeleton pass
 
 @dataclass
 class Surroundings:
-    """blocks: name and modules. near, far: how each block is called at the first and at the last positions.
+    """name, blocks: the list of blocks and its modules. near, far: how each block is called at the first and last positions.
 
     tables[block]: keyword → (cos, sin) float32 [positions, …] over all positions.
     """
 
+    name: str
     blocks: list[nn.Module]
     near: list[BlockCall]
     far: list[BlockCall]
     tables: list[dict[str, tuple[Tensor, Tensor]]]
     width: int
-    embedding: nn.Module
     embedding_factor: float
     positions: Tensor | None
     norm: Norm | None
-    head: nn.Module
     logits_factor: float
     logits_softcap: float | None
 
 
 @torch.no_grad()
 def observe(model: Any, max_seq_len: int) -> Surroundings:
-    """Raises NotFusable when the model's surroundings are of a kind that is not known here."""
+    """Raises NotFusable when the model's surroundings are of a kind that is not known here.
+
+    model: a copy that nobody else runs, since its forwards are replaced for a moment.
+    """
     try:
         lists = find_block_lists(model)
     except ModelError as error:
@@ -78,8 +80,7 @@ def observe(model: Any, max_seq_len: int) -> Surroundings:
     factor, positions = _embedding(embedding, ids, hidden, changed[0])
     final = _head(model, heads, near.hidden[0][0], logits)
     return Surroundings(
-        blocks, near.calls[0][0], far.calls[0][0], tables, hidden.shape[-1], embedding, factor, positions,
-        final[0], head, *final[1:],
+        lists[0][0], blocks, near.calls[0][0], far.calls[0][0], tables, hidden.shape[-1], factor, positions, *final,
     )  # fmt: skip
 
 

@@ -1,9 +1,14 @@
-"""Sibling linears as one product, and the modules that stand in their places in the transformers model."""
+"""Sibling linears as one product, and the modules that stand in their places in the transformers model.
+
+A live model may be running in other threads while its siblings are joined or separated. Each module is therefore replaced by
+one of equal values, in one assignment: whatever mixture of old and new modules a running forward meets, it computes the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import local
 from typing import Any
 
 import torch
@@ -29,45 +34,64 @@ class Projection(nn.Module):
         return joined if self.rows is None else joined[..., self.rows.to(joined.device)]
 
 
+@dataclass
+class _Product:
+    """The joined linear's outputs y for x, and the siblings that have not asked for theirs yet."""
+
+    x: Tensor
+    y: Tensor
+    state: tuple
+    waiting: set[int]
+
+
 class Shared:
-    """A joined linear and its last result, which each of the siblings asks for in turn."""
+    """A joined linear, and the last product of each thread, of which every sibling asks for its part in turn."""
 
     def __init__(self, linear: WQLinear, siblings: int) -> None:
         self.linear, self.siblings = linear, siblings
-        self.x: Tensor | None = None
-        self.y: Tensor | None = None
-        self.asked = 0
+        self._threads = local()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.x is not x or self.y is None:
-            self.x, self.y, self.asked = x, self.linear(x), 0
-        y, self.asked = self.y, self.asked + 1
-        if self.asked >= self.siblings:  # kept no longer than needed, and never seen by a changed x
-            self.x = self.y = None
-        return y
+    def __call__(self, sibling: int, x: Tensor) -> Tensor:
+        """All outputs for x; sibling: the number of the one that asks."""
+        if torch.compiler.is_compiling():
+            return self.linear(x)  # the compiler sees that the siblings compute the same
+        last: _Product | None = getattr(self._threads, "last", None)
+        if last is None or last.x is not x or sibling not in last.waiting or last.state != _state_of(x):
+            last = _Product(x, self.linear(x), _state_of(x), set(range(self.siblings)))
+        last.waiting.discard(sibling)
+        self._threads.last = last if last.waiting else None  # kept no longer than needed
+        return last.y
+
+
+def _state_of(x: Tensor) -> tuple:
+    """What tells a product of the same tensor apart: the tensor changed in place, or gradients are wanted now."""
+    version = None if x.is_inference() else x._version
+    return version, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 class Slice(nn.Module):
     """Stands for one of several siblings whose weights were joined: outputs `rows` of the shared product.
 
-    It moves with the model, and its state is that of the linear it stands for.
+    It moves with the model, its state is that of the linear it stands for, and copies and pickles of it are that linear.
     """
 
-    def __init__(self, shared: Shared, rows: Tensor, stands_for: WQLinear) -> None:
+    def __init__(self, shared: Shared, sibling: int, rows: Tensor, stands_for: WQLinear) -> None:
         super().__init__()
-        self.shared, self.rows, self._kept, self._biased = shared, rows, stands_for._kept, stands_for.bias is not None
+        self.shared, self.sibling, self.rows = shared, sibling, rows
+        self._kept, self._biased = stands_for._kept, stands_for.bias is not None
         self.joined = shared.linear  # registered, so that `.to` reaches it
         self.in_features, self.out_features = stands_for.in_features, len(rows)
         first = int(rows[0])
         self.first = first if torch.equal(rows, torch.arange(first, first + len(rows), device=rows.device)) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.shared(x)
+        y = self.shared(self.sibling, x)
         return y[..., self.rows.to(y.device)] if self.first is None else y.narrow(-1, self.first, self.out_features)
 
     def part(self) -> WQLinear:
-        """The linear it stands for, bit for bit as it was loaded."""
-        linear = take_outputs(self.joined, self.rows)
+        """The linear it stands for, bit for bit as it was loaded, with tensors of its own."""
+        with torch.inference_mode(False):  # what was made in inference mode could not be trained on
+            linear = take_outputs(self.joined, self.rows)
         linear._kept = self._kept
         if not self._biased:  # a sibling of one with a bias
             linear.register_buffer("bias", None)
@@ -76,22 +100,18 @@ class Slice(nn.Module):
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         return self.part().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
 
+    def __deepcopy__(self, memo: dict) -> WQLinear:
+        return self.part()
 
-@dataclass
-class Joined:
-    """Siblings `names` of a block that became one product."""
-
-    linear: WQLinear
-    block: nn.Module
-    names: tuple[str, ...]
-
-    def part(self) -> None:
-        """Puts the siblings back, bit for bit as they were loaded."""
-        for name in self.names:
-            replace_module(self.block, name, self.block.get_submodule(name).part())  # type: ignore[operator]
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _itself, (self.part(),)
 
 
-def join(block: nn.Module, source: Source) -> Joined | None:
+def _itself(linear: WQLinear) -> WQLinear:
+    return linear
+
+
+def join(block: nn.Module, source: Source) -> WQLinear | None:
     """Replaces sibling linears by slices of one linear whose outputs are the channels of `source`, in their order.
 
     Nothing is held twice. None when they cannot be one packed product, or are one in order already.
@@ -101,13 +121,21 @@ def join(block: nn.Module, source: Source) -> Joined | None:
         return None
     packed: Sequence[WQLinear] = linears  # type: ignore[assignment]
     sizes = [m.out_features for m in packed]
-    linear = concatenate_outputs(packed)
-    if not _in_order(source.rows):
-        linear = take_outputs(linear, source.rows)
+    with torch.inference_mode(False):
+        linear = concatenate_outputs(packed)
+        if not _in_order(source.rows):
+            linear = take_outputs(linear, source.rows)
     shared, places = Shared(linear, len(packed)), source.rows.argsort().split(sizes)
-    for name, rows, sibling in zip(source.names, places, packed):
-        replace_module(block, name, Slice(shared, rows, sibling))
-    return Joined(linear, block, source.names)
+    for i, (name, rows, sibling) in enumerate(zip(source.names, places, packed)):
+        replace_module(block, name, Slice(shared, i, rows, sibling))
+    return linear
+
+
+def separate(block: nn.Module) -> None:
+    """Puts packed linears of their own in the places of all slices, bit for bit as they were loaded."""
+    slices = [(name, module) for name, module in block.named_modules() if isinstance(module, Slice)]
+    for name, module in slices:
+        replace_module(block, name, module.part())
 
 
 def joinable(linears: Sequence[nn.Module], source: Source) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from threading import Lock
 from typing import Any
 
 import torch
@@ -32,15 +31,23 @@ class StaticDecoder:
         self.model, self.max_seq_len = model, max_seq_len
         self.device: torch.device = model.device
         self.dtype = model.dtype
-        self.lock = Lock()  # one cache, so one call at a time
+        self.running = False  # inside a call of generate
         self.restore()
 
     def fits(self, model: Any) -> bool:
         """Whether the model is still where and what it was when this was built."""
         return model.dtype == self.dtype and model.device == self.device
 
+    def release(self, batch: int) -> None:
+        """Called after a request; the cache stays for the next one of as many rows."""
+
     def restore(self) -> None:
-        """Gives the cache back; the model was never changed."""
+        """Gives the cache back; the model was never changed. Raises ConfigError inside a call of generate."""
+        if self.running:
+            raise ConfigError("the model is generating; take it apart (unfuse, cast, move) after generate has returned.")
+        self._forget()
+
+    def _forget(self) -> None:
         self.batch = 0
         self.graph: StepGraph | None = None
         self.cache: Any = None
@@ -51,7 +58,7 @@ class StaticDecoder:
         if self.batch == batch:
             self.cache.reset()
             return
-        self.restore()  # before the new one is made: both need not fit
+        self._forget()  # before the new one is made: both need not fit
         self.cache = StaticCache(self.model.config, self.max_seq_len)
         self.mask = torch.zeros(batch, self.max_seq_len, dtype=torch.long, device=self.device)
         self.batch = batch
@@ -122,7 +129,10 @@ def why_not_static(model: Any) -> str | None:
 
 @torch.inference_mode()
 def build_static(model: Any, max_seq_len: int) -> StaticDecoder:
-    """Proven on random tokens, a step through its graph included. Raises NotFusable with the reason."""
+    """Proven on random tokens, a step through its graph included. Raises NotFusable with the reason.
+
+    The caller holds the model's lock (`awq.nn.locks`): the decoder has one cache.
+    """
     reason = why_not_static(model)
     if reason is not None:
         raise NotFusable(reason)

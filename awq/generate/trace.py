@@ -7,8 +7,9 @@ by those of position 0, so that queries and keys reach attention unrotated and c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,10 @@ from awq.generate.attention import attend
 from awq.generate.plan import NotFusable
 from awq.nn.blocks import BlockCall, is_product
 
-_INTERFACE = "sdpa"
+# A name of our own in transformers' table: another model's attention must not be caught, whatever thread it runs in.
+_INTERFACE = "awq_trace"
+_caught: ContextVar[Callable[..., Any]] = ContextVar("awq_trace")
+ALL_ATTENTION_FUNCTIONS[_INTERFACE] = lambda *args, **kwargs: _caught.get()(*args, **kwargs)
 
 
 @dataclass
@@ -120,12 +124,8 @@ def _attention_replaced(block: nn.Module, function) -> Iterator[None]:
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
             config._attn_implementation = _INTERFACE
-    before = ALL_ATTENTION_FUNCTIONS._local_mapping.get(_INTERFACE)
-    ALL_ATTENTION_FUNCTIONS[_INTERFACE] = function
+    token = _caught.set(function)
     try:
         yield
     finally:
-        if before is None:
-            del ALL_ATTENTION_FUNCTIONS[_INTERFACE]
-        else:
-            ALL_ATTENTION_FUNCTIONS[_INTERFACE] = before
+        _caught.reset(token)

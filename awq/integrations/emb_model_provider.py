@@ -22,6 +22,7 @@ from awq.checkpoint.tokenizer import load_tokenizer
 from awq.embed.directory import longest_input, sentence_settings
 from awq.errors import AwqError, ConfigError
 from awq.nn.linear import WQLinear
+from awq.nn.locks import lock_of
 
 if TYPE_CHECKING:
     from awq.integrations.base_loader import BaseModelLoader
@@ -83,16 +84,20 @@ class AutoAWQLoader(BaseModelLoader):
         Raises ModelError when there is no such model or tokenizer, CheckpointError when its files are broken, ConfigError
         when it is not quantized.
         """
-        if self._model is None:
-            if not self._is_quantized():
-                raise ConfigError(
-                    f"{self._source} is not an AWQ checkpoint: its config has no such quantization_config; quantize it first "
-                    f"(awq quantize {self._source} OUTPUT) or use the host's loader for full-precision models."
-                )
-            tokenizer = load_tokenizer(self._source, self._trust, **self._hub)
-            model = load_model(self._source, self._dtype, self._trust, AutoModel, **self._hub)
-            self._model, self._tokenizer = model.to(self.get_device()), tokenizer
-        return self._model, self._tokenizer
+        with lock_of(self):  # several requests may be the first: one loads, the others wait and get the same pair
+            if self._model is None:
+                self._load()
+            return self._model, self._tokenizer
+
+    def _load(self) -> None:
+        if not self._is_quantized():
+            raise ConfigError(
+                f"{self._source} is not an AWQ checkpoint: its config has no such quantization_config; quantize it first "
+                f"(awq quantize {self._source} OUTPUT) or use the host's loader for full-precision models."
+            )
+        tokenizer = load_tokenizer(self._source, self._trust, **self._hub)
+        model = load_model(self._source, self._dtype, self._trust, AutoModel, **self._hub)
+        self._model, self._tokenizer = model.to(self.get_device()), tokenizer
 
     def is_model_available(self) -> bool:
         """Whether an AWQ checkpoint with readable files is there; the reason is logged when it is not."""
@@ -141,7 +146,8 @@ class AutoAWQLoader(BaseModelLoader):
     def cleanup(self) -> None:
         """Lets go of model and tokenizer and returns GPU memory; `load_model` loads again."""
         super().cleanup()
-        self._model = self._tokenizer = None
+        with lock_of(self):
+            self._model = self._tokenizer = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -19,7 +19,10 @@ from awq.checkpoint.tokenizer import find_tokenizer
 from awq.config import AwqConfig
 from awq.errors import ConfigError
 from awq.models.generation import FusedGeneration
+from awq.nn.copies import copy_structure
+from awq.nn.layout import restore
 from awq.nn.linear import WQLinear
+from awq.nn.locks import lock_of
 from awq.nn.surgery import device_of, get_weight, named_linears, replace_module
 from awq.quantize import QuantizeOptions, QuantReport, quantize_model
 
@@ -187,11 +190,10 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         """
         if not self.is_quantized and self.report is None:
             raise ConfigError("the model is not quantized; call quantize() first.")
-        self.unfuse()
         if not safetensors:
             logger.warning("safetensors=False is ignored: weights are written as safetensors only.")
         save_checkpoint(
-            self.model,
+            self._as_saved(),
             save_dir,
             self.awq_config,
             self.report,
@@ -200,6 +202,15 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
             shard_size,
             self.is_quantized,
         )
+
+    def _as_saved(self) -> Any:
+        """What a save reads: the model's tensors in modules of its own, so that calls may go on while it is written."""
+        if any(tensor.is_meta for tensor in (*self.model.parameters(), *self.model.buffers())):
+            return self.model  # offloaded: accelerate's hooks know where the weights are, and nothing is fused
+        with lock_of(self.model):
+            model = copy_structure(self.model)
+        restore(model)
+        return model
 
     def _is_decoder(self) -> bool:
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None

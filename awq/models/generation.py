@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from awq.errors import ConfigError
+from awq.nn.locks import lock_of
 
 if TYPE_CHECKING:
     from awq.generate import FusedDecoder, StaticDecoder
 
 logger = logging.getLogger("awq.models")
+
+# Arguments of `generate` beside token ids: what they mean is the model's own matter.
+_GIVEN_AS_TENSORS = {"inputs_embeds", "pixel_values", "input_features", "decoder_input_ids", "past_key_values"}
 
 
 class FusedGeneration:
@@ -36,12 +40,13 @@ class FusedGeneration:
         of `batch_size` rows; a larger batch makes it grow. quantize_lm_head: with a 4-bit head, rounded to nearest: a few
         percent faster, and not quite the same logits. capture_unfused: on a GPU the step of a model that cannot be fused is
         captured in a CUDA graph as transformers has it, proven first; it then generates up to `max_seq_len` tokens."""
-        self.unfuse()
-        self._wants_capture = capture_unfused
-        self._fusion = "not fused yet"
-        self._fused = {"max_seq_len": max_seq_len, "batch_size": batch_size, "quantize_head": quantize_lm_head}
+        with lock_of(self.model):
+            self.unfuse()
+            self._wants_capture = capture_unfused
+            self._fusion = "not fused yet"
+            self._fused = {"max_seq_len": max_seq_len, "batch_size": batch_size, "quantize_head": quantize_lm_head}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, *args: Any, max_seq_len: int | None = None, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
         """transformers' generate, with its arguments and results, through fused blocks where the model has them.
 
@@ -53,28 +58,38 @@ class FusedGeneration:
             raise ConfigError(f"{type(self.model).__name__} is no language model; call it for last_hidden_state instead.")
         if max_seq_len is not None and "max_length" not in kwargs and "max_new_tokens" not in kwargs:
             kwargs["max_length"] = max_seq_len
-        ids = args[0] if args else kwargs.get("input_ids")
+        if args:
+            kwargs["inputs"], args = args[0], args[1:]
+        self._check(kwargs)
+        ids = kwargs.get("inputs", kwargs.get("input_ids"))
         if isinstance(ids, Tensor) and ids.shape[0] == 1 and "attention_mask" not in kwargs:
             kwargs["attention_mask"] = torch.ones_like(ids)  # one prompt has no padding; transformers would warn
         ending = getattr(self.model.generation_config, "eos_token_id", None)
         if ending is not None and self.model.generation_config.pad_token_id is None and "generation_config" not in kwargs:
             kwargs.setdefault("pad_token_id", ending[0] if isinstance(ending, list) else ending)
-        if args:
-            kwargs["inputs"], args = args[0], args[1:]
         return self._generate(*args, generator=generator, **kwargs)
 
-    def _generate(self, *args: Any, generator: torch.Generator | None, **kwargs: Any) -> Any:
-        from awq.generate.loop import make_loop, own_loop, why_not
+    def _check(self, kwargs: dict[str, Any]) -> None:
+        """What a language model is asked; other modalities and their placeholder ids are transformers' to judge."""
+        from awq.generate.request import check_request
 
-        decoder = self.fuse() or self._captured
-        reason = self._fusion if decoder is None else "positional arguments" if args else why_not(self.model, kwargs)
-        if decoder is None or reason is not None:
-            if generator is not None:
-                raise ConfigError(f"generate(generator=…) needs the fused loop ({reason}); use torch.manual_seed instead.")
-            logger.debug("transformers' own loop: %s", reason)
-            return self.model.generate(*args, **kwargs)
-        with own_loop(self.model, make_loop(decoder, generator, kwargs.get("streamer"))) as given:
-            return self.model.generate(**kwargs, **given)
+        if self.model.main_input_name == "input_ids" and not (_GIVEN_AS_TENSORS & kwargs.keys()):
+            check_request(self.model.get_input_embeddings().weight.shape[0], kwargs)
+
+    def _generate(self, *args: Any, generator: torch.Generator | None, **kwargs: Any) -> Any:
+        from awq.generate.loop import generate_fused, why_not
+
+        with lock_of(self.model):  # one cache, so one fused call at a time; and nobody takes the decoder apart meanwhile
+            decoder = self.fuse() or self._captured
+            reason = self._fusion if decoder is None else "positional arguments" if args else why_not(self.model, kwargs)
+            if decoder is not None and decoder.running:
+                reason = "called from within a running generate, as by a streamer"
+            if decoder is not None and reason is None:
+                return generate_fused(self.model, decoder, generator, **kwargs)
+        if generator is not None:
+            raise ConfigError(f"generate(generator=…) needs the fused loop ({reason}); use torch.manual_seed instead.")
+        logger.debug("transformers' own loop: %s", reason)
+        return self.model.generate(*args, **kwargs)
 
     @property
     def fusion(self) -> str:
@@ -88,20 +103,24 @@ class FusedGeneration:
         `generate` does so at its first call. Sibling linears (q, k, v; gate, up) are joined; the transformers model stays
         usable on the joined weights.
         """
-        current = self._decoder or self._captured
-        if current is not None and not current.fits(self.model):  # moved or cast meanwhile
-            self.unfuse()
-        if self._fusion == "not fused yet":
-            from awq.generate import NotFusable, build_decoder
+        with lock_of(self.model):
+            current = self._decoder or self._captured
+            if current is not None and not current.running and not current.fits(self.model):  # moved or cast meanwhile
+                self.unfuse()
+            if self._fusion == "not fused yet":
+                self._build()
+            return self._decoder
 
-            try:
-                self._decoder, self._fusion = build_decoder(self.model, **self._fused), "fused"
-            except NotFusable as reason:
-                self._fusion = str(reason)
-                logger.warning("%s is not fused, generation runs on transformers' own blocks: %s", self.path, reason)
-                if self._wants_capture and self.model.device.type == "cuda":
-                    self._capture()
-        return self._decoder
+    def _build(self) -> None:
+        from awq.generate import NotFusable, build_decoder
+
+        try:
+            self._decoder, self._fusion = build_decoder(self.model, **self._fused), "fused"
+        except NotFusable as reason:
+            self._fusion = str(reason)
+            logger.warning("%s is not fused, generation runs on transformers' own blocks: %s", self.path, reason)
+            if self._wants_capture and self.model.device.type == "cuda":
+                self._capture()
 
     def _capture(self) -> None:
         """transformers' own step as a graph, where that can be."""
@@ -114,9 +133,20 @@ class FusedGeneration:
             logger.warning("%s: the step is not captured in a CUDA graph: %s", self.path, reason)
 
     def unfuse(self) -> None:
-        """Puts separate siblings back where `fuse` joined them, bit for bit; the next `generate` fuses again."""
-        for decoder in (self._decoder, self._captured):
-            if decoder is not None:
-                decoder.restore()
-                self._fusion = "not fused yet"
-        self._decoder = self._captured = None
+        """Puts separate siblings back where `fuse` joined them, bit for bit; the next `generate` fuses again.
+
+        A running `generate` is waited for. Raises ConfigError when it is this thread's own, as in a streamer.
+        """
+        with lock_of(self.model):
+            for decoder in (self._decoder, self._captured):
+                if decoder is not None:
+                    decoder.restore()
+                    self._fusion = "not fused yet"
+            self._decoder = self._captured = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, at any time: the decoder is left out, it is built again where the copy generates."""
+        with lock_of(self.model):
+            built = self._decoder is not None or self._captured is not None
+            fusion = "not fused yet" if built else self._fusion
+            return self.__dict__ | {"_decoder": None, "_captured": None, "_fusion": fusion}

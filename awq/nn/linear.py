@@ -6,11 +6,15 @@ three of their bits for good.
 The buffers hold either the checkpoint's layout (`format`) or the one that the backend of their device computes on
 (`layout`); never both. `settle` moves them, at load (`awq.nn.layout.prepare`) or at the first forward on a new device;
 `state_dict` and `load_state_dict` always speak the checkpoint's layout, byte for byte.
+
+Threads may call one linear at once, the first time too: a forward reads its tensors and their layout from one immutable
+`Packed`, so that a layout that changes meanwhile is seen as a whole or not at all. Changes take turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _TENSORS = ("qweight", "qzeros", "scales")
+_changing = RLock()  # held while the layout of any linear changes: rare, and short
 
 
 def _no_weight() -> None:
@@ -62,7 +67,7 @@ class WQLinear(nn.Module):
         codec = get_format(format)
         self.format = self.layout = codec.name
         self.dtype = dtype or torch.float16
-        self._settled: Tensor | None = None  # the `qweight` whose layout was chosen for its device
+        self._settled: Packed | None = None  # None until a layout was chosen for the device
         self._kept: dict[str, Tensor] = {}  # tensors of the checkpoint that packing again would not give back bit for bit
         problem = codec.why_not(in_features, out_features, self.group_size)
         if problem:
@@ -98,7 +103,8 @@ class WQLinear(nn.Module):
     def packed(self) -> Packed:
         """The packed tensors as backends take them."""
         shape = Shape(self.in_features, self.out_features, self.group_size)
-        return Packed(self.qweight, self.qzeros, self.scales, shape, self.layout)
+        with _changing:
+            return Packed(self.qweight, self.qzeros, self.scales, shape, self.layout)
 
     def quantized(self) -> QuantizedWeight:
         """The canonical weight, exactly."""
@@ -110,14 +116,24 @@ class WQLinear(nn.Module):
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """`qweight`, `qzeros` and `scales` as a checkpoint of `format` holds them."""
-        if self.layout == self.format:
-            return {name: self._buffers[name] for name in _TENSORS}  # type: ignore[misc]
-        return get_format(self.format).pack(self.quantized()) | {n: t.to(self.qweight.device) for n, t in self._kept.items()}
+        with _changing:
+            packed, kept = self.packed, self._kept
+        if packed.layout == self.format:
+            return {"qweight": packed.qweight, "qzeros": packed.qzeros, "scales": packed.scales}
+        tensors = get_format(self.format).pack(packed.unpack())
+        return tensors | {name: tensor.to(packed.qweight.device) for name, tensor in kept.items()}
 
     def set_layout(self, layout: str) -> None:
-        """Moves the weight to another layout, in place and without loss; the old buffers are freed."""
-        if layout == self.layout:
-            return
+        """Moves the weight to another layout, in place and without loss; the old buffers are freed.
+
+        Forwards that run meanwhile finish on the tensors that they began with.
+        """
+        # Tensors made in inference mode could not be used by a backward pass later.
+        with _changing, torch.inference_mode(False), torch.no_grad():
+            if layout != self.layout:
+                self._change_layout(layout)
+
+    def _change_layout(self, layout: str) -> None:
         before = self.checkpoint_tensors()
         if layout == self.format:
             after, self._kept = before, {}
@@ -134,17 +150,22 @@ class WQLinear(nn.Module):
         self._buffers.update(after)
         self.layout = layout
 
-    def settle(self, dtype: torch.dtype) -> None:
-        """Moves the weight to the layout that the backend for its device and for activations of `dtype` computes on."""
-        qweight = self._buffers["qweight"]
-        assert qweight is not None
-        if qweight.is_meta or (qweight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return
-        self._recognize(qweight)
-        self.dtype = dtype
-        shape = Shape(self.in_features, self.out_features, self.group_size)
-        self.set_layout(layout_for(qweight.device, dtype, shape) or self.layout)
-        self._settled = self._buffers["qweight"]
+    def settle(self, dtype: torch.dtype) -> Packed:
+        """Moves the weight to the layout that the backend for its device and for activations of `dtype` computes on.
+
+        Returns the tensors to compute with. On the meta device and inside a CUDA graph capture nothing moves.
+        """
+        with _changing:
+            qweight = self._buffers["qweight"]
+            assert qweight is not None
+            if qweight.is_meta or (qweight.is_cuda and torch.cuda.is_current_stream_capturing()):
+                return self.packed
+            self._recognize(qweight)
+            self.dtype = dtype
+            shape = Shape(self.in_features, self.out_features, self.group_size)
+            self.set_layout(layout_for(qweight.device, dtype, shape) or self.layout)
+            self._settled = self.packed
+            return self._settled
 
     def _recognize(self, qweight: Tensor) -> None:
         """Hooks that offload weights put tensors of the checkpoint's layout back behind the module's back."""
@@ -153,28 +174,39 @@ class WQLinear(nn.Module):
             self.layout = self.format
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and self._settled is not self._buffers["qweight"]:
-            self.settle(x.dtype)
         # From the dict: an attribute of a module that is a buffer costs half a microsecond, and a decode step has thousands.
         t: Any = self._buffers
+        qweight, qzeros, scales, layout = t["qweight"], t["qzeros"], t["scales"], self.layout
+        if not torch.compiler.is_compiling():
+            settled = self._settled
+            if settled is None or qweight is not settled[0] or qzeros is not settled[1] or scales is not settled[2]:
+                settled = self.settle(x.dtype)
+            qweight, qzeros, scales, _, layout = settled
         return quantized_linear(
-            x, t["qweight"], t["qzeros"], t["scales"], t["bias"],
-            self.in_features, self.out_features, self.group_size, self.layout,
+            x, qweight, qzeros, scales, t["bias"], self.in_features, self.out_features, self.group_size, layout,
         )  # fmt: skip
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: tensors and the layout that they have, even while another thread changes it."""
+        with _changing:
+            return self.__dict__ | {"_buffers": dict(self._buffers), "_settled": None}
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        tensors = self.checkpoint_tensors()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.layout != self.format:
-            destination.update({prefix + name: tensor for name, tensor in self.checkpoint_tensors().items()})
+        for name, tensor in tensors.items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if any(prefix + name in state_dict for name in _TENSORS):
-            self.set_layout(self.format)
-            self._settled = None
+            with _changing:
+                self.set_layout(self.format)
+                self._settled = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WQLinear:
         kept = {name: t for name, t in self._buffers.items() if name != "bias" and t is not None and t.is_floating_point()}
+        self._settled = None  # it would keep the old tensors alive
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         for name, old in kept.items():

@@ -1,0 +1,171 @@
+"""Serving from threads: first calls at once, and building, saving, training, copying beside running calls."""
+
+import copy
+import pickle
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import thread_cases
+import torch
+import zoo
+from transformers import AutoModel
+
+from awq.checkpoint.load import load_model
+from awq.embed.encoder import Encoder
+from awq.errors import ConfigError
+from awq.generate.projection import Slice
+from awq.integrations.emb_model_provider import AutoAWQLoader
+from awq.nn.copies import copy_structure
+from awq.nn.linear import WQLinear
+from awq.nn.locks import lock_of
+
+SEED = 0
+
+
+@pytest.fixture(scope="module")
+def case():
+    return thread_cases.Case("qwen2")
+
+
+@pytest.fixture(scope="module")
+def unfused_case():
+    return thread_cases.Case("bloom")
+
+
+def test_first_callers(case, unfused_case):
+    dice = random.Random(SEED)
+    wrong = [line for c in (case, case, unfused_case) for line in thread_cases.first_callers(c, dice)]
+    assert not wrong, f"seed {SEED}: {wrong[:5]}"
+
+
+def test_everything_at_once(case, unfused_case):
+    dice = random.Random(SEED)
+    wrong = [line for c in (case, unfused_case) for line in thread_cases.everything_at_once(c, dice)]
+    assert not wrong, f"seed {SEED}: {wrong[:5]}"
+
+
+def test_each_deed_is_right_alone(case):
+    model = case.fresh()
+    for name in thread_cases.DEEDS:
+        assert getattr(case, name)(model, 3), name
+
+
+def test_copies_hold_weights_of_their_own(case):
+    """A copy of a fused model is an unfused one: nothing that happens to one of them reaches the other."""
+    model = case.fresh()
+    assert case.generates(model, 0) and any(isinstance(m, Slice) for m in model.modules())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model.model)):
+        assert not any(isinstance(m, Slice) for m in twin.modules())
+        assert not _addresses(twin) & _addresses(model)
+        for module in twin.modules():
+            if isinstance(module, WQLinear):
+                module.scales.zero_()
+    assert case.generates(model, 0) and case.runs_forward(model, 0)
+
+
+def _addresses(model):
+    tensors = (*model.parameters(), *model.buffers())
+    return {tensor.data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def test_a_copy_of_the_structure_shares_every_tensor(case):
+    model = case.model.model
+    twin = copy_structure(model)
+    assert _addresses(twin) == _addresses(model)
+    assert not {id(module) for module in twin.modules()} & {id(module) for module in model.modules()}
+
+
+def test_one_lock_for_each_model(case):
+    first, second = case.fresh(), case.fresh()
+    assert lock_of(first.model) is lock_of(first.model) and lock_of(first.model) is not lock_of(second.model)
+    with ThreadPoolExecutor(16) as pool:
+        assert len({id(lock) for lock in pool.map(lambda _: lock_of(second), range(64))}) == 1
+
+
+def test_a_streamer_that_calls_the_model(case):
+    """From within a running generate: another generate is right, taking the model apart is refused."""
+    model, answers = case.fresh(), []
+
+    class Curious(thread_cases.Streamer):
+        def put(self, value):
+            answers.append(case.generates(model, 1) and case.runs_forward(model, 2))
+            with pytest.raises(ConfigError, match="is generating"):
+                model.unfuse()
+
+    prompt = case.prompts[0]
+    tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, streamer=Curious())
+    assert torch.equal(tokens, case.tokens[0]) and len(answers) == 9 and all(answers)
+
+
+def test_memory_of_an_outsized_request_goes_back(case):
+    model = case.fresh()
+    model.fuse_layers(64, batch_size=2)
+    for rows, kept in ((1, 2), (40, 0), (2, 2)):
+        batch = zoo.token_batch(rows, 5)
+        model.generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        cache = model.fuse().cache
+        assert (cache[0].k.shape[0] if cache else 0) == kept
+
+
+REQUESTS = {
+    "a list": (dict(input_ids=[[5, 6]]), "list"),
+    "one dimension": (dict(input_ids=torch.tensor([5, 6])), "shape"),
+    "numbers that are no ids": (dict(input_ids=torch.tensor([[5.0, 6.0]])), "float32"),
+    "no token": (dict(input_ids=torch.zeros(1, 0, dtype=torch.long)), "no token"),
+    "an id too large": (dict(input_ids=torch.tensor([[5, 64]])), "hold 64"),
+    "an id below zero": (dict(input_ids=torch.tensor([[-1, 6]])), "hold -1"),
+    "a mask of more rows": (dict(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.ones(2, 2)), "attention_mask"),
+    "a mask of more tokens": (dict(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 3)), "attention_mask"),
+    "a mask that is a list": (dict(input_ids=torch.tensor([[5, 6]]), attention_mask=[[1, 1]]), "list"),
+    "a mask that hides all": (dict(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.zeros(1, 2)), "empty"),
+    "a word for a number": (dict(input_ids=torch.tensor([[5, 6]]), max_new_tokens="x"), "max_new_tokens"),
+    "fewer than no tokens": (dict(input_ids=torch.tensor([[5, 6]]), max_new_tokens=-1), "max_new_tokens"),
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_requests_that_cannot_be_meant(case, request_, fused):
+    model = case.fresh() if fused else copy.deepcopy(case.model)
+    given, what = REQUESTS[request_]
+    with pytest.raises(ConfigError, match=what):
+        model.generate(**{"max_new_tokens": 3, **given})
+
+
+@pytest.fixture(scope="module")
+def encoder_dir(bert_dir, tmp_path_factory):
+    from awq import AutoAWQForEmbedding
+
+    model = AutoAWQForEmbedding.from_pretrained(str(bert_dir))
+    rows = [torch.randint(4, 27, (16,), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    model.quantize(rows, quant_config=thread_cases.SETTINGS | {"q_group_size": 16}, preset="fast")
+    folder = tmp_path_factory.mktemp("encoder") / "model"
+    model.save_quantized(folder)
+    return folder
+
+
+def test_first_texts_at_once(encoder_dir, texts):
+    expected = Encoder.from_pretrained(encoder_dir, "cpu").encode(texts[:8])
+    encoder = Encoder.from_pretrained(encoder_dir, "cpu")
+    with thread_cases.quick_switches(), ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda i: (i, encoder.encode([texts[i]])[0]), [i % 8 for i in range(48)]))
+    assert all(torch.allclose(embedding, expected[i], atol=1e-5) for i, embedding in found)
+
+
+def test_a_loader_loads_once(encoder_dir):
+    loader = AutoAWQLoader(str(encoder_dir), device="cpu")
+    with thread_cases.quick_switches(), ThreadPoolExecutor(16) as pool:
+        pairs = list(pool.map(lambda _: loader.load_model(), range(16)))
+    assert len({(id(model), id(tokenizer)) for model, tokenizer in pairs}) == 1
+    loader.cleanup()
+    assert loader.load_model()[0] is not pairs[0][0]
+
+
+def test_models_of_two_dtypes_loaded_at_once(encoder_dir):
+    before, kinds = torch.get_default_dtype(), (torch.float32, torch.bfloat16)
+    with thread_cases.quick_switches(), ThreadPoolExecutor(8) as pool:
+        models = list(pool.map(lambda i: load_model(encoder_dir, kinds[i % 2], kind=AutoModel), range(8)))
+    for i, model in enumerate(models):
+        assert {p.dtype for p in model.parameters()} == {kinds[i % 2]}
+    assert torch.get_default_dtype() == before
