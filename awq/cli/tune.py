@@ -82,4 +82,5 @@ def _of_model(path: str) -> set[Any]:
     found = shapes(loaded.model.modules())
     decoder = loaded.fuse() if hasattr(loaded, "fuse") else None
     blocks = () if decoder is None else decoder.blocks
-    return found | shapes(joined.linear for block in blocks for joined in block.joined)
+    joined = (product for block in blocks for product in (block.qkv, block.mlp_in))
+    return found | shapes(joined)
