@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,6 +128,13 @@ class AutoAWQForCausalLM:
         return None
 
 
+def _root_of(folder: str) -> str:
+    """The sentence-transformers directory that a transformer's folder belongs to (`0_Transformer`), or that folder itself."""
+    path = Path(folder)
+    inside = bool(folder) and not (path / "modules.json").exists() and (path.parent / "modules.json").exists()
+    return str(path.parent) if inside and path.is_dir() else folder
+
+
 def _note_unused(**given: Any) -> None:
     named = [name for name, value in given.items() if value]
     if named:
@@ -155,7 +163,7 @@ class AutoAWQForEmbedding(AutoAWQForCausalLM):
         `save_quantized` writes the files of that source beside the weights. Raises ModelError when there is no source.
         """
         body = getattr(model[0], "auto_model", None)
-        source = getattr(getattr(body, "config", None), "_name_or_path", "")
+        source = _root_of(getattr(getattr(body, "config", None), "_name_or_path", ""))
         if body is None or not source:
             raise ModelError("this SentenceTransformer does not begin with a transformer that was loaded; save and load it.")
         return AwqEmbeddingModel(body, str(source), tokenizer=model.tokenizer)

@@ -13,7 +13,7 @@ from awq.calibration import clean_texts
 from awq.calibration.batches import evenly_spread, spelled_texts
 from awq.calibration.request import CalibrationRequest, read_request, tell_apart
 from awq.calibration.sources import bundled_texts
-from awq.checkpoint.directory import source_directory
+from awq.checkpoint.companions import source_directory
 from awq.embed.encoder import Encoder
 from awq.errors import CalibrationError, ConfigError
 from awq.evals.similarity import judge
