@@ -92,23 +92,17 @@ def search_scale(
     zero_point: bool = True,
     duo: bool = True,
     tie: Callable[[Tensor], Tensor] = lambda s: s,
-    loss: Callable[[Tensor], Tensor | float] | None = None,
 ) -> ScaleChoice:
     """The best s [in] for the stacked weights [sum of out, in] of the linears that share one input.
 
     gram: float32 [in, in], Σ x xᵀ over tokens; x_mean: mean |x| per channel [in].
     tie: makes s [n, in] equal where channels share one producing row (grouped-query attention).
-    loss: another judge of s (the enclosing module's output error); default tr(Δ G Δᵀ), Δ = Q(W s)/s − W.
+    Candidates are judged by tr(Δ G Δᵀ), Δ = Q(W s)/s − W.
     A candidate whose loss is not finite is dropped. Deterministic: the first of equal candidates wins.
     """
-
     names, scales = scale_candidates(x_mean, weight_importance(weight, group_size), duo)
     scales = tie(scales)
-    if loss is None:
-        values = _losses(weight, gram, scales, group_size, bits, zero_point)
-    else:
-        values = torch.stack([torch.as_tensor(loss(s), device=weight.device) for s in scales])
-    losses = values.tolist()
+    losses = _losses(weight, gram, scales, group_size, bits, zero_point).tolist()
     best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i], i))  # NaN last, then the first of equals
     kind, ratio = names[best]
     return ScaleChoice(scales[best], ratio, kind, losses[best], losses[0])
