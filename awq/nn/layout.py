@@ -33,7 +33,7 @@ def prepare(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     return len(linears)
 
 
-def _note_without_llvmlite(linear: WQLinear, dtype: torch.dtype) -> None:
+def _note_without_llvmlite(linear: WQLinear | ExpertStack, dtype: torch.dtype) -> None:
     """Says what a model on a CPU costs where the generated kernels cannot run."""
     if linear.qweight.device.type != "cpu" or linear.layout == "rows16":
         return
