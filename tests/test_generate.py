@@ -18,7 +18,7 @@ from awq.errors import ConfigError
 from awq.generate import NotFusable, build, build_decoder, build_static, decoder
 from awq.generate.static import why_not_static
 from awq.models.base import BaseAWQForCausalLM
-from awq.nn.capture import NothingFromTheHost
+from awq.nn.capture import NothingFromTheHost, NoWaiting
 from awq.nn.linear import WQLinear
 
 HERE = Path(__file__).parent
@@ -209,6 +209,41 @@ def test_nothing_from_the_host_changes_no_result():
         with NothingFromTheHost():
             found = read()
         assert torch.equal(found, read()) and found.dtype == read().dtype
+
+
+WAITS = {
+    "a number": lambda x: x.sum().item(), "a condition": lambda x: bool((x > 0).all()),
+    "places": lambda x: x.nonzero(), "a mask": lambda x: x[x > 0], "writing by a mask": lambda x: x.__setitem__(x > 9, x[x > 9]),
+    "equality": lambda x: torch.equal(x, x), "a copy there": lambda x: x.to("meta"), "repeats": lambda x: x[0].repeat_interleave(x[0].long()),
+}  # fmt: skip
+WAITS_NOT = {
+    "a product": lambda x: x @ x.t(), "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+    "ids": lambda x: x[torch.tensor([0, 1])], "another dtype": lambda x: x.half(), "a slice": lambda x: x[:, 1:].clone(),
+    "filling": lambda x: x.clone().copy_(x), "a number of repeats": lambda x: x.repeat_interleave(2, 1),
+    "a linear": lambda x: torch.nn.functional.linear(x, x, x[0, :2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("what", [*WAITS, *WAITS_NOT])
+def test_what_makes_the_host_wait_is_found(what, inference):
+    """The CPU stands for the GPU: what the mode looks at are operators and devices, by name."""
+    x, do = torch.arange(6.0).view(2, 3), (WAITS | WAITS_NOT)[what]
+    with torch.inference_mode(inference):
+        if what in WAITS:
+            with pytest.raises(RuntimeError, match="host wait"), NoWaiting("cpu"):
+                do(x)
+            return
+        with NoWaiting("cpu"):
+            found = do(x)
+        assert torch.equal(found, do(x))
+
+
+def test_waiting_is_forbidden_in_one_thread_alone():
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as other, NoWaiting("cpu"):
+        assert other.submit(lambda: torch.ones(3).sum().item()).result() == 3
 
 
 def test_step_over_a_static_cache_is_refused_where_it_cannot_be():
