@@ -75,6 +75,13 @@ def test_greedy_equals_transformers(family):
     assert (wrapper.fusion == "fused") == (interface and family not in ALIBI), wrapper.fusion
 
 
+def test_an_attention_argument_that_is_not_known_is_refused(llama):
+    attention = llama.model.layers[1].self_attn
+    attention.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {"tilt": torch.ones(4)}), with_kwargs=True)
+    with pytest.raises(NotFusable, match="attention takes tilt"):
+        build_decoder(llama, 64)
+
+
 def test_multiplied_embeddings_beside_absolute_positions():
     """The factor of the embedding and the positions are told apart: ctrl multiplies by √features and adds sines."""
     model = zoo.build("ctrl", dict(n_embd=32, n_head=4, n_layer=2, dff=48, n_positions=96))
@@ -214,7 +221,8 @@ def test_nothing_from_the_host_changes_no_result():
 WAITS = {
     "a number": lambda x: x.sum().item(), "a condition": lambda x: bool((x > 0).all()),
     "places": lambda x: x.nonzero(), "a mask": lambda x: x[x > 0], "writing by a mask": lambda x: x.__setitem__(x > 9, x[x > 9]),
-    "equality": lambda x: torch.equal(x, x), "a copy there": lambda x: x.to("meta"), "repeats": lambda x: x[0].repeat_interleave(x[0].long()),
+    "equality": lambda x: torch.equal(x, x), "a copy there": lambda x: x.to("meta"),
+    "repeats": lambda x: x[0].repeat_interleave(x[0].long()),
 }  # fmt: skip
 WAITS_NOT = {
     "a product": lambda x: x @ x.t(), "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
