@@ -33,6 +33,11 @@ class AutoAWQForCausalLM:
 
     _wrapper: Any = BaseAWQForCausalLM
 
+    @classmethod
+    def _wrapper_of(cls, source: Source) -> Any:
+        """A sentence-transformers directory holds an embedding model, whichever factory is asked: one path, one set of defaults."""
+        return AwqEmbeddingModel if source.is_embedder else cls._wrapper
+
     def __init__(self) -> None:
         raise OSError("use AutoAWQForCausalLM.from_pretrained or AutoAWQForCausalLM.from_quantized")
 
@@ -65,7 +70,7 @@ class AutoAWQForCausalLM:
         if source.is_quantized:
             raise ConfigError(f"{model_path} is quantized already; load it with from_quantized.")
         model = load_model(source, dtype, kind=cls._class_of(source), **kwargs)
-        return cls._wrapper(model, str(model_path), trust_remote_code=trust_remote_code)
+        return cls._wrapper_of(source)(model, str(model_path), trust_remote_code=trust_remote_code)
 
     @classmethod
     def from_quantized(
@@ -117,7 +122,7 @@ class AutoAWQForCausalLM:
                 kwargs["device_map"] = {"": target}
         model = load_model(source, dtype, kind=cls._class_of(source), **kwargs)
         tokenizer = find_tokenizer(source.location, trust_remote_code)
-        loaded = cls._wrapper(model, str(quant_path), stored, tokenizer, trust_remote_code)
+        loaded = cls._wrapper_of(source)(model, str(quant_path), stored, tokenizer, trust_remote_code)
         if fuse_layers and loaded.can_generate():
             loaded.fuse_layers(max_seq_len, batch_size, quantize_lm_head, capture_unfused)
         return loaded

@@ -120,6 +120,8 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         if self.is_quantized or self._waiting:
             raise ConfigError(f"the model from {self.path} is quantized already; start from the full-precision model.")
         config = quant_config if isinstance(quant_config, AwqConfig) else AwqConfig.from_dict(quant_config)
+        if not self._is_decoder() and options.get("correction") is None:
+            options["correction"] = ENCODER_CORRECTION
         chosen = _options(options, preset=preset, duo_scaling=duo_scaling, clip=apply_clip)
         batches = self._calibration(
             tokenizer, calib_data, split, text_column, max_calib_samples, max_calib_seq_len,
@@ -226,6 +228,7 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
 
 
 AwqModel = BaseAWQForCausalLM
+ENCODER_CORRECTION = 0.75  # of the input's error: encoders bear more than the presets' 0.5, made for language models
 _SAMPLES = 128  # rows of text that calibrate, AutoAWQ's number
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")  # how configs name their number
 
