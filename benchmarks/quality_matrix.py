@@ -95,9 +95,7 @@ def texts_of_kinds(arguments: argparse.Namespace, model: Any, tokenizer: Any) ->
     count = arguments.conversations
     english = [p for p in bundled if is_english(p)]
     chats = [QUESTIONS[i % len(QUESTIONS)].format(english[i % len(english)][:300]) for i in range(2 * count)]
-    problems = [
-        PROBLEMS[i % len(PROBLEMS)].format(a=2 + i % 7, b=3 + 5 * i % 11, c=20 + 7 * i % 83) for i in range(2 * count)
-    ]
+    problems = [PROBLEMS[i % len(PROBLEMS)].format(a=2 + i % 7, b=3 + 5 * i % 11, c=20 + 7 * i % 83) for i in range(2 * count)]
     code = arguments.code.read_text(encoding="utf-8").split("\n\n")
     prose_seen, prose_rest = split_text(arguments.prose, 560313, as_written=True)
     return {

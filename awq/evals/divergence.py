@@ -163,12 +163,14 @@ def _compare(before: Tensor, after: Tensor, wanted: Tensor) -> Tensor:
         part = slice(start, start + CHUNK_TOKENS)
         first, second = before[part].float(), after[part].float()
         rows.append(
-            torch.stack([
-                token_divergence(first, second),
-                (first.argmax(-1) == second.argmax(-1)).float(),
-                F.cross_entropy(first, wanted[part], reduction="none"),
-                F.cross_entropy(second, wanted[part], reduction="none"),
-            ])
+            torch.stack(
+                [
+                    token_divergence(first, second),
+                    (first.argmax(-1) == second.argmax(-1)).float(),
+                    F.cross_entropy(first, wanted[part], reduction="none"),
+                    F.cross_entropy(second, wanted[part], reduction="none"),
+                ]
+            )
         )
     return torch.cat(rows, 1).cpu()
 
