@@ -415,7 +415,7 @@ def test_quantized_model(saved, tmp_path):
 def test_gate_and_up_in_turn(saved, monkeypatch):
     """As they are joined for a GPU: the same tokens, the same bytes saved."""
     plain, fused = (AutoAWQForCausalLM.from_quantized(saved, fuse_layers=f, device="cpu", max_seq_len=64) for f in (False, True))
-    monkeypatch.setattr("awq.generate.operations.gate_run", lambda linear: 16)
+    monkeypatch.setattr("awq.generate.operations.gate_interleave", lambda linear: 16)
     kwargs = dict(**prompts(), max_new_tokens=30, do_sample=False, pad_token_id=0)
     assert torch.equal(fused.generate(**kwargs), plain.generate(**kwargs))
     assert [block.run for block in fused.fuse().blocks] == [16] * len(fused.fuse().blocks)
@@ -471,7 +471,9 @@ def test_kernels_equal_plain_operators():
 
 def compiled(target, kernel, dtype, **constants):
     """A decode kernel's machine code for a GPU that is not there."""
-    from awq.kernels.triton import decoding, offline
+    import offline
+
+    from awq.kernels.triton import decoding
 
     pointers = {"qkv": dtype, "x": dtype, "branch": dtype, "total": dtype, "y": dtype, "h": dtype, "q": dtype, "out": dtype,
                 "k_cache": dtype, "v_cache": dtype, "lengths": "i32", "arrived": "i32"}  # fmt: skip
@@ -487,7 +489,7 @@ def compiled(target, kernel, dtype, **constants):
 HEADS = dict(HEADS=32, KV_HEADS=8, DIM=128, D=128, R=64, NORMED=True, MEAN=False)
 KERNELS = {
     "add_norm_kernel": dict(WIDTH=4096, BLOCK=4096, ADD=True, NORM=True, MEAN=True, HAS_WEIGHT=True, HAS_BIAS=True),
-    "activate_kernel": dict(WIDTH=14336, BLOCK=512, NAME="silu", GATED=True, RUN=16),
+    "activate_kernel": dict(WIDTH=14336, BLOCK=512, NAME="silu", GATED=True, INTERLEAVE=16),
     "split_kernel": HEADS | dict(HEADS2=32, KV2=8),
     "attend_kernel": HEADS | dict(G=16, GP=4, SPLIT=64, TOGETHER=8, BLOCK=64, LINES=2, WINDOW=4096, CAPPED=True),
 }
@@ -501,4 +503,4 @@ def test_kernels_compile_without_spilling(kernel, target, dtype):
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "relu", "relu2"])
 def test_activations_compile(name):
-    assert compiled(90, "activate_kernel", "fp16", WIDTH=700, BLOCK=512, NAME=name, GATED=False, RUN=0).spilled == 0
+    assert compiled(90, "activate_kernel", "fp16", WIDTH=700, BLOCK=512, NAME=name, GATED=False, INTERLEAVE=0).spilled == 0

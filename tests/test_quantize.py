@@ -288,7 +288,7 @@ def test_report_is_json(tmp_path):
 
 def test_biases_take_the_mean_of_the_error():
     """On the calibration tokens the output of a linear with a bias keeps its mean; linears without one have none after."""
-    from awq.kernels.backends import use_backend
+    from awq.backends import use_backend
     from awq.nn.surgery import named_linears
     from awq.quantize.statistics import MaskHolder, collect_inputs
 

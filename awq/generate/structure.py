@@ -11,25 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awq.generate.attention import rotate
 from awq.generate.channels import find_channels, flat, heads_last, owners
 from awq.generate.norms import is_norm, read_norm
 from awq.generate.plan import Attention, BlockPlan, Norm, NotFusable, Source
 from awq.generate.trace import AttentionCall, Event, Trace, rotary_tables
+from awq.kernels.reference.attention import rotate
+from awq.kernels.reference.decode import ACTIVATIONS
 from awq.nn.blocks import BlockCall, is_product
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}  # fmt: skip
 _READ_SETTINGS = {"scaling", "softcap", "sliding_window"}
 # What attention may also be told in evaluation mode, with a mask and without a cache, and what then changes nothing.
 _IDLE_SETTINGS = {
     "dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
 }  # fmt: skip
+
 
 
 def read_block(neutral: Trace, real: Trace, call: BlockCall) -> BlockPlan:
