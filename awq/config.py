@@ -17,6 +17,8 @@ logger = logging.getLogger("awq")
 
 FORMATS = ("gemm", "gemv", "gemv_fast")
 _FORMAT_ALIASES = {"gemvfast": "gemv_fast", "gemv-fast": "gemv_fast"}
+# Names of kernels that older writers put where the layout's name belongs; all of them read the gemm layout.
+_GEMM_KERNELS = {"exllama", "ipex", "exllama_v1", "exllama_v2", "gemm_triton"}
 _SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size", "version": "format"}
 def normalize_format(name: str) -> str:
     """Canonical name of a packed format: "GEMM" → "gemm", "GEMVFast" → "gemv_fast".
@@ -91,6 +93,9 @@ class AwqConfig:
         if foreign:
             logger.info("quantization_config: keys of other tools, without effect here: %s", ", ".join(foreign))
         given = {key: value for key, value in settings.items() if key in known and value is not None}
+        version = given.get("version")
+        if str(getattr(version, "value", version)).lower() in _GEMM_KERNELS:
+            given["version"] = "gemm"
         if "version" in given and given.get("format") not in FORMATS:
             given.pop("format", None)  # GPTQModel says "gemm" there too, others what the file's container is
         return cls._from_known(given)
@@ -144,7 +149,7 @@ class AwqConfig:
         """
         size = in_features if self.group_size == -1 else self.group_size
         if in_features % size:
-            fitting = [g for g in (128, 64, 32, 16) if in_features % g == 0 and g < size]
+            fitting = [g for g in (128, 64, 32, 16) if in_features % g == 0]
             hint = f"use group_size {' or '.join(map(str, fitting))}" if fitting else "use group_size −1"
             raise ConfigError(
                 f"{name}: in_features {in_features} is not a multiple of group_size {size}; {hint}, "

@@ -4,14 +4,18 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 import zoo
 from transformers import AutoModel
 
+import awq
 from awq import AutoAWQForCausalLM
 from awq.cli import VERBS, main
+from awq.config import AwqConfig
+from awq.errors import ConfigError
 
 
 def run_json(capsys, *arguments):
@@ -61,7 +65,8 @@ def test_info(capsys, quantized):
     assert (info["w_bit"], info["q_group_size"], info["version"], info["zero_point"]) == (4, 16, "gemm", True)
     assert info["quantized_linears"] == 21 and info["modules_to_not_convert"] == ["lm_head"] and info["weight_bytes"] > 0
     assert main(["info", str(quantized["llama"])]) == 0
-    assert "q_group_size: 16" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "group size: 16" in out and "not quantized: lm_head" in out and "llama (LlamaForCausalLM)" in out
 
 
 def test_generate(capsys, quantized):
@@ -77,7 +82,7 @@ def test_embed(capsys, quantized, texts):
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(torch.tensor(result["cosine"]), vectors @ vectors.t())
     assert main(["embed", str(quantized["bert"]), "the cat", "a dog"]) == 0
-    assert capsys.readouterr().out.count("\n") == 2
+    assert capsys.readouterr().out.count("\n") == 3
 
 
 def test_embedding_models_go_through_their_own_door(capsys, bert_dir, texts, tmp_path):
@@ -103,16 +108,16 @@ def test_embedding_models_go_through_their_own_door(capsys, bert_dir, texts, tmp
     assert "cosine to full precision on 60 texts" in capsys.readouterr().out
     (tmp_path / "bad.tsv").write_text("no score\ta\tb\n")
     for file, message in (("no.tsv", "does not exist"), ("bad.tsv", "score")):
-        assert main([*map(str, common), "--evaluate", str(tmp_path / file)]) == 1
+        assert main([*map(str, common), "--evaluate", str(tmp_path / file)]) == 2
         assert message in capsys.readouterr().err
-    assert main(["quantize", str(bert_dir), str(tmp_path / "x"), "--prompt-name", "query"]) == 1
+    assert main(["quantize", str(bert_dir), str(tmp_path / "x"), "--prompt-name", "query"]) == 2
     assert "--prompt-name" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_no_tokenizer_is_said_before_calibration(capsys, bert_dir, tmp_path):
     """transformers 5 makes an empty one up; every word would be unknown."""
     shutil.copytree(bert_dir, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
-    assert main(["quantize", str(tmp_path / "m"), str(tmp_path / "q"), "--group-size", "16"]) == 1
+    assert main(["quantize", str(tmp_path / "m"), str(tmp_path / "q"), "--group-size", "16"]) == 2
     assert "tokenizer" in capsys.readouterr().err
     model = AutoAWQForCausalLM.from_pretrained(str(tmp_path / "m"))
     assert model.tokenizer is None
@@ -144,22 +149,157 @@ def test_folds(capsys, llama_dir, bert_dir):
     ["info", "MISSING"], ["quantize", "MISSING", "OUT"], ["generate", "MISSING", "hello"], ["embed", "MISSING", "hello"],
     ["convert", "MISSING", "OUT", "--version", "gemv"], ["folds", "MISSING"],
 ])  # fmt: skip
-def test_missing_model_is_one_line_and_status_1(capsys, tmp_path, arguments):
+def test_missing_model_is_one_line_and_status_2(capsys, tmp_path, arguments):
     paths = {"MISSING": str(tmp_path / "nothing"), "OUT": str(tmp_path / "out")}
     capsys.readouterr()
-    assert main([paths.get(a, a) for a in arguments]) == 1
+    assert main([paths.get(a, a) for a in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and "Traceback" not in captured.err
     assert captured.err.splitlines()[-1].startswith(f"awq {arguments[0]}: ") and "nothing" in captured.err
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_settings_are_status_1(capsys, llama_dir, quantized, tmp_path):
-    assert main(["quantize", str(llama_dir), str(tmp_path / "out"), "--version", "marlin"]) == 1
-    assert "marlin" in capsys.readouterr().err
-    assert main(["convert", str(quantized["bert"]), str(tmp_path / "out"), "--version", "marlin"]) == 1
-    assert main(["generate", str(quantized["bert"]), "hello"]) == 1
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("arguments, word", [
+    (["quantize", "m", "o", "--version", "marlin"], "GEMV"), (["quantize", "m", "o", "--preset", "turbo"], "balanced"),
+    (["quantize", "m", "o", "--samples", "0"], "at least 1"), (["quantize", "m", "o", "--tokens", "0"], "at least 1"),
+    (["quantize", "m", "o", "--group-size", "3"], "whole row"), (["quantize", "m", "o", "--dtype", "int8"], "bfloat16"),
+    (["convert", "m", "o", "--version", "marlin"], "GEMV"), (["generate", "m", "p", "--max-new-tokens", "0"], "at least 1"),
+    (["bench", "m", "--repeats", "x"], "at least 1"),
+])  # fmt: skip
+def test_bad_values_are_refused_while_the_command_line_is_read(capsys, arguments, word):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_choices_are_those_of_the_python_interface():
+    from awq.cli.arguments import PRESETS, VERSIONS, version
+    from awq.config import FORMATS, normalize_format
+    from awq.quantize.options import PRESETS as options
+
+    assert set(PRESETS) == set(options) and {normalize_format(name) for name in VERSIONS} == set(FORMATS)
+    assert all(version(name) in VERSIONS for name in FORMATS)
+
+
+def failed(capsys, *arguments):
+    """stderr of a verb that fails: one line, and nothing on stdout."""
+    capsys.readouterr()
+    assert main([*map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    line = captured.err.splitlines()[-1]
+    assert line.startswith(f"awq {arguments[0]}: ")
+    return line
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu9", "cuda:x"])
+def test_a_device_that_is_not_there_is_one_line(capsys, quantized, llama_dir, texts, tmp_path, device):
+    (tmp_path / "t.txt").write_text("\n\n".join(texts))
+    assert device in failed(capsys, "embed", quantized["bert"], "a", "--device", device)
+    assert device in failed(capsys, "generate", quantized["llama"], "hi", "--device", device)
+    arguments = ["--calib-data", tmp_path / "t.txt", "--group-size", 16, "--device", device]
+    assert device in failed(capsys, "quantize", llama_dir, tmp_path / "q", *arguments)
+    assert not (tmp_path / "q").exists()
+
+
+def test_errors_of_other_packages_are_one_line_too(capsys, quantized, tmp_path):
+    broken = tmp_path / "m"
+    shutil.copytree(quantized["llama"], broken)
+    (broken / "tokenizer.json").write_text("{")
+    line = failed(capsys, "generate", broken, "hi")
+    assert len(line) < 500
+    with pytest.raises(Exception, match="."):
+        main(["generate", str(broken), "hi", "--debug"])
+
+
+def test_encoders_do_not_generate(capsys, quantized):
+    assert "language model" in failed(capsys, "generate", quantized["bert"], "hello")
+
+
+def test_the_group_size_is_judged_before_any_text_is_looked_for(capsys, llama_dir, bert_dir, tmp_path):
+    """A wrong size needs no hub, no file and no tokenizer to be told; the hint names every size that fits."""
+    for source in (llama_dir, bert_dir):
+        line = failed(capsys, "quantize", source, tmp_path / "q", "--group-size", 24, "--calib-data", "nobody/nothing")
+        assert "group_size 24" in line and "16" in line and "nothing" not in line
+    with pytest.raises(ConfigError, match="128 or 64 or 32 or 16"):
+        AwqConfig(group_size=100).group_size_of(384)
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, caplog):
+    """The address is one where nothing listens; `datasets` would go on for half a minute."""
+    from huggingface_hub import constants
+
+    from awq.calibration import sources
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.perf_counter()
+    assert sources._hub_samples("pileval", "train", "text", 8) is None
+    assert time.perf_counter() - start < 10 and "bundled text" in caplog.text
+
+
+def test_embeddings_from_a_file_to_a_file(capsys, quantized, texts, tmp_path):
+    import numpy
+
+    (tmp_path / "t.txt").write_text("\n".join(texts[:5]) + "\n\n")
+    common = ["embed", quantized["bert"], "--input", tmp_path / "t.txt", "--output"]
+    assert run_json(capsys, *common, tmp_path / "e.npy")["texts"] == 5
+    assert main([*map(str, common), str(tmp_path / "e.jsonl")]) == 0
+    matrix = numpy.load(tmp_path / "e.npy")
+    rows = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == texts[:5]
+    numpy.testing.assert_allclose(matrix, [row["embedding"] for row in rows], atol=1e-6)
+    assert ".npy" in failed(capsys, *common, tmp_path / "e.txt")
+    assert "no texts" in failed(capsys, "embed", quantized["bert"])
+    capsys.readouterr()
+    assert main(["embed", str(quantized["bert"]), "one text"]) == 0
+    assert "32 features" in capsys.readouterr().out
+
+
+def test_signs_of_life_where_stderr_is_no_terminal(capsys, llama_dir, texts, tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(texts))
+    common = ["quantize", str(llama_dir), str(tmp_path / "q"), "--calib-data", str(tmp_path / "t.txt"), "--group-size", "16",
+              "--preset", "fast"]  # fmt: skip
+    assert main(common) == 0
+    err = capsys.readouterr().err
+    assert err.index("loading") < err.index("quantizing: preset fast") < err.index("saving to")
+    assert main([*common, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_tuning_without_a_gpu_loads_no_model(capsys, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("needs Linux without a GPU")
+    assert "there is none" in failed(capsys, "tune", tmp_path / "nothing")
+
+
+def test_no_verb_and_version(capsys):
+    assert main([]) == 2
+    assert "quantize" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and f"awq {awq.__version__}, torch" in capsys.readouterr().out
+
+
+def test_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for default in ("128", "balanced", "GEMM", "auto", "512", "text", "train", "pileval"):
+        assert f"(default: {default})" in text, default
+
+
+def test_a_pipe_that_closes_is_one_line(quantized):
+    code = f"import sys; from awq.cli import main; sys.exit(main(['info', {str(quantized['llama'])!r}]))"
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.close()
+    err = run.stderr.read()
+    assert run.wait() == 2 and "Traceback" not in err and "closed" in err
+
+
+def test_info_loads_no_torch(quantized):
+    code = f"import sys; from awq.cli import main; main(['info', {str(quantized['llama'])!r}]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_help_is_light():

@@ -6,11 +6,10 @@ import types
 import pytest
 import torch
 
-from awq import backends
 from awq.core.weight import QuantizedWeight
 from awq.errors import ConfigError
 from awq.formats import get_format, get_layout
-from awq.kernels import Packed, Shape, choose, explain, reference, use_backend
+from awq.kernels import Packed, Shape, backends, choose, explain, reference, use_backend
 from awq.nn.layout import concatenate_outputs, prepare, restore, split_outputs
 from awq.nn.linear import WQLinear
 
@@ -44,9 +43,10 @@ def planar(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(backends, "PREFERENCE", ("planar_test", *backends.PREFERENCE))
     monkeypatch.setattr(backends, "get_backend", lambda n, old=backends.get_backend: module if n == "planar_test" else old(n))
-    backends.forget()
+    monkeypatch.setattr("awq.kernels.op.get_backend", backends.get_backend)
+    backends._choose.cache_clear()
     yield module
-    backends.forget()
+    backends._choose.cache_clear()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -31,8 +31,6 @@ from awq.nn.surgery import linear_shape, named_linears, replace_module
 
 _TABLES: tuple[Any, ...] = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
 _previous: list[Any] = []
-# Names of kernels that older writers put where the layout's name belongs; all of them read the gemm layout.
-_GEMM_KERNELS = {"exllama", "ipex", "exllama_v1", "exllama_v2", "gemm_triton"}
 
 
 def storage_settings(source: Any) -> settings.AwqConfig:
@@ -46,9 +44,6 @@ def storage_settings(source: Any) -> settings.AwqConfig:
         names = ("quant_method", "bits", "group_size", "zero_point", "modules_to_not_convert")
         given = {name: getattr(source, name, None) for name in names}
         given["version"] = getattr(source, "format", None) or getattr(source, "version", "gemm")
-    version = given.get("version")
-    if str(getattr(version, "value", version)).lower() in _GEMM_KERNELS:
-        given["version"] = "gemm"
     return settings.AwqConfig.from_file(given)
 
 

@@ -1,31 +1,120 @@
-"""The `awq` command: one file per verb, same names and defaults as the Python API."""
+"""The `awq` command: one file per verb, same names and defaults as the Python API.
+
+Exit status: 0 done, 2 an error, told in one line on stderr (`--debug` shows the traceback). 1 is kept for a quality gate that
+failed, so that scripts can tell the two apart. What a verb found goes to stdout and everything else to stderr, so `--json`
+can be piped. No verb imports torch before its `run`: `awq --help` answers in a tenth of a second.
+"""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
-VERBS = ("quantize", "generate", "bench", "embed", "info", "convert", "folds", "report", "tune")
+VERBS = ("quantize", "generate", "bench", "embed", "info", "report", "convert", "folds", "tune")
+OK, ERROR = 0, 2
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit status (0, or 1 with one line on stderr for an `AwqError`)."""
+class _Help(argparse.HelpFormatter):
+    """Shows the default of every option that has one worth showing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        default = action.default
+        if default is None or default is False or default == [] or default == argparse.SUPPRESS or "default" in text:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{text} (default: {shown})".strip()
+
+
+class _Version(argparse.Action):
+    """Prints versions of the package and of what it stands on, read without importing them."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_others: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        import awq
+
+        parts = [f"awq {awq.__version__}"]
+        for name in ("torch", "transformers"):
+            try:
+                parts.append(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                parts.append(f"no {name}")
+        print(", ".join(parts))
+        parser.exit()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command with all verbs."""
     parser = argparse.ArgumentParser(prog="awq", description="4-bit AWQ quantization of language and embedding models.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for name in VERBS:
         module = import_module(f"awq.cli.{name}")
         about = module.__doc__ or name
-        sub = verbs.add_parser(name, help=about.splitlines()[0], description=about)
+        sub = verbs.add_parser(name, help=about.splitlines()[0], description=about, formatter_class=_Help)
         module.add_arguments(sub)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; returns the exit status."""
+    parser = make_parser()
     arguments = parser.parse_args(argv)
+    if arguments.verb is None:
+        parser.print_help(sys.stderr)
+        return ERROR
+    try:
+        with _silence() if arguments.quiet else nullcontext():
+            arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone. stdout must not be flushed again when Python ends, which would fail the same way.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _failed(arguments, "the program that reads the output closed it.")
+    except KeyboardInterrupt:
+        return _failed(arguments, "interrupted.")
+    except Exception as error:  # whatever torch, transformers or the system raise, a person gets one line
+        if arguments.debug:
+            raise
+        return _failed(arguments, _one_line(error))
+    return OK
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings and none of transformers' progress bars inside."""
+    from transformers.utils import logging as bars
+
+    before, shown = logging.root.manager.disable, bars.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _failed(arguments: argparse.Namespace, line: str) -> int:
+    print(f"awq {arguments.verb}: {line}", file=sys.stderr)
+    return ERROR
+
+
+def _one_line(error: Exception) -> str:
     from awq.errors import AwqError
 
-    try:
-        arguments.run(arguments)
-    except AwqError as error:
-        print(f"awq {arguments.verb}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    text = " ".join(str(error).split())
+    if isinstance(error, AwqError):
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 
+from awq.cli.arguments import add_device, add_dtype, positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="quantized directory or hub id")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], help="rows generated together")
     parser.add_argument("--lengths", nargs="+", default=["64/64", "256/256"], help="prompt/new tokens")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3, help="runs, of which the best counts")
     parser.add_argument("--no-fuse", action="store_true", help="transformers' own blocks and loop")
-    parser.add_argument("--quantize-lm-head", action="store_true")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device")
+    parser.add_argument("--quantize-lm-head", action="store_true", help="generate through a 4-bit copy of the head")
+    add_dtype(parser)
+    add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

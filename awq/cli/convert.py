@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from awq.cli.arguments import add_version
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="quantized directory")
     parser.add_argument("output", help="directory to write")
-    parser.add_argument("--version", required=True)
+    add_version(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,23 +1,83 @@
-"""Embed sentences with an encoder, pooled as its directory says, L2-normalised."""
+"""Embed sentences with an encoder, pooled as its directory says, L2-normalised.
+
+With --output the embeddings are written to a file, with --json they are printed. Otherwise a table of cosines shows how near
+the texts are to each other.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from awq.cli.arguments import add_device, add_dtype, positive
+
+MAX_TABLE_TEXTS = 20  # a table of more cosines is no help to the eye
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="directory or hub id, quantized or not")
-    parser.add_argument("texts", nargs="+")
-    parser.add_argument("--device")
+    parser.add_argument("texts", nargs="*", help="texts, beside those of --input")
+    parser.add_argument("--input", metavar="FILE", help="file of texts, one a line; - reads them from stdin")
+    parser.add_argument("--output", metavar="FILE", help="write a .npy matrix, or .jsonl lines of text and embedding")
+    parser.add_argument("--batch-size", type=positive, default=32, help="texts embedded together")
     parser.add_argument("--prompt-name", help="name of one of the model's prompts, e.g. query")
+    add_dtype(parser)
+    add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from awq.errors import ConfigError
+
+    texts = arguments.texts + _lines(arguments.input)
+    if not texts:
+        raise ConfigError("no texts to embed; give some, or a file with --input.")
+    output = None if arguments.output is None else Path(arguments.output)
+    if output is not None and output.suffix not in (".npy", ".jsonl"):
+        raise ConfigError(f"--output {output}: write to a file named .npy or .jsonl.")
     from awq.cli.output import show
     from awq.embed.encoder import Encoder
 
-    encoder = Encoder.from_pretrained(arguments.model, device=arguments.device)
-    vectors = encoder.encode(arguments.texts, normalize=True, prompt_name=arguments.prompt_name)
+    encoder = Encoder.from_pretrained(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    vectors = encoder.encode(texts, arguments.batch_size, normalize=True, prompt_name=arguments.prompt_name)
+    if output is not None:
+        _write(output, texts, vectors)
+        found = {"texts": len(texts), "features": vectors.shape[1], "output": str(output)}
+        show(found, arguments.json, f"{len(texts)} embeddings of {vectors.shape[1]} features written to {output}")
+        return
     similarity = (vectors @ vectors.t()).tolist()
-    lines = [f"{text}: {' '.join(f'{value:.3f}' for value in row)}" for text, row in zip(arguments.texts, similarity)]
-    show({"embeddings": vectors.tolist(), "cosine": similarity}, arguments.json, "\n".join(lines))
+    show({"embeddings": vectors.tolist(), "cosine": similarity}, arguments.json, _for_people(texts, vectors, similarity))
+
+
+def _lines(name: str | None) -> list[str]:
+    """The lines of a file, or of stdin for "-", that are not empty."""
+    from awq.errors import CalibrationError
+
+    if name is None:
+        return []
+    try:
+        whole = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise CalibrationError(f"{name} cannot be read as a file of texts: {error}.") from error
+    return [line for line in whole.split("\n") if line.strip()]
+
+
+def _write(path: Path, texts: list[str], vectors: Any) -> None:
+    if path.suffix == ".npy":
+        import numpy
+
+        numpy.save(path, vectors.numpy())
+        return
+    with path.open("w", encoding="utf-8") as file:
+        for text, vector in zip(texts, vectors.tolist()):
+            file.write(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False) + "\n")
+
+
+def _for_people(texts: list[str], vectors: Any, similarity: list[list[float]]) -> str:
+    advice = "--json prints the embeddings, --output FILE writes them"
+    if len(texts) == 1 or len(texts) > MAX_TABLE_TEXTS:
+        return f"{len(texts)} embeddings of {vectors.shape[1]} features; {advice}."
+    lines = [f"{' '.join(f'{value:.3f}' for value in row)}  {text}" for text, row in zip(texts, similarity)]
+    return "\n".join([f"Cosine similarity of each text to all of them, in their order ({advice}):", *lines])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from awq.cli.arguments import add_device, positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="quantized directory or hub id")
     parser.add_argument("prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="at most so many")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
-    parser.add_argument("--device")
+    add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from typing import Any
+
+from awq.cli.arguments import PRESETS, add_device, add_dtype, add_version, group_size, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="local directory or hub id")
     parser.add_argument("output", help="directory to write")
     parser.add_argument("--calib-data", default="pileval", help="dataset name or local .txt, .jsonl, .csv, .parquet file")
-    parser.add_argument("--text-column", default="text")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--version", default="GEMM", help="GEMM, GEMV or GEMVFast")
-    parser.add_argument("--preset", default="balanced", help="fast, balanced or best")
-    parser.add_argument("--samples", type=int, help="default: 128; 256, 1024 or 2048 by size for an embedding model")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens per sample")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--text-column", default="text", help="column of a table that holds the texts")
+    parser.add_argument("--split", default="train", help="of a dataset of the hub")
+    parser.add_argument("--group-size", type=group_size, default=128, help="input channels that share a scale; -1: the whole row")
+    add_version(parser, default="GEMM")
+    parser.add_argument("--preset", choices=PRESETS, default="balanced", help="how much work to spend on quality")
+    parser.add_argument("--samples", type=positive, help="texts; default: 128, or 256, 1024 or 2048 by size for an embedding model")
+    parser.add_argument("--tokens", type=positive, default=512, help="tokens per sample")
+    add_dtype(parser)
+    add_device(parser)
     parser.add_argument("--skip", nargs="*", default=[], help="modules to leave in full precision")
     embedding = parser.add_argument_group("embedding models (directories with modules.json)")
     embedding.add_argument("--prompt-name", help="prompt put before every text, e.g. query")
     embedding.add_argument("--evaluate", metavar="FILE", help="texts, or .tsv lines `score<TAB>sentence<TAB>sentence`, to compare "
                            "embeddings before and after on; default: texts that calibration left over")  # fmt: skip
+
+
+def _say(arguments: argparse.Namespace, line: str) -> None:
+    """A sign of life on stderr, where no progress bar is drawn: in log files, under nohup, in CI."""
+    if not arguments.quiet and not sys.stderr.isatty():
+        print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -40,11 +51,17 @@ def run(arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {}
     if embedding:
         options |= {"prompt_name": arguments.prompt_name, "evaluate": _evaluation(arguments)}
+    if arguments.device is not None:
+        options["device"] = arguments.device
+    if arguments.quiet:
+        options["progress"] = False
     if arguments.samples is not None:
         options["max_calib_samples"] = arguments.samples
+    _say(arguments, f"loading {arguments.model}")
     door = AutoAWQForEmbedding if embedding else AutoAWQForCausalLM
     model = door.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
     model.tokenizer = load_tokenizer(arguments.model)
+    _say(arguments, f"quantizing: preset {arguments.preset}, group size {arguments.group_size}, texts of {arguments.calib_data}")
     report = model.quantize(
         model.tokenizer,
         quant_config={"q_group_size": arguments.group_size, "version": arguments.version,
@@ -52,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         calib_data=arguments.calib_data, split=arguments.split, text_column=arguments.text_column,
         max_calib_seq_len=arguments.tokens, preset=arguments.preset, **options,
     )  # fmt: skip
+    _say(arguments, f"saving to {arguments.output}")
     model.save_quantized(arguments.output)
     show(
         report.to_dict() | {"output": arguments.output},

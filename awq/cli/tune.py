@@ -27,18 +27,19 @@ def run(arguments: argparse.Namespace) -> None:
     from awq.errors import ConfigError
     from awq.kernels.triton import why_not
 
-    shapes = sorted({*_given(arguments), *(_of_model(arguments.model) if arguments.model else ())})
-    if not shapes:
+    given = _given(arguments)
+    if not given and not arguments.model:
         raise ConfigError("name a quantized model, or linears as --shapes NxK.")
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available():  # before a model is loaded for it
         raise ConfigError("kernels are tuned on the GPU that is to run them, and there is none.")
+    shapes = sorted({*given, *(_of_model(arguments.model) if arguments.model else ())})
     for shape in shapes:
         reason = why_not(torch.device("cuda", 0), torch.float16, shape)
         if reason is not None:
             raise ConfigError(f"a linear of {shape} does not run on Triton's kernels: {reason}.")
-    from awq.kernels.triton import configs, launcher, tuning
+    from awq.kernels.triton import configs, launch, tuning
 
-    path = arguments.output or configs.user_tables() / f"{launcher.architecture(0)[0]}.json"
+    path = arguments.output or configs.user_tables() / f"{launch.architecture(0)[0]}.json"
     found = tuning.tune(
         shapes, {getattr(torch, name): arguments.tokens or configs.BUCKETS for name in arguments.dtypes}, arguments.seconds,
         arguments.workers or os.cpu_count() or 1, (lambda line: None) if arguments.json else print,

@@ -24,6 +24,7 @@ from awq.embed.graphs import EncoderGraphs
 from awq.embed.heads import Pooling, read_head
 from awq.errors import ConfigError, ModelError
 from awq.nn.locks import lock_of
+from awq.nn.surgery import usable_device
 
 logger = logging.getLogger("awq.embed")
 
@@ -69,6 +70,7 @@ class Encoder(nn.Module):
         device: None takes the GPU if there is one. A plain directory says nothing about pooling: mean pooling without
         normalisation is used, with a warning. Raises ModelError or CheckpointError when there is no such model.
         """
+        place = usable_device(device)  # before anything is read or fetched
         root = Path(path)
         if not root.exists() and not str(path).startswith((".", "/", "~")):
             root = _downloaded(str(path))
@@ -79,7 +81,7 @@ class Encoder(nn.Module):
         if getattr(source.config, "is_encoder_decoder", False) and not kind.__name__.endswith("EncoderModel"):
             raise ModelError(f"{path} is an encoder-decoder model; use SentenceTransformer({str(path)!r}) for it.")
         encoder = cls.around(load_model(source, dtype, kind=kind), root, trust_remote_code=trust_remote_code)
-        return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        return encoder.to(place).eval()
 
     @classmethod
     def around(cls, model: Any, path: str | Path, tokenizer: Any = None, trust_remote_code: bool = False) -> Encoder:

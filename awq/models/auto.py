@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from awq.checkpoint.tokenizer import find_tokenizer
 from awq.errors import ConfigError, ModelError
 from awq.models.base import BaseAWQForCausalLM
 from awq.models.embedding import AwqEmbeddingModel
+from awq.nn.surgery import usable_device
 
 logger = logging.getLogger("awq.models")
 
@@ -32,11 +32,6 @@ class AutoAWQForCausalLM:
     """Factory; not instantiated."""
 
     _wrapper: Any = BaseAWQForCausalLM
-
-    @classmethod
-    def _wrapper_of(cls, source: Source) -> Any:
-        """A sentence-transformers directory holds an embedding model, whichever factory is asked: one path, one set of defaults."""
-        return AwqEmbeddingModel if source.is_embedder else cls._wrapper
 
     def __init__(self) -> None:
         raise OSError("use AutoAWQForCausalLM.from_pretrained or AutoAWQForCausalLM.from_quantized")
@@ -70,7 +65,7 @@ class AutoAWQForCausalLM:
         if source.is_quantized:
             raise ConfigError(f"{model_path} is quantized already; load it with from_quantized.")
         model = load_model(source, dtype, kind=cls._class_of(source), **kwargs)
-        return cls._wrapper_of(source)(model, str(model_path), trust_remote_code=trust_remote_code)
+        return cls._wrapper(model, str(model_path), trust_remote_code=trust_remote_code)
 
     @classmethod
     def from_quantized(
@@ -103,6 +98,8 @@ class AutoAWQForCausalLM:
         are accepted for compatibility.
         """
         dtype = _dtype(config_kwargs.pop("dtype", config_kwargs.pop("torch_dtype", "auto")))
+        if device is not None:
+            usable_device(device)  # before anything is read or fetched
         max_seq_len = config_kwargs.pop("max_new_tokens", None) or max_seq_len  # AutoAWQ's older name
         source = Source.open(quant_path, trust_remote_code, **hub_arguments({**(download_kwargs or {}), **config_kwargs}))
         stored = source.settings
@@ -115,14 +112,12 @@ class AutoAWQForCausalLM:
         if device_map is not None and device is None:
             kwargs["device_map"] = device_map
         elif "device_map" not in kwargs:
-            target = torch.device(device if device is not None else "cuda:0" if torch.cuda.is_available() else "cpu")
-            if target.type == "cuda" and target.index is None:
-                target = torch.device("cuda", torch.cuda.current_device())
+            target = usable_device(device)
             if target.type != "cpu":  # straight there: weights are moved to their kernels' layout where they land
                 kwargs["device_map"] = {"": target}
         model = load_model(source, dtype, kind=cls._class_of(source), **kwargs)
         tokenizer = find_tokenizer(source.location, trust_remote_code)
-        loaded = cls._wrapper_of(source)(model, str(quant_path), stored, tokenizer, trust_remote_code)
+        loaded = cls._wrapper(model, str(quant_path), stored, tokenizer, trust_remote_code)
         if fuse_layers and loaded.can_generate():
             loaded.fuse_layers(max_seq_len, batch_size, quantize_lm_head, capture_unfused)
         return loaded
@@ -131,13 +126,6 @@ class AutoAWQForCausalLM:
     def _class_of(cls, source: Source) -> Any:
         """The transformers class to load, or None for what the checkpoint names."""
         return None
-
-
-def _root_of(folder: str) -> str:
-    """The sentence-transformers directory that a transformer's folder belongs to (`0_Transformer`), or that folder itself."""
-    path = Path(folder)
-    inside = bool(folder) and not (path / "modules.json").exists() and (path.parent / "modules.json").exists()
-    return str(path.parent) if inside and path.is_dir() else folder
 
 
 def _note_unused(**given: Any) -> None:
@@ -168,7 +156,7 @@ class AutoAWQForEmbedding(AutoAWQForCausalLM):
         `save_quantized` writes the files of that source beside the weights. Raises ModelError when there is no source.
         """
         body = getattr(model[0], "auto_model", None)
-        source = _root_of(getattr(getattr(body, "config", None), "_name_or_path", ""))
+        source = getattr(getattr(body, "config", None), "_name_or_path", "")
         if body is None or not source:
             raise ModelError("this SentenceTransformer does not begin with a transformer that was loaded; save and load it.")
         return AwqEmbeddingModel(body, str(source), tokenizer=model.tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from awq.calibration.request import read_request, tell_apart
 from awq.checkpoint import save_checkpoint
 from awq.checkpoint.tokenizer import find_tokenizer
 from awq.config import AwqConfig
-from awq.errors import ConfigError
+from awq.errors import ConfigError, ModelError
 from awq.models.generation import FusedGeneration
+from awq.nn.blocks import find_block_lists
 from awq.nn.copies import copy_structure
+from awq.nn.experts import fused_experts
 from awq.nn.layout import restore
 from awq.nn.linear import WQLinear
 from awq.nn.locks import lock_of
-from awq.nn.surgery import device_of, get_weight, named_linears, replace_module
+from awq.nn.surgery import device_of, get_weight, named_linears, replace_module, usable_device
 from awq.quantize import QuantizeOptions, QuantReport, quantize_model
+from awq.quantize.plan import make_plan
 
 logger = logging.getLogger("awq.models")
 
@@ -119,10 +123,10 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         """
         if self.is_quantized or self._waiting:
             raise ConfigError(f"the model from {self.path} is quantized already; start from the full-precision model.")
-        config = quant_config if isinstance(quant_config, AwqConfig) else AwqConfig.from_dict(quant_config)
-        if not self._is_decoder() and options.get("correction") is None:
-            options["correction"] = ENCODER_CORRECTION
-        chosen = _options(options, preset=preset, duo_scaling=duo_scaling, clip=apply_clip)
+        config, chosen = self._checked(
+            quant_config, max_calib_samples, max_calib_seq_len, export_compatible, preset=preset, duo_scaling=duo_scaling,
+            apply_clip=apply_clip, **options,
+        )  # fmt: skip
         batches = self._calibration(
             tokenizer, calib_data, split, text_column, max_calib_samples, max_calib_seq_len,
             general_texts and chosen.rounding == "feedback",
@@ -133,6 +137,29 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
             self.report = quantize_model(self.model, batches, config, chosen)
         self.awq_config, self.is_quantized = config, not export_compatible
         return self.report
+
+    def _checked(
+        self,
+        quant_config: Any,
+        samples: int | None,
+        tokens: int,
+        export_compatible: bool = False,
+        duo_scaling: bool = True,
+        apply_clip: bool = True,
+        **options: Any,
+    ) -> tuple[AwqConfig, QuantizeOptions]:
+        """Settings that fit this model. Raises ConfigError before any text is fetched, tokenized or embedded."""
+        config = quant_config if isinstance(quant_config, AwqConfig) else AwqConfig.from_dict(quant_config)
+        chosen = _options(options, duo_scaling=duo_scaling, clip=apply_clip)
+        for name, value in (("max_calib_samples", samples), ("max_calib_seq_len", tokens)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} is {value!r}; use a whole number of at least 1.")
+        if chosen.device is not None:
+            usable_device(chosen.device)
+        if not fused_experts(self.model):  # experts are made linears later, and count in the plan
+            with suppress(ModelError):  # a model without blocks is judged later
+                make_plan(self.model, find_block_lists(self.model), config, packed=not export_compatible)
+        return config, chosen
 
     def _calibration(
         self, first: Any, data: Any, split: str, text_column: str, samples: int | None, tokens: int, general: bool
@@ -228,7 +255,6 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
 
 
 AwqModel = BaseAWQForCausalLM
-ENCODER_CORRECTION = 0.75  # of the input's error: encoders bear more than the presets' 0.5, made for language models
 _SAMPLES = 128  # rows of text that calibrate, AutoAWQ's number
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")  # how configs name their number
 

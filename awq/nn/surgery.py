@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from awq.errors import ConfigError
 
 LINEARS = (nn.Linear, Conv1D)
 _acts_as_linear: dict[type, bool] = {}  # of subclasses with a forward of their own
@@ -62,6 +64,23 @@ def get_weight(module: nn.Module) -> Tensor:
 def named_linears(root: nn.Module) -> dict[str, nn.Module]:
     """Name → linear for every dense linear below `root`."""
     return {name: module for name, module in root.named_modules() if is_linear(module)}
+
+
+def usable_device(wanted: Any = None) -> torch.device:
+    """The device that `wanted` names ("cpu", "cuda", "cuda:1", a torch.device); None means the GPU if there is one.
+
+    A GPU comes with its number. Raises ConfigError for what is no device and for a GPU that torch does not see.
+    """
+    try:
+        device = torch.device(wanted if wanted is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f'device is {wanted!r}; use "cpu", "cuda" or "cuda:N".') from error
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ConfigError(f'device is {str(wanted)!r}, but torch sees {count} GPUs; use "cpu", or install torch for GPUs.')
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def device_of(module: nn.Module) -> torch.device:

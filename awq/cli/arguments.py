@@ -1,0 +1,43 @@
+"""Arguments that several verbs share, and types that refuse bad values while the command line is read."""
+
+from __future__ import annotations
+
+import argparse
+
+VERSIONS = ("GEMM", "GEMV", "GEMVFast")
+PRESETS = ("fast", "balanced", "best")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def group_size(text: str) -> int:
+    """-1 for the whole row, or a whole number of at least 8."""
+    if text.strip() != "-1" and (not text.strip().isdecimal() or int(text) < 8):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither -1 (the whole row) nor a whole number of at least 8")
+    return int(text)
+
+
+def version(text: str) -> str:
+    """The name of a format in any spelling ("gemm", "gemv_fast") as AutoAWQ writes it; others stay, and are refused."""
+    plain = text.lower().replace("_", "").replace("-", "")
+    return next((name for name in VERSIONS if name.lower() == plain), text)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of everything that is not packed; auto: as saved")
+
+
+def add_version(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """`--version`; without a default it must be given."""
+    about = "layout of the files; GEMM is what other programs read"
+    parser.add_argument("--version", type=version, choices=VERSIONS, default=default, required=default is None, help=about)
