@@ -7,26 +7,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
-import torch
 import zoo
 
-from awq.folds import discover, prove
-from awq.nn.blocks import find_block_lists, record_block_calls
+from awq.folds.find import find_folds
 
 
-@torch.no_grad()
 def folds_of(family: str) -> list:
     """Input groups of the second block of a tiny random model (the first may differ: ModernBERT's has no norm)."""
-    model = zoo.tiny_model(family)
-    lists = find_block_lists(model)
-    blocks = lists[0][1]
-    many, single = zoo.token_batch(), {k: v.reshape(-1, 1) for k, v in zoo.token_batch(4, 16, seed=2).items()}
-    h, one = record_block_calls(model, lists, [many]), record_block_calls(model, lists, [single])
-    hidden, hidden_one = (c.calls[0][0][0].run(blocks[0], c.hidden[0][0]) for c in (h, one))
-    calls = [(h.calls[0][0][1], hidden)]
-    return prove(blocks[1], discover(blocks[1], [(one.calls[0][0][1], hidden_one)], calls), calls)
+    _name, groups = next(islice(find_folds(zoo.tiny_model(family)), 1, None))
+    return groups
 
 
 def fold_table(families: Sequence[str]) -> str:

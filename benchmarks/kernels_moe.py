@@ -22,7 +22,7 @@ from kernels_products import environment, pack, random_weight
 
 from awq.kernels import Packed, Shape, moe_linear, stack_experts
 from awq.kernels.moe import expert_of
-from awq.kernels.triton import configs, expert_launch, launch
+from awq.kernels.triton import configs, expert_launch, launcher, matmul_launch
 from awq.kernels.triton.configs import Config
 from awq.kernels.triton.timing import graph_time, random_packed, warm_up
 from awq.kernels.triton.tuning import candidates, in_processes
@@ -123,7 +123,7 @@ def time_products(tokens: tuple[int, ...], refused: set | None) -> tuple[dict, d
         packed = stack(n, k)
         dense = torch.randn(EXPERTS, n, k, device=DEVICE, dtype=torch.float16)
         products = {
-            "experts": lambda rows, e, packed=packed: launch.linear(rows, expert_of(packed, e), None),
+            "experts": lambda rows, e, packed=packed: matmul_launch.linear(rows, expert_of(packed, e), None),
             "cublas": lambda rows, e, dense=dense: F.linear(rows, dense[e]),
         }
         for m in tokens:
@@ -167,7 +167,7 @@ def main() -> None:
     warm_up()
     results["microseconds"], swept = time_products(tuple(args.tokens), refused)
     results["chosen"] = {
-        f"{name} {m}": configs.config_for_experts(*launch.architecture(0), Shape(k, n, 128), m * TOP, EXPERTS)
+        f"{name} {m}": configs.config_for_experts(*launcher.architecture(0), Shape(k, n, 128), m * TOP, EXPERTS)
         for name, (n, k) in PRODUCTS.items() for m in args.tokens
     }  # fmt: skip
     results |= {"sweep": {key: rows[:8] for key, rows in swept.items()}} if swept else {}

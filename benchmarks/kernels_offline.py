@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,10 @@ import torch
 import triton
 
 from awq.kernels.packed import Shape
-from awq.kernels.triton import configs, offline
+from awq.kernels.triton import configs
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import offline
 
 RULE_SHAPES = [Shape(4096, 6144, 128), Shape(4096, 28672, 128), Shape(14336, 4096, 128), Shape(896, 4864, 64), Shape(576, 1536, 32),
                Shape(1536, 576, 1536), Shape(4224, 72, 128)]  # fmt: skip

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from awq.core.weight import QuantizedWeight
 from awq.formats import get_layout
 from awq.kernels import Packed, Shape
-from awq.kernels.triton import configs, decode_launch, launch
-from awq.kernels.triton.configs import RUN
+from awq.kernels.triton import configs, decode_launch, launcher, matmul_launch
+from awq.kernels.triton.configs import GATE_INTERLEAVE
 from awq.kernels.triton.timing import copies_of, graph_time, random_packed, warm_up
 from awq.kernels.triton.tuning import Job, compile_job, in_processes, tune, write_table
 from awq.nn.layout import prepare
@@ -82,12 +82,12 @@ def check_shape(shape: tuple[int, int, int]) -> dict[str, list]:
             x = torch.randn(m, k, device=DEVICE).to(dtype)
             bias = torch.randn(n, device=DEVICE).to(dtype) if m % 2 else None
             torch.full((max(m, 16), n), math.nan, device=DEVICE, dtype=dtype)  # freed at once: poisons what y may reuse
-            y = launch.linear(x, packed, bias)
-            assert torch.equal(y, launch.linear(x, packed, bias)), ("not deterministic", shape, m, dtype)
+            y = matmul_launch.linear(x, packed, bias)
+            assert torch.equal(y, matmul_launch.linear(x, packed, bias)), ("not deterministic", shape, m, dtype)
             value, name = error(y, x, dense, bias), str(dtype).split(".")[1]
             if not value <= worst.get(name, [0.0])[0]:
                 worst[name] = [value, f"{n}x{k} group {group}, {m} tokens"]
-    assert torch.equal(launch.dequantize(packed, torch.float32), weight.dequantize()), shape
+    assert torch.equal(matmul_launch.dequantize(packed, torch.float32), weight.dequantize()), shape
     return worst
 
 
@@ -106,7 +106,7 @@ def check_products(workers: int) -> dict:
 
 def check_configurations() -> dict:
     """Every configuration of the shipped table and of the rule, on its own shape, forced: largest relative errors."""
-    name, processors = launch.architecture(0)
+    name, processors = launcher.architecture(0)
     worst, count = {torch.float16: 0.0, torch.bfloat16: 0.0}, 0
     for n, k in LAYER.values():
         weight = random_weight(n, k, 128, n + k)
@@ -116,7 +116,7 @@ def check_configurations() -> dict:
             for config in (c for c in chosen if c is not None):
                 for m in {1, config.bm, config.bm + 1}:
                     x = torch.randn(m, k, device=DEVICE).to(dtype)
-                    value = error(launch.fused(x, packed, None, config), x, dense)
+                    value = error(matmul_launch.fused(x, packed, None, config), x, dense)
                     worst[dtype], count = max(worst[dtype], value), count + 1
     assert worst[torch.float16] < 1e-3 and worst[torch.bfloat16] < 8e-3, worst
     return {"worst": {str(dtype)[6:]: value for dtype, value in worst.items()}, "launches": count}
@@ -129,7 +129,7 @@ def check_gated() -> dict:
         packed = pack(random_weight(n, k, 128, n))
         for m in (1, 7, 16, 40, 64, 100, 300, 1000, 2000):
             x = torch.randn(m, k, device=DEVICE).half()
-            plain = decode_launch.activate(launch.linear(x, packed, None), "silu", True, RUN)
+            plain = decode_launch.activate(matmul_launch.linear(x, packed, None), "silu", True, GATE_INTERLEAVE)
             y = decode_launch.gated(x, packed, None, "silu")
             assert torch.equal(y, decode_launch.gated(x, packed, None, "silu")), (n, k, m)
             worst = max(worst, ((y.float() - plain.float()).norm() / plain.float().norm()).item())
@@ -181,21 +181,21 @@ def check_surroundings() -> dict:
     # Two streams at work at the same time on the same weight, split sums and counters included.
     big = pack(random_weight(4096, 14336, 128, 9))
     inputs = [torch.randn(m, 14336, device=DEVICE).half() for m in (1, 7) for _ in range(8)]
-    expected = [launch.linear(v, big, None) for v in inputs]
+    expected = [matmul_launch.linear(v, big, None) for v in inputs]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     outputs = []
     for repeat in range(20):
         for number, v in enumerate(inputs):
             with torch.cuda.stream(streams[(number + repeat) % 2]):
-                outputs.append((number, launch.linear(v, big, None)))
+                outputs.append((number, matmul_launch.linear(v, big, None)))
     torch.cuda.synchronize()
     assert all(torch.equal(expected[number], y) for number, y in outputs)
     graphs = []
     for v in inputs[:2]:
         g = torch.cuda.CUDAGraph()
         with torch.cuda.graph(g):
-            ys = [launch.linear(v, big, None) for _ in range(20)]
+            ys = [matmul_launch.linear(v, big, None) for _ in range(20)]
         graphs.append((g, ys))
     for _ in range(5):
         for stream, (g, _ys) in zip(streams, graphs):
@@ -237,10 +237,10 @@ def time_layer(dtype: torch.dtype, tokens: tuple[int, ...], rounds: int = 3) -> 
         warm_up(0.3)  # while weights were made, the GPU was idle for long
         for m in [m for number in range(rounds) for m in (tokens if number % 2 == 0 else reversed(tokens))]:
             x = torch.randn(m, k, device=DEVICE, dtype=dtype)
-            note("ours", name, m, [lambda w=w: launch.linear(x, w, None) for w in weights])
+            note("ours", name, m, [lambda w=w: matmul_launch.linear(x, w, None) for w in weights])
             note("cublas", name, m, [lambda w=w: F.linear(x, w) for w in dense])
             if m >= 128:
-                note("dense_weight", name, m, [lambda w=w: launch.through_dense(x, w, None) for w in weights[:3]])
+                note("dense_weight", name, m, [lambda w=w: matmul_launch.through_dense(x, w, None) for w in weights[:3]])
             if tiny and m <= 64:
                 note("tinygemm", name, m, [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, table) for w in tiny])
         del weights, dense, tiny
@@ -257,7 +257,7 @@ def time_layer(dtype: torch.dtype, tokens: tuple[int, ...], rounds: int = 3) -> 
 
 def compile_chosen(tokens: tuple[int, ...], workers: int) -> float:
     """Seconds that the kernels of `time_layer` take to compile, in processes side by side."""
-    start, gpu = time.perf_counter(), launch.architecture(0)
+    start, gpu = time.perf_counter(), launcher.architecture(0)
     jobs = {
         Job(shape, dtype, config.bm, config)
         for shape in (Shape(k, n, 128) for n, k in LAYER.values()) for dtype in (torch.float16, torch.bfloat16) for m in tokens
@@ -278,7 +278,7 @@ def time_host() -> dict:
         for name in ("module", "launch", "cublas"):
             call = {
                 "module": lambda: linear(x),
-                "launch": lambda: launch.linear(x, packed, None),
+                "launch": lambda: matmul_launch.linear(x, packed, None),
                 "cublas": lambda: F.linear(x, dense),
             }[name]
             linear(x)
@@ -395,7 +395,7 @@ def main() -> None:
             if args.table:
                 write_table(Path(args.table), torch.cuda.get_device_name(0), found)
                 configs.table.cache_clear()
-                launch._config.cache_clear()
+                matmul_launch._config.cache_clear()
             return {
                 f"{configs.size_of(shape)} {str(dtype)[6:]} {m}": [[round(t, 2), c] for t, c in rows[:12]]
                 for (shape, dtype, m), rows in found.items()

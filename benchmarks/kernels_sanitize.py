@@ -23,7 +23,7 @@ def launch_all() -> int:
     from kernels_products import pack, random_weight
 
     from awq.kernels import stack_experts
-    from awq.kernels.triton import expert_launch, launch
+    from awq.kernels.triton import expert_launch, matmul_launch
     from awq.kernels.triton.configs import Config
 
     count = 0
@@ -32,13 +32,13 @@ def launch_all() -> int:
         experts = stack_experts([packed, packed, packed])
         for m, config in ((1, (8, 64, 2, False, 2, 3)), (5, (8, 128, 1, False, 2, 4)), (70, (64, 64, 2, True, 4, 3))):
             x = torch.randn(m, k, device="cuda").half()
-            launch.fused(x, packed, torch.randn(n, device="cuda").half(), Config(*config))
+            matmul_launch.fused(x, packed, torch.randn(n, device="cuda").half(), Config(*config))
             chosen = torch.rand(m, 3, device="cuda").topk(2).indices
             for few in (True, False) if m < 64 else (False,):
                 expert_launch.fused(x, experts, None, chosen, torch.rand(m, 2, device="cuda"), Config(*config), few)
                 count += 1
             count += 1
-        launch.through_dense(torch.randn(9, k, device="cuda").half(), packed, None)
+        matmul_launch.through_dense(torch.randn(9, k, device="cuda").half(), packed, None)
         count += 1
     torch.cuda.synchronize()
     return count

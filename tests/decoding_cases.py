@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import torch
 
+from awq.backends import operator
 from awq.generate import operations as ops
-from awq.generate.attention import attend
 from awq.generate.cache import LayerCache
-from awq.generate.norms import apply_norm
-from awq.generate.plan import Attention, Norm
+from awq.kernels.reference.attention import attend
+from awq.kernels.reference.decode import ACTIVATIONS, apply_norm
+from awq.kernels.specs import Attention, Norm
 
 # heads, kv_heads, head_dim, rotary channels, window, softcap, norm of heads, cached tokens of each row
 PLAIN = Attention(4, 2, 32, 32**-0.5, None, None, 32)
@@ -91,8 +92,6 @@ def norm_error(width: int, mean: bool, bias: bool, dtype: torch.dtype, device: s
 
 
 def activation_error(name: str, gated: bool, dtype: torch.dtype, device: str) -> float:
-    from awq.generate.structure import ACTIVATIONS
-
     torch.manual_seed(0)
     h = 3 * torch.randn(2, 1, 2 * 700, device=device, dtype=dtype)
     y = ops.activate(h, ACTIVATIONS[name], name, gated).double()
@@ -105,7 +104,7 @@ def main(device: str) -> dict[str, float]:
     errors = {}
     for dtype in (torch.float32,) if device == "cpu" else (torch.float32, torch.float16, torch.bfloat16):
         kind = str(dtype).removeprefix("torch.")
-        assert ops.has_kernels(torch.zeros(1, device=device, dtype=dtype))
+        assert operator("attend", torch.device(device), dtype).__module__ == "awq.kernels.triton.decode_launch"
         for name, (a, lengths) in ATTENTIONS.items():
             errors[f"attention, {name}, {kind}"] = attention_error(a, lengths, dtype, device)
             errors[f"prompt, {name}, {kind}"] = prompt_error(a, 7, 3 * len(lengths), dtype, device)

@@ -4,14 +4,14 @@ Without arguments in Triton's interpreter (TRITON_INTERPRET=1, set by test_searc
 GPU, on larger weights too. A script, because Triton decides at the import of a kernel whether it is interpreted.
 """
 
-import contextlib
 import json
 import sys
 from typing import Any
 
 import torch
 
-from awq.core import ranges, scales, search_kernels
+from awq.backends import use_backend
+from awq.core import scales
 from awq.core.ranges import block_diagonal, search_range
 from awq.core.scales import search_scale
 from awq.core.weight import fake_quantize
@@ -35,22 +35,14 @@ def problem(out: int, width: int, device: str) -> tuple[torch.Tensor, torch.Tens
     return weight, x.t() @ x, x.abs().mean(0)
 
 
-def with_kernels(module: Any, call: Any) -> Any:
-    chosen = module.kernels
-    module.kernels = lambda name, device: search_kernels
-    try:
+def with_kernels(call: Any) -> Any:
+    with use_backend("triton"):
         return call()
-    finally:
-        module.kernels = chosen
 
 
-def without_kernels(module: Any, call: Any) -> Any:
-    chosen = module.kernels
-    module.kernels = lambda name, device: None
-    try:
+def without_kernels(call: Any) -> Any:
+    with use_backend("reference"):
         return call()
-    finally:
-        module.kernels = chosen
 
 
 def range_case(out: int, width: int, size: int, bits: int, zero_point: bool, device: str) -> dict[str, float]:
@@ -61,8 +53,8 @@ def range_case(out: int, width: int, size: int, bits: int, zero_point: bool, dev
         delta = (fake_quantize(weight, *found, bits) - weight).view(out, -1, size)
         return (torch.einsum("ogi,gij->ogj", delta, blocks) * delta).sum(-1)
 
-    plain = without_kernels(ranges, lambda: search_range(weight, gram, size, bits, zero_point))
-    ours, again = (with_kernels(ranges, lambda: search_range(weight, gram, size, bits, zero_point)) for _ in range(2))
+    plain = without_kernels(lambda: search_range(weight, gram, size, bits, zero_point))
+    ours, again = (with_kernels(lambda: search_range(weight, gram, size, bits, zero_point)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(ours, again)), "two runs differ"
     differs = (plain[0] != ours[0]) | (plain[1] != ours[1])
     worse = loss(ours) / loss(plain).clamp(min=1e-20) - 1
@@ -76,9 +68,9 @@ def scale_case(out: int, width: int, size: int, bits: int, zero_point: bool, dev
     def losses() -> torch.Tensor:
         return scales._losses(weight, gram, candidates, size, bits, zero_point)
 
-    expected, found, again = without_kernels(scales, losses), with_kernels(scales, losses), with_kernels(scales, losses)
+    expected, found, again = without_kernels(losses), with_kernels(losses), with_kernels(losses)
     assert torch.equal(found, again), "two runs differ"
-    chosen = [choose(scales, lambda: search_scale(weight, gram, mean, size, bits, zero_point))
+    chosen = [choose(lambda: search_scale(weight, gram, mean, size, bits, zero_point))
               for choose in (with_kernels, without_kernels)]  # fmt: skip
     return {"error": float((found / expected - 1).abs().max()), "same choice": float(torch.equal(*(c.scale for c in chosen)))}
 
@@ -88,7 +80,6 @@ if __name__ == "__main__":
     if place == "cpu":
         import interpreter  # noqa: F401
 
-        torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment,misc]
         scales._OPERANDS = torch.float32  # the interpreter multiplies bfloat16 as if it were integers
     found = {}
     for case in SMALL + (LARGE if place == "cuda" else []):

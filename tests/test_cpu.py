@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from awq import backends
+from awq.backends import operator, reasons
 from awq.core.weight import QuantizedWeight
 from awq.errors import ConfigError
 from awq.formats import get_layout
 from awq.kernels import Packed, Shape, choose, explain, reference, use_backend
 from awq.kernels import cpu as backend
-from awq.kernels.backends import _choose, reasons
 from awq.kernels.cpu import dense, engine
 from awq.kernels.cpu.products import emit_linear
 from awq.kernels.cpu.targets import TARGETS
@@ -53,7 +54,8 @@ def served(target):
 @pytest.fixture
 def forget():
     """Caches as in a new process, before and after."""
-    caches = (backend.problem, engine.program, engine.binding, engine.host_target, engine.openmp, _choose)
+    caches = (backend.problem, engine.program, engine.binding, engine.host_target, engine.openmp)
+    backends.forget()
     for cached in caches:
         cached.cache_clear()
     yield lambda: [cached.cache_clear() for cached in caches]
@@ -287,7 +289,7 @@ assert module.layout == "rows16", awq.kernels.explain(module, torch.bfloat16)
 def test_kernels_of_a_decode_step_equal_plain_operators(dtype):
     import decoding_cases as cases
 
-    assert cases.ops.kernels(torch.zeros(1, dtype=dtype)).__name__ == "awq.kernels.cpu.decode_launch"
+    assert operator("attend", torch.device("cpu"), dtype).__module__ == "awq.kernels.cpu.decode_launch"
     for name, (attention, lengths) in cases.ATTENTIONS.items():
         assert cases.attention_error(attention, lengths, dtype, "cpu") < ROUNDING[dtype], name
     for width, mean, bias in ((64, False, False), (100, True, True), (2048, False, True)):

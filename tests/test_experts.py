@@ -16,7 +16,7 @@ from awq.quantize import quantize_model
 pytest.importorskip("transformers.integrations.moe", reason="experts as 3-D parameters came with transformers 5")
 
 from awq.checkpoint.expert_names import expert_names
-from awq.folds.survey import survey
+from awq.folds.find import find_folds
 from awq.nn.experts import conceal_experts, every_token, expose_experts, fused_experts, named_experts
 from awq.nn.packed_experts import AwqExperts
 
@@ -89,7 +89,7 @@ def test_router_and_all_experts_take_part_in_the_fold_of_their_norm(kind):
     model = mixture(kind)
     expose_experts(model)
     with every_token(model):
-        (_, groups), *_ = survey(model)
+        (_, groups), *_ = find_folds(model)
     shared = next(g for g in groups if g.fold and any("experts.0." in name for name in g.consumers))
     inside = [name for name in shared.consumers if ".experts." in name]
     assert len(inside) == 8  # gate and up of four experts

@@ -18,7 +18,7 @@ from awq.errors import ConfigError
 from awq.generate import NotFusable, build, build_decoder, build_static, decoder
 from awq.generate.static import why_not_static
 from awq.models.base import BaseAWQForCausalLM
-from awq.nn.capture import NothingFromTheHost
+from awq.nn.capture import NothingFromTheHost, NoWaiting
 from awq.nn.linear import WQLinear
 
 HERE = Path(__file__).parent
@@ -73,6 +73,13 @@ def test_greedy_equals_transformers(family):
     assert len(theirs.unique()) > 8  # a model that says one token would show nothing
     interface = hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")  # releases differ in who uses it
     assert (wrapper.fusion == "fused") == (interface and family not in ALIBI), wrapper.fusion
+
+
+def test_an_attention_argument_that_is_not_known_is_refused(llama):
+    attention = llama.model.layers[1].self_attn
+    attention.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {"tilt": torch.ones(4)}), with_kwargs=True)
+    with pytest.raises(NotFusable, match="attention takes tilt"):
+        build_decoder(llama, 64)
 
 
 def test_multiplied_embeddings_beside_absolute_positions():
@@ -209,6 +216,42 @@ def test_nothing_from_the_host_changes_no_result():
         with NothingFromTheHost():
             found = read()
         assert torch.equal(found, read()) and found.dtype == read().dtype
+
+
+WAITS = {
+    "a number": lambda x: x.sum().item(), "a condition": lambda x: bool((x > 0).all()),
+    "places": lambda x: x.nonzero(), "a mask": lambda x: x[x > 0], "writing by a mask": lambda x: x.__setitem__(x > 9, x[x > 9]),
+    "equality": lambda x: torch.equal(x, x), "a copy there": lambda x: x.to("meta"),
+    "repeats": lambda x: x[0].repeat_interleave(x[0].long()),
+}  # fmt: skip
+WAITS_NOT = {
+    "a product": lambda x: x @ x.t(), "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+    "ids": lambda x: x[torch.tensor([0, 1])], "another dtype": lambda x: x.half(), "a slice": lambda x: x[:, 1:].clone(),
+    "filling": lambda x: x.clone().copy_(x), "a number of repeats": lambda x: x.repeat_interleave(2, 1),
+    "a linear": lambda x: torch.nn.functional.linear(x, x, x[0, :2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("what", [*WAITS, *WAITS_NOT])
+def test_what_makes_the_host_wait_is_found(what, inference):
+    """The CPU stands for the GPU: what the mode looks at are operators and devices, by name."""
+    x, do = torch.arange(6.0).view(2, 3), (WAITS | WAITS_NOT)[what]
+    with torch.inference_mode(inference):
+        if what in WAITS:
+            with pytest.raises(RuntimeError, match="host wait"), NoWaiting("cpu"):
+                do(x)
+            return
+        with NoWaiting("cpu"):
+            found = do(x)
+        assert torch.equal(found, do(x))
+
+
+def test_waiting_is_forbidden_in_one_thread_alone():
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as other, NoWaiting("cpu"):
+        assert other.submit(lambda: torch.ones(3).sum().item()).result() == 3
 
 
 def test_step_over_a_static_cache_is_refused_where_it_cannot_be():
@@ -372,7 +415,7 @@ def test_quantized_model(saved, tmp_path):
 def test_gate_and_up_in_turn(saved, monkeypatch):
     """As they are joined for a GPU: the same tokens, the same bytes saved."""
     plain, fused = (AutoAWQForCausalLM.from_quantized(saved, fuse_layers=f, device="cpu", max_seq_len=64) for f in (False, True))
-    monkeypatch.setattr("awq.generate.operations.gate_run", lambda linear: 16)
+    monkeypatch.setattr("awq.generate.operations.gate_interleave", lambda linear: 16)
     kwargs = dict(**prompts(), max_new_tokens=30, do_sample=False, pad_token_id=0)
     assert torch.equal(fused.generate(**kwargs), plain.generate(**kwargs))
     assert [block.run for block in fused.fuse().blocks] == [16] * len(fused.fuse().blocks)
@@ -428,7 +471,9 @@ def test_kernels_equal_plain_operators():
 
 def compiled(target, kernel, dtype, **constants):
     """A decode kernel's machine code for a GPU that is not there."""
-    from awq.kernels.triton import decoding, offline
+    import offline
+
+    from awq.kernels.triton import decoding
 
     pointers = {"qkv": dtype, "x": dtype, "branch": dtype, "total": dtype, "y": dtype, "h": dtype, "q": dtype, "out": dtype,
                 "k_cache": dtype, "v_cache": dtype, "lengths": "i32", "arrived": "i32"}  # fmt: skip
@@ -444,7 +489,7 @@ def compiled(target, kernel, dtype, **constants):
 HEADS = dict(HEADS=32, KV_HEADS=8, DIM=128, D=128, R=64, NORMED=True, MEAN=False)
 KERNELS = {
     "add_norm_kernel": dict(WIDTH=4096, BLOCK=4096, ADD=True, NORM=True, MEAN=True, HAS_WEIGHT=True, HAS_BIAS=True),
-    "activate_kernel": dict(WIDTH=14336, BLOCK=512, NAME="silu", GATED=True, RUN=16),
+    "activate_kernel": dict(WIDTH=14336, BLOCK=512, NAME="silu", GATED=True, INTERLEAVE=16),
     "split_kernel": HEADS | dict(HEADS2=32, KV2=8),
     "attend_kernel": HEADS | dict(G=16, GP=4, SPLIT=64, TOGETHER=8, BLOCK=64, LINES=2, WINDOW=4096, CAPPED=True),
 }
@@ -458,4 +503,4 @@ def test_kernels_compile_without_spilling(kernel, target, dtype):
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "relu", "relu2"])
 def test_activations_compile(name):
-    assert compiled(90, "activate_kernel", "fp16", WIDTH=700, BLOCK=512, NAME=name, GATED=False, RUN=0).spilled == 0
+    assert compiled(90, "activate_kernel", "fp16", WIDTH=700, BLOCK=512, NAME=name, GATED=False, INTERLEAVE=0).spilled == 0

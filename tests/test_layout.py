@@ -6,10 +6,11 @@ import types
 import pytest
 import torch
 
+from awq import backends
 from awq.core.weight import QuantizedWeight
 from awq.errors import ConfigError
 from awq.formats import get_format, get_layout
-from awq.kernels import Packed, Shape, backends, choose, explain, reference, use_backend
+from awq.kernels import Packed, Shape, choose, explain, reference, use_backend
 from awq.nn.layout import concatenate_outputs, prepare, restore, split_outputs
 from awq.nn.linear import WQLinear
 
@@ -43,10 +44,9 @@ def planar(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(backends, "PREFERENCE", ("planar_test", *backends.PREFERENCE))
     monkeypatch.setattr(backends, "get_backend", lambda n, old=backends.get_backend: module if n == "planar_test" else old(n))
-    monkeypatch.setattr("awq.kernels.op.get_backend", backends.get_backend)
-    backends._choose.cache_clear()
+    backends.forget()
     yield module
-    backends._choose.cache_clear()
+    backends.forget()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -37,27 +37,29 @@ def test_kernels_equal_plain_operators():
 @pytest.mark.parametrize("target", [80, 86, 90, "gfx942"])
 @pytest.mark.parametrize("size", [16, 64, 128])
 def test_range_kernel_compiles_without_spilling(target, size):
-    from awq.core import search_kernels
-    from awq.kernels.triton import offline
+    import offline
+
+    from awq.kernels.triton import search
 
     rows, warps = (64, 8) if target == 90 else (32, 4)
     arguments = {"weight": "*fp32", "blocks": "*fp32", "shrink": "*fp32", "best": "*u8", "out": "i32", "width": "i32 16",
                  "groups": "i32", "top": "fp32", "steps": "fp32", "per_step": "fp32", "size": "i32 16"}  # fmt: skip
     constants = {"STEPS": 10, "SIZE": size, "ROWS": rows, "ZERO_POINT": True}
-    code = offline.compile_kernel(search_kernels._best_range, target, arguments, constants, {"num_warps": warps})
+    code = offline.compile_kernel(search.best_range_kernel, target, arguments, constants, {"num_warps": warps})
     assert code.spilled == 0 and code.shared <= {80: 163, 86: 99, 90: 227}.get(target, 64) * 1024
 
 
 @pytest.mark.parametrize("target", [80, 86, 90, "gfx942"])
 def test_scale_kernels_compile_without_spilling(target):
-    from awq.core import search_kernels
-    from awq.kernels.triton import offline
+    import offline
 
-    tile = search_kernels.tile_for({80: (8, 0), 86: (8, 6), 90: (9, 0)}.get(target, (0, 0)))
+    from awq.kernels.triton import search
+
+    tile = search.tile_for({80: (8, 0), 86: (8, 6), 90: (9, 0)}.get(target, (0, 0)))
     arguments = {"delta": "*bf16", "upper": "*bf16", "partial": "*fp32", "rows": "i32 16", "width": "i32 16"}
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "TOGETHER": 8}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    code = offline.compile_kernel(search_kernels._row_losses, target, arguments, constants, options)
+    code = offline.compile_kernel(search.row_losses_kernel, target, arguments, constants, options)
     assert code.shared <= {80: 163, 86: 99, 90: 227}.get(target, 64) * 1024
     # The fastest tile of Hopper keeps some bytes of stack, which its loop does not touch.
     assert code.spilled == 0 or (target == 90 and not any(op.startswith(("LDL", "STL")) for op in code.instructions))
@@ -65,4 +67,4 @@ def test_scale_kernels_compile_without_spilling(target):
                  "steps": "fp32", "per_step": "fp32", "size": "i32 16"}  # fmt: skip
     for size, rows, warps in ((128, 32, 4), (4096, 1, 4), (16384, 1, 16)):
         constants = {"SIZE": size, "ROWS": rows, "ZERO_POINT": True}
-        assert offline.compile_kernel(search_kernels._scaled_delta, target, arguments, constants, {"num_warps": warps}).spilled == 0
+        assert offline.compile_kernel(search.scaled_delta_kernel, target, arguments, constants, {"num_warps": warps}).spilled == 0

@@ -118,7 +118,7 @@ def test_tune_says_what_is_wrong(capsys, monkeypatch):
 def test_tune_writes_the_users_table(capsys, monkeypatch, folder):
     """The command around a search that is made up: there is no GPU."""
     from awq.kernels import triton
-    from awq.kernels.triton import launch, tuning
+    from awq.kernels.triton import launcher, tuning
 
     asked = {}
 
@@ -129,7 +129,7 @@ def test_tune_writes_the_users_table(capsys, monkeypatch, folder):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     monkeypatch.setattr(triton, "why_not", lambda device, dtype, shape: None)
-    monkeypatch.setattr(launch, "architecture", lambda index: ("sm120", 100))
+    monkeypatch.setattr(launcher, "architecture", lambda index: ("sm120", 100))
     monkeypatch.setattr(tuning, "tune", search)
     assert main(["tune", "--shapes", "72x256", "--tokens", "16", "--dtypes", "bfloat16", "--json"]) == 0
     assert asked == {"shapes": [Shape(256, 72, 128)], "tokens": {torch.bfloat16: [16]}}

@@ -4,8 +4,9 @@ import pytest
 import torch
 from test_cpu import CPU, error, pack, random_weight
 
+from awq import backends
 from awq.formats import get_layout
-from awq.kernels import Shape, backends, choose, torch_int4, use_backend
+from awq.kernels import Shape, choose, torch_int4, use_backend
 from awq.nn.linear import WQLinear
 
 SHAPES = [(128, 64, 32), (256, 72, 64), (384, 17, 128), (512, 200, 256)]

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import offline
 import pytest
 import torch
 
-from awq.kernels import Shape, backends
-from awq.kernels.triton import configs, offline, why_not
+from awq import backends
+from awq.kernels import Shape
+from awq.kernels.triton import configs, why_not
 
 HERE = Path(__file__).parent
 
@@ -139,16 +141,16 @@ def test_products_with_an_activation_do_not_spill(target, tokens):
 
 
 def test_a_compiled_kernel_is_not_called_with_other_dtypes():
-    from awq.kernels.triton.launch import _product
+    from awq.kernels.triton.matmul_launch import _matmul
 
     common, config = (None, torch.float16, Shape(256, 64, 128)), configs.Config(16, 64, 1, False, 4, 2)
     dtypes = (None, torch.float16, torch.float32, torch.bfloat16)
-    assert len({id(_product(*common, config, bias, "")) for bias in dtypes}) == 4
-    assert _product(*common, config, torch.float16, "") is _product(*common, config, torch.float16, "")
+    assert len({id(_matmul(*common, config, bias, "")) for bias in dtypes}) == 4
+    assert _matmul(*common, config, torch.float16, "") is _matmul(*common, config, torch.float16, "")
 
 
 def test_counters_are_zero_and_large_enough():
-    from awq.kernels.triton.launch import Counters
+    from awq.kernels.triton.launcher import Counters
 
     counters = Counters(torch.device("cpu"))
     few, many = counters.take(3), counters.take(100_000)

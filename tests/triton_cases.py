@@ -12,10 +12,10 @@ import torch
 
 from awq.core.weight import QuantizedWeight
 from awq.formats import get_layout
-from awq.generate.structure import ACTIVATIONS
 from awq.kernels import Packed, Shape, moe, stack_experts
-from awq.kernels.triton import decode_launch, expert_launch, launch
-from awq.kernels.triton.configs import RUN, Config
+from awq.kernels.reference.decode import ACTIVATIONS
+from awq.kernels.triton import decode_launch, expert_launch, launcher, matmul_launch
+from awq.kernels.triton.configs import GATE_INTERLEAVE, Config
 
 # in, out, group, tokens, dtype, bias, zero point, configuration (bm, bn, split, scale_weight, warps, stages)
 CASES = {
@@ -49,7 +49,7 @@ def error(in_features, out_features, group, tokens, dtype, bias, zero_point, con
     x = torch.randn(tokens, in_features, generator=generator).to(getattr(torch, dtype))
     offset = torch.randn(out_features, generator=generator).to(x.dtype) if bias else None
     expected = x.double() @ weight.dequantize(torch.float64).t() + (0 if offset is None else offset.double())
-    run = launch.through_dense if config is None else lambda *args: launch.fused(*args, Config(*config))
+    run = matmul_launch.through_dense if config is None else lambda *args: matmul_launch.fused(*args, Config(*config))
     first, second = (run(x, packed, offset) for _ in range(2))
     assert first.dtype == x.dtype and torch.equal(first, second)
     return ((first.double() - expected).norm() / expected.norm()).item()
@@ -77,12 +77,13 @@ def gated_error(in_features, out_features, group, tokens, bias, name, config):
     offset = torch.randn(out_features, generator=generator).half() if bias else None
     if config is None:
         plain, found = (
-            launch.through_dense(x, packed, offset),
-            decode_launch.activate(launch.through_dense(x, packed, offset), name, True, RUN),
+            matmul_launch.through_dense(x, packed, offset),
+            decode_launch.activate(matmul_launch.through_dense(x, packed, offset), name, True, GATE_INTERLEAVE),
         )
     else:
-        plain, found = launch.fused(x, packed, offset, Config(*config)), launch.fused(x, packed, offset, Config(*config), name)
-    gate, up = (half.reshape(tokens, -1).float() for half in plain.view(tokens, -1, 2, RUN).unbind(2))
+        plain = matmul_launch.fused(x, packed, offset, Config(*config))
+        found = matmul_launch.fused(x, packed, offset, Config(*config), name)
+    gate, up = (half.reshape(tokens, -1).float() for half in plain.view(tokens, -1, 2, GATE_INTERLEAVE).unbind(2))
     expected = ACTIVATIONS[name](gate).half().float() * up
     return ((found.float() - expected).norm() / expected.norm()).item()
 
@@ -115,7 +116,7 @@ def expert_error(count, in_features, out_features, group, tokens, top, shared, w
     weights = torch.rand(tokens, top, generator=generator).half() if weighted else None
     offset = torch.randn(count, out_features, generator=generator).half() if bias else None
     first, second = (expert_launch.fused(x, packed, offset, experts, weights, Config(*config), not by_sorting) for _ in range(2))
-    assert torch.equal(first, second) and not launch.counters(x.device).take(1).any()
+    assert torch.equal(first, second) and not launcher.counters(x.device).take(1).any()
     expected = moe.one_by_one(
         x.double(), packed, None if offset is None else offset.double(), experts, None,
         lambda rows, weight, b: rows @ weight.unpack().dequantize(torch.float64).t() + (0 if b is None else b),
@@ -126,7 +127,7 @@ def expert_error(count, in_features, out_features, group, tokens, top, shared, w
 
 
 if __name__ == "__main__":
-    launch._CHUNK = 64 * 128 * 2  # so that small weights go in pieces
+    matmul_launch.MAX_DENSE_BYTES = 64 * 128 * 2  # so that small weights go in pieces
     errors = {name: error(*case) for name, case in CASES.items()}
     errors |= {name: expert_error(*case) for name, case in EXPERT_CASES.items()}
     errors |= {name: gated_error(*case) for name, case in GATED_CASES.items()}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from awq.checkpoint.files import read_json
+from awq.checkpoint.source import body_directory
 from awq.config import AwqConfig
 
 # What a reader must still be told about the original model: above all its licence.
@@ -69,7 +70,7 @@ def _metadata(card: Path, source: str | Path | None) -> str:
 
 
 def _auto_name(directory: Path) -> str:
-    architecture = (read_json(directory / "config.json").get("architectures") or [""])[0]
+    architecture = (read_json(body_directory(directory) / "config.json").get("architectures") or [""])[0]
     if (directory / "modules.json").exists() or not architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "AutoModel"
     return "AutoModelForCausalLM"

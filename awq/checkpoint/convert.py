@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from awq.checkpoint.account import is_finite
+from awq.checkpoint.companions import copy_files
 from awq.checkpoint.directory import complete_directory
-from awq.checkpoint.files import PACKED_KINDS, PackedTensors, check_directory, packed_tensors, read_json, weight_files
-from awq.checkpoint.source import Source
+from awq.checkpoint.files import INDEX_FILE, PACKED_KINDS, PackedTensors, read_json, weight_files
+from awq.checkpoint.match import fits_dtype
+from awq.checkpoint.source import Source, body_directory
 from awq.config import AwqConfig, normalize_format
 from awq.errors import CheckpointError, ConfigError
 from awq.formats import get_format
@@ -25,34 +27,26 @@ def convert_checkpoint(source: str | Path, target: str | Path, version: str) -> 
     One weight file is in memory at a time. Returns the number of converted linears. Raises CheckpointError for a broken or
     unquantized source, ConfigError for a version that cannot hold a linear's shape; `target` is then untouched.
     """
-    version, source = normalize_format(version), Path(source)
-    if not source.is_dir():
-        raise CheckpointError(f"{source} is not a directory; give the directory of a saved checkpoint.")
-    check_directory(source)
-    config = Source.open(source).settings
-    if Path(target).resolve() == source.resolve():
-        raise CheckpointError(f"target {target} is the source; give another directory.")
-    packed = packed_tensors(weight_files(source))
+    version = normalize_format(version)
+    root = Path(source)
+    if not root.is_dir():
+        raise CheckpointError(f"{root} is not a directory; give the directory of a saved checkpoint.")
+    opened = Source.open(root)
+    config, packed = opened.settings, opened.packed
     if not packed:
-        raise CheckpointError(f"{source} holds no packed weights (no tensor named qweight).")
-    with complete_directory(target) as work:
-        shutil.copytree(source, work, dirs_exist_ok=True, ignore=_root_weights(source))
-        _write_weights(source, work, packed, config, version)
-        settings = read_json(work / "config.json")
+        raise CheckpointError(f"{root} holds no packed weights (no tensor named qweight).")
+    inner = body_directory(root).relative_to(root)
+    weights = {file.name for file in weight_files(root / inner)} | {INDEX_FILE}
+    with complete_directory(target, root) as work:
+        copy_files(root, work, lambda file: file.parent != inner or file.name not in weights)
+        _write_weights(root / inner, work / inner, packed, config, version)
+        settings = read_json(work / inner / "config.json")
         settings["quantization_config"] = config.with_(format=version).to_transformers_dict()
-        (work / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (work / inner / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         card = work / "README.md"
         if card.is_file():
             card.write_text(card.read_text("utf-8").replace(f"version `{config.format}`", f"version `{version}`"), "utf-8")
     return len(packed)
-
-
-def _root_weights(source: Path) -> Any:
-    def ignored(folder: str, names: list[str]) -> set[str]:
-        top = Path(folder) == source
-        return {n for n in names if n == ".git" or (top and n.endswith((".safetensors", ".safetensors.index.json")))}
-
-    return ignored
 
 
 def _write_weights(source: Path, work: Path, packed: PackedTensors, config: AwqConfig, version: str) -> None:
@@ -89,6 +83,10 @@ def _converted(name: str, entries: dict[str, dict[str, Any]], config: AwqConfig,
     for kind in PACKED_KINDS:
         with safe_open(entries[kind]["file"], "pt") as file:
             parts[kind] = file.get_tensor(f"{name}.{kind}")
+    if config.bits != 4:
+        raise CheckpointError(f"{name}: config.json says {config.bits} bits; packed weights hold 4. Correct config.json.")
+    if parts["qweight"].dim() != 2:
+        raise CheckpointError(f"{name}: qweight has shape {list(parts['qweight'].shape)}, not two axes.")
     rows, columns = parts["qweight"].shape
     in_features, out_features = {
         "gemm": (rows, columns * 8), "gemv": (columns * 8, rows), "gemv_fast": (columns, rows * 4),
@@ -96,6 +94,11 @@ def _converted(name: str, entries: dict[str, dict[str, Any]], config: AwqConfig,
     size = config.group_size_of(in_features, name)
     shapes = get_format(config.format).shapes(in_features, out_features, size)
     wrong = [kind for kind in PACKED_KINDS if tuple(parts[kind].shape) != shapes[kind][0]]
+    strange = [kind for kind in PACKED_KINDS if not fits_dtype(entries[kind]["dtype"], shapes[kind][1])]
+    if strange:
+        raise CheckpointError(f"{name}: {strange[0]} has dtype {entries[strange[0]]['dtype']}; the checkpoint is broken.")
+    if not is_finite(parts["scales"]):
+        raise CheckpointError(f"{name}: scales hold numbers that are not finite; download the checkpoint again.")
     if wrong:
         raise CheckpointError(
             f"{name}: {wrong[0]} has shape {list(parts[wrong[0]].shape)}, not {list(shapes[wrong[0]][0])} as version "

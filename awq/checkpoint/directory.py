@@ -1,124 +1,372 @@
-"""A directory that appears only when it is complete, and the files that travel with a model."""
+"""Writing a directory whole or not at all, and losing nothing of the user's.
+
+A save writes into a temporary sibling, carries over what stays, flushes everything to the disk, and only then exchanges the
+two directories, in one step where the kernel can (`renameat2`). What was there before is removed last. Whoever is killed, or
+loses power, at any moment finds the old directory or the new one under the name, and the user's files in it.
+
+What stays of an existing directory is what no reader of models interprets. All files of the older model go (weights,
+tokenizer, templates, modules), so that a save over a directory gives what a save into nothing gives.
+
+A temporary folder is locked by the process that writes it. One that nobody holds was left by a run that died: the next save
+to the same name removes it and says so, or puts it back where a run died between two renames.
+
+Where a directory cannot be renamed (a mount point, the current directory, a parent that is not writable), the work lies
+inside it and files are exchanged one by one: undone on errors, though not in one step.
+"""
 
 from __future__ import annotations
 
-import json
+import ctypes
+import errno
+import fcntl
+import hashlib
 import logging
+import os
 import secrets
 import shutil
+import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from awq.checkpoint.files import cached_directory
-from awq.errors import AwqError, CheckpointError
+from awq.checkpoint.companions import is_temporary, module_folders
+from awq.checkpoint.files import INDEX_FILE, shards_of
+from awq.errors import AwqError, CheckpointError, ConfigError
 
 logger = logging.getLogger("awq.checkpoint")
 
-_WEIGHTS = (
-    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack",
-    ".onnx", ".onnx_data", ".ot", ".mlmodel", ".tflite",
-)  # fmt: skip
-_FOLDERS_LEFT = {"onnx", "openvino", ".git", ".cache", "__pycache__"}
+MAX_NAME_BYTES = 255
+_EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
+_CURRENT_FOLDER = -100  # AT_FDCWD
+# What readers of models interpret. Everything else in a directory is its user's.
+# fmt: off
+MODEL_FILES = (
+    "config.json", "generation_config.json", "quant_config.json", "quantization_report.json", "README.md",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template.*",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
+    "configuration_*.py", "modeling_*.py", "tokenization_*.py",
+)
+# fmt: on
+
+
+def check_target(target: str | Path, source: str | Path | None = None) -> Path:
+    """The absolute path of a directory to save to, proven writable; nothing is left in it.
+
+    source: the directory that is read meanwhile. Raises ConfigError for a name that cannot be a directory's, CheckpointError
+    for a place that is a file, not writable, inside the source or around it, or that holds parts of another model.
+    """
+    path = _absolute(target)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"cannot save to {path}: it is a file; give a directory.")
+    if source is not None and Path(source).is_dir():
+        _check_apart(path, Path(source).resolve())
+    _check_content(path)
+    made = _missing_parents(path)
+    work, lock = _make_work(path)
+    _remove_work(work)
+    os.close(lock)
+    _remove_empty(made)
+    return path
+
+
+def _absolute(target: str | Path) -> Path:
+    if not isinstance(target, (str, os.PathLike)) or not str(target):
+        raise ConfigError(f"the directory to save to is {target!r}; give a path.")
+    try:
+        path = Path(target).expanduser().resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{str(target)!r} cannot be the name of a directory: {error}.") from error
+    if len(path.name.encode()) > MAX_NAME_BYTES:
+        raise ConfigError(f"the name {path.name[:40]}… is longer than the {MAX_NAME_BYTES} bytes that file systems take.")
+    return path
+
+
+def _check_apart(target: Path, source: Path) -> None:
+    if target == source:
+        raise CheckpointError(f"{target} holds the original model (it is the source); save to another directory.")
+    if target.is_relative_to(source):
+        raise CheckpointError(f"{target} lies inside the source {source}; save to a directory outside it.")
+    if source.is_relative_to(target):
+        raise CheckpointError(f"the source {source} lies inside {target}; save to another directory.")
+
+
+def _check_content(target: Path) -> None:
+    """Refuses a directory with parts of a model and no config: what belongs to what could not be told."""
+    if not target.is_dir() or (target / "config.json").exists() or _stale(target, inside=True):
+        return
+    strange = sorted(path.name for path in target.iterdir() if path.is_file() and _is_model_file(path.name))
+    if strange:
+        raise CheckpointError(
+            f"{target} holds {', '.join(strange[:3])} and no config.json, so they are no model of their own, but would be read "
+            "as parts of the new one; move them away or save to another directory."
+        )
+    if (target / "adapter_config.json").exists():
+        raise CheckpointError(f"{target} holds an adapter, which readers would apply; save to another directory.")
 
 
 @contextmanager
-def complete_directory(target: str | Path) -> Iterator[Path]:
-    """A temporary sibling of `target` that takes its place when the block ends well, and vanishes when it does not.
+def complete_directory(target: str | Path, source: str | Path | None = None) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
 
-    When `target` exists, files written anew replace its own, weights of an earlier model are removed, and everything else in
-    it stays. Raises CheckpointError when the file system refuses (no space, no permission); `target` is then as it was.
+    source: a directory that is read meanwhile; it must lie apart. Files of an earlier model in `target` are replaced, all
+    others stay. Raises what `check_target` does, and CheckpointError when the file system refuses (no space, no
+    permission); `target` is then as it was.
     """
-    target = Path(target).resolve()
-    work = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"cannot save to {target}: it is a file; give a directory.")
-    try:
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write beside {target}: {error}.") from error
+    path = check_target(target, source)
+    recover(path)
+    made = _missing_parents(path)
+    work, lock = _make_work(path)
+    saved = False
     try:
         yield work
         _open_modes(work)
-        _swap(work, target)
+        if _in_place(path):
+            _flush(work)
+            _exchange_files(work, path)
+        else:
+            _keep_users_files(path, work)
+            _flush(work)
+            _exchange_directories(work, path)
+        for parent in {path, path.parent, *(folder.parent for folder in made)}:
+            _flush_folder(parent)
+        saved = True
     except AwqError:
         raise
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"saving to {target} failed and was undone: {error}.") from error
+        raise CheckpointError(f"saving to {path} failed and was undone: {error}.") from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove_work(work)
+        os.close(lock)
+        if not saved:
+            _remove_empty(made)
 
 
-def _swap(work: Path, target: Path) -> None:
+def recover(target: Path) -> None:
+    """Tidies up what runs that died left beside `target`: an older directory is put back, unfinished work removed."""
+    for folder in _stale(target):
+        old = folder.name.endswith(".awq-old")
+        if old and not target.exists():
+            logger.warning("%s: a save died between two renames; the directory it replaced is put back.", target)
+            folder.rename(target)
+        else:
+            logger.warning("%s: removing %s, left by a save that died.", target, folder.name)
+            _remove_work(folder)
+
+
+def _stale(target: Path, inside: bool = False) -> list[Path]:
+    """Temporary folders for this name that no living process holds."""
+    places = [target] if inside else [target.parent, target]
+    start = _prefix(target)
+    folders = [p for place in places if place.is_dir() for p in place.glob(f"{start}*") if is_temporary(p.name)]
+    return [folder for folder in folders if folder.is_dir() and not folder.is_symlink() and _is_free(folder)]
+
+
+def _prefix(target: Path) -> str:
+    """Start of the names of temporary folders: short whatever the target's name, and the same for the same name."""
+    return f".awq-{hashlib.sha256(target.name.encode()).hexdigest()[:12]}-"
+
+
+def _lock(folder: Path) -> int:
+    """Holds a folder as long as the descriptor is open; the system lets go of it when the process dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # file systems without locks: unfinished work is then taken for stale
+        logger.debug("%s cannot be locked: %s", folder, error)
+    return descriptor
+
+
+def _is_free(folder: Path) -> bool:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _in_place(target: Path) -> bool:
+    """Whether a directory must keep its place: a mount point, one we stand in, or one whose parent is closed to us."""
+    if not target.is_dir():
+        return False
+    try:
+        here = Path.cwd()
+    except OSError:
+        here = Path("/")
+    closed = not os.access(target.parent, os.W_OK | os.X_OK)
+    return os.path.ismount(target) or here.is_relative_to(target) or closed
+
+
+def _make_work(target: Path) -> tuple[Path, int]:
+    """A new temporary folder and the lock on it, which it has before others take it for one."""
+    home = target if _in_place(target) else target.parent
+    work = home / f"{_prefix(target)}{secrets.token_hex(4)}.awq-tmp"
+    unlocked = work.with_suffix(".new")
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        unlocked.mkdir()
+        lock = _lock(unlocked)
+        unlocked.rename(work)
+    except OSError as error:
+        raise CheckpointError(f"cannot write beside {target}: {error}.") from error
+    return work, lock
+
+
+def _missing_parents(target: Path) -> list[Path]:
+    """Folders above `target` that do not exist yet, innermost first."""
+    return [folder for folder in target.parents if not folder.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def _is_model_file(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in MODEL_FILES)
+
+
+def _older_model(target: Path) -> set[str]:
+    """Names at the top of a directory that belong to the model in it: interpreted files, its shards, its modules' folders."""
+    if not target.is_dir():
+        return set()
+    names = {path.name for path in target.iterdir() if _is_model_file(path.name)}
+    if (target / "config.json").exists():
+        names |= module_folders(target)
+        try:
+            names |= set(shards_of(target / INDEX_FILE))
+        except CheckpointError:
+            logger.debug("%s has no index of shards that can be read", target)
+    return names
+
+
+def _keep_users_files(old: Path, new: Path) -> None:
+    """Gives the new directory, by links or copies, what the old one has beside its model."""
+    if not old.is_dir():
+        return
+    gone = _older_model(old)
+    for path in sorted(old.iterdir()):
+        if path.name not in gone and not is_temporary(path.name):
+            _carry(path, new / path.name)
+
+
+def _carry(path: Path, place: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        place.mkdir(exist_ok=True)
+        for inner in sorted(path.iterdir()):
+            _carry(inner, place / inner.name)
+        shutil.copystat(path, place)
+    elif not os.path.lexists(place):
+        try:
+            os.link(path, place, follow_symlinks=False)
+        except OSError:  # file systems without hard links
+            shutil.copy2(path, place, follow_symlinks=False)
+
+
+def _exchange_directories(work: Path, target: Path) -> None:
+    """Puts `work` under the name `target`; what was there is under the name `work` afterwards."""
     if not target.exists():
         work.rename(target)
-        return
-    old = work.with_suffix(".old")
-    target.rename(old)
+    elif not _swap_in_one_step(work, target):
+        old = work.with_suffix(".awq-old")
+        target.rename(old)
+        try:
+            work.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        _flush_folder(target.parent)
+        _remove_work(old)
+    _flush_folder(target.parent)
+
+
+def _swap_in_one_step(first: Path, second: Path) -> bool:
+    """Exchanges two names by the kernel's own call; False where there is none."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform.startswith("linux") else None
+    if call is None:
+        return False
+    if call(_CURRENT_FOLDER, os.fsencode(first), _CURRENT_FOLDER, os.fsencode(second), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _exchange_files(work: Path, target: Path) -> None:
+    """Moves the new files into a directory that keeps its place, its config last; all of it is undone on an error."""
+    new = sorted((path.name for path in work.iterdir()), key=lambda name: name == "config.json")
+    backup = work / ".before"
+    backup.mkdir()
+    done: list[tuple[Path, Path]] = []
     try:
-        work.rename(target)
-    except OSError:
-        old.rename(target)
+        for name in sorted(_older_model(target) | {name for name in new if (target / name).exists()}, reverse=True):
+            if (target / name).exists():
+                done.append((target / name, backup / name))
+                (target / name).rename(backup / name)
+        for name in new:
+            done.append((work / name, target / name))
+            (work / name).rename(target / name)
+        _flush_folder(target)
+    except BaseException:
+        for before, after in reversed(done):
+            if os.path.lexists(after):
+                after.rename(before)
         raise
-    _keep_rest(old, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def _keep_rest(old: Path, new: Path) -> None:
-    """Moves what only the old directory has, except weights of the model that was there."""
-    for path in old.iterdir():
-        place = new / path.name
-        if not place.exists() and not path.name.endswith(_WEIGHTS):
-            path.rename(place)
-        elif path.is_dir() and place.is_dir():
-            _keep_rest(path, place)
+def _flush(folder: Path) -> None:
+    """Every file and folder on the disk before their names change: a rename may outlive the contents otherwise."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            path = Path(place) / name
+            if stat.S_ISREG(path.lstat().st_mode) and os.access(path, os.R_OK):
+                _flush_folder(path)
+        _flush_folder(Path(place))
+
+
+def _flush_folder(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        logger.debug("%s cannot be opened to be flushed: %s", path, error)
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _open_modes(work: Path) -> None:
     """Gives files the permissions the user's umask allows: safetensors writes them readable by their owner alone."""
     allowed = work.stat().st_mode & 0o666
-    for path in work.glob("*.safetensors"):
+    for path in work.rglob("*.safetensors"):
         path.chmod(allowed)
 
 
-def source_directory(source: str | Path | None) -> Path | None:
-    """Local directory of a model given by path or hub id (its cached snapshot), or None."""
-    if source is None or Path(source).is_dir():
-        return None if source is None else Path(source)
-    try:
-        from huggingface_hub import snapshot_download
-
-        folders = [f"{folder}/*" for folder in _FOLDERS_LEFT]
-        root = Path(snapshot_download(str(source), ignore_patterns=[f"*{ending}" for ending in _WEIGHTS] + folders))
-        # A pattern of the hub's client matches in folders too: those of dense heads, whose weights belong here, come after.
-        parts = sorted(_module_folders(root) - _FOLDERS_LEFT)
-        return Path(snapshot_download(str(source), allow_patterns=[f"{part}/*" for part in parts])) if parts else root
-    except Exception as error:  # the hub's client has many ways to fail, and none of them may lose a quantized model
-        logger.warning("files beside the weights of %s are taken from the cache only: %s", source, str(error).split("\n")[0])
-        return cached_directory(str(source))
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies every file of a model directory but its own weights; files already written are kept.
-
-    Weights in folders that `modules.json` names belong to other parts (dense heads of sentence-transformers) and are copied.
-    """
-    parts = _module_folders(source)
-    for path in sorted(source.iterdir()):
-        if path.name in _FOLDERS_LEFT:
-            continue
-        if path.is_dir():
-            left = _FOLDERS_LEFT if path.name in parts else _FOLDERS_LEFT | {f"*{ending}" for ending in _WEIGHTS}
-            shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns(*left), dirs_exist_ok=True)
-        elif not path.name.endswith(_WEIGHTS) and not (target / path.name).exists():
-            shutil.copyfile(path, target / path.name)
-
-
-def _module_folders(source: Path) -> set[str]:
-    try:
-        modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
-        return {Path(module["path"]).parts[0] for module in modules if module["path"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
+def _remove_work(folder: Path) -> None:
+    """Removes a folder with all of its content, folders that were copied without the right to write included."""
+    for place, _, _ in os.walk(folder):
+        os.chmod(place, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        logger.warning("%s could not be removed; it is safe to delete.", folder)

@@ -169,11 +169,16 @@ def check_shapes(name: str, module: nn.Module, tensors: dict[str, dict], config:
     )
 
 
+def fits_dtype(stored: str, dtype: torch.dtype) -> bool:
+    """Whether a tensor of a dtype in a file's words ("F16") can be what a packed linear keeps as `dtype`."""
+    return stored in _FLOATS if dtype.is_floating_point else stored == _CODES[dtype]
+
+
 def _fits(found: dict[str, tuple[tuple[int, ...], str]], in_features: int, out_features: int, size: int, format: str) -> bool:
     codec = get_format(format)
     if codec.why_not(in_features, out_features, size):
         return False
     return all(
-        shape == found[kind][0] and found[kind][1] in (_FLOATS if dtype.is_floating_point else (_CODES[dtype],))
+        shape == found[kind][0] and fits_dtype(found[kind][1], dtype)
         for kind, (shape, dtype) in codec.shapes(in_features, out_features, size).items()
     )

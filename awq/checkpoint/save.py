@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from awq.checkpoint.card import write_card
-from awq.checkpoint.directory import complete_directory, copy_companions, source_directory
+from awq.checkpoint.companions import copy_companions, source_directory
+from awq.checkpoint.directory import complete_directory
 from awq.checkpoint.expert_names import router_spellings
 from awq.checkpoint.files import read_json
 from awq.checkpoint.match import merged_on_disk
+from awq.checkpoint.source import body_directory
 from awq.config import AwqConfig
-from awq.errors import CheckpointError
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import named_linears
 
@@ -43,16 +44,17 @@ def save_checkpoint(
     when writing fails; then nothing is left behind.
     """
     origin = source_directory(source)
-    if origin is not None and Path(directory).resolve() == origin.resolve():
-        raise CheckpointError(f"{directory} holds the original model; save the quantized one to another directory.")
     settings = config.with_(modules_to_not_convert=unconverted(model)).to_transformers_dict() if packed else None
-    with complete_directory(directory) as work:
+    inner = body_directory(origin).relative_to(origin) if origin is not None else Path()
+    with complete_directory(directory, origin) as work:
+        body = work / inner
+        body.mkdir(parents=True, exist_ok=True)
         with _config_of(model, settings):
-            model.save_pretrained(work, max_shard_size=shard_size, **_names_on_disk(model))
+            model.save_pretrained(body, max_shard_size=shard_size, **_names_on_disk(model))
         if origin is not None:
             copy_companions(origin, work)
-        if tokenizer is not None and not (work / "tokenizer_config.json").exists():
-            tokenizer.save_pretrained(work)
+        if tokenizer is not None and not (body / "tokenizer_config.json").exists():
+            tokenizer.save_pretrained(body)
         if report is not None:
             report.save(work / REPORT_FILE)
         if report is not None or not (work / "README.md").exists() or not _is_quantized(origin):

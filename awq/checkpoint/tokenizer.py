@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from awq.checkpoint.source import body_directory
 from awq.errors import ModelError
 
 logger = logging.getLogger("awq.checkpoint")
@@ -15,8 +16,9 @@ logger = logging.getLogger("awq.checkpoint")
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False, **download: Any) -> Any:
     """The tokenizer of a local directory or hub id. Raises ModelError when there is none with a vocabulary."""
+    place = body_directory(Path(path)) if Path(path).is_dir() else path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **download)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **download)
     except Exception as error:  # tokenizers fail in as many ways as there are kinds of them
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path} has no tokenizer that transformers can load: {reason}") from error

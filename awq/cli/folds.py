@@ -14,11 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from awq import AutoAWQForCausalLM
     from awq.cli.output import show
-    from awq.folds.survey import survey
+    from awq.folds.find import find_folds
 
     model = AutoAWQForCausalLM.from_pretrained(arguments.model, torch_dtype="float32").model
     rows: dict[tuple, dict[str, Any]] = {}
-    for block, groups in survey(model, arguments.seed):
+    for block, groups in find_folds(model, arguments.seed):
         for group in groups:
             fold = group.fold.describe() if group.fold else None
             row: dict[str, Any] = {"linears": list(group.consumers), "in_features": group.in_features, "fold": fold,

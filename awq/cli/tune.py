@@ -37,9 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
         reason = why_not(torch.device("cuda", 0), torch.float16, shape)
         if reason is not None:
             raise ConfigError(f"a linear of {shape} does not run on Triton's kernels: {reason}.")
-    from awq.kernels.triton import configs, launch, tuning
+    from awq.kernels.triton import configs, launcher, tuning
 
-    path = arguments.output or configs.user_tables() / f"{launch.architecture(0)[0]}.json"
+    path = arguments.output or configs.user_tables() / f"{launcher.architecture(0)[0]}.json"
     found = tuning.tune(
         shapes, {getattr(torch, name): arguments.tokens or configs.BUCKETS for name in arguments.dtypes}, arguments.seconds,
         arguments.workers or os.cpu_count() or 1, (lambda line: None) if arguments.json else print,

@@ -6,12 +6,10 @@ AutoAWQ shrinks |w| symmetrically and measures the output error of each group on
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from awq.core.blocks import kernels
+from awq.backends import operator
 from awq.core.weight import group_range, grouped, scale_and_zero
 
 SHRINK = tuple(1 - k / 20 for k in range(10))  # 1.00 … 0.55, AutoAWQ's grid
@@ -32,19 +30,21 @@ def search_range(weight: Tensor, gram: Tensor, group_size: int, bits: int = 4, z
     weight: float32 [out, in]; gram: float32 [in, in].
     """
     blocks = block_diagonal(gram, group_size)
-    fast = kernels("search_kernels", weight.device)
-    if fast is not None and group_size <= fast.RANGE_GROUPS:
-        return _search_with_kernel(fast, weight.contiguous(), blocks, group_size, bits, zero_point)
+    best_range = operator("best_range", weight.device, weight.dtype)
+    if best_range is not None:
+        shrink = torch.tensor(SHRINK, device=weight.device)
+        best = best_range(weight.contiguous(), blocks, shrink, bits, zero_point)
+        if best is not None:
+            return _range_of(weight, best.long(), shrink, group_size, bits, zero_point)
     rows = max(1, _CHUNK.get(weight.device.type, _CHUNK["cuda"]) // weight.shape[1])
     parts = [_search_rows(part, blocks, group_size, bits, zero_point) for part in weight.split(rows)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def _search_with_kernel(
-    fast: Any, weight: Tensor, blocks: Tensor, group_size: int, bits: int, zero_point: bool
+def _range_of(
+    weight: Tensor, best: Tensor, shrink: Tensor, group_size: int, bits: int, zero_point: bool
 ) -> tuple[Tensor, Tensor]:
-    shrink = torch.tensor(SHRINK, device=weight.device)
-    best = fast.best_range(weight, blocks, shrink, bits, zero_point).long()
+    """Scale and zero of the candidates `best` [out, groups]: high factor · len(SHRINK) + low factor, or one for both."""
     low, high = group_range(weight, group_size, zero_point)
     high_factor = shrink[best // len(SHRINK) if zero_point else best]
     return scale_and_zero(low * shrink[best % len(SHRINK)], high * high_factor, bits, zero_point)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from awq.core.blocks import BLOCK, block_step
+from awq.backends import operator
+from awq.core.rounding import BLOCK
 from awq.core.weight import QuantizedWeight, storable_scale
 
 _RIDGE = 1e-3  # pull towards the old scales, as a fraction of the system's mean diagonal
@@ -36,7 +37,7 @@ def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, sweeps: in
     width, out = codes.shape
     slope = gram @ (quantized.dequantize() - weight).t()  # half the gradient of the loss, [in, out]
     moves = torch.empty(min(BLOCK, width), out, device=weight.device)
-    step = block_step("descend_block", _descend_block, weight.device)
+    step = operator("descend_block", weight.device, torch.float32) or _descend_block
     new_codes = torch.empty_like(codes)
     for _ in range(sweeps):
         for start in range(0, width, BLOCK):

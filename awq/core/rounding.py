@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from awq.core.blocks import BLOCK, block_step
+from awq.backends import operator
 from awq.core.weight import QuantizedWeight
 
 DAMPING = 0.01
+BLOCK = 128  # columns between two products with all the rest
 
 
 def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def round_with_feedback(
     scales, zeros = scale.t().contiguous(), zero.t().contiguous()
     codes = torch.empty(width, out, dtype=torch.uint8, device=weight.device)
     errors = torch.empty(BLOCK, out, device=weight.device)
-    step = block_step("round_block", _round_block, weight.device)
+    step = operator("round_block", weight.device, torch.float32) or _round_block
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
         step(rest, factor, scales, zeros, group_of, codes, errors, start, stop, 2**bits - 1)

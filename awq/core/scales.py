@@ -7,12 +7,12 @@ G, whatever the number of calibration tokens. Every linear that reads the same i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from awq.core.blocks import kernels
+from awq.backends import operator
 from awq.core.weight import fake_quantize, group_range, grouped, scale_and_zero
 
 _TOGETHER = {"cpu": 1 << 19, "cuda": 1 << 25}  # weights quantized at once: a CPU's cache, a GPU's occupancy
@@ -92,23 +92,17 @@ def search_scale(
     zero_point: bool = True,
     duo: bool = True,
     tie: Callable[[Tensor], Tensor] = lambda s: s,
-    loss: Callable[[Tensor], Tensor | float] | None = None,
 ) -> ScaleChoice:
     """The best s [in] for the stacked weights [sum of out, in] of the linears that share one input.
 
     gram: float32 [in, in], Σ x xᵀ over tokens; x_mean: mean |x| per channel [in].
     tie: makes s [n, in] equal where channels share one producing row (grouped-query attention).
-    loss: another judge of s (the enclosing module's output error); default tr(Δ G Δᵀ), Δ = Q(W s)/s − W.
+    Candidates are judged by tr(Δ G Δᵀ), Δ = Q(W s)/s − W.
     A candidate whose loss is not finite is dropped. Deterministic: the first of equal candidates wins.
     """
-
     names, scales = scale_candidates(x_mean, weight_importance(weight, group_size), duo)
     scales = tie(scales)
-    if loss is None:
-        values = _losses(weight, gram, scales, group_size, bits, zero_point)
-    else:
-        values = torch.stack([torch.as_tensor(loss(s), device=weight.device) for s in scales])
-    losses = values.tolist()
+    losses = _losses(weight, gram, scales, group_size, bits, zero_point).tolist()
     best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i], i))  # NaN last, then the first of equals
     kind, ratio = names[best]
     return ScaleChoice(scales[best], ratio, kind, losses[best], losses[0])
@@ -120,11 +114,13 @@ def _losses(weight: Tensor, gram: Tensor, scales: Tensor, group_size: int, bits:
     The kernel multiplies in bfloat16: on SmolLM2 every group chose the same candidate as in float32 (docs/notes/quality.md).
     """
     limit, width = _TOGETHER.get(weight.device.type, _TOGETHER["cuda"]), weight.shape[1]
-    fast: Any = kernels("search_kernels", weight.device)
-    if fast is not None and fast.takes_groups(group_size):
+    scaled_losses = operator("scaled_losses", weight.device, weight.dtype)
+    if scaled_losses is not None:
         rows, upper = weight.contiguous(), (gram.triu() + gram.triu(1)).to(_OPERANDS)
         parts = scales.contiguous().split(max(1, limit // weight.numel()))
-        return torch.cat([fast.scaled_losses(rows, upper, part, group_size, bits, zero_point) for part in parts])
+        losses = [scaled_losses(rows, upper, part, group_size, bits, zero_point) for part in parts]
+        if losses[0] is not None:
+            return torch.cat(losses)
     total = torch.zeros(len(scales), device=weight.device)
     for rows in weight.split(max(1, limit // width)):
         parts = scales.split(max(1, limit // rows.numel()))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awq.nn.capture import NothingFromTheHost, no_waiting
+from awq.nn.capture import NothingFromTheHost, capture, no_waiting, on_stream
 from awq.nn.linear import WQLinear
 
 logger = logging.getLogger("awq.embed")
@@ -66,21 +66,17 @@ class Graph:
     def __init__(self, forward: Forward, inputs: dict[str, Tensor], prompt_tokens: int, stream: Any, pool: Any) -> None:
         """inputs: int64 [texts, tokens] each, on the CPU. stream: to make it on, the same one always: for each stream that a
         product has run on, torch keeps tens of megabytes of work space."""
-        device = stream.device
         self.names = list(inputs)
-        self.block = torch.stack(list(inputs.values())).to(device)
+        self.block = torch.stack(list(inputs.values())).to(stream.device)
         static = dict(zip(self.names, self.block))
-        stream.wait_stream(torch.cuda.current_stream(device))
         mode = _ByShapeAlone()
-        with torch.cuda.stream(stream):
+        with on_stream(stream):
             with mode:
                 forward(static, prompt_tokens)  # what has to be compiled or allocated is so before the capture
             with mode.again(), no_waiting():
                 forward(static, prompt_tokens)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with mode.again(), torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.result = forward(static, prompt_tokens)
+        with mode.again():
+            self.graph, self.result = capture(lambda: forward(static, prompt_tokens), stream, pool)
         self.copies = mode.copies  # the graph reads them
         self.pool = self.graph.pool()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,12 +91,6 @@ def _divide(norm: Any, scale: Tensor, plus_one: bool) -> None:
     weight.copy_((1 + weight) / s - 1 if plus_one else weight / s)
     if getattr(norm, "bias", None) is not None:
         norm.bias.div_(s)
-
-
-def hook_all(block: nn.Module, names, make: Callable, pre: bool = False) -> list:
-    """Registers `make(name)` as a forward (pre-)hook on the named modules; returns the handles."""
-    modules = [(name, block.get_submodule(name)) for name in names]
-    return [m.register_forward_pre_hook(make(n)) if pre else m.register_forward_hook(make(n)) for n, m in modules]
 
 
 def reader_names(block: nn.Module) -> list[str]:

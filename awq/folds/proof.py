@@ -3,11 +3,13 @@
 Compared are the block's output *and* every consumer's own output: a few massive channels in the residual stream of a trained
 model would hide an error of one linear in the output alone. Outputs are filed under the module's name, never by position:
 in parallel blocks linears run in another order than the one they are grouped in.
+
+The random scales come from a generator that the caller hands in, so that a proof gives the same answer twice and never
+touches torch's global random state.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,17 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awq.folds.fold import InputGroup, apply_fold, hook_all, row_divisor
-from awq.nn.blocks import BlockCall
+from awq.folds.fold import Fold, InputGroup, apply_fold, row_divisor
+from awq.nn.blocks import BlockCall, float_copy
+from awq.nn.hooks import hooked
 
 TOLERANCE = 1e-4  # relative, float32
+LOWEST_SCALE, HIGHEST_SCALE = 0.5, 2.0  # of the random scales
 Calls = Sequence[tuple[BlockCall, Tensor]]
 Outputs = dict[str, list[Tensor]]  # module name ("" is the block) → its outputs in order of execution
-
-
-def float_copy(block: nn.Module) -> nn.Module:
-    """A float32 copy of a block to experiment on."""
-    return copy.deepcopy(block).float().eval()
 
 
 def float_calls(calls: Calls) -> Calls:
@@ -36,19 +35,15 @@ def float_calls(calls: Calls) -> Calls:
 
 def outputs_of(block: nn.Module, names: Sequence[str], calls: Calls) -> Outputs:
     """The named modules' outputs and the block's own, over all calls. A module that is never called has no entry."""
-    seen: Outputs = {}
+    outputs: Outputs = {}
 
-    def make(name: str):
-        return lambda _m, _a, out: seen.setdefault(name, []).append(_values(out).detach().clone())
+    def note(name: str, output: Any) -> None:
+        outputs.setdefault(name, []).append(_values(output).detach().clone())
 
-    handles = hook_all(block, names, make)
-    try:
+    with hooked(block, names, after=note):
         for call, hidden in calls:
-            seen.setdefault("", []).append(call.run(block, hidden).detach().clone())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+            note("", call.run(block, hidden))
+    return outputs
 
 
 def _values(output: Any) -> Tensor:
@@ -86,50 +81,68 @@ def restored(block: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def holds(block: nn.Module, groups: Sequence[InputGroup], calls: Calls) -> float:
+def holds(block: nn.Module, groups: Sequence[InputGroup], calls: Calls, generator: torch.Generator | None = None) -> float:
     """Largest change when all folds of `groups` are applied together with random s in [0.5, 2], tied as they ask.
 
-    Changes the block while it runs and puts it back afterwards; meant for a float32 copy.
+    Changes the block while it runs and puts it back afterwards; meant for a float32 copy. generator: of the random scales,
+    on the CPU; default: a new one with seed 0.
     """
-    folds = [(g.fold, g.in_features) for g in groups if g.fold is not None]
-    names = [n for fold, _ in folds for n in fold.consumers]
-    before = outputs_of(block, names, calls)
-    undo: dict[str, Tensor] = {}
-    with restored(block, [*names, *(fold.producer for fold, _ in folds)]):
+    generator = generator or torch.Generator().manual_seed(0)
+    folds = [(group.fold, group.in_features) for group in groups if group.fold is not None]
+    consumers = [name for fold, _ in folds for name in fold.consumers]
+    producers = [fold.producer for fold, _ in folds]
+    before = outputs_of(block, consumers, calls)
+    device = before[""][0].device
+    divisors: dict[str, Tensor] = {}  # of the rows of linear producers
+    with restored(block, [*consumers, *producers]):
         for fold, in_features in folds:
-            scale = (torch.rand(in_features) * 1.5 + 0.5).to(before[""][0].device)
-            scale = fold.tie(scale)
+            scale = _random_scale(fold, in_features, generator, device)
             apply_fold(block, fold, scale)
             if fold.kind == "linear":
                 divisor = row_divisor(block, fold, scale)
-                undo[fold.producer] = undo[fold.producer] * divisor if fold.producer in undo else divisor
-        after = outputs_of(block, names, calls)
+                divisors[fold.producer] = divisors.get(fold.producer, 1.0) * divisor
+        after = outputs_of(block, consumers, calls)
     # A producer that is itself a consumer (v reads the norm, o reads v) gives its output divided, on purpose.
-    for name in undo.keys() & after.keys():
-        after[name] = [out * undo[name] for out in after[name]]
+    for name in divisors.keys() & after.keys():
+        after[name] = [output * divisors[name] for output in after[name]]
     return largest_change(before, after)
 
 
+def _random_scale(fold: Fold, in_features: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    spread = HIGHEST_SCALE - LOWEST_SCALE
+    scale = torch.rand(in_features, generator=generator) * spread + LOWEST_SCALE
+    return fold.tie(scale.to(device))
+
+
 @torch.no_grad()
-def prove(block: nn.Module, groups: Sequence[InputGroup], calls: Calls) -> list[InputGroup]:
+def prove(
+    block: nn.Module, groups: Sequence[InputGroup], calls: Calls, generator: torch.Generator | None = None
+) -> list[InputGroup]:
     """The groups with every fold that does not preserve this block's function removed and named in `reason`.
 
-    calls: (arguments, hidden states) of the block on a few tokens. The block itself is not touched.
+    calls: (arguments, hidden states) of the block on a few tokens. The block itself is not touched. generator: see `holds`.
     """
-    if not any(g.fold for g in groups):
+    if not any(group.fold for group in groups):
         return list(groups)
+    generator = generator or torch.Generator().manual_seed(0)
     probe, calls = float_copy(block), float_calls(calls)
-    if holds(probe, groups, calls) <= TOLERANCE:
+    if holds(probe, groups, calls, generator) <= TOLERANCE:
         return list(groups)
-    alone = [_judged(g, holds(probe, [g], calls) if g.fold else 0.0) for g in groups]
+    alone = [_without_false_fold(group, [], probe, calls, generator) for group in groups]
     kept: list[InputGroup] = []
     for group in alone:  # folds that hold alone but not together: the earlier one stays
-        together = bool(group.fold) and any(g.fold for g in kept)
-        kept.append(_judged(group, holds(probe, [*kept, group], calls) if together else 0.0))
+        others = [other for other in kept if other.fold]
+        kept.append(_without_false_fold(group, others, probe, calls, generator) if others else group)
     return kept
 
 
-def _judged(group: InputGroup, change: float) -> InputGroup:
-    if group.fold is None or change <= TOLERANCE:
+def _without_false_fold(
+    group: InputGroup, others: list[InputGroup], probe: nn.Module, calls: Calls, generator: torch.Generator
+) -> InputGroup:
+    """The group, without its fold if that changes the block beside the folds of the others."""
+    if group.fold is None:
+        return group
+    change = holds(probe, [*others, group], calls, generator)
+    if change <= TOLERANCE:
         return group
     return replace(group, fold=None, reason=f"fold into {group.fold.producer} changes the block by {change:.1e}")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from awq.generate import operations as ops
-from awq.generate.attention import attend
 from awq.generate.cache import LayerCache
 from awq.generate.plan import BlockPlan, Source
 from awq.generate.projection import Projection, join, joinable
+from awq.kernels.reference.attention import attend
 
 
 @dataclass
@@ -62,7 +62,7 @@ class FusedBlock(nn.Module):
         p, linears = self.plan, [block.get_submodule(name) for name in self.plan.mlp_in.names]
         if not p.gated or p.activation_name is None or not joinable(linears, p.mlp_in):
             return 0, p.mlp_in
-        run = ops.gate_run(linears[0])  # type: ignore[arg-type]
+        run = ops.gate_interleave(linears[0])  # type: ignore[arg-type]
         if not run or len(p.mlp_in.rows) % (2 * run):
             return 0, p.mlp_in
         return run, Source(p.mlp_in.names, p.mlp_in.rows.view(2, -1, run).transpose(0, 1).flatten())
@@ -74,7 +74,7 @@ class FusedBlock(nn.Module):
     def _mlp(self, x: Tensor) -> Tensor:
         p = self.plan
         if self.run and p.activation_name is not None:
-            h = ops.gated(x, self.mlp_in, p.activation, p.activation_name, self.run)  # type: ignore[arg-type]
+            h = ops.gated(x, self.mlp_in, p.activation_name, self.run)  # type: ignore[arg-type]
         else:
             h = ops.activate(self.mlp_in(x), p.activation, p.activation_name, p.gated)
         y = self.mlp_out(h)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awq.folds.proof import float_copy
 from awq.generate.block import FusedBlock, Prompt, Step
 from awq.generate.cache import allocate
 from awq.generate.decoder import FusedDecoder, quantized_head
@@ -16,7 +15,7 @@ from awq.generate.observe import PIECE, Surroundings, observe
 from awq.generate.plan import BlockPlan, DecoderPlan, NotFusable
 from awq.generate.structure import read_block
 from awq.generate.trace import rotary_tables, trace
-from awq.nn.blocks import BlockCall
+from awq.nn.blocks import BlockCall, float_copy
 from awq.nn.copies import copy_structure
 from awq.nn.locks import lock_of
 from awq.nn.memory import trim

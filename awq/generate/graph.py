@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from awq.nn.capture import capture, on_stream
+
 
 class StepGraph:
     """Replays `step(ids, lengths, longest)` for one batch size. The result is overwritten by the next replay.
@@ -18,14 +20,9 @@ class StepGraph:
     def __init__(self, step: Callable[[Tensor, Tensor, int], Tensor], ids: Tensor, lengths: Tensor, max_seq_len: int) -> None:
         self.ids, self.lengths = ids.clone(), lengths.clone()
         last = max_seq_len - 1  # shapes inside a graph cannot follow the sequence
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with on_stream(torch.cuda.Stream()):
             step(self.ids, self.lengths, last)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = step(self.ids, self.lengths, last)
+        self.graph, self.logits = capture(lambda: step(self.ids, self.lengths, last))
 
     def __call__(self, ids: Tensor, lengths: Tensor) -> Tensor:
         self.ids.copy_(ids)

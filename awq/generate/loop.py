@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from awq.errors import ConfigError
@@ -149,7 +148,7 @@ class _Run:
         decoder, config, batch = self.decoder, self.config, len(self.ids)
         ids = torch.cat([self.ids, self.ids.new_zeros(batch, max(self.room, 0))], 1)
         width = self.ids.shape[1]
-        watch = _Watch(processors, criteria, config, ids)
+        watch = _Watch(criteria, config, ids)
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=decoder.device)
         kept: dict[str, list] = {"scores": [], "logits": []}
         logits = decoder.prefill(self.prompts, self.lengths)
@@ -173,7 +172,6 @@ class _Run:
             lengths, longest = lengths + 1, longest + 1
         if streamer is not None:
             streamer.end()
-        watch.close()
         sequences = ids[:, :width].clone()
         if not config.return_dict_in_generate:
             return sequences
@@ -196,32 +194,25 @@ class _Run:
 class _Watch:
     """Writes tokens to the sequences, says which rows go on, and brings both to the host.
 
-    On a GPU the next step is started before the host looks, and, when nothing but lengths and end tokens is watched for, all
-    this happens on a stream of its own beside that step. Rows that have ended get the padding token; what the model makes of
-    them is not looked at.
+    On a GPU the next step is started before the host looks. Rows that have ended get the padding token; what the model makes
+    of them is not looked at.
     """
 
-    def __init__(self, processors: Any, criteria: Any, config: Any, ids: Tensor) -> None:
+    def __init__(self, criteria: Any, config: Any, ids: Tensor) -> None:
         self.criteria, self.ids = criteria, ids
-        self.pad = getattr(config, "_pad_token_tensor", None) if any(hasattr(c, "eos_token_id") for c in criteria) else None
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.pad = getattr(config, "_pad_token_tensor", None) if ends else None
         self.going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         self.ahead = ids.is_cuda
         if self.ahead:
-            simple = not processors and all(isinstance(c, (EosTokenCriteria, MaxLengthCriteria)) for c in criteria)
-            self.main = torch.cuda.current_stream()
-            self.stream = torch.cuda.Stream() if simple else self.main  # others read ids and scores, which the main one writes
             self.host = torch.empty(len(ids) + 1, dtype=ids.dtype, pin_memory=True)
             self.event = torch.cuda.Event()
 
     def put(self, token: Tensor, scores: Tensor, place: int) -> None:
         """token int64 [batch], chosen from scores, comes to column `place`."""
-        if not self.ahead:
-            self.found = self._note(token, scores, place)
-            return
-        self.stream.wait_stream(self.main)
-        with torch.cuda.stream(self.stream):
-            self.token = token  # alive until `get` has waited for this stream
-            self.host.copy_(self._note(token, scores, place), non_blocking=True)
+        self.found = self._note(token, scores, place)
+        if self.ahead:
+            self.host.copy_(self.found, non_blocking=True)
             self.event.record()
 
     def _note(self, token: Tensor, scores: Tensor, place: int) -> Tensor:
@@ -233,11 +224,7 @@ class _Watch:
 
     def get(self) -> tuple[Tensor, bool]:
         """The token of each row on the host, and whether any row goes on."""
-        if self.ahead:
-            self.event.synchronize()
-            self.found = self.host.clone()
-        return self.found[:-1].clone(), bool(self.found[-1])
-
-    def close(self) -> None:
-        if self.ahead:
-            self.main.wait_stream(self.stream)
+        if not self.ahead:
+            return self.found[:-1].clone(), bool(self.found[-1])
+        self.event.synchronize()
+        return self.host[:-1].clone(), bool(self.host[-1])

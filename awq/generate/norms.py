@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from awq.generate.plan import Norm
+from awq.kernels.reference.decode import apply_norm
 
 _TOLERANCE = 1e-5  # relative, in float32
-
-
-def apply_norm(x: Tensor, norm: Norm) -> Tensor:
-    """The norm over the last axis, in float32, rounded once to x's dtype."""
-    y = x.float()
-    if norm.mean:
-        y = y - y.mean(-1, keepdim=True)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.eps)
-    if norm.weight is not None:
-        y = y * norm.weight
-    if norm.bias is not None:
-        y = y + norm.bias
-    return y.to(x.dtype)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -1,55 +1,54 @@
-"""What a fused block does between its products: plain operators, or one kernel each on a GPU with Triton or a CPU with llvmlite."""
+"""What a fused block does between its products. `awq.backends` says who computes each operator; here its inputs are checked.
+
+A kernel is given addresses, so what does not fit is refused before: widths, dtypes, devices, and places beyond the cache.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from awq._triton import triton_problem
-from awq.generate.attention import attend, rotate
+from awq.backends import operator
+from awq.errors import ConfigError
 from awq.generate.cache import LayerCache
-from awq.generate.norms import apply_norm
-from awq.generate.plan import Attention, Norm
-from awq.kernels import cpu
-from awq.kernels.backends import choose
-from awq.kernels.heads import Heads
+from awq.kernels.reference import decode as plain
+from awq.kernels.reference.decode import split_heads as split_heads
+from awq.kernels.specs import Attention, Norm
 from awq.nn.linear import WQLinear
 
-_FEW = 4  # rows for which reading the head takes longer than computing with it
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MOST_HEAD_ROWS = 4  # rows for which reading the head takes longer than computing with it
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether the kernels run on x; in Triton's interpreter (a test) also on a CPU."""
-    return (x.is_cuda or INTERPRETED) and x.dtype != torch.float64 and triton_problem(x.device) is None
+def _operator(name: str, x: Tensor) -> Callable[..., Any]:
+    found = operator(name, x.device, x.dtype)
+    assert found is not None  # the reference has them all
+    return found
 
 
-def kernels(x: Tensor) -> Any:
-    """The module that starts kernels for x: `awq.kernels.triton.decode_launch` or its twin for CPUs; None when there are none."""
-    if has_kernels(x):
-        from awq.kernels.triton import decode_launch
-
-        return decode_launch
-    if x.device.type == "cpu" and x.dtype in cpu.PLANES and cpu.problem(x.dtype, cpu.PLANES[x.dtype]) is None:
-        from awq.kernels.cpu import decode_launch as on_cpu
-
-        return on_cpu
-    return None
+def _refuse(what: str, tensor: Tensor, wanted: str) -> ConfigError:
+    return ConfigError(f"{what} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; it must be {wanted}.")
 
 
 def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None) -> tuple[Tensor, Tensor]:
-    """(x + factor · branch, its norm); all [batch, tokens, features]."""
-    decode_launch = kernels(x)
-    if decode_launch is not None:
-        n = norm or Norm(None, None, 0.0, False)
-        return decode_launch.add_norm(x, branch, factor, n.weight, n.bias, n.eps, n.mean, norm is not None)
-    if branch is not None:
-        x = x + (branch if factor == 1.0 else factor * branch)
-    return x, x if norm is None else apply_norm(x, norm)
+    """(x + factor · branch, its norm); all [batch, tokens, features]. Raises ConfigError when they do not fit together."""
+    if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype or branch.device != x.device):
+        raise _refuse("the branch", branch, f"{x.dtype} {list(x.shape)} on {x.device}, as what it is added to")
+    if norm is not None:
+        for vector in (norm.weight, norm.bias):
+            if vector is not None:
+                _check_vector(vector, x)
+    return _operator("add_norm", x)(x, branch, factor, norm)
+
+
+def _check_vector(vector: Tensor, x: Tensor) -> None:
+    """Of a norm: a kernel reads as many numbers of it as x is wide."""
+    width = x.shape[-1]
+    fits = vector.shape == (width,) and vector.dtype == torch.float32 and vector.device == x.device
+    if not (fits and vector.is_contiguous()):
+        raise _refuse("a norm's weight or bias", vector, f"float32 [{width}] on {x.device}")
 
 
 def normalize(x: Tensor, norm: Norm | None) -> Tensor:
@@ -58,62 +57,44 @@ def normalize(x: Tensor, norm: Norm | None) -> Tensor:
 
 
 def activate(h: Tensor, activation: Callable[[Tensor], Tensor], name: str | None, gated: bool) -> Tensor:
-    """activation(gate) · up for h = [gate, up] along the last axis, or activation(h)."""
-    decode_launch = None if name is None else kernels(h)
-    if decode_launch is not None:
-        return decode_launch.activate(h, name, gated)
+    """activation(gate) · up for h = [gate, up] along the last axis, or activation(h).
+
+    name: of the activation in `ACTIVATIONS`; None for one that no kernel knows.
+    """
+    if gated and h.shape[-1] % 2:
+        raise ConfigError(f"gate and up have {h.shape[-1]} channels together, which is an odd number.")
+    if name is not None:
+        return _operator("activate", h)(h, name, gated)
     if not gated:
         return activation(h)
     gate, up = h.chunk(2, -1)
     return activation(gate) * up
 
 
-def gate_run(linear: WQLinear) -> int:
+def gate_interleave(linear: WQLinear) -> int:
     """How many channels of the gate and of up are to be in turn, so that `gated` is one kernel on the linear's device; or 0."""
-    return getattr(kernels(torch.empty(0, dtype=torch.float16, device=linear.qweight.device)), "RUN", 0)
+    return _operator("gate_interleave", torch.empty(0, dtype=torch.float16, device=linear.qweight.device))()
 
 
-def gated(x: Tensor, linear: WQLinear, activation: Callable[[Tensor], Tensor], name: str, run: int) -> Tensor:
-    """activation(gate) · up for a linear whose outputs are `run` channels of the gate and `run` of up in turn."""
-    if has_kernels(x) and choose(x.device, x.dtype, linear.packed.shape, linear.layout) == "triton":
-        from awq.kernels.triton import decode_launch
+def gated(x: Tensor, linear: WQLinear, name: str, interleave: int) -> Tensor:
+    """act(gate) · up for a linear whose outputs are `interleave` channels of the gate and as many of up in turn.
 
-        y = decode_launch.gated(x.reshape(-1, x.shape[-1]), linear.packed, linear.bias, name)
-        return y.view(*x.shape[:-1], -1)
-    gate, up = linear(x).unflatten(-1, (-1, 2, run)).unbind(-2)
-    return activation(gate.flatten(-2)) * up.flatten(-2)
-
-
-def split_heads(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """[batch, tokens, channels] → normalized and rotated q, k and v, each [batch, heads, tokens, head_dim].
-
-    cos, sin: float32, broadcast against [batch, heads, tokens, rotary/2].
+    x [batch, tokens, in]. Raises ConfigError when x has another width than the linear.
     """
-    batch, tokens, _ = qkv.shape
-    parts = qkv.split([a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim], -1)
-    q, k, v = (t.view(batch, tokens, -1, a.head_dim) for t in parts)
-    if a.q_norm is not None:
-        q = apply_norm(q, a.q_norm) if a.norm_heads else apply_norm(q.flatten(2), a.q_norm).view(q.shape)
-    if a.k_norm is not None:
-        k = apply_norm(k, a.k_norm) if a.norm_heads else apply_norm(k.flatten(2), a.k_norm).view(k.shape)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if cos is not None and sin is not None:
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    return q, k, v
+    packed = linear.packed
+    if x.shape[-1] != linear.in_features or x.device != packed.qweight.device:
+        raise _refuse("x", x, f"[..., {linear.in_features}] on {packed.qweight.device}")
+    return _operator("gated", x)(x, packed, linear.bias, name, interleave)
 
 
 def cache_prompt(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, start: int) -> Tensor:
-    """Queries [batch, heads, tokens, head_dim] of a piece of the prompts, whose keys and values go into the cache at `start`."""
-    stop = start + qkv.shape[1]
-    if has_kernels(qkv) and (heads := _heads(a, cos)) is not None:
-        from awq.kernels.triton import decode_launch
+    """Queries [batch, heads, tokens, head_dim] of a piece of the prompts, whose keys and values go into the cache at `start`.
 
-        return decode_launch.split(qkv, heads, _tables(a, cos, sin), start, cache.k, cache.v)
-    cos, sin = (None if t is None else t[start:stop] for t in (cos, sin))
-    q, k, v = split_heads(qkv, a, cos, sin)
-    cache.k[:, :, start:stop] = k
-    cache.v[:, :, start:stop] = v
-    return q
+    Raises ConfigError when they do not fit the cache or the rotary tables.
+    """
+    _check_attention(qkv, a, cos, sin, cache, start + qkv.shape[1])
+    compute = plain.split if a.why_no_kernel() else _operator("split", qkv)
+    return compute(qkv, a, cos, sin, start, cache.k, cache.v)
 
 
 def attend_step(
@@ -121,49 +102,42 @@ def attend_step(
 ) -> Tensor:
     """Attention of one new token per row over its row of the cache, into which its key and value go.
 
-    qkv [batch, 1, channels] → [batch, 1, heads · head_dim]. lengths int32 [batch]: tokens cached so far.
+    qkv [batch, 1, channels] → [batch, 1, heads · head_dim]. lengths int32 [batch]: tokens cached so far, at most `longest`.
+    Raises ConfigError when they do not fit the cache or the rotary tables.
     """
-    decode_launch = kernels(qkv)
-    if decode_launch is not None and (heads := _heads(a, cos)) is not None:
-        tables = _tables(a, cos, sin)
-        return decode_launch.attend(qkv[:, 0], heads, tables, lengths, cache.k, cache.v, longest).unsqueeze(1)
-    batch, index = qkv.shape[0], lengths.long()
-    if cos is not None and sin is not None:
-        cos, sin = cos[index].view(batch, 1, 1, -1), sin[index].view(batch, 1, 1, -1)
-    q, k, v = split_heads(qkv, a, cos, sin)
-    rows = torch.arange(batch, device=qkv.device)
-    cache.k[rows, :, index] = k[:, :, 0]
-    cache.v[rows, :, index] = v[:, :, 0]
-    keys = torch.arange(longest + 1, device=qkv.device)
-    seen = keys <= index.unsqueeze(1)
-    if a.window is not None:
-        seen &= keys > index.unsqueeze(1) - a.window
-    y = attend(q, cache.k[:, :, : longest + 1], cache.v[:, :, : longest + 1], a.scaling, a.softcap, mask=seen[:, None, None])
-    return y.transpose(1, 2).reshape(batch, 1, -1)
+    _check_attention(qkv, a, cos, sin, cache, longest + 1)
+    if lengths.dtype != torch.int32 or lengths.shape != qkv.shape[:1] or lengths.device != qkv.device:
+        raise _refuse("lengths", lengths, f"int32 [{len(qkv)}] on {qkv.device}")
+    compute = plain.attend if a.why_no_kernel() else _operator("attend", qkv)
+    return compute(qkv[:, 0], a, cos, sin, lengths, cache.k, cache.v, longest).unsqueeze(1)
+
+
+def _check_attention(
+    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, places: int
+) -> None:
+    """places: how many positions of the cache and of the rotary tables are read or written."""
+    batch, _, channels = qkv.shape
+    if channels != a.channels:
+        raise _refuse("the product of queries, keys and values", qkv, f"[batch, tokens, {a.channels}]")
+    for kept in (cache.k, cache.v):
+        if kept.shape[:2] != (batch, a.kv_heads) or kept.shape[2] < places or kept.shape[3] != a.head_dim:
+            raise _refuse("the cache", kept, f"[{batch}, {a.kv_heads}, {places} positions or more, {a.head_dim}]")
+        if kept.dtype != qkv.dtype or kept.device != qkv.device or not kept.is_contiguous():
+            raise _refuse("the cache", kept, f"{qkv.dtype} on {qkv.device} in one piece")
+    for table in (cos, sin):
+        if table is not None:
+            _check_table(table, a, places, qkv.device)
+
+
+def _check_table(table: Tensor, a: Attention, places: int, device: torch.device) -> None:
+    if table.shape[0] < places or table.shape[1] * 2 != a.rotary or table.dtype != torch.float32 or table.device != device:
+        raise _refuse("a rotary table", table, f"float32 [{places} positions or more, {a.rotary // 2}] on {device}")
 
 
 def head(x: Tensor, module: nn.Module) -> Tensor:
     """Logits float32 [batch, vocabulary] of x [batch, features]."""
-    if x.device.type == "cpu" and type(module) is nn.Linear and module.bias is None and len(x) <= _FEW:
-        decode_launch = kernels(x)
-        if decode_launch is not None and module.weight.is_contiguous() and module.weight.dtype == x.dtype:
-            return decode_launch.dense(x, module.weight)
+    if x.device.type == "cpu" and type(module) is nn.Linear and module.bias is None and len(x) <= MOST_HEAD_ROWS:
+        weight = module.weight
+        if weight.is_contiguous() and weight.dtype == x.dtype and weight.shape[1] == x.shape[1]:
+            return _operator("dense", x)(x, weight)
     return module(x).float()
-
-
-def _tables(a: Attention, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (cos, sin, *(None if n is None else n.weight for n in (a.q_norm, a.k_norm)))
-
-
-def _heads(a: Attention, cos: Tensor | None) -> Heads | None:
-    """The attention as the kernel takes it; None when it does not."""
-    q, k = a.q_norm, a.k_norm
-    if a.head_dim > 256 or a.heads % a.kv_heads or (q is None) != (k is None):
-        return None
-    rotary = 0 if cos is None else cos.shape[-1]
-    sizes = (a.heads, a.kv_heads, a.head_dim, rotary, a.scaling, a.softcap, a.window or 0)
-    if q is None or k is None:
-        return Heads(*sizes, False, False)
-    if not a.norm_heads or q.mean != k.mean or any(n.bias is not None or n.weight is None for n in (q, k)):
-        return None
-    return Heads(*sizes, True, q.mean, q.eps, k.eps)

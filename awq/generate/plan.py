@@ -8,45 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from awq.errors import AwqError
+from awq.kernels.specs import Attention as Attention
+from awq.kernels.specs import Norm as Norm
 
 
 class NotFusable(AwqError):
     """Why a model keeps transformers' own loop."""
-
-
-@dataclass
-class Norm:
-    """y = x̂ · weight + bias in float32, rounded once to x's dtype.
-
-    mean: True for LayerNorm (x̂ = (x − mean)/√(var + eps)), False for RMSNorm (x̂ = x/√(mean x² + eps)).
-    weight, bias: float32 [features] or None (ones, zeros).
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    mean: bool
-
-
-@dataclass
-class Attention:
-    """heads: query heads. kv_heads: key and value heads, each shared by heads/kv_heads neighbours. scaling: of q·k.
-
-    softcap: c in c·tanh(score/c), or None. window: how many of the last tokens are seen, the present one included, or None.
-    q_norm, k_norm: over each head (`norm_heads`) or over all heads together, before the rotation.
-    rotary: how many of the first channels of a head are rotated (0: no rotation), as two halves.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scaling: float
-    softcap: float | None
-    window: int | None
-    rotary: int
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-    norm_heads: bool = True
 
 
 @dataclass

@@ -11,21 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awq.generate.attention import rotate
 from awq.generate.channels import find_channels, flat, heads_last, owners
 from awq.generate.norms import is_norm, read_norm
 from awq.generate.plan import Attention, BlockPlan, Norm, NotFusable, Source
 from awq.generate.trace import AttentionCall, Event, Trace, rotary_tables
+from awq.kernels.reference.attention import rotate
+from awq.kernels.reference.decode import ACTIVATIONS
 from awq.nn.blocks import BlockCall, is_product
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
+_READ_SETTINGS = {"scaling", "softcap", "sliding_window"}
+# What attention may also be told in evaluation mode, with a mask and without a cache, and what then changes nothing.
+_IDLE_SETTINGS = {
+    "dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
 }  # fmt: skip
-_KNOWN_SETTINGS = {"scaling", "softcap", "sliding_window", "dropout"}
+
 
 
 def read_block(neutral: Trace, real: Trace, call: BlockCall) -> BlockPlan:
@@ -111,11 +112,11 @@ def _as_heads(x: Tensor, shape: torch.Size, by_head: bool) -> Tensor:
 
 
 def _settings(call: AttentionCall) -> dict:
-    """scaling, softcap and window; whatever else attention is told must be without effect."""
+    """scaling, softcap and window. Raises NotFusable when attention is told anything that is not known to change nothing."""
     told = call.settings
-    others = {k: v for k, v in told.items() if k in ("s_aux", "sinks", "position_bias", "head_mask") and v is not None}
+    others = [name for name, value in told.items() if value is not None and name not in _READ_SETTINGS | _IDLE_SETTINGS]
     if others:
-        raise NotFusable(f"attention takes {', '.join(others)}")
+        raise NotFusable(f"attention takes {', '.join(sorted(others))}")
     return {"scaling": float(told["scaling"]), "softcap": told.get("softcap"), "window": told.get("sliding_window")}
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from awq.generate.attention import attend
 from awq.generate.plan import NotFusable
+from awq.kernels.reference.attention import attend
 from awq.nn.blocks import BlockCall, is_product
 
 # A name of our own in transformers' table: another model's attention must not be caught, whatever thread it runs in.

@@ -3,7 +3,7 @@
 `quantized_linear` is one linear; `moe_linear` the linears of a mixture of experts, of which each token takes its own few.
 """
 
-from awq.kernels.backends import choose, explain, layout_for, reasons, use_backend
+from awq.backends import choose, explain, layout_for, reasons, use_backend
 from awq.kernels.moe import moe_linear, stack_experts
 from awq.kernels.op import quantized_linear
 from awq.kernels.packed import Packed, Shape

@@ -13,10 +13,11 @@ from awq.kernels import cpu
 from awq.kernels.packed import Packed, Shape
 
 LAYOUT = cpu.LAYOUT
+OPERATORS = cpu.OPERATORS
 
 
-def why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | None:
-    """Why these kernels cannot serve this linear; see `awq.kernels.backends`."""
+def why_not(device: torch.device, dtype: torch.dtype, shape: Shape | None) -> str | None:
+    """Why these kernels cannot serve this linear; see `awq.backends`."""
     return cpu.why_not(device, dtype, shape, planes=1)
 
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from awq.backends import backend_for
 from awq.errors import ConfigError
 from awq.kernels import reference
-from awq.kernels.backends import choose, get_backend
+from awq.kernels.checks import check_bias, check_experts, check_input, check_weight
 from awq.kernels.op import LIBRARY
 from awq.kernels.packed import Packed, Shape
 
@@ -98,7 +99,13 @@ def _moe_linear(
     in_features: int, out_features: int, group_size: int, format: str,
 ) -> Tensor:  # fmt: skip
     shape = Shape(in_features, out_features, group_size)
-    backend = get_backend(choose(x.device, x.dtype, shape, format))
+    check_input(x, in_features, qweight.device)
+    check_experts(experts, weights, len(qweight), qweight.device)
+    check_weight(qweight, qzeros, scales, shape, format, len(qweight))
+    check_bias(bias, (len(qweight), out_features), qweight.device)
+    if x.shape[:-1] != experts.shape[: x.dim() - 1] or x.dim() not in (2, 3):
+        raise ConfigError(f"x of {list(x.shape)} does not fit experts of {list(experts.shape)}.")
+    backend = backend_for(x.device, x.dtype, shape, format)
     packed = Packed(qweight, qzeros, scales, shape, format)
     own = getattr(backend, "moe_linear", None)
     y = None if own is None else own(x, packed, bias, experts, weights)
@@ -111,7 +118,10 @@ def _input_grad(
 ) -> Tensor:  # fmt: skip
     """grad [tokens, top_k, out] times each row's dense weight [out, in]: [tokens, top_k, in]."""
     shape = Shape(in_features, out_features, group_size)
-    backend = get_backend(choose(grad.device, grad.dtype, shape, format))
+    check_input(grad, out_features, qweight.device, "the gradient")
+    check_experts(experts, None, len(qweight), qweight.device)
+    check_weight(qweight, qzeros, scales, shape, format, len(qweight))
+    backend = backend_for(grad.device, grad.dtype, shape, format)
     dequantize = getattr(backend, "dequantize", reference.dequantize)
     packed = Packed(qweight, qzeros, scales, shape, format)
     rows_of_grad = grad.reshape(-1, out_features)
@@ -128,6 +138,8 @@ LIBRARY.impl("moe_linear_input_grad", _input_grad, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("awq::moe_linear")
 def _(x, qweight, qzeros, scales, bias, experts, weights, in_features, out_features, group_size, format):
+    check_input(x, in_features, qweight.device)
+    check_experts(experts, weights, None, qweight.device)
     return x.new_empty(*experts.shape[: 2 if weights is None else 1], out_features)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from awq.backends import backend_for
 from awq.kernels import reference
-from awq.kernels.backends import choose, get_backend
+from awq.kernels.checks import check_bias, check_input, check_weight
 from awq.kernels.packed import Packed, Shape
 
 _WEIGHT = "Tensor qweight, Tensor qzeros, Tensor scales"
@@ -25,7 +26,10 @@ def _linear(
     in_features: int, out_features: int, group_size: int, format: str,
 ) -> Tensor:  # fmt: skip
     shape = Shape(in_features, out_features, group_size)
-    backend = get_backend(choose(x.device, x.dtype, shape, format))
+    check_input(x, in_features, qweight.device)
+    check_weight(qweight, qzeros, scales, shape, format)
+    check_bias(bias, (out_features,), qweight.device)
+    backend = backend_for(x.device, x.dtype, shape, format)
     return backend.linear(x, Packed(qweight, qzeros, scales, shape, format), bias)
 
 
@@ -35,7 +39,9 @@ def _input_grad(
 ) -> Tensor:  # fmt: skip
     """grad [..., out] times the dense weight [out, in]."""
     shape = Shape(in_features, out_features, group_size)
-    backend = get_backend(choose(grad.device, grad.dtype, shape, format))
+    check_input(grad, out_features, qweight.device, "the gradient")
+    check_weight(qweight, qzeros, scales, shape, format)
+    backend = backend_for(grad.device, grad.dtype, shape, format)
     dequantize = getattr(backend, "dequantize", reference.dequantize)
     return reference.product(grad, dequantize(Packed(qweight, qzeros, scales, shape, format), grad.dtype).t(), None)
 
@@ -46,6 +52,8 @@ LIBRARY.impl("linear_input_grad", _input_grad, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("awq::linear")
 def _(x, qweight, qzeros, scales, bias, in_features, out_features, group_size, format):
+    check_input(x, in_features, qweight.device)
+    check_bias(bias, (out_features,), qweight.device)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -76,5 +84,8 @@ def quantized_linear(
     x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None,
     in_features: int, out_features: int, group_size: int, format: str,
 ) -> Tensor:  # fmt: skip
-    """x [..., in] → [..., out] in x's dtype, through packed weights of `format` (or layout); any rank is kept."""
+    """x [..., in] → [..., out] in x's dtype, through packed weights of `format` (or layout); any rank is kept.
+
+    Raises ConfigError when widths, dtypes or devices do not fit.
+    """
     return _op(x, qweight, qzeros, scales, bias, in_features, out_features, group_size, format)

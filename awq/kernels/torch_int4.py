@@ -27,7 +27,7 @@ _product: Any = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | None:
-    """Why torch's product cannot serve this linear; see `awq.kernels.backends`."""
+    """Why torch's product cannot serve this linear; see `awq.backends`."""
     if device.type != "cpu":
         return f"it runs on CPUs, and the weights are on {device.type}"
     if dtype not in _DTYPES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ class AutoAWQForCausalLM:
     """Factory; not instantiated."""
 
     _wrapper: Any = BaseAWQForCausalLM
+
+    @classmethod
+    def _wrapper_of(cls, source: Source) -> Any:
+        """A sentence-transformers directory holds an embedding model, whichever factory is asked: one path, one set of defaults."""
+        return AwqEmbeddingModel if source.is_embedder else cls._wrapper
 
     def __init__(self) -> None:
         raise OSError("use AutoAWQForCausalLM.from_pretrained or AutoAWQForCausalLM.from_quantized")
@@ -65,7 +71,7 @@ class AutoAWQForCausalLM:
         if source.is_quantized:
             raise ConfigError(f"{model_path} is quantized already; load it with from_quantized.")
         model = load_model(source, dtype, kind=cls._class_of(source), **kwargs)
-        return cls._wrapper(model, str(model_path), trust_remote_code=trust_remote_code)
+        return cls._wrapper_of(source)(model, str(model_path), trust_remote_code=trust_remote_code)
 
     @classmethod
     def from_quantized(
@@ -117,7 +123,7 @@ class AutoAWQForCausalLM:
                 kwargs["device_map"] = {"": target}
         model = load_model(source, dtype, kind=cls._class_of(source), **kwargs)
         tokenizer = find_tokenizer(source.location, trust_remote_code)
-        loaded = cls._wrapper(model, str(quant_path), stored, tokenizer, trust_remote_code)
+        loaded = cls._wrapper_of(source)(model, str(quant_path), stored, tokenizer, trust_remote_code)
         if fuse_layers and loaded.can_generate():
             loaded.fuse_layers(max_seq_len, batch_size, quantize_lm_head, capture_unfused)
         return loaded
@@ -126,6 +132,13 @@ class AutoAWQForCausalLM:
     def _class_of(cls, source: Source) -> Any:
         """The transformers class to load, or None for what the checkpoint names."""
         return None
+
+
+def _root_of(folder: str) -> str:
+    """The sentence-transformers directory that a transformer's folder belongs to (`0_Transformer`), or that folder itself."""
+    path = Path(folder)
+    inside = bool(folder) and not (path / "modules.json").exists() and (path.parent / "modules.json").exists()
+    return str(path.parent) if inside and path.is_dir() else folder
 
 
 def _note_unused(**given: Any) -> None:
@@ -156,7 +169,7 @@ class AutoAWQForEmbedding(AutoAWQForCausalLM):
         `save_quantized` writes the files of that source beside the weights. Raises ModelError when there is no source.
         """
         body = getattr(model[0], "auto_model", None)
-        source = getattr(getattr(body, "config", None), "_name_or_path", "")
+        source = _root_of(getattr(getattr(body, "config", None), "_name_or_path", ""))
         if body is None or not source:
             raise ModelError("this SentenceTransformer does not begin with a transformer that was loaded; save and load it.")
         return AwqEmbeddingModel(body, str(source), tokenizer=model.tokenizer)

@@ -5,6 +5,7 @@ to its own length; and says how far the embeddings moved, on texts that were not
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,8 @@ from awq.calibration import clean_texts
 from awq.calibration.batches import evenly_spread, spelled_texts
 from awq.calibration.request import CalibrationRequest, read_request, tell_apart
 from awq.calibration.sources import bundled_texts
-from awq.checkpoint.directory import source_directory
+from awq.calibration.tokens import tokenize
+from awq.checkpoint.companions import source_directory
 from awq.embed.encoder import Encoder
 from awq.errors import CalibrationError, ConfigError
 from awq.evals.similarity import judge
@@ -24,7 +26,6 @@ from awq.quantize import QuantReport
 _SAMPLES = ((200e6, 256), (1e9, 1024), (float("inf"), 2048))
 _HELD_OUT = 256
 _GENERAL = 3072  # sentences of the bundled text
-_CORRECTION = 0.75  # of drift; encoders bear more of it than the presets' 0.5, which is language models' (docs/notes/quality.md)
 
 
 class AwqEmbeddingModel(BaseAWQForCausalLM):
@@ -82,7 +83,6 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
             "text_column": text_column,
             "max_calib_seq_len": max_calib_seq_len,
             "general_texts": False,
-            "correction": _CORRECTION,
             **options,
         }
         unused = ("n_parallel_calib_samples", "max_chunk_memory", "quantizer_cls")
@@ -90,9 +90,13 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         self._checked(quant_config, max_calib_samples, max_calib_seq_len, **settings)
         pad_id = self._pad_id() if given is None else getattr(given, "pad_token_id", None)
         request = read_request(data, split=split, text_column=text_column, text_per_line=True, pad_id=pad_id)
-        if request.kind in ("ids", "bundled"):
+        if request.kind == "ids":
+            if general_texts and self.tokenizer is not None:
+                request = self._with_general_rows(request, min(max_calib_seq_len, self.encoder.max_seq_length))
+            return super().quantize(request, quant_config, None, max_calib_samples=max_calib_samples, **others)
+        if request.kind == "bundled":
             samples = max_calib_samples or self.sample_count()
-            return super().quantize(request, quant_config, None, max_calib_samples=samples, **others)
+            return super().quantize(self.tokenizer, quant_config, None, max_calib_samples=samples, **others)
         if self.tokenizer is None:
             raise CalibrationError(f"{self.path} has no tokenizer; give one, or token ids.")
         request = request.with_tokenizer(self.tokenizer)
@@ -109,15 +113,23 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         others["max_calib_seq_len"] = min(max_calib_seq_len, encoder.max_seq_length)
         calibration = [ready[i] for i in chosen]
         if general_texts:
-            sentences = spelled_texts(bundled_texts(short=True), self.tokenizer)
-            sentences = [sentences[i] for i in evenly_spread(len(sentences), _GENERAL)]
-            general = (encoder.cased(text) for text in _with_prompts(encoder, sentences, None))
             known = {*ready, *held_out}
-            calibration += [text for text in general if text not in known]
+            calibration += [text for text in self._general_sentences() if text not in known]
         report = super().quantize(self.tokenizer, quant_config, calibration, max_calib_samples=len(calibration), **others)
         if before is not None:
             report.evaluation = judge(before, encoder.encode(held_out, **prompt), pairs)
         return report
+
+    def _general_sentences(self) -> list[str]:
+        """Sentences of the bundled text as the model would be asked with them."""
+        sentences = spelled_texts(bundled_texts(short=True), self.tokenizer)
+        chosen = [sentences[i] for i in evenly_spread(len(sentences), _GENERAL)]
+        return [self.encoder.cased(text) for text in _with_prompts(self.encoder, chosen, None)]
+
+    def _with_general_rows(self, request: CalibrationRequest, max_length: int) -> CalibrationRequest:
+        """Token ids of the caller and those of the bundled sentences: which door they came through makes no difference."""
+        rows = [*request.rows, *tokenize(self.tokenizer, self._general_sentences(), max_length)]
+        return replace(request, rows=rows)
 
     def sample_count(self) -> int:
         """Calibration texts that a model of this size should get: 256, 1024 or 2048."""

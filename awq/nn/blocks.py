@@ -7,6 +7,7 @@ hidden states on unchanged, so recording costs an embedding lookup, not a forwar
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from awq.errors import ModelError
+from awq.nn.hooks import hooked
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import is_linear
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "past", "cache_params")
 _FLAGS = {"use_cache": False, "output_attentions": False}
+
+BlockList = tuple[str, nn.ModuleList]
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -28,20 +32,24 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def find_block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+def find_block_lists(model: nn.Module) -> list[BlockList]:
     """(name, blocks) of the outermost module lists whose elements contain linears, in registration order.
 
     Raises ModelError when the model has none.
     """
-    found: list[tuple[str, nn.ModuleList]] = []
+    found: list[BlockList] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            if all(any(is_product(m) and m is not b for m in b.modules()) for b in module):
-                found.append((name, module))
+        if not inside and isinstance(module, nn.ModuleList) and len(module) and all(map(_has_products, module)):
+            found.append((name, module))
     if not found:
         raise ModelError(f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing to quantize.")
     return found
+
+
+def _has_products(block: nn.Module) -> bool:
+    """Whether linears lie below a block; a list of linears is none of blocks."""
+    return any(is_product(module) for module in block.modules() if module is not block)
 
 
 def is_product(module: nn.Module) -> bool:
@@ -49,7 +57,12 @@ def is_product(module: nn.Module) -> bool:
     return is_linear(module) or isinstance(module, WQLinear)
 
 
-def map_tensors(value: Any, change) -> Any:
+def float_copy(block: nn.Module) -> nn.Module:
+    """A float32 copy of a block to experiment on."""
+    return copy.deepcopy(block).float().eval()
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """Applies `change` to every tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return change(value)
@@ -96,14 +109,21 @@ class BlockCalls:
 
 
 def split_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
-    """Separates the hidden states from a block's other arguments, and drops caches."""
-    kept = {k: v for k, v in kwargs.items() if k not in _CACHES and not _is_cache(v)}
-    kept |= {k: v for k, v in _FLAGS.items() if k in kwargs}
+    """Separates the hidden states [batch, tokens, features] from a block's other arguments, and drops caches."""
+    kept = {key: value for key, value in kwargs.items() if key not in _CACHES and not _is_cache(value)}
+    kept |= {flag: value for flag, value in _FLAGS.items() if flag in kwargs}
     args = tuple(None if _is_cache(a) else a for a in args)
     if args and isinstance(args[0], Tensor):
         return args[0], BlockCall(args[1:], kept)
-    where = "hidden_states" if "hidden_states" in kept else next(k for k, v in kept.items() if isinstance(v, Tensor))
-    return kept.pop(where), BlockCall(args, kept, where)
+    where = _key_of_hidden(kept)
+    hidden = kept.pop(where)
+    return hidden, BlockCall(args, kept, where)
+
+
+def _key_of_hidden(kwargs: dict[str, Any]) -> str:
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    return next(key for key, value in kwargs.items() if isinstance(value, Tensor))
 
 
 def _is_cache(value: Any) -> bool:
@@ -113,7 +133,7 @@ def _is_cache(value: Any) -> bool:
 @torch.no_grad()
 def record_block_calls(
     model: nn.Module,
-    lists: Sequence[tuple[str, nn.ModuleList]],
+    lists: Sequence[BlockList],
     inputs: Sequence[dict[str, Tensor]],
     run: Callable[[nn.Module, dict[str, Tensor]], Any] | None = None,
 ) -> BlockCalls:
@@ -123,22 +143,14 @@ def record_block_calls(
 
     Raises ModelError when the model's own forward fails on an input, or never calls a block.
     """
-    blocks = [(i, j, block) for i, (_, blocks) in enumerate(lists) for j, block in enumerate(blocks)]
-    wraps = _output_structures(model, blocks, inputs[0])
+    blocks = {(i, j): block for i, (_, members) in enumerate(lists) for j, block in enumerate(members)}
+    wraps = _output_structures(model, lists, inputs[0])
     recorded: list[list[list[BlockCall]]] = [[] for _ in lists]
     entering: list[list[Tensor]] = [[] for _ in lists]
     for item in inputs:
         seen: dict[tuple[int, int], tuple[Tensor, BlockCall]] = {}
-
-        def stub(key, wrap):
-            def forward(*args, **kwargs):
-                hidden, call = split_call(args, kwargs)
-                seen[key] = (hidden, call)
-                return wrap(hidden)
-
-            return forward
-
-        with replaced_forwards({block: stub((i, j), wraps[i, j]) for i, j, block in blocks}):
+        stubs = {block: _stub(seen, key, wraps[key]) for key, block in blocks.items()}
+        with replaced_forwards(stubs):
             (run or _forward)(model, item)
         for i, (name, members) in enumerate(lists):
             missing = [j for j in range(len(members)) if (i, j) not in seen]
@@ -149,7 +161,20 @@ def record_block_calls(
     return BlockCalls(recorded, entering)
 
 
-def _output_structures(model: nn.Module, blocks, item: dict[str, Tensor]) -> dict:
+def _stub(seen: dict, key: tuple[int, int], wrap: Callable[[Tensor], Any]) -> Callable[..., Any]:
+    """A forward that notes its arguments in `seen` and hands the hidden states on."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden, call = split_call(args, kwargs)
+        seen[key] = hidden, call
+        return wrap(hidden)
+
+    return forward
+
+
+def _output_structures(
+    model: nn.Module, lists: Sequence[BlockList], item: dict[str, Tensor]
+) -> dict[tuple[int, int], Callable[[Tensor], Any]]:
     """For every block, a function that puts hidden states into the structure of the block's own output.
 
     Learnt from one true pass over one sequence of at most two tokens.
@@ -157,31 +182,30 @@ def _output_structures(model: nn.Module, blocks, item: dict[str, Tensor]) -> dic
     tiny = {k: v[:1, :2] if v.dim() >= 2 else v[:1] for k, v in item.items()}
     if "attention_mask" in tiny:
         tiny["attention_mask"] = torch.ones_like(tiny["attention_mask"])
-    wraps, handles = {}, []
+    keys = {f"{prefix}.{j}": (i, j) for i, (prefix, blocks) in enumerate(lists) for j in range(len(blocks))}
+    wraps: dict[tuple[int, int], Callable[[Tensor], Any]] = dict.fromkeys(keys.values(), _as_it_is)
 
-    def hook_for(key):
-        def hook(_module, _args, output):
-            rest = tuple(None for _ in output[1:]) if isinstance(output, (tuple, list)) else None
-            wraps[key] = (lambda h: h) if rest is None else (lambda h: (h, *rest))
+    def learn(name: str, output: Any) -> None:
+        if isinstance(output, (tuple, list)):
+            rest = (None,) * (len(output) - 1)
+            wraps[keys[name]] = lambda hidden: (hidden, *rest)
 
-        return hook
-
-    for i, j, block in blocks:
-        handles.append(block.register_forward_hook(hook_for((i, j))))
-    try:
+    with hooked(model, keys, after=learn):
         _forward(model, tiny)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {(i, j): wraps.get((i, j), lambda h: h) for i, j, _ in blocks}
+    return wraps
+
+
+def _as_it_is(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 def _forward(model: nn.Module, item: dict[str, Tensor]) -> None:
     """Runs the model's body (its head is not needed) without a cache."""
     body = getattr(model, "base_model", model)
+    config = getattr(model, "config", None)
+    flags = {"use_cache": False} if getattr(config, "use_cache", None) is not None else {}
     try:
-        config = getattr(model, "config", None)
-        body(**item, **({"use_cache": False} if getattr(config, "use_cache", None) is not None else {}))
+        body(**item, **flags)
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         shapes = {k: tuple(v.shape) for k, v in item.items()}
         raise ModelError(f"the model's forward fails on calibration inputs of shapes {shapes}: {error}") from error

@@ -1,14 +1,37 @@
-"""Other people's forwards inside CUDA graphs: what they ask of the host, done without or found before a capture fails of it."""
+"""Other people's forwards inside CUDA graphs.
+
+A CUDA graph is a recording of kernels that the GPU replays by itself, so it pays where starting kernels one by one takes the
+host longer than running them takes the GPU. While a stream is recorded the host cannot learn anything from the GPU and cannot
+send it numbers: no `.item()`, no `if mask.all()`, no `torch.tensor(0.5, device=gpu)`. Models written for eager torch do all
+three. There are two ways to meet them here:
+
+- `NothingFromTheHost` rewrites the few idioms that have an equal form without the host's numbers.
+- `no_waiting` finds the others in a trial run and raises. That matters because a capture that fails half-way leaves torch's
+  allocator and random state in disorder, while a trial run that fails leaves nothing behind.
+
+Both are modes of the calling thread alone, and `capture` records in CUDA's thread-local mode: requests that other threads serve
+meanwhile neither fail nor end up in the recording.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Result = TypeVar("Result")
+
+# Operators whose result, or the size of it, the host must know.
+_ASKING = {
+    "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select",
+    "aten::unique_dim", "aten::_unique2", "aten::unique_consecutive", "aten::bincount",
+}  # fmt: skip
+_INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
 
 class NothingFromTheHost(TorchFunctionMode):
@@ -37,12 +60,76 @@ def _one_wide(index: Any) -> Any:
     return index
 
 
+class NoWaiting(TorchDispatchMode):
+    """Raises RuntimeError where the host would wait for a device of this type; see `no_waiting`."""
+
+    def __init__(self, device_type: str = "cuda") -> None:
+        super().__init__()
+        self.device_type = device_type
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._waits(function, args, kwargs):
+            raise RuntimeError(f"{function} makes the host wait for the device")
+        with self:  # in inference mode operators arrive here before they are taken apart
+            result = function.decompose(*args, **kwargs)
+        return function(*args, **kwargs) if result is NotImplemented else result
+
+    def _waits(self, function: Any, args: Any, kwargs: Any) -> bool:
+        name = function._schema.name
+        if name in _ASKING:
+            return self._is_there(args[0])
+        if name == "aten::_to_copy":
+            return self._copies(args[0], kwargs.get("device"), kwargs.get("non_blocking"))
+        if name == "aten::copy_":
+            return self._copies(args[1], args[0].device, kwargs.get("non_blocking", args[2:3] == (True,)))
+        if name in _INDEXING:
+            return self._is_there(args[0]) and any(_is_mask(index) for index in args[1])
+        if name == "aten::repeat_interleave":
+            counted = function._overloadname != "self_int"  # one number of repeats is known to the host
+            return counted and self._is_there(args[0]) and kwargs.get("output_size") is None
+        return False
+
+    def _is_there(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.device.type == self.device_type
+
+    def _copies(self, source: Tensor, target: Any, asynchronous: Any) -> bool:
+        """Whether this is a copy between the device and another one that waits until it is done."""
+        if target is None or asynchronous:
+            return False
+        kinds = {source.device.type, torch.device(target).type}
+        return len(kinds) == 2 and self.device_type in kinds
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def no_waiting() -> NoWaiting:
+    """Inside, whatever makes the host wait for the GPU raises RuntimeError, in this thread alone.
+
+    torch's own `set_sync_debug_mode` belongs to the process: with it, requests in other threads would fail too.
+    """
+    return NoWaiting()
+
+
 @contextmanager
-def no_waiting() -> Iterator[None]:
-    """Inside, whatever makes the host wait for the GPU raises RuntimeError, as far as torch knows of it."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+def on_stream(stream: Any) -> Iterator[None]:
+    """Work inside goes to `stream`, after what the current stream has done so far; the current one then waits for it."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
         yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    current.wait_stream(stream)
+
+
+def capture(function: Callable[[], Result], stream: Any = None, pool: Any = None) -> tuple[Any, Result]:
+    """(a CUDA graph of what `function` does, its result), which every `graph.replay()` overwrites.
+
+    function: has run before, so that nothing is compiled or allocated for good inside. stream: to record on (None: torch's own
+    for captures); pool: memory shared with other graphs that never run at once.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        result = function()
+    return graph, result

@@ -24,7 +24,7 @@ from awq.core.weight import QuantizedWeight
 from awq.errors import ConfigError, ModelError
 from awq.formats import get_format, get_layout
 from awq.kernels import Packed, Shape, layout_for, quantized_linear
-from awq.nn.reading import asked
+from awq.nn.weight_access import metadata_view
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -221,7 +221,7 @@ class WQLinear(nn.Module):
             qweight = self._buffers["qweight"]
             assert qweight is not None
             nothing = torch.empty((), device=qweight.device, dtype=self.dtype).expand(self.out_features, self.in_features)
-            return asked(nothing, _no_weight)
+            return metadata_view(nothing, _no_weight)
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:

@@ -41,7 +41,7 @@ class RoutedStatistics(InputStatistics):
 
     def add_routed(self, x: Tensor, mask: Tensor | None, weights: Tensor) -> None:
         """x: [n, in]; mask: bool [n] of real tokens; weights: float [n], the router's."""
-        rows = self._kept(x.detach().float(), mask)
+        rows = self._keep(x.detach().float(), mask)
         weights = weights.detach().float().abs().pow(WEIGHT_POWER)
         kept = rows.any(-1)
         weights = torch.where(kept, weights, 0.0).unsqueeze(-1)
@@ -59,7 +59,7 @@ class RoutedStatistics(InputStatistics):
 
     def borrow(self, layer: InputStatistics) -> int:
         """Adds what the layer's tokens would, as many as are lacking and there are; returns how many."""
-        amount = min(self.lacking, layer.tokens)
+        amount = min(self.missing_tokens, layer.tokens)
         if amount > 0:
             share = amount / layer.tokens
             self.gram.add_(layer.gram, alpha=share)
@@ -196,7 +196,7 @@ def complete_experts(
 
 def _borrow_inner(experts: ExpertLinears, number: int, found: RoutedStatistics, hidden: list[Tensor]) -> int:
     """For the second product: its expert runs on as many of the layer's tokens as are lacking."""
-    wanted = found.lacking
+    wanted = found.missing_tokens
     if wanted <= 0:
         return 0
     seen = InputStatistics(len(found.gram), found.gram.device)
@@ -216,16 +216,16 @@ def skip_in_mixtures(plan: Plan, model: nn.Module) -> None:
 
     Experts of a layer are packed all or none, as every engine wants them.
     """
-    plan_routers = router_names(model) & plan.chosen
+    plan_routers = router_names(model) & plan.targets
     if plan_routers:
-        plan.leave(plan_routers, "a router: a changed choice of experts costs more than its few weights")
-    latent = {name for name in plan.chosen if name.rpartition(".")[2] == DEQUANTIZED_BY_ENGINES}
+        plan.skip(plan_routers, "a router: a changed choice of experts costs more than its few weights")
+    latent = {name for name in plan.targets if name.rpartition(".")[2] == DEQUANTIZED_BY_ENGINES}
     if latent:
-        plan.leave(latent, "serving engines dequantize it when they load it")
+        plan.skip(latent, "serving engines dequantize it when they load it")
     for owner in named_experts(model):
-        members = {name for name in plan.chosen | set(plan.skipped) if name.startswith(f"{owner}.")}
+        members = {name for name in plan.targets | set(plan.skipped) if name.startswith(f"{owner}.")}
         if members & set(plan.skipped):
-            plan.leave(members & plan.chosen, "another linear of its experts cannot be packed")
+            plan.skip(members & plan.targets, "another linear of its experts cannot be packed")
 
 
 def router_names(model: nn.Module) -> set[str]:

@@ -7,7 +7,6 @@ last. Each step is kept for a row only if its output error on the calibration in
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,10 +21,12 @@ from awq.core.scales import ScaleChoice, gram_loss, row_losses, search_scale
 from awq.core.weight import QuantizedWeight, group_range, quantize_nearest, round_to_nearest, scale_and_zero
 from awq.folds import InputGroup
 from awq.nn.surgery import get_weight
-from awq.quantize.drift import DriftStatistics, corrected
+from awq.quantize.input_error import InputErrorStatistics, corrected
 from awq.quantize.options import QuantizeOptions
 from awq.quantize.report import LinearReport
 from awq.quantize.statistics import InputStatistics
+
+_LEAST_ENERGY = 1e-30  # below the energy of any output that is not zero
 
 
 @dataclass
@@ -39,24 +40,23 @@ class QuantizedLinear:
 
 
 def choose_scale(
-    block: nn.Module,
-    group: InputGroup,
-    statistics: InputStatistics,
-    config: AwqConfig,
-    options: QuantizeOptions,
-    module_loss: Callable[[Tensor], Tensor | float] | None = None,
+    block: nn.Module, group: InputGroup, statistics: InputStatistics, config: AwqConfig, options: QuantizeOptions
 ) -> ScaleChoice:
-    """The group's scale by the options' objective; identity when it cannot be folded or was never active."""
+    """The group's best scale [in]; identity when it cannot be folded or was never active."""
     fold = group.fold
     if fold is None or not options.scaling or statistics.tokens == 0:
         one = torch.ones(group.in_features, device=statistics.gram.device)
         return ScaleChoice(one, 0.0, "identity", float("nan"), float("nan"))
-    weight = torch.cat([get_weight(block.get_submodule(n)).detach().float() for n in group.consumers])
     return search_scale(
-        weight, _gram(block, list(group.consumers), statistics, options), statistics.abs_mean,
+        _stacked_weight(block, list(group.consumers)),
+        _judging_gram(block, list(group.consumers), statistics, options),
+        statistics.abs_mean,
         config.group_size_of(group.in_features, group.consumers[0]),
-        config.bits, config.zero_point, options.duo_scaling, fold.tie, module_loss,
-    )  # fmt: skip
+        config.bits,
+        config.zero_point,
+        options.duo_scaling,
+        fold.tie,
+    )
 
 
 def round_to_nearest_losses(
@@ -68,7 +68,8 @@ def round_to_nearest_losses(
     for name in names:
         weight = get_weight(block.get_submodule(name)).detach().float()
         delta = round_to_nearest(weight, size, config.bits, config.zero_point).dequantize().sub_(weight)
-        losses[name] = float(gram_loss(delta, statistics.gram) / _energy(gram_loss(weight, statistics.gram)))
+        energy = gram_loss(weight, statistics.gram).clamp(min=_LEAST_ENERGY)
+        losses[name] = float(gram_loss(delta, statistics.gram) / energy)
     return losses
 
 
@@ -84,51 +85,67 @@ def quantize_group(
     """Quantizes the linears `names` of a group whose scales (and those of every other group) are folded already.
 
     They are worked on together, as rows of one weight, because they share the Gram matrix and its factorization. The
-    statistics are those of the input *behind* the folded scale; with `DriftStatistics`, the rows aim at the original model's
-    outputs. `loss_rtn` is filled by the caller, who saw the untouched weights. Biases are changed by the caller, too.
+    statistics are those of the input *behind* the folded scale; with `InputErrorStatistics`, the rows aim at the original
+    model's outputs. `loss_rtn` is filled by the caller, who saw the untouched weights. Biases are changed by the caller, too.
     """
     start = time.perf_counter()
     size = config.group_size_of(group.in_features, group.consumers[0])
-    gram = _gram(block, names, statistics, options)
-    weights = [get_weight(block.get_submodule(name)).detach().float() for name in names]
-    stacked = torch.cat(weights)
-    energies = row_losses(stacked, statistics.gram)
+    gram = _judging_gram(block, names, statistics, options)
+    stacked = _stacked_weight(block, names)
     with_bias = options.bias_correction and _have_bias(block, names)
-    factor = feedback_factor(gram, options.damping) if options.rounding == "feedback" and statistics.tokens > 0 else None
+    with_feedback = options.rounding == "feedback" and statistics.tokens > 0
+    factor = feedback_factor(gram) if with_feedback else None
     target, mean_change = stacked, torch.zeros(len(stacked), device=gram.device)
-    if isinstance(statistics, DriftStatistics) and factor is not None:
-        drift = statistics.centred_drift if with_bias else statistics.drift
-        target = corrected(stacked, drift, *factor, options.correction or 0.0)
-        mean_change = stacked @ statistics.drift_mean
+    if isinstance(statistics, InputErrorStatistics) and factor is not None:
+        error = statistics.centred_error if with_bias else statistics.error
+        target = corrected(stacked, error, *factor, options.correction or 0.0)
+        mean_change = stacked @ statistics.error_mean
     rows = quantize_rows(target, gram, size, config, options, factor)
+    energies = row_losses(stacked, statistics.gram)
     shift = (stacked - rows.weight.dequantize()) @ statistics.mean + mean_change
+
     results = []
-    lengths = [len(w) for w in weights]
-    parts = zip(names, *(t.split(lengths) for t in (*rows.weight[:3], rows.loss, rows.feedback, rows.narrowed, energies, shift)))
-    for name, codes, scales, zeros, loss, feedback, narrowed, energy, change in parts:
+    lengths = [len(get_weight(block.get_submodule(name))) for name in names]
+    for name, part in zip(names, _parts(lengths, *rows.weight[:3], rows.loss, rows.feedback, rows.narrowed, energies, shift)):
+        codes, scales, zeros, loss, feedback, narrowed, energy, bias_change = part
         report = LinearReport(
-            name, (codes.shape[0], codes.shape[1]), choice.kind, choice.ratio, float(loss.sum() / _energy(energy.sum())),
-            float("nan"), float(narrowed.mean()), "feedback" if float(feedback.float().mean()) > 0.5 else "nearest",
-            group.fold.producer if group.fold else None, group.reason, 0.0,
-        )  # fmt: skip
+            name=name,
+            shape=(codes.shape[0], codes.shape[1]),
+            kind=choice.kind,
+            ratio=choice.ratio,
+            loss=float(loss.sum() / energy.sum().clamp(min=_LEAST_ENERGY)),
+            loss_rtn=float("nan"),
+            clip_fraction=float(narrowed.mean()),
+            rounding="feedback" if float(feedback.float().mean()) > 0.5 else "nearest",
+            producer=group.fold.producer if group.fold else None,
+            reason=group.reason,
+            seconds=0.0,
+        )
         weight = QuantizedWeight(codes, scales, zeros, config.bits)
-        results.append(QuantizedLinear(name, weight, report, change if with_bias else None))
+        results.append(QuantizedLinear(name, weight, report, bias_change if with_bias else None))
     for result in results:
         result.report.seconds = (time.perf_counter() - start) / len(results)
     return results
+
+
+def _stacked_weight(block: nn.Module, names: list[str]) -> Tensor:
+    """Weights of linears that read one input, as rows of one: float32 [sum of out, in]."""
+    return torch.cat([get_weight(block.get_submodule(name)).detach().float() for name in names])
+
+
+def _parts(lengths: list[int], *tensors: Tensor):
+    """For each length, that many rows of every tensor."""
+    return zip(*(tensor.split(lengths) for tensor in tensors))
 
 
 def _have_bias(block: nn.Module, names: list[str]) -> bool:
     return all(getattr(block.get_submodule(name), "bias", None) is not None for name in names)
 
 
-def _gram(block: nn.Module, names: list[str], statistics: InputStatistics, options: QuantizeOptions) -> Tensor:
+def _judging_gram(block: nn.Module, names: list[str], statistics: InputStatistics, options: QuantizeOptions) -> Tensor:
     """The Gram matrix that judges these linears: the centred one when all have a bias that takes the mean of the error."""
-    return statistics.centred_gram if options.bias_correction and _have_bias(block, names) else statistics.gram
-
-
-def _energy(value: Tensor) -> Tensor:
-    return value.clamp(min=1e-30)
+    centred = options.bias_correction and _have_bias(block, names)
+    return statistics.centred_gram if centred else statistics.gram
 
 
 class QuantizedRows(NamedTuple):
@@ -141,7 +158,12 @@ class QuantizedRows(NamedTuple):
 
 
 def quantize_rows(
-    weight: Tensor, gram: Tensor, group_size: int, config: AwqConfig, options: QuantizeOptions, factor: tuple[Tensor, Tensor] | None
+    weight: Tensor,
+    gram: Tensor,
+    group_size: int,
+    config: AwqConfig,
+    options: QuantizeOptions,
+    factor: tuple[Tensor, Tensor] | None,
 ) -> QuantizedRows:
     """Codes for a weight [out, in]: for each row the best of min/max nearest, searched range nearest, and error feedback.
 
@@ -155,9 +177,8 @@ def quantize_rows(
     ranges = full
     if options.clip:
         searched = search_range(weight, gram, group_size, bits, config.zero_point)
-        best = _better_rows(
-            best, quantize_nearest(weight, *searched, bits), weight, gram, False, (searched[0] != full[0]).float().mean(1)
-        )
+        narrowed = (searched[0] != full[0]).float().mean(1)
+        best = _better_rows(best, quantize_nearest(weight, *searched, bits), weight, gram, False, narrowed)
         ranges = best.weight.scales.float(), best.weight.zeros.float()
     if factor is not None:
         codes = round_with_feedback(weight, *factor, *ranges, bits)
@@ -172,9 +193,10 @@ def _better_rows(
     """The rows of `new` where its loss is not above the old one's, the old rows elsewhere."""
     loss = row_losses(new.dequantize().sub_(weight), gram)
     better = loss <= old.loss
-    wide = better.unsqueeze(-1)
-    codes, scales, zeros = (torch.where(wide, a, b) for a, b in zip(new[:3], old.weight[:3]))
+    codes, scales, zeros = (torch.where(better.unsqueeze(-1), a, b) for a, b in zip(new[:3], old.weight[:3]))
     return QuantizedRows(
-        QuantizedWeight(codes, scales, zeros, new.bits), torch.where(better, loss, old.loss),
-        torch.where(better, feedback, old.feedback), torch.where(better, narrowed, old.narrowed),
-    )  # fmt: skip
+        weight=QuantizedWeight(codes, scales, zeros, new.bits),
+        loss=torch.where(better, loss, old.loss),
+        feedback=torch.where(better, feedback, old.feedback),
+        narrowed=torch.where(better, narrowed, old.narrowed),
+    )

@@ -15,8 +15,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 _CHOICES = {
     "preset": tuple(PRESETS),
     "rounding": ("nearest", "feedback"),
-    "propagate": ("quantized", "original"),
-    "objective": ("gram", "module"),
 }
 
 
@@ -29,15 +27,12 @@ class QuantizeOptions:
     rounding: "nearest" or "feedback"; None takes the preset's.
     refinement: rounds of coordinate descent and least-squares scales after feedback; None takes the preset's.
     correction: share, 0 to 1, of what quantized predecessors changed in a linear's input that its codes make up for
-        (`awq.quantize.drift`; with rounding "feedback" and propagate "quantized"); None takes the preset's.
+        (`awq.quantize.input_error`; with rounding "feedback"); None takes the preset's.
     tuning: epochs of end-to-end tuning of the scales; needs memory for gradients of the whole model; None takes the preset's.
     scaling: search and fold activation-aware scales; duo_scaling adds the candidates that look at the weights too.
     clip: search each group's range; False keeps min/max.
     bias_correction: the mean of the output error on the calibration tokens goes into the bias of linears that have one (Nagel
         et al., arXiv 1906.04721), and codes are chosen for what is left.
-    propagate: a block's calibration inputs come from its "quantized" or its "original" predecessors.
-    objective: judge scales by "gram" (error of the linears) or "module" (error of the module around them: exact, slow).
-    damping: of error feedback, as a fraction of the Gram matrix's mean diagonal.
     export_compatible: write quantized values back into ordinary linears instead of packing them.
     device: where a block is worked on; None takes the model's own device, or the GPU when the model is on the CPU.
     seed: of the random scales in the proof of folds.
@@ -53,9 +48,6 @@ class QuantizeOptions:
     duo_scaling: bool = True
     clip: bool = True
     bias_correction: bool = True
-    propagate: str = "quantized"
-    objective: str = "gram"
-    damping: float = 0.01
     export_compatible: bool = False
     device: str | None = None
     seed: int = 0

@@ -11,21 +11,21 @@ from awq.errors import ConfigError, ModelError
 from awq.formats import get_format
 from awq.nn.surgery import LINEARS, is_linear, linear_shape
 
-_FEW = 0.05  # of the blocks' weights
+MAX_ODD_SHARE = 0.05  # of the blocks' weights that may lie in linears which the group size does not divide
 
 
 @dataclass
 class Plan:
-    """chosen: full names of linears to quantize; skipped: full name → reason for the linears that stay as they are."""
+    """targets: full names of linears to quantize; skipped: full name → reason for the linears that stay as they are."""
 
-    chosen: set[str] = field(default_factory=set)
+    targets: set[str] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def leave(self, names: set[str], reason: str) -> None:
-        """These stay as they are. Raises ModelError when nothing is left to quantize."""
-        self.chosen -= names
+    def skip(self, names: set[str], reason: str) -> None:
+        """Leaves these as they are. Raises ModelError when nothing is left to quantize."""
+        self.targets -= names
         self.skipped |= dict.fromkeys(sorted(names), reason)
-        if not self.chosen:
+        if not self.targets:
             raise ModelError(f"no linear is left to quantize; skipped: {self.skipped or 'none found'}.")
 
 
@@ -69,9 +69,9 @@ def make_plan(model: nn.Module, lists: list[tuple[str, nn.ModuleList]], config: 
             if reason:
                 plan.skipped[name] = reason
             else:
-                plan.chosen.add(name)
-    if sum(sizes[name] for name in problems) > _FEW * sum(sizes.values()):
+                plan.targets.add(name)
+    if sum(sizes[name] for name in problems) > MAX_ODD_SHARE * sum(sizes.values()):
         more = f" ({len(problems) - 1} more linears have the same problem)" if len(problems) > 1 else ""
         raise ConfigError(next(iter(problems.values())) + more)
-    plan.leave(set(problems), "the group size does not divide its in_features")
+    plan.skip(set(problems), "the group size does not divide its in_features")
     return plan

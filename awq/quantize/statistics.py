@@ -9,34 +9,37 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
-ENOUGH = 4  # tokens per channel that a Gram matrix should stand for
-INDEPENDENT = 1 / 9  # imagined tokens for each true one, however many there are: a tenth of the whole
-_OWN = 16  # tokens from which a channel's own energy outweighs that of all
+from awq.nn.hooks import hooked
+
+TOKENS_PER_CHANNEL = 4  # that a Gram matrix should stand for
+SHRINKAGE = 1 / 9  # pseudo-tokens for each true one, however many there are: a tenth of the whole
+_RELIABLE_TOKENS = 16  # from which a channel's own energy outweighs the mean of all
 
 
 class InputStatistics:
     """Sums over tokens of one input. gram: float32 [in, in] = Σ x xᵀ; sum, abs_sum: float32 [in].
 
-    tokens: how many were added; dropped: how many were not finite; imagined: how many `fill` stands for; calls: of the linear.
+    tokens: how many were added; dropped: how many were not finite; pseudo_tokens: how many `shrink_to_diagonal` added;
+    calls: of the linear.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.gram = torch.zeros(in_features, in_features, device=device)
         self.sum = torch.zeros(in_features, device=device)
         self.abs_sum = torch.zeros(in_features, device=device)
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # asked for at the end: a GPU would be waited for
-        self.imagined = 0
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # read at the end: a GPU would be waited for
+        self.pseudo_tokens = 0
         self.calls = 0
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
         """x: [..., in]; mask: bool [batch, tokens] of real tokens. Rows that are not finite are dropped and counted."""
-        rows = self._kept(x.detach().reshape(-1, x.shape[-1]).float(), mask)
+        rows = self._keep(x.detach().reshape(-1, x.shape[-1]).float(), mask)
         self.gram.addmm_(rows.t(), rows)
         self.sum += rows.sum(0)
         self.abs_sum += rows.abs().sum(0)
         self.calls += 1
 
-    def _kept(self, rows: Tensor, mask: Tensor | None) -> Tensor:
+    def _keep(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         """rows [n, any] with zeros in those that do not count; counts the others."""
         finite = keep = rows.isfinite().all(-1)
         if mask is not None and mask.numel() == len(rows):
@@ -60,8 +63,8 @@ class InputStatistics:
         found.sum, found.abs_sum = self.sum / scale, self.abs_sum / scale
         return found
 
-    def fill(self) -> None:
-        """Adds what imagined tokens with independent channels would: a share of the true ones, and up to ENOUGH per channel.
+    def shrink_to_diagonal(self) -> None:
+        """Adds pseudo-tokens with independent channels: a share of the true ones, and up to TOKENS_PER_CHANNEL per channel.
 
         Few tokens leave directions in which no error is seen, and codes chosen for them are far worse than the nearest ones
         on any other text; and any text leaves directions that another one uses. The channels' means and energies come from the
@@ -69,33 +72,35 @@ class InputStatistics:
         """
         if self.tokens == 0:
             return
-        missing = max(self.lacking, round(INDEPENDENT * self.tokens))
-        own = self.tokens / (self.tokens + _OWN) if self.lacking else 1.0
-        energy, mean = self.gram.diagonal() / self.tokens, own * self.mean
-        energy = energy * own + energy.mean() * (1 - own)
-        self.gram.addr_(mean, mean, alpha=missing)
-        self.gram.diagonal().add_((energy - mean**2).clamp_(min=0), alpha=missing)
-        self.sum += missing * mean
-        self.imagined = missing
+        count = max(self.missing_tokens, round(SHRINKAGE * self.tokens))
+        trust = self.tokens / (self.tokens + _RELIABLE_TOKENS) if self.missing_tokens else 1.0
+        mean = trust * self.mean
+        energy = self.gram.diagonal() / self.tokens
+        energy = energy * trust + energy.mean() * (1 - trust)
+        self.gram.addr_(mean, mean, alpha=count)
+        self.gram.diagonal().add_((energy - mean**2).clamp_(min=0), alpha=count)
+        self.sum += count * mean
+        self.pseudo_tokens = count
 
     @property
-    def lacking(self) -> int:
-        """Tokens that are missing to ENOUGH per channel."""
-        return max(0, ENOUGH * len(self.gram) - self.tokens)
+    def missing_tokens(self) -> int:
+        """How many tokens there are too few for TOKENS_PER_CHANNEL."""
+        return max(0, TOKENS_PER_CHANNEL * len(self.gram) - self.tokens)
 
     @property
     def mean(self) -> Tensor:
-        """Of x, imagined tokens included."""
-        return self.sum / max(1, self.tokens + self.imagined)
+        """Of x, float32 [in], pseudo-tokens included."""
+        return self.sum / max(1, self.tokens + self.pseudo_tokens)
 
     @property
     def abs_mean(self) -> Tensor:
+        """Of |x|, float32 [in], over true tokens."""
         return self.abs_sum / max(1, self.tokens)
 
     @property
     def centred_gram(self) -> Tensor:
-        """Σ (x − mean)(x − mean)ᵀ: what is left of the error when a bias makes up for its mean."""
-        gram = torch.addr(self.gram, self.sum, self.sum, alpha=-1 / max(1, self.tokens + self.imagined))
+        """Σ (x − mean)(x − mean)ᵀ, float32 [in, in]: what is left of the error when a bias makes up for its mean."""
+        gram = torch.addr(self.gram, self.sum, self.sum, alpha=-1 / max(1, self.tokens + self.pseudo_tokens))
         gram.diagonal().clamp_(min=0)  # a constant channel's difference of two equal numbers
         return gram
 
@@ -110,21 +115,12 @@ class MaskHolder:
 def collect_inputs(block: nn.Module, names: Iterable[str], holder: MaskHolder) -> Iterator[dict[str, InputStatistics]]:
     """While open, every forward of `block` adds the inputs of the named linears to the yielded statistics."""
     statistics: dict[str, InputStatistics] = {}
-    handles = []
 
-    def hook_for(name: str):
-        def hook(_module: nn.Module, args: tuple) -> None:
-            x = args[0]
-            if name not in statistics:
-                statistics[name] = InputStatistics(x.shape[-1], x.device)
-            statistics[name].add(x, holder.mask)
+    def add(name: str, args: tuple) -> None:
+        x = args[0]
+        if name not in statistics:
+            statistics[name] = InputStatistics(x.shape[-1], x.device)
+        statistics[name].add(x, holder.mask)
 
-        return hook
-
-    for name in names:
-        handles.append(block.get_submodule(name).register_forward_pre_hook(hook_for(name)))
-    try:
+    with hooked(block, names, before=add):
         yield statistics
-    finally:
-        for handle in handles:
-            handle.remove()

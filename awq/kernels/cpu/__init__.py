@@ -21,6 +21,7 @@ from awq.kernels.packed import Packed, Shape
 from awq.kernels.trial import trial_error
 
 LAYOUT = "rows16"
+OPERATORS = dict.fromkeys(("add_norm", "activate", "attend", "dense"), "awq.kernels.cpu.decode_launch")
 MATRIX_UNIT_MIN_TOKENS = 128  # fewer are not worth a dense weight
 PLANES = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 _TOLERANCE = {1: 2e-2, 2: 2e-4, 3: 1e-6}  # of the trial product by planes, beside the rounding of its dtype
@@ -29,13 +30,13 @@ MAX_SERIAL_VALUES = 1 << 16  # activations that one thread makes bytes of sooner
 MAX_CACHED_BYTES = 1 << 19  # of activations that a core keeps near
 
 
-def why_not(device: torch.device, dtype: torch.dtype, shape: Shape, planes: int | None = None) -> str | None:
-    """Why these kernels cannot serve this linear; see `awq.kernels.backends`."""
+def why_not(device: torch.device, dtype: torch.dtype, shape: Shape | None, planes: int | None = None) -> str | None:
+    """Why these kernels cannot serve this linear; see `awq.backends`."""
     if device.type != "cpu":
         return f"it runs on CPUs, and the weights are on {device.type}"
     if dtype not in PLANES:
         return f"activations are {dtype}; it takes float16, bfloat16 and float32"
-    if shape.group_size % 8:
+    if shape is not None and shape.group_size % 8:
         return f"group_size {shape.group_size} is not a multiple of 8"
     return problem(dtype, planes or PLANES[dtype])
 

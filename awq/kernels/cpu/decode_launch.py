@@ -16,25 +16,22 @@ from awq.kernels.cpu.decoding import (
     emit_dense,
 )
 from awq.kernels.cpu.engine import program
-from awq.kernels.heads import Heads
+from awq.kernels.reference import decode as reference
+from awq.kernels.specs import Attention, Norm
 
 MAX_SERIAL_WORK = 1 << 15  # elements, or products of attention, that one thread does sooner than two
 
 
-def add_norm(
-    x: Tensor, branch: Tensor | None, factor: float, weight: Tensor | None, bias: Tensor | None, eps: float, mean: bool, norm: bool
-) -> tuple[Tensor, Tensor]:
-    """(x + factor · branch, its norm) for x, branch [..., width]; weight, bias float32 [width].
-
-    norm False: no norm, the sum twice.
-    """
-    if not norm:
+def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """See `awq.kernels.reference.decode.add_norm`."""
+    if norm is None:
         total = x if branch is None else x + (branch if factor == 1.0 else factor * branch)
         return total, total
     x = x.contiguous()
     total = x if branch is None else torch.empty_like(x)
     y, width = torch.empty_like(x), x.shape[-1]
-    kernel = program(emit_add_norm, x.dtype, branch is not None, mean, weight is not None, bias is not None)
+    weight, bias, eps = norm.weight, norm.bias, norm.eps
+    kernel = program(emit_add_norm, x.dtype, branch is not None, norm.mean, weight is not None, bias is not None)
     branch = None if branch is None else branch.contiguous()
     task = ADD_NORM.pack(
         threads=_threads(x.numel()),
@@ -53,8 +50,10 @@ def add_norm(
     return total, y
 
 
-def activate(h: Tensor, name: str, gated: bool) -> Tensor:
-    """act(gate) · up for h = [gate, up] along the last axis, or act(h)."""
+def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
+    """See `awq.kernels.reference.decode.activate`."""
+    if interleave:
+        return reference.activate(h, name, gated, interleave)
     h = h.contiguous()
     width = h.shape[-1] // (2 if gated else 1)
     y = h.new_empty((*h.shape[:-1], width))
@@ -64,18 +63,16 @@ def activate(h: Tensor, name: str, gated: bool) -> Tensor:
 
 
 def attend(
-    qkv: Tensor, a: Heads, tables: tuple[Tensor | None, ...], lengths: Tensor, k_cache: Tensor, v_cache: Tensor, longest: int
+    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, lengths: Tensor, k_cache: Tensor, v_cache: Tensor,
+    longest: int,
 ) -> Tensor:  # fmt: skip
-    """qkv [batch, channels] → [batch, heads · dim]; see `decoding.emit_attend`.
-
-    tables: cos and sin, and the weights of the norms of q and k, or Nones. longest: the largest of `lengths`.
-    """
+    """See `awq.kernels.reference.decode.attend`; of what `Attention.why_no_kernel` lets through."""
     qkv, batch = qkv.contiguous(), qkv.shape[0]
-    out = qkv.new_empty((batch, a.heads * a.dim))
-    threads = min(_threads(batch * a.heads * a.dim * (longest + 1)), batch * a.kv_heads)
-    scratch = torch.empty(threads * (a.dim + longest + 1), dtype=torch.float32)
+    out = qkv.new_empty((batch, a.heads * a.head_dim))
+    threads = min(_threads(batch * a.heads * a.head_dim * (longest + 1)), batch * a.kv_heads)
+    scratch = torch.empty(threads * (a.head_dim + longest + 1), dtype=torch.float32)
+    (q_weight, q_eps), (k_weight, k_eps) = a.q_scale, a.k_scale
     kernel = program(emit_attend, qkv.dtype, a.rotary > 0, a.normed, a.mean, a.softcap is not None)
-    cos, sin, q_weight, k_weight = tables
     task = ATTEND.pack(
         threads=threads,
         qkv=qkv,
@@ -92,13 +89,13 @@ def attend(
         positions=k_cache.shape[2],
         heads=a.heads,
         kv_heads=a.kv_heads,
-        dim=a.dim,
-        rotary=a.rotary,
-        window=a.window,
+        dim=a.head_dim,
+        rotary=a.rotary // 2,
+        window=a.window or 0,
         scaling=a.scaling,
         softcap=a.softcap or 0.0,
-        q_eps=a.q_eps,
-        k_eps=a.k_eps,
+        q_eps=q_eps,
+        k_eps=k_eps,
         longest=longest,
     )
     kernel(task)

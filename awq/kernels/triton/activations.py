@@ -25,11 +25,11 @@ def activation(v, NAME: tl.constexpr):
 
 
 @triton.jit
-def columns(i, WIDTH: tl.constexpr, RUN: tl.constexpr):
-    """Where channels i of the gate and of up are among 2·WIDTH: runs of RUN in turn, or (RUN 0) one after the other."""
-    if RUN == 0:
+def columns(i, WIDTH: tl.constexpr, INTERLEAVE: tl.constexpr):
+    """Where channels i of the gate and of up are among 2·WIDTH: INTERLEAVE of each in turn, or (0) all of one, then the other."""
+    if INTERLEAVE == 0:
         gate, up = i, i + WIDTH
     else:
-        gate = (i // RUN) * (2 * RUN) + i % RUN
-        up = gate + RUN
+        gate = (i // INTERLEAVE) * (2 * INTERLEAVE) + i % INTERLEAVE
+        up = gate + INTERLEAVE
     return gate, up

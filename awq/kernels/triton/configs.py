@@ -22,7 +22,7 @@ from awq.kernels.packed import Shape
 TABLES = Path(__file__).parent / "tables"
 VARIABLE = "AWQ_KERNEL_TABLES"
 SECTIONS = ("shapes", "bfloat16")
-RUN = 16  # channels of a gate, then as many of up, in turn: both are in every tile of a product, however small
+GATE_INTERLEAVE = 16  # channels of a gate, then as many of up, in turn: every tile of a product holds both
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens; more go through a dense weight unless the table says otherwise
 
 

@@ -1,4 +1,7 @@
-"""Starting the kernels of `decoding`, with the shapes and scratch memory that they need."""
+"""The operators of a decode step on a GPU: sizes, constants and scratch memory of the kernels in `decoding`.
+
+Each does what the function of its name in `awq.kernels.reference.decode` says, where shapes and errors are told.
+"""
 
 from __future__ import annotations
 
@@ -9,109 +12,166 @@ import torch
 import triton
 from torch import Tensor
 
-from awq.kernels.heads import Heads
 from awq.kernels.packed import Packed
+from awq.kernels.reference import decode as reference
+from awq.kernels.specs import Attention, Norm
 from awq.kernels.triton import decoding
-from awq.kernels.triton.configs import RUN
-from awq.kernels.triton.launch import Started, _on, architecture, choice, counters, fused, has_dependent_launch, through_dense
+from awq.kernels.triton.configs import GATE_INTERLEAVE
+from awq.kernels.triton.launcher import Launcher, architecture, counters, has_dependent_launch, on_device
+from awq.kernels.triton.matmul_launch import config_of, fused, through_dense
+
+FEW_ROWS = 64  # fewer leave multiprocessors idle, so blocks are small
+SMALL_BLOCK, LARGE_BLOCK = 512, 2048  # channels of an activation, by one program
+CACHE_LINE_BYTES = 128
+MAX_SUMS_TOGETHER = 4096  # float32 sums that a program adds at once
+MAX_KEY_SPLIT = 64  # programs that share the keys of one row and head
 
 
 @cache
-def _started(kernel: Any, index: int | None, dtypes: tuple[torch.dtype, ...], constants: tuple, warps: int) -> Started:
-    """dtypes: of the tensors whose dtype is not always the same; they are among what Triton compiles for."""
-    return Started(kernel, index, (*constants, has_dependent_launch(index)), {"num_warps": warps})
+def _launcher(kernel: Any, index: int | None, dtype: torch.dtype, constants: tuple, warps: int) -> Launcher:
+    """dtype: of the activations, which is among what Triton compiles for."""
+    return Launcher(kernel, index, (*constants, has_dependent_launch(index)), num_warps=warps)
 
 
-def add_norm(
-    x: Tensor, branch: Tensor | None, factor: float, weight: Tensor | None, bias: Tensor | None, eps: float, mean: bool,
-    norm: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(x + factor · branch, its norm) for x, branch [..., width]; weight, bias float32 [width].
-
-    norm False: no norm, the sum twice.
-    """
-    width = x.shape[-1]
+def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """(x + factor · branch, its norm)."""
     x = x.contiguous()
-    total = x if branch is None else torch.empty_like(x)
-    y = torch.empty_like(x) if norm else total
+    width = x.shape[-1]
     rows = x.numel() // width
-    if rows and (norm or branch is not None):
-        block = triton.next_power_of_2(width)
-        constants = (width, block, branch is not None, norm, mean, weight is not None, bias is not None)
-        start = _started(decoding.add_norm_kernel, x.device.index, (x.dtype,), constants, min(16, max(1, block // 512)))
-        tensors = (x, x if branch is None else branch.contiguous(), x if weight is None else weight, x if bias is None else bias)
-        with _on(x.device):
-            start((rows, 1, 1), (*tensors, total, y), factor, eps)
+    total = x if branch is None else torch.empty_like(x)
+    y = total if norm is None else torch.empty_like(x)
+    if rows == 0 or (norm is None and branch is None):
+        return total, y
+    weight = bias = None
+    eps, mean = 0.0, False
+    if norm is not None:
+        weight, bias, eps, mean = norm.weight, norm.bias, norm.eps, norm.mean
+    block = triton.next_power_of_2(width)
+    warps = min(16, max(1, block // 512))
+    constants = (width, block, branch is not None, norm is not None, mean, weight is not None, bias is not None)
+    kernel = _launcher(decoding.add_norm_kernel, x.device.index, x.dtype, constants, warps)
+    second = x if branch is None else branch.contiguous()
+    tensors = (x, second, x if weight is None else weight, x if bias is None else bias, total, y)
+    with on_device(x.device):
+        kernel((rows, 1, 1), tensors, factor, eps)
     return total, y
 
 
-def activate(h: Tensor, name: str, gated: bool, run: int = 0) -> Tensor:
-    """act(gate) · up for h [..., gate and up: `activations.columns`], or act(h)."""
+def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
+    """act(gate) · up, or act(h)."""
     h = h.contiguous()
     width = h.shape[-1] // (2 if gated else 1)
     y = h.new_empty((*h.shape[:-1], width))
     rows = y.numel() // width
-    if rows:
-        block = 512 if rows < 64 else 2048
-        start = _started(decoding.activate_kernel, h.device.index, (h.dtype,), (width, block, name, gated, run), block // 256)
-        with _on(h.device):
-            start((triton.cdiv(width, block), rows, 1), (h, y))
+    if rows == 0:
+        return y
+    block = SMALL_BLOCK if rows < FEW_ROWS else LARGE_BLOCK
+    constants = (width, block, name, gated, interleave)
+    kernel = _launcher(decoding.activate_kernel, h.device.index, h.dtype, constants, block // 256)
+    with on_device(h.device):
+        kernel((triton.cdiv(width, block), rows, 1), (h, y))
     return y
 
 
-def gated(x: Tensor, packed: Packed, bias: Tensor | None, name: str) -> Tensor:
-    """x [tokens, in] → act(gate) · up [tokens, out/2], for a weight whose outputs are gate and up in turn, in runs of `RUN`."""
-    config = choice(x, packed.shape, len(x))
-    if config is None or len(x) == 0:
-        return activate(through_dense(x, packed, bias), name, True, RUN)
-    return fused(x, packed, bias, config, name)
+def gate_interleave() -> int:
+    """With so many channels of gate and up in turn, product and activation are one kernel."""
+    return GATE_INTERLEAVE
+
+
+def gated(x: Tensor, packed: Packed, bias: Tensor | None, name: str, interleave: int) -> Tensor:
+    """Product and activation in one kernel."""
+    if packed.layout != "planar" or interleave != GATE_INTERLEAVE:
+        return reference.gated(x, packed, bias, name, interleave)
+    rows = x.reshape(-1, x.shape[-1])
+    config = config_of(rows, packed.shape, len(rows))
+    if config is None or len(rows) == 0:
+        y = activate(through_dense(rows, packed, bias), name, True, interleave)
+    else:
+        y = fused(rows, packed, bias, config, name)
+    return y.view(*x.shape[:-1], -1)
 
 
 def split(
-    qkv: Tensor, a: Heads, tables: tuple[Tensor | None, ...], start: int, k_cache: Tensor, v_cache: Tensor
-) -> Tensor:  # fmt: skip
-    """Queries [batch, heads, tokens, dim] of a piece of the prompts; keys and values go into the cache.
-
-    qkv [batch, tokens, channels]; tables: cos and sin, and the weights of the norms of q and k, or Nones.
-    """
+    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, start: int, k_cache: Tensor, v_cache: Tensor
+) -> Tensor:
+    """Queries of a piece of the prompts; keys and values go into the cache."""
     batch, tokens, _ = qkv.shape
-    q = qkv.new_empty((batch, a.heads, tokens, a.dim))
-    sizes = (a.heads, a.kv_heads, a.dim, _power(a.dim), a.rotary, _power(a.heads, 1), _power(a.kv_heads, 1))
-    kernel = _started(decoding.split_kernel, qkv.device.index, (qkv.dtype,), (*sizes, a.normed, a.mean), 8)
     qkv = qkv.contiguous()
-    with _on(qkv.device):
+    q = qkv.new_empty((batch, a.heads, tokens, a.head_dim))
+    constants = (
+        a.heads,
+        a.kv_heads,
+        a.head_dim,
+        _power(a.head_dim),
+        a.rotary // 2,
+        _power(a.heads, 1),
+        _power(a.kv_heads, 1),
+        a.normed,
+        a.mean,
+    )
+    kernel = _launcher(decoding.split_kernel, qkv.device.index, qkv.dtype, constants, 8)
+    tables, q_eps, k_eps = _tables(qkv, a, cos, sin)
+    with on_device(qkv.device):
         kernel(
-            (tokens, batch, 1), (qkv, *(qkv if t is None else t for t in tables), q, k_cache, v_cache),
-            a.q_eps, a.k_eps, tokens, start, k_cache.shape[2],
-        )  # fmt: skip
+            (tokens, batch, 1), (qkv, *tables, q, k_cache, v_cache), q_eps, k_eps, tokens, start, k_cache.shape[2]
+        )
     return q
 
 
 def attend(
-    qkv: Tensor, a: Heads, tables: tuple[Tensor | None, ...], lengths: Tensor, k_cache: Tensor, v_cache: Tensor, longest: int = 0
+    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, lengths: Tensor, k_cache: Tensor, v_cache: Tensor,
+    longest: int = 0,
 ) -> Tensor:  # fmt: skip
-    """qkv [batch, channels] → [batch, heads · dim]; see `decoding.attend_kernel`. tables: as for `split`. longest is not needed."""
+    """Attention of one new token per row. `longest` is not needed: the kernel reads `lengths`."""
     batch, device = qkv.shape[0], qkv.device
-    group, dim = _power(a.heads // a.kv_heads), _power(a.dim)
-    parts = _split(batch * a.kv_heads, architecture(device.index)[1])
-    out = qkv.new_empty((batch, a.heads * a.dim))
-    sums = torch.empty((batch * a.kv_heads * parts, group, dim), dtype=torch.float32, device=device)
-    peaks = torch.empty((batch * a.kv_heads * parts, 2, group), dtype=torch.float32, device=device)
-    block, warps = (16, 4) if qkv.dtype == torch.float32 else _tile(dim)
-    lines = 1 << max(0, (a.dim * qkv.element_size() // 128).bit_length() - 1)
-    real = _power(a.heads // a.kv_heads, 1)
-    together = max(1, min(parts, 4096 // (real * dim)))
-    sizes = (a.heads, a.kv_heads, a.dim, dim, a.rotary, group, real, parts, together, block, lines, a.window, a.softcap is not None)
-    kernel = _started(decoding.attend_kernel, device.index, (qkv.dtype,), (*sizes, a.normed, a.mean), warps)
     qkv = qkv.contiguous()
-    with _on(device):
+    group, dim = _power(a.heads // a.kv_heads), _power(a.head_dim)
+    parts = _key_split(batch * a.kv_heads, architecture(device.index)[1])
+    rows = batch * a.kv_heads * parts
+    out = qkv.new_empty((batch, a.heads * a.head_dim))
+    sums = torch.empty((rows, group, dim), dtype=torch.float32, device=device)
+    peaks = torch.empty((rows, 2, group), dtype=torch.float32, device=device)
+    kernel = _attend_launcher(a, device.index, qkv.dtype, qkv.element_size(), parts)
+    tables, q_eps, k_eps = _tables(qkv, a, cos, sin)
+    with on_device(device):
         arrived = counters(device).take(batch * a.kv_heads)
+        tensors = (qkv, *tables, lengths, k_cache, v_cache, out, sums, peaks, arrived)
         kernel(
-            (a.kv_heads, parts, batch),
-            (qkv, *(qkv if t is None else t for t in tables), lengths, k_cache, v_cache, out, sums, peaks, arrived),
-            a.scaling, a.softcap or 0.0, a.q_eps, a.k_eps, k_cache.shape[2],
-        )  # fmt: skip
+            (a.kv_heads, parts, batch), tensors, a.scaling, a.softcap or 0.0, q_eps, k_eps, k_cache.shape[2]
+        )
     return out
+
+
+def _attend_launcher(a: Attention, index: int | None, dtype: torch.dtype, element_bytes: int, parts: int) -> Launcher:
+    dim = _power(a.head_dim)
+    block, warps = (16, 4) if dtype == torch.float32 else _tile(dim)
+    real_group = _power(a.heads // a.kv_heads, 1)
+    lines = 1 << max(0, (a.head_dim * element_bytes // CACHE_LINE_BYTES).bit_length() - 1)
+    constants = (
+        a.heads,
+        a.kv_heads,
+        a.head_dim,
+        dim,
+        a.rotary // 2,
+        _power(a.heads // a.kv_heads),
+        real_group,
+        parts,
+        max(1, min(parts, MAX_SUMS_TOGETHER // (real_group * dim))),
+        block,
+        lines,
+        a.window or 0,
+        a.softcap is not None,
+        a.normed,
+        a.mean,
+    )
+    return _launcher(decoding.attend_kernel, index, dtype, constants, warps)
+
+
+def _tables(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None) -> tuple[tuple[Tensor, ...], float, float]:
+    """Rotary tables and weights of norms, qkv itself in place of what there is not; and the norms' eps."""
+    (q_weight, q_eps), (k_weight, k_eps) = a.q_scale, a.k_scale
+    tables = tuple(qkv if t is None else t for t in (cos, sin, q_weight, k_weight))
+    return tables, q_eps, k_eps
 
 
 def _power(n: int, least: int = 16) -> int:
@@ -123,9 +183,9 @@ def _tile(dim: int) -> tuple[int, int]:
     return (64, 4) if dim <= 128 else (32, 4)
 
 
-def _split(rows: int, multiprocessors: int) -> int:
+def _key_split(rows: int, multiprocessors: int) -> int:
     """Programs that share the keys of one row and head: two for every multiprocessor in all, 64 at most."""
     split = 1
-    while rows * split < 2 * multiprocessors and split < 64:
+    while rows * split < 2 * multiprocessors and split < MAX_KEY_SPLIT:
         split *= 2
     return split

@@ -48,7 +48,8 @@ def add_norm_kernel(
 
 @triton.jit
 def activate_kernel(
-    h, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NAME: tl.constexpr, GATED: tl.constexpr, RUN: tl.constexpr, PDL: tl.constexpr
+    h, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NAME: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [rows, WIDTH] = act(h), or (GATED) act(gate) · up of h [rows, 2·WIDTH], see `columns`. Grid: (⌈WIDTH/BLOCK⌉, rows)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -58,7 +59,7 @@ def activate_kernel(
         gdc_launch_dependents()
         gdc_wait()
     if GATED:
-        gate, up = columns(i, WIDTH, RUN)
+        gate, up = columns(i, WIDTH, INTERLEAVE)
         v = activation(tl.load(h + row * (2 * WIDTH) + gate, mask=inside, other=0.0).to(tl.float32), NAME)
         v = v.to(h.dtype.element_ty).to(tl.float32) * tl.load(h + row * (2 * WIDTH) + up, mask=inside, other=0.0).to(tl.float32)
     else:

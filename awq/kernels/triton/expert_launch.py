@@ -11,9 +11,10 @@ from torch import Tensor
 from awq.kernels.packed import Packed, Shape
 from awq.kernels.triton import experts as kernels
 from awq.kernels.triton.configs import Config, config_for_experts
-from awq.kernels.triton.launch import _on, architecture, counters, has_assembly, has_dependent_launch
+from awq.kernels.triton.launcher import Launcher, architecture, counters, has_assembly, has_dependent_launch, on_device
 
 FEW = 128  # rows that find their blocks without sorting
+ROUTE_CHUNK = 1024  # rows that a program of `route_kernel` looks at together
 
 
 @cache
@@ -43,9 +44,13 @@ def fused(
     y = x.new_empty((tokens, top, shape.out_features))
     tiles = -(-shape.out_features // config.bn)
     blocks = rows if few else rows // config.bm + min(rows, count)
-    pdl, partial, arrived = has_dependent_launch(index), y, y
+    partial = arrived = y
     bias, weights = (None if t is None else t.contiguous() for t in (bias, weights))
-    with _on(device):
+    dtypes = tuple(None if t is None else t.dtype for t in (x, bias, weights, experts))
+    looked = max(16, triton.next_power_of_2(rows)) if few else 0
+    sharing = top if x.dim() == 2 else 1  # rows that read one row of x
+    kernel = _experts(index, dtypes, shape, packed.scales.shape[1], packed.qweight.shape[2], sharing, config, looked)
+    with on_device(device):
         if few:
             order = owner = experts
         else:
@@ -53,24 +58,48 @@ def fused(
         if config.split > 1:
             partial = x.new_empty((config.split, rows, shape.out_features), dtype=torch.float32)
             arrived = counters(device).take(blocks * tiles)
-        kernels.expert_kernel[(blocks, tiles, config.split)](
-            x, packed.qweight, packed.scales, y if bias is None else bias, y if weights is None else weights,
-            experts, order, owner, y, partial, arrived, rows,
-            top if x.dim() == 2 else 1, shape.out_features, shape.in_features, shape.group_size, packed.scales.shape[1],
-            packed.qweight.shape[2], config.bm, config.bn, config.split, config.scale_weight,
-            max(16, triton.next_power_of_2(rows)) if few else 0, bias is not None, weights is not None, has_assembly(index), pdl,
-            num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if pdl else {}),
-        )  # fmt: skip
+        first = (x, packed.qweight, packed.scales, y if bias is None else bias, y if weights is None else weights)
+        kernel((blocks, tiles, config.split), (*first, experts, order, owner, y, partial, arrived), rows)
     return y
+
+
+@cache
+def _experts(
+    index: int | None, dtypes: tuple[torch.dtype | None, ...], shape: Shape, groups: int, padded_rows: int, sharing: int,
+    config: Config, looked: int,
+) -> Launcher:  # fmt: skip
+    """dtypes: of x, bias, weights and experts, which are among what Triton compiles for. looked: rows, when few."""
+    _, bias, weights, _ = dtypes
+    constants = (
+        sharing,
+        shape.out_features,
+        shape.in_features,
+        shape.group_size,
+        groups,
+        padded_rows,
+        config.bm,
+        config.bn,
+        config.split,
+        config.scale_weight,
+        looked,
+        bias is not None,
+        weights is not None,
+        has_assembly(index),
+        has_dependent_launch(index),
+    )
+    return Launcher(kernels.expert_kernel, index, constants, num_warps=config.warps, num_stages=config.stages)
+
+
+@cache
+def _route(index: int | None, dtype: torch.dtype, bins: int, bm: int) -> Launcher:
+    constants = (bins, bm, ROUTE_CHUNK, has_dependent_launch(index))
+    return Launcher(kernels.route_kernel, index, constants, num_warps=4)
 
 
 def route(experts: Tensor, count: int, bm: int, blocks: int) -> tuple[Tensor, Tensor]:
     """(order [blocks · bm], owner [blocks]) of `route_kernel` for experts [tokens, top_k] out of `count`."""
     order = torch.empty(blocks * bm, dtype=torch.int32, device=experts.device)
     owner = torch.empty(blocks, dtype=torch.int32, device=experts.device)
-    pdl = has_dependent_launch(experts.device.index)
-    kernels.route_kernel[(count + 1,)](
-        experts, order, owner, experts.numel(), count, blocks, triton.next_power_of_2(count + 1), bm, 1024, pdl,
-        num_warps=4, **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
+    kernel = _route(experts.device.index, experts.dtype, triton.next_power_of_2(count + 1), bm)
+    kernel((count + 1, 1, 1), (experts, order, owner), experts.numel(), count, blocks)
     return order, owner

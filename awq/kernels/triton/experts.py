@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from awq.kernels.triton.products import sum_of_slice
+from awq.kernels.triton.matmul import sum_of_slice
 
 
 @triton.jit

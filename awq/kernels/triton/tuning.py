@@ -107,15 +107,15 @@ def tune(
 
 
 def _time(weights: list, x: torch.Tensor, ready: Iterable[Config], stop: float) -> list[Timing]:
-    from awq.kernels.triton import launch
+    from awq.kernels.triton import matmul_launch
 
     rows = []
     for config in ready:
         if time.perf_counter() < stop:
-            calls = [lambda w=w: launch.fused(x, w, None, config) for w in weights]  # type: ignore[misc]
+            calls = [lambda w=w: matmul_launch.fused(x, w, None, config) for w in weights]  # type: ignore[misc]
             rows.append(Timing(graph_time(calls, 5), config))
     if rows and len(x) >= 128:
-        calls = [lambda w=w: launch.through_dense(x, w, None) for w in weights[:3]]  # type: ignore[misc]
+        calls = [lambda w=w: matmul_launch.through_dense(x, w, None) for w in weights[:3]]  # type: ignore[misc]
         rows.append(Timing(graph_time(calls, 5), None))
     return sorted(rows, key=lambda row: row.microseconds)
 
@@ -128,12 +128,12 @@ def in_processes(function: Callable, jobs: Sequence[Any], workers: int, chunk: i
 
 def compile_job(job: Job) -> str | None:
     """Why a configuration does not compile or fit; None when it ran."""
-    from awq.kernels.triton import launch
+    from awq.kernels.triton import matmul_launch
 
     shape = job.shape
     x = torch.zeros(job.tokens, shape.in_features, device="cuda", dtype=job.dtype)
     try:
-        launch.fused(x, random_packed(shape.out_features, shape.in_features, shape.group_size), None, job.config)
+        matmul_launch.fused(x, random_packed(shape.out_features, shape.in_features, shape.group_size), None, job.config)
     except Exception as error:  # whatever Triton raises, it is no candidate
         return f"{type(error).__name__}: {str(error)[:120]}"
     return None

@@ -13,9 +13,11 @@ from torch import Tensor
 from awq.kernels.packed import Packed, Shape
 
 LAYOUT = None
+_DECODE = ("add_norm", "activate", "gated", "split", "attend", "dense", "gate_interleave")
+OPERATORS = dict.fromkeys(_DECODE, "awq.kernels.reference.decode")
 
 
-def why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype, shape: Shape | None) -> str | None:
     """The reference runs everywhere."""
     return None
 

@@ -165,7 +165,7 @@ def sum_of_slice(
 @triton.jit
 def _store(
     y, total, bias, first, n, m, M,
-    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, RUN: tl.constexpr,
+    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, INTERLEAVE: tl.constexpr,
 ):  # fmt: skip
     """y at outputs n = first … of tokens m = float32 total [BN, BM] + bias; with GATED act(gate) · up of it, half as many."""
     if HAS_BIAS:
@@ -175,7 +175,7 @@ def _store(
         inside = (m[None, :] < M) & (n[:, None] < N)
         tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], total.to(dtype), mask=inside)
     else:
-        halves = tl.permute(total.to(dtype).to(tl.float32).reshape(BN // (2 * RUN), 2, RUN, BM), (0, 2, 3, 1))
+        halves = tl.permute(total.to(dtype).to(tl.float32).reshape(BN // (2 * INTERLEAVE), 2, INTERLEAVE, BM), (0, 2, 3, 1))
         gate, up = tl.split(halves)  # rounded to y's dtype, as they would be stored
         value = (activation(gate, GATED).to(dtype).to(tl.float32) * up).reshape(BN // 2, BM)
         half = first // 2 + tl.arange(0, BN // 2)
@@ -184,15 +184,17 @@ def _store(
 
 
 @triton.jit(do_not_specialize=["M"])
-def product_kernel(
+def matmul_kernel(
     x, qweight, grid, bias, y, partial, arrived, M,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, NP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SCALE_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, GATED: tl.constexpr, RUN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] · weightᵀ + bias. NP: rows of the padded weight. Grid: (⌈N/BN⌉, SPLIT, ⌈M/BM⌉).
 
-    GATED: an activation's name, or "". With one, y [M, N/2] = act(gate) · up, whose rows of the weight alternate in runs of RUN.
+    GATED: an activation's name, or "". With one, y [M, N/2] = act(gate) · up, for a weight with INTERLEAVE rows of the gate and
+    INTERLEAVE of up in turn.
     AHEAD: steps whose weights are fetched into the L2 cache before the wait for the kernel in front (a power of two, or 0).
 
     partial float32 [SPLIT, M, N] and arrived int32 [⌈M/BM⌉ · ⌈N/BN⌉] are used when SPLIT > 1.
@@ -230,10 +232,10 @@ def product_kernel(
             total = tl.zeros((BN, BM), tl.float32)
             for s in tl.static_range(SPLIT):
                 total += tl.load(partial + s * plane + where, mask=inside, other=0.0, cache_modifier=".cg")
-            _store(y, total, bias, tile * BN, n, m, M, N, BM, BN, HAS_BIAS, GATED, RUN)
+            _store(y, total, bias, tile * BN, n, m, M, N, BM, BN, HAS_BIAS, GATED, INTERLEAVE)
             tl.store(counter, 0)
     else:
-        _store(y, acc, bias, tile * BN, n, m, M, N, BM, BN, HAS_BIAS, GATED, RUN)
+        _store(y, acc, bias, tile * BN, n, m, M, N, BM, BN, HAS_BIAS, GATED, INTERLEAVE)
 
 
 @triton.jit(do_not_specialize=["first", "N"])

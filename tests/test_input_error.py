@@ -9,8 +9,10 @@ from awq.calibration import CalibrationBatch
 from awq.core.rounding import feedback_factor
 from awq.errors import ConfigError
 from awq.nn.blocks import BlockCall
-from awq.quantize.drift import DriftStatistics, OriginalInputs, corrected, input_of
-from awq.quantize.pipeline import Stream, _drift, _once_per_token
+from awq.nn.hooks import input_of
+from awq.nn.walk import BlockInputs, BlockVisit
+from awq.quantize.block import input_error, once_per_token
+from awq.quantize.input_error import InputErrorStatistics, OriginalInputs, corrected
 from awq.quantize.statistics import InputStatistics
 
 
@@ -22,14 +24,14 @@ def pairs(rows=400, width=24, seed=0):
 
 def test_full_correction_is_the_least_squares_solution():
     now, original = pairs()
-    found = DriftStatistics(24, torch.device("cpu"))
+    found = InputErrorStatistics(24, torch.device("cpu"))
     found.add_pair(now, original, None)
     weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(1))
     order, factor = feedback_factor(found.gram, 1e-7)
     x, wanted = now.flatten(0, 1).double(), original.flatten(0, 1).double() @ weight.double().t()
     best = torch.linalg.lstsq(x, wanted).solution.t()
-    torch.testing.assert_close(corrected(weight, found.drift, order, factor, 1.0).double(), best, atol=1e-3, rtol=1e-3)
-    half = corrected(weight, found.drift, order, factor, 0.5)
+    torch.testing.assert_close(corrected(weight, found.error, order, factor, 1.0).double(), best, atol=1e-3, rtol=1e-3)
+    half = corrected(weight, found.error, order, factor, 0.5)
     torch.testing.assert_close(half.double(), (weight.double() + best) / 2, atol=1e-3, rtol=1e-3)
 
 
@@ -39,16 +41,16 @@ def test_sums_leave_out_padding_and_what_is_not_finite():
     mask[1, 60:] = False
     original[2, 5, 3] = float("inf")
     now[1, 80] = float("nan")  # in the padding: not counted at all
-    found = DriftStatistics(24, torch.device("cpu"))
+    found = InputErrorStatistics(24, torch.device("cpu"))
     found.add_pair(now, original, mask)
     keep = mask.clone()
     keep[2, 5] = False
     x, moved = now[keep].double(), (original - now)[keep].double()
     assert (found.tokens, found.dropped) == (359, 1)
-    torch.testing.assert_close(found.drift.double(), moved.t() @ x, atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(found.drift_mean.double(), moved.mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.error.double(), moved.t() @ x, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(found.error_mean.double(), moved.mean(0), atol=1e-5, rtol=1e-4)
     centred = (moved - moved.mean(0)).t() @ (x - x.mean(0))
-    torch.testing.assert_close(found.centred_drift.double(), centred, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(found.centred_error.double(), centred, atol=1e-2, rtol=1e-3)
 
 
 def test_a_forward_stops_at_the_linear():
@@ -56,38 +58,39 @@ def test_a_forward_stops_at_the_linear():
     block = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4), torch.nn.Linear(4, 4))
     block[3].register_forward_pre_hook(lambda *_: calls.append(1))
     hidden = torch.randn(2, 3, 4)
-    found = input_of(block, "2", BlockCall((), {}), hidden)
+    found = input_of(block, "2", lambda: block(hidden))
     torch.testing.assert_close(found, block[:2](hidden))
     assert not calls and not block[2]._forward_pre_hooks
     block(hidden)
     assert calls
+    assert input_of(block, "3", lambda: block[:2](hidden)) is None, "it is not called"
 
 
 def test_a_linear_that_sees_other_rows_is_left_alone():
     """An expert, or a linear that is called twice: its inputs in the two models cannot be paired."""
-    block, hidden = torch.nn.Sequential(torch.nn.Linear(4, 4)), [torch.randn(2, 3, 4)]
-    stream = Stream([[BlockCall((), {})]], hidden, [None], hidden)
-    statistics = InputStatistics(4, torch.device("cpu"))
+    block, hidden, cpu = torch.nn.Sequential(torch.nn.Linear(4, 4)), [torch.randn(2, 3, 4)], torch.device("cpu")
+    call = BlockCall((), {})
+    visit = BlockVisit("", block, 0, cpu, {}, [], [], BlockInputs([[call]], hidden, [None]))
+    statistics = InputStatistics(4, cpu)
     statistics.add(hidden[0][:1], None)
-    assert not _once_per_token(statistics, stream)
+    assert not once_per_token(statistics, visit)
     statistics.add(hidden[0][1:], None)
-    assert not _once_per_token(statistics, stream)
-    once = InputStatistics(4, torch.device("cpu"))
+    assert not once_per_token(statistics, visit)
+    once = InputStatistics(4, cpu)
     once.add(hidden[0], None)
-    assert _once_per_token(once, stream)
-    cpu = torch.device("cpu")
-    assert _drift(block, OriginalInputs(block, [], [BlockCall((), {})], hidden, ()), "0", stream, 0, cpu) is None
-    found = _drift(block, OriginalInputs(block, ["0"], [BlockCall((), {})], hidden, ()), "0", stream, 0, cpu)
-    assert found is not None and found.tokens == 6 and not found.drift.any()
+    assert once_per_token(once, visit)
+    assert input_error(block, "0", OriginalInputs(block, [], [call], hidden), visit) is None
+    found = input_error(block, "0", OriginalInputs(block, ["0"], [call], hidden), visit)
+    assert found is not None and found.tokens == 6 and not found.error.any()
 
 
 def test_original_inputs_are_the_same_kept_or_computed_again(monkeypatch):
     block = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
     hidden, calls = [torch.randn(2, 3, 4), torch.randn(1, 5, 4)], [BlockCall((), {})] * 2
     kept = OriginalInputs(block, ["0", "2"], calls, hidden, {1})
-    monkeypatch.setattr("awq.quantize.drift._KEPT", 0)
+    monkeypatch.setattr("awq.quantize.input_error.MAX_KEPT_VALUES", 0)
     again = OriginalInputs(block, ["0", "2"], calls, hidden, {1})
-    assert kept.kept is not None and again.kept is None and not block[0]._forward_pre_hooks
+    assert kept.are_kept and not again.are_kept and not block[0]._forward_pre_hooks
     for name in ("0", "2"):
         assert torch.equal(kept.of(name, 0), again.of(name, 0))
     assert all(torch.equal(a, b) for a, b in zip(kept.outputs(), again.outputs()))
@@ -107,7 +110,7 @@ def test_inputs_that_a_block_overwrites_are_computed_again():
     hidden = [torch.randn(2, 3, 4)]
     with torch.no_grad():
         found = OriginalInputs(Overwrites(), ["first"], [BlockCall((), {})], hidden, ())
-        assert found.kept is None and torch.equal(found.of("first", 0), hidden[0])
+        assert not found.are_kept and torch.equal(found.of("first", 0), hidden[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

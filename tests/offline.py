@@ -17,7 +17,7 @@ import torch
 
 from awq.formats.planar import padded
 from awq.kernels.packed import Shape
-from awq.kernels.triton.configs import RUN, Config
+from awq.kernels.triton.configs import GATE_INTERLEAVE, Config
 
 TARGETS: tuple[int | str, ...] = (80, 86, 89, 90, 100, "gfx90a", "gfx942", "gfx1100")
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -36,8 +36,8 @@ class Code(NamedTuple):
 def compile_product(
     target: int | str, shape: Shape, config: Config, dtype: torch.dtype = torch.float16, bias: bool = False, gated: str = ""
 ) -> Code:
-    """The product kernel as `launch.fused` would compile it on `target`. Raises what Triton raises."""
-    from awq.kernels.triton.products import product_kernel
+    """The product kernel as `matmul_launch.fused` would compile it on `target`. Raises what Triton raises."""
+    from awq.kernels.triton.matmul import matmul_kernel
 
     nvidia = isinstance(target, int)
     x = _POINTERS[dtype]
@@ -47,15 +47,15 @@ def compile_product(
     constants = {
         "N": shape.out_features, "K": shape.in_features, "GROUP": shape.group_size, "NP": padded(*shape[:2])[1],
         "BM": config.bm, "BN": config.bn, "SPLIT": config.split, "SCALE_WEIGHT": config.scale_weight, "HAS_BIAS": bias,
-        "ASM": nvidia, "PDL": pdl, "AHEAD": config.ahead(shape.in_features), "GATED": gated, "RUN": RUN,
+        "ASM": nvidia, "PDL": pdl, "AHEAD": config.ahead(shape.in_features), "GATED": gated, "INTERLEAVE": GATE_INTERLEAVE,
     }  # fmt: skip
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
-    return compile_kernel(product_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {}))
+    return compile_kernel(matmul_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {}))
 
 
 def compile_dequantize(target: int | str, shape: Shape, dtype: torch.dtype = torch.float16) -> Code:
-    """The dequantizing kernel as `launch.dequantize` would compile it on `target`."""
-    from awq.kernels.triton.products import dequantize_kernel
+    """The dequantizing kernel as `matmul_launch.dequantize` would compile it on `target`."""
+    from awq.kernels.triton.matmul import dequantize_kernel
 
     arguments = {"qweight": "*i16", "grid": "*i32", "dense": _POINTERS[dtype], "first": "i32", "N": "i32"}
     constants = {"K": shape.in_features, "GROUP": shape.group_size, "NP": padded(*shape[:2])[1], "BN": 64}

@@ -1,4 +1,4 @@
-"""The searches of `ranges` and `scales` as Triton kernels: a weight is read once and its candidates stay on the chip.
+"""The searches of `awq.core.ranges` and `scales` as Triton kernels: a weight is read once and its candidates stay on the chip.
 
 With plain operators each candidate is written and read again by every elementwise pass, and that is most of the time.
 """
@@ -7,19 +7,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from awq.core.rounding_kernels import nearest_integer
-
-RANGE_GROUPS = 128  # largest group whose block of G fits on the chip
-_SCALE_GROUPS = 1 << 14  # largest group that one program holds
+from awq.kernels.triton.rounding import nearest_integer
 
 
 class Tile(NamedTuple):
-    """Sizes of `_row_losses`: rows, columns and depth of a tile; warps and pipeline stages."""
+    """Sizes of `row_losses_kernel`: rows, columns and depth of a tile; warps and pipeline stages."""
 
     rows: int
     columns: int
@@ -76,7 +71,7 @@ def _range(w, ZERO_POINT: tl.constexpr):
 
 
 @triton.jit
-def _best_range(
+def best_range_kernel(
     weight, blocks, shrink, best, out, width, groups, top, steps, per_step,
     size, STEPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, ZERO_POINT: tl.constexpr,
 ):  # fmt: skip
@@ -103,41 +98,13 @@ def _best_range(
     tl.store(best + row.to(tl.int64) * groups + group, found.to(tl.uint8), mask=row < out)
 
 
-def range_tile(device: torch.device) -> tuple[int, int]:
-    """Rows and warps of a program of `_best_range`; 32 rows and a block of G fit every GPU's shared memory."""
-    return (64, 8) if _capability(device) == (9, 0) else (32, 4)
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    """NVIDIA's compute capability; (0, 0) elsewhere."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else (0, 0)
-
-
-def _grid_of(bits: int, zero_point: bool) -> tuple[float, float, float]:
-    """The highest code; steps of a range and their inverse, as `_scale_and_zero` takes them."""
-    steps = 2**bits - 1 if zero_point else 2 ** (bits - 1) - 1
-    return float(2**bits - 1), float(steps), 1 / steps
-
-
-def best_range(weight: Tensor, blocks: Tensor, shrink: Tensor, bits: int, zero_point: bool) -> Tensor:
-    """The best candidate of every group, uint8 [out, groups]: high factor · len(shrink) + low factor, or one factor for both.
-
-    weight: float32 [out, in], contiguous; blocks: float32 [groups, size, size], size ≤ RANGE_GROUPS; shrink: float32 factors.
-    """
-    out, width = weight.shape
-    groups, size, _ = blocks.shape
-    best = torch.empty(out, groups, dtype=torch.uint8, device=weight.device)
-    rows, warps = range_tile(weight.device)
-    with torch.cuda.device(weight.device):
-        _best_range[(triton.cdiv(out, rows), groups)](
-            weight, blocks, shrink, best, out, width, groups, *_grid_of(bits, zero_point), size,
-            STEPS=len(shrink), SIZE=max(16, triton.next_power_of_2(size)), ROWS=rows, ZERO_POINT=zero_point, num_warps=warps,
-        )  # fmt: skip
-    return best
+def range_tile(capability: tuple[int, int]) -> tuple[int, int]:
+    """Rows and warps of a program of `best_range_kernel`; 32 rows and a block of G fit every GPU's shared memory."""
+    return (64, 8) if capability == (9, 0) else (32, 4)
 
 
 @triton.jit
-def _scaled_delta(
+def scaled_delta_kernel(
     weight, scales, delta, out, width, top, steps, per_step,
     size, SIZE: tl.constexpr, ROWS: tl.constexpr, ZERO_POINT: tl.constexpr,
 ):  # fmt: skip
@@ -156,13 +123,8 @@ def _scaled_delta(
     tl.store(delta + start + place, value.to(delta.dtype.element_ty), mask=mask)
 
 
-def takes_groups(size: int) -> bool:
-    """Whether `scaled_losses` can work on groups of this many channels."""
-    return size <= _SCALE_GROUPS
-
-
 @triton.jit
-def _row_losses(
+def row_losses_kernel(
     delta, upper, partial, rows, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
@@ -190,34 +152,7 @@ def _row_losses(
 
 
 def tile_for(capability: tuple[int, int]) -> Tile:
-    """The tile of `_row_losses` for a compute capability; large shared memories take three stages."""
+    """The tile of `row_losses_kernel` for a compute capability; large shared memories take three stages."""
     if capability == (9, 0):
         return Tile(128, 256, 64, 8, 3)
     return Tile(128, 128, 64, 8, 3 if capability in ((8, 0), (10, 0)) else 2)
-
-
-def scaled_losses(weight: Tensor, upper: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool) -> Tensor:
-    """tr(Δ G Δᵀ) [n], Δ = Q(W s)/s − W, for several s [n, in].
-
-    weight: float32 [out, in], contiguous; upper: bfloat16 [in, in], the diagonal of G and twice what is above it, zeros below;
-    group_size: at most what `takes_groups` says.
-    Sums are made in one order: two calls give the same bits.
-    """
-    (out, width), count = weight.shape, len(scales)
-    delta = torch.empty(count * out, width, dtype=upper.dtype, device=weight.device)
-    size = max(16, triton.next_power_of_2(group_size))
-    rows = max(1, 4096 // size)
-    warps = 4 if size <= 4096 else 16
-    tile = tile_for(_capability(weight.device))
-    tiles_c = triton.cdiv(width, tile.columns)
-    partial = torch.empty(tiles_c, count * out, device=weight.device)
-    with torch.cuda.device(weight.device):
-        _scaled_delta[(triton.cdiv(out, rows), width // group_size, count)](
-            weight, scales, delta, out, width, *_grid_of(bits, zero_point), group_size,
-            SIZE=size, ROWS=rows, ZERO_POINT=zero_point, num_warps=warps,
-        )  # fmt: skip
-        _row_losses[(triton.cdiv(count * out, tile.rows) * tiles_c,)](
-            delta, upper, partial, count * out, width, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, TOGETHER=8,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    return partial.sum(0).view(count, out).sum(1)

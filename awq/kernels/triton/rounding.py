@@ -1,16 +1,12 @@
-"""The sequential steps of `rounding` and `refinement` as Triton kernels: a GPU would otherwise spend its time on launches.
+"""The sequential steps of `awq.core.rounding` and `refinement` as kernels: a GPU would otherwise spend its time on launches.
 
 Rows are independent, so a program keeps a tile [columns, rows] of residuals in registers and walks its columns.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-_ROWS = 32
 
 
 @triton.jit
@@ -33,7 +29,7 @@ def _code(steps, zero, top):
 
 
 @triton.jit
-def _round_block(
+def round_block_kernel(
     rest, factor, scales, zeros, group_of, codes, errors, start, out, width, top,
     columns: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -55,21 +51,8 @@ def _round_block(
         tile = tile - tl.where(column > c, u, 0.0)[:, None] * error[None, :]
 
 
-def round_block(
-    rest: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, codes: Tensor, errors: Tensor,
-    start: int, stop: int, top: int,
-) -> None:  # fmt: skip
-    """As `rounding._round_block`, for CUDA tensors: rest, codes [in, out]; scales, zeros [groups, out]; all contiguous."""
-    width, out = rest.shape
-    with torch.cuda.device(rest.device):
-        _round_block[(triton.cdiv(out, _ROWS),)](
-            rest, factor, scales, zeros, group_of, codes, errors, start, out, width, float(top),
-            columns=stop - start, COLUMNS=triton.next_power_of_2(stop - start), ROWS=_ROWS, num_warps=4,
-        )  # fmt: skip
-
-
 @triton.jit
-def _descend_block(
+def descend_block_kernel(
     slope, gram, scales, zeros, codes, new_codes, moves, start, out, width, group_size, top,
     columns: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -91,16 +74,3 @@ def _descend_block(
         tl.store(new_codes + (start + c).to(tl.int64) * out + row, new.to(tl.uint8), mask=inside)
         tl.store(moves + c * out + row, move, mask=inside)
         tile = tile + g[:, None] * move[None, :]
-
-
-def descend_block(
-    slope: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, new_codes: Tensor, moves: Tensor,
-    start: int, stop: int, top: int,
-) -> None:  # fmt: skip
-    """As `refinement._descend_block`, for CUDA tensors: slope, codes [in, out]; scales, zeros [groups, out]; all contiguous."""
-    width, out = slope.shape
-    with torch.cuda.device(slope.device):
-        _descend_block[(triton.cdiv(out, _ROWS),)](
-            slope, gram, scales, zeros, codes, new_codes, moves, start, out, width, width // len(scales), float(top),
-            columns=stop - start, COLUMNS=triton.next_power_of_2(stop - start), ROWS=_ROWS, num_warps=4,
-        )  # fmt: skip

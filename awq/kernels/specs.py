@@ -1,0 +1,85 @@
+"""What a decoder's norms and attention compute, as the operators of a decode step take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+WIDEST_HEAD = 256  # channels of a head that the kernels hold
+
+
+@dataclass
+class Norm:
+    """y = x̂ · weight + bias in float32, rounded once to x's dtype.
+
+    mean: True for LayerNorm (x̂ = (x − mean)/√(var + eps)), False for RMSNorm (x̂ = x/√(mean x² + eps)).
+    weight, bias: float32 [features] or None (ones, zeros).
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    mean: bool
+
+
+@dataclass
+class Attention:
+    """heads: query heads. kv_heads: key and value heads, each shared by heads/kv_heads neighbours. scaling: of q·k.
+
+    softcap: c in c·tanh(score/c), or None. window: how many of the last tokens are seen, the present one included, or None.
+    q_norm, k_norm: over each head (`norm_heads`) or over all heads together, before the rotation.
+    rotary: how many of the first channels of a head are rotated (0: no rotation), as two halves.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    softcap: float | None
+    window: int | None
+    rotary: int
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    norm_heads: bool = True
+
+    @property
+    def normed(self) -> bool:
+        return self.q_norm is not None
+
+    @property
+    def mean(self) -> bool:
+        """Whether the norms of queries and keys subtract the mean."""
+        return self.q_norm is not None and self.q_norm.mean
+
+    @property
+    def q_scale(self) -> tuple[Tensor | None, float]:
+        """(weight, eps) of the norm of queries, (None, 0) without one."""
+        return (None, 0.0) if self.q_norm is None else (self.q_norm.weight, self.q_norm.eps)
+
+    @property
+    def k_scale(self) -> tuple[Tensor | None, float]:
+        """(weight, eps) of the norm of keys, (None, 0) without one."""
+        return (None, 0.0) if self.k_norm is None else (self.k_norm.weight, self.k_norm.eps)
+
+    @property
+    def channels(self) -> int:
+        """Of queries, keys and values of one token together."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def why_no_kernel(self) -> str | None:
+        """Why only the reference computes it, or None. Kernels norm each head, by a weight and without a bias."""
+        if self.head_dim > WIDEST_HEAD:
+            return f"heads of {self.head_dim} channels are wider than {WIDEST_HEAD}"
+        if self.heads % self.kv_heads:
+            return f"{self.kv_heads} key heads do not divide {self.heads} query heads"
+        q, k = self.q_norm, self.k_norm
+        if q is None and k is None:
+            return None
+        if q is None or k is None or q.mean != k.mean:
+            return "queries and keys have different norms"
+        if not self.norm_heads:
+            return "its norms go over all heads together"
+        if q.weight is None or k.weight is None or q.bias is not None or k.bias is not None:
+            return "its norms have a bias, or no weight"
+        return None

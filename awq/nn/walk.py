@@ -1,0 +1,185 @@
+"""Walking through a model block by block with the inputs that each block gets.
+
+Whoever looks at blocks one at a time walks the same way: the quantizer, `awq folds` and the table of folds. A walk carries
+up to three sets of inputs from block to block:
+
+- many-token probes: a few short rows, on which folds are proven;
+- one-token probes: rows of a single token, in which attention has nothing to mix, so that a row of a value projection
+  can be followed to the channel that it feeds;
+- calibration: all the batches, if the caller has any. The caller moves these past a block when it is done with it, because
+  a quantizer hands on what the *quantized* block computes.
+
+A visited block lies on the work device in float32, whatever the model's dtype: folding in 16 bits costs accuracy before
+quantization has begun, and float16 products are a hundred times slower on a CPU. Afterwards every tensor has its own dtype
+and device again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from awq.nn.blocks import BlockCall, BlockList, record_block_calls
+from awq.nn.surgery import device_of
+
+PROBE_ROWS = 2
+PROBE_TOKENS = 32  # in each row of the many-token probe
+ONE_TOKEN_ROWS = 64
+
+Calls = list[tuple[BlockCall, Tensor]]  # arguments and hidden states [batch, tokens, features] of one block, batch by batch
+ModelInputs = dict[str, Tensor]  # keyword arguments of the model's forward
+
+
+@dataclass
+class BlockInputs:
+    """What the blocks of one list read: their arguments, and the hidden states that have come as far as the present block.
+
+    calls: [batch][block]. hidden: one tensor [rows, tokens, features] a batch. masks: bool [rows, tokens] of real tokens, or
+    None when all are.
+    """
+
+    calls: list[list[BlockCall]]
+    hidden: list[Tensor]
+    masks: list[Tensor | None]
+
+    def at(self, index: int, device: torch.device) -> Calls:
+        """The calls of block `index`, float32 on `device`."""
+        calls = [calls[index].to(device, torch.float32) for calls in self.calls]
+        return [(call, hidden.to(device).float()) for call, hidden in zip(calls, self.hidden)]
+
+    def advance(self, block: nn.Module, index: int, device: torch.device) -> None:
+        """Replaces the hidden states by what the block makes of them."""
+        self.hidden = [call.run(block, hidden) for call, hidden in self.at(index, device)]
+
+
+@dataclass
+class BlockVisit:
+    """One block in float32 on `device`, and its inputs.
+
+    name: full name in the model; index: place in its list; dtypes: of the block's tensors, by name, outside this visit.
+    """
+
+    name: str
+    block: nn.Module
+    index: int
+    device: torch.device
+    dtypes: dict[str, torch.dtype]
+    many: Calls
+    single: Calls
+    calibration: BlockInputs | None
+
+    def calls(self) -> Calls:
+        """The calibration calls of this block."""
+        assert self.calibration is not None
+        return self.calibration.at(self.index, self.device)
+
+    def masks(self) -> list[Tensor | None]:
+        """The calibration batches' masks, on the visit's device."""
+        assert self.calibration is not None
+        return [None if mask is None else mask.to(self.device) for mask in self.calibration.masks]
+
+    def advance(self) -> None:
+        """Moves the calibration inputs past the block as it is now."""
+        assert self.calibration is not None
+        self.calibration.advance(self.block, self.index, self.device)
+
+
+class BlockWalk:
+    """Iterates over all blocks of `lists` in order. All inputs are recorded when the walk is made.
+
+    inputs: at least one model input with `input_ids` and `attention_mask` [rows, tokens], of which the probes are cut.
+    calibration: whether all of `inputs` walk along, too. device: where blocks are visited; default: where the model is.
+    Raises ModelError when the model's forward fails on the inputs, or does not call a block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lists: Sequence[BlockList],
+        inputs: Sequence[ModelInputs],
+        calibration: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        self.lists = list(lists)
+        self.device = device or device_of(model)
+        many, single = probe_inputs(inputs)
+        self._calibration = _record(model, lists, inputs) if calibration else [None] * len(self.lists)
+        self._many = _record(model, lists, [many])
+        self._single = _record(model, lists, [single])
+
+    def __len__(self) -> int:
+        return sum(len(blocks) for _, blocks in self.lists)
+
+    def __iter__(self) -> Iterator[BlockVisit]:
+        for (prefix, blocks), calibration, many, single in zip(self.lists, self._calibration, self._many, self._single):
+            for index, block in enumerate(blocks):
+                with in_float32(block, self.device) as dtypes:
+                    visit = BlockVisit(
+                        name=f"{prefix}.{index}",
+                        block=block,
+                        index=index,
+                        device=self.device,
+                        dtypes=dtypes,
+                        many=many.at(index, self.device),
+                        single=single.at(index, self.device),
+                        calibration=calibration,
+                    )
+                    # Before the caller changes the block: probes show the function of the original model.
+                    many.advance(block, index, self.device)
+                    single.advance(block, index, self.device)
+                    yield visit
+
+
+def probe_inputs(inputs: Sequence[ModelInputs]) -> tuple[ModelInputs, ModelInputs]:
+    """(many-token probe [PROBE_ROWS, up to PROBE_TOKENS], one-token probe [up to ONE_TOKEN_ROWS, 1]), without padding."""
+    longest = max(inputs, key=lambda item: int(item["attention_mask"].sum(1).max()))
+    rows = longest["attention_mask"].sum(1).argsort(descending=True, stable=True)[:PROBE_ROWS]
+    ids, mask = longest["input_ids"][rows], longest["attention_mask"][rows].bool()
+    length = max(1, min(PROBE_TOKENS, int(mask.sum(1).min())))
+    many = torch.stack([row[keep][:length] for row, keep in zip(ids, mask)])
+
+    tokens = torch.cat([item["input_ids"][item["attention_mask"].bool()] for item in inputs[:8]]).unique()
+    spread = torch.linspace(0, len(tokens) - 1, min(ONE_TOKEN_ROWS, len(tokens))).long()
+    single = tokens[spread.to(tokens.device)].unsqueeze(1)
+    return _without_padding(many), _without_padding(single)
+
+
+def _without_padding(ids: Tensor) -> ModelInputs:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _record(model: nn.Module, lists: Sequence[BlockList], inputs: Sequence[ModelInputs]) -> list[BlockInputs]:
+    """The inputs of every block list."""
+    home = device_of(model)
+    moved = [{name: tensor.to(home) for name, tensor in item.items()} for item in inputs]
+    recorded = record_block_calls(model, lists, moved)
+    masks = [_mask(item["attention_mask"]) for item in inputs]
+    return [BlockInputs(calls, hidden, masks) for calls, hidden in zip(recorded.calls, recorded.hidden)]
+
+
+def _mask(attention_mask: Tensor) -> Tensor | None:
+    return None if bool(attention_mask.all()) else attention_mask.bool()
+
+
+@contextmanager
+def in_float32(block: nn.Module, device: torch.device) -> Iterator[dict[str, torch.dtype]]:
+    """The block's tensors in float32 on `device` for a while; yields their own dtypes by name."""
+    home = device_of(block)
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(block)}
+    block.to(device, torch.float32)
+    try:
+        yield dtypes
+    finally:
+        block.to(home)
+        for name, tensor in _tensors(block):  # each as it was: some models keep norms or tables in float32
+            if name in dtypes and tensor.dtype != dtypes[name]:
+                tensor.data = tensor.data.to(dtypes[name])
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(module.named_parameters(), module.named_buffers())

@@ -1,0 +1,222 @@
+"""`BlockQuantizer`: the steps that quantize one block, in the order in which `pipeline` calls them."""
+
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq.core.scales import ScaleChoice
+from awq.folds import InputGroup, apply_fold, discover, prove
+from awq.nn.experts import every_token, expert_of, named_experts
+from awq.nn.hooks import input_of
+from awq.nn.surgery import get_weight, linear_shape
+from awq.nn.walk import BlockVisit
+from awq.quantize.experts import RoundingPart, collect_experts, complete_experts, rounding_parts, statistics_name
+from awq.quantize.group import QuantizedLinear, choose_scale, quantize_group, round_to_nearest_losses
+from awq.quantize.input_error import InputErrorStatistics, OriginalInputs
+from awq.quantize.run import QuantizeRun
+from awq.quantize.statistics import InputStatistics, MaskHolder, collect_inputs
+
+logger = logging.getLogger("awq.quantize")
+
+
+class BlockQuantizer:
+    """One block in float32, and what is known about it so far.
+
+    groups: linears that share an input, those with something to quantize. parts: what of them is rounded together.
+    statistics: by `RoundingPart.statistics`, in order of first calls. choices: the scale that was folded for each group.
+    """
+
+    def __init__(self, run: QuantizeRun, visit: BlockVisit) -> None:
+        self.run, self.visit = run, visit
+        self.block: nn.Module = visit.block
+        self.targets = {name.removeprefix(f"{visit.name}.") for name in run.plan.targets if name.startswith(f"{visit.name}.")}
+        self.groups: list[InputGroup] = []
+        self.parts: list[RoundingPart] = []
+        self.statistics: dict[str, InputStatistics] = {}
+        self.choices: list[ScaleChoice] = []
+        self.original: OriginalInputs | None = None
+        self.losses_rtn: dict[str, float] = {}
+        self.results: list[QuantizedLinear] = []
+
+    # 1. Which scales can move where
+
+    def find_folds(self) -> None:
+        """Input groups with proven folds: discovered once per structure of blocks, proven on every block."""
+        with every_token(self.block):
+            groups = self._proven_groups()
+        self.groups = [group for group in groups if self.targets.intersection(group.consumers)]
+        self.parts = rounding_parts(self.block, self.groups, self.targets)
+
+    def _proven_groups(self) -> list[InputGroup]:
+        generator = torch.Generator().manual_seed(self.run.options.seed)
+        structure = tuple((name, tuple(p.shape)) for name, p in self.block.named_parameters())
+        known = self.run.known_folds.get(structure)
+        if known is not None:
+            proven = prove(self.block, known, self.visit.many, generator)
+            if _folds_in(proven) == _folds_in(known):
+                return proven
+        guesses = discover(self.block, self.visit.single, self.visit.many, generator)
+        groups = prove(self.block, guesses, self.visit.many, generator)
+        self.run.known_folds[structure] = groups
+        for group in groups:
+            if group.fold is None:
+                logger.info("%s: %s keeps scale 1: %s", self.visit.name, ", ".join(group.consumers), group.reason)
+        return groups
+
+    # 2. What the linears read
+
+    def gather_statistics(self) -> None:
+        """The Gram matrix of each distinct linear input, in one forward over the calibration tokens."""
+        holder = MaskHolder()
+        everything = {name for group in self.groups for name in group.consumers}
+        readers = [part.statistics for part in rounding_parts(self.block, self.groups, everything)]
+        routed = [name for name in readers if expert_of(self.block, name)]
+        shared = [name for name in readers if name not in routed]
+        layers = list(named_experts(self.block))
+        routed_tokens: dict[str, list[Tensor]] = {name: [] for name in layers}
+        with (
+            collect_inputs(self.block, [*shared, *layers], holder) as statistics,
+            collect_experts(self.block, routed, holder, statistics, routed_tokens),
+        ):
+            for (call, hidden), mask in zip(self.visit.calls(), self.visit.masks()):
+                holder.mask = mask
+                call.run(self.block, hidden)
+        for group in self.groups:
+            if not expert_of(self.block, group.consumers[0]):
+                statistics.setdefault(group.consumers[0], InputStatistics(group.in_features, self.visit.device))
+        for owner, tokens in complete_experts(self.block, statistics, routed, routed_tokens).items():
+            self.run.report.experts[f"{self.visit.name}.{owner}"] = tokens
+        for name, found in statistics.items():
+            if found.dropped:
+                self._warn(f"{name}: {found.dropped} tokens with non-finite activations were left out.")
+            found.shrink_to_diagonal()
+        self.statistics = statistics
+
+    # 3. Activation-aware scales
+
+    def fold_scales(self) -> None:
+        """Chooses every group's scale for the block as it is, then folds them all: the function stays the same."""
+        run = self.run
+        for group in self.groups:
+            statistics = self.statistics[statistics_name(self.block, group)]
+            choice = choose_scale(self.block, group, statistics, run.config, run.options)
+            if _no_finite_loss(choice) and group.fold is not None and run.options.scaling:
+                self._warn(f"{', '.join(group.consumers)}: no finite loss; scale 1 is kept.")
+            self.choices.append(choice)
+        for part in self.parts:
+            statistics = self.statistics[part.statistics]
+            self.losses_rtn |= round_to_nearest_losses(self.block, part.group, part.names, statistics, run.config)
+        for group, choice in zip(self.groups, self.choices):
+            if group.fold is not None and choice.kind != "identity":
+                apply_fold(self.block, group.fold, choice.scale)
+
+    # 4. Ranges and codes
+
+    def note_original_inputs(self) -> None:
+        """Keeps what the block's linears read in the original model; the block is copied, folded and not yet quantized."""
+        if not self.run.corrects_inputs:
+            return
+        assert self.visit.calibration is not None
+        if self.visit.index == 0:
+            self.run.original_hidden = list(self.visit.calibration.hidden)
+        readers = [part.statistics for part in self.parts]
+        names = [name for name in readers if once_per_token(self.statistics[name], self.visit)]
+        calls = [call for call, _ in self.visit.calls()]
+        hidden = [h.to(self.visit.device).float() for h in self.run.original_hidden or []]
+        self.original = OriginalInputs(deepcopy(self.block), names, calls, hidden, self.run.judges)
+
+    def round_weights(self) -> None:
+        """Quantizes the parts in the order of their first calls: a linear's input changes with those before it."""
+        order = list(self.statistics)
+        for part in sorted(self.parts, key=lambda part: order.index(part.statistics)):
+            self._round_part(part)
+
+    def _round_part(self, part: RoundingPart) -> None:
+        choice = self.choices[part.source]
+        with self.run.phase("input error"):
+            statistics: InputStatistics | None = self._input_error(part.statistics)
+        if statistics is None:
+            statistics = self.statistics[part.statistics].divided_by(choice.scale)
+        with self.run.phase("rounding"):
+            config, options = self.run.config, self.run.options
+            results = quantize_group(self.block, part.group, statistics, choice, part.names, config, options)
+            for result in results:
+                self._write(result)
+        self.results += results
+
+    def _input_error(self, name: str) -> InputErrorStatistics | None:
+        if self.original is None:
+            return None
+        return input_error(self.block, name, self.original, self.visit, self.run.judges)
+
+    def _write(self, result: QuantizedLinear) -> None:
+        """The quantized values go into the ordinary linear, whose output the next groups read."""
+        linear: Any = self.block.get_submodule(result.name)
+        get_weight(linear).copy_(result.weight.dequantize())
+        if result.bias_change is not None:
+            linear.bias.add_(result.bias_change)
+
+    # 5. On to the next block
+
+    def advance(self) -> None:
+        """The next block gets the *quantized* block's outputs, so that its error feedback corrects what this one did."""
+        if self.original is not None:
+            self.run.original_hidden = self.original.outputs()
+        self.visit.advance()
+
+    def pack(self) -> None:
+        """Puts packed linears into the block, and their lines into the report."""
+        for result in self.results:
+            full_name = f"{self.visit.name}.{result.name}"
+            dtype = self.visit.dtypes[f"{result.name}.weight"]
+            self.run.install(self.block, result.name, result.weight, dtype)
+            if self.run.options.tuning:
+                self.run.weights[full_name] = result.weight
+            result.report.loss_rtn = self.losses_rtn[result.name]
+            result.report.name = full_name
+            self.run.report.linears.append(result.report)
+
+    def _warn(self, text: str) -> None:
+        self.run.report.warnings.append(f"{self.visit.name}, {text}")
+
+
+def _folds_in(groups: list[InputGroup]) -> int:
+    return sum(group.fold is not None for group in groups)
+
+
+def _no_finite_loss(choice: ScaleChoice) -> bool:
+    return choice.kind == "identity" and choice.loss != choice.loss
+
+
+def once_per_token(statistics: InputStatistics, visit: BlockVisit) -> bool:
+    """Whether an input comes once for every token: an expert's cannot be compared between two models."""
+    assert visit.calibration is not None
+    hidden, masks = visit.calibration.hidden, visit.calibration.masks
+    real = sum(h.shape[0] * h.shape[1] if m is None else int(m.sum()) for h, m in zip(hidden, masks))
+    once = statistics.calls == len(hidden) and statistics.tokens + statistics.dropped == real
+    return once and statistics.tokens > 0
+
+
+def input_error(
+    block: nn.Module, name: str, original: OriginalInputs, visit: BlockVisit, unused: frozenset[int] = frozenset()
+) -> InputErrorStatistics | None:
+    """Statistics of the input of the linear `name` now and in the original block; None when they cannot be compared.
+
+    unused: batches that are left out.
+    """
+    if name not in original.names:
+        return None
+    found = InputErrorStatistics(linear_shape(block.get_submodule(name))[0], visit.device)
+    for index, ((call, hidden), mask) in enumerate(zip(visit.calls(), visit.masks())):
+        if index not in unused:
+            now = input_of(block, name, partial(call.run, block, hidden))
+            assert now is not None
+            found.add_pair(now, original.of(name, index), mask)
+    found.shrink_to_diagonal()
+    return found

@@ -1,0 +1,133 @@
+"""Asymmetric correction: weights that make up for part of what quantized predecessors changed in a linear's input.
+
+Error feedback minimises ‖(Ŵ − W) X̂‖ on the inputs X̂ that the linear gets now. The output that it should give is W X, with the
+inputs X of the original model (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). The part of the difference that is linear in X̂
+moves into the target of rounding: W + α W E Ĝ⁻¹, with E = (X − X̂) X̂ᵀ and Ĝ = X̂ X̂ᵀ. α = 1 follows the calibration tokens fully, and
+less of it carries over to other text (measured: docs/notes/quality.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from awq.nn.blocks import BlockCall
+from awq.nn.hooks import hooked, input_of
+from awq.nn.surgery import linear_shape
+from awq.quantize.statistics import InputStatistics
+
+MAX_KEPT_VALUES = 1 << 29  # of inputs that are kept rather than computed again: 2 GiB
+
+
+class InputErrorStatistics(InputStatistics):
+    """Sums over tokens of x̂, a linear's input now, and of x, its input in the original model.
+
+    error: float32 [in, in] = Σ (x − x̂) x̂ᵀ; error_sum: float32 [in] = Σ (x − x̂). gram and sum are of x̂; |x̂| is not summed.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.error = torch.zeros(in_features, in_features, device=device)
+        self.error_sum = torch.zeros(in_features, device=device)
+
+    def add_pair(self, now: Tensor, original: Tensor, mask: Tensor | None) -> None:
+        """Both [batch, tokens, in]; mask: bool [batch, tokens] of real tokens. A token that is not finite in either is dropped."""
+        rows = self._keep(torch.cat([now, original], -1).float().flatten(0, -2), mask)
+        now, original = rows.chunk(2, -1)
+        error = original - now
+        self.gram.addmm_(now.t(), now)
+        self.sum += now.sum(0)
+        self.error.addmm_(error.t(), now)
+        self.error_sum += error.sum(0)
+
+    @property
+    def error_mean(self) -> Tensor:
+        """Mean of x − x̂, float32 [in]; missing tokens count as tokens without an error."""
+        return self.error_sum / max(1, self.tokens + self.missing_tokens)
+
+    @property
+    def centred_error(self) -> Tensor:
+        """Σ (x − x̂ − its mean)(x̂ − mean)ᵀ, float32 [in, in]."""
+        return torch.addr(self.error, self.error_sum, self.mean, alpha=-1)
+
+
+class OriginalInputs:
+    """What linears of the original block read, batch by batch, while the block beside it is quantized.
+
+    One forward notes the inputs of all of them where these fit into memory; else each comes from a forward that stops there.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        names: Sequence[str],
+        calls: list[BlockCall],
+        hidden: list[Tensor],
+        unused: Collection[int] = (),
+    ) -> None:
+        """hidden: float32 [batch, tokens, features] before the block; unused: batches that nobody asks for."""
+        self.block, self.names, self.calls, self.hidden = block, names, calls, hidden
+        self._kept: list[dict[str, Tensor]] | None = None
+        self._outputs: list[Tensor] = []
+        tokens = sum(h.shape[0] * h.shape[1] for h in hidden)
+        width = sum(linear_shape(block.get_submodule(name))[0] for name in names)
+        if tokens * width <= MAX_KEPT_VALUES:
+            self._keep(unused)
+
+    def _keep(self, unused: Collection[int]) -> None:
+        kept = []
+        for index, (call, hidden) in enumerate(zip(self.calls, self.hidden)):
+            names = () if index in unused else self.names
+            inputs, output, unchanged = _inputs_and_output(self.block, names, call, hidden)
+            if not unchanged:
+                return  # the block overwrites them: they are computed again when they are asked for
+            kept.append(inputs)
+            self._outputs.append(output)
+        self._kept = kept
+
+    @property
+    def are_kept(self) -> bool:
+        return self._kept is not None
+
+    def of(self, name: str, batch: int) -> Tensor:
+        """[batch, tokens, in]."""
+        if self._kept is not None:
+            return self._kept[batch][name]
+        call, hidden = self.calls[batch], self.hidden[batch]
+        found = input_of(self.block, name, lambda: call.run(self.block, hidden))
+        assert found is not None
+        return found
+
+    def outputs(self) -> list[Tensor]:
+        """The block's new hidden states, for every batch."""
+        if self._kept is not None:
+            return self._outputs
+        return [call.run(self.block, hidden) for call, hidden in zip(self.calls, self.hidden)]
+
+
+def _inputs_and_output(
+    block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor
+) -> tuple[dict[str, Tensor], Tensor, bool]:
+    """(inputs of the named linears, output of the block, whether the inputs are still what they were when they were read)."""
+    inputs: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
+
+    def note(name: str, args: tuple) -> None:
+        inputs[name], versions[name] = args[0], args[0]._version
+
+    with hooked(block, names, before=note):
+        output = call.run(block, hidden)
+    unchanged = all(inputs[name]._version == version for name, version in versions.items())
+    return inputs, output, unchanged
+
+
+def corrected(weight: Tensor, error: Tensor, order: Tensor, factor: Tensor, share: float) -> Tensor:
+    """weight + share · weight · error · Ĝ⁻¹, float32 [out, in].
+
+    weight [out, in]; error [in, in] of `InputErrorStatistics`; order [in] and factor [in, in] as `feedback_factor` gives
+    them: Ĝ⁻¹ = UᵀU with columns in `order`.
+    """
+    change = (weight @ error[:, order]) @ factor.t() @ factor
+    return weight.index_add(1, order, change, alpha=share)

@@ -1,0 +1,173 @@
+"""`QuantizeRun`: what the steps of one quantization share, and the checks that come before any weight is touched."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from awq.calibration import CalibrationBatch
+from awq.calibration.batches import BATCH_TOKENS, rebatched
+from awq.config import AwqConfig
+from awq.core.weight import QuantizedWeight
+from awq.errors import CalibrationError
+from awq.folds import InputGroup
+from awq.nn.blocks import BlockList, find_block_lists
+from awq.nn.linear import WQLinear
+from awq.nn.surgery import device_of, get_weight, linear_shape, replace_module
+from awq.nn.walk import BlockWalk
+from awq.nn.weight_access import watched_weights
+from awq.quantize.experts import skip_in_mixtures
+from awq.quantize.options import QuantizeOptions
+from awq.quantize.plan import Plan, make_plan
+from awq.quantize.report import QuantReport
+from awq.quantize.statistics import TOKENS_PER_CHANNEL
+from awq.quantize.tuning import OutputMatch, held_out, micro_batches
+
+logger = logging.getLogger("awq.quantize")
+
+GPU_BATCH_VALUES = 2**25  # of the widest input in one forward on a GPU, 128 MiB: narrow blocks would wait for the host with less
+
+
+@dataclass
+class QuantizeRun:
+    """batches: as they are worked on. device: where blocks are. judges: batches held out for the tuning, if there is any.
+
+    known_folds: structure of a block → its folds. weights: full name → weight, kept when scales are tuned later.
+    original_hidden: the hidden states of the original model before the present block, where they are needed.
+    """
+
+    model: nn.Module
+    lists: list[BlockList]
+    batches: list[CalibrationBatch]
+    config: AwqConfig
+    options: QuantizeOptions
+    plan: Plan
+    report: QuantReport
+    device: torch.device
+    judges: frozenset[int] = frozenset()
+    known_folds: dict[Any, list[InputGroup]] = field(default_factory=dict)
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    original_hidden: list[Tensor] | None = None
+
+    @classmethod
+    def start(
+        cls, model: nn.Module, batches: Sequence[CalibrationBatch], config: AwqConfig, options: QuantizeOptions
+    ) -> QuantizeRun:
+        """Raises ConfigError, CalibrationError or ModelError for what cannot be quantized."""
+        if not batches or not any(int(b.attention_mask.sum()) for b in batches):
+            raise CalibrationError("the calibration data holds no token; give at least one text.")
+        lists = find_block_lists(model)
+        plan = make_plan(model, lists, config, packed=not options.export_compatible)
+        skip_in_mixtures(plan, model)
+        widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.targets)
+        device = _work_device(device_of(model), options)
+        batches = rebatched(batches, _batch_tokens(device, widest))
+        if options.tuning:
+            batches = micro_batches(batches)
+        report = QuantReport(config.to_dict(), asdict(options), skipped=plan.skipped, versions=_versions())
+        report.tokens = sum(int(b.attention_mask.sum()) for b in batches)
+        _warn_of_few_tokens(report, widest)
+        judges = held_out(len(batches)) if options.tuning else frozenset[int]()
+        return cls(model, lists, batches, config, options, plan, report, device, judges)
+
+    @property
+    def corrects_inputs(self) -> bool:
+        """Whether codes make up for the error of a linear's input, so that the original model's inputs are needed."""
+        return bool(self.options.correction) and self.options.rounding == "feedback"
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to the report."""
+        start = time.perf_counter()
+        yield
+        self.report.phases[name] = self.report.phases.get(name, 0.0) + time.perf_counter() - start
+
+    def output_match(self) -> OutputMatch | None:
+        """The original model's output, to tune for; None without tuning."""
+        return OutputMatch(self.model, self.batches, self.judges) if self.options.tuning else None
+
+    def walk(self) -> BlockWalk:
+        """Over all blocks, with calibration inputs. Linears whose weight the model reads itself leave the plan."""
+        inputs = [batch.model_inputs() for batch in self.batches]
+        with watched_weights(self.model, self.plan.targets) as read:
+            walk = BlockWalk(self.model, self.lists, inputs, calibration=True, device=self.device)
+        self.plan.skip(read, "its weight is read past its forward")
+        return walk
+
+    def install(self, root: nn.Module, name: str, weight: QuantizedWeight, dtype: torch.dtype | None = None) -> None:
+        """Puts a quantized weight into the model: packed, or as the values of the ordinary linear `root.<name>`.
+
+        dtype: of the model, where the linear's is another one for now.
+        """
+        linear: Any = root.get_submodule(name)
+        if self.options.export_compatible:
+            get_weight(linear).copy_(weight.dequantize())
+            return
+        bias = getattr(linear, "bias", None)
+        packed = WQLinear.from_quantized(weight, bias, self.config.format, dtype=dtype or linear.weight.dtype)
+        replace_module(root, name, packed)
+
+
+@contextmanager
+def moved_to(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The whole model on `device` for a while, where it fits: tuning sends gradients through all of it."""
+    home = device_of(model)
+    if home == device:
+        yield
+        return
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError:
+        logger.warning("the model does not fit on %s: scales are tuned on %s, which takes long.", device, home)
+        model.to(home)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+@contextmanager
+def tensor_cores(device: torch.device) -> Iterator[None]:
+    """float32 products in TF32 on a GPU, several times faster: losses move by 1e-4. Proofs of folds stay outside."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _work_device(home: torch.device, options: QuantizeOptions) -> torch.device:
+    if options.device is not None:
+        return torch.device(options.device)
+    if home.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return home
+
+
+def _batch_tokens(device: torch.device, widest: int) -> int:
+    """Tokens of one forward; widest: inputs of the widest linear."""
+    return BATCH_TOKENS if device.type == "cpu" else max(BATCH_TOKENS, GPU_BATCH_VALUES // widest)
+
+
+def _warn_of_few_tokens(report: QuantReport, widest: int) -> None:
+    enough = TOKENS_PER_CHANNEL * widest
+    if report.tokens < enough:
+        report.warnings.append(
+            f"{report.tokens} calibration tokens are few for linears with {widest} inputs: codes are chosen more cautiously; "
+            f"{enough} or more would be better."
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}

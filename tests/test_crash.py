@@ -1,0 +1,169 @@
+"""Killed before any file operation of a save: the old directory or the new one is there, whole, with the user's files.
+
+Each point is a process of its own that dies at its n-th operation (`os._exit` in an audit hook: no cleaning up runs). The
+next save to the same name must repair what the dead one left. `CRASH_VERBOSE=1` prints every point.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from awq.checkpoint import directory
+from awq.checkpoint.directory import complete_directory
+from awq.errors import CheckpointError, ConfigError
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+
+CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.chmod", "open", "ctypes.dlsym"}
+KILLED = 9
+OLD = {"config.json": "old", "model.safetensors": "old", "tokenizer.json": "old", "chat_template.jinja": "old"}
+NEW = {"config.json": "new", "model.safetensors": "new", "2_Dense/model.safetensors": "new"}
+MINE = {"notes.txt": "mine", "optimizer.pt": "mine", "data.h5": "mine", "runs/1/log.txt": "mine", "my.ckpt": "mine"}
+
+
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def save(target):
+    with complete_directory(target) as work:
+        write(work, NEW)
+
+
+def dies_at(point, work):
+    """Whether `work` was killed at its `point`-th change of the file system; False: it ended before."""
+    child = os.fork()
+    if child == 0:
+        left = point
+
+        def hook(event, _arguments):
+            nonlocal left
+            if event in CHANGES:
+                left -= 1
+                if left < 0:
+                    os._exit(KILLED)
+
+        sys.addaudithook(hook)
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, KILLED), status
+    if os.environ.get("CRASH_VERBOSE"):
+        print(f"point {point}: {'killed' if status else 'ended'}")
+    return status == KILLED
+
+
+@pytest.mark.parametrize(("before", "one_step"), [(None, True), (MINE, True), (OLD | MINE, True), (OLD | MINE, False)])
+def test_killed_at_every_point(tmp_path, monkeypatch, before, one_step):
+    if not one_step:
+        monkeypatch.setattr(directory, "_swap_in_one_step", lambda first, second: False)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a kill loses nothing of the system's; flushing is tested below
+    point, killed = 0, True
+    whole = [before or {}, NEW | {k: v for k, v in (before or {}).items() if k in MINE}]
+    while killed:
+        home = tmp_path / str(point)
+        home.mkdir()
+        target = home / "q"
+        if before is not None:
+            write(target, before)
+        killed = dies_at(point, lambda target=target: save(target))
+        found = tree(target) if target.exists() else {}
+        if one_step or target.exists():
+            assert found in whole, point
+        save(target)
+        assert tree(target) == whole[1], point
+        assert [p.name for p in home.iterdir() if not p.name.endswith(".new")] == ["q"], point
+        point += 1
+    assert point > 12
+
+
+def test_a_directory_that_keeps_its_place(tmp_path, monkeypatch):
+    """The current directory keeps its inode; an error half way puts every file back."""
+    target = tmp_path / "q"
+    write(target, OLD | MINE)
+    monkeypatch.chdir(target)
+    inode = target.stat().st_ino
+    rename, left = Path.rename, 6
+
+    def failing(self, place):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(5, "Input/output error")
+        return rename(self, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(CheckpointError, match="undone"):
+            save(".")
+    assert tree(target) == OLD | MINE
+    save(".")
+    assert tree(target) == NEW | MINE and target.stat().st_ino == inode and os.listdir(".")
+
+
+def test_everything_is_on_the_disk_before_names_change(tmp_path, monkeypatch):
+    """Flush files and folders, exchange, flush the parent, and only then remove what was there."""
+    target = tmp_path / "q"
+    write(target, OLD | MINE)
+    events = []
+    fsync, swap, remove = os.fsync, directory._swap_in_one_step, directory._remove_work
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("flush", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))[1])
+    monkeypatch.setattr(directory, "_swap_in_one_step", lambda a, b: (events.append(("swap", str(a))), swap(a, b))[1])
+    monkeypatch.setattr(directory, "_remove_work", lambda f: (events.append(("remove", str(f))), remove(f))[1])
+    save(target)
+    swapped = next(i for i, (kind, _) in enumerate(events) if kind == "swap")
+    work = events[swapped][1]
+    flushed = {path for kind, path in events[:swapped] if kind == "flush"}
+    assert {f"{work}/{name}" for name in [*NEW, *MINE]} | {work, f"{work}/2_Dense", f"{work}/runs/1"} <= flushed
+    after = events[swapped + 1 :]
+    assert after.index(("flush", str(tmp_path))) < next(i for i, (kind, _) in enumerate(after) if kind == "remove")
+
+
+def test_living_savers_are_left_alone(tmp_path):
+    target = tmp_path / "q"
+    with complete_directory(target) as first:
+        write(first, NEW)
+        save(target)
+        assert first.is_dir()
+        write(first, {"config.json": "first"})
+    assert tree(target)["config.json"] == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+
+@pytest.mark.parametrize("name", ["", None, "a\0b", "x" * 256])
+def test_names_that_no_directory_can_have(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError):
+        save(name)
+
+
+def test_a_long_name_is_saved_to(tmp_path):
+    save(tmp_path / ("n" * 250))
+    assert tree(tmp_path / ("n" * 250)) == NEW
+
+
+@pytest.mark.parametrize("place", ["source/inside", "source", "."])
+def test_source_and_target_lie_apart(tmp_path, place):
+    write(tmp_path / "source", OLD)
+    with pytest.raises(CheckpointError, match="source"), complete_directory(tmp_path / place, tmp_path / "source"):
+        pytest.fail("work began")
+    assert tree(tmp_path) == {f"source/{name}": text for name, text in OLD.items()}
+
+
+@pytest.mark.parametrize("files", [{"tokenizer.json": "x"}, {"adapter_config.json": "{}"}, {"model.safetensors": "x"}])
+def test_parts_of_a_model_without_a_config_are_not_mixed_in(tmp_path, files):
+    write(tmp_path / "q", files)
+    with pytest.raises(CheckpointError, match="another directory"):
+        save(tmp_path / "q")
+    assert tree(tmp_path / "q") == files
