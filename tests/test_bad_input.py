@@ -118,8 +118,8 @@ def test_keys_of_users_are_strict_and_those_of_files_are_not(saved, tmp_path):
     config["quantization_config"] |= {"autoround_version": "0.5.1", "sym": True, "meta": {}, "ignore": ["lm_head"]}
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
     ids = torch.tensor([[5, 6, 7]])
-    foreign = AutoAWQForCausalLM.from_quantized(str(tmp_path / "q"), fuse_layers=False)
-    own = AutoAWQForCausalLM.from_quantized(str(saved[1]), fuse_layers=False)
+    foreign = AutoAWQForCausalLM.from_quantized(str(tmp_path / "q"), fuse_layers=False, device="cpu")
+    own = AutoAWQForCausalLM.from_quantized(str(saved[1]), fuse_layers=False, device="cpu")
     assert torch.equal(foreign(ids).logits, own(ids).logits)
 
 

@@ -13,7 +13,7 @@ without parameters, so `place_activation_scales` gives that module one before th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,22 @@ def check_report(model: nn.Module, report: dict[str, Any], path: str | Path, bod
     mismatched = [str(entry[0]) for entry in report.get("mismatched_keys", ())]
     if mismatched:
         raise CheckpointError(f"{path} holds tensors of other shapes than {kind} has: {_first(mismatched)}.")
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Parameter name → shape, as the model's class makes it."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def check_parameter_shapes(model: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses parameters that took another shape from a file.
+
+    transformers 5.0 to 5.17 put whatever a quantized checkpoint holds into the model. Raises CheckpointError.
+    """
+    for name, shape in parameter_shapes(model).items():
+        if shape != expected.get(name, shape):
+            path = model.config._name_or_path
+            raise CheckpointError(f"{path} holds {name} of shape {shape}, and {type(model).__name__} has {expected[name]}.")
 
 
 def _outside(model: nn.Module, name: str) -> bool:

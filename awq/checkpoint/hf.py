@@ -17,7 +17,13 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from awq import config as settings
-from awq.checkpoint.account import check_blocks, check_packed_finite, place_activation_scales
+from awq.checkpoint.account import (
+    check_blocks,
+    check_packed_finite,
+    check_parameter_shapes,
+    parameter_shapes,
+    place_activation_scales,
+)
 from awq.checkpoint.expert_names import names_in_files
 from awq.checkpoint.files import PackedTensors, files_of, packed_among, tensor_headers
 from awq.checkpoint.match import check_shapes, match_names
@@ -113,11 +119,13 @@ class AwqHfQuantizer(HfQuantizer):
             placeholder = torch.empty(0)
             placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
             model.get_submodule(name).weight = placeholder
+        self.shapes = parameter_shapes(model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for name in self.matched:
             model.get_submodule(name).__dict__.pop("weight", None)
+        check_parameter_shapes(model, self.shapes)
         restore_scales(model, self.matched, self.packed)
         check_loaded(model, self.matched, self.packed)
         if self.stored:
