@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 
 from awq.backends import operator
-from awq.generate import operations as ops
-from awq.generate.cache import LayerCache
+from awq.generate.run import operations as ops
+from awq.generate.run.cache import LayerCache
 from awq.kernels.reference.attention import attend
 from awq.kernels.reference.decode import ACTIVATIONS, apply_norm
 from awq.kernels.specs import Attention, Norm

@@ -8,8 +8,8 @@ from test_layout import random_weight
 from awq.backends import operator, use_backend
 from awq.errors import ConfigError
 from awq.generate import build_decoder
-from awq.generate import operations as ops
-from awq.generate.cache import LayerCache
+from awq.generate.run import operations as ops
+from awq.generate.run.cache import LayerCache
 from awq.kernels import Packed, Shape, cpu, moe_linear, stack_experts
 from awq.kernels.cpu.engine import Program
 from awq.kernels.specs import Attention, Norm

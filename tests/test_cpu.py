@@ -301,7 +301,7 @@ def test_kernels_of_a_decode_step_equal_plain_operators(dtype):
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_head_of_few_tokens(dtype):
-    from awq.generate.operations import head
+    from awq.generate.run.operations import head
 
     for inputs, outputs in ((100, 333), (576, 64), (7, 3)):
         linear, x = torch.nn.Linear(inputs, outputs, bias=False, dtype=dtype), torch.randn(3, inputs, dtype=dtype)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from awq import AutoAWQForCausalLM
 from awq.errors import ConfigError
-from awq.generate import NotFusable, build, build_decoder, build_static, decoder
-from awq.generate.static import why_not_static
+from awq.generate import NotFusable, build_decoder, build_static, prove
+from awq.generate.run import decoder
+from awq.generate.run.static import why_not_static
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.capture import NothingFromTheHost, NoWaiting
 from awq.nn.linear import WQLinear
@@ -92,14 +94,8 @@ def test_multiplied_embeddings_beside_absolute_positions():
 
 
 def test_what_surrounds_the_blocks_is_proven_too(llama, monkeypatch):
-    plain = build._read_and_prove
-
-    def wrong(*args):
-        plan = plain(*args)
-        plan.embedding_factor = 1.5
-        return plan
-
-    monkeypatch.setattr(build, "_read_and_prove", wrong)
+    plain = prove._read_and_prove
+    monkeypatch.setattr(prove, "_read_and_prove", lambda *args: replace(plain(*args), embedding_factor=1.5))
     with pytest.raises(NotFusable, match="logits differ from transformers'"):
         build_decoder(llama, 64)
     assert isinstance(llama.model.layers[0].mlp.up_proj, torch.nn.Linear)
@@ -415,7 +411,7 @@ def test_quantized_model(saved, tmp_path):
 def test_gate_and_up_in_turn(saved, monkeypatch):
     """As they are joined for a GPU: the same tokens, the same bytes saved."""
     plain, fused = (AutoAWQForCausalLM.from_quantized(saved, fuse_layers=f, device="cpu", max_seq_len=64) for f in (False, True))
-    monkeypatch.setattr("awq.generate.operations.gate_interleave", lambda linear: 16)
+    monkeypatch.setattr("awq.generate.run.operations.gate_interleave", lambda linear: 16)
     kwargs = dict(**prompts(), max_new_tokens=30, do_sample=False, pad_token_id=0)
     assert torch.equal(fused.generate(**kwargs), plain.generate(**kwargs))
     assert [block.run for block in fused.fuse().blocks] == [16] * len(fused.fuse().blocks)

@@ -14,7 +14,7 @@ from transformers import AutoModel
 from awq.checkpoint.load import load_model
 from awq.embed.encoder import Encoder
 from awq.errors import ConfigError
-from awq.generate.projection import Slice
+from awq.generate.run.projection import Slice
 from awq.integrations.emb_model_provider import AutoAWQLoader
 from awq.nn.copies import copy_structure
 from awq.nn.linear import WQLinear

@@ -1,4 +1,7 @@
-"""What a decoder is made of, as plain data: found on the model by `structure`, run by `block`, proven by `proof`."""
+"""What a decoder is made of, as plain data: found on the model in `read`, proven by `prove`, carried out in `run`.
+
+Plans are frozen: they are made when everything is known, and nobody changes them afterwards.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ class NotFusable(AwqError):
     """Why a model keeps transformers' own loop."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
     """Sibling linears, by name in the block, whose concatenated outputs hold the wanted channels at `rows` [wanted]."""
 
@@ -24,7 +27,7 @@ class Source:
     rows: Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlockPlan:
     """One decoder block.
 
@@ -52,7 +55,7 @@ class BlockPlan:
     sin: Tensor | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class DecoderPlan:
     """embedding: token ids → vectors; they are multiplied by embedding_factor and, if the model has absolute positions, added
     to positions [positions, features]. Logits are head(norm(x)) · logits_factor, then soft-capped."""

@@ -71,13 +71,13 @@ class FusedGeneration:
 
     def _check(self, kwargs: dict[str, Any]) -> None:
         """What a language model is asked; other modalities and their placeholder ids are transformers' to judge."""
-        from awq.generate.request import check_request
+        from awq.generate.run.request import check_request
 
         if self.model.main_input_name == "input_ids" and not (_GIVEN_AS_TENSORS & kwargs.keys()):
             check_request(self.model.get_input_embeddings().weight.shape[0], kwargs)
 
     def _generate(self, *args: Any, generator: torch.Generator | None, **kwargs: Any) -> Any:
-        from awq.generate.loop import generate_fused, why_not
+        from awq.generate.run.loop import generate_fused, why_not
 
         with lock_of(self.model):  # one cache, so one fused call at a time; and nobody takes the decoder apart meanwhile
             decoder = self.fuse() or self._captured

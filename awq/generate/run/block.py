@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from awq.generate import operations as ops
-from awq.generate.cache import LayerCache
 from awq.generate.plan import BlockPlan, Source
-from awq.generate.projection import Projection, join, joinable
+from awq.generate.run import operations as ops
+from awq.generate.run.cache import LayerCache
+from awq.generate.run.projection import Projection, join, joinable
 from awq.kernels.reference.attention import attend
 
 

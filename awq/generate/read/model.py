@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from awq.errors import ModelError
-from awq.generate.norms import is_norm, read_norm
 from awq.generate.plan import Norm, NotFusable
-from awq.generate.trace import rotary_tables
+from awq.generate.read.norms import is_norm, read_norm
+from awq.generate.read.trace import rotary_tables
 from awq.nn.blocks import BlockCall, find_block_lists, record_block_calls
 from awq.nn.surgery import get_weight
 
@@ -25,7 +25,7 @@ PIECE = 12  # tokens of one sequence of a skeleton pass
 
 
 @dataclass
-class Surroundings:
+class ModelFrame:
     """name, blocks: the list of blocks and its modules. near, far: how each block is called at the first and last positions.
 
     tables[block]: keyword → (cos, sin) float32 [positions, …] over all positions.
@@ -45,7 +45,7 @@ class Surroundings:
 
 
 @torch.no_grad()
-def observe(model: Any, max_seq_len: int) -> Surroundings:
+def read_model(model: Any, max_seq_len: int) -> ModelFrame:
     """Raises NotFusable when the model's surroundings are of a kind that is not known here.
 
     model: a copy that nobody else runs, since its forwards are replaced for a moment.
@@ -79,7 +79,7 @@ def observe(model: Any, max_seq_len: int) -> Surroundings:
     changed = _skeleton(model, lists, others | {"position_ids": places[:1].expand(2, -1).contiguous()}, None).hidden[0][0]
     factor, positions = _embedding(embedding, ids, hidden, changed[0])
     final = _head(model, heads, near.hidden[0][0], logits)
-    return Surroundings(
+    return ModelFrame(
         lists[0][0], blocks, near.calls[0][0], far.calls[0][0], tables, hidden.shape[-1], factor, positions, *final,
     )  # fmt: skip
 

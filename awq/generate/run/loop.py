@@ -21,8 +21,8 @@ from transformers import GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from awq.errors import ConfigError
-from awq.generate.decoder import FusedDecoder
-from awq.generate.static import StaticDecoder
+from awq.generate.run.decoder import FusedDecoder
+from awq.generate.run.static import StaticDecoder
 from awq.nn.locks import lock_of
 
 logger = logging.getLogger("awq.generate")

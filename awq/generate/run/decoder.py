@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from awq.core.weight import round_to_nearest
 from awq.errors import ConfigError
-from awq.generate import operations as ops
-from awq.generate.block import FusedBlock, Prompt, Step
-from awq.generate.cache import LayerCache, allocate
-from awq.generate.graph import StepGraph
 from awq.generate.plan import DecoderPlan
-from awq.generate.projection import separate
+from awq.generate.run import operations as ops
+from awq.generate.run.block import FusedBlock, Prompt, Step
+from awq.generate.run.cache import LayerCache, allocate
+from awq.generate.run.graph import StepGraph
+from awq.generate.run.projection import separate
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import get_weight, is_linear
 

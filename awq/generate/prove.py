@@ -1,20 +1,27 @@
-"""From a transformers model to a `FusedDecoder`, proven block by block, or the reason why not."""
+"""From a transformers model to a `FusedDecoder`, proven block by block and then as a whole, or the reason why not.
+
+Reading a structure off values is guessing; this is what makes guesses safe. A fused block must give what transformers' block
+gives, in float32 and to 1e-4 of its contribution: at the first positions and at the last ones that the cache will hold, since
+tables and masks may change on the way; as a prompt, and as a prompt followed by a step, since they take different code. Then the
+decoder on the joined weights must give the model's own logits, to what the model's dtype can tell.
+"""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from awq.generate.block import FusedBlock, Prompt, Step
-from awq.generate.cache import allocate
-from awq.generate.decoder import FusedDecoder, quantized_head
-from awq.generate.observe import PIECE, Surroundings, observe
 from awq.generate.plan import BlockPlan, DecoderPlan, NotFusable
-from awq.generate.structure import read_block
-from awq.generate.trace import rotary_tables, trace
+from awq.generate.read.block import read_block
+from awq.generate.read.model import PIECE, ModelFrame, read_model
+from awq.generate.read.trace import rotary_tables, trace
+from awq.generate.run.block import FusedBlock, Prompt, Step
+from awq.generate.run.cache import allocate
+from awq.generate.run.decoder import FusedDecoder, quantized_head
 from awq.nn.blocks import BlockCall, float_copy
 from awq.nn.copies import copy_structure
 from awq.nn.locks import lock_of
@@ -111,7 +118,7 @@ def prove_whole(decoder: FusedDecoder, expected: Tensor) -> None:
 
 def _read_and_prove(model: Any, twin: Any, max_seq_len: int) -> DecoderPlan:
     """twin: a copy of the model's modules, to look at; the plan names modules of the model itself."""
-    around = observe(twin, max_seq_len)
+    around = read_model(twin, max_seq_len)
     plans = [read_plan(around, i) for i in range(len(around.blocks))]
     for plan, block, near, far in zip(plans, around.blocks, around.near, around.far):
         prove(plan, block, probe(around.width, device_of(block)), (near, far), max_seq_len)
@@ -123,26 +130,28 @@ def _read_and_prove(model: Any, twin: Any, max_seq_len: int) -> DecoderPlan:
     )  # fmt: skip
 
 
-def read_plan(around: Surroundings, index: int) -> BlockPlan:
+def read_plan(around: ModelFrame, index: int) -> BlockPlan:
     """The plan of one block. Raises NotFusable."""
     block = float_copy(around.blocks[index])
     call = around.near[index].to(device_of(block), torch.float32)
     hidden = probe(around.width, device_of(block))
     plan = read_block(trace(block, call, hidden, neutral=True), trace(block, call, hidden), call)
-    if plan.cos is not None and plan.sin is not None:
-        plan.cos, plan.sin = _whole_tables(plan.cos, plan.sin, call, around.tables[index])
-    return plan
+    if plan.cos is None:
+        return plan
+    cos, sin = _whole_tables(plan.cos, call, around.tables[index])
+    return replace(plan, cos=cos, sin=sin)
 
 
-def _whole_tables(cos: Tensor, sin: Tensor, call: BlockCall, tables: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The columns that were recognized in a short table, of the table over all positions."""
+def _whole_tables(cos: Tensor, call: BlockCall, tables: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(cos, sin) over all positions, of the columns that were recognized in the table of the first ones."""
     columns = cos.shape[-1]
     for name, (short, _) in rotary_tables(call).items():
-        short = short.reshape(-1, short.shape[-2], short.shape[-1])[:1].float()
+        short = short.reshape(-1, *short.shape[-2:])[:1].float()
         width = short.shape[-1]
-        for pick in (slice(0, columns), slice(0, None, width // columns)):
-            if short[..., pick].shape[-1] == columns and torch.equal(short[..., pick], cos[:1]):
-                return tables[name][0][:, pick].contiguous(), tables[name][1][:, pick].contiguous()
+        for chosen in (slice(0, columns), slice(0, None, width // columns)):
+            if short[..., chosen].shape[-1] == columns and torch.equal(short[..., chosen], cos[:1]):
+                whole_cos, whole_sin = tables[name]
+                return whole_cos[:, chosen].contiguous(), whole_sin[:, chosen].contiguous()
     raise NotFusable("the rotary table of the block cannot be followed beyond the first positions")
 
 
@@ -155,27 +164,30 @@ def probe(width: int, device: torch.device) -> Tensor:
 def prove(plan: BlockPlan, block: nn.Module, hidden: Tensor, calls: tuple[BlockCall, BlockCall], max_seq_len: int) -> None:
     """The fused block gives what transformers' block gives, in float32, at the first positions and at the last.
 
-    As a prompt, and as a prompt followed by a step through the cache. Raises NotFusable.
+    As a prompt, and as a prompt followed by a step through the cache. calls: how the block is called at either end.
+    Raises NotFusable.
     """
     copy = float_copy(block)
-    fused = FusedBlock(plan, copy)
-    first = max(0, -(-max_seq_len // PIECE) * PIECE - PIECE)
-    for call, start in zip(calls, (0, first)):
+    last = max(0, -(-max_seq_len // PIECE) * PIECE - PIECE)
+    for call, start in zip(calls, (0, last)):
         expected = call.to(device_of(copy), torch.float32).run(copy, hidden) - hidden
-        cos, sin = plan.cos, plan.sin
-        if cos is not None and sin is not None:  # the tables moved so that a cache of a few places will do
-            plan.cos, plan.sin = (t[_places(start, max_seq_len, t.device)] for t in (cos, sin))
-        try:
-            cache = allocate([plan.attention], 2, PIECE, torch.float32, hidden.device)[0]
-            whole = _contribution(fused, hidden, cache, Prompt(0))
-            lengths = torch.full((2,), PIECE - 1, dtype=torch.int32, device=hidden.device)
-            step = _contribution(fused, hidden[:, -1:], cache, Step(lengths, PIECE - 1))
-        finally:
-            plan.cos, plan.sin = cos, sin
+        fused = FusedBlock(_moved(plan, start, max_seq_len), copy)
+        cache = allocate([plan.attention], 2, PIECE, torch.float32, hidden.device)[0]
+        whole = _contribution(fused, hidden, cache, Prompt(0))
+        lengths = torch.full((2,), PIECE - 1, dtype=torch.int32, device=hidden.device)
+        step = _contribution(fused, hidden[:, -1:], cache, Step(lengths, PIECE - 1))
         for ours, theirs, what in ((whole, expected, "a prompt"), (step, expected[:, -1:], "one token")):
             error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
             if not error <= _TOLERANCE:
                 raise NotFusable(f"the fused block differs from transformers' by {error:.1e} on {what} at position {start}")
+
+
+def _moved(plan: BlockPlan, start: int, max_seq_len: int) -> BlockPlan:
+    """The plan with the rotary tables of PIECE places from `start` on, so that a cache of a few places will do."""
+    if plan.cos is None or plan.sin is None:
+        return plan
+    places = _places(start, max_seq_len, plan.cos.device)
+    return replace(plan, cos=plan.cos[places], sin=plan.sin[places])
 
 
 def _places(start: int, max_seq_len: int, device: torch.device) -> Tensor:

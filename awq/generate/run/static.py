@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import StaticCache
 
 from awq.errors import ConfigError
-from awq.generate.graph import StepGraph
 from awq.generate.plan import NotFusable
+from awq.generate.run.graph import StepGraph
 from awq.nn.capture import NothingFromTheHost, no_waiting
 
 _PROBE = 9  # tokens of the longest prompt of the proof

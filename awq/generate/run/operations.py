@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from awq.backends import operator
 from awq.errors import ConfigError
-from awq.generate.cache import LayerCache
+from awq.generate.run.cache import LayerCache
 from awq.kernels.reference import decode as plain
 from awq.kernels.reference.decode import split_heads as split_heads
 from awq.kernels.specs import Attention, Norm
