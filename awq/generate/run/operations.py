@@ -112,9 +112,7 @@ def attend_step(
     return compute(qkv[:, 0], a, cos, sin, lengths, cache.k, cache.v, longest).unsqueeze(1)
 
 
-def _check_attention(
-    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, places: int
-) -> None:
+def _check_attention(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, places: int) -> None:
     """places: how many positions of the cache and of the rotary tables are read or written."""
     batch, _, channels = qkv.shape
     if channels != a.channels:
