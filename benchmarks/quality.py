@@ -1,4 +1,4 @@
-"""Quality of quantization on a real language model, measured through the saved file.
+"""Quality of quantization on a real language model, measured through the saved file: KL divergence, flips, perplexity.
 
 Calibrates on the first half of a text and measures perplexity on the second (docs/notes/quality.md, "Protocol"):
 
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import awq
 from awq.checkpoint import load_model, save_checkpoint
+from awq.evals.divergence import divergence
 from awq.evals.perplexity import perplexity
 from awq.models.base import BaseAWQForCausalLM
 
@@ -74,6 +75,8 @@ def measure(arguments: argparse.Namespace, name: str, settings: dict, tokenizer,
         row["sha256"] = weights_digest(target)
         loaded = load_model(target, dtype=torch.float32).to(arguments.device)
         row["perplexity"] = perplexity(loaded, ids, limit=arguments.limit)
+        dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(arguments.device)
+        row["divergence"] = divergence(dense, loaded, ids, window=2048, limit=arguments.limit).to_dict()
     return row | {"loss": report.loss, "loss_rtn": report.loss_rtn, "phases": report.phases, "options": settings,
                   "warnings": report.warnings}  # fmt: skip
 
@@ -118,8 +121,12 @@ def main() -> None:
         rows.append(measure(arguments, name, settings, tokenizer, paragraphs, ids))
         row = rows[-1]
         row["share_of_rtn_loss"] = (row["perplexity"] - full) / (rows[0]["perplexity"] - full)
-        print(f"{name:24s} {row['perplexity']:.4f}  share of {rows[0]['name']}'s loss {row['share_of_rtn_loss']:.3f}  "
-              f"{row['seconds']:.1f} s  {row['phases']}", flush=True)  # fmt: skip
+        moved = row["divergence"]
+        print(
+            f"{name:24s} KL {moved['mean_kl']:.4f}  flips {100 * moved['flips']:.2f} %  perplexity {row['perplexity']:.4f}  "
+            f"share of {rows[0]['name']}'s loss {row['share_of_rtn_loss']:.3f}  {row['seconds']:.1f} s  {row['phases']}",
+            flush=True,
+        )
         if arguments.json:  # after every row: a run that is cut off keeps what it has measured
             common.write(arguments.json, arguments.device, {
                 "tokens_measured": len(ids[: arguments.limit]), "group_size": arguments.group_size, "full_precision": full,

@@ -8,7 +8,8 @@ questions, in its chat template: what a served model reads), languages (bundled 
 mix (the bundled text). Each kind has a part to calibrate on and another to measure on, and the general rows that join
 calibration (`general_texts`) come from the bundled passages that are never measured.
 Quantizers: presets; "rtn"; "gptq", plain error feedback with min/max ranges; "awq", AutoAWQ's algorithm (benchmarks/peers.py).
-All write 4-bit values of one group size: equal bytes. "own" rows calibrate without general text.
+All write 4-bit values of one group size: equal bytes. "balanced:own" calibrates without general text, "balanced:chats" with
+bundled chats in the model's template among it, as `quantize` does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from quality import split_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from awq import AwqConfig, QuantizeOptions, load_calibration, quantize_model
-from awq.calibration.batches import spelled_texts
+from awq.calibration.batches import general_texts, spelled_texts
 from awq.calibration.sources import bundled_texts
 from awq.evals.divergence import divergence
 
@@ -108,7 +109,7 @@ def texts_of_kinds(arguments: argparse.Namespace, model: Any, tokenizer: Any) ->
     }
 
 
-def quantized(name: str, dense: Any, own: list, general: list, arguments: argparse.Namespace) -> tuple[Any, float]:
+def quantized(name: str, dense: Any, own: list, general: list, chats: list, arguments: argparse.Namespace) -> tuple[Any, float]:
     """A quantized copy of the model, and the seconds that it took."""
     model = deepcopy(dense)
     start = time.perf_counter()
@@ -117,7 +118,8 @@ def quantized(name: str, dense: Any, own: list, general: list, arguments: argpar
     else:
         preset, _, alone = name.partition(":")
         options = QuantizeOptions(**OPTIONS[preset], progress=False)
-        joined = options.rounding == "feedback" and preset != "gptq" and not alone
+        general = chats if alone == "chats" else general
+        joined = options.rounding == "feedback" and preset != "gptq" and alone != "own"
         batches = own + general if joined else own
         quantize_model(model, batches, AwqConfig(group_size=arguments.group_size), options)
     return model, time.perf_counter() - start
@@ -129,7 +131,9 @@ def main() -> None:
     parser.add_argument("--prose", type=Path, required=True)
     parser.add_argument("--code", type=Path, required=True)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--quantizers", nargs="*", default=["fast", "balanced", "awq", "gptq"], help='also "best", "balanced:own"')
+    parser.add_argument(
+        "--quantizers", nargs="*", default=["fast", "balanced", "awq", "gptq"], help='also "best", "balanced:own", "balanced:chats"'
+    )
     parser.add_argument("--calibrated-on", nargs="*", default=list(KINDS), choices=KINDS)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=512)
@@ -160,17 +164,19 @@ def main() -> None:
             common.write(arguments.json, arguments.device, {"group_size": arguments.group_size, "measured": sizes, "rows": rows})
 
     first = load_calibration([list(range(8))] * 4)
-    model, seconds = quantized("rtn", dense, first, [], arguments)
+    model, seconds = quantized("rtn", dense, first, [], [], arguments)
     record("rtn", "nothing", model, seconds, 0)
     limits = {"max_samples": arguments.samples, "max_length": arguments.tokens}
     general = spelled_texts(kinds["mix"][0], tokenizer)
+    with_chats = general_texts(tokenizer, kinds["mix"][0])
     for kind in arguments.calibrated_on:
         own = load_calibration(kinds[kind][0], tokenizer, **limits)
         count = sum(len(batch.input_ids) for batch in own)
         joining = load_calibration(general, tokenizer, max_samples=count, max_length=arguments.tokens)
         joining = [] if kind == "mix" else joining
+        chatty = load_calibration(with_chats, tokenizer, max_samples=count, max_length=arguments.tokens)
         for name in arguments.quantizers:
-            model, seconds = quantized(name, dense, own, joining, arguments)
+            model, seconds = quantized(name, dense, own, joining, chatty, arguments)
             record(name, kind, model, seconds, sum(int(b.attention_mask.sum()) for b in own))
 
 

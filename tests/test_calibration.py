@@ -10,8 +10,8 @@ import torch
 from conftest import make_tokenizer
 
 from awq.calibration import CalibrationBatch, load_calibration, prepare_calibration_tokens
-from awq.calibration.batches import general_rows, spelled_texts
-from awq.calibration.sources import bundled_texts, file_texts, named_texts
+from awq.calibration.batches import general_rows, general_texts, rendered_chats, spelled_texts
+from awq.calibration.sources import bundled_chats, bundled_texts, file_texts, named_texts
 from awq.calibration.tokens import tokenize
 from awq.errors import CalibrationError
 
@@ -286,7 +286,24 @@ def test_no_general_row_holds_a_special_token(find):
 
     real = AutoTokenizer.from_pretrained(folder)
     rows = real_rows(general_rows(load_calibration([[5] * 64] * 64, mode="rows"), real))
-    assert len(rows) == 64 and not {i for row in rows for i in row} & set(real.all_special_ids)
+    chats = {i for text in rendered_chats(real) for i in real(text, add_special_tokens=False)["input_ids"]}
+    assert len(rows) == 64 and {i for row in rows for i in row} & set(real.all_special_ids) <= chats, "chats hold them on purpose"
+    passages = spelled_texts(bundled_texts(), real)
+    ids = {i for text in passages for i in real(text, add_special_tokens=False)["input_ids"]}
+    assert len(passages) > 500 and not ids & set(real.all_special_ids)
+
+
+def test_chats_come_in_the_models_own_template():
+    plain, chatty = make_tokenizer(), make_tokenizer()
+    chatty.chat_template = "{% for m in messages %}<<{{ m.role }}>>{{ m.content }}{% endfor %}"
+    passages = ["the cat"] * 30
+    assert general_texts(plain, passages) == passages
+    mixed = general_texts(chatty, passages)
+    chats = [chatty.apply_chat_template(chat, tokenize=False) for chat in bundled_chats()]
+    assert mixed[:8] == passages[:8] and mixed[8] == chats[0] and mixed[17] == chats[1]
+    assert [text for text in mixed if text != "the cat"] == chats
+    chatty.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
+    assert 0 < len(rendered_chats(chatty)) == sum(chat[0]["role"] != "system" for chat in bundled_chats()) < len(chats)
 
 
 def test_texts_that_cannot_be_spelled_are_left_out(tokenizer):

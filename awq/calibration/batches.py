@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from awq.calibration.request import CalibrationRequest, is_tokenizer, read_request
-from awq.calibration.sources import bundled_texts
+from awq.calibration.request import CalibrationRequest, chat_text, is_tokenizer, read_request
+from awq.calibration.sources import bundled_chats, bundled_texts
 from awq.calibration.tokens import Row, tokenize
 from awq.errors import CalibrationError
 
@@ -20,6 +20,7 @@ logger = logging.getLogger("awq.calibration")
 BATCH_TOKENS = 4096
 MAX_COUNT = 1 << 20  # samples, or tokens of a sample
 MAX_TEXTS_PER_ROW = 64  # texts read for each row wanted: empty ones give none
+PASSAGES_PER_CHAT = 8
 MIN_SPELLED_SHARE = 0.1  # of the bundled texts
 MIN_CUT_CHARACTERS_PER_TOKEN = 20  # no script has so long tokens: more of the text than of it was used is gone
 
@@ -174,7 +175,31 @@ def general_rows(batches: Sequence[CalibrationBatch], tokenizer: Any) -> list[Ca
     """Batches of the bundled text with as many rows as `batches`, of their longest row's length."""
     rows = sum(len(b.input_ids) for b in batches)
     longest = max(b.input_ids.shape[1] for b in batches)
-    return load_calibration(spelled_texts(bundled_texts(), tokenizer), tokenizer, max_samples=rows, max_length=longest)
+    return load_calibration(general_texts(tokenizer), tokenizer, max_samples=rows, max_length=longest)
+
+
+def general_texts(tokenizer: Any, passages: Sequence[str] | None = None) -> list[str]:
+    """Bundled passages that the tokenizer can spell; after every eighth one a bundled chat, in the model's own template.
+
+    Models that answer in chats are served nothing but text in their template. passages: some of the bundled ones; None: all.
+    """
+    texts = spelled_texts(bundled_texts() if passages is None else passages, tokenizer)
+    for place, chat in enumerate(rendered_chats(tokenizer)):
+        texts.insert((place + 1) * (PASSAGES_PER_CHAT + 1) - 1, chat)
+    return texts
+
+
+def rendered_chats(tokenizer: Any) -> list[str]:
+    """The bundled chats through the tokenizer's template; none without one, and without those that it does not take."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return []
+    texts = []
+    for chat in bundled_chats():
+        try:
+            texts.append(chat_text(chat, tokenizer))
+        except CalibrationError as error:  # some templates know no system role
+            logger.debug("a bundled chat is left out: %s", error)
+    return texts
 
 
 def spelled_texts(texts: Sequence[str], tokenizer: Any) -> list[str]:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from itertools import islice
 from typing import Any
 
@@ -38,6 +39,8 @@ from awq.calibration.tokens import Row, as_row
 from awq.errors import CalibrationError
 
 MAX_SAMPLES_READ = 100_000  # of an iterable; an endless generator ends here
+
+CHAT_DATE = datetime(2025, 1, 1)  # "today", for templates that ask
 
 _HUMAN_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
@@ -311,10 +314,16 @@ def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
             "give the model's own tokenizer, or texts."
         )
     try:
-        return repaired(tokenizer.apply_chat_template(list(messages), tokenize=False))
+        return repaired(tokenizer.apply_chat_template(list(messages), tokenize=False, **_fixed_date(tokenizer.chat_template)))
     except Exception as error:  # a template is a program of the model's author: it may raise anything
         reason = first_line(error)
         raise CalibrationError(f"the chat template cannot take a chat of {len(messages)} messages: {reason}") from error
+
+
+def _fixed_date(template: Any) -> dict[str, Any]:
+    """Values for templates that write today's date: equal data must give equal rows on any day."""
+    values: dict[str, Any] = {"strftime_now": CHAT_DATE.strftime, "date_string": CHAT_DATE.strftime("%d %b %Y")}
+    return {name: value for name, value in values.items() if name in str(template)}
 
 
 def _turn(message: Mapping[str, Any]) -> dict[str, Any]:

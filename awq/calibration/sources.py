@@ -42,6 +42,12 @@ def bundled_texts(short: bool = False) -> list[str]:
     return [piece for piece in pieces if len(piece) >= _MIN_PIECE_CHARACTERS]
 
 
+def bundled_chats() -> list[list[dict[str, str]]]:
+    """Conversations that ship with the package: lists of {"role", "content"}, tool calls and reasoning among them."""
+    text = resources.files("awq.calibration").joinpath("data/chats.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line)["messages"] for line in text.splitlines()]
+
+
 def named_texts(name: str, split: str, column: str, limit: int) -> list[str]:
     """Texts of a local file or a dataset of the hub; the bundled text, with a warning, for "pileval" without a network.
 

@@ -95,7 +95,7 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
                 request = self._with_general_rows(request, min(max_calib_seq_len, self.encoder.max_seq_length))
             return super().quantize(request, quant_config, None, max_calib_samples=max_calib_samples, **others)
         if request.kind == "bundled":
-            samples = max_calib_samples or self.sample_count()
+            samples = max_calib_samples or _GENERAL
             return super().quantize(self.tokenizer, quant_config, None, max_calib_samples=samples, **others)
         if self.tokenizer is None:
             raise CalibrationError(f"{self.path} has no tokenizer; give one, or token ids.")
