@@ -1,6 +1,6 @@
 """Quality of quantization on a real language model, measured through the saved file: KL divergence, flips, perplexity.
 
-Calibrates on the first half of a text and measures perplexity on the second (docs/notes/quality.md, "Protocol"):
+Calibrates on the first half of a text and measures perplexity on the second (docs/notes/quality_log.md, "Protocol"):
 
     python benchmarks/quality.py --model DIR --text wikitext2-valid.txt --split-bytes 560313 --group-size 64 \
         --presets fast balanced --samples 128 --tokens 512 --json out.json
