@@ -70,7 +70,7 @@ def test_a_linear_that_sees_other_rows_is_left_alone():
     """An expert, or a linear that is called twice: its inputs in the two models cannot be paired."""
     block, hidden, cpu = torch.nn.Sequential(torch.nn.Linear(4, 4)), [torch.randn(2, 3, 4)], torch.device("cpu")
     call = BlockCall((), {})
-    visit = BlockVisit("", block, 0, cpu, {}, [], [], BlockInputs([[call]], hidden, [None]))
+    visit = BlockVisit("", block, 0, cpu, {}, [], [], BlockInputs([[call]], hidden, [None], [None]))
     statistics = InputStatistics(4, cpu)
     statistics.add(hidden[0][:1], None)
     assert not once_per_token(statistics, visit)

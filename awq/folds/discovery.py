@@ -101,9 +101,9 @@ def _input_groups(block: nn.Module, calls: Calls) -> tuple[list[InputGroup], dic
 
 
 def _norm_names(block: nn.Module) -> list[str]:
-    """Modules with a weight of one dimension: norms, and whatever else scales channels."""
-    weights = {name: getattr(module, "weight", None) for name, module in block.named_modules() if name}
-    return [name for name, weight in weights.items() if isinstance(weight, Tensor) and weight.dim() == 1]
+    """Modules with a parameter `weight` of one dimension: norms, and whatever else scales channels."""
+    weights = {name: module._parameters.get("weight") for name, module in block.named_modules() if name}
+    return [name for name, weight in weights.items() if weight is not None and weight.dim() == 1]
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:

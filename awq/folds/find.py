@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from awq.folds.discovery import discover
 from awq.folds.fold import InputGroup
 from awq.folds.proof import prove
-from awq.nn.blocks import find_block_lists
+from awq.nn.blocks import find_block_lists, reached_lists
+from awq.nn.decoder_inputs import with_decoder_inputs
 from awq.nn.walk import ONE_TOKEN_ROWS, PROBE_TOKENS, BlockWalk
 
 
@@ -26,7 +27,9 @@ def find_folds(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, list[Inpu
     proves folds on. Raises ModelError when the model has no repeated blocks.
     """
     model.eval()
-    for visit in BlockWalk(model, find_block_lists(model), [_random_inputs(model, seed)]):
+    inputs = _random_inputs(model, seed)
+    lists = reached_lists(model, find_block_lists(model), with_decoder_inputs(model, inputs))
+    for visit in BlockWalk(model, lists, [inputs]):
         generator = torch.Generator().manual_seed(seed)
         groups = discover(visit.block, visit.single, visit.many, generator)
         yield visit.name, prove(visit.block, groups, visit.many, generator)

@@ -24,6 +24,9 @@ from awq.nn.surgery import is_linear
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "past", "cache_params")
 _FLAGS = {"use_cache": False, "output_attentions": False}
 
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # [rows, tokens]; a decoder's, too
+_SHORT_TOKENS = 16  # of a true pass that only shows what runs, and what it returns
+
 BlockList = tuple[str, nn.ModuleList]
 
 
@@ -45,6 +48,25 @@ def find_block_lists(model: nn.Module) -> list[BlockList]:
     if not found:
         raise ModelError(f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing to quantize.")
     return found
+
+
+@torch.no_grad()
+def reached_lists(model: nn.Module, lists: Sequence[BlockList], item: dict[str, Tensor]) -> list[BlockList]:
+    """The lists whose blocks all run when the model is called with `item`, in the order in which they begin.
+
+    A vision tower does not run on text. An encoder begins before its decoder, wherever it is registered.
+    Raises ModelError when the model's forward fails.
+    """
+    order: dict[str, int] = {}
+    names = [f"{prefix}.{j}" for prefix, blocks in lists for j in range(len(blocks))]
+
+    def note(name: str, _args: tuple) -> None:
+        order.setdefault(name, len(order))
+
+    with hooked(model, names, before=note):
+        _forward(model, _short(item))
+    reached = [(prefix, blocks) for prefix, blocks in lists if all(f"{prefix}.{j}" in order for j in range(len(blocks)))]
+    return sorted(reached, key=lambda entry: order[f"{entry[0]}.0"])
 
 
 def _has_products(block: nn.Module) -> bool:
@@ -177,11 +199,8 @@ def _output_structures(
 ) -> dict[tuple[int, int], Callable[[Tensor], Any]]:
     """For every block, a function that puts hidden states into the structure of the block's own output.
 
-    Learnt from one true pass over one sequence of at most two tokens.
+    Learnt from one true pass over the beginning of one row.
     """
-    tiny = {k: v[:1, :2] if v.dim() >= 2 else v[:1] for k, v in item.items()}
-    if "attention_mask" in tiny:
-        tiny["attention_mask"] = torch.ones_like(tiny["attention_mask"])
     keys = {f"{prefix}.{j}": (i, j) for i, (prefix, blocks) in enumerate(lists) for j in range(len(blocks))}
     wraps: dict[tuple[int, int], Callable[[Tensor], Any]] = dict.fromkeys(keys.values(), _as_it_is)
 
@@ -191,8 +210,19 @@ def _output_structures(
             wraps[keys[name]] = lambda hidden: (hidden, *rest)
 
     with hooked(model, keys, after=learn):
-        _forward(model, tiny)
+        _forward(model, _short(item))
     return wraps
+
+
+def _short(item: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The beginning of the first row of a model's inputs, without padding."""
+    short = {}
+    for name, tensor in item.items():
+        row = tensor[:1]
+        if name.endswith(_TOKEN_INPUTS):
+            row = row[:, :_SHORT_TOKENS]
+        short[name] = torch.ones_like(row) if name.endswith("attention_mask") else row
+    return short
 
 
 def _as_it_is(hidden: Tensor) -> Tensor:
@@ -206,7 +236,7 @@ def _forward(model: nn.Module, item: dict[str, Tensor]) -> None:
     flags = {"use_cache": False} if getattr(config, "use_cache", None) is not None else {}
     try:
         body(**item, **flags)
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, RuntimeError, AttributeError, AssertionError) as error:
         shapes = {k: tuple(v.shape) for k, v in item.items()}
         raise ModelError(f"the model's forward fails on calibration inputs of shapes {shapes}: {error}") from error
 

@@ -9,6 +9,10 @@ up to three sets of inputs from block to block:
 - calibration: all the batches, if the caller has any. The caller moves these past a block when it is done with it, because
   a quantizer hands on what the *quantized* block computes.
 
+A model may have several lists that run one after the other: an encoder and its decoder. The second list's inputs are recorded
+again when the walk comes to it, with the first as the caller left it, so that a decoder's cross-attention reads what the
+quantized encoder gives.
+
 A visited block lies on the work device in float32, whatever the model's dtype: folding in 16 bits costs accuracy before
 quantization has begun, and float16 products are a hundred times slower on a CPU. Afterwards every tensor has its own dtype
 and device again.
@@ -16,6 +20,7 @@ and device again.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +29,12 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from awq.errors import ModelError
 from awq.nn.blocks import BlockCall, BlockList, record_block_calls
+from awq.nn.decoder_inputs import with_decoder_inputs
 from awq.nn.surgery import device_of
+
+logger = logging.getLogger("awq.nn")
 
 PROBE_ROWS = 2
 PROBE_TOKENS = 32  # in each row of the many-token probe
@@ -40,12 +49,13 @@ class BlockInputs:
     """What the blocks of one list read: their arguments, and the hidden states that have come as far as the present block.
 
     calls: [batch][block]. hidden: one tensor [rows, tokens, features] a batch. masks: bool [rows, tokens] of real tokens, or
-    None when all are.
+    None when all are. encoder_masks: the same for a decoder's other input, the tokens of its encoder; else None.
     """
 
     calls: list[list[BlockCall]]
     hidden: list[Tensor]
     masks: list[Tensor | None]
+    encoder_masks: list[Tensor | None]
 
     def at(self, index: int, device: torch.device) -> Calls:
         """The calls of block `index`, float32 on `device`."""
@@ -83,6 +93,11 @@ class BlockVisit:
         assert self.calibration is not None
         return [None if mask is None else mask.to(self.device) for mask in self.calibration.masks]
 
+    def encoder_masks(self) -> list[Tensor | None]:
+        """The masks of what a decoder's cross-attention reads, on the visit's device."""
+        assert self.calibration is not None
+        return [None if mask is None else mask.to(self.device) for mask in self.calibration.encoder_masks]
+
     def advance(self) -> None:
         """Moves the calibration inputs past the block as it is now."""
         assert self.calibration is not None
@@ -90,8 +105,9 @@ class BlockVisit:
 
 
 class BlockWalk:
-    """Iterates over all blocks of `lists` in order. All inputs are recorded when the walk is made.
+    """Iterates over all blocks of `lists` in order. The first list's inputs are recorded when the walk is made.
 
+    lists: in the order in which they run (`reached_lists`).
     inputs: at least one model input with `input_ids` and `attention_mask` [rows, tokens], of which the probes are cut.
     calibration: whether all of `inputs` walk along, too. device: where blocks are visited; default: where the model is.
     Raises ModelError when the model's forward fails on the inputs, or does not call a block.
@@ -105,18 +121,34 @@ class BlockWalk:
         calibration: bool = False,
         device: torch.device | None = None,
     ) -> None:
+        self.model = model
         self.lists = list(lists)
         self.device = device or device_of(model)
-        many, single = probe_inputs(inputs)
-        self._calibration = _record(model, lists, inputs) if calibration else [None] * len(self.lists)
-        self._many = _record(model, lists, [many])
-        self._single = _record(model, lists, [single])
+        self._inputs = inputs if calibration else None
+        self._probes = probe_inputs(inputs)
+        self._first = self._record(0)
+
+    def _record(self, number: int) -> tuple[BlockInputs | None, BlockInputs, BlockInputs]:
+        """(calibration, many-token probe, one-token probe) of one list. The lists before it run as they are now."""
+        lists = self.lists[number:]
+        many, single = self._probes
+        calibration = None if self._inputs is None else _record(self.model, lists, self._inputs)
+        return calibration, _record(self.model, lists, [many]), self._record_single(lists, single)
+
+    def _record_single(self, lists: Sequence[BlockList], single: ModelInputs) -> BlockInputs:
+        """Without calls where the model cannot run on single tokens (it pools them): then no fold into a linear is found."""
+        try:
+            return _record(self.model, lists, [single])
+        except ModelError as error:
+            logger.info("no one-token probes: %s", error)
+            return BlockInputs([], [], [], [])
 
     def __len__(self) -> int:
         return sum(len(blocks) for _, blocks in self.lists)
 
     def __iter__(self) -> Iterator[BlockVisit]:
-        for (prefix, blocks), calibration, many, single in zip(self.lists, self._calibration, self._many, self._single):
+        for number, (prefix, blocks) in enumerate(self.lists):
+            calibration, many, single = self._first if number == 0 else self._record(number)
             for index, block in enumerate(blocks):
                 with in_float32(block, self.device) as dtypes:
                     visit = BlockVisit(
@@ -153,13 +185,19 @@ def _without_padding(ids: Tensor) -> ModelInputs:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _record(model: nn.Module, lists: Sequence[BlockList], inputs: Sequence[ModelInputs]) -> list[BlockInputs]:
-    """The inputs of every block list."""
+def _record(model: nn.Module, lists: Sequence[BlockList], inputs: Sequence[ModelInputs]) -> BlockInputs:
+    """The inputs of the first of `lists`. The others do nothing."""
     home = device_of(model)
-    moved = [{name: tensor.to(home) for name, tensor in item.items()} for item in inputs]
-    recorded = record_block_calls(model, lists, moved)
-    masks = [_mask(item["attention_mask"]) for item in inputs]
-    return [BlockInputs(calls, hidden, masks) for calls, hidden in zip(recorded.calls, recorded.hidden)]
+    items = [with_decoder_inputs(model, item) for item in inputs]
+    recorded = record_block_calls(model, lists, [{k: v.to(home) for k, v in item.items()} for item in items])
+    hidden = recorded.hidden[0]
+    masks, encoder_masks = [], []
+    for item, entering in zip(items, hidden):
+        mask, decoder_mask = item["attention_mask"], item.get("decoder_attention_mask")
+        in_decoder = decoder_mask is not None and decoder_mask.shape == entering.shape[:2] != mask.shape
+        masks.append(_mask(decoder_mask if in_decoder and decoder_mask is not None else mask))
+        encoder_masks.append(_mask(mask) if in_decoder else None)
+    return BlockInputs(recorded.calls[0], hidden, masks, encoder_masks)
 
 
 def _mask(attention_mask: Tensor) -> Tensor | None:

@@ -20,7 +20,7 @@ from awq.quantize.experts import RoundingPart, collect_experts, complete_experts
 from awq.quantize.group import QuantizedLinear, choose_scale, quantize_group, round_to_nearest_losses
 from awq.quantize.input_error import InputErrorStatistics, OriginalInputs
 from awq.quantize.run import QuantizeRun
-from awq.quantize.statistics import InputStatistics, MaskHolder, collect_inputs
+from awq.quantize.statistics import InputStatistics, MaskHolder, collect_inputs, fitting_mask
 
 logger = logging.getLogger("awq.quantize")
 
@@ -84,8 +84,8 @@ class BlockQuantizer:
             collect_inputs(self.block, [*shared, *layers], holder) as statistics,
             collect_experts(self.block, routed, holder, statistics, routed_tokens),
         ):
-            for (call, hidden), mask in zip(self.visit.calls(), self.visit.masks()):
-                holder.mask = mask
+            for (call, hidden), *masks in zip(self.visit.calls(), self.visit.masks(), self.visit.encoder_masks()):
+                holder.mask, holder.encoder = masks
                 call.run(self.block, hidden)
         for group in self.groups:
             if not expert_of(self.block, group.consumers[0]):
@@ -197,10 +197,11 @@ def _no_finite_loss(choice: ScaleChoice) -> bool:
 def once_per_token(statistics: InputStatistics, visit: BlockVisit) -> bool:
     """Whether an input comes once for every token: an expert's cannot be compared between two models."""
     assert visit.calibration is not None
-    hidden, masks = visit.calibration.hidden, visit.calibration.masks
-    real = sum(h.shape[0] * h.shape[1] if m is None else int(m.sum()) for h, m in zip(hidden, masks))
-    once = statistics.calls == len(hidden) and statistics.tokens + statistics.dropped == real
-    return once and statistics.tokens > 0
+    inputs = visit.calibration
+    own = sum(h.shape[0] * h.shape[1] if mask is None else int(mask.sum()) for h, mask in zip(inputs.hidden, inputs.masks))
+    encoder = sum(0 if mask is None else int(mask.sum()) for mask in inputs.encoder_masks)
+    seen = statistics.tokens + statistics.dropped
+    return statistics.calls == len(inputs.hidden) and statistics.tokens > 0 and seen in (own, encoder)
 
 
 def input_error(
@@ -213,10 +214,10 @@ def input_error(
     if name not in original.names:
         return None
     found = InputErrorStatistics(linear_shape(block.get_submodule(name))[0], visit.device)
-    for index, ((call, hidden), mask) in enumerate(zip(visit.calls(), visit.masks())):
+    for index, ((call, hidden), *masks) in enumerate(zip(visit.calls(), visit.masks(), visit.encoder_masks())):
         if index not in unused:
             now = input_of(block, name, partial(call.run, block, hidden))
             assert now is not None
-            found.add_pair(now, original.of(name, index), mask)
+            found.add_pair(now, original.of(name, index), fitting_mask(now, *masks))
     found.shrink_to_diagonal()
     return found

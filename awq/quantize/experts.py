@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from awq.folds import InputGroup
 from awq.nn.experts import ExpertLinears, expert_of, named_experts
+from awq.nn.surgery import device_of
 from awq.quantize.plan import Plan
 from awq.quantize.statistics import InputStatistics, MaskHolder
 
@@ -175,7 +176,8 @@ def complete_experts(
     """
     report = {}
     for owner, experts in named_experts(block).items():
-        layer = statistics[owner]
+        device = device_of(experts)
+        layer = statistics.setdefault(owner, InputStatistics(experts.shape.hidden, device))  # never called: of no tokens
         tokens = ExpertTokens([0] * experts.shape.num_experts, [0] * experts.shape.num_experts)
         for name in names:
             place = expert_of(block, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -9,9 +10,10 @@ from torch import nn
 from awq.config import AwqConfig
 from awq.errors import ConfigError, ModelError
 from awq.formats import get_format
+from awq.nn.blocks import BlockList
 from awq.nn.surgery import LINEARS, is_linear, linear_shape
 
-MAX_ODD_SHARE = 0.05  # of the blocks' weights that may lie in linears which the group size does not divide
+MAX_ODD_SHARE = 0.1  # of the blocks' weights in linears that the group size does not divide: more is a mistaken group size
 
 
 @dataclass
@@ -20,6 +22,7 @@ class Plan:
 
     targets: set[str] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def skip(self, names: set[str], reason: str) -> None:
         """Leaves these as they are. Raises ModelError when nothing is left to quantize."""
@@ -34,44 +37,68 @@ def excluded_by(name: str, patterns: tuple[str, ...]) -> str | None:
     return next((p for p in patterns if f".{p}." in f".{name}."), None)
 
 
-def make_plan(model: nn.Module, lists: list[tuple[str, nn.ModuleList]], config: AwqConfig, packed: bool = True) -> Plan:
+def make_plan(
+    model: nn.Module, lists: Sequence[BlockList], config: AwqConfig, packed: bool = True, unreached: Sequence[str] = ()
+) -> Plan:
     """Decides for every linear of the model.
 
-    Linears whose input the group size does not divide stay as they are where they hold next to none of the weights (gemma3n's
-    products of 4 channels). Raises ConfigError when they hold more, naming the first, or when packed weights are asked for in
-    other than 4 bits; ModelError when nothing is left to quantize.
+    lists: the repeated blocks to quantize; unreached: names of lists of blocks that the calibration inputs do not reach.
+    Linears whose input the group size does not divide stay dense and are named. Raises ConfigError when they hold more than a
+    tenth of the weights, naming the first and a group size that fits, or when packed weights are asked for in other than 4
+    bits; ModelError when nothing is left to quantize.
     """
     if packed and config.bits != 4:
         raise ConfigError(
             f"bits is {config.bits}: packed formats hold 4 bits; use w_bit 4, or export_compatible=True for dense weights."
         )
-    plan, problems, sizes = Plan(), {}, {}
-    prefixes = tuple(f"{prefix}." for prefix, _ in lists)
+    plan = Plan()
+    odd: dict[str, str] = {}
+    weights: dict[str, int] = {}
     for name, module in model.named_modules():
         if not is_linear(module):
             if isinstance(module, LINEARS):  # named in the checkpoint, for readers who take every such module for a linear
                 plan.skipped[name] = f"{type(module).__name__} does more than a linear"
             continue
+        reason = _why_dense(name, lists, config, unreached)
+        if reason:
+            plan.skipped[name] = reason
+            continue
         in_features, out_features = linear_shape(module)
-        pattern = excluded_by(name, config.modules_to_not_convert)
-        if not name.startswith(prefixes):
-            plan.skipped[name] = "outside the repeated blocks"
-        elif pattern is not None:
-            plan.skipped[name] = f"excluded by modules_to_not_convert: {pattern}"
+        weights[name] = in_features * out_features
+        try:
+            size = config.group_size_of(in_features, name)
+        except ConfigError as error:
+            odd[name] = str(error)
+            continue
+        reason = get_format(config.format).why_not(in_features, out_features, size) if packed else None
+        if reason:
+            plan.skipped[name] = reason
         else:
-            sizes[name] = in_features * out_features
-            try:
-                size = config.group_size_of(in_features, name)
-            except ConfigError as error:
-                problems[name] = str(error)
-                continue
-            reason = get_format(config.format).why_not(in_features, out_features, size) if packed else None
-            if reason:
-                plan.skipped[name] = reason
-            else:
-                plan.targets.add(name)
-    if sum(sizes[name] for name in problems) > MAX_ODD_SHARE * sum(sizes.values()):
-        more = f" ({len(problems) - 1} more linears have the same problem)" if len(problems) > 1 else ""
-        raise ConfigError(next(iter(problems.values())) + more)
-    plan.skip(set(problems), "the group size does not divide its in_features")
+            plan.targets.add(name)
+    _skip_odd(plan, odd, weights)
     return plan
+
+
+def _why_dense(name: str, lists: Sequence[BlockList], config: AwqConfig, unreached: Sequence[str]) -> str | None:
+    """Why a linear stays dense whatever its shape."""
+    tower = next((prefix for prefix in unreached if name.startswith(f"{prefix}.")), None)
+    if tower is not None:
+        return f"the calibration inputs do not reach {tower}"
+    if not name.startswith(tuple(f"{prefix}." for prefix, _ in lists)):
+        return "outside the repeated blocks"
+    pattern = excluded_by(name, config.modules_to_not_convert)
+    return None if pattern is None else f"excluded by modules_to_not_convert: {pattern}"
+
+
+def _skip_odd(plan: Plan, odd: dict[str, str], weights: dict[str, int]) -> None:
+    """Takes out linears that the group size does not divide. odd: name → error; weights: their number in every linear."""
+    share = sum(weights[name] for name in odd) / max(1, sum(weights.values()))
+    if share > MAX_ODD_SHARE:
+        more = f" ({len(odd) - 1} more linears have the same problem)" if len(odd) > 1 else ""
+        raise ConfigError(next(iter(odd.values())) + more)
+    plan.skip(set(odd), "the group size does not divide its in_features")
+    if odd:
+        plan.warnings.append(
+            f"{len(odd)} linears with {share:.1%} of the blocks' weights stay dense, for the group size does not divide their "
+            f"inputs; the first: {next(iter(odd.values()))}"
+        )

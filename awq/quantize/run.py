@@ -20,7 +20,8 @@ from awq.config import AwqConfig
 from awq.core.weight import QuantizedWeight
 from awq.errors import CalibrationError
 from awq.folds import InputGroup
-from awq.nn.blocks import BlockList, find_block_lists
+from awq.nn.blocks import BlockList, find_block_lists, reached_lists
+from awq.nn.decoder_inputs import with_decoder_inputs
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import device_of, get_weight, linear_shape, replace_module
 from awq.nn.walk import BlockWalk
@@ -66,18 +67,22 @@ class QuantizeRun:
         if not batches or not any(int(b.attention_mask.sum()) for b in batches):
             raise CalibrationError("the calibration data holds no token; give at least one text.")
         lists = find_block_lists(model)
-        plan = make_plan(model, lists, config, packed=not options.export_compatible)
+        reached = reached_lists(model, lists, _model_inputs(model, batches[0]))
+        unreached = [prefix for prefix, _ in lists if prefix not in dict(reached)]
+        plan = make_plan(model, reached, config, packed=not options.export_compatible, unreached=unreached)
         skip_in_mixtures(plan, model)
         widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.targets)
         device = _work_device(device_of(model), options)
         batches = rebatched(batches, _batch_tokens(device, widest))
         if options.tuning:
             batches = micro_batches(batches)
+        batches = [_complete(model, batch) for batch in batches]
         report = QuantReport(config.to_dict(), asdict(options), skipped=plan.skipped, versions=_versions())
         report.tokens = sum(int(b.attention_mask.sum()) for b in batches)
         _warn_of_few_tokens(report, widest)
+        report.warnings += plan.warnings
         judges = held_out(len(batches)) if options.tuning else frozenset[int]()
-        return cls(model, lists, batches, config, options, plan, report, device, judges)
+        return cls(model, reached, batches, config, options, plan, report, device, judges)
 
     @property
     def corrects_inputs(self) -> bool:
@@ -158,6 +163,17 @@ def _work_device(home: torch.device, options: QuantizeOptions) -> torch.device:
 def _batch_tokens(device: torch.device, widest: int) -> int:
     """Tokens of one forward; widest: inputs of the widest linear."""
     return BATCH_TOKENS if device.type == "cpu" else max(BATCH_TOKENS, GPU_BATCH_VALUES // widest)
+
+
+def _model_inputs(model: nn.Module, batch: CalibrationBatch) -> dict[str, Tensor]:
+    return {name: tensor.to(device_of(model)) for name, tensor in _complete(model, batch).model_inputs().items()}
+
+
+def _complete(model: nn.Module, batch: CalibrationBatch) -> CalibrationBatch:
+    """The batch with what an encoder-decoder needs."""
+    inputs = with_decoder_inputs(model, batch.model_inputs())
+    extra = {name: tensor for name, tensor in inputs.items() if name not in ("input_ids", "attention_mask")}
+    return batch._replace(extra=extra)
 
 
 def _warn_of_few_tokens(report: QuantReport, widest: int) -> None:

@@ -106,9 +106,21 @@ class InputStatistics:
 
 
 class MaskHolder:
-    """The token mask of the batch that is running; hooks read it."""
+    """The token masks of the batch that is running; hooks read them. encoder: of the other input of a decoder's blocks."""
 
     mask: Tensor | None = None
+    encoder: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """The mask of an input [batch, tokens, in]: the encoder's where that alone has its number of tokens."""
+        return fitting_mask(x, self.mask, self.encoder)
+
+
+def fitting_mask(x: Tensor, mask: Tensor | None, encoder: Tensor | None) -> Tensor | None:
+    """Of a block's mask and its encoder's, bool [batch, tokens] or None, the one for x [batch, tokens, in]."""
+    if encoder is not None and x.shape[:-1] == encoder.shape:
+        return encoder
+    return mask
 
 
 @contextmanager
@@ -120,7 +132,7 @@ def collect_inputs(block: nn.Module, names: Iterable[str], holder: MaskHolder) -
         x = args[0]
         if name not in statistics:
             statistics[name] = InputStatistics(x.shape[-1], x.device)
-        statistics[name].add(x, holder.mask)
+        statistics[name].add(x, holder.of(x))
 
     with hooked(block, names, before=add):
         yield statistics
