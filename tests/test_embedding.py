@@ -407,6 +407,7 @@ def test_decoder_embedders(family, texts, tmp_path):
 
 def test_code_blocks_of_our_page(sentence_dir, texts, tmp_path, monkeypatch, tokenizer):
     """Blocks run in order and share their names; the server answers what the encoder gives."""
+    import base64
     import re
     from pathlib import Path
 
@@ -423,6 +424,27 @@ def test_code_blocks_of_our_page(sentence_dir, texts, tmp_path, monkeypatch, tok
     monkeypatch.setenv("MODEL", str(tmp_path / "q"))
     space = {"__name__": "server"}
     exec(compile(server, "server", "exec"), space)
-    answer = testing.TestClient(space["app"]).post("/v1/embeddings", json={"input": texts[:2]}).json()
+    client, encoder = testing.TestClient(space["app"], raise_server_exceptions=False), space["encoder"]
+
+    def ask(status=200, **body):
+        answer = client.post("/v1/embeddings", json=body)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    answer = ask(input=texts[:2], model="any", user="somebody")
     found = torch.tensor([row["embedding"] for row in answer["data"]])
-    torch.testing.assert_close(found, space["encoder"].encode(texts[:2], normalize=True), atol=1e-6, rtol=1e-5)
+    expected = encoder.encode(texts[:2], normalize=True)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    ids = encoder.tokenizer(texts[:2])["input_ids"]
+    tokens = sum(map(len, ids))
+    assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens} and answer["model"] == "q"
+    assert client.get("/v1/models").json()["data"][0]["id"] == "q"
+    for given in (texts[0], ids[0], ids[:1]):
+        row = torch.tensor(ask(input=given)["data"][0]["embedding"])
+        torch.testing.assert_close(row, expected[0], atol=1e-6, rtol=1e-5)
+    short = torch.tensor(ask(input=texts[0], dimensions=4)["data"][0]["embedding"])
+    torch.testing.assert_close(short, encoder.encode(texts[0], normalize=True, truncate_dim=4), atol=1e-6, rtol=1e-5)
+    coded = base64.b64decode(ask(input=texts[0], encoding_format="base64")["data"][0]["embedding"])
+    torch.testing.assert_close(torch.frombuffer(bytearray(coded), dtype=torch.float32), expected[0], atol=1e-6, rtol=1e-5)
+    for bad in ({"input": []}, {"input": ""}, {"input": "a", "dimensions": 0}, {"input": "a", "dimensions": 9}, {"input": [1 << 30]}):
+        assert ask(400, **bad)["error"]["message"]

@@ -64,6 +64,8 @@ class AutoAWQLoader(BaseModelLoader):
         self._device = device
         self._model: Any = None
         self._tokenizer: Any = None
+        self.model: Any = None
+        self.tokenizer: Any = None
         self.get_device()
 
     def get_device(self, device: str | None = None) -> str:
@@ -98,6 +100,7 @@ class AutoAWQLoader(BaseModelLoader):
         tokenizer = load_tokenizer(self._source, self._trust, **self._hub)
         model = load_model(self._source, self._dtype, self._trust, AutoModel, **self._hub)
         self._model, self._tokenizer = model.to(self.get_device()), tokenizer
+        self.model, self.tokenizer = self._model, self._tokenizer  # where a host's own methods look for them
 
     def is_model_available(self) -> bool:
         """Whether an AWQ checkpoint with readable files is there; the reason is logged when it is not."""
@@ -148,6 +151,7 @@ class AutoAWQLoader(BaseModelLoader):
         super().cleanup()
         with lock_of(self):
             self._model = self._tokenizer = None
+            self.model = self.tokenizer = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
