@@ -29,6 +29,7 @@ from awq.config import AwqConfig
 from awq.core.weight import QuantizedWeight
 from awq.evals.speed import generation_speed, seconds, weight_bytes
 from awq.models.base import BaseAWQForCausalLM
+from awq.models.generation import Fusion
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import linear_shape, named_linears, replace_module
@@ -122,10 +123,10 @@ def ours(shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, int
         for batch in arguments.batches:
             for prompt, new in lengths:
                 wrapper.fuse_layers(prompt + new, batch)
-                wrapper._fusion = "to be compared"
+                wrapper._fusion = Fusion("unfused", "to be compared")
                 wrapper._capture()
                 speed = generation_speed(wrapper, batch, prompt, new, arguments.repeats)
-                assert wrapper.fusion.startswith("captured"), wrapper.fusion
+                assert wrapper.fusion.state == "captured", wrapper.fusion
                 note(shape, {"name": "captured, as if it could not be fused"} | speed.to_dict())
 
 
@@ -156,7 +157,7 @@ ids = torch.arange(3, 67, device={device!r}).view(1, -1)
 m.generate(input_ids=ids, max_new_tokens=1, pad_token_id=0).tolist()
 w = time.perf_counter()
 m.generate(input_ids=ids, max_new_tokens=2, pad_token_id=0).tolist()
-assert m.fusion == "fused", m.fusion
+assert m.fusion.state == "fused", m.fusion
 print(t - begin, u - t, v - u, w - v, w - t, time.perf_counter() - w)
 """
 _STAGES = ("import_s", "load_s", "fuse_s", "prompt_s", "first_token_s", "second_call_s")

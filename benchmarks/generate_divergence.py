@@ -89,7 +89,7 @@ def compare(name: str, model: Any, device: str, dtype: torch.dtype, rows: int, n
         whole = torch.cat([batch["input_ids"][row][seen], theirs.sequences[row, width : width + upto - 1]])
         exact = reference(input_ids=whole.unsqueeze(0)).logits[0, -upto:].double()
         errors = [(torch.stack([x[row] for x in g.logits[:upto]]).double() - exact) for g in (theirs, ours)]
-        entry: dict[str, Any] = {"model": name, "batch": rows, "row": row, "fusion": wrapper.fusion, "new_tokens": new}
+        entry: dict[str, Any] = {"model": name, "batch": rows, "row": row, "fusion": str(wrapper.fusion), "new_tokens": new}
         entry |= {"equal": new if first is None else first, "first_divergence": first}
         rms = [float(e.square().mean().sqrt()) for e in errors]
         entry |= {"rms_error_unfused": rms[0], "rms_error_fused": rms[1]}

@@ -74,8 +74,8 @@ def main() -> None:
         command = [sys.executable, __file__, arguments.model, "--only", str(index), "--device", arguments.device]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         equal[index] = json.loads(done.stdout.splitlines()[-1]) == out
-    result = {"fusion": model.fusion, "calls": arguments.calls, "memory": memory, "equal_to_fresh_process": equal}
-    print({"fusion": model.fusion, "equal_to_fresh_process": equal})
+    result = {"fusion": str(model.fusion), "calls": arguments.calls, "memory": memory, "equal_to_fresh_process": equal}
+    print({"fusion": str(model.fusion), "equal_to_fresh_process": equal})
     if arguments.json:
         common.write(arguments.json, arguments.device, result)
 

@@ -74,7 +74,7 @@ def test_greedy_equals_transformers(family):
         assert ours.shape == (rows, 73) and torch.equal(ours, theirs)
     assert len(theirs.unique()) > 8  # a model that says one token would show nothing
     interface = hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")  # releases differ in who uses it
-    assert (wrapper.fusion == "fused") == (interface and family not in ALIBI), wrapper.fusion
+    assert (wrapper.fusion.state == "fused") == (interface and family not in ALIBI), wrapper.fusion
 
 
 def test_an_attention_argument_that_is_not_known_is_refused(llama):
@@ -90,7 +90,7 @@ def test_multiplied_embeddings_beside_absolute_positions():
     wrapper = wrapped(model)
     for rows in (1, 4):
         theirs, ours = both(model, wrapper, **prompts(rows), max_new_tokens=40, do_sample=False, pad_token_id=0)
-        assert torch.equal(ours, theirs) and wrapper.fusion == "fused"
+        assert torch.equal(ours, theirs) and wrapper.fusion.state == "fused"
 
 
 def test_what_surrounds_the_blocks_is_proven_too(llama, monkeypatch):
@@ -121,7 +121,7 @@ def test_scaled_rotation(rope):
     model = zoo.build("llama", zoo.GQA | {name: {"rope_theta": 10000.0} | ROPE[rope]})
     wrapper = wrapped(model)
     theirs, ours = both(model, wrapper, **prompts(), max_new_tokens=40, do_sample=False, pad_token_id=0)
-    assert torch.equal(ours, theirs) and wrapper.fusion == "fused"
+    assert torch.equal(ours, theirs) and wrapper.fusion.state == "fused"
 
 
 def test_positions_that_the_model_knows_are_the_limit():
@@ -131,7 +131,7 @@ def test_positions_that_the_model_knows_are_the_limit():
     for model in (dynamic, zoo.tiny_model("gpt2")):
         wrapper = wrapped(model, 256)
         theirs, ours = both(model, wrapper, **prompts(), max_new_tokens=55, do_sample=False, pad_token_id=0)
-        assert torch.equal(ours, theirs) and wrapper.fusion == "fused"
+        assert torch.equal(ours, theirs) and wrapper.fusion.state == "fused"
         with pytest.raises(ConfigError, match="max_seq_len=64"):
             wrapper.generate(**prompts(), max_new_tokens=56)
 
@@ -162,7 +162,7 @@ def test_settings(llama, settings):
     wrapper = wrapped(llama)
     length = {} if "max_length" in settings else {"max_new_tokens": 20}
     theirs, ours = both(llama, wrapper, **prompts(), **settings, **length, pad_token_id=0)
-    assert torch.equal(ours, theirs) and wrapper.fusion == "fused"
+    assert torch.equal(ours, theirs) and wrapper.fusion.state == "fused"
 
 
 def test_prompt_lookup(llama):
@@ -172,7 +172,7 @@ def test_prompt_lookup(llama):
     kwargs = dict(**prompt, max_new_tokens=36, do_sample=False, pad_token_id=0)
     plain = wrapper.generate(**kwargs)
     llama.register_forward_hook(lambda *_: passes.append(1))
-    assert torch.equal(wrapper.generate(**kwargs, prompt_lookup_num_tokens=4), plain) and wrapper.fusion == "fused"
+    assert torch.equal(wrapper.generate(**kwargs, prompt_lookup_num_tokens=4), plain) and wrapper.fusion.state == "fused"
     assert 0 < len(passes) < 30
 
 
@@ -190,15 +190,15 @@ def test_step_over_a_static_cache(family):
     if isinstance(why_not_static(model), str):
         pytest.skip(f"transformers has no static step: {why_not_static(model)}")
     wrapper = wrapped(model, 80)
-    assert wrapper.fuse() is None and wrapper.fusion != "not fused yet"
+    assert wrapper.fuse() is None and wrapper.fusion.state != "pending"
     wrapper._capture()
     for rows, new in ((1, 64), (4, 64), (3, 9), (4, 30), (1, 12)):
         theirs, ours = both(model, wrapper, **prompts(rows), max_new_tokens=new, do_sample=False, pad_token_id=0)
-        assert torch.equal(ours, theirs) and wrapper.fusion.startswith("captured: ")
+        assert torch.equal(ours, theirs) and wrapper.fusion.state == "captured"
     with pytest.raises(ConfigError, match="max_seq_len=80"):
         wrapper.generate(**prompts(1), max_new_tokens=72)
     assert wrapper.to(torch.bfloat16).generate(**prompts(1), max_new_tokens=2).shape[1] <= 11
-    assert not wrapper.fusion.startswith("captured")  # it was for float32
+    assert wrapper.fusion.state != "captured"  # it was for float32
 
 
 def test_nothing_from_the_host_changes_no_result():
@@ -294,7 +294,7 @@ def test_what_transformers_prepares_for_its_own_loop_is_no_obstacle(llama):
     expected = wrapper.generate(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=0)
     llama.__class__ = Later
     assert torch.equal(wrapper.generate(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=0), expected)
-    assert wrapper.fusion == "fused"
+    assert wrapper.fusion.state == "fused"
 
 
 def test_inputs_that_only_the_models_forward_knows_go_there(llama):
@@ -394,7 +394,7 @@ def test_quantized_model(saved, tmp_path):
     kwargs = dict(**prompts(), max_new_tokens=30, do_sample=False, pad_token_id=0)
     expected = plain.generate(**kwargs)
     assert torch.equal(fused.generate(**kwargs), expected)
-    assert plain.fusion == "fuse_layers=False" and fused.fusion == "fused"
+    assert plain.fusion.state == "off" and fused.fusion.state == "fused"
     products = [m for m in fused.model.modules() if isinstance(m, WQLinear)]
     assert len(products) == 3 * 4  # q, k, v and gate, up are one each
     theirs, ours = plain.model.state_dict(), fused.model.state_dict()
@@ -429,7 +429,7 @@ def test_a_fused_model_that_is_cast(saved):
     kwargs = dict(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=0)
     fused.generate(**kwargs)
     fused.to(torch.bfloat16).generate(**kwargs)
-    assert fused.fusion == "fused" and fused.fuse().dtype == torch.bfloat16
+    assert fused.fusion.state == "fused" and fused.fuse().dtype == torch.bfloat16
     expected = plain.to(torch.bfloat16).to(torch.float32).generate(**kwargs)
     assert torch.equal(fused.to(torch.float32).generate(**kwargs), expected)
 

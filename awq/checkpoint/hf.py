@@ -239,6 +239,20 @@ def check_loaded(model: Any, matched: dict[str, str], packed: PackedTensors) -> 
                 )
 
 
+def mark_quantized(model: Any, config: settings.AwqConfig) -> None:
+    """Brings a model that was quantized in memory into the state of a loaded one, so that transformers knows what it is.
+
+    transformers' own `save_pretrained` and `push_to_hub`, sentence-transformers' save, and PEFT then treat it as such.
+    """
+    dense = sorted(named_linears(model))
+    stored = config.with_(modules_to_not_convert=tuple(dense)).to_transformers_dict()
+    quantizer = AwqHfQuantizer(AwqConfig(**{k: v for k, v in stored.items() if k != "quant_method"}))
+    model.config.quantization_config = quantizer.quantization_config
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method
+
+
 def register() -> None:
     """Makes transformers load `quant_method: "awq"` through this package. `import awq` arranges it; calling again is harmless."""
     current = [table.get("awq") for table in _TABLES]

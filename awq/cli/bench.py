@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         generation_speed(model, batch, prompt, new, arguments.repeats) for batch in arguments.batch_sizes for prompt, new in lengths
     ]
     device, read, bandwidth = str(model.device), weight_bytes(model.model), read_bandwidth(model.device)
-    result = {"model": arguments.model, "device": device, "fusion": model.fusion, "rows": [r.to_dict() for r in rows]}
+    result = {"model": arguments.model, "device": device, "fusion": str(model.fusion), "rows": [r.to_dict() for r in rows]}
     result |= {"weight_gb": read / 1e9, "read_bandwidth_gb_s": bandwidth / 1e9}
     best = max(read * r.decode_tok_s / r.batch for r in rows)
     table = as_table(arguments.model.rstrip("/").rpartition("/")[2], model.quant_config.format, rows)

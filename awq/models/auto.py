@@ -54,7 +54,7 @@ class AutoAWQForCausalLM:
         low_cpu_mem_usage: bool = True,
         use_cache: bool = False,
         **model_init_kwargs: Any,
-    ) -> BaseAWQForCausalLM:
+    ) -> Any:
         """A full-precision model to quantize, from a local directory or hub id. `dtype` is understood like `torch_dtype`.
 
         safetensors, low_cpu_mem_usage and use_cache are accepted for compatibility: weights are read from safetensors only,
@@ -94,7 +94,7 @@ class AutoAWQForCausalLM:
         quantize_lm_head: bool = False,
         capture_unfused: bool = True,
         **config_kwargs: Any,
-    ) -> BaseAWQForCausalLM:
+    ) -> Any:
         """A quantized model ready to use; `.tokenizer` is the one saved beside it, or None.
 
         device: one device for the whole model; device_map: transformers' spreading over several. The GPU is taken when neither
@@ -124,7 +124,7 @@ class AutoAWQForCausalLM:
         model = load_model(source, dtype, kind=cls._class_of(source), **kwargs)
         tokenizer = find_tokenizer(source.location, trust_remote_code)
         loaded = cls._wrapper_of(source)(model, str(quant_path), stored, tokenizer, trust_remote_code)
-        if fuse_layers and loaded.can_generate():
+        if fuse_layers and isinstance(loaded, BaseAWQForCausalLM) and loaded.can_generate():
             loaded.fuse_layers(max_seq_len, batch_size, quantize_lm_head, capture_unfused)
         return loaded
 

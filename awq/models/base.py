@@ -1,4 +1,4 @@
-"""`BaseAWQForCausalLM`: the object AutoAWQ users hold, around a plain transformers model."""
+"""`AwqModel` and `BaseAWQForCausalLM`: the objects AutoAWQ users hold, around a plain transformers model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from awq.calibration import load_calibration
 from awq.calibration.batches import general_rows
 from awq.calibration.request import read_request, tell_apart
 from awq.checkpoint import save_checkpoint
+from awq.checkpoint.hf import mark_quantized
+from awq.checkpoint.source import position_limit
 from awq.checkpoint.tokenizer import find_tokenizer
 from awq.config import AwqConfig
-from awq.errors import ConfigError, ModelError
+from awq.errors import AwqError, ConfigError, ModelError
 from awq.models.generation import FusedGeneration
 from awq.nn.blocks import find_block_lists
 from awq.nn.copies import copy_structure
@@ -28,15 +30,17 @@ from awq.nn.linear import WQLinear
 from awq.nn.locks import lock_of
 from awq.nn.surgery import device_of, get_weight, named_linears, replace_module, usable_device
 from awq.quantize import QuantizeOptions, QuantReport, quantize_model
+from awq.quantize.checks import check_quantizable
 from awq.quantize.plan import make_plan
 
 logger = logging.getLogger("awq.models")
 
 
-class BaseAWQForCausalLM(FusedGeneration, nn.Module):
-    """A transformers model (`.model`) with AutoAWQ's `quantize`, `save_quantized`, `pack` and `generate`.
+class AwqModel(nn.Module):
+    """A transformers model (`.model`) that can be quantized, packed and saved.
 
-    Attributes it does not have itself are the transformers model's.
+    Attributes it does not have itself are the transformers model's. What it can do beyond that is a matter of its kind:
+    `BaseAWQForCausalLM` generates, `AwqEmbeddingModel` embeds.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         self._tokenizer_known = self.is_quantized
         self._trust_remote_code = trust_remote_code
         self._waiting: dict[str, WQLinear] = {}  # packed linears of an export_compatible run, until pack()
-        self._stay_unfused()
+        self._half_quantized = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -92,53 +96,51 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         """The transformers model's own forward: `.logits` of a language model, `.last_hidden_state` of an encoder."""
         return self.model(*args, **kwargs)
 
-    def quantize(
+    def _quantize(
         self,
-        tokenizer: Any = None,
-        quant_config: Mapping[str, Any] | AwqConfig | None = None,
-        calib_data: Any = "pileval",
-        split: str = "train",
-        text_column: str = "text",
-        duo_scaling: bool = True,
+        tokenizer: Any,
+        quant_config: Mapping[str, Any] | AwqConfig | None,
+        calib_data: Any,
+        *,
+        split: str,
+        text_column: str,
+        max_calib_samples: int | None,
+        max_calib_seq_len: int,
         export_compatible: bool = False,
-        apply_clip: bool = True,
-        n_parallel_calib_samples: int | None = None,
-        max_calib_samples: int | None = None,
-        max_calib_seq_len: int = 512,
-        max_chunk_memory: int = 1 << 30,
-        quantizer_cls: Any = None,
-        preset: str = "balanced",
-        general_texts: bool = True,
+        general_texts: bool = False,
         **options: Any,
     ) -> QuantReport:
-        """Quantizes the model in place and returns the report.
-
-        tokenizer: a tokenizer (None: the one beside the model), or calibration data itself: token ids ([samples, tokens]
-        tensor, or a list of id tensors of any lengths), a tokenizer's output, or texts.
-        quant_config: {"zero_point", "q_group_size", "w_bit", "version", "modules_to_not_convert"}. The other arguments are
-        AutoAWQ's; n_parallel_calib_samples, max_chunk_memory and quantizer_cls are accepted and not needed. general_texts: rows
-        of the bundled text, half as many as there are of yours, join texts that calibrate a language model's error feedback,
-        so that it does not follow their domain alone (docs/notes/quality.md); token ids stay alone. options: fields
-        of `QuantizeOptions`. Raises ConfigError, CalibrationError or ModelError before any weight is touched.
-        """
+        """What `quantize` of every kind of model does; arguments are those of `BaseAWQForCausalLM.quantize`."""
+        self._check_whole()
         if self.is_quantized or self._waiting:
             raise ConfigError(f"the model from {self.path} is quantized already; start from the full-precision model.")
         if not self._is_decoder() and options.get("correction") is None:
             options["correction"] = ENCODER_CORRECTION
-        config, chosen = self._checked(
-            quant_config, max_calib_samples, max_calib_seq_len, export_compatible, preset=preset, duo_scaling=duo_scaling,
-            apply_clip=apply_clip, **options,
-        )  # fmt: skip
+        config, chosen = self._checked(quant_config, max_calib_samples, max_calib_seq_len, export_compatible, **options)
+        general = general_texts and chosen.rounding == "feedback"
         batches = self._calibration(
-            tokenizer, calib_data, split, text_column, max_calib_samples, max_calib_seq_len,
-            general_texts and chosen.rounding == "feedback",
-        )  # fmt: skip
-        if export_compatible:
-            self.report = self._quantize_dense(batches, config, chosen)
-        else:
-            self.report = quantize_model(self.model, batches, config, chosen)
-        self.awq_config, self.is_quantized = config, not export_compatible
-        return self.report
+            tokenizer, calib_data, split, text_column, max_calib_samples, max_calib_seq_len, general
+        )
+        self._half_quantized = True
+        try:
+            if export_compatible:
+                report = self._quantize_dense(batches, config, chosen)
+            else:
+                report = quantize_model(self.model, batches, config, chosen)
+        except AwqError:  # raised before any weight is touched, unless packed linears show that it was not
+            self._half_quantized = any(isinstance(module, WQLinear) for module in self.model.modules())
+            raise
+        self._half_quantized = False
+        self.report, self.awq_config = report, config
+        self.is_quantized = not export_compatible
+        if self.is_quantized:
+            mark_quantized(self.model, config)
+        return report
+
+    def _check_whole(self) -> None:
+        """Refuses a model whose quantization was interrupted: some of its blocks are quantized, and one may be neither."""
+        if self._half_quantized:
+            raise ModelError(f"the quantization of {self.path} was interrupted, so its weights are half done; load it again.")
 
     def _checked(
         self,
@@ -146,18 +148,17 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         samples: int | None,
         tokens: int,
         export_compatible: bool = False,
-        duo_scaling: bool = True,
-        apply_clip: bool = True,
         **options: Any,
     ) -> tuple[AwqConfig, QuantizeOptions]:
         """Settings that fit this model. Raises ConfigError before any text is fetched, tokenized or embedded."""
         config = quant_config if isinstance(quant_config, AwqConfig) else AwqConfig.from_dict(quant_config)
-        chosen = _options(options, duo_scaling=duo_scaling, clip=apply_clip)
+        chosen = _options(options)
         for name, value in (("max_calib_samples", samples), ("max_calib_seq_len", tokens)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} is {value!r}; use a whole number of at least 1.")
         if chosen.device is not None:
             usable_device(chosen.device)
+        check_quantizable(self.model, config, self.path)
         if not fused_experts(self.model):  # experts are made linears later, and count in the plan
             with suppress(ModelError):  # a model without blocks is judged later
                 make_plan(self.model, find_block_lists(self.model), config, packed=not export_compatible)
@@ -213,12 +214,14 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         for name, packed in self._waiting.items():
             replace_module(self.model, name, packed.to(self.device))
         self._waiting, self.is_quantized = {}, True
+        mark_quantized(self.model, self.awq_config)
 
     def save_quantized(self, save_dir: str | Path, safetensors: bool = True, shard_size: str | int = "5GB") -> None:
         """Saves the model with its tokenizer and companion files, a report and a model card.
 
         Raises ConfigError when nothing was quantized, CheckpointError when writing fails.
         """
+        self._check_whole()
         if not self.is_quantized and self.report is None:
             raise ConfigError("the model is not quantized; call quantize() first.")
         if not safetensors:
@@ -248,23 +251,76 @@ class BaseAWQForCausalLM(FusedGeneration, nn.Module):
         return head is not None and getattr(self.model, "can_generate", lambda: False)()
 
     def _limit(self, tokens: int) -> int:
-        longest = next((v for v in (getattr(self.config, name, None) for name in _POSITIONS) if v), None)
+        longest = position_limit(self.config)
         # RoBERTa numbers its positions from pad_token_id + 1, so its table is a little longer than its inputs may be.
-        return min(tokens, longest - 2) if isinstance(longest, int) and longest > 2 else tokens
+        return min(tokens, longest - 2) if longest is not None and longest > 2 else tokens
 
     def _pad_id(self) -> int | None:
         return getattr(self.config, "pad_token_id", None) if not self._is_decoder() else None
 
 
-AwqModel = BaseAWQForCausalLM
 ENCODER_CORRECTION = 0.75  # of the input's error: encoders bear more than the presets' 0.5, made for language models
+
+
+class BaseAWQForCausalLM(FusedGeneration, AwqModel):
+    """A transformers model (`.model`) with AutoAWQ's `quantize`, `save_quantized`, `pack` and `generate`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stay_unfused()
+
+    def quantize(
+        self,
+        tokenizer: Any = None,
+        quant_config: Mapping[str, Any] | AwqConfig | None = None,
+        calib_data: Any = "pileval",
+        split: str = "train",
+        text_column: str = "text",
+        duo_scaling: bool = True,
+        export_compatible: bool = False,
+        apply_clip: bool = True,
+        n_parallel_calib_samples: int | None = None,
+        max_calib_samples: int | None = None,
+        max_calib_seq_len: int = 512,
+        max_chunk_memory: int = 1 << 30,
+        quantizer_cls: Any = None,
+        preset: str = "balanced",
+        general_texts: bool = True,
+        **options: Any,
+    ) -> QuantReport:
+        """Quantizes the model in place and returns the report.
+
+        tokenizer: a tokenizer (None: the one beside the model), or calibration data itself: token ids ([samples, tokens]
+        tensor, or a list of id tensors of any lengths), a tokenizer's output, or texts.
+        quant_config: {"zero_point", "q_group_size", "w_bit", "version", "modules_to_not_convert"}. The other arguments are
+        AutoAWQ's; n_parallel_calib_samples, max_chunk_memory and quantizer_cls are accepted and not needed. general_texts: rows
+        of the bundled text, half as many as there are of yours, join texts that calibrate a language model's error feedback,
+        so that it does not follow their domain alone (docs/notes/quality.md); token ids stay alone. options: fields
+        of `QuantizeOptions`. Raises ConfigError, CalibrationError or ModelError before any weight is touched.
+        """
+        return self._quantize(
+            tokenizer,
+            quant_config,
+            calib_data,
+            split=split,
+            text_column=text_column,
+            max_calib_samples=max_calib_samples,
+            max_calib_seq_len=max_calib_seq_len,
+            export_compatible=export_compatible,
+            general_texts=general_texts,
+            duo_scaling=duo_scaling,
+            clip=apply_clip,
+            preset=preset,
+            **options,
+        )
+
+
 _SAMPLES = 128  # rows of text that calibrate, AutoAWQ's number
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")  # how configs name their number
 
 
-def _options(given: dict[str, Any], **others: Any) -> QuantizeOptions:
+def _options(given: dict[str, Any]) -> QuantizeOptions:
     unknown = sorted(set(given) - set(QuantizeOptions.__dataclass_fields__))
     if unknown:
         known = ", ".join(QuantizeOptions.__dataclass_fields__)
         raise ConfigError(f"quantize() does not know {', '.join(unknown)}; further options are {known}.")
-    return QuantizeOptions(**{**others, **given})
+    return QuantizeOptions(**given)

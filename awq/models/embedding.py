@@ -19,16 +19,17 @@ from awq.checkpoint.companions import source_directory
 from awq.embed.encoder import Encoder
 from awq.errors import CalibrationError, ConfigError
 from awq.evals.similarity import judge
-from awq.models.base import BaseAWQForCausalLM
+from awq.models.base import AwqModel
 from awq.quantize import QuantReport
 
 # Parameters below which a count of calibration texts is enough: upper ends of the usual advice for small, medium and large.
 _SAMPLES = ((200e6, 256), (1e9, 1024), (float("inf"), 2048))
 _HELD_OUT = 256
 _GENERAL = 3072  # sentences of the bundled text
+_IGNORED = ("n_parallel_calib_samples", "max_chunk_memory", "quantizer_cls")  # AutoAWQ's, accepted and not needed
 
 
-class AwqEmbeddingModel(BaseAWQForCausalLM):
+class AwqEmbeddingModel(AwqModel):
     """An encoder (`.model`) with `quantize` on texts and `encode`."""
 
     _encoder: tuple[Encoder, tuple] | None = None
@@ -46,7 +47,7 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         """Embeddings, float32 [texts, features]; arguments are `Encoder.encode`'s."""
         return self.encoder.encode(texts, **kwargs)
 
-    def quantize(  # type: ignore[override]
+    def quantize(
         self,
         tokenizer: Any = None,
         quant_config: Any = None,
@@ -78,6 +79,10 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         if given is not None and not self._tokenizer_known:
             self.tokenizer = given
         # General texts are sentences here, and join below.
+        for name in _IGNORED:
+            options.pop(name, None)
+        if "apply_clip" in options:
+            options["clip"] = options.pop("apply_clip")
         others = {
             "split": split,
             "text_column": text_column,
@@ -85,18 +90,16 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
             "general_texts": False,
             **options,
         }
-        unused = ("n_parallel_calib_samples", "max_chunk_memory", "quantizer_cls")
-        settings = {name: value for name, value in options.items() if name not in unused}
-        self._checked(quant_config, max_calib_samples, max_calib_seq_len, **settings)
+        self._checked(quant_config, max_calib_samples, max_calib_seq_len, **options)
         pad_id = self._pad_id() if given is None else getattr(given, "pad_token_id", None)
         request = read_request(data, split=split, text_column=text_column, text_per_line=True, pad_id=pad_id)
         if request.kind == "ids":
             if general_texts and self.tokenizer is not None:
                 request = self._with_general_rows(request, min(max_calib_seq_len, self.encoder.max_seq_length))
-            return super().quantize(request, quant_config, None, max_calib_samples=max_calib_samples, **others)
+            return self._quantize(request, quant_config, None, max_calib_samples=max_calib_samples, **others)
         if request.kind == "bundled":
             samples = max_calib_samples or _GENERAL
-            return super().quantize(self.tokenizer, quant_config, None, max_calib_samples=samples, **others)
+            return self._quantize(self.tokenizer, quant_config, None, max_calib_samples=samples, **others)
         if self.tokenizer is None:
             raise CalibrationError(f"{self.path} has no tokenizer; give one, or token ids.")
         request = request.with_tokenizer(self.tokenizer)
@@ -115,7 +118,7 @@ class AwqEmbeddingModel(BaseAWQForCausalLM):
         if general_texts:
             known = {*ready, *held_out}
             calibration += [text for text in self._general_sentences() if text not in known]
-        report = super().quantize(self.tokenizer, quant_config, calibration, max_calib_samples=len(calibration), **others)
+        report = self._quantize(self.tokenizer, quant_config, calibration, max_calib_samples=len(calibration), **others)
         if before is not None:
             report.evaluation = judge(before, encoder.encode(held_out, **prompt), pairs)
         return report

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,14 +22,35 @@ logger = logging.getLogger("awq.models")
 _GIVEN_AS_TENSORS = {"inputs_embeds", "pixel_values", "input_features", "decoder_input_ids", "past_key_values"}
 
 
+@dataclass(frozen=True)
+class Fusion:
+    """How generation runs, and why not otherwise.
+
+    state: "off" (not asked for), "pending" (built at the first `generate`), "fused", "captured" (transformers' own blocks,
+    their step a CUDA graph) or "unfused". reason: why it is not fused; empty for "fused".
+    """
+
+    state: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return self.state if not self.reason else f"{self.state}: {self.reason}"
+
+
+OFF = Fusion("off", "fuse_layers=False")
+PENDING = Fusion("pending", "not fused yet")
+FUSED = Fusion("fused")
+
+
 class FusedGeneration:
     """Mixin of a class with a transformers model (`.model`) and its `.path`."""
 
     model: Any
     path: str
+    _check_whole: Callable[[], None]
 
     def _stay_unfused(self) -> None:
-        self._fusion = "fuse_layers=False"
+        self._fusion = OFF
         self._fused: dict[str, Any] = {}
         self._decoder: FusedDecoder | None = None
         self._captured: StaticDecoder | None = None
@@ -43,7 +66,7 @@ class FusedGeneration:
         with lock_of(self.model):
             self.unfuse()
             self._wants_capture = capture_unfused
-            self._fusion = "not fused yet"
+            self._fusion = PENDING
             self._fused = {"max_seq_len": max_seq_len, "batch_size": batch_size, "quantize_head": quantize_lm_head}
 
     @torch.no_grad()
@@ -54,6 +77,7 @@ class FusedGeneration:
         for sampling. A call that fused blocks cannot serve (beam search, hidden states …) goes through transformers' own
         loop on the same weights. Raises ConfigError when prompt and new tokens do not fit the `max_seq_len` of loading.
         """
+        self._check_whole()
         if not hasattr(self.model, "generate") or self.model.get_output_embeddings() is None:
             raise ConfigError(f"{type(self.model).__name__} is no language model; call it for last_hidden_state instead.")
         if max_seq_len is not None and "max_length" not in kwargs and "max_new_tokens" not in kwargs:
@@ -81,7 +105,7 @@ class FusedGeneration:
 
         with lock_of(self.model):  # one cache, so one fused call at a time; and nobody takes the decoder apart meanwhile
             decoder = self.fuse() or self._captured
-            reason = self._fusion if decoder is None else "positional arguments" if args else why_not(self.model, kwargs)
+            reason = str(self._fusion) if decoder is None else "positional arguments" if args else why_not(self.model, kwargs)
             if decoder is not None and decoder.running:
                 reason = "called from within a running generate, as by a streamer"
             if decoder is not None and reason is None:
@@ -92,9 +116,8 @@ class FusedGeneration:
         return self.model.generate(*args, **kwargs)
 
     @property
-    def fusion(self) -> str:
-        """ "fused", or why generation runs on transformers' own blocks, "captured: …" where their step is a CUDA graph; known
-        after `fuse` or the first `generate`."""
+    def fusion(self) -> Fusion:
+        """How generation runs; known after `fuse` or the first `generate`. Printed, it says why it is not fused."""
         return self._fusion
 
     def fuse(self) -> FusedDecoder | None:
@@ -107,7 +130,7 @@ class FusedGeneration:
             current = self._decoder or self._captured
             if current is not None and not current.running and not current.fits(self.model):  # moved or cast meanwhile
                 self.unfuse()
-            if self._fusion == "not fused yet":
+            if self._fusion == PENDING:
                 self._build()
             return self._decoder
 
@@ -115,9 +138,9 @@ class FusedGeneration:
         from awq.generate import NotFusable, build_decoder
 
         try:
-            self._decoder, self._fusion = build_decoder(self.model, **self._fused), "fused"
+            self._decoder, self._fusion = build_decoder(self.model, **self._fused), FUSED
         except NotFusable as reason:
-            self._fusion = str(reason)
+            self._fusion = Fusion("unfused", str(reason))
             logger.warning("%s is not fused, generation runs on transformers' own blocks: %s", self.path, reason)
             if self._wants_capture and self.model.device.type == "cuda":
                 self._capture()
@@ -128,7 +151,7 @@ class FusedGeneration:
 
         try:
             self._captured = build_static(self.model, self._fused["max_seq_len"])
-            self._fusion = f"captured: {self._fusion}"
+            self._fusion = Fusion("captured", self._fusion.reason)
         except NotFusable as reason:
             logger.warning("%s: the step is not captured in a CUDA graph: %s", self.path, reason)
 
@@ -141,12 +164,12 @@ class FusedGeneration:
             for decoder in (self._decoder, self._captured):
                 if decoder is not None:
                     decoder.restore()
-                    self._fusion = "not fused yet"
+                    self._fusion = PENDING
             self._decoder = self._captured = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, at any time: the decoder is left out, it is built again where the copy generates."""
         with lock_of(self.model):
             built = self._decoder is not None or self._captured is not None
-            fusion = "not fused yet" if built else self._fusion
+            fusion = PENDING if built else self._fusion
             return self.__dict__ | {"_decoder": None, "_captured": None, "_fusion": fusion}
