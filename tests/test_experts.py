@@ -11,7 +11,7 @@ from awq import AutoAWQForCausalLM
 from awq.calibration import CalibrationBatch
 from awq.checkpoint import save_checkpoint
 from awq.config import AwqConfig
-from awq.quantize import quantize_model
+from awq.quantize import QuantizeOptions, quantize_model
 
 pytest.importorskip("transformers.integrations.moe", reason="experts as 3-D parameters came with transformers 5")
 
@@ -121,6 +121,17 @@ def test_quantized_saved_and_loaded_through_both_doors(kind, tmp_path):
     assert sum(isinstance(module, AwqExperts) for module in theirs.modules()) == 2
     save_checkpoint(theirs, tmp_path / "b", CONFIG)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_fused_generation_gives_the_tokens_of_transformers_own_loop(kind, tmp_path):
+    model, ids = mixture(kind), ids_of(6, rows=2, tokens=10)
+    quantize_model(model, [batch_of(3)], CONFIG, QuantizeOptions(preset="fast"))
+    save_checkpoint(model, tmp_path, CONFIG)
+    ours = AutoAWQForCausalLM.from_quantized(str(tmp_path), torch_dtype="float32")
+    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert torch.equal(ours.generate(ids, **settings), model.generate(ids, **settings))
+    assert ours.fusion == "fused"
 
 
 def test_packed_experts_load_their_own_state_dict():

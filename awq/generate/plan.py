@@ -34,7 +34,8 @@ class BlockPlan:
     qkv: query, key and value channels one after the other, those of a rotated head as two halves. mlp_in: gate then up
     channels (gated), or the activation's input. parallel: attention and MLP both read the block's input. factor: of both
     branches before they are added. Norms that a block lacks are None; mlp_norm None with parallel means that the MLP reads
-    what attention reads.
+    what attention reads. mixture: the module that routes tokens to packed experts and adds up what they give, where a block has
+    one instead of an MLP; mlp_in and mlp_out then name it, too.
     """
 
     attention: Attention
@@ -53,6 +54,7 @@ class BlockPlan:
     mlp_post_norm: Norm | None
     cos: Tensor | None = None  # float32 [positions, rotary/2]
     sin: Tensor | None = None
+    mixture: str | None = None
 
 
 @dataclass(frozen=True)

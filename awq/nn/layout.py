@@ -17,7 +17,8 @@ logger = logging.getLogger("awq.nn")
 
 
 def prepare(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Moves every `WQLinear` to the layout that serves activations of `dtype` on its device; returns how many there are.
+    """Moves every `WQLinear` and every stack of experts to the layout that serves activations of `dtype` on its device.
+    Returns how many there are.
 
     dtype: None takes the model's own floating dtype (of its first parameter, float16 if it has none). A linear that is moved
     to another device later settles again at its first forward; call this before capturing a CUDA graph or compiling, where

@@ -58,9 +58,14 @@ class RoutedStatistics(InputStatistics):
         for total in (self.gram, self.sum, self.abs_sum):
             total *= factor
 
+    @property
+    def wanted(self) -> int:
+        """How many tokens to borrow, if there are as many."""
+        return self.missing_tokens
+
     def borrow(self, layer: InputStatistics) -> int:
-        """Adds what the layer's tokens would, as many as are lacking and there are; returns how many."""
-        amount = min(self.missing_tokens, layer.tokens)
+        """Adds what the layer's tokens would, as many as are wanted and there are; returns how many."""
+        amount = min(self.wanted, layer.tokens)
         if amount > 0:
             share = amount / layer.tokens
             self.gram.add_(layer.gram, alpha=share)
@@ -198,15 +203,13 @@ def complete_experts(
 
 def _borrow_inner(experts: ExpertLinears, number: int, found: RoutedStatistics, hidden: list[Tensor]) -> int:
     """For the second product: its expert runs on as many of the layer's tokens as are lacking."""
-    wanted = found.missing_tokens
-    if wanted <= 0:
+    if found.wanted <= 0:
         return 0
     seen = InputStatistics(len(found.gram), found.gram.device)
     gate, up, _ = experts.linears(number)
+    # Evenly spread over the batches, so that no text is left out.
+    step = max(1, sum(len(x) for x in hidden) // found.wanted)
     for x in hidden:
-        # Evenly spread over the batches, so that no text is left out.
-        total = sum(len(h) for h in hidden)
-        step = max(1, total // wanted)
         rows = x[::step]
         first = up(rows) if gate is None else experts.shape.join(gate(rows), up(rows), -1)
         seen.add(experts.activate(first), None)

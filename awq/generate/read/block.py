@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from awq.generate.plan import Attention, BlockPlan, Norm, NotFusable, Source
 from awq.generate.read.channels import find_channels, flat, heads_last, owners
 from awq.generate.read.norms import is_norm, read_norm
-from awq.generate.read.trace import AttentionCall, Event, Trace, rotary_tables
+from awq.generate.read.trace import AttentionCall, Event, Trace, holds_packed_experts, rotary_tables
 from awq.kernels.reference.attention import rotate
 from awq.kernels.reference.decode import ACTIVATIONS
 from awq.nn.blocks import BlockCall, is_product
@@ -41,6 +41,7 @@ _READ_SETTINGS = {"scaling", "softcap", "sliding_window"}
 # What attention may also be told in evaluation mode, with a mask and without a cache, and what then changes nothing.
 _IDLE_SETTINGS = {
     "dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits",
 }  # fmt: skip
 
 
@@ -67,6 +68,7 @@ def read_block(neutral: Trace, real: Trace, call: BlockCall) -> BlockPlan:
         mlp_norm=residuals.mlp, mlp_post_norm=residuals.mlp_post,
         cos=None if rotation is None else rotation.cos,
         sin=None if rotation is None else rotation.sin,
+        mixture=mlp.mixture,
     )  # fmt: skip
 
 
@@ -246,9 +248,15 @@ class _MLP:
     gated: bool
     activation: Callable[[Tensor], Tensor]
     activation_name: str | None
+    mixture: str | None = None
 
 
 def _read_mlp(found: Trace, qkv: Source, out: Event) -> _MLP:
+    mixture = next((event for event in found.after if holds_packed_experts(event.module)), None)
+    if mixture is not None:
+        # Routing stays the model's own code; first and last only say what the branch reads and writes.
+        whole = Source((mixture.name,), torch.arange(mixture.x.shape[-1]))
+        return _MLP(whole, mixture, False, nn.Identity(), None, mixture.name)
     linears = [event for event in found.events if is_product(event.module) and event.name not in qkv.names and event is not out]
     if len(linears) < 2:
         raise NotFusable(f"the MLP has {len(linears)} linears, not two or three")

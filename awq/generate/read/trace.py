@@ -19,7 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from awq.generate.plan import NotFusable
 from awq.kernels.reference.attention import attend
-from awq.nn.blocks import BlockCall, is_product
+from awq.nn.blocks import BlockCall, hidden_of, is_product
+from awq.nn.packed_experts import AwqExperts
 
 # A name of our own in transformers' table: another model's attention must not be caught, whatever thread it runs in.
 _INTERFACE = "awq_trace"
@@ -29,7 +30,7 @@ ALL_ATTENTION_FUNCTIONS[_INTERFACE] = lambda *args, **kwargs: _caught.get()(*arg
 
 @dataclass
 class Event:
-    """One call of a module without children: x and y are its first argument and its result."""
+    """One call of a module without children, or of a mixture of experts: x and y are its first argument and its result."""
 
     name: str
     module: nn.Module
@@ -66,9 +67,11 @@ class Trace:
 def trace(block: nn.Module, call: BlockCall, hidden: Tensor, neutral: bool = False) -> Trace:
     """block: a float32 copy; hidden: float32 [batch, tokens, features]."""
     found = Trace(hidden, hidden)
+    mixtures = mixtures_of(block)
 
     def note(name: str, module: nn.Module):
         def hook(_module, args, y):
+            y = hidden_of(y) if module in mixtures else y
             if args and isinstance(args[0], Tensor) and isinstance(y, Tensor):
                 (found.after if found.attention else found.before).append(Event(name, module, args[0], y))
 
@@ -84,7 +87,7 @@ def trace(block: nn.Module, call: BlockCall, hidden: Tensor, neutral: bool = Fal
     handles = [
         m.register_forward_hook(note(n, m))
         for n, m in block.named_modules()
-        if is_product(m) or not any(True for _ in m.children())
+        if is_product(m) or m in mixtures or not any(True for _ in m.children())
     ]
     try:
         with _attention_replaced(block, attention):
@@ -95,6 +98,16 @@ def trace(block: nn.Module, call: BlockCall, hidden: Tensor, neutral: bool = Fal
         for handle in handles:
             handle.remove()
     return found
+
+
+def mixtures_of(block: nn.Module) -> set[nn.Module]:
+    """The modules that hold packed experts and what chooses among them."""
+    names = [name for name, module in block.named_modules() if isinstance(module, AwqExperts)]
+    return {block.get_submodule(name.rpartition(".")[0]) for name in names if "." in name}
+
+
+def holds_packed_experts(module: nn.Module) -> bool:
+    return any(isinstance(member, AwqExperts) for member in module.modules())
 
 
 def rotary_tables(call: BlockCall) -> dict[str, tuple[Tensor, Tensor]]:

@@ -11,6 +11,7 @@ from awq.generate.run import operations as ops
 from awq.generate.run.cache import LayerCache
 from awq.generate.run.projection import Projection, join, joinable
 from awq.kernels.reference.attention import attend
+from awq.nn.blocks import hidden_of
 
 
 @dataclass
@@ -37,9 +38,11 @@ class FusedBlock(nn.Module):
     def __init__(self, plan: BlockPlan, block: nn.Module, merge: bool = False) -> None:
         super().__init__()
         self.plan = plan
-        self.run, mlp_in = self._gate_runs(block) if merge else (0, plan.mlp_in)
-        self.qkv, self.mlp_in = (self._product(block, source, merge) for source in (plan.qkv, mlp_in))
+        self.qkv = self._product(block, plan.qkv, merge)
         self.attention_out, self.mlp_out = block.get_submodule(plan.attention_out), block.get_submodule(plan.mlp_out)
+        if plan.mixture is None:
+            self.run, mlp_in = self._gate_runs(block) if merge else (0, plan.mlp_in)
+            self.mlp_in = self._product(block, mlp_in, merge)
 
     def forward(self, x: Tensor, branch: Tensor | None, cache: LayerCache, where: Prompt | Step) -> tuple[Tensor, Tensor]:
         """x [batch, tokens, features] is the residual stream, to which `branch` is still to be added; returns both anew.
@@ -73,6 +76,9 @@ class FusedBlock(nn.Module):
 
     def _mlp(self, x: Tensor) -> Tensor:
         p = self.plan
+        if p.mixture is not None:
+            y = hidden_of(self.mlp_out(x))
+            return y if p.mlp_post_norm is None else ops.normalize(y, p.mlp_post_norm)
         if self.run and p.activation_name is not None:
             h = ops.gated(x, self.mlp_in, p.activation_name, self.run)  # type: ignore[arg-type]
         else:
