@@ -220,7 +220,7 @@ def test_the_group_size_is_judged_before_any_text_is_looked_for(capsys, llama_di
     """A wrong size needs no hub, no file and no tokenizer to be told; the hint names every size that fits."""
     for source in (llama_dir, bert_dir):
         line = failed(capsys, "quantize", source, tmp_path / "q", "--group-size", 24, "--calib-data", "nobody/nothing")
-        assert "group_size 24" in line and "16" in line and "nothing" not in line
+        assert "--skip" in line and "group_size 24" in line and "16" in line and "nothing" not in line
     with pytest.raises(ConfigError, match="128 or 64 or 32 or 16"):
         AwqConfig(group_size=100).group_size_of(384)
 
@@ -262,7 +262,8 @@ def test_signs_of_life_where_stderr_is_no_terminal(capsys, llama_dir, texts, tmp
               "--preset", "fast"]  # fmt: skip
     assert main(common) == 0
     err = capsys.readouterr().err
-    assert err.index("loading") < err.index("quantizing: preset fast") < err.index("saving to")
+    assert err.index("loading") < err.index("quantizing: preset fast") < err.index("a block done") < err.index("saving to")
+    assert err.count("a block done") == 3
     assert main([*common, "--quiet"]) == 0
     assert capsys.readouterr().err == ""
 

@@ -17,6 +17,9 @@ from importlib import import_module
 
 VERBS = ("quantize", "generate", "bench", "embed", "info", "report", "convert", "folds", "tune")
 OK, ERROR = 0, 2
+# What messages call by its name in Python → what it is called here.
+_FLAGS = {"modules_to_not_convert": "--skip", "max_calib_samples": "--samples", "max_calib_seq_len": "--tokens",
+          "text_column": "--text-column"}  # fmt: skip
 
 
 class _Help(argparse.HelpFormatter):
@@ -115,6 +118,8 @@ def _one_line(error: Exception) -> str:
     from awq.errors import AwqError
 
     text = " ".join(str(error).split())
+    for name, flag in _FLAGS.items():
+        text = text.replace(name, flag)
     if isinstance(error, AwqError):
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"

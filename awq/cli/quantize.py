@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from awq.cli.arguments import PRESETS, add_device, add_dtype, add_version, group_size, positive
@@ -30,13 +32,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                            "embeddings before and after on; default: texts that calibration left over")  # fmt: skip
 
 
-def _say(arguments: argparse.Namespace, line: str) -> None:
-    """A sign of life on stderr, where no progress bar is drawn: in log files, under nohup, in CI."""
-    if not arguments.quiet and not sys.stderr.isatty():
-        print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+@contextmanager
+def _signs_of_life(quiet: bool) -> Iterator[logging.Logger]:
+    """A logger that writes lines with the time to stderr where no progress bar is drawn: log files, nohup, CI."""
+    steps = logging.getLogger("awq.quantize")
+    if quiet or sys.stderr.isatty():
+        yield steps
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    level = steps.level
+    steps.addHandler(handler)
+    steps.setLevel(logging.INFO)
+    try:
+        yield steps
+    finally:
+        steps.removeHandler(handler)
+        steps.setLevel(level)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    with _signs_of_life(arguments.quiet) as steps:
+        _quantize(arguments, steps)
+
+
+def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> None:
     from awq import AutoAWQForCausalLM, AutoAWQForEmbedding
     from awq.checkpoint.tokenizer import load_tokenizer
     from awq.cli.output import show
@@ -57,11 +77,11 @@ def run(arguments: argparse.Namespace) -> None:
         options["progress"] = False
     if arguments.samples is not None:
         options["max_calib_samples"] = arguments.samples
-    _say(arguments, f"loading {arguments.model}")
+    steps.info("loading %s", arguments.model)
     door = AutoAWQForEmbedding if embedding else AutoAWQForCausalLM
     model = door.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
     model.tokenizer = load_tokenizer(arguments.model)
-    _say(arguments, f"quantizing: preset {arguments.preset}, group size {arguments.group_size}, texts of {arguments.calib_data}")
+    steps.info("quantizing: preset %s, group size %d, texts of %s", arguments.preset, arguments.group_size, arguments.calib_data)
     report = model.quantize(
         model.tokenizer,
         quant_config={"q_group_size": arguments.group_size, "version": arguments.version,
@@ -69,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         calib_data=arguments.calib_data, split=arguments.split, text_column=arguments.text_column,
         max_calib_seq_len=arguments.tokens, preset=arguments.preset, **options,
     )  # fmt: skip
-    _say(arguments, f"saving to {arguments.output}")
+    steps.info("saving to %s", arguments.output)
     model.save_quantized(arguments.output)
     show(
         report.to_dict() | {"output": arguments.output},

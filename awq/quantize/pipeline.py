@@ -8,6 +8,7 @@ feedback corrects what its predecessors did (measured: docs/notes/quality.md). T
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from awq.quantize.options import QuantizeOptions
 from awq.quantize.report import QuantReport
 from awq.quantize.run import QuantizeRun, moved_to, tensor_cores
 from awq.quantize.tuning import OutputMatch, tune_scales
+
+logger = logging.getLogger("awq.quantize")
 
 
 @torch.no_grad()
@@ -57,6 +60,8 @@ def quantize_model(
                 for visit in bar:
                     quantize_block(run, visit)
                     bar.set_postfix(loss=f"{run.report.loss:.4f}", rtn=f"{run.report.loss_rtn:.4f}")
+                    # The bar is for terminals; log files get one line a block.
+                    logger.info("a block done, %.0f s in all, loss %.4f", time.perf_counter() - start, run.report.loss)
             if match is not None:
                 tune(run, match)
     run.report.warnings += [f"{name} stays dense: {reason}." for name, reason in dense_experts.items()]
