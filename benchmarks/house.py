@@ -144,7 +144,8 @@ def walkers(sources: Sources) -> list[str]:
 
 def choosers(sources: Sources) -> list[str]:
     """Modules of the package that ask which implementation can compute."""
-    asking = re.compile(r"\btriton_problem\(|TRITON_INTERPRET|why_not\(device|cpu\.problem\(|has_kernels\(|block_step\(|[^_]kernels\(")
+    words = (r"\btriton_problem\(", "TRITON_INTERPRET", r"why_not\(device", r"cpu\.problem\(", r"block_step\(", r"[^_]kernels\(")
+    asking = re.compile("|".join(words))
     answering = re.compile(r"^def (why_not|triton_problem)\(", re.MULTILINE)
     found = []
     for path, text in sources.items():

@@ -8,7 +8,7 @@ and says what does not fit. It costs about a microsecond of a call.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,41 +18,65 @@ from awq.formats import get_layout
 from awq.kernels.packed import Shape
 
 
+class Weight:
+    """What the packed tensors of one linear must be: their shapes and dtypes in a layout, of which the fast check reads less."""
+
+    __slots__ = ("dtypes", "layout", "numels", "shape", "sizes")
+
+    def __init__(self, shape: Shape, layout: str) -> None:
+        tensors = get_layout(layout).shapes(*shape)
+        each = [tensors[name] for name in ("qweight", "qzeros", "scales")]
+        self.shape = shape
+        self.layout = layout
+        self.sizes = [size for size, _ in each]
+        self.numels = tuple(prod(size) for size in self.sizes)
+        self.dtypes = tuple(dtype for _, dtype in each)
+
+
 @cache
-def _expected(shape: Shape, layout: str) -> tuple[Any, ...]:
-    """Shapes of qweight, qzeros and scales, then their dtypes."""
-    tensors = get_layout(layout).shapes(*shape)
-    each = [tensors[name] for name in ("qweight", "qzeros", "scales")]
-    return tuple(size for size, _ in each) + tuple(dtype for _, dtype in each)
+def weight_of(in_features: int, out_features: int, group_size: int, layout: str) -> Weight:
+    return Weight(Shape(in_features, out_features, group_size), layout)
 
 
-def check_input(x: Tensor, features: int, device: torch.device, what: str = "x") -> None:
-    """x [..., features], of a floating dtype, on `device`. Raises ConfigError otherwise."""
-    if x.dim() == 0 or x.shape[-1] != features or not x.is_floating_point() or x.device != device:
-        raise ConfigError(
-            f"{what} is {x.dtype} {list(x.shape)} on {x.device}; the linear takes floating numbers [..., {features}] on {device}."
-        )
-
-
-def check_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, shape: Shape, layout: str, experts: int | None = None) -> None:
-    """The packed tensors of a linear, or of a stack of `experts`, as their layout has them. Raises ConfigError otherwise."""
-    found: tuple[Any, ...] = (qweight.shape, qzeros.shape, scales.shape, qweight.dtype, qzeros.dtype, scales.dtype)
-    expected = _expected(shape, layout)
-    if experts is not None:
-        expected = tuple((experts, *size) for size in expected[:3]) + expected[3:]
-    if found != expected:
-        raise ConfigError(f"packed tensors of {shape} in layout {layout} are {_text(expected)}, not {_text(found)}.")
-    device = qweight.device
-    if qzeros.device != device or scales.device != device:
-        raise ConfigError(f"packed tensors are on {device}, {qzeros.device} and {scales.device}; they must be on one device.")
-    if not (qweight.is_contiguous() and qzeros.is_contiguous() and scales.is_contiguous()):
-        raise ConfigError("packed tensors must be contiguous; call .contiguous() on them.")
-
-
-def check_bias(bias: Tensor | None, size: tuple[int, ...], device: torch.device) -> None:
-    """bias of `size`, of a floating dtype, on `device`. Raises ConfigError otherwise."""
-    if bias is None:
+def check_input(x: Tensor, features: int, device_index: int, what: str = "x") -> None:
+    """x [..., features], of a floating dtype, on the device of that index (−1: a CPU). Raises ConfigError otherwise."""
+    if x.dim() and x.size(-1) == features and x.is_floating_point() and x.get_device() == device_index:
         return
+    place = "a CPU" if device_index < 0 else f"GPU {device_index}"
+    raise ConfigError(
+        f"{what} is {x.dtype} {list(x.shape)} on {x.device}; the linear takes floating numbers [..., {features}] on {place}."
+    )
+
+
+def check_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, wanted: Weight, experts: int = 1) -> None:
+    """The packed tensors of a linear, or of a stack of `experts`, have the sizes that a backend reads.
+
+    Raises ConfigError otherwise. Sizes are compared as numbers of elements: it is those that keep a backend inside.
+    """
+    # Written out: this runs at every call of every linear, and a loop over the three would take three times as long.
+    codes, zeros, steps = wanted.numels
+    index = qweight.get_device()
+    if (
+        qweight.numel() == codes * experts
+        and qzeros.numel() == zeros * experts
+        and scales.numel() == steps * experts
+        and (qweight.dtype, qzeros.dtype, scales.dtype) == wanted.dtypes
+        and qweight.is_contiguous()
+        and qzeros.is_contiguous()
+        and scales.is_contiguous()
+        and qzeros.get_device() == index
+        and scales.get_device() == index
+    ):
+        return
+    found = ", ".join(map(_text, (qweight, qzeros, scales)))
+    raise ConfigError(
+        f"packed tensors of {wanted.shape} in layout {wanted.layout} are {_wanted_text(wanted, experts)}, contiguous and on one "
+        f"device; these are {found}."
+    )
+
+
+def check_bias(bias: Tensor, size: tuple[int, ...], device: torch.device) -> None:
+    """bias of `size`, of a floating dtype, on `device`. Raises ConfigError otherwise."""
     if bias.shape != size or not bias.is_floating_point() or bias.device != device:
         raise ConfigError(f"the bias is {bias.dtype} {list(bias.shape)} on {bias.device}; it must be {list(size)} on {device}.")
 
@@ -80,6 +104,11 @@ def check_experts(experts: Tensor, weights: Tensor | None, count: int | None, de
             raise ConfigError(f"experts are numbered {lowest} to {highest}, and there are {count}: 0 to {count - 1}.")
 
 
-def _text(tensors: tuple[Any, ...]) -> str:
-    sizes, dtypes = tensors[:3], tensors[3:]
-    return ", ".join(f"{str(dtype)[6:]} {list(size)}" for size, dtype in zip(sizes, dtypes))
+def _text(tensor: Tensor) -> str:
+    kind = "" if tensor.is_contiguous() else ", not contiguous"
+    return f"{str(tensor.dtype)[6:]} {list(tensor.shape)} on {tensor.device}{kind}"
+
+
+def _wanted_text(wanted: Weight, experts: int) -> str:
+    front = [] if experts == 1 else [experts]
+    return ", ".join(f"{str(dtype)[6:]} {[*front, *size]}" for size, dtype in zip(wanted.sizes, wanted.dtypes))

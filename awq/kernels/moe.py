@@ -15,9 +15,9 @@ from torch import Tensor
 from awq.backends import backend_for
 from awq.errors import ConfigError
 from awq.kernels import reference
-from awq.kernels.checks import check_bias, check_experts, check_input, check_weight
+from awq.kernels.checks import check_bias, check_experts, check_input, check_weight, weight_of
 from awq.kernels.op import LIBRARY
-from awq.kernels.packed import Packed, Shape
+from awq.kernels.packed import Packed
 
 _WEIGHT = "Tensor qweight, Tensor qzeros, Tensor scales"
 _SHAPE = "int in_features, int out_features, int group_size, str format"
@@ -98,11 +98,13 @@ def _moe_linear(
     x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, experts: Tensor, weights: Tensor | None,
     in_features: int, out_features: int, group_size: int, format: str,
 ) -> Tensor:  # fmt: skip
-    shape = Shape(in_features, out_features, group_size)
-    check_input(x, in_features, qweight.device)
+    wanted = weight_of(in_features, out_features, group_size, format)
+    shape = wanted.shape
+    check_input(x, in_features, qweight.get_device())
     check_experts(experts, weights, len(qweight), qweight.device)
-    check_weight(qweight, qzeros, scales, shape, format, len(qweight))
-    check_bias(bias, (len(qweight), out_features), qweight.device)
+    check_weight(qweight, qzeros, scales, wanted, len(qweight))
+    if bias is not None:
+        check_bias(bias, (len(qweight), out_features), qweight.device)
     if x.shape[:-1] != experts.shape[: x.dim() - 1] or x.dim() not in (2, 3):
         raise ConfigError(f"x of {list(x.shape)} does not fit experts of {list(experts.shape)}.")
     backend = backend_for(x.device, x.dtype, shape, format)
@@ -117,10 +119,11 @@ def _input_grad(
     in_features: int, out_features: int, group_size: int, format: str,
 ) -> Tensor:  # fmt: skip
     """grad [tokens, top_k, out] times each row's dense weight [out, in]: [tokens, top_k, in]."""
-    shape = Shape(in_features, out_features, group_size)
-    check_input(grad, out_features, qweight.device, "the gradient")
+    wanted = weight_of(in_features, out_features, group_size, format)
+    shape = wanted.shape
+    check_input(grad, out_features, qweight.get_device(), "the gradient")
     check_experts(experts, None, len(qweight), qweight.device)
-    check_weight(qweight, qzeros, scales, shape, format, len(qweight))
+    check_weight(qweight, qzeros, scales, wanted, len(qweight))
     backend = backend_for(grad.device, grad.dtype, shape, format)
     dequantize = getattr(backend, "dequantize", reference.dequantize)
     packed = Packed(qweight, qzeros, scales, shape, format)
@@ -138,7 +141,7 @@ LIBRARY.impl("moe_linear_input_grad", _input_grad, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("awq::moe_linear")
 def _(x, qweight, qzeros, scales, bias, experts, weights, in_features, out_features, group_size, format):
-    check_input(x, in_features, qweight.device)
+    check_input(x, in_features, qweight.get_device())
     check_experts(experts, weights, None, qweight.device)
     return x.new_empty(*experts.shape[: 2 if weights is None else 1], out_features)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from awq.backends import backend_for
 from awq.kernels import reference
-from awq.kernels.checks import check_bias, check_input, check_weight
-from awq.kernels.packed import Packed, Shape
+from awq.kernels.checks import check_bias, check_input, check_weight, weight_of
+from awq.kernels.packed import Packed
 
 _WEIGHT = "Tensor qweight, Tensor qzeros, Tensor scales"
 _SHAPE = "int in_features, int out_features, int group_size, str format"
@@ -25,10 +25,12 @@ def _linear(
     x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None,
     in_features: int, out_features: int, group_size: int, format: str,
 ) -> Tensor:  # fmt: skip
-    shape = Shape(in_features, out_features, group_size)
-    check_input(x, in_features, qweight.device)
-    check_weight(qweight, qzeros, scales, shape, format)
-    check_bias(bias, (out_features,), qweight.device)
+    wanted = weight_of(in_features, out_features, group_size, format)
+    shape = wanted.shape
+    check_input(x, in_features, qweight.get_device())
+    check_weight(qweight, qzeros, scales, wanted)
+    if bias is not None:
+        check_bias(bias, (out_features,), qweight.device)
     backend = backend_for(x.device, x.dtype, shape, format)
     return backend.linear(x, Packed(qweight, qzeros, scales, shape, format), bias)
 
@@ -38,9 +40,10 @@ def _input_grad(
     in_features: int, out_features: int, group_size: int, format: str,
 ) -> Tensor:  # fmt: skip
     """grad [..., out] times the dense weight [out, in]."""
-    shape = Shape(in_features, out_features, group_size)
-    check_input(grad, out_features, qweight.device, "the gradient")
-    check_weight(qweight, qzeros, scales, shape, format)
+    wanted = weight_of(in_features, out_features, group_size, format)
+    shape = wanted.shape
+    check_input(grad, out_features, qweight.get_device(), "the gradient")
+    check_weight(qweight, qzeros, scales, wanted)
     backend = backend_for(grad.device, grad.dtype, shape, format)
     dequantize = getattr(backend, "dequantize", reference.dequantize)
     return reference.product(grad, dequantize(Packed(qweight, qzeros, scales, shape, format), grad.dtype).t(), None)
@@ -52,8 +55,9 @@ LIBRARY.impl("linear_input_grad", _input_grad, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("awq::linear")
 def _(x, qweight, qzeros, scales, bias, in_features, out_features, group_size, format):
-    check_input(x, in_features, qweight.device)
-    check_bias(bias, (out_features,), qweight.device)
+    check_input(x, in_features, qweight.get_device())
+    if bias is not None:
+        check_bias(bias, (out_features,), qweight.device)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
