@@ -38,13 +38,15 @@ def weight_of(in_features: int, out_features: int, group_size: int, layout: str)
     return Weight(Shape(in_features, out_features, group_size), layout)
 
 
-def check_input(x: Tensor, features: int, device_index: int, what: str = "x") -> None:
-    """x [..., features], of a floating dtype, on the device of that index (−1: a CPU). Raises ConfigError otherwise."""
-    if x.dim() and x.size(-1) == features and x.is_floating_point() and x.get_device() == device_index:
+def check_input(x: Tensor, features: int, weight: Tensor, what: str = "x") -> None:
+    """x [..., features], of a floating dtype, where `weight` is. Raises ConfigError otherwise."""
+    fits = x.dim() and x.size(-1) == features and x.is_floating_point()
+    # The number of a device is read faster than the device, and is the same (−1) of a CPU and of tensors without data.
+    if fits and x.get_device() == weight.get_device() and x.is_meta == weight.is_meta:
         return
-    place = "a CPU" if device_index < 0 else f"GPU {device_index}"
     raise ConfigError(
-        f"{what} is {x.dtype} {list(x.shape)} on {x.device}; the linear takes floating numbers [..., {features}] on {place}."
+        f"{what} is {x.dtype} {list(x.shape)} on {x.device}; the linear takes floating numbers [..., {features}] on "
+        f"{weight.device}."
     )
 
 

@@ -100,7 +100,7 @@ def _moe_linear(
 ) -> Tensor:  # fmt: skip
     wanted = weight_of(in_features, out_features, group_size, format)
     shape = wanted.shape
-    check_input(x, in_features, qweight.get_device())
+    check_input(x, in_features, qweight)
     check_experts(experts, weights, len(qweight), qweight.device)
     check_weight(qweight, qzeros, scales, wanted, len(qweight))
     if bias is not None:
@@ -121,7 +121,7 @@ def _input_grad(
     """grad [tokens, top_k, out] times each row's dense weight [out, in]: [tokens, top_k, in]."""
     wanted = weight_of(in_features, out_features, group_size, format)
     shape = wanted.shape
-    check_input(grad, out_features, qweight.get_device(), "the gradient")
+    check_input(grad, out_features, qweight, "the gradient")
     check_experts(experts, None, len(qweight), qweight.device)
     check_weight(qweight, qzeros, scales, wanted, len(qweight))
     backend = backend_for(grad.device, grad.dtype, shape, format)
@@ -141,7 +141,7 @@ LIBRARY.impl("moe_linear_input_grad", _input_grad, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("awq::moe_linear")
 def _(x, qweight, qzeros, scales, bias, experts, weights, in_features, out_features, group_size, format):
-    check_input(x, in_features, qweight.get_device())
+    check_input(x, in_features, qweight)
     check_experts(experts, weights, None, qweight.device)
     return x.new_empty(*experts.shape[: 2 if weights is None else 1], out_features)
 

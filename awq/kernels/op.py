@@ -27,7 +27,7 @@ def _linear(
 ) -> Tensor:  # fmt: skip
     wanted = weight_of(in_features, out_features, group_size, format)
     shape = wanted.shape
-    check_input(x, in_features, qweight.get_device())
+    check_input(x, in_features, qweight)
     check_weight(qweight, qzeros, scales, wanted)
     if bias is not None:
         check_bias(bias, (out_features,), qweight.device)
@@ -42,7 +42,7 @@ def _input_grad(
     """grad [..., out] times the dense weight [out, in]."""
     wanted = weight_of(in_features, out_features, group_size, format)
     shape = wanted.shape
-    check_input(grad, out_features, qweight.get_device(), "the gradient")
+    check_input(grad, out_features, qweight, "the gradient")
     check_weight(qweight, qzeros, scales, wanted)
     backend = backend_for(grad.device, grad.dtype, shape, format)
     dequantize = getattr(backend, "dequantize", reference.dequantize)
@@ -55,7 +55,7 @@ LIBRARY.impl("linear_input_grad", _input_grad, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("awq::linear")
 def _(x, qweight, qzeros, scales, bias, in_features, out_features, group_size, format):
-    check_input(x, in_features, qweight.get_device())
+    check_input(x, in_features, qweight)
     if bias is not None:
         check_bias(bias, (out_features,), qweight.device)
     return x.new_empty(*x.shape[:-1], out_features)
