@@ -6,6 +6,7 @@ part are done before the next part begins. `values` has the numbers and pointers
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -117,9 +118,9 @@ class Emitter:
     # LLVM's intrinsics
 
     def intrinsic(self, name: str, result: ir.Type, arguments: Sequence[Value | Pointer]) -> Value:
-        return self.call(self._declared(name, result, [a.ir.type for a in arguments]), arguments)
+        return self.call(self.declared(name, result, [a.ir.type for a in arguments]), arguments)
 
-    def _declared(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
+    def declared(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
         found = self.module.globals.get(name)
         return found or ir.Function(self.module, ir.FunctionType(result, arguments), name)
 
@@ -145,6 +146,36 @@ class Emitter:
         """Fetches a cache line; beyond the end of memory nothing happens."""
         read, keep, data = (self.const(I32, number) for number in (0, 3, 1))
         self.intrinsic("llvm.prefetch.p0", VOID, [place, read, keep, data])
+
+    def smaller(self, a: Value, b: Value) -> Value:
+        """The smaller of two integers."""
+        return self.select(a < b, a, b)
+
+    # Memory that several threads write
+
+    def fetch_add(self, place: Pointer, number: int) -> Value:
+        """Adds to an int64 and returns what was there before."""
+        return Value(self, self.builder.atomic_rmw("add", place.ir, const(I64, number), "seq_cst"))
+
+    def swap(self, place: Pointer, value: Value) -> Value:
+        """Writes an int64 and returns what was there before."""
+        return Value(self, self.builder.atomic_rmw("xchg", place.ir, value.ir, "seq_cst"))
+
+    def atomic_load(self, place: Pointer) -> Value:
+        return Value(self, self.builder.load_atomic(place.ir, "acquire", 8, typ=I64))
+
+    def compare_and_swap(self, place: Pointer, expected: Value, value: Value) -> Value:
+        """Writes an int64 if `expected` is there; whether it was."""
+        pair = self.builder.cmpxchg(place.ir, expected.ir, value.ir, "seq_cst", "seq_cst")
+        return Value(self, self.builder.extract_value(pair, 1))
+
+    def pause(self) -> None:
+        """Tells the core that it is waiting, where there is an instruction for it."""
+        if platform.machine() in ("x86_64", "AMD64"):
+            self.intrinsic("llvm.x86.sse2.pause", VOID, [])
+
+    def address(self, pointer: Pointer) -> Value:
+        return Value(self, self.builder.ptrtoint(pointer.ir, I64))
 
     # Conversions
 
@@ -230,8 +261,13 @@ class Emitter:
         if value.type.count == 1:
             return self.lane(value, 0)
         name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
-        function = self._declared(name, F32, [F32, value.type])
+        function = self.declared(name, F32, [F32, value.type])
         return Value(self, self.builder.call(function, [const(F32, 0.0), value.ir], fastmath=("reassoc",)))
+
+    def largest(self, value: Value) -> Value:
+        """The largest of a vector's lanes, none of them NaN."""
+        function = self.declared(f"llvm.vector.reduce.fmax.v{value.type.count}f32", F32, [value.type])
+        return Value(self, self.builder.call(function, [value.ir], fastmath=("nnan",)))
 
     def strip(self, count: Value, body: Callable[[Value, int], None]) -> None:
         """body(i, lanes) over range(count): 16 at a time, then one by one. It loads vectors of `lanes`."""

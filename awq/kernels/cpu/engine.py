@@ -108,6 +108,22 @@ class Program:
         self._run(task)
 
 
+class NativeModule:
+    """Several functions compiled together for this CPU, with their addresses. Raises what llvmlite raises."""
+
+    def __init__(self, emit: Callable[..., Any], dtype: torch.dtype, *settings: Any) -> None:
+        b = binding()
+        features = b.get_host_cpu_features().flatten()
+        target = b.Target.from_default_triple()
+        machine = target.create_target_machine(cpu=b.get_host_cpu_name(), features=features, opt=3, jit=True)
+        module, self.names = kernel_module(emit, dtype, settings, openmp=False)
+        self._engine = b.create_mcjit_compiler(machine_code(module, machine), machine)
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        return self._engine.get_function_address(name)
+
+
 @cache
 def program(emit: Callable[..., Any], dtype: torch.dtype, *settings: Any) -> Program:
     """The kernel compiled for this CPU, once in a process."""

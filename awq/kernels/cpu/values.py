@@ -96,7 +96,8 @@ class Value:
     def _compare(self, operator: str, other: Number) -> Value:
         right = other.ir if isinstance(other, Value) else const(self.type, other)
         builder = self.b.builder
-        compare = builder.fcmp_unordered if is_float(self.type) else builder.icmp_signed
+        ordered = builder.fcmp_unordered if operator in ("==", "!=") else builder.fcmp_ordered
+        compare = ordered if is_float(self.type) else builder.icmp_signed
         return Value(self.b, compare(operator, self.ir, right))
 
     def __lt__(self, other: Number) -> Value:

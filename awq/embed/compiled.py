@@ -1,0 +1,332 @@
+"""An encoder as one native program for the CPU at hand: built from what `structure` reads, proven, then used.
+
+`compile_encoder` gives a `CompiledEncoder` or raises `NotReadable` with the reason. The proof runs texts of several lengths,
+one token among them, through transformers' forward and through the program; what differs by more than rounding is refused.
+`kernels.cpu.encoder_kernels` says what the program does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from awq.embed.structure import EncoderPlan, NormPlan, NotReadable, read_encoder
+from awq.nn.linear import WQLinear
+
+PLANES = {"exact": 2, "int8": 1}  # bytes of an activation
+PROOF_LENGTHS = (1, 7, 16, 33, 70)
+# Relative error of embeddings. What transformers rounds to 16 bits in every layer, the program keeps in float32.
+PROOF_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+PROOF_ERROR_OF_BYTES = 0.12  # a cosine of 0.993 of the rarest texts, random words
+LINE = 64  # bytes of a cache line
+HUGE_PAGE = 14  # MADV_HUGEPAGE
+MIN_TOKENS_FOR_HELPERS = 8
+MAX_KEPT_ARENAS = 4
+
+
+@dataclass(frozen=True)
+class CompiledState:
+    """Whether texts run through the native program, and if not, why."""
+
+    active: bool
+    reason: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.active
+
+
+class CompiledEncoder:
+    """Embeddings [texts, hidden] of token ids, packed one text after the other."""
+
+    def __init__(self, plan: EncoderPlan, pooling: str, normalize: bool, precision: str = "exact") -> None:
+        from awq.kernels.cpu import engine
+        from awq.kernels.cpu.encoder_kernels import POOL_FIELDS, POOL_SEMAPHORE, emit_encoder
+        from awq.kernels.cpu.pool import Pool, helpers_for_this_process
+
+        target = engine.host_target()
+        if target is None:
+            raise NotReadable("the CPU has no AVX2, AVX-512 or Arm dot products")
+        self.plan = plan
+        self.spec = _spec(plan, pooling, normalize, PLANES[precision])
+        self._weights = _Weights(plan, self.spec)
+        self._code = engine.NativeModule(emit_encoder, plan.words.dtype, target, self.spec)
+        self._forward = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(self._code.address("forward"))
+        serve, call = self._code.address("serve"), self._code.address("call")
+        self._pool = Pool(serve, call, helpers_for_this_process(), POOL_FIELDS, POOL_SEMAPHORE)
+        self._arenas: list[_Arena] = []
+
+    def __call__(self, rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None, prompt_tokens: int = 0,
+                 helpers: int | None = None) -> Tensor:  # fmt: skip
+        """float32 [texts, hidden] of rows of token ids. types: their token types. prompt_tokens: leading ones not pooled.
+
+        helpers: threads beside the caller's own; None takes those that are worth waking.
+        """
+        lengths = [len(row) for row in rows]
+        tokens = sum(lengths)
+        ids = np.fromiter((i for row in rows for i in row), np.int32, tokens)
+        if tokens == 0 or min(lengths) == 0 or max(lengths) > self.plan.longest:
+            raise ValueError(f"texts have {min(lengths)} to {max(lengths)} tokens; 1 to {self.plan.longest} are possible.")
+        if ids.min() < 0 or ids.max() >= len(self.plan.words):
+            raise ValueError(f"token ids are {ids.min()} to {ids.max()}; the table has {len(self.plan.words)} words.")
+        kinds = np.zeros(tokens, np.int32) if types is None else np.fromiter((i for row in types for i in row), np.int32)
+        starts = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        positions = np.arange(tokens, dtype=np.int32) - np.repeat(starts[:-1], lengths) + self.plan.position_offset
+        out = torch.empty(len(rows), self.spec.hidden)
+        if helpers is None:
+            helpers = self._pool.helpers if tokens >= MIN_TOKENS_FOR_HELPERS else 0
+        helpers = min(helpers, self._pool.helpers)
+        try:
+            arena = self._arenas.pop()
+        except IndexError:
+            arena = _Arena()
+        parts = arena.parts(_sizes(self.spec, tokens, max(lengths), helpers + 1))
+        arrays = dict(ids=ids, positions=positions, types=kinds, starts=starts)
+        self._run(arena, parts, arrays, len(rows), tokens, prompt_tokens, helpers, out)
+        if len(self._arenas) < MAX_KEPT_ARENAS:
+            self._arenas.append(arena)
+        return out
+
+    def _run(self, arena: _Arena, parts: dict[str, int], arrays: dict[str, Any], texts: int, tokens: int,
+             prompt_tokens: int, helpers: int, out: Tensor) -> None:  # fmt: skip
+        from awq.kernels.cpu.encoder_kernels import JOB
+
+        fields = dict(
+            self._weights.fields,
+            **{name: array.ctypes.data for name, array in arrays.items()},
+            **parts,
+            tokens=tokens,
+            texts=texts,
+            max_distance=self._weights.max_distance,
+            prompt_tokens=prompt_tokens,
+            out=out,
+        )
+        counters = 8 * 8 * self.spec.phases
+        ctypes.memset(parts["counters"], 0, counters)
+        if helpers:
+            job = ctypes.create_string_buffer(JOB.pack(workers=helpers + 1, **fields))
+            if self._pool.run(ctypes.addressof(job), helpers):
+                return
+        job = ctypes.create_string_buffer(JOB.pack(workers=1, **fields))
+        self._forward(ctypes.addressof(job), 0)
+
+
+def compile_encoder(model: Any, pooling: str, normalize: bool, precision: str = "exact") -> CompiledEncoder:
+    """Reads, builds and proves. Raises NotReadable with the reason, ImportError without llvmlite."""
+    compiled = CompiledEncoder(read_encoder(model), pooling, normalize, precision)
+    prove(compiled, model)
+    return compiled
+
+
+@torch.no_grad()
+def prove(compiled: CompiledEncoder, model: Any) -> float:
+    """The largest relative error against transformers' forward. Raises NotReadable when it is more than rounding."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = len(compiled.plan.words)
+    low = min(5, vocabulary - 1)
+    lengths = sorted({min(n, compiled.plan.longest) for n in PROOF_LENGTHS})
+    rows = [torch.randint(low, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    together = compiled(rows)
+    worst = 0.0
+    for row, found in zip(rows, together):
+        ids = torch.tensor([row])
+        hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].float()
+        expected = _pooled(hidden, compiled.spec.pooling)
+        if compiled.spec.normalize:
+            expected = F.normalize(expected, dim=-1)
+        error = float((found - expected).norm() / expected.norm())
+        worst = max(worst, error if error == error else float("inf"))
+    allowed = PROOF_ERROR.get(compiled.plan.words.dtype, 1e-3)
+    if compiled.spec.planes == 1:
+        allowed = max(allowed, PROOF_ERROR_OF_BYTES)
+    if worst > allowed:
+        raise NotReadable(f"the compiled program differs from transformers' forward by {worst:.2g} (allowed: {allowed:.2g})")
+    return worst
+
+
+def _pooled(hidden: Tensor, pooling: str) -> Tensor:
+    return {"mean": hidden.mean(0), "cls": hidden[0], "lasttoken": hidden[-1]}[pooling]
+
+
+def _spec(plan: EncoderPlan, pooling: str, normalize: bool, planes: int) -> Any:
+    from awq.kernels.cpu.encoder_kernels import EncoderSpec
+
+    block = plan.blocks[0]
+    hidden = plan.words.shape[1]
+    linears = [linear for b in plan.blocks for linear in (*b.qkv, b.o, *b.up, b.down)]
+    groups = {linear.group_size for linear in linears}
+    if len(groups) != 1:
+        raise NotReadable(f"its linears have groups of {', '.join(map(str, sorted(groups)))}")
+    group = groups.pop()
+    kv_width = block.qkv[1].out_features
+    context = block.qkv[0].out_features
+    dim = context // plan.heads
+    sizes = {"group": group, "dimension of a head": dim, "hidden width": hidden, "width of k and v": kv_width}
+    wrong = [f"its {name} is {size}" for name, size in sizes.items() if size % 16]
+    if wrong or group > 256:
+        raise NotReadable(f"{wrong[0] if wrong else f'its group is {group}'}; multiples of 16, groups up to 256, are possible")
+    norms = [n for b in plan.blocks for n in (b.attention_norm, b.mlp_norm) if n is not None]
+    norms += [n for n in (plan.norm, plan.final_norm) if n is not None]
+    if len({(n.eps, n.centered) for n in norms}) != 1:
+        raise NotReadable("its norms are of several kinds")
+    return EncoderSpec(
+        hidden=hidden,
+        inner=block.down.in_features,
+        heads=plan.heads,
+        kv_heads=kv_width // dim,
+        dim=dim,
+        layers=len(plan.blocks),
+        group=group,
+        planes=planes,
+        eps=norms[0].eps,
+        scaling=block.scaling,
+        activation=block.activation,
+        gated=block.gated,
+        centered=norms[0].centered,
+        pre_norm=block.pre_norm,
+        embedding_norm=plan.norm is not None,
+        rotary=0,
+        relative=plan.relative is not None,
+        causal=False,
+        windowed=any(b.window is not None for b in plan.blocks),
+        qk_norm=False,
+        qk_eps=0.0,
+        pooling=pooling,
+        normalize=normalize,
+    )
+
+
+class _Weights:
+    """All weights in one piece of memory, in the order in which the program reads them."""
+
+    def __init__(self, plan: EncoderPlan, spec: Any) -> None:
+        from awq.kernels.cpu.encoder_kernels import LAYER, NO_WINDOW
+
+        self._kept: list[Tensor] = []
+        self._pending: list[tuple[dict[str, Any], str, Tensor]] = []
+        layers: list[dict[str, Any]] = []
+        names: dict[str, Any] = {}
+        for name, table in (("position_table", plan.positions), ("type_table", plan.types)):
+            names[name] = self._keep(table)
+        self._norm(names, "norm", plan.norm)
+        first = plan.blocks[0].attention_norm if spec.pre_norm else None
+        self._norm(names, "first_norm", first)
+        relative = self._keep(plan.relative)
+        for i, block in enumerate(plan.blocks):
+            fields: dict[str, Any] = dict.fromkeys(LAYER.fields)
+            for name, linears in (("qkv", block.qkv), ("o", (block.o,)), ("up", block.up), ("down", (block.down,))):
+                self._linear(fields, name, linears)
+            last = i + 1 == len(plan.blocks)
+            after_attention, after_mlp = block.attention_norm, block.mlp_norm
+            if spec.pre_norm:
+                after_attention = block.mlp_norm
+                after_mlp = plan.final_norm if last else plan.blocks[i + 1].attention_norm
+            self._norm(fields, "norm1", after_attention)
+            self._norm(fields, "norm2", after_mlp)
+            window = NO_WINDOW if block.window is None else block.window
+            fields |= dict(relative=relative, window=window, keep_norm2=int(last))
+            layers.append(fields)
+        self._settle()
+        packed = b"".join(LAYER.pack(**fields) for fields in layers)
+        table = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+        words = plan.words.detach().contiguous()
+        self._kept += [table, words]
+        self.fields = names | dict(layers=table.data_ptr(), words=words.data_ptr())
+        self.max_distance = 0 if plan.relative is None else (plan.relative.shape[1] + 1) // 2
+
+    def _keep(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _norm(self, fields: dict[str, Any], name: str, norm: NormPlan | None) -> None:
+        fields[f"{name}_weight"] = self._keep(None if norm is None else norm.weight)
+        fields[f"{name}_bias"] = self._keep(None if norm is None else norm.bias)
+
+    def _linear(self, fields: dict[str, Any], name: str, linears: Sequence[WQLinear]) -> None:
+        packed = [linear.packed.to_layout("rows16") for linear in linears]
+        if len(packed) > 1 and any(p.shape.out_features % 16 for p in packed):
+            raise NotReadable("a joined linear has outputs that are no multiple of 16")
+        if packed[-1].shape.out_features % 16:
+            raise NotReadable("a linear has outputs that are no multiple of 16")
+        for field, part in (("codes", "qweight"), ("scales", "scales"), ("zeros", "qzeros")):
+            joined = torch.cat([getattr(p, part).view(torch.uint8).flatten() for p in packed])
+            self._pending.append((fields, f"{name}_{field}", joined))
+        zeros = [torch.zeros(p.shape.out_features) for p in packed]
+        biases = [z if linear.bias is None else linear.bias.float() for z, linear in zip(zeros, linears)]
+        self._pending.append((fields, f"{name}_bias", torch.cat(biases).view(torch.uint8)))
+
+    def _settle(self) -> None:
+        """Moves the linears' tensors into one block of memory, on huge pages where the system has them."""
+        sizes = [-(-len(tensor) // LINE) * LINE for _, _, tensor in self._pending]
+        memory, start = _aligned(sum(sizes))
+        offset = start
+        for (fields, name, tensor), size in zip(self._pending, sizes):
+            memory[offset : offset + len(tensor)] = tensor
+            fields[name] = memory.data_ptr() + offset
+            offset += size
+        self._pending.clear()
+        self._kept.append(memory)
+
+
+def _aligned(size: int) -> tuple[Tensor, int]:
+    """(uint8 memory of more than `size` bytes, the offset in it that lies on a huge page)."""
+    page = 1 << 21
+    memory = torch.empty(size + 2 * page, dtype=torch.uint8)
+    start = -memory.data_ptr() % page
+    try:
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(memory.data_ptr() + start), ctypes.c_size_t(-(-size // page) * page), HUGE_PAGE)
+    except (OSError, AttributeError, TypeError):  # only faster
+        pass
+    return memory, start
+
+
+def _sizes(spec: Any, tokens: int, longest: int, workers: int) -> dict[str, int]:
+    """Bytes of everything that a call writes beside its embeddings."""
+    inner = spec.inner * (2 if spec.gated else 1)
+    widest = max(spec.hidden, spec.inner, spec.context)
+    padded = -(-longest // 16) * 16
+    scratch = (spec.dim + 8) * padded + 8 * spec.dim
+    groups = widest // spec.group
+    return {
+        "counters": 8 * 8 * spec.phases,
+        "hidden": 4 * tokens * spec.hidden,
+        "planes": tokens * widest * spec.planes,
+        "steps": 4 * tokens * groups,
+        "sums": 4 * tokens * groups,
+        "wide": 4 * tokens * max(spec.channels, inner),
+        "branch": 4 * tokens * spec.hidden,
+        "context": 4 * tokens * spec.context,
+        "scratch": 4 * scratch * workers,
+        "scratch_values": scratch,
+    }
+
+
+class _Arena:
+    """Memory of one call, kept for the next one."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def parts(self, sizes: dict[str, int]) -> dict[str, int]:
+        """Name → address; `scratch_values` is a number and stays."""
+        whole = sum(-(-size // LINE) * LINE for name, size in sizes.items()) + LINE
+        if len(self._memory) < whole:
+            self._memory = torch.empty(whole + whole // 4, dtype=torch.uint8)
+        address = self._memory.data_ptr()
+        address += -address % LINE
+        found = {"scratch_values": sizes["scratch_values"]}
+        for name, size in sizes.items():
+            if name != "scratch_values":
+                found[name] = address
+                address += -(-size // LINE) * LINE
+        return found

@@ -1,0 +1,84 @@
+"""Threads that help a caller and otherwise sleep.
+
+The caller of a program works itself; helpers wake up, take what is left and go to sleep again. A helper that the system does
+not let run in time is not waited for: its ticket is taken back. One caller at a time has the helpers; another one that comes
+meanwhile works alone, which is what many callers on few cores should do.
+
+How many cores there are to use is asked of the system: the affinity mask, and the quota of the control group, which says 2
+where 64 cores are seen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import threading
+from functools import cache
+from pathlib import Path
+
+CGROUPS = (
+    ("/sys/fs/cgroup/cpu.max", None),  # version 2: "quota period" in one file
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use at once: its affinity mask, bounded by the quota of its control group."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _quota())))
+
+
+def _quota() -> float:
+    for quota_file, period_file in CGROUPS:
+        try:
+            words = Path(quota_file).read_text(encoding="ascii").split()
+            if period_file is not None:
+                words += Path(period_file).read_text(encoding="ascii").split()
+            quota, period = int(words[0]), int(words[1])
+        except (OSError, ValueError, IndexError):  # no such file, or "max": no limit
+            continue
+        if quota > 0 and period > 0:
+            return quota / period
+    return math.inf
+
+
+class Pool:
+    """Helpers of one native program: `serve` is a helper's life, `call(pool, job, helpers)` a job with them."""
+
+    def __init__(self, serve: int, call: int, helpers: int, fields: int, semaphore: int) -> None:
+        self._memory = (ctypes.c_int64 * (fields + 8))()
+        address = ctypes.addressof(self._memory)
+        self._address = address + -address % 64
+        self._free = threading.Lock()
+        self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(call)
+        self._serve = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(serve)
+        self.helpers = helpers
+        if not helpers:
+            return
+        libc = ctypes.CDLL(None)
+        if libc.sem_init(ctypes.c_void_p(self._address + 8 * semaphore), 0, 0) != 0:
+            self.helpers = 0
+            return
+        for i in range(helpers):  # daemons: they hold nothing that the end of a process should wait for
+            threading.Thread(target=self._serve, args=(self._address,), name=f"awq-{i}", daemon=True).start()
+
+    def run(self, job: int, helpers: int) -> bool:
+        """The job with helpers; False when another caller has them."""
+        if not self._free.acquire(blocking=False):
+            return False
+        try:
+            self._call(self._address, job, min(helpers, self.helpers))
+        finally:
+            self._free.release()
+        return True
+
+
+@cache
+def helpers_for_this_process() -> int:
+    """Helpers that a pool should have: every usable core but the caller's own."""
+    has_semaphores = os.uname().sysname == "Linux" if hasattr(os, "uname") else False
+    return usable_cores() - 1 if has_semaphores else 0
