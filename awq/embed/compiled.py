@@ -8,8 +8,10 @@ one token among them, through transformers' forward and through the program; wha
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,6 @@ PROOF_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 PROOF_ERROR_OF_BYTES = 0.12  # a cosine of 0.993 of the rarest texts, random words
 LINE = 64  # bytes of a cache line
 HUGE_PAGE = 14  # MADV_HUGEPAGE
-MIN_TOKENS_FOR_HELPERS = 8
 MAX_KEPT_ARENAS = 4
 
 
@@ -46,27 +47,18 @@ class CompiledEncoder:
     """Embeddings [texts, hidden] of token ids, packed one text after the other."""
 
     def __init__(self, plan: EncoderPlan, pooling: str, normalize: bool, precision: str = "exact") -> None:
-        from awq.kernels.cpu import engine
-        from awq.kernels.cpu.encoder_kernels import POOL_FIELDS, POOL_SEMAPHORE, emit_encoder
-        from awq.kernels.cpu.pool import Pool, helpers_for_this_process
-
-        target = engine.host_target()
-        if target is None:
-            raise NotReadable("the CPU has no AVX2, AVX-512 or Arm dot products")
         self.plan = plan
         self.spec = _spec(plan, pooling, normalize, PLANES[precision])
         self._weights = _Weights(plan, self.spec)
-        self._code = engine.NativeModule(emit_encoder, plan.words.dtype, target, self.spec)
-        self._forward = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(self._code.address("forward"))
-        serve, call = self._code.address("serve"), self._code.address("call")
-        self._pool = Pool(serve, call, helpers_for_this_process(), POOL_FIELDS, POOL_SEMAPHORE)
+        self._forward, self._pool = _program(plan.words.dtype, self.spec)
         self._arenas: list[_Arena] = []
+        self._teams: dict[int, _Team] = {}  # by the size of a call
 
     def __call__(self, rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None, prompt_tokens: int = 0,
                  helpers: int | None = None) -> Tensor:  # fmt: skip
         """float32 [texts, hidden] of rows of token ids. types: their token types. prompt_tokens: leading ones not pooled.
 
-        helpers: threads beside the caller's own; None takes those that are worth waking.
+        helpers: at most so many threads beside the caller's own; they come when they have made such calls quicker.
         """
         lengths = [len(row) for row in rows]
         tokens = sum(lengths)
@@ -80,19 +72,34 @@ class CompiledEncoder:
         np.cumsum(lengths, out=starts[1:])
         positions = np.arange(tokens, dtype=np.int32) - np.repeat(starts[:-1], lengths) + self.plan.position_offset
         out = torch.empty(len(rows), self.spec.hidden)
-        if helpers is None:
-            helpers = self._pool.helpers if tokens >= MIN_TOKENS_FOR_HELPERS else 0
-        helpers = min(helpers, self._pool.helpers)
+        helpers = min(self._pool.helpers if helpers is None else helpers, self._pool.helpers, torch.get_num_threads() - 1)
+        team = self._teams.setdefault(tokens.bit_length(), _Team()) if helpers else None
+        if team is not None and not team.is_worth_it():
+            helpers = 0
         try:
             arena = self._arenas.pop()
         except IndexError:
             arena = _Arena()
         parts = arena.parts(_sizes(self.spec, tokens, max(lengths), helpers + 1))
         arrays = dict(ids=ids, positions=positions, types=kinds, starts=starts)
+        began = time.perf_counter()
         self._run(arena, parts, arrays, len(rows), tokens, prompt_tokens, helpers, out)
+        if team is not None:
+            team.note(helpers > 0, (time.perf_counter() - began) / tokens)
         if len(self._arenas) < MAX_KEPT_ARENAS:
             self._arenas.append(arena)
         return out
+
+    def why_not(self, rows: Sequence[Sequence[int]]) -> str | None:
+        """Why these rows of token ids must go through transformers' forward; None when they need not."""
+        longest = max(map(len, rows))
+        if longest > self.plan.longest:
+            return f"a text has {longest} tokens, and positions end at {self.plan.longest}"
+        # Families that begin to count positions after the padding's own give a padding word no position of its own.
+        padding = self.plan.position_offset - 1
+        if self.plan.position_offset and any(padding in row for row in rows):
+            return "a text holds the padding token"
+        return None
 
     def _run(self, arena: _Arena, parts: dict[str, int], arrays: dict[str, Any], texts: int, tokens: int,
              prompt_tokens: int, helpers: int, out: Tensor) -> None:  # fmt: skip
@@ -116,6 +123,22 @@ class CompiledEncoder:
                 return
         job = ctypes.create_string_buffer(JOB.pack(workers=1, **fields))
         self._forward(ctypes.addressof(job), 0)
+
+
+@cache
+def _program(dtype: torch.dtype, spec: Any) -> tuple[Any, Any]:
+    """(forward(job, worker), its pool), compiled once in a process for all encoders of the same shape."""
+    from awq.kernels.cpu import engine
+    from awq.kernels.cpu.encoder_kernels import POOL_FIELDS, POOL_SEMAPHORE, emit_encoder
+    from awq.kernels.cpu.pool import Pool, helpers_for_this_process
+
+    target = engine.host_target()
+    if target is None:
+        raise NotReadable("the CPU has no AVX2, AVX-512 or Arm dot products")
+    code = engine.native_module(emit_encoder, dtype, target, spec)
+    forward = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(code.address("forward"))
+    pool = Pool(code.address("serve"), code.address("call"), helpers_for_this_process(), POOL_FIELDS, POOL_SEMAPHORE)
+    return forward, pool
 
 
 def compile_encoder(model: Any, pooling: str, normalize: bool, precision: str = "exact") -> CompiledEncoder:
@@ -224,7 +247,8 @@ class _Weights:
             for name, linears in (("qkv", block.qkv), ("o", (block.o,)), ("up", block.up), ("down", (block.down,))):
                 self._linear(fields, name, linears)
             last = i + 1 == len(plan.blocks)
-            after_attention, after_mlp = block.attention_norm, block.mlp_norm
+            after_attention: NormPlan | None = block.attention_norm
+            after_mlp: NormPlan | None = block.mlp_norm
             if spec.pre_norm:
                 after_attention = block.mlp_norm
                 after_mlp = plan.final_norm if last else plan.blocks[i + 1].attention_norm
@@ -309,6 +333,32 @@ def _sizes(spec: Any, tokens: int, longest: int, workers: int) -> dict[str, int]
         "scratch": 4 * scratch * workers,
         "scratch_values": scratch,
     }
+
+
+class _Team:
+    """Whether helpers make a call quicker, judged by the last calls with and without them.
+
+    On a quiet machine they do; beside busy processes a helper may wait for its core in the middle of its work. Which of the two
+    it is changes by the minute, so every `RETRY_CALLS`-th call takes the other way.
+    """
+
+    RETRY_CALLS = 16
+    NEW_SHARE = 0.25  # of the newest call in the average
+
+    def __init__(self) -> None:
+        self._seconds: dict[bool, float] = {}
+        self._calls = 0
+
+    def is_worth_it(self) -> bool:
+        self._calls += 1
+        if len(self._seconds) < 2:
+            return True not in self._seconds
+        better = self._seconds[True] < self._seconds[False]
+        return not better if self._calls % self.RETRY_CALLS == 0 else better
+
+    def note(self, together: bool, seconds_per_token: float) -> None:
+        before = self._seconds.get(together, seconds_per_token)
+        self._seconds[together] = before + self.NEW_SHARE * (seconds_per_token - before)
 
 
 class _Arena:

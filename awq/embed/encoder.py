@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,19 @@ from torch import Tensor, nn
 from awq.checkpoint.load import body_class, load_model
 from awq.checkpoint.source import Source
 from awq.checkpoint.tokenizer import load_tokenizer
+from awq.embed.compiled import CompiledEncoder, CompiledState, compile_encoder
 from awq.embed.directory import SentenceSettings, longest_input, sentence_settings
 from awq.embed.graphs import EncoderGraphs
-from awq.embed.heads import Pooling, read_head
+from awq.embed.heads import Normalize, Pooling, read_head
+from awq.embed.structure import NotReadable
 from awq.errors import ConfigError, ModelError
 from awq.nn.locks import lock_of
 from awq.nn.surgery import usable_device
 
 logger = logging.getLogger("awq.embed")
+
+_COMPILING = threading.Lock()  # encoders are read and compiled one at a time
+MAX_PACKED_TOKENS = 512  # of one call of the native program
 
 _KEPT = ["*.json", "*.txt", "*.model", "*.safetensors", "*.py"]  # of a hub repository; exports for other runtimes are not needed
 
@@ -58,6 +64,8 @@ class Encoder(nn.Module):
             "input_ids": tokenizer.pad_token_id or 0, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)
         }  # fmt: skip
         self._graphs = EncoderGraphs(self)
+        self._native: CompiledEncoder | None = None
+        self._native_state: CompiledState | None = None  # None: not tried yet
         accepted = inspect.signature(model.forward).parameters
         self._accepted = None if any(p.kind is p.VAR_KEYWORD for p in accepted.values()) else set(accepted)
 
@@ -132,6 +140,10 @@ class Encoder(nn.Module):
             raise ConfigError("no texts to embed; give at least one.")
         rows = self._tokenize([before + text for text in texts])
         prompt_tokens = self._prompt_tokens(before)
+        native = self._native_program() if not self._on_gpu else None
+        if native is not None and native.why_not(rows["input_ids"]) is None:
+            embeddings = self._encode_natively(native, rows, prompt_tokens)[:, :truncate_dim]
+            return F.normalize(embeddings, dim=-1) if normalize else embeddings
         parts = list(_buckets([len(ids) for ids in rows["input_ids"]], batch_size))
         run: Any = self
         if self._on_gpu:
@@ -144,6 +156,64 @@ class Encoder(nn.Module):
             found.append(F.normalize(embeddings, dim=-1) if normalize else embeddings)
         together = torch.cat(found).cpu()
         return together[torch.tensor([i for part in parts for i in part]).argsort()]
+
+    @property
+    def compiled(self) -> CompiledState:
+        """Whether texts run through one native program (CPUs only), and if not, why. True or False in an `if`.
+
+        The program is made and proven when the first text is encoded, or here.
+        """
+        if self._on_gpu:
+            return CompiledState(False, "the model is on a GPU")
+        self._native_program()
+        assert self._native_state is not None
+        return self._native_state
+
+    def _native_program(self) -> CompiledEncoder | None:
+        if self._native_state is None:
+            with _COMPILING:
+                if self._native_state is None:
+                    self._native, self._native_state = self._compile()
+        return self._native
+
+    @torch.no_grad()
+    def _compile(self) -> tuple[CompiledEncoder | None, CompiledState]:
+        pooling = self.heads[0]
+        assert isinstance(pooling, Pooling)
+        if len(pooling.modes) != 1 or pooling.modes[0] not in ("mean", "cls", "lasttoken"):
+            return None, CompiledState(False, f"pooling of {', '.join(pooling.modes)} is not compiled")
+        normalize = len(self.heads) > 1 and isinstance(self.heads[1], Normalize)
+        try:
+            native = compile_encoder(self.model, pooling.modes[0], normalize)
+        except (NotReadable, ImportError) as error:
+            reason = str(error)
+        except Exception as error:  # any model may come; transformers' own forward stays
+            reason = f"reading it failed: {type(error).__name__} {error}"
+        else:
+            return native, CompiledState(True)
+        logger.info("The encoder is not compiled: %s.", reason)
+        return None, CompiledState(False, reason)
+
+    def _encode_natively(self, native: CompiledEncoder, rows: dict[str, list[list[int]]], prompt_tokens: int) -> Tensor:
+        """Embeddings [texts, features] in the order of the rows."""
+        ids = rows["input_ids"]
+        types = rows.get("token_type_ids")
+        parts = []
+        for start, stop in _packs([len(row) for row in ids]):
+            own_types = None if types is None else types[start:stop]
+            parts.append(native(ids[start:stop], own_types, prompt_tokens))
+        embeddings = parts[0] if len(parts) == 1 else torch.cat(parts)
+        for head in list(self.heads)[1:]:
+            embeddings = head(embeddings)
+        return embeddings
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: they compile anew."""
+        return self.__dict__ | {"_native": None, "_native_state": None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Encoder:
+        self._native = self._native_state = None  # it holds weights of its own
+        return super()._apply(fn, recurse)
 
     def forward(self, inputs: dict[str, Tensor], prompt_tokens: int = 0) -> Tensor:
         """Embeddings [texts, features] of padded inputs [texts, tokens], padding on the right."""
@@ -186,6 +256,17 @@ class Encoder(nn.Module):
     def _padded(self, key: str, rows: list[list[int]]) -> Tensor:
         longest = max(map(len, rows))
         return torch.tensor([row + [self.padding.get(key, 0)] * (longest - len(row)) for row in rows])
+
+
+def _packs(lengths: list[int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of texts that go together: as many tokens as a core keeps near, at least one text."""
+    start, tokens = 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and tokens + length > MAX_PACKED_TOKENS:
+            yield start, i
+            start, tokens = i, 0
+        tokens += length
+    yield start, len(lengths)
 
 
 def _buckets(lengths: list[int], batch_size: int) -> Iterator[list[int]]:

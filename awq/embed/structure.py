@@ -92,6 +92,8 @@ class _Event:
 @torch.no_grad()
 def read_encoder(model: Any) -> EncoderPlan:
     """The plan of a transformers encoder in evaluation mode. Raises NotReadable."""
+    if model.training:
+        raise NotReadable("the model is in training mode")
     lists = find_block_lists(model)
     if len(lists) != 1:
         raise NotReadable(f"it has {len(lists)} lists of blocks")
@@ -288,7 +290,7 @@ def _relative_bias(model: Any, heads: int) -> Tensor | None:
     if not tables:
         return None
     owner = next(m for m in model.modules() if any(child is tables[0] for child in m.children()))
-    compute = getattr(owner, "compute_position_bias", None)
+    compute: Any = getattr(owner, "compute_position_bias", None)
     longest = min(int(getattr(model.config, "max_position_embeddings", 512)), 2048)
     if compute is None:
         raise NotReadable("it adds a bias to attention whose table nobody reads here")
@@ -299,13 +301,15 @@ def _relative_bias(model: Any, heads: int) -> Tensor | None:
 def _read_tables(model: Any, words: nn.Module, events: list[_Event], ids: Tensor, given: Tensor) -> dict[str, Any]:
     tables = [e for e in events if isinstance(e.module, nn.Embedding) and e.module is not words]
     tables = [e for e in tables if e.module.embedding_dim == words.embedding_dim]  # type: ignore[union-attr]
-    total = next(e.y for e in events if e.module is words).float()
+    first = next(e for e in events if e.module is words)
+    total = first.y.float()
     positions: Tensor | None = None
     types: Tensor | None = None
     offset = 0
     for event in tables:
         rows = event.x.reshape(-1)[-PROBE_TOKENS:] if event.x.numel() >= PROBE_TOKENS else event.x.reshape(-1)
-        table = event.module.weight.detach().float()  # type: ignore[union-attr]
+        module: Any = event.module
+        table = module.weight.detach().float()
         if len(rows) == PROBE_TOKENS and torch.equal(rows - rows[0], torch.arange(PROBE_TOKENS)):
             positions, offset = table, int(rows[0])
         elif not rows.any():

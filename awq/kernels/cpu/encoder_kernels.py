@@ -24,12 +24,12 @@ for all texts (`EncoderSpec`) is a constant of the machine code. The arithmetic 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 
 from awq.kernels.cpu.emit import Emitter
-from awq.kernels.cpu.ir_types import F16, F32, I8, I32, I64, LANES, PTR, VOID, const, vec
+from awq.kernels.cpu.ir_types import F16, F32, I8, I32, I64, LANES, PTR, vec
 from awq.kernels.cpu.maths import larger, nearest_int, quick_activation, quick_exp
 from awq.kernels.cpu.targets import Target
 from awq.kernels.cpu.task import COUNT, ELEMENT, Array, Reader, Task
@@ -184,7 +184,7 @@ def _emit_forward(module: ir.Module, element: ir.Type, target: Target, spec: Enc
     inner_channels = spec.inner * (2 if spec.gated else 1)
     embed = define("embed", _embed)
     pool = define("pool", _pool)
-    layer_phases = (
+    layer_phases: tuple[tuple[ir.Function, Any], ...] = (
         (product("qkv", spec.hidden, spec.channels, "wide"), spec.channels),
         (define("attend", _attend), "heads"),
         (define("quantize_context", _quantize_context), "tokens"),
@@ -300,11 +300,10 @@ def _emit_serve(module: ir.Module, forward: ir.Function) -> ir.Function:
         b.builder.call(sleep, [(pool + POOL_SEMAPHORE).ir])
         leave(b.atomic_load(pool + POOL_STOP).differs(0))
         ticket = b.atomic_load(pool + POOL_TICKETS)
-        with b.when(ticket > 0):
-            with b.when(b.compare_and_swap(pool + POOL_TICKETS, ticket, ticket - 1)):
-                job = b.pointer(pool[POOL_JOB], I64)
-                b.call(forward, [job, ticket])
-                b.fetch_add(pool + POOL_BACK, 1)
+        with b.when(ticket > 0), b.when(b.compare_and_swap(pool + POOL_TICKETS, ticket, ticket - 1)):
+            job = b.pointer(pool[POOL_JOB], I64)
+            b.call(forward, [job, ticket])
+            b.fetch_add(pool + POOL_BACK, 1)
     return b.finish()
 
 

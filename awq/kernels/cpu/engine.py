@@ -125,6 +125,12 @@ class NativeModule:
 
 
 @cache
+def native_module(emit: Callable[..., Any], dtype: torch.dtype, *settings: Any) -> NativeModule:
+    """The module compiled for this CPU, once in a process."""
+    return NativeModule(emit, dtype, *settings)
+
+
+@cache
 def program(emit: Callable[..., Any], dtype: torch.dtype, *settings: Any) -> Program:
     """The kernel compiled for this CPU, once in a process."""
     return Program(emit, dtype, *settings)

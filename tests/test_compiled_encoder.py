@@ -1,0 +1,132 @@
+"""Compiled encoders give what transformers' forward gives, for any texts and from any number of threads, or say why not."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from awq.core.weight import round_to_nearest
+from awq.embed.compiled import CompiledEncoder, prove
+from awq.embed.structure import NotReadable, read_encoder
+from awq.kernels.cpu.pool import usable_cores
+from awq.nn.linear import WQLinear
+from awq.nn.surgery import named_linears, replace_module
+from zoo import available, build
+
+pytest.importorskip("llvmlite")
+
+SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=96, max_position_embeddings=300)
+FAMILIES = {
+    "bert": {},
+    "roberta": {},
+    "xlm-roberta": {},
+    "mpnet": {},
+    "distilbert": dict(dim=64, n_heads=4, n_layers=2, hidden_dim=96),
+}
+
+
+def quantized(family, **settings):
+    """A tiny random encoder whose blocks are 4-bit linears, in groups of 32."""
+    model = build(family, SIZES | FAMILIES.get(family, {}) | settings)
+    for name, linear in named_linears(model).items():
+        if ".layer." in name:
+            weight = round_to_nearest(linear.weight.data, 32)
+            bias = None if linear.bias is None else linear.bias.data
+            replace_module(model, name, WQLinear.from_quantized(weight, bias))
+    return model.float().eval()
+
+
+def texts(lengths, vocabulary=96, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(5, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def expected(model, row):
+    ids = torch.tensor([row])
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].mean(0)
+
+
+@pytest.fixture(scope="module")
+def bert():
+    model = quantized("bert")
+    return model, CompiledEncoder(read_encoder(model), "mean", False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_equal_transformers(family):
+    if not available(family):
+        pytest.skip(f"no {family} in this transformers")
+    model = quantized(family)
+    compiled = CompiledEncoder(read_encoder(model), "mean", False)
+    assert prove(compiled, model) < 1e-3
+    longest = compiled.plan.longest
+    rows = texts((1, 2, 15, 16, 17, 130, longest))
+    found = compiled(rows)
+    for row, embedding in zip(rows, found):
+        want = expected(model, row)
+        assert (embedding - want).norm() < 1e-3 * want.norm()
+
+
+def test_a_text_has_the_same_bits_alone_and_among_a_thousand(bert):
+    _, compiled = bert
+    rows = texts([1 + i % 23 for i in range(1000)])
+    together = compiled(rows)
+    for i in (0, 1, 7, 22, 500, 999):
+        assert torch.equal(compiled([rows[i]])[0], together[i])
+
+
+@pytest.mark.parametrize("helpers", [0, 1])
+def test_callers_from_many_threads_get_the_same_bits(bert, helpers):
+    _, compiled = bert
+    rows = texts([3 + i for i in range(40)])
+    alone = [compiled([row], helpers=0) for row in rows]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda row: compiled([row], helpers=helpers), rows))
+    assert all(torch.equal(a, b) for a, b in zip(alone, found))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+def test_pooling_and_norm(pooling):
+    model = quantized("bert", num_hidden_layers=1)
+    compiled = CompiledEncoder(read_encoder(model), pooling, True)
+    assert prove(compiled, model) < 1e-3
+    assert torch.allclose(compiled(texts((5, 9))).norm(dim=1), torch.ones(2))
+
+
+def test_a_prompt_is_left_out_of_the_mean(bert):
+    model, compiled = bert
+    row = texts([12])[0]
+    ids = torch.tensor([row])
+    with torch.no_grad():
+        want = model(input_ids=ids).last_hidden_state[0, 4:].mean(0)
+    assert F.cosine_similarity(compiled([row], prompt_tokens=4)[0], want, dim=0) > 0.9999
+
+
+def test_ids_and_lengths_that_cannot_be(bert):
+    _, compiled = bert
+    for rows in ([[]], [[96]], [[-1]], texts([compiled.plan.longest + 1])):
+        with pytest.raises(ValueError):
+            compiled(rows)
+
+
+def test_what_is_not_read_says_why():
+    model = build("bert", SIZES)
+    with pytest.raises(NotReadable, match="not quantized"):
+        read_encoder(model)
+    with pytest.raises(NotReadable, match="training"):
+        read_encoder(quantized("bert").train())
+
+
+def test_a_program_that_is_wrong_is_refused(bert):
+    model, _ = bert
+    compiled = CompiledEncoder(read_encoder(model), "mean", False)
+    other = quantized("bert")
+    other.embeddings.LayerNorm.weight.data *= 1.5
+    with pytest.raises(NotReadable, match="differs"):
+        prove(compiled, other)
+
+
+def test_cores_are_those_that_the_process_may_use():
+    assert 1 <= usable_cores() <= torch.multiprocessing.cpu_count()
