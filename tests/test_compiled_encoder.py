@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch.nn import functional as F
+from zoo import available, build
 
 from awq.core.weight import round_to_nearest
 from awq.embed.compiled import CompiledEncoder, prove
@@ -12,7 +13,6 @@ from awq.embed.structure import NotReadable, read_encoder
 from awq.kernels.cpu.pool import usable_cores
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import named_linears, replace_module
-from zoo import available, build
 
 pytest.importorskip("llvmlite")
 
