@@ -88,7 +88,7 @@ def test_settings_of_other_writers(quantized, tmp_path):
     config["quantization_config"] |= {"autoround_version": "0.16.1", "iters": 200, "provider": "auto-round"}
     (directory / "config.json").write_text(json.dumps(config))
     inputs = zoo.token_batch()
-    loaded = AutoAWQForCausalLM.from_quantized(str(directory))
+    loaded = AutoAWQForCausalLM.from_quantized(str(directory), device="cpu")
     assert torch.equal(zoo.outputs(loaded.model, **inputs), zoo.outputs(AutoModel.from_pretrained(directory), **inputs))
     assert main(["info", str(directory)]) == 0
     config["quantization_config"] = {"config_groups": {}, "format": "pack-quantized", "quant_method": "compressed-tensors"}

@@ -79,16 +79,8 @@ def test_scale_search_never_worse_than_identity_and_finds_loud_channels():
 
 def test_scale_search_keeps_identity_when_no_loss_is_finite():
     weight, x = layer()
-    choice = search_scale(weight, x.t() @ x, x.abs().mean(0), 16, loss=lambda s: float("nan"))
+    choice = search_scale(weight, torch.full((x.shape[1], x.shape[1]), float("nan")), x.abs().mean(0), 16)
     assert choice.kind == "identity" and (choice.scale == 1).all()
-
-
-def test_scale_search_ratio_one_is_a_candidate():
-    weight, x = layer()
-    target = x.abs().mean(0)
-    target = target / (target.max() * target.min()).sqrt()
-    choice = search_scale(weight, x.t() @ x, x.abs().mean(0), 16, loss=lambda s: float((s - target).norm()))
-    assert choice.ratio == 1.0 and choice.kind == "activation"
 
 
 def test_dead_channels_keep_scale_one():

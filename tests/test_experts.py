@@ -128,7 +128,7 @@ def test_fused_generation_gives_the_tokens_of_transformers_own_loop(kind, tmp_pa
     model, ids = mixture(kind), ids_of(6, rows=2, tokens=10)
     quantize_model(model, [batch_of(3)], CONFIG, QuantizeOptions(preset="fast"))
     save_checkpoint(model, tmp_path, CONFIG)
-    ours = AutoAWQForCausalLM.from_quantized(str(tmp_path), torch_dtype="float32")
+    ours = AutoAWQForCausalLM.from_quantized(str(tmp_path), torch_dtype="float32", device="cpu")
     settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     assert torch.equal(ours.generate(ids, **settings), model.generate(ids, **settings))
     assert ours.fusion.state == "fused"

@@ -86,7 +86,7 @@ def saved_and_loaded(model, tmp_path, preset="fast"):
     assert type(wrapper.model) is type(model)
     wrapper.quantize(inputs(24, 16), quant_config={"q_group_size": 16}, preset=preset)
     wrapper.save_quantized(tmp_path / "quantized")
-    return wrapper, AutoAWQForCausalLM.from_quantized(tmp_path / "quantized")
+    return wrapper, AutoAWQForCausalLM.from_quantized(tmp_path / "quantized", device="cpu")
 
 
 @pytest.mark.parametrize("kind", ["llava", "gemma3", "qwen2_5_vl"])

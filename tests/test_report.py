@@ -87,7 +87,12 @@ def test_a_report_of_nothing_draws(tmp_path):
 
 
 def test_tokens_per_expert_are_drawn(report, tmp_path):
-    raw = report.to_dict() | {"expert_tokens": {"layers.0": [10, 0, 30], "layers.1": [7, 7, 7]}}
+    raw = report.to_dict() | {
+        "experts": {
+            "layers.0": {"routed": [10, 0, 30], "borrowed": [0, 9, 0]},
+            "layers.1": {"routed": [7, 7, 7], "borrowed": [0, 0, 0]},
+        }
+    }
     (tmp_path / "quantization_report.json").write_text(json.dumps(raw))
     page = render_page(read_report(tmp_path))
     assert "layers.0, expert 2: 30 tokens" in page

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,19 +21,24 @@ logger = logging.getLogger("awq.models")
 _GIVEN_AS_TENSORS = {"inputs_embeds", "pixel_values", "input_features", "decoder_input_ids", "past_key_values"}
 
 
-@dataclass(frozen=True)
-class Fusion:
-    """How generation runs, and why not otherwise.
+class Fusion(str):
+    """How generation runs, and why not otherwise. As a string it reads "state: reason".
 
     state: "off" (not asked for), "pending" (built at the first `generate`), "fused", "captured" (transformers' own blocks,
     their step a CUDA graph) or "unfused". reason: why it is not fused; empty for "fused".
     """
 
     state: str
-    reason: str = ""
+    reason: str
 
-    def __str__(self) -> str:
-        return self.state if not self.reason else f"{self.state}: {self.reason}"
+    def __new__(cls, state: str, reason: str = "") -> Fusion:
+        fusion = super().__new__(cls, f"{state}: {reason}" if reason else state)
+        fusion.state, fusion.reason = state, reason
+        return fusion
+
+    def __reduce__(self) -> tuple[type[Fusion], tuple[str, str]]:
+        """What copies and pickles are made from."""
+        return type(self), (self.state, self.reason)
 
 
 OFF = Fusion("off", "fuse_layers=False")

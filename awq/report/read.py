@@ -94,7 +94,7 @@ def read_report(path: str | Path) -> ReportView:
         linears=linears,
         raw=raw,
         skipped=dict(raw.get("skipped") or {}),
-        experts=dict(raw.get("expert_tokens") or {}),
+        experts={name: list(tokens["routed"]) for name, tokens in (raw.get("experts") or {}).items()},
     )
 
 

@@ -41,6 +41,9 @@ class FusedDecoder:
         self.recent: deque[int] = deque(maxlen=KEPT_CALLS)  # rows of the last requests
         self.head = plan.head
         self.device: torch.device = get_weight(plan.embedding).device
+        # A mixture runs as the model wrote it, and routing may ask the GPU for numbers, which no capture can.
+        routed = any(block.mixture is not None for block in plan.blocks)
+        self.graphable = self.device.type == "cuda" and not routed
         self.blocks: list[FusedBlock] = []
         try:
             for block_plan, block in zip(plan.blocks, plan.modules):
@@ -127,7 +130,7 @@ class FusedDecoder:
 
         ids: int64 [batch]; lengths: int32 [batch], tokens cached before. longest: the largest of them.
         """
-        if self.device.type == "cuda":
+        if self.graphable:
             graph = self.graphs.get(len(ids))
             if graph is None:
                 graph = self.graphs[len(ids)] = StepGraph(self.eager_step, ids, lengths, self.max_seq_len)
