@@ -46,7 +46,7 @@ class Case:
         self.model = BaseAWQForCausalLM(zoo.build(family, FAMILIES[family]), f"./tiny-{family}")
         rows = [torch.randint(3, 63, (24,), generator=torch.Generator().manual_seed(i)) for i in range(8)]
         self.model.quantize(rows, quant_config=SETTINGS, preset="fast")
-        alone = copy.deepcopy(self.model).to(device)
+        alone = self.fresh()
         self.prompts = [self._prompt(i) for i in range(6)]
         self.tokens = [self._generate(alone, i) for i in range(6)]
         self.beams = [self._generate(alone, i, num_beams=2) for i in range(6)]

@@ -41,7 +41,7 @@ class FusedBlock(nn.Module):
         self.qkv = self._product(block, plan.qkv, merge)
         self.attention_out, self.mlp_out = block.get_submodule(plan.attention_out), block.get_submodule(plan.mlp_out)
         if plan.mixture is None:
-            self.run, mlp_in = self._gate_runs(block) if merge else (0, plan.mlp_in)
+            self.interleave, mlp_in = self._interleaved(block) if merge else (0, plan.mlp_in)
             self.mlp_in = self._product(block, mlp_in, merge)
 
     def forward(self, x: Tensor, branch: Tensor | None, cache: LayerCache, where: Prompt | Step) -> tuple[Tensor, Tensor]:
@@ -60,15 +60,16 @@ class FusedBlock(nn.Module):
         x, normed = ops.add_norm(x, a, p.factor, p.mlp_norm)
         return x, self._mlp(normed)
 
-    def _gate_runs(self, block: nn.Module) -> tuple[int, Source]:
-        """(run, channels of gate and up in turn) where product and activation are one kernel; (0, as they are) elsewhere."""
+    def _interleaved(self, block: nn.Module) -> tuple[int, Source]:
+        """(n, n channels of the gate and n of up in turn) where product and activation are one kernel; else (0, as they are)."""
         p, linears = self.plan, [block.get_submodule(name) for name in self.plan.mlp_in.names]
         if not p.gated or p.activation_name is None or not joinable(linears, p.mlp_in):
             return 0, p.mlp_in
-        run = ops.gate_interleave(linears[0])  # type: ignore[arg-type]
-        if not run or len(p.mlp_in.rows) % (2 * run):
+        count = ops.gate_interleave(linears[0])  # type: ignore[arg-type]
+        if not count or len(p.mlp_in.rows) % (2 * count):
             return 0, p.mlp_in
-        return run, Source(p.mlp_in.names, p.mlp_in.rows.view(2, -1, run).transpose(0, 1).flatten())
+        rows = p.mlp_in.rows.view(2, -1, count).transpose(0, 1).flatten()
+        return count, Source(p.mlp_in.names, rows)
 
     def _product(self, block: nn.Module, source: Source, merge: bool) -> nn.Module:
         joined = join(block, source) if merge else None
@@ -79,8 +80,8 @@ class FusedBlock(nn.Module):
         if p.mixture is not None:
             y = hidden_of(self.mlp_out(x))
             return y if p.mlp_post_norm is None else ops.normalize(y, p.mlp_post_norm)
-        if self.run and p.activation_name is not None:
-            h = ops.gated(x, self.mlp_in, p.activation_name, self.run)  # type: ignore[arg-type]
+        if self.interleave and p.activation_name is not None:
+            h = ops.gated(x, self.mlp_in, p.activation_name, self.interleave)  # type: ignore[arg-type]
         else:
             h = ops.activate(self.mlp_in(x), p.activation, p.activation_name, p.gated)
         y = self.mlp_out(h)
