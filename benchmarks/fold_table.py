@@ -1,6 +1,6 @@
 """Prints the folds found for every family of the test zoo as a Markdown table (with --write into docs/folds.md).
 
-PYTHONPATH=tests python benchmarks/fold_table.py [family ...] [--write]
+python benchmarks/fold_table.py [family ...] [--write]
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-import zoo
-
 from awq.folds.find import find_folds
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # before benchmarks/zoo.py, which is another one
+import zoo
 
 
 def folds_of(family: str) -> list:

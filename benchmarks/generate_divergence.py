@@ -27,7 +27,7 @@ from awq.models.base import BaseAWQForCausalLM
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import get_weight, named_linears, replace_module
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # before benchmarks/zoo.py, which is another one
 import zoo
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "phi", "gpt_neox", "gpt2", "cohere", "olmo2"]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / "tests"), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]  # before benchmarks/zoo.py, which is another one
 
 import zoo  # noqa: E402
 

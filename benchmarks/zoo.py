@@ -1,0 +1,234 @@
+"""The zoo: every text-bearing model type of the installed transformers, tiny and random, through the public interface.
+
+    python benchmarks/zoo.py                          # all that is not there yet, then docs/zoo.md and benchmarks/results/zoo.json
+    python benchmarks/zoo.py --types qwen3_vl,t5:seq2seq --redo
+    python benchmarks/zoo.py --list
+
+Each kind is a forked process of its own with limits of time and memory, `--workers` of them at a time. What it finds lies in
+`--state` (one JSON file a kind, written before each step), so that a run goes on where the last one stopped, and a process that
+was killed still tells in which step. `zoo_checks` holds the checks, `tiny_kinds` the models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import common
+import torch
+import transformers
+import zoo_checks
+from tiny_kinds import EXCLUDED, Kind, all_kinds
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, RESULTS = ROOT / "docs" / "zoo.md", ROOT / "benchmarks" / "results" / "zoo.json"
+CPU_SECONDS, WALL_SECONDS, MEMORY = 120, 420, 12 << 30
+ROLES = {
+    "causal": "decoders",
+    "vlm": "vision- and audio-language models",
+    "seq2seq": "encoder-decoders",
+    "encoder": "encoders",
+    "seqcls": "classifiers",
+}
+
+
+def sweep(kinds: Iterable[Kind], state: Path, workers: int) -> None:
+    """Checks every kind in a process of its own; results go to `state`."""
+    state.mkdir(parents=True, exist_ok=True)
+    running: dict[int, tuple[Kind, float]] = {}
+    waiting = list(kinds)
+    while waiting or running:
+        while waiting and len(running) < workers:
+            kind = waiting.pop(0)
+            running[_start(kind, state)] = kind, time.monotonic()
+        for pid, (kind, begin) in list(running.items()):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            late = time.monotonic() - begin > WALL_SECONDS
+            if not done and late:
+                os.kill(pid, 9)
+                done, status = os.waitpid(pid, 0)
+            if done:
+                del running[pid]
+                _finish(kind, state, status, late)
+        time.sleep(0.05)
+
+
+def _start(kind: Kind, state: Path) -> int:
+    """Forks a process that checks one kind; its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    work = Path(tempfile.mkdtemp(prefix="zoo-"))
+    try:
+        result = zoo_checks.check(kind, work, lambda found: write(state, found.to_dict()))
+        write(state, result.to_dict())
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os._exit(0)
+
+
+def _finish(kind: Kind, state: Path, status: int, late: bool) -> None:
+    found = read(state).get(str(kind)) or {"type": kind.type, "role": kind.role, "step": "start", "errors": {}, "failed": []}
+    if found["step"] != "end":
+        why = "out of time" if late else f"its process ended with status {status}"
+        found["errors"][found["step"]] = why
+        found["failed"] = [*found["failed"], found["step"]]
+        write(state, found)
+    print(line_of(found), flush=True)
+
+
+def write(state: Path, result: dict[str, Any]) -> None:
+    path = state / f"{result['type']}.{result['role']}.json"
+    path.with_suffix(".new").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    path.with_suffix(".new").rename(path)
+
+
+def read(state: Path) -> dict[str, dict[str, Any]]:
+    """ "type:role" → result."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(state.glob("*.json"))]
+    return {f"{result['type']}:{result['role']}": result for result in found}
+
+
+def line_of(result: dict[str, Any]) -> str:
+    """One line for people."""
+    failed = ", ".join(result["failed"]) or "ok"
+    errors = "; ".join(f"{step}: {text[:200]}" for step, text in result["errors"].items())
+    share = result.get("share", 0)
+    return (
+        f"{result['type']}:{result['role']} {failed} share {share} {result.get('checks', {})} {result.get('fusion', '')} {errors}"
+    )
+
+
+# The page
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """`docs/zoo.md`: counts, then a row for every kind."""
+    parts = [
+        "# The zoo",
+        "",
+        f"Every text-bearing model type of transformers {transformers.__version__}, tiny and random, quantized through the public",
+        "interface and checked: folds keep the function, the output is not further from the original's than with weights rounded",
+        "to nearest, both ways of loading give the same output, tensors have the source's names on disk, and generation gives the",
+        "tokens of transformers' own loop. `python benchmarks/zoo.py` makes this page.",
+        "",
+        *_counts(results),
+        "",
+        "Share: text weights in 4 bits. In a tiny model, low-rank parts and routers weigh more than in a true one.",
+        "Folds: linears whose scale went into a producer, of all quantized ones. Generation: *fused* runs on this package's",
+        "blocks; *plain* on transformers' own, which a GPU captures as a CUDA graph where that can be proven.",
+    ]
+    for role, title in ROLES.items():
+        parts += ["", f"## {title.capitalize()}", "", "| type | share | folds | generation | what fails, or stays dense |"]
+        parts.append("|---|---|---|---|---|")
+        parts += [_row(result) for result in results.values() if result["role"] == role]
+    parts += ["", "## Left out", ""]
+    parts += [f"- {type_}: {reason}" for type_, reason in sorted(EXCLUDED.items())]
+    return "\n".join(parts) + "\n"
+
+
+def _counts(results: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["| role | types | built | quantized | all text weights | pass every check | fused |", "|---|---|---|---|---|---|---|"]
+    for role, title in ROLES.items():
+        counts: Counter[str] = Counter()
+        for result in results.values():
+            if result["role"] == role:
+                counts.update(_standing(result))
+        fused = counts["fused"] if role in ("causal", "vlm") else "—"
+        lines.append(
+            f"| {title} | {counts['types']} | {counts['built']} | {counts['quantized']} | {counts['whole']} | {counts['good']} "
+            f"| {fused} |"
+        )
+    return lines
+
+
+def _standing(result: dict[str, Any]) -> list[str]:
+    """The columns of the table of counts in which a result counts."""
+    found = ["types"]
+    if "build" not in result["errors"]:
+        found.append("built")
+    if result.get("share"):
+        found.append("quantized")
+    if result.get("share", 0) >= zoo_checks.FULL_SHARE:
+        found.append("whole")
+    if not result["failed"]:
+        found.append("good")
+    if result.get("fusion") == "fused":
+        found.append("fused")
+    return found
+
+
+def _row(result: dict[str, Any]) -> str:
+    folds, linears = result.get("folds", (0, 0))
+    state, _, reason = result.get("fusion", "").partition(": ")
+    generation = {"fused": "fused", "unfused": f"plain: {reason}"}.get(state, "—")
+    notes = [f"**{step}**: {text}" for step, text in result["errors"].items()]
+    notes += [f"**{name}**" for name in result["failed"] if name not in result["errors"]]
+    if result.get("share", 0) < 1:
+        notes += [f"{share:.0%} {reason}" for reason, share in result.get("left", {}).items() if share >= 0.005]
+    own = result.get("checks", {}).get("generate_of_transformers")
+    notes += [f"transformers does not generate: {own}"] if own else []
+    text = "; ".join(notes).replace("|", "/").replace("\n", " ")
+    return f"| {result['type']} | {result.get('share', 0):.0%} | {folds}/{linears} | {generation.replace('|', '/')} | {text} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", default="", help="comma-separated types, or type:role")
+    parser.add_argument("--roles", default="", help="comma-separated roles")
+    parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "zoo", help="directory of what was found so far")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--redo", action="store_true", help="check again what is there already")
+    parser.add_argument("--list", action="store_true", help="print the kinds and stop")
+    parser.add_argument("--page", action="store_true", help="write the page and the results only")
+    given = parser.parse_args()
+    kinds = chosen(given.types, given.roles)
+    if given.list:
+        print("\n".join(map(str, kinds)))
+        return
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("awq").setLevel(logging.ERROR)
+    known = {} if given.redo or not given.state.is_dir() else read(given.state)
+    if not given.page:
+        sweep([kind for kind in kinds if str(kind) not in known], given.state, given.workers)
+    results = read(given.state)
+    if given.page or not (given.types or given.roles):
+        PAGE.write_text(page(results), encoding="utf-8")
+        common.write(RESULTS, "cpu", {"kinds": results})
+    failures = sum(bool(result["failed"]) for result in results.values())
+    print(f"{len(results)} kinds, {failures} with a failure", file=sys.stderr)
+
+
+def chosen(types: str, roles: str) -> list[Kind]:
+    """The kinds of the command line, all of them when nothing is named."""
+    kinds = all_kinds()
+    wanted = [name for name in types.split(",") if name]
+    if wanted:
+        kinds = [kind for kind in kinds if kind.type in wanted or str(kind) in wanted]
+    if roles:
+        kinds = [kind for kind in kinds if kind.role in roles.split(",")]
+    return kinds
+
+
+if __name__ == "__main__":
+    main()
