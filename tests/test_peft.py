@@ -76,6 +76,25 @@ def test_adapters_by_name_and_through_transformers(quantized):
     assert any(type(m).__name__ == "PackedLoraLinear" for m in plain.modules())
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_a_fused_model_takes_adapters_and_generates_with_them(quantized, targets):
+    """The fused blocks know of no adapter, so the first call after one is added goes through transformers' own loop."""
+    from awq import AutoAWQForCausalLM
+
+    fused = AutoAWQForCausalLM.from_quantized(quantized[AutoModelForCausalLM], device="cpu")
+    call = dict(**zoo.token_batch(), max_new_tokens=6, do_sample=False)
+    before = fused.generate(**call)
+    assert fused.fusion == "fused"
+    config = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(fused.model, config).eval()
+    assert torch.equal(fused.generate(**call), before)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1.0, generator=torch.Generator().manual_seed(0))
+    expected = tuned.generate(**call)
+    assert torch.equal(fused.generate(**call), expected) and not torch.equal(expected, before)
+
+
 def test_merging_says_what_to_do_and_that_works(quantized, tmp_path):
     directory, batch = quantized[AutoModelForCausalLM], zoo.token_batch()
     torch.manual_seed(0)

@@ -4,7 +4,8 @@ PEFT builds an adapter around a linear by asking a list of dispatch functions, o
 knows. Its function for AWQ asks for another package's classes, and "all-linear" looks for `nn.Linear`; a `WQLinear` is
 neither. `register` puts our answer before theirs, in the one module where PEFT looks the functions up, so every entry
 (`get_peft_model`, `add_adapter`, `PeftModel.from_pretrained`, Trainer, TRL) finds it. PEFT's own AWQ layer does the work:
-the packed linear, plus the adapter's product beside it.
+the packed linear, plus the adapter's product beside it. A fused model is no exception: each of its slices gives way to the linear it
+stands for, and the fused blocks, which know of no adapter, are not used any more.
 
 `awq._register` calls `register` when PEFT is imported, so that `import awq` imports no PEFT. Tested with PEFT 0.18 and 0.21.
 """
@@ -21,6 +22,7 @@ from peft.tuners.lora.awq import AwqLoraLinear
 from torch import nn
 
 from awq.errors import ModelError
+from awq.generate.run.projection import Slice
 from awq.nn.linear import WQLinear
 
 _MERGE = (
@@ -53,6 +55,8 @@ def _dispatcher(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def dispatch(target: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         get_base: Any = getattr(target, "get_base_layer", None)
         base = target if get_base is None else get_base()
+        if isinstance(base, Slice) and base is target:  # of a fused model: the adapter gets a linear of its own
+            target = base = base.part()
         if isinstance(base, WQLinear):
             with warnings.catch_warnings():  # PEFT does not know the class and says so, though it reads the sizes rightly
                 warnings.filterwarnings("ignore", message="Unsupported layer type")
@@ -72,8 +76,14 @@ def _with_packed(theirs: Callable[..., Any]) -> Callable[..., Any]:
         everything = isinstance(wanted, str) and wanted.lower() == "all-linear"
         peft_config = theirs(peft_config, model)
         if everything:
-            packed = {name for name, module in model.named_modules() if isinstance(module, WQLinear)}
-            peft_config.target_modules = set(peft_config.target_modules) | packed
+            peft_config.target_modules = set(peft_config.target_modules) | _packed_names(model)
         return peft_config
 
     return include
+
+
+def _packed_names(model: nn.Module) -> set[str]:
+    """Names of packed linears, in a fused model those of the slices that stand for them."""
+    slices = {name for name, module in model.named_modules() if isinstance(module, Slice)}
+    packed = {name for name, module in model.named_modules() if isinstance(module, WQLinear)}
+    return slices | {name for name in packed if name.rpartition(".")[0] not in slices}

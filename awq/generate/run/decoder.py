@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,14 +51,23 @@ class FusedDecoder:
         except BaseException:
             self.restore()
             raise
+        self.linears = list(self._linears())
 
     @property
     def max_seq_len(self) -> int:
         return self.plan.max_seq_len
 
     def fits(self, model: Any) -> bool:
-        """Whether the model is still where and what it was when it was fused."""
-        return model.dtype == self.dtype and get_weight(self.plan.embedding).device == self.device
+        """Whether the model is still where and what it was when it was fused: others may have put adapters on its linears."""
+        moved = model.dtype != self.dtype or get_weight(self.plan.embedding).device != self.device
+        return not moved and all(now is then for now, then in zip(self._linears(), self.linears))
+
+    def _linears(self) -> Iterator[nn.Module]:
+        """What stands in the transformers model where the plan reads linears."""
+        for plan, block in zip(self.plan.blocks, self.plan.modules):
+            inner = () if plan.mixture is not None else plan.mlp_in.names
+            for name in (*plan.qkv.names, plan.attention_out, *inner, plan.mlp_out):
+                yield block.get_submodule(name)
 
     def reserve(self, batch: int) -> None:
         """Room in the cache for `batch` rows; what is there is kept when it is enough already."""

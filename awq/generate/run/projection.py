@@ -88,6 +88,11 @@ class Slice(nn.Module):
         y = self.shared(self.sibling, x)
         return y[..., self.rows.to(y.device)] if self.first is None else y.narrow(-1, self.first, self.out_features)
 
+    @property
+    def qweight(self) -> Tensor:
+        """The joined linear's, for those who ask a packed linear where its weight is, as PEFT does."""
+        return self.joined.qweight
+
     def part(self) -> WQLinear:
         """The linear it stands for, bit for bit as it was loaded, with tensors of its own."""
         with torch.inference_mode(False):  # what was made in inference mode could not be trained on
