@@ -1,8 +1,32 @@
 """One tree of errors. A message says what happened, with which values, and what to do about it."""
 
+MAX_MESSAGE_CHARACTERS = 2000
+
 
 class AwqError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Messages quote names and values out of other people's files. Control characters in them are escaped, so that a message
+    is one line and does nothing to a terminal, and what is endless is cut.
+
+    >>> str(AwqError("a\\x1b[2Jb"))
+    'a\\\\x1b[2Jb'
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_one_line(value) if isinstance(value, str) else value for value in args))
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(part.strip() for part in text.splitlines()) if "\n" in text else text
+    if len(line) > MAX_MESSAGE_CHARACTERS:
+        half = MAX_MESSAGE_CHARACTERS // 2
+        line = f"{line[:half]} … {line[-half:]}"
+    return line if line.isprintable() else "".join(map(_escaped, line))
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
 
 
 class ConfigError(AwqError, ValueError):

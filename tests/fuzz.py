@@ -1,8 +1,13 @@
 """Mutants of checkpoints, through every door of the package: each is refused by an error of its own, or gives right values.
 
-A mutant is one change by a seeded generator: a tensor dropped, renamed, cast, cut or spoiled; a key of a JSON file given an
-odd value; bytes flipped or a file cut. Faults are: an exception that is not the package's, numbers that are not finite, and
-(for changes of tensors that leave their values alone) outputs that differ, since something was made up then.
+A mutant is one change (`mutants.py`) to one of a few tiny checkpoints, both decided by a seed. Faults are:
+
+- foreign: an exception that is not the package's own (behind transformers' own doors those are transformers' matter)
+- made up: values that differ although no setting changed, since something was made up then
+- not finite: NaN in silence
+- hang: no answer in `MAX_SECONDS`
+- crash: the process died of a signal, as it does of reads outside
+- code: a pickle was read, a program started, a socket opened, or a program of the checkpoint ran
 
 `python tests/fuzz.py --mutants 20000 --seed 0` prints every fault with the seed that repeats it: `--seed N --mutants 1`.
 """
@@ -11,206 +16,324 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import io
 import json
 import logging
+import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import mutants
 import torch
-from safetensors.torch import load_file, save_file
 
-from awq import AutoAWQForCausalLM, Encoder
+from awq import AutoAWQForCausalLM, AutoAWQForEmbedding, Encoder
 from awq.checkpoint import convert_checkpoint
-from awq.checkpoint.source import Source
+from awq.cli import make_parser
 from awq.errors import AwqError
 
 SAME = 1e-2  # relative error: casting a norm to 16 bits changes that much, a made-up tensor far more
+MAX_SECONDS = 20  # of one door
+MUTANTS_A_PROCESS = 100  # then a new one is forked: whatever one mutant does to a process ends there
+FORBIDDEN = {"pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect"}
 IDS = torch.arange(4, 16).view(2, 6)
 TEXTS = ["the cat", "a dog sleeps under the old tree"]
-ODD = [None, True, -1, 0, 1, 3, 2.5, "x", "", [], {}, [1], {"a": 1}, float("nan"), 10**9, "../x", "\x00", "\u202e"]
-DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
-JSON_FILES = ["config.json", "generation_config.json", "modules.json", "config_sentence_transformers.json",
-              "sentence_bert_config.json", "1_Pooling/config.json"]  # fmt: skip
 
 
-def tensor_mutant(folder: Path, chance: random.Random) -> str:
-    """A tensor is missing, has another name or dtype, is cut, or holds NaN."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    name = chance.choice(sorted(tensors))
-    kind = chance.choice(["drop", "rename", "cast", "cut", "spoil", "add", "swap"])
-    tensor = tensors.pop(name)
-    if kind == "rename":
-        place = chance.randrange(len(name))
-        tensors[name[:place] + chance.choice("abxyz.019_") + name[place + 1 :]] = tensor
-    elif kind == "cast":
-        tensors[name] = tensor.to(chance.choice(DTYPES))
-    elif kind == "cut":
-        tensors[name] = tensor[: max(1, len(tensor) // 2)].clone()
-    elif kind == "spoil":
-        spoiled = tensor.clone()
-        if spoiled.is_floating_point():
-            spoiled.view(-1)[chance.randrange(spoiled.numel())] = chance.choice([float("nan"), float("inf")])
-        tensors[name] = spoiled
-    elif kind == "add":
-        tensors |= {name: tensor, f"{name}_more": torch.ones(2)}
-    elif kind == "swap":
-        other = chance.choice(sorted(tensors))
-        if tensors[other].shape != tensor.shape or tensors[other].dtype != tensor.dtype:
-            tensors[name], tensors[other] = tensors[other], tensor
-        else:
-            tensors[name] = tensor
-    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata={"format": "pt"})
-    return f"{kind} {name}"
+class Theirs(Exception):
+    """An error of transformers' own code, after this package's door."""
 
 
-def json_mutant(folder: Path, chance: random.Random) -> str:
-    """A key of a settings file has an odd value, or is missing."""
-    path = folder / chance.choice([name for name in JSON_FILES if (folder / name).exists()])
-    content = json.loads(path.read_text())
-    places = list(_places(content))
-    if not places:
-        return "nothing"
-    parent, key = chance.choice(places)
-    value = chance.choice([*ODD, "drop"])
-    if value == "drop":
-        del parent[key]
-    else:
-        parent[key] = value
-    path.write_text(json.dumps(content))
-    return f"{path.name} {key} = {value!r}"
+class Hang(BaseException):
+    """A door that does not come back."""
 
 
-def _places(content):
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, value in items:
-        yield content, key
-        yield from _places(value)
+@dataclass
+class Door:
+    """One way into the package. call: directory → values or None. own: whether foreign exceptions are faults."""
+
+    call: Callable[[Path], torch.Tensor | None]
+    own: bool = True
+    expected: torch.Tensor | None = None
 
 
-def bytes_mutant(folder: Path, chance: random.Random) -> str:
-    """Bytes of a file are flipped, or its end is missing."""
-    names = [name for name in ["model.safetensors", *JSON_FILES, "tokenizer.json"] if (folder / name).exists()]
-    path = folder / chance.choice(names)
-    data = bytearray(path.read_bytes())
-    if chance.random() < 0.3:
-        data = data[: chance.randrange(len(data))]
-        what = "cut"
-    else:
-        place = chance.randrange(min(len(data), 4000))
-        data[place] ^= 1 << chance.randrange(8)
-        what = f"flip at {place}"
-    path.write_bytes(data)
-    return f"{path.name} {what}"
+@dataclass
+class Outcomes:
+    counts: collections.Counter = field(default_factory=collections.Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, other: Outcomes) -> None:
+        self.counts.update(other.counts)
+        self.faults += other.faults
 
 
-MUTANTS = {"tensor": tensor_mutant, "json": json_mutant, "bytes": bytes_mutant}
+def from_quantized(folder: Path) -> torch.Tensor:
+    return logits(AutoAWQForCausalLM.from_quantized(str(folder), fuse_layers=False, device="cpu"))
 
 
-def language_model(folder: Path) -> torch.Tensor:
-    return AutoAWQForCausalLM.from_quantized(str(folder), fuse_layers=False)(IDS).logits
+def from_pretrained(folder: Path) -> torch.Tensor:
+    return logits(AutoAWQForCausalLM.from_pretrained(str(folder)))
+
+
+def logits(model: Any) -> torch.Tensor:
+    """What a model computes that was let in: its forward is transformers', and odd settings are that one's to refuse."""
+    try:
+        return model(IDS).logits
+    except Exception as error:
+        raise Theirs from error
 
 
 def encoder(folder: Path) -> torch.Tensor:
     return Encoder.from_pretrained(folder, device="cpu").encode(TEXTS)
 
 
-def converted(folder: Path) -> None:
-    convert_checkpoint(folder, folder.parent / "converted", "gemv")
-    shutil.rmtree(folder.parent / "converted")
+def for_embedding(folder: Path) -> torch.Tensor:
+    return AutoAWQForEmbedding.from_quantized(str(folder), device="cpu").encode(TEXTS)
 
 
-def looked_at(folder: Path) -> None:
-    source = Source.open(folder)
-    source.settings.to_dict()
-    len(source.packed)
+def convert(folder: Path) -> None:
+    target = folder.parent / "converted"
+    convert_checkpoint(folder, target, "gemv")
+    shutil.rmtree(target)
 
 
-def outcome(door, folder: Path, expected: torch.Tensor | None, kind: str) -> str:
-    """ "refused", "right", "as told" or the fault, beginning with "FAULT"."""
+def info(folder: Path) -> None:
+    arguments = make_parser().parse_args(["info", str(folder)])
+    with contextlib.redirect_stdout(io.StringIO()):
+        arguments.run(arguments)
+
+
+def transformers_model(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)(IDS).logits
+
+
+def transformers_body(folder: Path) -> torch.Tensor:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(folder, trust_remote_code=False)(IDS).last_hidden_state
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
     try:
-        with torch.no_grad():
-            value = door(folder)
-    except AwqError:
-        return "refused"
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(door: Door, folder: Path, kind: str, what: str) -> str:
+    """ "refused", "right", "as told", "theirs" or the fault, beginning with "FAULT"."""
+    try:
+        with torch.no_grad(), time_limit(MAX_SECONDS):
+            value = door.call(folder)
+    except AwqError as error:
+        lines = str(error).splitlines()
+        return "refused" if len(lines) == 1 and str(error).isprintable() else f"FAULT {len(lines)} lines: {str(error)[:160]!r}"
+    except Hang:
+        return "FAULT hang"
+    except Theirs:
+        return "theirs"
     except Exception as error:
-        return f"FAULT foreign {type(error).__name__}: {str(error)[:160]!r}"
-    if expected is None or value is None:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        return f"FAULT foreign {type(error).__name__} at {where}: {str(error)[:160]!r}" if door.own else "theirs"
+    if door.expected is None or value is None:
         return "right"
     if not torch.isfinite(value).all():
-        return "FAULT not finite"
-    if value.shape == expected.shape and (value - expected).norm() <= SAME * expected.norm():
+        return "FAULT not finite" if door.own or "qweight" in what or "scales" in what else "theirs"
+    if value.shape == door.expected.shape and (value - door.expected).norm() <= SAME * door.expected.norm():
         return "right"
-    return "FAULT made up" if kind == "tensor" else "as told"
+    if kind not in mutants.KEEP_VALUES:
+        return "as told"
+    return "FAULT made up" if door.own or "layers.0" in what else "theirs"  # outside blocks new heads are legitimate there
 
 
-def run(originals: dict, seeds: range, seconds: float | None = None) -> tuple[collections.Counter, list[str]]:
-    """Counts of outcomes and lines about faults. originals: name → (directory, {door: expected values or None})."""
-    counts: collections.Counter = collections.Counter()
-    faults = []
-    start = time.monotonic()
+def watch() -> list[str]:
+    """Notes forbidden deeds of this process from now on."""
+    seen: list[str] = []
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event in FORBIDDEN:
+            seen.append(f"{event} {arguments!r:.80}")
+
+    sys.addaudithook(hook)
+    return seen
+
+
+def try_mutant(seed: int, originals: dict, home: Path, seen: list[str]) -> Outcomes:
+    """One mutant through all doors of its original."""
+    found = Outcomes()
+    chance = random.Random(seed)
+    name = chance.choice(sorted(originals))
+    original, doors = originals[name]
+    folder = home / "mutant"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(original, folder)
+    kind, what = mutants.mutate(folder, chance)
+    for door in doors:
+        result = outcome(door, folder, kind, what)
+        if seen or list(home.rglob(mutants.MARKER)):
+            result = f"FAULT code {seen}"
+            seen.clear()
+        found.counts[" ".join(result.split()[:2]).rstrip(":")] += 1
+        if result.startswith("FAULT"):
+            found.faults.append(f"seed {seed}: {name}, {door.call.__name__}, {what!r}: {result}")
+    return found
+
+
+def run_in_a_process(seeds: list[int], originals: dict, home: Path) -> Outcomes:
+    """The mutants of these seeds in a forked process; one that dies is a fault of the mutant it was at."""
+    record = home / "record.jsonl"
+    record.write_text("")
+    child = os.fork()
+    if child == 0:
+        seen = watch()
+        with record.open("a") as file:
+            for seed in seeds:
+                print(json.dumps({"begun": seed}), file=file, flush=True)
+                result = try_mutant(seed, originals, home, seen)
+                line = {"seed": seed, "counts": dict(result.counts), "faults": result.faults}
+                print(json.dumps(line), file=file, flush=True)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    found = Outcomes()
+    for line in lines:
+        if "seed" in line:
+            found.add(Outcomes(collections.Counter(line["counts"]), line["faults"]))
+    if status and lines:
+        at = lines[-1].get("begun", lines[-1].get("seed"))
+        found.counts["FAULT crash"] += 1
+        found.faults.append(f"seed {at}: FAULT crash, status {status}")
+        left = seeds[seeds.index(at) + 1 :]
+        if left:
+            found.add(run_in_a_process(left, originals, home))
+    return found
+
+
+def run(originals: dict, seeds: Iterable[int], seconds: float | None = None) -> Outcomes:
+    """originals: name → (directory, doors). seconds: no new process is started after that."""
+    found, seeds, start = Outcomes(), list(seeds), time.monotonic()
     with tempfile.TemporaryDirectory() as place:
-        for seed in seeds:
+        for first in range(0, len(seeds), MUTANTS_A_PROCESS):
             if seconds is not None and time.monotonic() - start > seconds:
                 break
-            chance = random.Random(seed)
-            name = chance.choice(sorted(originals))
-            original, doors = originals[name]
-            folder = Path(place) / "mutant"
-            shutil.copytree(original, folder)
-            kind = chance.choice(sorted(MUTANTS))
-            change = MUTANTS[kind](folder, chance)
-            for door, expected in doors.items():
-                result = outcome(door, folder, expected, kind)
-                counts[result.split(":")[0]] += 1
-                if result.startswith("FAULT"):
-                    faults.append(f"seed {seed}: {name}, {door.__name__}, {change}: {result}")
-            shutil.rmtree(folder)
-    return counts, faults
+            found.add(run_in_a_process(seeds[first : first + MUTANTS_A_PROCESS], originals, Path(place)))
+    return found
 
 
 def make_originals(home: Path) -> dict:
-    """A tiny packed language model and a tiny packed sentence encoder, with the values that each door gives."""
-    import zoo
+    """Tiny checkpoints of every kind, and the doors that read them with the values that each gives."""
     from conftest import make_tokenizer
     from test_loading import packed_model, save
 
-    llama = save(packed_model("llama", group_size=16), home / "llama", group_size=16)
-    make_tokenizer().save_pretrained(llama)
-    bert = save(packed_model("bert", group_size=16), home / "bert", group_size=16)
-    make_tokenizer().save_pretrained(bert)
-    types = ["sentence_transformers.models.Transformer", "sentence_transformers.models.Pooling"]
-    listed = [{"idx": i, "name": str(i), "path": ["", "1_Pooling"][i], "type": kind} for i, kind in enumerate(types)]
-    (bert / "modules.json").write_text(json.dumps(listed))
-    (bert / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 32, "do_lower_case": False}))
-    (bert / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "the "}, "default_prompt_name": None}))
-    (bert / "1_Pooling").mkdir()
-    (bert / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True, "include_prompt": True}))
-    assert zoo is not None
+    from awq.checkpoint import save_checkpoint
+    from awq.config import AwqConfig
+
+    decoder_doors = [from_quantized, convert, info, transformers_model]
+    encoder_doors = [encoder, for_embedding, convert, info, transformers_body]
+    llama = packed_model("llama", group_size=16)
+    made = {"llama": (save(llama, home / "llama", group_size=16), decoder_doors)}
+    fast = packed_model("llama", "gemv_fast", hidden_size=64, intermediate_size=128)
+    save_checkpoint(fast, home / "shards", AwqConfig(group_size=32, format="gemv_fast"), shard_size="40KB")
+    made["shards"] = (home / "shards", decoder_doors)
+    made["gelu"] = (save(_with_activation_scales(), home / "gelu", group_size=16), decoder_doors)
+    made["bert"] = (_sentence_encoder(save(packed_model("bert", group_size=16), home / "bert", group_size=16)), encoder_doors)
+    _dense_model(home / "dense")
+    made["dense"] = (home / "dense", [from_pretrained])
+    for folder, _ in made.values():
+        make_tokenizer().save_pretrained(folder)
     with torch.no_grad():
-        return {
-            "llama": (llama, {language_model: language_model(llama), converted: None, looked_at: None}),
-            "bert": (bert, {encoder: encoder(bert), converted: None, looked_at: None}),
-        }
+        return {name: (folder, [_door(call, folder) for call in calls]) for name, (folder, calls) in made.items()}
+
+
+def _door(call: Callable, folder: Path) -> Door:
+    return Door(call, not call.__name__.startswith("transformers"), call(folder))
+
+
+def _with_activation_scales() -> torch.nn.Module:
+    from test_loading import packed_model
+
+    from awq.nn.activation import ScaledActivation
+
+    model = packed_model("starcoder2", group_size=16)
+    for block in model.model.layers:
+        block.mlp.act = ScaledActivation(block.mlp.act, torch.rand(block.mlp.c_proj.in_features) + 0.5)
+    return model
+
+
+def _dense_model(folder: Path) -> None:
+    import zoo
+
+    model = zoo.tiny_model("llama")
+    model.config.architectures = [type(model).__name__]
+    model.save_pretrained(folder)
+
+
+def _sentence_encoder(folder: Path) -> Path:
+    """Pooling, a dense head and normalisation for a packed encoder."""
+    from safetensors.torch import save_file
+
+    kinds = ["Transformer", "Pooling", "Dense", "Normalize"]
+    paths = ["", "1_Pooling", "2_Dense", "3_Normalize"]
+    listed = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(zip(kinds, paths))
+    ]
+    settings = {
+        "modules.json": listed,
+        "sentence_bert_config.json": {"max_seq_length": 32, "do_lower_case": False},
+        "config_sentence_transformers.json": {"prompts": {"query": "the "}, "default_prompt_name": None},
+        "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "include_prompt": True},
+        "2_Dense/config.json": {
+            "in_features": 32, "out_features": 16, "bias": True, "activation_function": "torch.nn.modules.activation.Tanh",
+        },
+    }  # fmt: skip
+    for name, content in settings.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    generator = torch.Generator().manual_seed(0)
+    head = {"linear.weight": torch.randn(16, 32, generator=generator), "linear.bias": torch.randn(16, generator=generator)}
+    save_file(head, folder / "2_Dense" / "model.safetensors")
+    (folder / "3_Normalize").mkdir()
+    return folder
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutants", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=None)
+    parser.add_argument("--seed", type=int, default=0, help="of the first mutant; the others follow")
+    parser.add_argument("--seconds", type=float, default=None, help="stop after so many")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as home:
         originals = make_originals(Path(home))
-        counts, faults = run(originals, range(arguments.seed, arguments.seed + arguments.mutants), arguments.seconds)
-    print(*faults, sep="\n")
-    print(dict(counts))
-    return int(bool(faults))
+        found = run(originals, range(arguments.seed, arguments.seed + arguments.mutants), arguments.seconds)
+    print(*found.faults, sep="\n")
+    print(f"seeds {arguments.seed} to {arguments.seed + arguments.mutants - 1}, {time.monotonic() - start:.0f} s")
+    print(json.dumps(dict(sorted(found.counts.items()))))
+    return int(bool(found.faults))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """What a live model knows of itself: quantized, half quantized, fused or not; and what each kind of model can do."""
 
+import copy
 import json
+import logging
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from awq import AutoAWQForCausalLM, AutoAWQForEmbedding
-from awq.errors import ConfigError, ModelError
+from awq import AutoAWQForCausalLM, AutoAWQForEmbedding, AwqConfig, QuantizeOptions, load_calibration, quantize_model
+from awq.checkpoint import save_checkpoint
+from awq.errors import CalibrationError, CheckpointError, ConfigError, ModelError
 from awq.models import AwqEmbeddingModel, AwqModel, BaseAWQForCausalLM
 
 CONFIG = {"q_group_size": 16}
@@ -64,24 +67,82 @@ def test_weights_that_are_no_numbers_are_refused_before_work(llama_dir, texts, v
     assert torch.equal(weight.nan_to_num(), before.nan_to_num())
 
 
-def test_an_interrupted_model_says_so(llama_dir, texts, monkeypatch, tmp_path):
-    from awq.models import base
+class Interruption(logging.Handler):
+    """Ctrl-C at the moment when so many blocks are done."""
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    def __init__(self, blocks):
+        super().__init__(logging.INFO)
+        self.left = blocks
 
+    def emit(self, record):
+        self.left -= "a block done" in record.getMessage()
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("door", ["wrapper", "function"])
+def test_an_interrupted_model_says_so(llama_dir, texts, tmp_path, door):
     model = AutoAWQForCausalLM.from_pretrained(str(llama_dir))
-    with monkeypatch.context() as patch:
-        patch.setattr(base, "quantize_model", interrupted)
+    logger, handler = logging.getLogger("awq.quantize"), Interruption(blocks=2)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    batches, config = load_calibration(texts, model.tokenizer, max_length=32), AwqConfig(group_size=16)
+    try:
         with pytest.raises(KeyboardInterrupt):
-            model.quantize(calib_data=texts, quant_config=CONFIG)
+            model.quantize(calib_data=texts, quant_config=CONFIG) if door == "wrapper" else quantize_model(
+                model.model, batches, config
+            )
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
     for use in (
         lambda: model.quantize(calib_data=texts),
         lambda: model.save_quantized(tmp_path / "q"),
         lambda: model.generate(IDS),
+        lambda: quantize_model(model.model, batches, config),
+        lambda: save_checkpoint(model.model, tmp_path / "q", config),
+        lambda: copy.deepcopy(model).generate(IDS),
     ):
         with pytest.raises(ModelError, match="interrupted"):
             use()
+    assert not (tmp_path / "q").exists()
+
+
+def test_bad_input_leaves_the_model_whole(llama_dir, texts):
+    model = AutoAWQForCausalLM.from_pretrained(str(llama_dir))
+    before = model(IDS).logits
+    with pytest.raises(CalibrationError):
+        quantize_model(model.model, [], AwqConfig(group_size=16))
+    assert torch.equal(model(IDS).logits, before)
+    model.quantize(calib_data=texts, quant_config=CONFIG, preset="fast", general_texts=False)
+    assert model.is_quantized
+
+
+ODD_OPTIONS = {
+    "refinement": [-1, True, 1.5, "2", 10**9],
+    "tuning": [-1, "x"],
+    "correction": [-0.1, 1.1, float("nan"), "a", True],
+    "seed": [None, "a", -1, 2.5, 2**63],
+    "scaling": [None, 1, "yes"],
+    "clip": [0],
+    "progress": ["no", 1],
+    "device": ["xyz", 5, "cuda:99"],
+    "preset": [None, "slow", []],
+    "rounding": ["down", 0],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ODD_OPTIONS.items() for value in values])
+def test_options_are_typed_and_ranged(name, value):
+    with pytest.raises(ConfigError, match=name) as refused:
+        QuantizeOptions(**{name: value})
+    assert "\n" not in str(refused.value)
+
+
+def test_messages_are_one_line_that_does_nothing_to_a_terminal():
+    shown = str(CheckpointError("tensor \x1b[2J\u202e\n  of\x00 größe " + "x" * 10_000))
+    assert shown.isprintable() and len(shown) < 2100 and shown.startswith(r"tensor \x1b[2J\u202e of\x00 größe")
 
 
 def test_an_encoder_is_no_causal_language_model(bert_dir):

@@ -23,15 +23,21 @@ from typing import Any
 
 import torch
 import zoo
+from conftest import make_tokenizer
 from safetensors.torch import load_file
 from transformers.generation.streamers import BaseStreamer
 
+from awq.core.weight import round_to_nearest
+from awq.embed.encoder import Encoder
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.layout import prepare, restore
+from awq.nn.linear import WQLinear
+from awq.nn.surgery import get_weight, named_linears, replace_module
 
 SETTINGS = {"q_group_size": 32, "w_bit": 4, "version": "GEMM", "zero_point": True}
 THREADS = 16
 SWITCH = 1e-6  # seconds
+TEXTS = ["the cat runs", "a dog", "the old tree", "red and blue stone under water", "fire", "quick slow", "new house", "river"]
 FAMILIES = {
     "qwen2": dict(num_key_value_heads=2, hidden_size=64, intermediate_size=96),
     "bloom": dict(hidden_size=64, n_head=4, n_layer=3),
@@ -43,9 +49,10 @@ class Case:
 
     def __init__(self, family: str, device: str = "cpu") -> None:
         self.family, self.device = family, device
-        self.model = BaseAWQForCausalLM(zoo.build(family, FAMILIES[family]), f"./tiny-{family}")
-        rows = [torch.randint(3, 63, (24,), generator=torch.Generator().manual_seed(i)) for i in range(8)]
-        self.model.quantize(rows, quant_config=SETTINGS, preset="fast")
+        self.rows = [torch.randint(3, 63, (24,), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+        self.model = self._quantized()
+        self.encoder = _encoder(device)
+        self.embeddings = copy.deepcopy(self.encoder).encode(TEXTS)
         alone = self.fresh()
         self.prompts = [self._prompt(i) for i in range(6)]
         self.tokens = [self._generate(alone, i) for i in range(6)]
@@ -55,8 +62,14 @@ class Case:
         self.losses = [self._loss(alone, i) for i in range(6)]
         self.state = {name: tensor.cpu() for name, tensor in alone.model.state_dict().items()}
 
+    def _quantized(self) -> BaseAWQForCausalLM:
+        model = BaseAWQForCausalLM(zoo.build(self.family, FAMILIES[self.family]), f"./tiny-{self.family}")
+        model.quantize(self.rows, quant_config=SETTINGS, preset="fast", progress=False)
+        return model
+
     def fresh(self) -> BaseAWQForCausalLM:
-        """A copy whose first call is still to come."""
+        """A copy whose first call is still to come, as is the first one of the encoder that is served beside it."""
+        self.fresh_encoder = copy.deepcopy(self.encoder)
         model = copy.deepcopy(self.model).to(self.device)
         model.fuse_layers(64)
         return model
@@ -116,6 +129,15 @@ class Case:
     def fuses(self, model: Any, _i: int) -> bool:
         return (model.fuse() is not None) == (self.family == "qwen2")
 
+    def encodes(self, _model: Any, i: int) -> bool:
+        """Texts through an encoder that all threads share, beside the language model."""
+        return _close(self.fresh_encoder.encode(TEXTS[i:]), self.embeddings[i:])
+
+    def quantizes_another(self, _model: Any, _i: int) -> bool:
+        """Beside serving, a model of the same weights is quantized; the bits must be those of a quiet process."""
+        found = copy.deepcopy(self._quantized()).model.state_dict()
+        return all(torch.equal(tensor.cpu(), self.state[name]) for name, tensor in found.items())
+
     def changes_layouts(self, model: Any, _i: int) -> bool:
         restore(model.model)
         return prepare(model.model) > 0
@@ -124,7 +146,17 @@ class Case:
 DEEDS: dict[str, int] = {
     "generates": 8, "searches_beams": 1, "runs_forward": 5, "trains": 2, "trains_on_what_it_generated": 1, "saves": 1,
     "reads_the_state": 1, "copies": 1, "pickles": 1, "unfuses": 1, "fuses": 1, "changes_layouts": 2,
+    "encodes": 3, "quantizes_another": 1,
 }  # fmt: skip
+
+
+def _encoder(device: str) -> Encoder:
+    model = zoo.tiny_model("bert")
+    for name, linear in named_linears(model).items():
+        packed = WQLinear.from_quantized(round_to_nearest(get_weight(linear), 16), linear.bias)
+        if "pooler" not in name:
+            replace_module(model, name, packed)
+    return Encoder(model, make_tokenizer()).to(device).eval()
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -1,7 +1,26 @@
-"""Saving, loading and converting checkpoints; transformers' own machinery does the work wherever it can."""
+"""Saving, loading and converting checkpoints; transformers' own machinery does the work wherever it can.
 
-from awq.checkpoint.convert import convert_checkpoint
-from awq.checkpoint.load import load_model
-from awq.checkpoint.save import save_checkpoint
+Names are imported when first used, so that `awq info` can look into files without torch.
+"""
 
-__all__ = ["convert_checkpoint", "load_model", "save_checkpoint"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from awq.checkpoint.convert import convert_checkpoint as convert_checkpoint
+    from awq.checkpoint.load import load_model as load_model
+    from awq.checkpoint.save import save_checkpoint as save_checkpoint
+
+_HOME = {
+    "convert_checkpoint": "awq.checkpoint.convert",
+    "load_model": "awq.checkpoint.load",
+    "save_checkpoint": "awq.checkpoint.save",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'awq.checkpoint' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from awq.checkpoint.files import FLOATS
 from awq.checkpoint.match import current_keys
 from awq.errors import CheckpointError
 from awq.nn.activation import ScaledActivation
-from awq.nn.surgery import replace_module
+from awq.nn.surgery import is_linear, linear_shape, replace_module
 
 MAX_NAMES_SHOWN = 3
 _UNUSED_POOLER = re.compile(r"(^|\.)pooler\.")
@@ -128,10 +130,34 @@ def place_activation_scales(model: nn.Module, headers: dict[str, dict[str, Any]]
         if place is None or any(True for _ in modules[place].parameters()):
             continue
         shape = headers[key]["shape"]
+        _check_scaled_width(modules, place, shape, key)
         scales = torch.empty(shape, device="meta")
         replace_module(model, place, ScaledActivation(modules[place], scales))
         placed.append(place)
+    _check_every_block(modules, placed)
     return placed
+
+
+def _check_every_block(modules: dict[str, nn.Module], placed: list[str]) -> None:
+    """Blocks are alike: where one has scales for its activation, a block without any has lost them."""
+    alike = {_without_index(name) for name in placed}
+    for name in modules:
+        if name not in placed and _without_index(name) in alike:
+            raise CheckpointError(f"the checkpoint lacks {name}.scales, which its other blocks have; download it again.")
+
+
+def _without_index(name: str) -> str:
+    """The name with its block's index left out, the same for all blocks of a list."""
+    block = _block_of(name)
+    return name.replace(block, block.rstrip("0123456789"), 1)
+
+
+def _check_scaled_width(modules: dict[str, nn.Module], place: str, shape: list[int], key: str) -> None:
+    """The output of an activation goes into a linear beside it, so its scales are as many as that has inputs."""
+    siblings = modules[place.rpartition(".")[0]].children()
+    widths = sorted({linear_shape(child)[0] for child in siblings if is_linear(child)})
+    if len(shape) != 1 or (widths and shape[0] not in widths):
+        raise CheckpointError(f"{key} has shape {shape}, and the linears beside it take {widths} inputs; the file is broken.")
 
 
 def check_finite(model: nn.Module, path: str | Path, error: Callable[[str], Exception] = CheckpointError) -> None:
@@ -143,10 +169,11 @@ def check_finite(model: nn.Module, path: str | Path, error: Callable[[str], Exce
 
 
 def check_packed_finite(model: nn.Module, matched: Iterable[str]) -> None:
-    """Refuses packed linears whose scales or biases hold NaN or infinity: every output of theirs would."""
+    """Refuses packed linears and scaled activations whose scales or biases hold NaN or infinity: all their outputs would."""
     broken = []
     for name in matched:
-        for kind, tensor in model.get_submodule(name).named_buffers(recurse=False):
+        module = model.get_submodule(name)
+        for kind, tensor in chain(module.named_buffers(recurse=False), module.named_parameters(recurse=False)):
             if tensor.is_floating_point() and not is_finite(tensor):
                 broken.append(f"{name}.{kind}")
     if broken:
@@ -159,6 +186,19 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor.detach())
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_stored_floats(model: nn.Module, headers: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """Refuses whole numbers and 8-bit floats in the files where the model has floating-point parameters.
+
+    transformers casts them in silence. An 8-bit float is half of a pair: its scale belongs to a quantization_config.
+    """
+    parameters = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    base = getattr(model, "base_model_prefix", "")
+    for name, entry in headers.items():
+        spelled = {name, f"{base}.{name}", name.removeprefix(f"{base}.")}
+        if entry["dtype"] not in (*FLOATS, "F64") and spelled & parameters:
+            raise CheckpointError(f"{path} holds {name} as {entry['dtype']}; it must be a 16- or 32-bit floating-point tensor.")
 
 
 def check_float_parameters(model: nn.Module, path: str | Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from awq.checkpoint.files import read_json
-from awq.checkpoint.source import body_directory
+from awq.checkpoint.modules import body_directory
 from awq.config import AwqConfig
 
 # What a reader must still be told about the original model: above all its licence.

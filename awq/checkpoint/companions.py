@@ -83,14 +83,14 @@ def copy_files(source: Path, target: Path, wanted: Callable[[Path], bool]) -> No
 
 def companion_files(source: Path, skipped: list[str]) -> Iterator[Path]:
     """Regular files that really lie in a directory, sorted; each folder once. Others' names are added to `skipped`."""
-    root = source.resolve()
+    root = Path(os.path.realpath(source))
     homes = [root, root.parent.parent / "blobs"]  # the hub's cache: snapshots/<revision> links into blobs
     seen = {root}
     for folder, folders, files in os.walk(source, followlinks=True):
         here = Path(folder)
         kept = []
         for name in sorted(folders):
-            real = (here / name).resolve()
+            real = Path(os.path.realpath(here / name))
             if name in FOLDERS_LEFT_OUT or real in seen or is_temporary(name):
                 continue
             if not real.is_relative_to(root):
@@ -101,7 +101,7 @@ def companion_files(source: Path, skipped: list[str]) -> Iterator[Path]:
         folders[:] = kept
         for name in sorted(files):
             path = here / name
-            real = path.resolve()
+            real = Path(os.path.realpath(path))  # `Path.resolve` raises for links in circles
             inside = any(real.is_relative_to(home) for home in homes)
             if inside and real.is_file() and os.access(real, os.R_OK):
                 yield path

@@ -15,7 +15,8 @@ from awq.checkpoint.companions import copy_files
 from awq.checkpoint.directory import complete_directory
 from awq.checkpoint.files import INDEX_FILE, PACKED_KINDS, PackedTensors, read_json, weight_files
 from awq.checkpoint.match import fits_dtype
-from awq.checkpoint.source import Source, body_directory
+from awq.checkpoint.modules import body_directory
+from awq.checkpoint.source import Source
 from awq.config import AwqConfig, normalize_format
 from awq.errors import CheckpointError, ConfigError
 from awq.formats import get_format
@@ -45,7 +46,8 @@ def convert_checkpoint(source: str | Path, target: str | Path, version: str) -> 
         (work / inner / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         card = work / "README.md"
         if card.is_file():
-            card.write_text(card.read_text("utf-8").replace(f"version `{config.format}`", f"version `{version}`"), "utf-8")
+            old, new = (f"version `{name}`".encode() for name in (config.format, version))
+            card.write_bytes(card.read_bytes().replace(old, new))  # bytes: what a stranger wrote need not be UTF-8
     return len(packed)
 
 

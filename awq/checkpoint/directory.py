@@ -67,7 +67,7 @@ def check_target(target: str | Path, source: str | Path | None = None) -> Path:
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"cannot save to {path}: it is a file; give a directory.")
     if source is not None and Path(source).is_dir():
-        _check_apart(path, Path(source).resolve())
+        _check_apart(path, Path(os.path.realpath(source)))
     _check_content(path)
     made = _missing_parents(path)
     work, lock = _make_work(path)

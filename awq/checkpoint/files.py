@@ -23,6 +23,8 @@ PackedTensors = dict[str, dict[str, dict[str, Any]]]
 """Module name → "qweight" | "qzeros" | "scales" → {dtype, shape, file}."""
 
 PACKED_KINDS = ("qweight", "qzeros", "scales")
+FLOATS = ("F16", "BF16", "F32")
+PACKED_DTYPES = ("I32", "I16", *FLOATS)
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
@@ -96,7 +98,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 def _read_header(path: Path, size: int, _changed: int, _inode: int) -> dict[str, dict[str, Any]]:
     _check_header_size(path, size)
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "numpy") as file:  # which loads no torch; no tensor is read
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
                 name: {"dtype": part.get_dtype(), "shape": list(part.get_shape()), "file": path}
@@ -144,6 +146,18 @@ def packed_among(headers: dict[str, dict[str, Any]]) -> PackedTensors:
     return {module: tensors for module, tensors in modules.items() if "qweight" in tensors}
 
 
+def check_packed(packed: PackedTensors) -> None:
+    """Refuses packed linears that lack one of their tensors, or whose tensors have dtypes that none of the formats has."""
+    for name, tensors in packed.items():
+        missing = [kind for kind in PACKED_KINDS if kind not in tensors]
+        if missing:
+            raise CheckpointError(f"{name}: the checkpoint lacks {', '.join(missing)}; the file is incomplete, save it again.")
+        strange = [kind for kind in PACKED_KINDS if tensors[kind]["dtype"] not in PACKED_DTYPES]
+        if strange:
+            dtype = tensors[strange[0]]["dtype"]
+            raise CheckpointError(f"{name}: {strange[0]} has dtype {dtype}, which is in none of the formats; the file is broken.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError when it is missing, too large, or no object."""
     content = read_any_json(path)
@@ -189,6 +203,7 @@ def check_directory(path: str | Path) -> None:
     if not files:
         raise CheckpointError(f"{root} has no .safetensors weights; convert the model to safetensors first.")
     packed = packed_tensors(files)
+    check_packed(packed)
     if packed and not config.get("quantization_config"):
         raise CheckpointError(
             f"{root} holds packed weights (first: {min(packed)}.qweight), but its config.json has no quantization_config; "

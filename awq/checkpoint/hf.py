@@ -85,6 +85,7 @@ class AwqHfQuantizer(HfQuantizer):
         self.matched: dict[str, str] = {}
         self.packed: PackedTensors = {}
         self.stored: list[str] = []  # names of all tensors in the files
+        self.scaled: list[str] = []  # names of the activations whose output is divided by scales
 
     @property
     def settings(self) -> settings.AwqConfig:
@@ -110,7 +111,7 @@ class AwqHfQuantizer(HfQuantizer):
                 f"the config of {model.config._name_or_path} has a quantization_config, but its files hold no packed weights; "
                 "remove quantization_config from config.json."
             )
-        place_activation_scales(model, headers)
+        self.scaled = place_activation_scales(model, headers)
         expose_experts(model, names_in_files(model, self.packed))
         self.matched = replace_linears(model, self.settings, self.packed)
         untie_packed(model, self.matched)
@@ -130,7 +131,7 @@ class AwqHfQuantizer(HfQuantizer):
         check_loaded(model, self.matched, self.packed)
         if self.stored:
             check_blocks(model, self.stored, self.matched)
-        check_packed_finite(model, self.matched)
+        check_packed_finite(model, [*self.matched, *self.scaled])
         pack_experts(model)
         prepare(model)
         leave_files(model)

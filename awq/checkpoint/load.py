@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from awq.checkpoint.account import check_finite, check_float_parameters, check_report
+from awq.checkpoint.account import check_finite, check_float_parameters, check_report, check_stored_floats
 from awq.checkpoint.hf import register
 from awq.checkpoint.source import Source, first_line, hub_arguments
 from awq.errors import AwqError, CheckpointError, ModelError
@@ -84,6 +84,8 @@ def load_model(
         model, report = _from_pretrained(chosen, source, arguments)
     check_report(model, report, source.name, body_only=chosen is AutoModel or kind is not None)
     check_float_parameters(model, source.name)
+    if getattr(source.config, "quantization_config", None) is None or source.packed:
+        check_stored_floats(model, source.headers, source.name)
     check_finite(model, source.name)
     return model.eval()
 

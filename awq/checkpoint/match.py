@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from awq.checkpoint.files import PackedTensors
+from awq.checkpoint.files import FLOATS, PackedTensors
 from awq.config import FORMATS, AwqConfig
 from awq.errors import CheckpointError
 from awq.formats import get_format
@@ -23,7 +23,6 @@ from awq.nn.surgery import linear_shape, named_linears
 
 logger = logging.getLogger("awq.checkpoint")
 
-_FLOATS = ("F16", "BF16", "F32")
 _CODES = {torch.int32: "I32", torch.int16: "I16"}
 _DTYPES = {"I32": "int32", "I16": "int16", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _SHORTEST_ENDING = 3  # parts of a name, so that a layer's index is among them
@@ -171,7 +170,7 @@ def check_shapes(name: str, module: nn.Module, tensors: dict[str, dict], config:
 
 def fits_dtype(stored: str, dtype: torch.dtype) -> bool:
     """Whether a tensor of a dtype in a file's words ("F16") can be what a packed linear keeps as `dtype`."""
-    return stored in _FLOATS if dtype.is_floating_point else stored == _CODES[dtype]
+    return stored in FLOATS if dtype.is_floating_point else stored == _CODES[dtype]
 
 
 def _fits(found: dict[str, tuple[tuple[int, ...], str]], in_features: int, out_features: int, size: int, format: str) -> bool:

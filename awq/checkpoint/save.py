@@ -14,10 +14,11 @@ from awq.checkpoint.directory import complete_directory
 from awq.checkpoint.expert_names import router_spellings
 from awq.checkpoint.files import read_json
 from awq.checkpoint.match import merged_on_disk
-from awq.checkpoint.source import body_directory
+from awq.checkpoint.modules import body_directory
 from awq.config import AwqConfig
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import named_linears
+from awq.nn.unfinished import check_finished
 
 logger = logging.getLogger("awq.checkpoint")
 
@@ -43,6 +44,7 @@ def save_checkpoint(
     `directory` appears, or changes, only when all of it is written; files of other names in it stay. Raises CheckpointError
     when writing fails; then nothing is left behind.
     """
+    check_finished(model)
     origin = source_directory(source)
     settings = config.with_(modules_to_not_convert=unconverted(model)).to_transformers_dict() if packed else None
     inner = body_directory(origin).relative_to(origin) if origin is not None else Path()

@@ -4,8 +4,7 @@ Every door (loading, encoding, converting, `awq info`) needs the same answers ab
 is it a directory or a model of the hub, in which folder does the transformer lie, is it packed, with which settings, how
 long may an input be. `Source.open` finds them once, checks the files while it is there, and is passed down.
 
-Directories of sentence-transformers name their parts in `modules.json`, and releases before 2.0 put the transformer into a
-folder `0_Transformer`. `read_modules` is the only reader of that file: a list of modules whose folders lie inside.
+Directories of sentence-transformers may keep the transformer in a folder of its own: `awq.checkpoint.modules` knows.
 """
 
 from __future__ import annotations
@@ -23,13 +22,12 @@ from awq.checkpoint.files import (
     cached_directory,
     check_directory,
     packed_among,
-    read_any_json,
-    read_json,
     tensor_headers,
     weight_files,
 )
+from awq.checkpoint.modules import body_directory, is_embedder
 from awq.config import AwqConfig
-from awq.errors import AwqError, CheckpointError, ConfigError, ModelError
+from awq.errors import AwqError, ConfigError, ModelError
 
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "subfolder", "local_files_only")
 # How configs name the longest input their positions allow, in the order in which they are asked.
@@ -141,49 +139,6 @@ def first_line(error: BaseException) -> str:
     """An error's message in one line, or its kind when it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-def read_modules(root: Path) -> tuple[tuple[str, Path], ...]:
-    """(kind, folder) of every module in `modules.json`, the transformer first; empty without that file.
-
-    Raises CheckpointError unless it is a list of modules with different folders inside `root`.
-    """
-    path = root / "modules.json"
-    if not path.exists():
-        return ()
-    listed = read_any_json(path)
-    if not isinstance(listed, list) or not listed:
-        raise CheckpointError(f"{path} is not a list of sentence-transformers modules; copy it from the original model.")
-    modules = []
-    for entry in listed:
-        kind, part = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(kind, str) or not isinstance(part, str):
-            raise CheckpointError(f"{path}: {entry!r} is not a module with a type and a path; copy the original file.")
-        folder = root / part
-        if Path(part).is_absolute() or not folder.resolve().is_relative_to(root.resolve()):
-            raise CheckpointError(f"{path}: path {part!r} leads outside the directory; the checkpoint is refused.")
-        modules.append((kind.rpartition(".")[2], folder))
-    folders = [folder.resolve() for _, folder in modules]
-    if len(set(folders)) < len(folders):
-        raise CheckpointError(f"{path} gives two modules the same path; copy the original file.")
-    return tuple(modules)
-
-
-def body_directory(root: Path) -> Path:
-    """The folder of the transformer: `root` itself, or what the first module of `modules.json` says."""
-    if (root / "config.json").exists():
-        return root
-    modules = read_modules(root)
-    return modules[0][1] if modules else root
-
-
-def is_embedder(root: Path) -> bool:
-    """Whether a local directory is sentence-transformers' of a model for embeddings, not of a cross-encoder with its head."""
-    settings = root / "config_sentence_transformers.json"
-    kind = read_json(settings).get("model_type") if settings.is_file() else None
-    modules = read_modules(root)
-    # A sparse encoder's transformer is a masked language model, whose head it needs.
-    return bool(modules) and modules[0][0] != "MLMTransformer" and kind != "CrossEncoder"
 
 
 def position_limit(config: Any) -> int | None:

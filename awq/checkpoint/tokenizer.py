@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from awq.checkpoint.source import body_directory
+from awq.checkpoint.modules import body_directory
 from awq.errors import ModelError
 
 logger = logging.getLogger("awq.checkpoint")

@@ -58,11 +58,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> None:
     from awq import AutoAWQForCausalLM, AutoAWQForEmbedding
+    from awq.checkpoint.directory import check_target
     from awq.checkpoint.tokenizer import load_tokenizer
     from awq.cli.output import show
     from awq.embed.directory import is_sentence_model
     from awq.errors import ConfigError
 
+    check_target(arguments.output, arguments.model)  # before hours of work that nobody could keep
     embedding = is_sentence_model(arguments.model)
     given = {"--prompt-name": arguments.prompt_name, "--evaluate": arguments.evaluate}
     unused = [name for name, value in given.items() if value is not None and not embedding]

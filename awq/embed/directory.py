@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from awq.checkpoint.files import read_json
-from awq.checkpoint.source import UNLIMITED, is_embedder, position_limit, read_modules
+from awq.checkpoint.modules import is_embedder, read_modules
+from awq.checkpoint.source import UNLIMITED, position_limit
 from awq.errors import CheckpointError
 
 logger = logging.getLogger("awq.embed")

@@ -24,6 +24,7 @@ from awq.embed.compiled import CompiledEncoder, CompiledState, compile_encoder
 from awq.embed.directory import SentenceSettings, longest_input, sentence_settings
 from awq.embed.graphs import EncoderGraphs
 from awq.embed.heads import Normalize, Pooling, read_head
+from awq.embed.request import check_arguments, checked_texts
 from awq.embed.structure import NotReadable
 from awq.errors import ConfigError, ModelError
 from awq.nn.locks import lock_of
@@ -59,6 +60,7 @@ class Encoder(nn.Module):
         self.prompts = {"query": "", "document": "", **settings.prompts}
         self.default_prompt_name = settings.default_prompt_name
         self._lower_case = settings.lower_case
+        self._known_ids = _known_ids(model, tokenizer)
         # Of inputs by name; the attention mask's is 0.
         self.padding = {
             "input_ids": tokenizer.pad_token_id or 0, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)
@@ -130,14 +132,9 @@ class Encoder(nn.Module):
         """
         if isinstance(texts, str):
             return self.encode([texts], batch_size, normalize, prompt_name, truncate_dim, prompt)[0]
-        texts, before = list(texts), prompt if prompt is not None else self.prompt_text(prompt_name)
-        strange = next((t for t in texts if not isinstance(t, str)), None)
-        if strange is not None:
-            raise ConfigError(f"texts hold a {type(strange).__name__}; give strings.")
-        if batch_size < 1 or (truncate_dim is not None and truncate_dim < 1):
-            raise ConfigError(f"batch_size is {batch_size} and truncate_dim {truncate_dim}; both must be at least 1.")
-        if not texts:
-            raise ConfigError("no texts to embed; give at least one.")
+        texts = checked_texts(texts)
+        check_arguments(batch_size, truncate_dim, prompt)
+        before = prompt if prompt is not None else self.prompt_text(prompt_name)
         rows = self._tokenize([before + text for text in texts])
         prompt_tokens = self._prompt_tokens(before)
         native = self._native_program() if not self._on_gpu else None
@@ -227,8 +224,8 @@ class Encoder(nn.Module):
     def prompt_text(self, name: str | None = None) -> str:
         """The text of a prompt; None means the default one, which may be empty. Raises ConfigError for an unknown name."""
         name = name if name is not None else self.default_prompt_name
-        if name is not None and name not in self.prompts:
-            raise ConfigError(f"prompt_name is {name!r}; the model's prompts are {', '.join(self.prompts)}.")
+        if name is not None and (not isinstance(name, str) or name not in self.prompts):
+            raise ConfigError(f"prompt_name is {name!r:.100}; the model's prompts are {', '.join(self.prompts)}.")
         return self.prompts[name] if name is not None else ""
 
     def cased(self, text: str) -> str:
@@ -240,6 +237,8 @@ class Encoder(nn.Module):
         with lock_of(self.tokenizer):  # a fast tokenizer keeps padding and truncation as state, and borrows itself only once
             found = self.tokenizer([self.cased(text) for text in texts], truncation=True, max_length=self.max_seq_length)
         rows = {key: found[key] for key in ("input_ids", "token_type_ids", "attention_mask") if key in found}
+        if self._known_ids is not None:
+            _check_ids(rows["input_ids"], self._known_ids)
         if any(not ids for ids in rows["input_ids"]):  # an empty text, with a tokenizer that adds no special tokens
             pad = self.tokenizer.pad_token_id or 0
             fill = {"input_ids": [pad], "token_type_ids": [0], "attention_mask": [1]}
@@ -256,6 +255,22 @@ class Encoder(nn.Module):
     def _padded(self, key: str, rows: list[list[int]]) -> Tensor:
         longest = max(map(len, rows))
         return torch.tensor([row + [self.padding.get(key, 0)] * (longest - len(row)) for row in rows])
+
+
+def _known_ids(model: Any, tokenizer: Any) -> int | None:
+    """Rows of the embedding table where the tokenizer has larger ids; None, as nearly always, where it has none."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    return rows if largest >= rows else None
+
+
+def _check_ids(rows: list[list[int]], known: int) -> None:
+    """An id beyond the table would read other memory, or end a GPU's process. Raises ConfigError."""
+    largest = max((max(ids, default=0) for ids in rows), default=0)
+    if largest >= known:
+        raise ConfigError(
+            f"the tokenizer gives the id {largest}, and the model knows 0 to {known - 1}; is it another model's tokenizer?"
+        )
 
 
 def _packs(lengths: list[int]) -> Iterator[tuple[int, int]]:

@@ -13,12 +13,61 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from awq.checkpoint.files import read_json
+from awq.checkpoint.account import is_finite
+from awq.checkpoint.files import FLOATS, read_header, read_json
 from awq.errors import CheckpointError, ModelError
 
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # joined in this order
 _FLAGS = {f"pooling_mode_{mode}" + ("_tokens" if mode in ("max", "mean", "weightedmean") else ""): mode for mode in MODES}
 _FLAGS["pooling_mode_cls_token"] = "cls"
+
+
+class HeadSettings:
+    """`config.json` of a module's folder; every value is asked for by type. Raises CheckpointError for others."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "config.json"
+        self.values = read_json(self.path)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.values.get(name, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.path}: {name} is {value!r:.100}; it must be true or false.")
+        return value
+
+    def size(self, name: str) -> int:
+        value = self.values.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{self.path}: {name} is {value!r:.100}; it must be a whole number of at least 1.")
+        return value
+
+    def activation(self) -> nn.Module:
+        """The module of `torch.nn` that `activation_function` names."""
+        value = self.values.get("activation_function", "torch.nn.modules.activation.Tanh")
+        module, _, name = value.rpartition(".") if isinstance(value, str) else ("", "", "")
+        kind = getattr(nn, name, None) if module.startswith("torch.nn.") else None
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise CheckpointError(f"{self.path}: activation_function {value!r:.100} is not one of torch.nn's.")
+        try:
+            return kind()
+        except TypeError as error:
+            raise CheckpointError(f"{self.path}: activation_function {name} needs settings of its own.") from error
+
+
+def _dense_tensors(folder: Path) -> tuple[Tensor, Tensor | None]:
+    """(weight [out, in], bias [out] or None) of a dense head, float32 and finite; its header is read before its numbers."""
+    path = folder / "model.safetensors"
+    header = read_header(path)
+    if set(header) not in ({"linear.weight"}, {"linear.weight", "linear.bias"}):
+        raise CheckpointError(f"{path} holds {', '.join(sorted(header)[:3])}; a dense head has linear.weight and linear.bias.")
+    for name, entry in header.items():
+        if entry["dtype"] not in FLOATS:
+            raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}; it must be a floating one.")
+    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise CheckpointError(f"{path} holds numbers that are not finite in {name}; download or make it again.")
+    return tensors["linear.weight"], tensors.get("linear.bias")
 
 
 class Pooling(nn.Module):
@@ -34,11 +83,15 @@ class Pooling(nn.Module):
     @classmethod
     def read(cls, folder: Path) -> Pooling:
         """From `config.json` of a pooling folder, in the old spelling (one flag per mode) or the new one."""
-        config = read_json(folder / "config.json")
-        named = config.get("pooling_mode")
-        flags = {_FLAGS[key] for key, value in config.items() if key in _FLAGS and value}
-        modes = (named,) if isinstance(named, str) else tuple(named or [m for m in MODES if m in flags] or ["mean"])
-        return cls(modes, config.get("include_prompt", True))
+        settings = HeadSettings(folder)
+        named = settings.values.get("pooling_mode")
+        if named is None:
+            flags = {mode for key, mode in _FLAGS.items() if settings.flag(key, False)}
+            named = [mode for mode in MODES if mode in flags] or ["mean"]
+        modes = [named] if isinstance(named, str) else named
+        if not isinstance(modes, list) or not all(mode in MODES for mode in modes) or not modes:
+            raise CheckpointError(f"{settings.path}: pooling_mode is {named!r:.100}; known are {', '.join(MODES)}.")
+        return cls(tuple(modes), settings.flag("include_prompt", True))
 
     def forward(self, hidden: Tensor, mask: Tensor, prompt_tokens: int = 0) -> Tensor:
         """mask: 1 on real tokens [texts, tokens]. prompt_tokens: leading tokens left out when prompts are not pooled."""
@@ -71,18 +124,21 @@ class Dense(nn.Module):
     @classmethod
     def read(cls, folder: Path) -> Dense:
         """From `config.json` and `model.safetensors` of a dense folder."""
-        config = read_json(folder / "config.json")
-        if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
-            raise ModelError(f"{folder}: a dense head with these settings is read by sentence-transformers only: {config}.")
-        if not (folder / "model.safetensors").is_file():
-            raise CheckpointError(f"{folder} has no model.safetensors; save the model again with safetensors weights.")
-        linear = nn.Linear(config["in_features"], config["out_features"], config.get("bias", True))
-        linear.load_state_dict({k.removeprefix("linear."): v.float() for k, v in load_file(folder / "model.safetensors").items()})
-        module, _, name = config.get("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")
-        kind = getattr(nn, name, None) if module.startswith("torch.nn.") else None
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise ModelError(f"{folder}: activation {config['activation_function']} is not one of torch.nn's.")
-        return cls(linear, kind())
+        settings = HeadSettings(folder)
+        source = settings.values.get("module_input_name", "sentence_embedding")
+        if settings.flag("use_residual", False) or source != "sentence_embedding":
+            raise ModelError(f"{folder}: a dense head with these settings is read by sentence-transformers only.")
+        weight, bias = _dense_tensors(folder)
+        wanted = [settings.size("out_features"), settings.size("in_features")]
+        if list(weight.shape) != wanted:
+            raise CheckpointError(f"{folder}: the weight is {list(weight.shape)}, and config.json says {wanted}.")
+        if settings.flag("bias", True) != (bias is not None) or (bias is not None and list(bias.shape) != wanted[:1]):
+            raise CheckpointError(f"{folder}: the bias in model.safetensors is not the one that config.json speaks of.")
+        linear = nn.Linear(wanted[1], wanted[0], bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias)
+        return cls(linear, settings.activation())
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.activation(self.linear(embeddings))

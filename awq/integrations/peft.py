@@ -4,8 +4,8 @@ PEFT builds an adapter around a linear by asking a list of dispatch functions, o
 knows. Its function for AWQ asks for another package's classes, and "all-linear" looks for `nn.Linear`; a `WQLinear` is
 neither. `register` puts our answer before theirs, in the one module where PEFT looks the functions up, so every entry
 (`get_peft_model`, `add_adapter`, `PeftModel.from_pretrained`, Trainer, TRL) finds it. PEFT's own AWQ layer does the work:
-the packed linear, plus the adapter's product beside it. A fused model is no exception: each of its slices gives way to the linear it
-stands for, and the fused blocks, which know of no adapter, are not used any more.
+the packed linear, plus the adapter's product beside it. A fused model is no exception: each of its slices gives way
+to the linear it stands for, and the fused blocks, which know of no adapter, are not used any more.
 
 `awq._register` calls `register` when PEFT is imported, so that `import awq` imports no PEFT. Tested with PEFT 0.18 and 0.21.
 """

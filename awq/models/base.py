@@ -20,7 +20,7 @@ from awq.checkpoint.hf import mark_quantized
 from awq.checkpoint.source import position_limit
 from awq.checkpoint.tokenizer import find_tokenizer
 from awq.config import AwqConfig
-from awq.errors import AwqError, ConfigError, ModelError
+from awq.errors import ConfigError, ModelError
 from awq.models.generation import FusedGeneration
 from awq.nn.blocks import find_block_lists
 from awq.nn.copies import copy_structure
@@ -29,6 +29,7 @@ from awq.nn.layout import restore
 from awq.nn.linear import WQLinear
 from awq.nn.locks import lock_of
 from awq.nn.surgery import device_of, get_weight, named_linears, replace_module, usable_device
+from awq.nn.unfinished import check_finished, unfinished
 from awq.quantize import QuantizeOptions, QuantReport, quantize_model
 from awq.quantize.checks import check_quantizable
 from awq.quantize.plan import make_plan
@@ -63,7 +64,6 @@ class AwqModel(nn.Module):
         self._tokenizer_known = self.is_quantized
         self._trust_remote_code = trust_remote_code
         self._waiting: dict[str, WQLinear] = {}  # packed linears of an export_compatible run, until pack()
-        self._half_quantized = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -121,16 +121,10 @@ class AwqModel(nn.Module):
         batches = self._calibration(
             tokenizer, calib_data, split, text_column, max_calib_samples, max_calib_seq_len, general
         )
-        self._half_quantized = True
-        try:
-            if export_compatible:
-                report = self._quantize_dense(batches, config, chosen)
-            else:
-                report = quantize_model(self.model, batches, config, chosen)
-        except AwqError:  # raised before any weight is touched, unless packed linears show that it was not
-            self._half_quantized = any(isinstance(module, WQLinear) for module in self.model.modules())
-            raise
-        self._half_quantized = False
+        if export_compatible:
+            report = self._quantize_dense(batches, config, chosen)
+        else:
+            report = quantize_model(self.model, batches, config, chosen)
         self.report, self.awq_config = report, config
         self.is_quantized = not export_compatible
         if self.is_quantized:
@@ -139,8 +133,7 @@ class AwqModel(nn.Module):
 
     def _check_whole(self) -> None:
         """Refuses a model whose quantization was interrupted: some of its blocks are quantized, and one may be neither."""
-        if self._half_quantized:
-            raise ModelError(f"the quantization of {self.path} was interrupted, so its weights are half done; load it again.")
+        check_finished(self.model, self.path)
 
     def _checked(
         self,
@@ -154,7 +147,7 @@ class AwqModel(nn.Module):
         config = quant_config if isinstance(quant_config, AwqConfig) else AwqConfig.from_dict(quant_config)
         chosen = _options(options)
         for name, value in (("max_calib_samples", samples), ("max_calib_seq_len", tokens)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} is {value!r}; use a whole number of at least 1.")
         if chosen.device is not None:
             usable_device(chosen.device)
@@ -196,12 +189,13 @@ class AwqModel(nn.Module):
         dense, dtype = named_linears(self.model), self.model.dtype
         report = quantize_model(self.model, batches, config, options)
         report.options["export_compatible"] = True
-        for line in report.linears:
-            packed, linear = self.model.get_submodule(line.name), dense[line.name]
-            if isinstance(packed, WQLinear):
-                get_weight(linear).copy_(packed.dequantize())
-                replace_module(self.model, line.name, linear.to(self.device, dtype))
-                self._waiting[line.name] = packed
+        with unfinished(self.model):
+            for line in report.linears:
+                packed, linear = self.model.get_submodule(line.name), dense[line.name]
+                if isinstance(packed, WQLinear):
+                    get_weight(linear).copy_(packed.dequantize())
+                    replace_module(self.model, line.name, linear.to(self.device, dtype))
+                    self._waiting[line.name] = packed
         return report
 
     def pack(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from awq.errors import ConfigError
+from awq.nn.surgery import usable_device
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"rounding": "nearest", "refinement": 0, "tuning": 0, "correction": 0.0},
@@ -16,6 +17,9 @@ _CHOICES = {
     "preset": tuple(PRESETS),
     "rounding": ("nearest", "feedback"),
 }
+_SWITCHES = ("scaling", "duo_scaling", "clip", "bias_correction", "export_compatible", "progress")
+MAX_ROUNDS = 100  # of refinement and tuning: more would take days and change nothing
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class QuantizeOptions:
     device: where a block is worked on; None takes the model's own device, or the GPU when the model is on the CPU.
     seed: of the random scales in the proof of folds.
     progress: show a progress bar; None means when stderr is a terminal.
+
+    Raises ConfigError for values of another type or out of range.
     """
 
     preset: str = "balanced"
@@ -59,14 +65,28 @@ class QuantizeOptions:
             if value not in allowed and not (name == "rounding" and value is None):
                 raise ConfigError(f"{name} is {value!r}; use one of {', '.join(allowed)}.")
         for name in ("refinement", "tuning"):
+            _check_whole_number(name, getattr(self, name), MAX_ROUNDS, optional=True)
+        _check_whole_number("seed", self.seed, MAX_SEED)
+        share = self.correction
+        if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1):
+            raise ConfigError(f"correction is {share!r}; use a share from 0 to 1.")
+        for name in _SWITCHES:
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise ConfigError(f"{name} is {value!r}; use a whole number from 0.")
-        if self.correction is not None and not 0 <= self.correction <= 1:
-            raise ConfigError(f"correction is {self.correction!r}; use a share from 0 to 1.")
+            if not isinstance(value, bool) and not (name == "progress" and value is None):
+                raise ConfigError(f"{name} is {value!r}; use True or False.")
+        if self.device is not None:
+            usable_device(self.device)
+            object.__setattr__(self, "device", str(self.device))  # torch.device too; a report is written as JSON
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
     def with_(self, **changes: Any) -> QuantizeOptions:
         return replace(self, **changes)
+
+
+def _check_whole_number(name: str, value: Any, most: int, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise ConfigError(f"{name} is {value!r}; use a whole number from 0 to {most}.")

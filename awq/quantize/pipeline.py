@@ -24,6 +24,7 @@ from awq.config import AwqConfig
 from awq.nn.experts import conceal_experts, expose_experts
 from awq.nn.packed_experts import pack_experts
 from awq.nn.surgery import device_of
+from awq.nn.unfinished import check_finished, unfinished
 from awq.nn.walk import BlockVisit
 from awq.quantize.block import BlockQuantizer
 from awq.quantize.options import QuantizeOptions
@@ -45,10 +46,12 @@ def quantize_model(
 
     model: a transformers model on one device. batches: token ids and masks [batch, tokens]; padding never enters a
     statistic. Linears become `WQLinear`, or stay dense with quantized values when `options.export_compatible`.
-    Raises ConfigError, CalibrationError or ModelError before any weight is touched.
+    Raises ConfigError, CalibrationError or ModelError before any weight is touched. A model that an error or Ctrl-C leaves
+    half done is marked (`awq.nn.unfinished`): nobody quantizes, saves or serves it by mistake.
     """
     start = time.perf_counter()
     config, options = config or AwqConfig(), options or QuantizeOptions()
+    check_finished(model)
     with experts_as_linears(model) as dense_experts:
         run = QuantizeRun.start(model.eval(), batches, config, options)
         with moved_to(model, run.device if options.tuning else device_of(model)):
@@ -56,14 +59,15 @@ def quantize_model(
                 match = run.output_match()
                 walk = run.walk()
             hide = None if options.progress is None else not options.progress
-            with tqdm(walk, desc="AWQ", unit="block", disable=hide) as bar:
+            with unfinished(model), tqdm(walk, desc="AWQ", unit="block", disable=hide) as bar:
                 for visit in bar:
                     quantize_block(run, visit)
                     bar.set_postfix(loss=f"{run.report.loss:.4f}", rtn=f"{run.report.loss_rtn:.4f}")
                     # The bar is for terminals; log files get one line a block.
                     logger.info("a block done, %.0f s in all, loss %.4f", time.perf_counter() - start, run.report.loss)
             if match is not None:
-                tune(run, match)
+                with unfinished(model):
+                    tune(run, match)
     run.report.warnings += [f"{name} stays dense: {reason}." for name, reason in dense_experts.items()]
     run.report.seconds = time.perf_counter() - start
     return run.report
