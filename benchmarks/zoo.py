@@ -166,7 +166,7 @@ def _standing(result: dict[str, Any]) -> list[str]:
         found.append("built")
     if result.get("share"):
         found.append("quantized")
-    if result.get("share", 0) >= zoo_checks.FULL_SHARE:
+    if result.get("share") and not {"share", "load", "quantize"}.intersection(result["failed"]):
         found.append("whole")
     if not result["failed"]:
         found.append("good")
@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "zoo", help="directory of what was found so far")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--redo", action="store_true", help="check again what is there already")
+    parser.add_argument("--failed", action="store_true", help="check again what failed")
     parser.add_argument("--list", action="store_true", help="print the kinds and stop")
     parser.add_argument("--page", action="store_true", help="write the page and the results only")
     given = parser.parse_args()
@@ -209,6 +210,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("awq").setLevel(logging.ERROR)
     known = {} if given.redo or not given.state.is_dir() else read(given.state)
+    if given.failed:
+        known = {name: result for name, result in known.items() if not result["failed"]}
     if not given.page:
         sweep([kind for kind in kinds if str(kind) not in known], given.state, given.workers)
     results = read(given.state)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, PreTrainedModel
 
 from awq.checkpoint.account import check_finite, check_float_parameters, check_report, check_stored_floats
 from awq.checkpoint.hf import register
@@ -32,6 +32,9 @@ def model_class(source: Source) -> Any:
     remote = source.trust_remote_code and bool(getattr(config, "auto_map", None))
     kind = getattr(transformers, architecture, None) if architecture and not remote else None
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+        borrower = _auto_class_of(config, kind)
+        if borrower is not None:
+            return borrower
         _check_kind(source, kind)
         return kind
     if not architecture and type(config) in AutoModelForCausalLM._model_mapping:
@@ -46,6 +49,17 @@ def body_class(source: Source) -> Any:
     """The class whose call gives `last_hidden_state`: AutoModel, or the encoder that the config names (T5EncoderModel)."""
     named = model_class(source)
     return named if named.__name__.endswith("EncoderModel") else AutoModel
+
+
+def _auto_class_of(config: Any, kind: Any) -> Any:
+    """The Auto class through which a type of its own config is built as another type's class (InternLM 3 as Llama), or None."""
+    expected = getattr(kind, "config_class", None)
+    if isinstance(expected, type) and isinstance(config, expected):
+        return None
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping and auto._model_mapping[type(config)] is kind:
+            return auto
+    return None
 
 
 def _check_kind(source: Source, kind: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,7 +50,7 @@ class BlockQuantizer:
     def find_folds(self) -> None:
         """Input groups with proven folds: discovered once per structure of blocks, proven on every block."""
         with every_token(self.block):
-            groups = self._proven_groups()
+            groups = [self._within_one_block(group) for group in self._proven_groups()]
         self.groups = [group for group in groups if self.targets.intersection(group.consumers)]
         self.parts = rounding_parts(self.block, self.groups, self.targets)
 
@@ -68,6 +69,16 @@ class BlockQuantizer:
             if group.fold is None:
                 logger.info("%s: %s keeps scale 1: %s", self.visit.name, ", ".join(group.consumers), group.reason)
         return groups
+
+    def _within_one_block(self, group: InputGroup) -> InputGroup:
+        """Without a fold that touches weights which other blocks use, too: those have neighbours of their own."""
+        fold = group.fold
+        if fold is None:
+            return group
+        names = {f"{self.visit.name}.{name}" for name in (fold.producer, *fold.consumers)}
+        if not names & self.run.shared:
+            return group
+        return replace(group, fold=None, reason="other blocks share its weights")
 
     # 2. What the linears read
 

@@ -42,7 +42,8 @@ GPU_BATCH_VALUES = 2**25  # of the widest input in one forward on a GPU, 128 MiB
 class QuantizeRun:
     """batches: as they are worked on. device: where blocks are. judges: batches held out for the tuning, if there is any.
 
-    known_folds: structure of a block → its folds. weights: full name → weight, kept when scales are tuned later.
+    shared: full names of modules whose weights have another name. known_folds: structure of a block → its folds.
+    weights: full name → weight, kept when scales are tuned later.
     original_hidden: the hidden states of the original model before the present block, where they are needed.
     """
 
@@ -55,6 +56,7 @@ class QuantizeRun:
     report: QuantReport
     device: torch.device
     judges: frozenset[int] = frozenset()
+    shared: frozenset[str] = frozenset()
     known_folds: dict[Any, list[InputGroup]] = field(default_factory=dict)
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     original_hidden: list[Tensor] | None = None
@@ -82,7 +84,7 @@ class QuantizeRun:
         _warn_of_few_tokens(report, widest)
         report.warnings += plan.warnings
         judges = held_out(len(batches)) if options.tuning else frozenset[int]()
-        return cls(model, reached, batches, config, options, plan, report, device, judges)
+        return cls(model, reached, batches, config, options, plan, report, device, judges, _shared_modules(model))
 
     @property
     def corrects_inputs(self) -> bool:
@@ -120,6 +122,14 @@ class QuantizeRun:
         bias = getattr(linear, "bias", None)
         packed = WQLinear.from_quantized(weight, bias, self.config.format, dtype=dtype or linear.weight.dtype)
         replace_module(root, name, packed)
+
+
+def _shared_modules(model: nn.Module) -> frozenset[str]:
+    """Names of modules whose weights have another name, too: the module stands in two places, or its parameters are tied."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name.rpartition(".")[0])
+    return frozenset(name for found in owners.values() if len(found) > 1 for name in found)
 
 
 @contextmanager
