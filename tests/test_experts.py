@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from awq import AutoAWQForCausalLM
@@ -17,7 +18,10 @@ pytest.importorskip("transformers.integrations.moe", reason="experts as 3-D para
 
 from awq.checkpoint.expert_names import expert_names
 from awq.folds.find import find_folds
+from awq.nn.blocks import hidden_of
+from awq.nn.capture import NothingFromTheHost
 from awq.nn.experts import conceal_experts, every_token, expose_experts, fused_experts, named_experts
+from awq.nn.layout import prepare
 from awq.nn.packed_experts import AwqExperts
 
 SMALL = dict(
@@ -132,6 +136,18 @@ def test_fused_generation_gives_the_tokens_of_transformers_own_loop(kind, tmp_pa
     settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     assert torch.equal(ours.generate(ids, **settings), model.generate(ids, **settings))
     assert ours.fusion.state == "fused"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_routing_never_asks_the_device_for_a_number(kind):
+    """What a CUDA graph of a decode step needs; tensors without data have no numbers to give."""
+    model = mixture(kind)
+    quantize_model(model, [batch_of(3)], CONFIG, QuantizeOptions(preset="fast"))
+    prepare(model, torch.float32)
+    routed = model.model.layers[0].mlp
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), NothingFromTheHost():
+        y = hidden_of(routed(torch.empty(8, 1, 64)))
+    assert y.shape == (8, 1, 64)
 
 
 def test_packed_experts_load_their_own_state_dict():

@@ -7,7 +7,6 @@ move modules about. Names are therefore matched exactly first, then without the 
 from __future__ import annotations
 
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -109,13 +108,9 @@ def current_keys(model: Any, stored: Iterable[str]) -> dict[str, str]:
 
 def merged_on_disk(model: Any, packed: Iterable[str]) -> list[str]:
     """Packed linears that transformers 5 would glue together, as dense weights, in its "original format" on disk."""
-    patterns = [
-        pattern.rstrip("$").removesuffix(".weight")
-        for step in _conversions(model)
-        if hasattr(step, "operations")
-        for pattern in step.target_patterns
-    ]
-    return [name for name in packed if any(re.search(pattern, name) for pattern in patterns)]
+    joinings = [step.reverse_transform() for step in _conversions(model) if hasattr(step, "operations")]
+    keys = {name: (f"{name}.weight", f"{name}.qweight") for name in packed}
+    return [name for name in keys if any(step.rename_source_key(key)[1] for step in joinings for key in keys[name])]
 
 
 def _conversions(model: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from awq.checkpoint.match import merged_on_disk
 from awq.checkpoint.modules import body_directory
 from awq.config import AwqConfig
 from awq.nn.linear import WQLinear
+from awq.nn.packed_experts import AwqExperts
 from awq.nn.surgery import named_linears
 from awq.nn.unfinished import check_finished
 
@@ -76,7 +77,11 @@ def unconverted(model: Any) -> tuple[str, ...]:
 
 def _names_on_disk(model: Any) -> dict[str, bool]:
     """Argument of save_pretrained: source names, unless packed tensors would have to be glued together for them."""
-    merged = merged_on_disk(model, [n for n, m in model.named_modules() if isinstance(m, WQLinear)])
+    packed = [name for name, module in model.named_modules() if isinstance(module, WQLinear)]
+    for name, module in model.named_modules():
+        if isinstance(module, AwqExperts):
+            packed += [f"{name}.{linear}" for linear in module.linear_names()]
+    merged = merged_on_disk(model, packed)
     if not merged:
         return {}
     logger.warning(

@@ -21,7 +21,7 @@ from awq.core.weight import QuantizedWeight
 from awq.formats import get_format, get_layout
 from awq.kernels import Packed, Shape, layout_for
 from awq.kernels.moe import expert_of, moe_linear
-from awq.nn.experts import ExpertLinears, ExpertRules, ExpertShape, named_experts, restore_original
+from awq.nn.experts import ExpertLinears, ExpertNames, ExpertRules, ExpertShape, named_experts, restore_original
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import replace_module
 
@@ -115,13 +115,20 @@ class ExpertStack(nn.Module):
 class AwqExperts(ExpertRules):
     """The packed experts of one layer: `first` (gate and up joined, or up) and `second` (down)."""
 
-    def __init__(self, linears: ExpertLinears) -> None:
+    def __init__(
+        self, original: nn.Module, shape: ExpertShape, names: ExpertNames, first: ExpertStack, second: ExpertStack
+    ) -> None:  # fmt: skip
+        """original: transformers' module, which loses its weights."""
+        super().__init__(original, shape, names)
+        self.first, self.second = first, second
+
+    @classmethod
+    def from_linears(cls, linears: ExpertLinears) -> AwqExperts:
         """From exposed experts whose linears are all packed, alike; these are emptied."""
-        super().__init__(linears.original, linears.shape, linears.names)
         triples = [linears.linears(number) for number in range(linears.shape.num_experts)]
-        self.first = _first_stack(linears, triples)
-        self.second = _stack([cast(WQLinear, down) for _, _, down in triples])
-        self.train(linears.training)
+        first, second = _first_stack(linears, triples), _stack([cast(WQLinear, down) for _, _, down in triples])
+        made = cls(linears.original, linears.shape, linears.names, first, second)
+        return made.train(linears.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[tokens, hidden] → [tokens, hidden]. top_k_index: int [tokens, top_k]; top_k_weights: float [tokens, top_k]."""
@@ -144,6 +151,12 @@ class AwqExperts(ExpertRules):
             found[self.names.up] = first, bias
         found[self.names.down] = self.second.weight_of(number), self.second.bias_of(number)
         return found
+
+    def linear_names(self) -> list[str]:
+        """Names of all experts' linears below this module ("3.w1"), as a checkpoint has them."""
+        gate = [self.names.gate] if self.shape.has_gate else []
+        parts = [*gate, self.names.up, self.names.down]
+        return [f"{number}.{part}" for number in range(self.shape.num_experts) for part in parts]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Tensors as a checkpoint holds them, below the name of this module ("3.w1.qweight")."""
@@ -245,6 +258,6 @@ def pack_experts(model: nn.Module) -> int:
     for name, linears in named_experts(model).items():
         triples = [linears.linears(number) for number in range(linears.shape.num_experts)]
         if all(isinstance(m, WQLinear) for triple in triples for m in triple if m is not None):
-            replace_module(model, name, AwqExperts(linears))
+            replace_module(model, name, AwqExperts.from_linears(linears))
             made += 1
     return made

@@ -59,7 +59,7 @@ def make(folder: Path, kinds: list[str]) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | KINDS[kind]))).float().eval()
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name:
-                parameter.data *= 4
+                parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
         report = quantize_model(model, [CalibrationBatch(ids, torch.ones_like(ids))], config, QuantizeOptions(preset="fast"))
         save_checkpoint(model.half(), folder / kind, config, report)
         loaded = AutoModelForCausalLM.from_pretrained(folder / kind, dtype=torch.float32).eval()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,8 +19,11 @@ from awq.generate.run.block import FusedBlock, Prompt, Step
 from awq.generate.run.cache import LayerCache, allocate
 from awq.generate.run.graph import StepGraph
 from awq.generate.run.projection import separate
+from awq.nn.capture import NothingFromTheHost, no_waiting
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import get_weight, is_linear
+
+logger = logging.getLogger("awq.generate")
 
 _PROMPT_TOKENS = 4096  # of all rows together, in one piece of a prompt
 KEPT_CALLS = 8  # requests for which a GPU keeps a cache that they do not fill
@@ -41,9 +46,8 @@ class FusedDecoder:
         self.recent: deque[int] = deque(maxlen=KEPT_CALLS)  # rows of the last requests
         self.head = plan.head
         self.device: torch.device = get_weight(plan.embedding).device
-        # A mixture runs as the model wrote it, and routing may ask the GPU for numbers, which no capture can.
-        routed = any(block.mixture is not None for block in plan.blocks)
-        self.graphable = self.device.type == "cuda" and not routed
+        self.routed = any(block.mixture is not None for block in plan.blocks)
+        self.graphable = self.device.type == "cuda"
         self.blocks: list[FusedBlock] = []
         try:
             for block_plan, block in zip(plan.blocks, plan.modules):
@@ -141,15 +145,36 @@ class FusedDecoder:
         """
         if self.graphable:
             graph = self.graphs.get(len(ids))
-            if graph is None:
+            if graph is None and self._runs_alone(ids, lengths):
                 graph = self.graphs[len(ids)] = StepGraph(self.eager_step, ids, lengths, self.max_seq_len)
-            return graph(ids, lengths)
+            if graph is not None:
+                return graph(ids, lengths)
+            self.graphable = False
         return self.eager_step(ids, lengths, longest)
+
+    def _runs_alone(self, ids: Tensor, lengths: Tensor) -> bool:
+        """Whether a step never asks the GPU for a number, which no capture can.
+
+        Ours does not. How a mixture routes is the model's own code, and is tried.
+        """
+        if not self.routed:
+            return True
+        last = self.max_seq_len - 1
+        self.eager_step(ids, lengths, last)  # the first run may wait for what it compiles
+        try:
+            with no_waiting():
+                self.eager_step(ids, lengths, last)
+        except RuntimeError as reason:
+            logger.warning("decode steps are not captured as CUDA graphs, and slower for it: %s.", reason)
+            return False
+        return True
 
     def eager_step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
         """`step` without a CUDA graph."""
         cache = [layer.rows(len(ids)) for layer in self.cache]
-        return self._logits(self._hidden(ids.unsqueeze(1), lengths.unsqueeze(1), cache, Step(lengths, longest))[:, 0])
+        with NothingFromTheHost() if self.routed else nullcontext():
+            hidden = self._hidden(ids.unsqueeze(1), lengths.unsqueeze(1), cache, Step(lengths, longest))
+        return self._logits(hidden[:, 0])
 
     def _hidden(self, ids: Tensor, positions: Tensor, cache: list[LayerCache], where: Prompt | Step) -> Tensor:
         """ids [batch, tokens] → the normalized output of the last block [batch, tokens, features]."""
