@@ -7,6 +7,7 @@ tests reach no hub.
 """
 
 import ast
+import io
 import json
 import os
 import re
@@ -181,8 +182,9 @@ def tokenizer():
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     inner.train_from_iterator(bundled_texts(), trainer)
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512, chat_template=template
     )
 
 
@@ -375,5 +377,6 @@ def test_commands_of_our_guide(models, tmp_path, monkeypatch, capsys):
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("awq ")]
     assert {line.split()[1] for line in lines} == set(awq.cli.VERBS)
     for line in lines:
+        monkeypatch.setattr("sys.stdin", io.StringIO("Where are you?\n/exit\n"))
         needs_gpu = line.startswith("awq tune") and not torch.cuda.is_available()
         assert main(shlex.split(line, comments=True)[1:]) == (2 if needs_gpu else 0), line

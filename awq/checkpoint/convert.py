@@ -18,6 +18,7 @@ from awq.checkpoint.match import fits_dtype
 from awq.checkpoint.modules import body_directory
 from awq.checkpoint.source import Source
 from awq.config import AwqConfig, normalize_format
+from awq.core.weight import QuantizedWeight
 from awq.errors import CheckpointError, ConfigError
 from awq.formats import get_format
 
@@ -78,6 +79,18 @@ def _write_weights(source: Path, work: Path, packed: PackedTensors, config: AwqC
 
 def _converted(name: str, entries: dict[str, dict[str, Any]], config: AwqConfig, version: str) -> dict[str, Tensor]:
     """The three tensors of one linear in the new layout."""
+    weight = read_packed(name, entries, config)
+    try:
+        return {f"{name}.{kind}": t.contiguous() for kind, t in get_format(version).pack(weight).items()}
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def read_packed(name: str, entries: dict[str, dict[str, Any]], config: AwqConfig) -> QuantizedWeight:
+    """The weight of one packed linear of a checkpoint; entries: its part of `Source.packed`.
+
+    Raises CheckpointError when its tensors are missing, broken, or of other shapes than the config says.
+    """
     missing = [kind for kind in PACKED_KINDS if kind not in entries]
     if missing:
         raise CheckpointError(f"{name} lacks {', '.join(missing)}; the checkpoint is incomplete.")
@@ -107,7 +120,6 @@ def _converted(name: str, entries: dict[str, dict[str, Any]], config: AwqConfig,
             f"{config.format} with group_size {config.group_size} would have; correct quantization_config in config.json."
         )
     try:
-        weight = get_format(config.format).unpack(parts, in_features, out_features, size)
-        return {f"{name}.{kind}": t.contiguous() for kind, t in get_format(version).pack(weight).items()}
+        return get_format(config.format).unpack(parts, in_features, out_features, size)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error

@@ -1,7 +1,7 @@
 """The `awq` command: one file per verb, same names and defaults as the Python API.
 
-Exit status: 0 done, 2 an error, told in one line on stderr (`--debug` shows the traceback). 1 is kept for a quality gate that
-failed, so that scripts can tell the two apart. What a verb found goes to stdout and everything else to stderr, so `--json`
+Exit status: 0 done, 1 a quality gate that was not kept, 2 an error, told in one line on stderr (`--debug` shows the
+traceback); so scripts can tell the two apart. What a verb found goes to stdout and everything else to stderr, so `--json`
 can be piped. No verb imports torch before its `run`: `awq --help` answers in a tenth of a second.
 """
 
@@ -15,11 +15,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
-VERBS = ("quantize", "generate", "bench", "embed", "info", "report", "convert", "folds", "tune")
-OK, ERROR = 0, 2
+from awq.cli.output import ERROR, OK
+
+VERBS = (
+    "quantize",
+    "generate",
+    "chat",
+    "embed",
+    "eval",
+    "bench",
+    "compare",
+    "convert",
+    "info",
+    "report",
+    "folds",
+    "tune",
+    "env",
+    "completion",
+)
 # What messages call by its name in Python → what it is called here.
-_FLAGS = {"modules_to_not_convert": "--skip", "max_calib_samples": "--samples", "max_calib_seq_len": "--tokens",
-          "text_column": "--text-column"}  # fmt: skip
+_FLAGS = {
+    "modules_to_not_convert": "--skip",
+    "max_calib_samples": "--samples",
+    "max_calib_seq_len": "--tokens",
+    "text_column": "--text-column",
+    "max_kl": "--max-kl",
+    "max_ppl_increase": "--max-ppl-increase",
+    "min_cosine": "--min-cosine",
+}
 
 
 class _Help(argparse.HelpFormatter):
@@ -78,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         return ERROR
     try:
         with _silence() if arguments.quiet else nullcontext():
-            arguments.run(arguments)
+            status = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has gone. stdout must not be flushed again when Python ends, which would fail the same way.
@@ -90,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.debug:
             raise
         return _failed(arguments, _one_line(error))
-    return OK
+    return OK if status is None else status
 
 
 @contextmanager

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from awq.evals.gates import Gates
 
 VERSIONS = ("GEMM", "GEMV", "GEMVFast")
 PRESETS = ("fast", "balanced", "best")
@@ -41,3 +46,29 @@ def add_version(parser: argparse.ArgumentParser, default: str | None = None) -> 
     """`--version`; without a default it must be given."""
     about = "layout of the files; GEMM is what other programs read"
     parser.add_argument("--version", type=version, choices=VERSIONS, default=default, required=default is None, help=about)
+
+
+def limit(text: str) -> float:
+    """A number of a quality gate: finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return value
+
+
+def add_gates(parser: argparse.ArgumentParser) -> None:
+    """`--max-kl`, `--max-ppl-increase` and `--min-cosine`; status 1 when one is not kept."""
+    gates = parser.add_argument_group("quality gates (exit status 1 when one is not kept)")
+    gates.add_argument("--max-kl", type=limit, metavar="NATS", help="mean KL divergence from the original, per token")
+    gates.add_argument("--max-ppl-increase", type=limit, metavar="PERCENT", help="of the original's perplexity")
+    gates.add_argument("--min-cosine", type=limit, metavar="COSINE", help="mean cosine to the original's embeddings")
+
+
+def gates_of(arguments: argparse.Namespace) -> Gates:
+    """The gates that a command line gives."""
+    from awq.evals.gates import Gates
+
+    return Gates(arguments.max_kl, arguments.max_ppl_increase, arguments.min_cosine)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from awq.cli.arguments import PRESETS, add_device, add_dtype, add_version, group_size, positive
+from awq.cli.arguments import PRESETS, add_device, add_dtype, add_gates, add_version, gates_of, group_size, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dtype(parser)
     add_device(parser)
     parser.add_argument("--skip", nargs="*", default=[], help="modules to leave in full precision")
-    embedding = parser.add_argument_group("embedding models (directories with modules.json)")
-    embedding.add_argument("--prompt-name", help="prompt put before every text, e.g. query")
-    embedding.add_argument("--evaluate", metavar="FILE", help="texts, or .tsv lines `score<TAB>sentence<TAB>sentence`, to compare "
-                           "embeddings before and after on; default: texts that calibration left over")  # fmt: skip
+    parser.add_argument("--evaluate", metavar="FILE", help="text to compare a language model before and after on (KL, flips, "
+                        "perplexity); for an embedding model texts, or .tsv lines `score<TAB>sentence<TAB>sentence`, default: "
+                        "texts that calibration left over")  # fmt: skip
+    parser.add_argument("--evaluate-tokens", type=positive, default=16384, help="at most so many of a language model's text")
+    parser.add_argument("--prompt-name", help="prompt put before every text of an embedding model, e.g. query")
+    add_gates(parser)
 
 
 @contextmanager
@@ -51,28 +53,30 @@ def _signs_of_life(quiet: bool) -> Iterator[logging.Logger]:
         steps.setLevel(level)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     with _signs_of_life(arguments.quiet) as steps:
-        _quantize(arguments, steps)
+        return _quantize(arguments, steps)
 
 
-def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> None:
+def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
     from awq import AutoAWQForCausalLM, AutoAWQForEmbedding
     from awq.checkpoint.directory import check_target
     from awq.checkpoint.tokenizer import load_tokenizer
-    from awq.cli.output import show
+    from awq.cli.output import FAILED_GATE, OK, failed_gates, show
     from awq.embed.directory import is_sentence_model
     from awq.errors import ConfigError
 
     check_target(arguments.output, arguments.model)  # before hours of work that nobody could keep
     embedding = is_sentence_model(arguments.model)
-    given = {"--prompt-name": arguments.prompt_name, "--evaluate": arguments.evaluate}
-    unused = [name for name, value in given.items() if value is not None and not embedding]
-    if unused:
-        raise ConfigError(f"{', '.join(unused)}: for embedding models, and {arguments.model} is no such directory.")
+    if arguments.prompt_name is not None and not embedding:
+        raise ConfigError(f"--prompt-name: for embedding models, and {arguments.model} is no such directory.")
+    gates = gates_of(arguments)
+    gates.check(embedding, arguments.evaluate is not None)
     options: dict[str, Any] = {}
     if embedding:
         options |= {"prompt_name": arguments.prompt_name, "evaluate": _evaluation(arguments)}
+    elif arguments.evaluate is not None:
+        _evaluation_ids(arguments)  # a bad file is said before hours of work
     if arguments.device is not None:
         options["device"] = arguments.device
     if arguments.quiet:
@@ -91,6 +95,9 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> None:
         calib_data=arguments.calib_data, split=arguments.split, text_column=arguments.text_column,
         max_calib_seq_len=arguments.tokens, preset=arguments.preset, **options,
     )  # fmt: skip
+    if not embedding and arguments.evaluate is not None:
+        steps.info("comparing with the original on %s", arguments.evaluate)
+        report.evaluation = _moved(arguments, model)
     steps.info("saving to %s", arguments.output)
     model.save_quantized(arguments.output)
     show(
@@ -98,6 +105,32 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> None:
         arguments.json,
         f"{report.summary()}\nsaved to {arguments.output}",
     )
+    figures = report.evaluation.to_dict() if report.evaluation is not None else {}
+    return FAILED_GATE if failed_gates("quantize", gates.failures(figures)) else OK
+
+
+def _moved(arguments: argparse.Namespace, model: Any) -> Any:
+    """How far the quantized language model's predictions moved from the original's, on the text of `--evaluate`."""
+    from transformers import AutoModelForCausalLM
+
+    from awq.checkpoint import load_model
+    from awq.evals.divergence import divergence
+
+    ids = _evaluation_ids(arguments)
+    original = load_model(arguments.model, arguments.dtype, kind=AutoModelForCausalLM).to(model.device)
+    return divergence(original, model, ids, limit=arguments.evaluate_tokens)
+
+
+def _evaluation_ids(arguments: argparse.Namespace) -> Any:
+    from awq.errors import ConfigError
+    from awq.evals.models import MIN_TEXTS, is_language_model, token_ids
+
+    if not is_language_model(arguments.model):
+        raise ConfigError(f"--evaluate: {arguments.model} is neither a language model nor a sentence-transformers directory.")
+    ids = token_ids(arguments.model, arguments.evaluate, arguments.text_column)
+    if len(ids) < MIN_TEXTS:
+        raise ConfigError(f"{arguments.evaluate} has {len(ids)} tokens; a comparison needs at least 2.")
+    return ids
 
 
 def _evaluation(arguments: argparse.Namespace) -> Any:
@@ -108,17 +141,11 @@ def _evaluation(arguments: argparse.Namespace) -> Any:
 
     from awq.calibration.sources import file_texts
     from awq.errors import CalibrationError
-    from awq.evals.similarity import read_pairs
+    from awq.evals.models import scored_pairs
 
     path = Path(arguments.evaluate)
     if not path.is_file():
         raise CalibrationError(f"evaluation file {path} does not exist.")
     if path.suffix.lower() != ".tsv":
         return file_texts(path, arguments.text_column)
-    try:
-        pairs = read_pairs(path)
-    except ValueError as error:
-        raise CalibrationError(f"{path} does not hold lines of score, sentence and sentence: {error}.") from error
-    if not pairs[0]:
-        raise CalibrationError(f"{path} holds no line of score, sentence and sentence, separated by tabs.")
-    return pairs
+    return scored_pairs(path)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awq.errors import ConfigError
-from awq.evals.perplexity import device_of
+from awq.evals.perplexity import device_of, exp_of
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 RESAMPLES = 1000
@@ -40,7 +40,8 @@ class Divergence:
 
     tokens: predictions compared. mean_kl: nats per token. kl_interval, agreement_interval: 95 %, by block bootstrap.
     kl_percentiles: by percentile ("50", "90", "99", "99.9"). top1_agreement: share of tokens with the same first choice.
-    perplexity_before, perplexity_after: on the same tokens.
+    perplexity_before, perplexity_after: on the same tokens. perplexity_ratio: after over before; its interval resamples both
+    models' losses together, so it is far narrower than those of the two perplexities.
     """
 
     tokens: int
@@ -51,6 +52,10 @@ class Divergence:
     agreement_interval: tuple[float, float]
     perplexity_before: float
     perplexity_after: float
+    perplexity_before_interval: tuple[float, float]
+    perplexity_after_interval: tuple[float, float]
+    perplexity_ratio: float
+    ratio_interval: tuple[float, float]
 
     @property
     def flips(self) -> float:
@@ -65,10 +70,12 @@ class Divergence:
         low, high = self.kl_interval
         tail = ", ".join(f"{name} %: {value:.4f}" for name, value in self.kl_percentiles.items())
         same_low, same_high = (100 * bound for bound in self.agreement_interval)
+        less, more = (100 * (bound - 1) for bound in self.ratio_interval)
         return (
             f"KL divergence from full precision on {self.tokens} tokens: {self.mean_kl:.4f} nats ({low:.4f}–{high:.4f}; {tail})\n"
             f"same most likely token: {100 * self.top1_agreement:.2f} % ({same_low:.2f}–{same_high:.2f}); "
-            f"perplexity {self.perplexity_before:.3f} before, {self.perplexity_after:.3f} after"
+            f"perplexity {self.perplexity_before:.3f} before, {self.perplexity_after:.3f} after "
+            f"({100 * (self.perplexity_ratio - 1):+.2f} %; {less:+.2f} to {more:+.2f})"
         )
 
 
@@ -120,6 +127,12 @@ def bootstrap_interval(values: Tensor, seed: int = 0, block: int = BLOCK_TOKENS)
     tail = (1 - CONFIDENCE) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
+
+
+def perplexity_interval(losses: Tensor, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of exp(mean) of negative log likelihoods [tokens]: of a perplexity, or of a ratio of two of them."""
+    low, high = bootstrap_interval(losses, seed)
+    return exp_of(low), exp_of(high)
 
 
 def _windows(input_ids: Tensor, window: int, limit: int | None) -> Iterator[Tensor]:
@@ -185,6 +198,10 @@ def _summarised(values: Tensor, seed: int) -> Divergence:
         kl_percentiles={f"{p:g}": float(v) for p, v in zip(PERCENTILES, kl.quantile(ranks))},
         top1_agreement=float(same.mean()),
         agreement_interval=bootstrap_interval(same, seed),
-        perplexity_before=float(loss_before.mean().exp()),
-        perplexity_after=float(loss_after.mean().exp()),
+        perplexity_before=exp_of(float(loss_before.mean())),
+        perplexity_after=exp_of(float(loss_after.mean())),
+        perplexity_before_interval=perplexity_interval(loss_before, seed),
+        perplexity_after_interval=perplexity_interval(loss_after, seed),
+        perplexity_ratio=exp_of(float((loss_after - loss_before).mean())),
+        ratio_interval=perplexity_interval(loss_after - loss_before, seed),
     )

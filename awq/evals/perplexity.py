@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LARGEST_EXPONENT = 700  # float64 ends at exp(709)
+
 
 @torch.no_grad()
-def perplexity(model: Any, input_ids: Tensor, window: int = 2048, limit: int | None = None) -> float:
-    """exp of the mean negative log likelihood (nats) of every predicted token.
+def token_losses(model: Any, input_ids: Tensor, window: int = 2048, limit: int | None = None) -> Tensor:
+    """Negative log likelihood of every predicted token in nats, float32 [predicted] on the CPU.
 
-    model: any callable of input_ids [1, n] whose result has `.logits`. input_ids: int64 [tokens]. Windows of `window` tokens do not
-    overlap; the first token of each is not predicted. limit: use only so many tokens. Log likelihoods are float32.
+    Arguments and errors are those of `perplexity`.
     """
     ids = input_ids.reshape(-1)[:limit]
     if len(ids) < 2:
@@ -23,16 +24,28 @@ def perplexity(model: Any, input_ids: Tensor, window: int = 2048, limit: int | N
     if window < 2:
         raise ValueError(f"window is {window}; a window of at least 2 tokens predicts something.")
     device = device_of(model)
-    total, count = 0.0, 0
+    losses = []
     for part in ids.split(window):
         if len(part) < 2:
             continue
         part = part.to(device)
         logits = model(input_ids=part.unsqueeze(0)).logits[0, :-1]
-        total += float(F.cross_entropy(logits.float(), part[1:], reduction="sum"))
-        count += len(part) - 1
-    mean = total / count
-    return math.exp(mean) if mean < 700 else mean * math.inf  # float64 ends at exp(709); NaN stays NaN
+        losses.append(F.cross_entropy(logits.float(), part[1:], reduction="none").cpu())
+    return torch.cat(losses)
+
+
+def perplexity(model: Any, input_ids: Tensor, window: int = 2048, limit: int | None = None) -> float:
+    """exp of the mean negative log likelihood (nats) of every predicted token.
+
+    model: any callable of input_ids [1, n] whose result has `.logits`. input_ids: int64 [tokens]. Windows of `window` tokens do not
+    overlap; the first token of each is not predicted. limit: use only so many tokens. Log likelihoods are float32.
+    """
+    return exp_of(float(token_losses(model, input_ids, window, limit).double().mean()))
+
+
+def exp_of(loss: float) -> float:
+    """The perplexity of a mean loss: infinite where float64 ends, NaN where the loss is."""
+    return math.exp(loss) if loss < LARGEST_EXPONENT else loss * math.inf
 
 
 def device_of(model: Any) -> torch.device:
