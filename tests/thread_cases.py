@@ -50,6 +50,7 @@ class Case:
     def __init__(self, family: str, device: str = "cpu") -> None:
         self.family, self.device = family, device
         self.rows = [torch.randint(3, 63, (24,), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+        self.dense = zoo.build(family, FAMILIES[family])
         self.model = self._quantized()
         self.encoder = _encoder(device)
         self.embeddings = copy.deepcopy(self.encoder).encode(TEXTS)
@@ -63,7 +64,8 @@ class Case:
         self.state = {name: tensor.cpu() for name, tensor in alone.model.state_dict().items()}
 
     def _quantized(self) -> BaseAWQForCausalLM:
-        model = BaseAWQForCausalLM(zoo.build(self.family, FAMILIES[self.family]), f"./tiny-{self.family}")
+        # A copy: building one draws from torch's only generator, from which threads would take each other's numbers.
+        model = BaseAWQForCausalLM(copy.deepcopy(self.dense), f"./tiny-{self.family}")
         model.quantize(self.rows, quant_config=SETTINGS, preset="fast", progress=False)
         return model
 
