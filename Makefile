@@ -26,8 +26,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 demo: $(VENV)/.done
 	$(BIN)/python examples/demo.py
 
+# Two processes of one thread each: most tests are too small for two threads of torch.
 test: $(VENV)/.done
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope
 
 # A pin can hide what breaks for everybody who installs today. TESTS=tests runs all of them.
 NEWEST := .venv-newest
