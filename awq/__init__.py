@@ -4,10 +4,10 @@ Names are imported when first used: `import awq` loads no torch. It does registe
 AWQ checkpoints (`awq.unregister()` undoes it).
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from awq import _register
+from awq._lazy import lazy_names
 
 if TYPE_CHECKING:
     from awq.calibration import clean_texts as clean_texts
@@ -42,11 +42,6 @@ _HOME = {
 
 __all__ = [*_HOME]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'awq' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
+__getattr__ = lazy_names(__name__, _HOME)
 
 _register.install()

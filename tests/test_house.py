@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = {"errors": 0, "config": 0, "_register": 0, "_triton": 0, "backends": 0,
+LAYERS = {"errors": 0, "config": 0, "_register": 0, "_lazy": 0, "_triton": 0, "backends": 0,
           "core": 1, "formats": 1, "kernels": 2, "nn": 3, "folds": 3,
           "calibration": 3, "quantize": 4, "checkpoint": 4, "generate": 4, "embed": 4, "integrations": 5, "evals": 5, "report": 5,
           "models": 6, "modules": 6, "utils": 6, "cli": 6}  # fmt: skip

@@ -3,8 +3,9 @@
 Names are imported when first used, so that `awq info` can look into files without torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from awq._lazy import lazy_names
 
 if TYPE_CHECKING:
     from awq.checkpoint.convert import convert_checkpoint as convert_checkpoint
@@ -19,8 +20,4 @@ _HOME = {
 
 __all__ = [*_HOME]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'awq.checkpoint' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = lazy_names(__name__, _HOME)

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 
 from awq.checkpoint.convert import read_packed
-from awq.checkpoint.files import PackedTensors, read_json, weight_files
+from awq.checkpoint.files import REPORT_FILE, PackedTensors, read_json, weight_files
 from awq.checkpoint.source import Source, body_directory
 from awq.config import AwqConfig
-from awq.errors import CheckpointError
-
-REPORT_FILE = "quantization_report.json"
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Comparison:
 
 def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
     """Compares two local quantized directories. Raises ConfigError or CheckpointError when one is none."""
-    sources = [_open(first), _open(second)]
+    sources = [Source.open_directory(first), Source.open_directory(second)]
     configs = [source.settings for source in sources]
     packed = [source.packed for source in sources]
     shared = [name for name in packed[0] if name in packed[1]]
@@ -65,12 +62,6 @@ def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
         losses=_losses(sources),
         differing_weights=dict(sorted(differing.items(), key=lambda item: -item[1])),
     )
-
-
-def _open(directory: str | Path) -> Source:
-    if not Path(directory).is_dir():
-        raise CheckpointError(f"{directory} is not a directory; give the directory of a saved checkpoint.")
-    return Source.open(directory)
 
 
 def _settings(configs: list[AwqConfig]) -> dict[str, tuple[Any, Any]]:

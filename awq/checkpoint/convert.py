@@ -13,7 +13,7 @@ from torch import Tensor
 from awq.checkpoint.account import is_finite
 from awq.checkpoint.companions import copy_files
 from awq.checkpoint.directory import complete_directory
-from awq.checkpoint.files import INDEX_FILE, PACKED_KINDS, PackedTensors, read_json, weight_files
+from awq.checkpoint.files import INDEX_FILE, PACKED_KINDS, PackedTensors, check_complete, read_json, weight_files
 from awq.checkpoint.match import fits_dtype
 from awq.checkpoint.modules import body_directory
 from awq.checkpoint.source import Source
@@ -31,9 +31,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, version: str) -> 
     """
     version = normalize_format(version)
     root = Path(source)
-    if not root.is_dir():
-        raise CheckpointError(f"{root} is not a directory; give the directory of a saved checkpoint.")
-    opened = Source.open(root)
+    opened = Source.open_directory(root)
     config, packed = opened.settings, opened.packed
     if not packed:
         raise CheckpointError(f"{root} holds no packed weights (no tensor named qweight).")
@@ -91,9 +89,7 @@ def read_packed(name: str, entries: dict[str, dict[str, Any]], config: AwqConfig
 
     Raises CheckpointError when its tensors are missing, broken, or of other shapes than the config says.
     """
-    missing = [kind for kind in PACKED_KINDS if kind not in entries]
-    if missing:
-        raise CheckpointError(f"{name} lacks {', '.join(missing)}; the checkpoint is incomplete.")
+    check_complete(name, entries)
     parts = {}
     for kind in PACKED_KINDS:
         with safe_open(entries[kind]["file"], "pt") as file:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ FLOATS = ("F16", "BF16", "F32")
 PACKED_DTYPES = ("I32", "I16", *FLOATS)
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+REPORT_FILE = "quantization_report.json"
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
 MAX_JSON_BYTES = 64 << 20  # the index of the largest models has 10 MB
 
@@ -146,12 +147,17 @@ def packed_among(headers: dict[str, dict[str, Any]]) -> PackedTensors:
     return {module: tensors for module, tensors in modules.items() if "qweight" in tensors}
 
 
+def check_complete(name: str, tensors: Mapping[str, Any]) -> None:
+    """Refuses a packed linear that lacks one of its tensors."""
+    missing = [kind for kind in PACKED_KINDS if kind not in tensors]
+    if missing:
+        raise CheckpointError(f"{name}: the checkpoint lacks {', '.join(missing)}; the file is incomplete, save it again.")
+
+
 def check_packed(packed: PackedTensors) -> None:
     """Refuses packed linears that lack one of their tensors, or whose tensors have dtypes that none of the formats has."""
     for name, tensors in packed.items():
-        missing = [kind for kind in PACKED_KINDS if kind not in tensors]
-        if missing:
-            raise CheckpointError(f"{name}: the checkpoint lacks {', '.join(missing)}; the file is incomplete, save it again.")
+        check_complete(name, tensors)
         strange = [kind for kind in PACKED_KINDS if tensors[kind]["dtype"] not in PACKED_DTYPES]
         if strange:
             dtype = tensors[strange[0]]["dtype"]

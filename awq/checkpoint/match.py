@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from awq.checkpoint.files import FLOATS, PackedTensors
+from awq.checkpoint.files import FLOATS, PackedTensors, check_complete
 from awq.config import FORMATS, AwqConfig
 from awq.errors import CheckpointError
 from awq.formats import get_format
@@ -144,9 +144,7 @@ def check_shapes(name: str, module: nn.Module, tensors: dict[str, dict], config:
     tensors: "qweight" | "qzeros" | "scales" → safetensors header entry. Raises CheckpointError naming what is missing, or
     the version and group size that the tensors have really.
     """
-    missing = [kind for kind in ("qweight", "qzeros", "scales") if kind not in tensors]
-    if missing:
-        raise CheckpointError(f"{name}: the checkpoint lacks {', '.join(missing)}; the file is incomplete, save it again.")
+    check_complete(name, tensors)
     in_features, out_features = linear_shape(module)
     if config.bits != 4:
         raise CheckpointError(f"{name}: config.json says {config.bits} bits; packed weights hold 4. Correct config.json.")

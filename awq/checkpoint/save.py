@@ -12,7 +12,7 @@ from awq.checkpoint.card import write_card
 from awq.checkpoint.companions import copy_companions, source_directory
 from awq.checkpoint.directory import complete_directory
 from awq.checkpoint.expert_names import router_spellings
-from awq.checkpoint.files import read_json
+from awq.checkpoint.files import REPORT_FILE, read_json
 from awq.checkpoint.match import merged_on_disk
 from awq.checkpoint.modules import body_directory
 from awq.config import AwqConfig
@@ -23,7 +23,6 @@ from awq.nn.unfinished import check_finished
 
 logger = logging.getLogger("awq.checkpoint")
 
-REPORT_FILE = "quantization_report.json"
 
 
 def save_checkpoint(

@@ -27,7 +27,7 @@ from awq.checkpoint.files import (
 )
 from awq.checkpoint.modules import body_directory, is_embedder
 from awq.config import AwqConfig
-from awq.errors import AwqError, ConfigError, ModelError
+from awq.errors import AwqError, CheckpointError, ConfigError, ModelError
 
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "subfolder", "local_files_only")
 # How configs name the longest input their positions allow, in the order in which they are asked.
@@ -63,6 +63,13 @@ class Source:
         if directory is None:
             directory = cached_directory(str(name), getattr(config, "_commit_hash", None))
         return cls(str(name), directory, config, trust_remote_code, download)
+
+    @classmethod
+    def open_directory(cls, directory: str | Path) -> Source:
+        """Opens a local directory; a name is never looked for on the hub. Raises like `open`, and for what is no directory."""
+        if not Path(directory).is_dir():
+            raise CheckpointError(f"{directory} is not a directory; give the directory of a saved checkpoint.")
+        return cls.open(directory)
 
     @property
     def location(self) -> str:

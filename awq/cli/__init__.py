@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
-from awq.cli.output import ERROR, OK
+from awq.cli.output import ERROR, OK, installed_version
 
 VERBS = (
     "quantize",
@@ -61,16 +61,12 @@ class _Version(argparse.Action):
     """Prints versions of the package and of what it stands on, read without importing them."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_others: object) -> None:
-        from importlib.metadata import PackageNotFoundError, version
-
         import awq
 
         parts = [f"awq {awq.__version__}"]
         for name in ("torch", "transformers"):
-            try:
-                parts.append(f"{name} {version(name)}")
-            except PackageNotFoundError:
-                parts.append(f"no {name}")
+            version = installed_version(name)
+            parts.append(f"no {name}" if version is None else f"{name} {version}")
         print(", ".join(parts))
         parser.exit()
 

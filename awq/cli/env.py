@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     import awq
-    from awq.cli.output import show
+    from awq.cli.output import installed_version, show
 
     devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     found: dict[str, Any] = {
@@ -30,19 +30,11 @@ def run(arguments: argparse.Namespace) -> None:
         "cpu": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "gpus": devices,
     }
-    found |= {name: _installed(name) for name in PACKAGES}
+    found |= {name: installed_version(name) for name in PACKAGES}
+    found["torch"] = torch.__version__  # its own name for itself says which build it is (+cpu, +cu130)
     found["variables"] = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("AWQ_", "OMP_NUM"))}
     found["kernels"] = _kernels()
     show(found, arguments.json, _for_people(found))
-
-
-def _installed(name: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _kernels() -> dict[str, dict[str, str]]:

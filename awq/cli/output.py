@@ -17,6 +17,16 @@ def show(result: dict[str, Any], as_json: bool, text: str | None = None) -> None
         print(text if text is not None else "\n".join(f"{key}: {value}" for key, value in result.items()))
 
 
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, read without importing it; None when it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def failed_gates(verb: str, failures: list[str]) -> bool:
     """Says on stderr which gates were not kept; whether there are any."""
     for line in failures:

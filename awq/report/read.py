@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from awq.checkpoint.files import REPORT_FILE
 from awq.errors import CheckpointError
-
-REPORT_FILE = "quantization_report.json"
 
 _BLOCK_INDEX = re.compile(r"^(?P<before>.*?)\.(?P<index>\d+)\.(?P<role>.+)$")
 
