@@ -149,7 +149,9 @@ from awq import AutoAWQForCausalLM
 import awq.models.auto
 torch.zeros(1, device={device!r})
 t = time.perf_counter()
-m = AutoAWQForCausalLM.from_quantized({directory!r}, fuse_layers=True, device={device!r}, torch_dtype={dtype!r})
+m = AutoAWQForCausalLM.from_quantized(
+    {directory!r}, fuse_layers=True, device={device!r}, torch_dtype={dtype!r}
+)
 u = time.perf_counter()
 m.fuse()
 v = time.perf_counter()

@@ -59,7 +59,8 @@ def densities(sources: Sources) -> list[tuple[float, str]]:
         for function in functions(ast.parse(text)):
             value = density(function)
             if value is not None:
-                rows.append((round(value, 1), f"{path.stem if path.stem != '__init__' else path.parent.name}:{function.name}"))
+                module = path.parent.name if path.stem == "__init__" else path.stem
+                rows.append((round(value, 1), f"{module}:{function.name}"))
     return sorted(rows, reverse=True)
 
 

@@ -21,7 +21,8 @@ class BaseModelLoader(ABC):
     """The interface of the host: ours must not lean on anything else of it."""
 
     def __init__(self, model_name, model_path=None, {older}trust_remote_code=False, **kwargs):
-        self.model_name, self.model_path, self.trust_remote_code = model_name, model_path, trust_remote_code
+        self.model_name, self.model_path = model_name, model_path
+        self.trust_remote_code = trust_remote_code
         self.host_options, self.cleaned = kwargs, 0
 
     @abstractmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 from awq.errors import CalibrationError
 
 Row = dict[str, list[int]]
-"""One sample: "input_ids", and "token_type_ids" where they are not all 0 (the second text of a pair)."""
+"""One sample: "input_ids", and "token_type_ids" where they are not all 0 (the second of a pair)."""
 
 
 def tokenize(

@@ -19,12 +19,23 @@ from awq.checkpoint.files import cached_directory
 
 logger = logging.getLogger("awq.checkpoint")
 
-# fmt: off
 WEIGHT_ENDINGS = (
-    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf", ".h5",
-    ".msgpack", ".onnx", ".onnx_data", ".ot", ".mlmodel", ".tflite",
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".mlmodel",
+    ".tflite",
 )
-# fmt: on
 FOLDERS_LEFT_OUT = {"onnx", "openvino", ".git", ".cache", "__pycache__"}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 

@@ -43,18 +43,39 @@ MAX_NAME_BYTES = 255
 _EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
 _CURRENT_FOLDER = -100  # AT_FDCWD
 # What readers of models interpret. Everything else in a directory is its user's.
-# fmt: off
 MODEL_FILES = (
-    "config.json", "generation_config.json", "quant_config.json", "quantization_report.json", "README.md",
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-    "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template.*",
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
-    "configuration_*.py", "modeling_*.py", "tokenization_*.py",
+    "config.json",
+    "generation_config.json",
+    "quant_config.json",
+    "quantization_report.json",
+    "README.md",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+    "pytorch_model.bin.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template.*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
 )
-# fmt: on
 
 
 def check_target(target: str | Path, source: str | Path | None = None) -> Path:

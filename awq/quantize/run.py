@@ -35,7 +35,8 @@ from awq.quantize.tuning import OutputMatch, held_out, micro_batches
 
 logger = logging.getLogger("awq.quantize")
 
-GPU_BATCH_VALUES = 2**25  # of the widest input in one forward on a GPU, 128 MiB: narrow blocks would wait for the host with less
+# Values of the widest input in one forward on a GPU, 128 MiB. With fewer, narrow blocks wait for the host.
+GPU_BATCH_VALUES = 2**25
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from html import escape
+from importlib.resources import files
 from typing import Any
 
 from awq.report.charts import bar_chart, error_chart, heat_map
@@ -16,39 +17,6 @@ from awq.report.read import Linear, ReportView
 
 MAX_POINTS = 400  # marks in the chart of errors; larger models are drawn by their worst linears per bin
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2530; --soft: #5c6875; --paper: #fbfbf9; --card: #ffffff; --line: #dfe3e8;
-  --after: #0b6e8a; --before: #b3541e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8ebee; --soft: #9aa6b2; --paper: #14181d; --card: #1c2229;
-  --line: #313a44; --after: #58c4dd; --before: #f0a06a; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 880px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 40px 0 8px; }
-p { margin: 0 0 12px; max-width: 66ch; }
-.lead, .note { color: var(--soft); }
-.note { font-size: .9rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
-.tile b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: .85rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 5px 10px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n, th.n { text-align: right; white-space: nowrap; }
-svg { width: 100%; height: auto; display: block; }
-svg text.axis { fill: var(--soft); font: 12px system-ui, sans-serif; }
-.rule { stroke: var(--line); } .stem { stroke: var(--line); }
-.before { fill: var(--before); } .after, .bar { fill: var(--after); }
-.key { font-size: .9rem; color: var(--soft); }
-.key i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin: 0 .35em 0 1em; }
-.k1 { background: var(--before); } .k2 { background: var(--after); }
-.warning { border-left: 3px solid var(--before); padding-left: 12px; }
-@media (max-width: 560px) { svg text.axis { font-size: 20px; } }
-details { margin-top: 12px; } summary { cursor: pointer; }
-code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
-"""
 
 
 def render_page(view: ReportView) -> str:
@@ -66,10 +34,11 @@ def render_page(view: ReportView) -> str:
         _all_linears(view),
     ]
     body = "\n".join(section for section in sections if section)
+    style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(view.title)}: quantization report</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{escape(view.title)}: quantization report</title>\n<style>\n{style}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
@@ -196,7 +165,8 @@ def _table(heads: list[str], rows: Sequence[tuple[str, ...]], numeric: Collectio
     head = "".join(cell("th", i, text) for i, text in enumerate(heads))
     lines = ["".join(cell("td", i, text) for i, text in enumerate(row)) for row in rows]
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    return f'<div class="scroll">{table}</div>'
 
 
 def _flat(value: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
