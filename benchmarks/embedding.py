@@ -1,6 +1,7 @@
-"""Quality and speed of a quantized sentence encoder, through the saved directory.
+r"""Quality and speed of a quantized sentence encoder, through the saved directory.
 
-    python benchmarks/embedding.py --model all-MiniLM-L6-v2 --calibration sts2014-headlines.tsv sts2014-OnWN.tsv \
+    python benchmarks/embedding.py --model all-MiniLM-L6-v2 \
+        --calibration sts2014-headlines.tsv sts2014-OnWN.tsv \
         --measure sts2014-images.tsv --samples 512 --speed --json out.json
 
 Quality: calibrated on sentences of the `--calibration` files, measured on the pairs of the `--measure` file (lines

@@ -1,6 +1,7 @@
-"""Which variants of quantization bring a sentence encoder's embeddings closer: one line each, all in memory.
+r"""Which variants of quantization bring a sentence encoder's embeddings closer: one line each, all in memory.
 
-    python benchmarks/embedding_explore.py --model all-MiniLM-L6-v2 --calibration sts2014-headlines.tsv sts2014-OnWN.tsv \
+    python benchmarks/embedding_explore.py --model all-MiniLM-L6-v2 \
+        --calibration sts2014-headlines.tsv sts2014-OnWN.tsv \
         --measure sts2014-images.tsv --json out.json
 
 A developer's tool for choosing defaults. "pooled" variants tune scales on the cosine of pooled embeddings instead of on the

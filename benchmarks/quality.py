@@ -1,9 +1,9 @@
-"""Quality of quantization on a real language model, measured through the saved file: KL divergence, flips, perplexity.
+r"""Quality of quantization on a real language model, measured through the saved file: KL divergence, flips, perplexity.
 
 Calibrates on the first half of a text and measures perplexity on the second (docs/notes/quality_log.md, "Protocol"):
 
-    python benchmarks/quality.py --model DIR --text wikitext2-valid.txt --split-bytes 560313 --group-size 64 \
-        --presets fast balanced --samples 128 --tokens 512 --json out.json
+    python benchmarks/quality.py --model DIR --text wikitext2-valid.txt --split-bytes 560313 \
+        --group-size 64 --presets fast balanced --samples 128 --tokens 512 --json out.json
 
 `--limit 16384` measures on the first 16,384 tokens only: the share of round-to-nearest's loss is then the figure to read.
 `--natural` takes the form of WikiText off the text first: words as they are written, and no sentence with an `<unk>`.

@@ -1,7 +1,7 @@
-"""Calibrated on one kind of text, used on another: KL divergence and token flips, six kinds by six.
+r"""Calibrated on one kind of text, used on another: KL divergence and token flips, six kinds by six.
 
-    python benchmarks/quality_matrix.py --model .cache/smollm2-135m --prose wikitext2-valid.txt --code python_code.txt \
-        --quantizers fast balanced awq gptq --json matrix.json
+    python benchmarks/quality_matrix.py --model .cache/smollm2-135m --prose wikitext2-valid.txt \
+        --code python_code.txt --quantizers fast balanced awq gptq --json matrix.json
 
 Kinds: prose (the text of `--prose` without WikiText's form), code, chat and mathematics (the model's own answers to our
 questions, in its chat template: what a served model reads), languages (bundled passages in other languages than English),

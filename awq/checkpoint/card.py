@@ -21,8 +21,8 @@ from transformers import {auto}
 model = {auto}.from_pretrained("{name}")
 ```
 """
-_DENSE = """Dense weights that hold {bits}-bit AWQ values (arXiv 2306.00978), group size {group_size}.
-Any reader loads them, at full size.
+_DENSE = """Dense weights that hold {bits}-bit AWQ values (arXiv 2306.00978).
+Group size {group_size}; any reader loads them, at full size.
 """
 _FIGURES = """
 ## Quantization
