@@ -1,7 +1,8 @@
-"""AWQ: 4-bit activation-aware weight quantization of language and embedding models (arXiv 2306.00978).
+"""AWQ: 4-bit activation-aware weight quantization of language and embedding models (arXiv
+2306.00978).
 
-Names are imported when first used: `import awq` loads no torch. It does register this package as transformers' loader for
-AWQ checkpoints (`awq.unregister()` undoes it).
+Names are imported when first used: `import awq` loads no torch. It does register this package as
+transformers' loader for AWQ checkpoints (`awq.unregister()` undoes it).
 """
 
 from typing import TYPE_CHECKING

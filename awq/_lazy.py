@@ -1,4 +1,5 @@
-"""Packages whose names are imported when they are first used (PEP 562), so that importing the package stays cheap."""
+"""Packages whose names are imported when they are first used (PEP 562), so that importing the
+package stays cheap."""
 
 from __future__ import annotations
 

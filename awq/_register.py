@@ -1,8 +1,8 @@
 """Registers this package with transformers and PEFT the moment they are imported, and not before.
 
-`import awq` must stay light, and `AutoModel.from_pretrained(quantized_dir)` must work after it: a finder waits for the import
-of `transformers.quantizers.auto`, and of `peft.tuners.lora.model`, and calls the function of `_WAITING` behind it. This is
-the only thing `import awq` changes.
+`import awq` must stay light, and `AutoModel.from_pretrained(quantized_dir)` must work after it: a
+finder waits for the import of `transformers.quantizers.auto`, and of `peft.tuners.lora.model`, and
+calls the function of `_WAITING` behind it. This is the only thing `import awq` changes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 _QUANTIZERS = "transformers.quantizers.auto"
-_TABLES = {"AUTO_QUANTIZER_MAPPING": "AwqHfQuantizer", "AUTO_QUANTIZATION_CONFIG_MAPPING": "AwqConfig"}
+_TABLES = {
+    "AUTO_QUANTIZER_MAPPING": "AwqHfQuantizer",
+    "AUTO_QUANTIZATION_CONFIG_MAPPING": "AwqConfig",
+}
 
 
 class _Finder:
@@ -34,7 +37,8 @@ class _Finder:
 
 
 class _Later:
-    """Stands in transformers' tables until the first AWQ checkpoint is loaded, so that nothing of ours is imported before."""
+    """Stands in transformers' tables until the first AWQ checkpoint is loaded, so that nothing of
+    ours is imported before."""
 
     def __init__(self, name: str, previous: Any) -> None:
         self.name, self.previous = name, previous

@@ -1,4 +1,5 @@
-"""Whether Triton, an optional dependency, runs on a device. Every kernel of the house asks here before it is imported."""
+"""Whether Triton, an optional dependency, runs on a device. Every kernel of the house asks here
+before it is imported."""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ from importlib.util import find_spec
 
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python, on CPU tensors: for tests
+# kernels run in Python, on CPU tensors: for tests
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OLDEST = (8, 0)  # NVIDIA compute capability
 
 
 @cache
 def triton_problem(device: torch.device) -> str | None:
-    """Why Triton does not run there, or None. On a CPU only its interpreter runs, which the caller has to ask for."""
+    """Why Triton does not run there, or None. On a CPU only its interpreter runs, which the caller
+    has to ask for."""
     if find_spec("triton") is None:
         return "Triton is not installed; pip install 'autoawq[kernels]'"
     if device.type == "cpu":
@@ -25,7 +28,11 @@ def triton_problem(device: torch.device) -> str | None:
     try:
         import triton
 
-        triton.runtime.driver.active.get_current_target()  # builds its driver interface, which needs a C compiler
+        # builds its driver interface, which needs a C compiler
+        triton.runtime.driver.active.get_current_target()
     except Exception as error:  # whatever Triton raises here, another backend serves
-        return f"Triton cannot start: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+        return (
+            f"Triton cannot start: {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[-1] if str(error) else ''}"
+        )
     return None

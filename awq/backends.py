@@ -1,23 +1,28 @@
-"""The one table of who computes: products, the operators of a decode step, and the searches of the quantizer.
+"""The one table of who computes: products, the operators of a decode step, and the searches of the
+quantizer.
 
 A backend is a module `awq.kernels.NAME` with these names:
 
 - `LAYOUT`: the layout (`awq.formats.get_layout`) that its products compute on; None means any.
-- `why_not(device, dtype, shape) -> str | None`: why it cannot serve, or None. It must not fail, and is asked rarely.
-- `linear(x [..., in], packed, bias [out] | None) -> [..., out]` in x's dtype. `packed` is in `LAYOUT`.
+- `why_not(device, dtype, shape) -> str | None`: why it cannot serve, or None. It must not fail, and
+is asked rarely.
+- `linear(x [..., in], packed, bias [out] | None) -> [..., out]` in x's dtype. `packed` is in
+`LAYOUT`.
 
 and, if it can do better than the reference,
 
 - `dequantize(packed, dtype) -> [out, in]`, and `moe_linear` (see `awq.kernels.moe`).
-- `OPERATORS`: names of other operators → the module that holds them. What they compute is said, in plain torch, by
-  `awq.kernels.reference.decode`; the searches' plain code is in `awq.core`. `why_not` is asked about them without a shape
-  (None): whether they run on that device with that dtype.
+- `OPERATORS`: names of other operators → the module that holds them. What they compute is said, in
+  plain torch, by `awq.kernels.reference.decode`; the searches' plain code is in `awq.core`.
+  `why_not` is asked about them without a shape (None): whether they run on that device with that
+  dtype.
 
-Optional dependencies are imported inside its functions. The first backend of `PREFERENCE` without a reason serves; its layout
-is the one that `WQLinear` moves its weights to.
+Optional dependencies are imported inside its functions. The first backend of `PREFERENCE` without a
+reason serves; its layout is the one that `WQLinear` moves its weights to.
 
-The table is on the ground floor, and reaches the backends by name, so that every room can ask it: the searches in `core` as
-well as the decoder. `use_backend("reference")` therefore turns off every kernel of the package.
+The table is on the ground floor, and reaches the backends by name, so that every room can ask it:
+the searches in `core` as well as the decoder. `use_backend("reference")` therefore turns off every
+kernel of the package.
 """
 
 from __future__ import annotations
@@ -41,14 +46,18 @@ PREFERENCE = ("triton", "cpu", "torch_int4", "reference")
 ON_REQUEST = ("cpu_int8",)  # less exact; serve only when forced
 VARIABLE = "AWQ_BACKEND"
 
-_forced: ContextVar[str | None] = ContextVar("awq_backend", default=os.environ.get(VARIABLE) or None)
+_forced: ContextVar[str | None] = ContextVar(
+    "awq_backend", default=os.environ.get(VARIABLE) or None
+)
 
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Only this backend serves inside the block (None: the usual choice). The variable `AWQ_BACKEND` does so for a process.
+    """Only this backend serves inside the block (None: the usual choice). The variable
+    `AWQ_BACKEND` does so for a process.
 
-    Operators that the backend does not offer, as `torch_int4` has products only, are the reference's.
+    Operators that the backend does not offer, as `torch_int4` has products only, are the
+    reference's.
     """
     token = _forced.set(name)
     try:
@@ -62,17 +71,21 @@ def get_backend(name: str) -> Any:
     """The module of a backend. Raises ConfigError when there is none of that name."""
     if name not in PREFERENCE + ON_REQUEST:
         raise ConfigError(
-            f"backend {name!r} is unknown; use one of {', '.join(PREFERENCE + ON_REQUEST)} (also in the variable {VARIABLE})."
+            f"backend {name!r} is unknown; use one of {', '.join(PREFERENCE + ON_REQUEST)} (also "
+            f"in the variable {VARIABLE})."
         )
     return importlib.import_module(f"awq.kernels.{name}")
 
 
 def reasons(device: torch.device, dtype: torch.dtype, shape: Shape) -> dict[str, str | None]:
-    """Backend → why it cannot serve this linear on this device with activations of `dtype` (None: it can), best first."""
+    """Backend → why it cannot serve this linear on this device with activations of `dtype` (None:
+    it can), best first."""
     return {name: get_backend(name).why_not(device, dtype, shape) for name in PREFERENCE}
 
 
-def choose(device: torch.device, dtype: torch.dtype, shape: Shape, layout: str | None = None) -> str:
+def choose(
+    device: torch.device, dtype: torch.dtype, shape: Shape, layout: str | None = None
+) -> str:
     """The name of the backend that serves a linear; with `layout`, among those that compute on it.
 
     Raises ConfigError when a forced backend cannot.
@@ -86,12 +99,15 @@ def backend_for(device: torch.device, dtype: torch.dtype, shape: Shape, layout: 
 
 
 def operator(name: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
-    """What computes an operator other than a product there; None where only the caller's plain code does."""
+    """What computes an operator other than a product there; None where only the caller's plain code
+    does."""
     return _operator(name, device, dtype, _forced.get())
 
 
 @cache
-def _choose(device: torch.device, dtype: torch.dtype, shape: Shape, layout: str | None, forced: str | None) -> str:
+def _choose(
+    device: torch.device, dtype: torch.dtype, shape: Shape, layout: str | None, forced: str | None
+) -> str:
     reason = None
     for name in PREFERENCE if forced is None else (forced,):
         backend = get_backend(name)
@@ -101,16 +117,22 @@ def _choose(device: torch.device, dtype: torch.dtype, shape: Shape, layout: str 
         reason = backend.why_not(device, dtype, shape)
         if reason is None:
             return name
-    raise ConfigError(f"backend {forced} cannot serve a linear of {shape} on {device} with {dtype}: {reason}.")
+    raise ConfigError(
+        f"backend {forced} cannot serve a linear of {shape} on {device} with {dtype}: {reason}."
+    )
 
 
 @cache
-def _backend(device: torch.device, dtype: torch.dtype, shape: Shape, layout: str, forced: str | None) -> Any:
+def _backend(
+    device: torch.device, dtype: torch.dtype, shape: Shape, layout: str, forced: str | None
+) -> Any:
     return get_backend(_choose(device, dtype, shape, layout, forced))
 
 
 @cache
-def _operator(name: str, device: torch.device, dtype: torch.dtype, forced: str | None) -> Callable[..., Any] | None:
+def _operator(
+    name: str, device: torch.device, dtype: torch.dtype, forced: str | None
+) -> Callable[..., Any] | None:
     for candidate in PREFERENCE if forced is None else (forced, "reference"):
         backend = get_backend(candidate)
         home = getattr(backend, "OPERATORS", {}).get(name)
@@ -133,7 +155,8 @@ def layout_for(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | 
 class Explanation(NamedTuple):
     """Which backend serves a linear.
 
-    backend: its name. layout: the layout that the weights have now. others: other backends → why they do not serve.
+    backend: its name. layout: the layout that the weights have now. others: other backends → why
+    they do not serve.
     """
 
     backend: str
@@ -142,11 +165,14 @@ class Explanation(NamedTuple):
 
     def __str__(self) -> str:
         lines = [f"{self.backend} (weights in layout {self.layout})"]
-        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.others.items()])
+        return "\n".join(
+            lines + [f"  not {name}: {reason}" for name, reason in self.others.items()]
+        )
 
 
 def explain(module: Any, dtype: torch.dtype = torch.float16) -> Explanation:
-    """Which backend serves a `WQLinear` for activations of `dtype` on the device where it is, and why the others do not."""
+    """Which backend serves a `WQLinear` for activations of `dtype` on the device where it is, and
+    why the others do not."""
     device, shape = module.qweight.device, module.packed.shape
     name = choose(device, dtype, shape, module.layout)
     others = {}
@@ -155,6 +181,9 @@ def explain(module: Any, dtype: torch.dtype = torch.float16) -> Explanation:
             continue
         layout = get_backend(other).LAYOUT
         if reason is None and layout not in (None, module.layout):
-            reason = f"the weights are not in its layout {layout} yet; the first forward outside of compilation moves them"
+            reason = (
+                f"the weights are not in its layout {layout} yet; the first forward outside "
+                "of compilation moves them"
+            )
         others[other] = reason or f"{name} comes first"
     return Explanation(name, module.layout, others)

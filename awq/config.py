@@ -1,7 +1,9 @@
-"""`AwqConfig`: the settings that decide how a quantized weight is stored, in the words of `config.json`.
+"""`AwqConfig`: the settings that decide how a quantized weight is stored, in the words of
+`config.json`.
 
-AutoAWQ's spellings (`w_bit`, `q_group_size`, `version="GEMM"`) are understood here and in the compatibility layer, and
-nowhere else. How the numbers are *found* (search, clip, rounding) is `awq.quantize.QuantizeOptions`.
+AutoAWQ's spellings (`w_bit`, `q_group_size`, `version="GEMM"`) are understood here and in the
+compatibility layer, and nowhere else. How the numbers are *found* (search, clip, rounding) is
+`awq.quantize.QuantizeOptions`.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ logger = logging.getLogger("awq")
 
 FORMATS = ("gemm", "gemv", "gemv_fast")
 _FORMAT_ALIASES = {"gemvfast": "gemv_fast", "gemv-fast": "gemv_fast"}
-# Names of kernels that older writers put where the layout's name belongs; all of them read the gemm layout.
+# Names of kernels that older writers put where the layout's name belongs; all of them read the gemm
+# layout.
 _GEMM_KERNELS = {"exllama", "ipex", "exllama_v1", "exllama_v2", "gemm_triton"}
 _SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size", "version": "format"}
+
+
 def normalize_format(name: str) -> str:
     """Canonical name of a packed format: "GEMM" → "gemm", "GEMVFast" → "gemv_fast".
 
@@ -28,14 +33,19 @@ def normalize_format(name: str) -> str:
     lowered = str(getattr(name, "value", name)).lower()
     lowered = _FORMAT_ALIASES.get(lowered, lowered)
     if lowered not in FORMATS:
-        raise ConfigError(f"version {name!r} is unknown; use one of {', '.join(FORMATS)} (AutoAWQ's spellings are understood).")
+        raise ConfigError(
+            f"version {name!r} is unknown; use one of {', '.join(FORMATS)} (AutoAWQ's spellings "
+            "are understood)."
+        )
     return lowered
 
 
 def _names(given: Any) -> tuple[str, ...]:
     """Names of modules; one string is one name. Raises ConfigError for anything else."""
     names = (given,) if isinstance(given, str) else given or ()
-    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) and name for name in names):
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(
+        isinstance(name, str) and name for name in names
+    ):
         raise ConfigError(f"modules_to_not_convert is {given!r}; use a list of names of modules.")
     return tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
 
@@ -46,9 +56,11 @@ class AwqConfig:
 
     bits: bits per weight; packed formats hold 4 (others only with `export_compatible=True`).
     group_size: input channels that share one scale and zero; −1 means the whole row.
-    zero_point: True for asymmetric groups; False keeps every zero at the middle code (8 for 4 bits).
+    zero_point: True for asymmetric groups; False keeps every zero at the middle code (8 for 4
+    bits).
     format: "gemm", "gemv" or "gemv_fast".
-    modules_to_not_convert: names of modules whose linears stay in full precision, or parts of names between dots.
+    modules_to_not_convert: names of modules whose linears stay in full precision, or parts of names
+    between dots.
     """
 
     bits: int = 4
@@ -63,14 +75,20 @@ class AwqConfig:
         if not isinstance(self.zero_point, bool):
             raise ConfigError(f"zero_point is {self.zero_point!r}; use True or False.")
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
-            raise ConfigError(f"bits is {self.bits!r}; use an integer from 2 to 8 (packed checkpoints: 4).")
+            raise ConfigError(
+                f"bits is {self.bits!r}; use an integer from 2 to 8 (packed checkpoints: 4)."
+            )
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and size < 8):
-            raise ConfigError(f"group_size is {size!r}; use −1 (whole row) or an integer of at least 8, usually 32, 64 or 128.")
+            raise ConfigError(
+                f"group_size is {size!r}; use −1 (whole row) or an integer of at least 8, usually "
+                "32, 64 or 128."
+            )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> AwqConfig:
-        """From a user's own `quant_config`, in AutoAWQ's spelling or ours; strict, since a key that means nothing is a typo.
+        """From a user's own `quant_config`, in AutoAWQ's spelling or ours; strict, since a key that
+        means nothing is a typo.
 
         Raises ConfigError on such a key, on conflicting spellings and on values that cannot work.
         """
@@ -78,26 +96,35 @@ class AwqConfig:
         unknown = [key for key in settings or {} if key not in known]
         if unknown:
             names = ", ".join(sorted(known - {"quant_method"}))
-            raise ConfigError(f"quant_config has an unknown key {unknown[0]!r}; known keys are {names}.")
+            raise ConfigError(
+                f"quant_config has an unknown key {unknown[0]!r}; known keys are {names}."
+            )
         return cls._from_known(settings or {})
 
     @classmethod
     def from_file(cls, settings: Mapping[str, Any]) -> AwqConfig:
         """From the `quantization_config` that some tool wrote into a checkpoint.
 
-        Tolerant: every tool adds keys of its own, and the tensors decide in the end. Keys that mean nothing here are logged.
-        Raises ConfigError for another `quant_method` and for values that cannot work.
+        Tolerant: every tool adds keys of its own, and the tensors decide in the end. Keys that mean
+        nothing here are logged. Raises ConfigError for another `quant_method` and for values that
+        cannot work.
         """
         known = {*cls.__dataclass_fields__, *_SPELLINGS, "quant_method"}
         foreign = sorted(str(key) for key in settings if key not in known)
         if foreign:
-            logger.info("quantization_config: keys of other tools, without effect here: %s", ", ".join(foreign))
-        given = {key: value for key, value in settings.items() if key in known and value is not None}
+            logger.info(
+                "quantization_config: keys of other tools, without effect here: %s",
+                ", ".join(foreign),
+            )
+        given = {
+            key: value for key, value in settings.items() if key in known and value is not None
+        }
         version = given.get("version")
         if str(getattr(version, "value", version)).lower() in _GEMM_KERNELS:
             given["version"] = "gemm"
         if "version" in given and given.get("format") not in FORMATS:
-            given.pop("format", None)  # GPTQModel says "gemm" there too, others what the file's container is
+            # GPTQModel says "gemm" there too, others what the file's container is
+            given.pop("format", None)
         return cls._from_known(given)
 
     @classmethod
@@ -113,12 +140,16 @@ class AwqConfig:
             if name == "format":
                 value = normalize_format(value)
             if name in given and given[name] != value:
-                raise ConfigError(f"quant_config gives {name} twice with different values: {given[name]!r} and {value!r}.")
+                raise ConfigError(
+                    f"quant_config gives {name} twice with different values: {given[name]!r} and "
+                    f"{value!r}."
+                )
             given[name] = value
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """AutoAWQ's spelling: `zero_point, q_group_size, w_bit, version, modules_to_not_convert`."""
+        """AutoAWQ's spelling: `zero_point, q_group_size, w_bit, version,
+        modules_to_not_convert`."""
         return {
             "zero_point": self.zero_point,
             "q_group_size": self.group_size,
@@ -133,7 +164,8 @@ class AwqConfig:
             "quant_method": "awq",
             "bits": self.bits,
             "group_size": self.group_size,
-            # A reader that sees `zero_point: false` leaves its fast path; constant zeros say the same thing.
+            # A reader that sees `zero_point: false` leaves its fast path; constant zeros say the
+            # same thing.
             "zero_point": True,
             "version": self.format,
             "modules_to_not_convert": list(self.modules_to_not_convert) or None,
@@ -150,9 +182,14 @@ class AwqConfig:
         size = in_features if self.group_size == -1 else self.group_size
         if in_features % size:
             fitting = [g for g in (128, 64, 32, 16) if in_features % g == 0]
-            hint = f"use group_size {' or '.join(map(str, fitting))}" if fitting else "use group_size −1"
+            hint = (
+                f"use group_size {' or '.join(map(str, fitting))}"
+                if fitting
+                else "use group_size −1"
+            )
             raise ConfigError(
-                f"{name}: in_features {in_features} is not a multiple of group_size {size}; {hint}, "
+                f"{name}: in_features {in_features} is not a multiple of group_size {size}; "
+                f"{hint}, "
                 "or skip this layer with modules_to_not_convert."
             )
         return size

@@ -6,8 +6,9 @@ MAX_MESSAGE_CHARACTERS = 2000
 class AwqError(Exception):
     """Base of every error this package raises on purpose.
 
-    Messages quote names and values out of other people's files. Control characters in them are escaped, so that a message
-    is one line and does nothing to a terminal, and what is endless is cut.
+    Messages quote names and values out of other people's files. Control characters in them are
+    escaped, so that a message is one line and does nothing to a terminal, and what is endless is
+    cut.
 
     >>> str(AwqError("a\\x1b[2Jb"))
     'a\\\\x1b[2Jb'
@@ -26,11 +27,14 @@ def _one_line(text: str) -> str:
 
 
 def _escaped(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+    return (
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+    )
 
 
 class ConfigError(AwqError, ValueError):
-    """A setting has a value that cannot work (unknown version, group size that does not divide, wrong keys)."""
+    """A setting has a value that cannot work (unknown version, group size that does not divide,
+    wrong keys)."""
 
 
 class CalibrationError(AwqError, ValueError):

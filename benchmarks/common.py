@@ -1,5 +1,5 @@
-"""What the scripts share: the settings to compare, and the head of a result file (where, with what, from which code and by
-which command it was made)."""
+"""What the scripts share: the settings to compare, and the head of a result file (where, with what,
+from which code and by which command it was made)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ ROUND_TO_NEAREST = {"preset": "fast", "scaling": False, "clip": False, "bias_cor
 
 
 def jobs(presets: list[str], variants: str) -> list[tuple[str, dict[str, Any]]]:
-    """(name, options of the quantizer): "rtn" or presets, then a JSON list of {"name": …, option: …}."""
+    """(name, options of the quantizer): "rtn" or presets, then a JSON list of {"name": …, option:
+    …}."""
     chosen = [(p, ROUND_TO_NEAREST if p == "rtn" else {"preset": p}) for p in presets]
     return chosen + [(v.pop("name"), v) for v in json.loads(variants)]
 
@@ -27,13 +28,17 @@ def jobs(presets: list[str], variants: str) -> list[tuple[str, dict[str, Any]]]:
 def head(device: str) -> dict[str, Any]:
     """device: "cpu" or "cuda". Versions of packages that are not installed are None."""
     git = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    commit = subprocess.run(
+        git, capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
     cpu = f"{platform.machine()} cpu, {torch.get_num_threads()} threads"
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         **{name: _version(name) for name in _VERSIONS},
         "commit": commit,
-        "command": " ".join(Path(a).name if Path(a).is_absolute() or os.path.exists(a) else a for a in sys.argv),
+        "command": " ".join(
+            Path(a).name if Path(a).is_absolute() or os.path.exists(a) else a for a in sys.argv
+        ),
     }
 
 

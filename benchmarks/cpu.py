@@ -1,14 +1,18 @@
-"""4-bit inference on a CPU against what a CPU user would pick, in one run: products, perplexity per backend, whole models.
+"""4-bit inference on a CPU against what a CPU user would pick, in one run: products, perplexity per
+backend, whole models.
 
-    python benchmarks/cpu.py products --json benchmarks/results/cpu-products.json
-    python benchmarks/cpu.py quality --model quantized-dir --text wikitext2-valid.txt --json benchmarks/results/cpu-quality.json
-    python benchmarks/cpu.py models --llama-python venv/bin/python --json benchmarks/results/cpu-models.json
+    python benchmarks/cpu.py products --json benchmarks/results/cpu-products.json python
+    benchmarks/cpu.py quality --model quantized-dir --text wikitext2-valid.txt --json
+    benchmarks/results/cpu-quality.json python benchmarks/cpu.py models --llama-python
+    venv/bin/python --json benchmarks/results/cpu-models.json
 
-products: one 4096 × 4096 weight, group 128, of which so many copies take turns that none stays in a cache; the variants take
-turns too. models: a Llama's shape with random weights, 32 tokens in and 32 out, each engine in its own process, the
-engines taking turns; llama.cpp (`pip install llama-cpp-python gguf` where --llama-python is) reads a Q4_0 file that
-`cpu_models.py` writes, onnxruntime-genai what its own builder makes of the dense model. Times are medians; "best" is the
-fastest, for machines that others use too.
+products: one 4096 × 4096 weight, group 128, of which so many copies take turns that none stays in a
+cache; the variants take
+turns too. models: a Llama's shape with random weights, 32 tokens in and 32 out, each engine in its
+own process, the engines taking turns; llama.cpp (`pip install llama-cpp-python gguf` where
+--llama-python is) reads a Q4_0 file that `cpu_models.py` writes, onnxruntime-genai what its own
+builder makes of the dense model. Times are medians; "best" is the fastest, for machines that others
+use too.
 """
 
 from __future__ import annotations
@@ -47,21 +51,38 @@ def random_weight() -> QuantizedWeight:
 
 
 def onnx_session(weight: QuantizedWeight, threads: int) -> Any:
-    """onnxruntime's MatMulNBits, float32 in and out, activations of 8 bits inside (accuracy level 4)."""
+    """onnxruntime's MatMulNBits, float32 in and out, activations of 8 bits inside (accuracy level
+    4)."""
     import onnxruntime
     from onnx import TensorProto, helper
 
     codes, zeros = (t[:, 0::2] | (t[:, 1::2] << 4) for t in (weight.codes, weight.zeros))
-    tensors = [("q", TensorProto.UINT8, (OUTPUTS, INPUTS // GROUP, GROUP // 2), codes),
-               ("s", TensorProto.FLOAT, (weight.scales.numel(),), weight.scales.float()),
-               ("z", TensorProto.UINT8, (zeros.numel(),), zeros)]  # fmt: skip
-    node = helper.make_node("MatMulNBits", ["x", "q", "s", "z"], ["y"], domain="com.microsoft", K=INPUTS, N=OUTPUTS, bits=4,
-                            block_size=GROUP, accuracy_level=4)  # fmt: skip
+    tensors = [
+        ("q", TensorProto.UINT8, (OUTPUTS, INPUTS // GROUP, GROUP // 2), codes),
+        ("s", TensorProto.FLOAT, (weight.scales.numel(),), weight.scales.float()),
+        ("z", TensorProto.UINT8, (zeros.numel(),), zeros),
+    ]
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", "q", "s", "z"],
+        ["y"],
+        domain="com.microsoft",
+        K=INPUTS,
+        N=OUTPUTS,
+        bits=4,
+        block_size=GROUP,
+        accuracy_level=4,
+    )
     graph = helper.make_graph(
-        [node], "product", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", INPUTS])],
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", INPUTS])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", OUTPUTS])],
-        initializer=[helper.make_tensor(n, t, shape, v.contiguous().numpy().tobytes(), raw=True) for n, t, shape, v in tensors],
-    )  # fmt: skip
+        initializer=[
+            helper.make_tensor(n, t, shape, v.contiguous().numpy().tobytes(), raw=True)
+            for n, t, shape, v in tensors
+        ],
+    )
     imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -84,7 +105,9 @@ def onnx_runs(weights: list[QuantizedWeight], tokens: int, threads: int, session
     return lambda i: (sessions[i % COPIES].run_with_iobinding(bindings[i % COPIES]), keep)
 
 
-def product_runs(weights: list[QuantizedWeight], tokens: int, threads: int, sessions: list) -> dict[str, Run]:
+def product_runs(
+    weights: list[QuantizedWeight], tokens: int, threads: int, sessions: list
+) -> dict[str, Run]:
     """Name → a product with the i-th copy of the weight."""
     runs: dict[str, Run] = {}
     for backend, dtype in (
@@ -99,7 +122,9 @@ def product_runs(weights: list[QuantizedWeight], tokens: int, threads: int, sess
             with use_backend(backend):
                 module.settle(dtype)
 
-        runs[f"awq {backend} {str(dtype)[6:]}"] = lambda i, modules=modules, x=x: modules[i % COPIES](x)
+        runs[f"awq {backend} {str(dtype)[6:]}"] = lambda i, modules=modules, x=x: modules[
+            i % COPIES
+        ](x)
     x = torch.randn(tokens, INPUTS).bfloat16()
     packs = [get_layout("int4pack").pack(weight) for weight in weights]
     runs["torch int4 operator bfloat16"] = lambda i: torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -109,12 +134,15 @@ def product_runs(weights: list[QuantizedWeight], tokens: int, threads: int, sess
     for dtype in (torch.bfloat16, torch.float32):
         dense = [torch.randn(OUTPUTS, INPUTS).to(dtype) for _ in range(4)]
         inputs = torch.randn(tokens, INPUTS).to(dtype)
-        runs[f"dense {str(dtype)[6:]}"] = lambda i, dense=dense, inputs=inputs: F.linear(inputs, dense[i % 4])
+        runs[f"dense {str(dtype)[6:]}"] = lambda i, dense=dense, inputs=inputs: F.linear(
+            inputs, dense[i % 4]
+        )
     return runs
 
 
 def timed(run: Run, repeats: int) -> list[float]:
-    """Seconds of each call, after two that are not counted. Before that, a pause in which another library's threads go to sleep."""
+    """Seconds of each call, after two that are not counted. Before that, a pause in which another
+    library's threads go to sleep."""
     time.sleep(0.05)
     times = []
     for i in range(repeats + 2):
@@ -137,19 +165,41 @@ def products(arguments: argparse.Namespace) -> dict[str, Any]:
                     times[name] += timed(run, 24 if tokens < 32 else 8)
         for name, found in times.items():
             median, best = statistics.median(found), min(found)
-            row = {"tokens": tokens, "name": name, "us": median * 1e6, "best_us": best * 1e6,
-                   "gflops": 2 * tokens * INPUTS * OUTPUTS / median / 1e9}  # fmt: skip
+            row = {
+                "tokens": tokens,
+                "name": name,
+                "us": median * 1e6,
+                "best_us": best * 1e6,
+                "gflops": 2 * tokens * INPUTS * OUTPUTS / median / 1e9,
+            }
             if name.startswith("awq cpu"):
-                row |= {"gb_s": size / median / 1e9, "share_of_read_bandwidth": size / median / bandwidth}
+                row |= {
+                    "gb_s": size / median / 1e9,
+                    "share_of_read_bandwidth": size / median / bandwidth,
+                }
             rows.append(row)
-            print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            print(
+                {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True
+            )
         runs.clear()
-    return {"shape": [OUTPUTS, INPUTS], "group": GROUP, "read_gb_s": bandwidth / 1e9, "weight_bytes": size, "rows": rows}
+    return {
+        "shape": [OUTPUTS, INPUTS],
+        "group": GROUP,
+        "read_gb_s": bandwidth / 1e9,
+        "weight_bytes": size,
+        "rows": rows,
+    }
 
 
 def _packed(weight: QuantizedWeight) -> Packed:
     tensors = get_layout("rows16").pack(weight)
-    return Packed(tensors["qweight"], tensors["qzeros"], tensors["scales"], Shape(INPUTS, OUTPUTS, GROUP), "rows16")
+    return Packed(
+        tensors["qweight"],
+        tensors["qzeros"],
+        tensors["scales"],
+        Shape(INPUTS, OUTPUTS, GROUP),
+        "rows16",
+    )
 
 
 def quality(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -161,11 +211,22 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
         base: float | None = None
         for backend in ("reference", "cpu", "cpu_int8", "torch_int4"):
             with use_backend(backend):
-                model = AutoAWQForCausalLM.from_quantized(arguments.model, fuse_layers=False, device="cpu", torch_dtype=dtype)
-                ids = model.tokenizer(Path(arguments.text).read_text(encoding="utf-8"), return_tensors="pt").input_ids
+                model = AutoAWQForCausalLM.from_quantized(
+                    arguments.model, fuse_layers=False, device="cpu", torch_dtype=dtype
+                )
+                ids = model.tokenizer(
+                    Path(arguments.text).read_text(encoding="utf-8"), return_tensors="pt"
+                ).input_ids
                 found = perplexity(model, ids[0, ids.shape[1] // 2 :], limit=arguments.limit)
             base = base or found
-            rows.append({"dtype": dtype, "backend": backend, "perplexity": found, "against_reference": found / base - 1})
+            rows.append(
+                {
+                    "dtype": dtype,
+                    "backend": backend,
+                    "perplexity": found,
+                    "against_reference": found / base - 1,
+                }
+            )
             print(rows[-1], flush=True)
     return {"model": Path(arguments.model).name, "tokens": arguments.limit, "rows": rows}
 
@@ -174,13 +235,17 @@ def models(arguments: argparse.Namespace) -> dict[str, Any]:
     script = str(Path(__file__).with_name("cpu_models.py"))
     rows: dict[str, list[dict]] = {}
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
-    own = ["awq", "awq 4-bit head", "awq int8", "transformers bfloat16"] + ["transformers float32"] * arguments.float32
+    own = ["awq", "awq 4-bit head", "awq int8", "transformers bfloat16"] + [
+        "transformers float32"
+    ] * arguments.float32
     pythons = {
         "llama.cpp": arguments.llama_python,
         "autoawq": arguments.autoawq_python,
         "onnxruntime-genai": arguments.genai_python,
     }
-    engines = dict.fromkeys(own, sys.executable) | {name: python for name, python in pythons.items() if python}
+    engines = dict.fromkeys(own, sys.executable) | {
+        name: python for name, python in pythons.items() if python
+    }
     writers = {"write-awq": sys.executable, "write-dense": sys.executable}
     if arguments.llama_python:
         writers["write-gguf"] = sys.executable
@@ -188,25 +253,35 @@ def models(arguments: argparse.Namespace) -> dict[str, Any]:
         writers["write-genai"] = arguments.genai_python
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         for kind, python in writers.items():
-            subprocess.run([python, script, kind, folder, arguments.shape], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [python, script, kind, folder, arguments.shape],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
         for turn in range(arguments.rounds):
             for name, python in engines.items():
                 if name == "autoawq" and turn:
                     continue  # one turn of it takes minutes
                 command = [python, script, name, folder, arguments.shape]
-                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+                done = subprocess.run(
+                    command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+                )
                 rows.setdefault(name, []).append(
-                    json.loads(done.stdout.splitlines()[-1]) | {"turn": turn, "load": os.getloadavg()[0]}
+                    json.loads(done.stdout.splitlines()[-1])
+                    | {"turn": turn, "load": os.getloadavg()[0]}
                 )
                 print(name, rows[name][-1], flush=True)
     summary = {
-        n: {k: statistics.median(r[k] for r in found) for k in ("prefill_tok_s", "decode_tok_s")} for n, found in rows.items()
+        n: {k: statistics.median(r[k] for r in found) for k in ("prefill_tok_s", "decode_tok_s")}
+        for n, found in rows.items()
     }
     return {"shape": f"{arguments.shape}, 32 in, 32 out, batch 1", "medians": summary, "rows": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["products", "quality", "models"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
@@ -216,9 +291,15 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--limit", type=int, default=8192)
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python")
-    parser.add_argument("--genai-python", help="a Python with onnxruntime-genai, torch and transformers")
-    parser.add_argument("--autoawq-python", help="a Python with AutoAWQ 0.2.9 and a transformers that it works with")
-    parser.add_argument("--shape", choices=["tinyllama-1.1b", "llama-3.2-3b"], default="tinyllama-1.1b")
+    parser.add_argument(
+        "--genai-python", help="a Python with onnxruntime-genai, torch and transformers"
+    )
+    parser.add_argument(
+        "--autoawq-python", help="a Python with AutoAWQ 0.2.9 and a transformers that it works with"
+    )
+    parser.add_argument(
+        "--shape", choices=["tinyllama-1.1b", "llama-3.2-3b"], default="tinyllama-1.1b"
+    )
     parser.add_argument("--float32", action="store_true", help="transformers in float32 too")
     parser.add_argument("--work", help="where to put 3 GB of random models for a while")
     parser.add_argument("--json", type=Path)
@@ -228,7 +309,11 @@ def main() -> None:
     before = os.getloadavg()
     result = {"products": products, "quality": quality, "models": models}[arguments.what](arguments)
     if arguments.json:
-        common.write(arguments.json, "cpu", {"load_before": before[0], "load_after": os.getloadavg()[0]} | result)
+        common.write(
+            arguments.json,
+            "cpu",
+            {"load_before": before[0], "load_after": os.getloadavg()[0]} | result,
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""One engine of `cpu.py models` in a process of its own: writes random models, or prints speed and memory as one line of JSON.
+"""One engine of `cpu.py models` in a process of its own: writes random models, or prints speed and
+memory as one line of JSON.
 
-    python benchmarks/cpu_models.py write-awq | write-dense | write-gguf | write-genai | awq | … directory shape
+    python benchmarks/cpu_models.py write-awq | write-dense | write-gguf | write-genai | awq | …
+    directory shape
 
-The parts of llama.cpp and AutoAWQ import nothing of this package, so that they run in environments of their own.
+The parts of llama.cpp and AutoAWQ import nothing of this package, so that they run in environments
+of their own.
 """
 
 from __future__ import annotations
@@ -39,22 +42,41 @@ SHAPES = {
 
 def llama_config(shape: Shape) -> dict[str, int | bool]:
     """Arguments of transformers' LlamaConfig."""
-    return dict(hidden_size=shape.width, intermediate_size=shape.hidden, num_hidden_layers=shape.layers,
-                max_position_embeddings=2048, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-                vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied)  # fmt: skip
+    return dict(
+        hidden_size=shape.width,
+        intermediate_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        max_position_embeddings=2048,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+    )
 
 
 def resident() -> dict[str, float]:
-    """Resident memory of this process in GB: all of it, what is not in files, and the most there was."""
+    """Resident memory of this process in GB: all of it, what is not in files, and the most there
+    was."""
     names = {"VmRSS": "resident_gb", "RssAnon": "anonymous_gb", "VmHWM": "peak_gb"}
-    lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
-    return {names[words[0][:-1]]: int(words[1]) * 1024 / 1e9 for words in lines if words and words[0][:-1] in names}
+    lines = (
+        line.split() for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    )
+    return {
+        names[words[0][:-1]]: int(words[1]) * 1024 / 1e9
+        for words in lines
+        if words and words[0][:-1] in names
+    }
 
 
 def measure(
-    prefill: Callable[[], object], whole: Callable[[], object], new: int = NEW, repeats: int = REPEATS, warm: int = 2
+    prefill: Callable[[], object],
+    whole: Callable[[], object],
+    new: int = NEW,
+    repeats: int = REPEATS,
+    warm: int = 2,
 ) -> dict:
-    """prefill: prompt to first token; whole: prompt and `new` tokens more. Medians over repeats, the first `warm` not counted."""
+    """prefill: prompt to first token; whole: prompt and `new` tokens more. Medians over repeats,
+    the first `warm` not counted."""
     times: dict[str, list[float]] = {"prefill": [], "decode": []}
     for _ in range(repeats + warm):
         start = time.perf_counter()
@@ -66,8 +88,12 @@ def measure(
         times["decode"].append((end - middle) - (middle - start))
     first, rest = (statistics.median(times[name][warm:]) for name in ("prefill", "decode"))
     best = [min(times[name][warm:]) for name in ("prefill", "decode")]
-    return {"prefill_tok_s": PROMPT / first, "decode_tok_s": new / rest, "best_prefill_tok_s": PROMPT / best[0],
-            "best_decode_tok_s": new / best[1]}  # fmt: skip
+    return {
+        "prefill_tok_s": PROMPT / first,
+        "decode_tok_s": new / rest,
+        "best_prefill_tok_s": PROMPT / best[0],
+        "best_decode_tok_s": new / best[1],
+    }
 
 
 def transformers_model(folder: Path, kind: str, shape: Shape) -> dict[str, float]:
@@ -82,13 +108,19 @@ def transformers_model(folder: Path, kind: str, shape: Shape) -> dict[str, float
         cpu.problem(torch.bfloat16, 2)  # LLVM's own memory does not belong to the model
     before, start = resident(), time.perf_counter()
     if dense:
-        model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=getattr(torch, kind.split()[1]))
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / "dense", dtype=getattr(torch, kind.split()[1])
+        )
     else:
-        model = AutoAWQForCausalLM.from_quantized(str(folder / "awq"), fuse_layers=True, device="cpu", max_seq_len=512)
+        model = AutoAWQForCausalLM.from_quantized(
+            str(folder / "awq"), fuse_layers=True, device="cpu", max_seq_len=512
+        )
         if kind == "awq 4-bit head":
             model.fuse_layers(512, 1, True)
     load = time.perf_counter() - start
-    ids = torch.randint(3, shape.vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        3, shape.vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0)
+    )
     new = lambda n: model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False)  # noqa: E731
     start = time.perf_counter()
     new(2)
@@ -96,7 +128,9 @@ def transformers_model(folder: Path, kind: str, shape: Shape) -> dict[str, float
     with use_backend("cpu_int8" if kind == "awq int8" else None):
         found = measure(lambda: new(1), lambda: new(1 + NEW))
     after = resident()
-    grown = {f"model_{name}": after[name] - before[name] for name in ("resident_gb", "anonymous_gb")}
+    grown = {
+        f"model_{name}": after[name] - before[name] for name in ("resident_gb", "anonymous_gb")
+    }
     return found | {"load_s": load, "first_s": first} | after | grown
 
 
@@ -104,8 +138,13 @@ def llama(folder: Path, shape: Shape) -> dict[str, float]:
     import llama_cpp
 
     before, start = resident(), time.perf_counter()
-    model = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=512, n_threads=2, n_threads_batch=2, verbose=False)
-    load, ids = time.perf_counter() - start, [3 + (i * 7919) % (shape.vocabulary - 3) for i in range(PROMPT)]
+    model = llama_cpp.Llama(
+        str(folder / "model.gguf"), n_ctx=512, n_threads=2, n_threads_batch=2, verbose=False
+    )
+    load, ids = (
+        time.perf_counter() - start,
+        [3 + (i * 7919) % (shape.vocabulary - 3) for i in range(PROMPT)],
+    )
 
     def new(count: int) -> None:
         model.reset()
@@ -115,7 +154,12 @@ def llama(folder: Path, shape: Shape) -> dict[str, float]:
 
     found = measure(lambda: new(0), lambda: new(NEW))
     after = resident()
-    return found | {"load_s": load} | after | {"model_resident_gb": after["resident_gb"] - before["resident_gb"]}
+    return (
+        found
+        | {"load_s": load}
+        | after
+        | {"model_resident_gb": after["resident_gb"] - before["resident_gb"]}
+    )
 
 
 def genai(folder: Path, shape: Shape) -> dict[str, float]:
@@ -123,11 +167,16 @@ def genai(folder: Path, shape: Shape) -> dict[str, float]:
 
     before, start = resident(), time.perf_counter()
     model = onnxruntime_genai.Model(str(folder / "genai"))
-    load, ids = time.perf_counter() - start, [3 + (i * 7919) % (shape.vocabulary - 3) for i in range(PROMPT)]
+    load, ids = (
+        time.perf_counter() - start,
+        [3 + (i * 7919) % (shape.vocabulary - 3) for i in range(PROMPT)],
+    )
 
     def new(count: int) -> None:
         parameters = onnxruntime_genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=PROMPT + count, min_length=PROMPT + count, do_sample=False)
+        parameters.set_search_options(
+            max_length=PROMPT + count, min_length=PROMPT + count, do_sample=False
+        )
         generator = onnxruntime_genai.Generator(model, parameters)
         generator.append_tokens(ids)
         for _ in range(count):
@@ -135,13 +184,20 @@ def genai(folder: Path, shape: Shape) -> dict[str, float]:
 
     found = measure(lambda: new(1), lambda: new(1 + NEW))
     after = resident()
-    return found | {"load_s": load} | after | {"model_resident_gb": after["resident_gb"] - before["resident_gb"]}
+    return (
+        found
+        | {"load_s": load}
+        | after
+        | {"model_resident_gb": after["resident_gb"] - before["resident_gb"]}
+    )
 
 
 def autoawq(shape: Shape) -> dict[str, float]:
-    """AutoAWQ's linears as they compute on a CPU without its extensions: a dense float16 weight made anew in every call.
+    """AutoAWQ's linears as they compute on a CPU without its extensions: a dense float16 weight
+    made anew in every call.
 
-    Its `from_quantized` insists on intel-extension-for-pytorch there, which is archived. Two tokens only: they take long.
+    Its `from_quantized` insists on intel-extension-for-pytorch there, which is archived. Two tokens
+    only: they take long.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -161,7 +217,9 @@ def autoawq(shape: Shape) -> dict[str, float]:
                 packed = WQLinear_GEMM.from_linear(linear, 4, 128, init_only=True)
                 packed.qweight.random_(-(2**31), 2**31 - 1)
                 packed.scales.fill_(0.02 / 4.6)
-                block.get_submodule(name.rpartition(".")[0]).__setattr__(name.rpartition(".")[2], packed)
+                block.get_submodule(name.rpartition(".")[0]).__setattr__(
+                    name.rpartition(".")[2], packed
+                )
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     load, ids = time.perf_counter() - start, torch.arange(3, 3 + PROMPT).view(1, -1)
 
@@ -171,18 +229,36 @@ def autoawq(shape: Shape) -> dict[str, float]:
 
     found = measure(lambda: new(1), lambda: new(2), 1, 1, 0)
     after = resident()
-    return found | {"load_s": load} | after | {"model_resident_gb": after["resident_gb"] - before["resident_gb"]}
+    return (
+        found
+        | {"load_s": load}
+        | after
+        | {"model_resident_gb": after["resident_gb"] - before["resident_gb"]}
+    )
 
 
 def write_genai(folder: Path) -> None:
-    """onnxruntime-genai's own builder, int4 as it does it for a CPU. It insists on a tokenizer; any will do."""
+    """onnxruntime-genai's own builder, int4 as it does it for a CPU. It insists on a tokenizer; any
+    will do."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     words = {f"<{i}>": i for i in range(64)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<0>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<2>", bos_token="<1>").save_pretrained(folder / "dense")
-    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu", "-c", folder / "cache"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<2>", bos_token="<1>"
+    ).save_pretrained(folder / "dense")
+    builder = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-p",
+        "int4",
+        "-e",
+        "cpu",
+        "-c",
+        folder / "cache",
+    ]
     options = ["--extra_options", "int4_accuracy_level=4"]
     subprocess.run([*builder, "-i", folder / "dense", "-o", folder / "genai", *options], check=True)
 
@@ -214,7 +290,9 @@ def write_model(folder: Path, quantized: bool, shape: Shape) -> None:
             zeros = torch.randint(6, 10, (outputs, inputs // 128), dtype=torch.uint8)
             scales = torch.full(zeros.shape, 0.02 / 4.6, dtype=torch.float16)
             codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
-            replace_module(model, name, WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros)))
+            replace_module(
+                model, name, WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros))
+            )
     save_checkpoint(model, folder / "awq", AwqConfig(group_size=128))
 
 
@@ -234,7 +312,9 @@ def write_gguf(path: Path, shape: Shape) -> None:
     writer.add_vocab_size(shape.vocabulary)
     writer.add_file_type(2)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([b"<unk>", b"<s>", b"</s>", *(f"<{i}>".encode() for i in range(3, shape.vocabulary))])
+    writer.add_token_list(
+        [b"<unk>", b"<s>", b"</s>", *(f"<{i}>".encode() for i in range(3, shape.vocabulary))]
+    )
     writer.add_token_scores([0.0] * shape.vocabulary)
     writer.add_token_types([2, 3, 3] + [1] * (shape.vocabulary - 3))
 
@@ -242,15 +322,24 @@ def write_gguf(path: Path, shape: Shape) -> None:
         blocks = numpy.empty((rows * columns // 32, 18), numpy.uint8)
         blocks[:, :2] = numpy.array([0.02 / 4.6], numpy.float16).view(numpy.uint8)
         blocks[:, 2:] = random.integers(0, 256, (len(blocks), 16), dtype=numpy.uint8)
-        writer.add_tensor(f"{name}.weight", blocks.reshape(rows, -1), raw_dtype=GGMLQuantizationType.Q4_0)
+        writer.add_tensor(
+            f"{name}.weight", blocks.reshape(rows, -1), raw_dtype=GGMLQuantizationType.Q4_0
+        )
 
     add("token_embd", shape.vocabulary, shape.width)
     add("output", shape.vocabulary, shape.width)
     writer.add_tensor("output_norm.weight", numpy.ones(shape.width, numpy.float32))
     shared = shape.width // shape.heads * shape.kv_heads
     width, hidden = shape.width, shape.hidden
-    sizes = {"attn_q": (width, width), "attn_k": (shared, width), "attn_v": (shared, width), "attn_output": (width, width),
-             "ffn_gate": (hidden, width), "ffn_up": (hidden, width), "ffn_down": (width, hidden)}  # fmt: skip
+    sizes = {
+        "attn_q": (width, width),
+        "attn_k": (shared, width),
+        "attn_v": (shared, width),
+        "attn_output": (width, width),
+        "ffn_gate": (hidden, width),
+        "ffn_up": (hidden, width),
+        "ffn_down": (width, hidden),
+    }
     for layer in range(shape.layers):
         for norm in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{norm}.weight", numpy.ones(shape.width, numpy.float32))

@@ -1,11 +1,12 @@
-r"""Which variants of quantization bring a sentence encoder's embeddings closer: one line each, all in memory.
+r"""Which variants of quantization bring a sentence encoder's embeddings closer: one line each, all
+in memory.
 
     python benchmarks/embedding_explore.py --model all-MiniLM-L6-v2 \
         --calibration sts2014-headlines.tsv sts2014-OnWN.tsv \
         --measure sts2014-images.tsv --json out.json
 
-A developer's tool for choosing defaults. "pooled" variants tune scales on the cosine of pooled embeddings instead of on the
-hidden states; what was found is in docs/notes/quality.md.
+A developer's tool for choosing defaults. "pooled" variants tune scales on the cosine of pooled
+embeddings instead of on the hidden states; what was found is in docs/notes/quality.md.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ PLAIN_RATE = tuning.LEARNING_RATE
 
 
 def pooled_distance(share: float) -> Callable:
-    """Distance for tuning: 1 − cosine of the mean-pooled states, and `share` of the hidden states' relative error."""
+    """Distance for tuning: 1 − cosine of the mean-pooled states, and `share` of the hidden states'
+    relative error."""
 
     def distance(self: Any, index: int) -> tuple[Tensor, int]:
         batch, target = self.batches[index], self.targets[index].float()
@@ -48,30 +50,72 @@ def pooled_distance(share: float) -> Callable:
 
 
 def variants() -> list[dict[str, Any]]:
-    """name; general: bundled sentences; share: of a pooled distance; rate: of tuning; the rest are options of quantize."""
+    """name; general: bundled sentences; share: of a pooled distance; rate: of tuning; the rest are
+    options of quantize."""
     tuned = {"preset": "best", "refinement": 2}
     return [
         {"name": "fast", "preset": "fast"},
         {"name": "balanced", "preset": "balanced"},
         {"name": "balanced, all bundled sentences", "preset": "balanced", "general": 100_000},
-        {"name": "balanced, refinement 3, all", "preset": "balanced", "general": 100_000, "refinement": 3},
-        {"name": "balanced, correction 0.9, all", "preset": "balanced", "general": 100_000, "correction": 0.9},
-        {"name": "balanced, no scaling, all", "preset": "balanced", "general": 100_000, "scaling": False},
+        {
+            "name": "balanced, refinement 3, all",
+            "preset": "balanced",
+            "general": 100_000,
+            "refinement": 3,
+        },
+        {
+            "name": "balanced, correction 0.9, all",
+            "preset": "balanced",
+            "general": 100_000,
+            "correction": 0.9,
+        },
+        {
+            "name": "balanced, no scaling, all",
+            "preset": "balanced",
+            "general": 100_000,
+            "scaling": False,
+        },
         {"name": "best", **tuned, "tuning": 2},
         {"name": "best, all", **tuned, "tuning": 2, "general": 100_000},
         {"name": "best, all, 8 epochs", **tuned, "tuning": 8, "general": 100_000},
         {"name": "pooled, 4 epochs, all", **tuned, "tuning": 4, "general": 100_000, "share": 0.0},
-        {"name": "pooled + 0.3 hidden, 4 epochs, all", **tuned, "tuning": 4, "general": 100_000, "share": 0.3},
-        {"name": "pooled + 0.3 hidden, 12 epochs, all", **tuned, "tuning": 12, "general": 100_000, "share": 0.3},
-        {"name": "pooled + 0.3 hidden, 12 epochs, all, rate 5e-4", **tuned, "tuning": 12, "general": 100_000, "share": 0.3,
-         "rate": 5e-4},
-        {"name": "pooled + 0.3 hidden, 12 epochs, all, rate 5e-3", **tuned, "tuning": 12, "general": 100_000, "share": 0.3,
-         "rate": 5e-3},
-    ]  # fmt: skip
+        {
+            "name": "pooled + 0.3 hidden, 4 epochs, all",
+            **tuned,
+            "tuning": 4,
+            "general": 100_000,
+            "share": 0.3,
+        },
+        {
+            "name": "pooled + 0.3 hidden, 12 epochs, all",
+            **tuned,
+            "tuning": 12,
+            "general": 100_000,
+            "share": 0.3,
+        },
+        {
+            "name": "pooled + 0.3 hidden, 12 epochs, all, rate 5e-4",
+            **tuned,
+            "tuning": 12,
+            "general": 100_000,
+            "share": 0.3,
+            "rate": 5e-4,
+        },
+        {
+            "name": "pooled + 0.3 hidden, 12 epochs, all, rate 5e-3",
+            **tuned,
+            "tuning": 12,
+            "general": 100_000,
+            "share": 0.3,
+            "rate": 5e-3,
+        },
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", type=Path, nargs="+", required=True)
     parser.add_argument("--measure", type=Path, required=True)
@@ -83,13 +127,19 @@ def main() -> None:
 
     pairs = read_pairs(arguments.measure)
     measured = clean_texts([*pairs[1], *pairs[2]])
-    sentences = clean_texts(s for path in arguments.calibration for part in read_pairs(path)[1:] for s in part)
+    sentences = clean_texts(
+        s for path in arguments.calibration for part in read_pairs(path)[1:] for s in part
+    )
     sentences = [s for s in sentences if s not in set(measured)]
     rows = []
     usual = embedding._GENERAL
     for variant in variants():
         settings = dict(variant)
-        name, share, rate = settings.pop("name"), settings.pop("share", None), settings.pop("rate", PLAIN_RATE)
+        name, share, rate = (
+            settings.pop("name"),
+            settings.pop("share", None),
+            settings.pop("rate", PLAIN_RATE),
+        )
         embedding._GENERAL = settings.pop("general", usual)
         tuning.OutputMatch.distance = PLAIN_DISTANCE if share is None else pooled_distance(share)
         tuning.LEARNING_RATE = rate
@@ -98,16 +148,33 @@ def main() -> None:
         before = model.encode(measured)
         start = time.perf_counter()
         report = model.quantize(
-            texts=sentences, quant_config={"q_group_size": arguments.group_size}, max_calib_samples=arguments.samples,
-            evaluate=False, progress=False, **settings,
-        )  # fmt: skip
+            texts=sentences,
+            quant_config={"q_group_size": arguments.group_size},
+            max_calib_samples=arguments.samples,
+            evaluate=False,
+            progress=False,
+            **settings,
+        )
         cosine = F.cosine_similarity(before, model.encode(measured))
-        row = {"name": name, "mean": float(cosine.mean()), "min": float(cosine.min()), "tokens": report.tokens,
-               "seconds": time.perf_counter() - start, "tuning": report.tuning}  # fmt: skip
+        row = {
+            "name": name,
+            "mean": float(cosine.mean()),
+            "min": float(cosine.min()),
+            "tokens": report.tokens,
+            "seconds": time.perf_counter() - start,
+            "tuning": report.tuning,
+        }
         rows.append(row)
-        print(f"{name:50s} {row['mean']:.5f}  {row['min']:.4f}  {row['tokens']} tokens  {row['seconds']:.1f} s", flush=True)
+        print(
+            f"{name:50s} {row['mean']:.5f}  {row['min']:.4f}  {row['tokens']} tokens  "
+            f"{row['seconds']:.1f} s",
+            flush=True,
+        )
         if arguments.json:
-            measured_on = {"calibrated_on": [p.name for p in arguments.calibration], "measured_on": arguments.measure.name}
+            measured_on = {
+                "calibrated_on": [p.name for p in arguments.calibration],
+                "measured_on": arguments.measure.name,
+            }
             common.write(arguments.json, arguments.device, {**measured_on, "rows": rows})
 
 

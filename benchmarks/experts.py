@@ -1,17 +1,20 @@
 """Calibration of experts that few tokens reach, measured on a mixture that is really trained.
 
-A tiny Mixtral is trained for some minutes on the bundled text, byte by byte and without a loss that balances its experts, so
-that its routing is skewed as in large mixtures. It is quantized with nearest rounding, `fast` and `balanced`, and `balanced`
-with other rules for what an expert's codes are chosen for:
+A tiny Mixtral is trained for some minutes on the bundled text, byte by byte and without a loss that
+balances its experts, so that its routing is skewed as in large mixtures. It is quantized with
+nearest rounding, `fast` and `balanced`, and `balanced` with other rules for what an expert's codes
+are chosen for:
 
 - routed: only the expert's own tokens;
 - borrow: the package's rule, missing tokens are borrowed from the layer;
 - all: every expert sees every token, as llm-compressor's `moe_calibrate_all_experts` does;
 
-the first two with the router's weight to the power 0 (tokens count alike), 1 and 2. Judged on held-out text: loss in nats per
-byte, and the Kullback-Leibler divergence from the dense model, which shows less noise.
+the first two with the router's weight to the power 0 (tokens count alike), 1 and 2. Judged on
+held-out text: loss in nats per byte, and the Kullback-Leibler divergence from the dense model,
+which shows less noise.
 
-    python benchmarks/experts.py [--minutes 2] [--rows 8 32 128] [--out benchmarks/results/experts.json]
+    python benchmarks/experts.py [--minutes 2] [--rows 8 32 128] [--out
+    benchmarks/results/experts.json]
 """
 
 from __future__ import annotations
@@ -38,9 +41,17 @@ from awq.quantize.statistics import InputStatistics
 LENGTH, BATCH = 64, 16
 HELD_OUT_ROWS = 128
 SIZES = dict(
-    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    num_local_experts=16, num_experts_per_tok=2, max_position_embeddings=LENGTH, tie_word_embeddings=True,
-)  # fmt: skip
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=16,
+    num_experts_per_tok=2,
+    max_position_embeddings=LENGTH,
+    tie_word_embeddings=True,
+)
 
 
 def rows_of_text() -> tuple[Tensor, Tensor]:
@@ -85,7 +96,11 @@ def logits_of(model: MixtralForCausalLM, rows: Tensor) -> Tensor:
 
 def judge(logits: Tensor, dense: Tensor, rows: Tensor) -> dict[str, float]:
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
-    divergence = F.kl_div(logits.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
+    divergence = (
+        F.kl_div(logits.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none")
+        .sum(-1)
+        .mean()
+    )
     return {"loss": float(loss), "kl": float(divergence)}
 
 
@@ -115,11 +130,21 @@ def _replace(self: rules.RoutedStatistics, layer: InputStatistics) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=2.0, help="of processor time for training")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 128], help=f"calibration rows of {LENGTH} tokens")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[8, 32, 128],
+        help=f"calibration rows of {LENGTH} tokens",
+    )
     parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--model", type=Path, help="a file to keep the trained weights in, or to take them from")
+    parser.add_argument(
+        "--model", type=Path, help="a file to keep the trained weights in, or to take them from"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows, held_out = rows_of_text()
@@ -133,8 +158,16 @@ def main() -> None:
     dense = logits_of(model, held_out)
     results = {"dense": judge(dense, dense, held_out)}
     print("dense", results["dense"])
-    jobs = [("nearest", ROUND_TO_NEAREST, None), ("fast", {"preset": "fast"}, None), ("balanced", {}, None)]
-    jobs += [(f"{name}, weight^{power}", {}, (name, power)) for name in ("routed", "borrow") for power in (0, 1, 2)]
+    jobs = [
+        ("nearest", ROUND_TO_NEAREST, None),
+        ("fast", {"preset": "fast"}, None),
+        ("balanced", {}, None),
+    ]
+    jobs += [
+        (f"{name}, weight^{power}", {}, (name, power))
+        for name in ("routed", "borrow")
+        for power in (0, 1, 2)
+    ]
     jobs += [("all", {}, ("all", 0))]
     config = AwqConfig(group_size=args.group_size)
     for count in args.rows:
@@ -143,14 +176,23 @@ def main() -> None:
         for name, options, chosen in jobs:
             quantized = copy.deepcopy(model)
             with rule(*(chosen or ("borrow", rules.WEIGHT_POWER))):
-                report = quantize_model(quantized, batches, config, QuantizeOptions(**options, progress=False))
+                report = quantize_model(
+                    quantized, batches, config, QuantizeOptions(**options, progress=False)
+                )
             found = judge(logits_of(quantized, held_out), dense, held_out)
             tokens = [n for layer in report.experts.values() for n in layer.routed]
             found |= {"fewest_tokens": min(tokens), "most_tokens": max(tokens)}
             results[f"{count} rows, {name}"] = found
-            print(f"{count:3} rows  {name:18} loss {found['loss']:.4f}  KL {found['kl']:.5f}  tokens {min(tokens)}–{max(tokens)}")
+            print(
+                f"{count:3} rows  {name:18} loss {found['loss']:.4f}  KL {found['kl']:.5f}  "
+                f"tokens {min(tokens)}–{max(tokens)}"
+            )
     if args.out:
-        write(args.out, "cpu", {"minutes": args.minutes, "group_size": args.group_size, "results": results})
+        write(
+            args.out,
+            "cpu",
+            {"minutes": args.minutes, "group_size": args.group_size, "results": results},
+        )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
-"""Every mixture of experts of the installed transformers: tiny, random, quantized, saved, loaded again through both doors.
+"""Every mixture of experts of the installed transformers: tiny, random, quantized, saved, loaded
+again through both doors.
 
-A type counts as a mixture when its tiny model (`tiny_kinds`) holds weights of experts, in whatever form. For each one, in
-float32 with groups of 32:
+A type counts as a mixture when its tiny model (`tiny_kinds`) holds weights of experts, in whatever
+form. For each one, in float32 with groups of 32:
 
 - share: experts' weights that are 4-bit in the saved files, of all experts' weights of the model;
-- fold error: change of the output when every fold that discovery finds is applied with random scales, experts exposed;
-- loaded: difference of the output of `AutoAWQForCausalLM.from_quantized` and of transformers' own class from the model in
-  memory; 0 is equality. `bytes`: whether the loaded model saves the same bytes again;
-- error and nearest: difference of the quantized model's output from the dense one, with the default preset and with nearest
-  rounding of the same linears.
+- fold error: change of the output when every fold that discovery finds is applied with random
+scales, experts exposed;
+- loaded: difference of the output of `AutoAWQForCausalLM.from_quantized` and of transformers' own
+  class from the model in memory; 0 is equality. `bytes`: whether the loaded model saves the same
+  bytes again;
+- error and nearest: difference of the quantized model's output from the dense one, with the default
+  preset and with nearest rounding of the same linears.
 
-Differences are norms relative to the output compared with. What stays dense among the experts is listed with its reason.
+Differences are norms relative to the output compared with. What stays dense among the experts is
+listed with its reason.
 
-    python benchmarks/experts_zoo.py [--types mixtral qwen3_moe] [--out benchmarks/results/experts_zoo.json]
+    python benchmarks/experts_zoo.py [--types mixtral qwen3_moe] [--out
+    benchmarks/results/experts_zoo.json]
 """
 
 from __future__ import annotations
@@ -52,14 +57,17 @@ LIMITS = {"share": 0.98, "fold_error": 1e-4, "awq": 0.0, "transformers": 0.0}
 
 
 def expert_weights(model: nn.Module) -> dict[str, int]:
-    """Name of every parameter that holds weights of routed experts, or of one of them → number of values."""
+    """Name of every parameter that holds weights of routed experts, or of one of them → number of
+    values."""
     found = {}
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{leaf}"
             path = full.lower().split(".")
             inside = any("expert" in part and "shared" not in part for part in path[:-1])
-            is_weight = parameter.dim() == 3 or is_linear(module) or "moe" in type(module).__name__.lower()
+            is_weight = (
+                parameter.dim() == 3 or is_linear(module) or "moe" in type(module).__name__.lower()
+            )
             if inside and parameter.dim() >= 2 and is_weight and not _routes(full):
                 found[full] = parameter.numel()
     return found
@@ -85,7 +93,11 @@ def packed_values(directory: Path, among: str = "expert") -> int:
 def output_of(model: nn.Module, item: dict[str, Tensor]) -> Tensor:
     """The first output that says what a model computes, of real tokens only."""
     found = model(**item)
-    tensor = next(found[key] for key in ("logits", "last_hidden_state", "encoder_last_hidden_state") if key in found)
+    tensor = next(
+        found[key]
+        for key in ("logits", "last_hidden_state", "encoder_last_hidden_state")
+        if key in found
+    )
     return tensor.float()
 
 
@@ -126,7 +138,10 @@ def sweep(kind: Kind) -> dict[str, Any] | None:
     report = quantize_model(model, calibration(), CONFIG, QuantizeOptions())
     quantize_model(nearest, calibration(), CONFIG, QuantizeOptions(**ROUND_TO_NEAREST))
     in_memory = output_of(model, item)
-    row["error"], row["nearest"] = difference(in_memory, expected), difference(output_of(nearest, item), expected)
+    row["error"], row["nearest"] = (
+        difference(in_memory, expected),
+        difference(output_of(nearest, item), expected),
+    )
     row["dense"] = sorted({reason for name, reason in report.skipped.items() if "expert" in name})
     row["warnings"] = report.warnings
     row["folds"] = sum(1 for line in report.linears if "expert" in line.name)
@@ -142,20 +157,30 @@ def sweep(kind: Kind) -> dict[str, Any] | None:
 
 
 def doors(kind: Kind, folder: Path, item: dict[str, Tensor], in_memory: Tensor) -> dict[str, Any]:
-    """Differences of what is loaded, or the error of loading, and whether it saves the same bytes."""
+    """Differences of what is loaded, or the error of loading, and whether it saves the same
+    bytes."""
     row: dict[str, Any] = {}
     if kind.role == "causal":
         try:
-            ours = AutoAWQForCausalLM.from_quantized(str(folder / "a"), torch_dtype="float32", device="cpu")
+            ours = AutoAWQForCausalLM.from_quantized(
+                str(folder / "a"), torch_dtype="float32", device="cpu"
+            )
             row["awq"] = difference(output_of(ours.model, item), in_memory)
         except Exception as error:
             row["awq"] = f"{type(error).__name__}: {error}"
     try:
-        theirs = getattr(transformers, kind.class_name).from_pretrained(folder / "a", dtype=torch.float32).eval()
+        theirs = (
+            getattr(transformers, kind.class_name)
+            .from_pretrained(folder / "a", dtype=torch.float32)
+            .eval()
+        )
         row["transformers"] = difference(output_of(theirs, item), in_memory)
         save_checkpoint(theirs, folder / "b", CONFIG)
         names = sorted(path.name for path in (folder / "a").glob("*.safetensors"))
-        row["bytes"] = all((folder / "a" / name).read_bytes() == (folder / "b" / name).read_bytes() for name in names)
+        row["bytes"] = all(
+            (folder / "a" / name).read_bytes() == (folder / "b" / name).read_bytes()
+            for name in names
+        )
     except Exception as error:
         row["transformers"] = f"{type(error).__name__}: {error}"
     return row
@@ -169,7 +194,8 @@ def passes(row: dict[str, Any]) -> bool:
 
 
 def apart(kind: Kind) -> dict[str, Any] | None:
-    """`sweep` in a process of its own, so that what one type breaks or takes does not reach the next."""
+    """`sweep` in a process of its own, so that what one type breaks or takes does not reach the
+    next."""
     path = Path(tempfile.mkdtemp()) / "row.json"
     process = os.fork()
     if process == 0:
@@ -178,16 +204,25 @@ def apart(kind: Kind) -> dict[str, Any] | None:
             row = sweep(kind)
         except BaseException as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            row = {"failed": f"{type(error).__name__}: {error}"[:400], "at": f"{Path(place.filename).name}:{place.lineno}"}
+            row = {
+                "failed": f"{type(error).__name__}: {error}"[:400],
+                "at": f"{Path(place.filename).name}:{place.lineno}",
+            }
         path.write_text(json.dumps(row), encoding="utf-8")
         os._exit(0)
     os.waitpid(process, 0)
-    return json.loads(path.read_text()) if path.exists() else {"failed": f"took more than {SECONDS_PER_TYPE} s"}
+    return (
+        json.loads(path.read_text())
+        if path.exists()
+        else {"failed": f"took more than {SECONDS_PER_TYPE} s"}
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--types", nargs="*", help="model types; all that hold experts when left out")
+    parser.add_argument(
+        "--types", nargs="*", help="model types; all that hold experts when left out"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/experts_zoo.json"))
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -204,7 +239,10 @@ def main() -> None:
         rows[str(kind)] = row
         print(kind, "passes" if row.get("passes") else json.dumps(row), flush=True)
         done = sum(bool(row.get("passes")) for row in rows.values())
-        arguments.out.write_text(json.dumps(head("cpu") | {"passing": done, "of": len(rows), "types": rows}, indent=1) + "\n")
+        arguments.out.write_text(
+            json.dumps(head("cpu") | {"passing": done, "of": len(rows), "types": rows}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

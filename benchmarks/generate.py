@@ -1,9 +1,12 @@
-"""The guide's table: prefill and decode speed and memory of language models in well-known shapes, with random weights.
+"""The guide's table: prefill and decode speed and memory of language models in well-known shapes,
+with random weights.
 
-    python benchmarks/generate.py --shapes mistral-7b --lengths 64/64 2048/2048 --batches 1 8 --peers eager --json out.json
+    python benchmarks/generate.py --shapes mistral-7b --lengths 64/64 2048/2048 --batches 1 8
+    --peers eager --json out.json
 
-Speed does not depend on the values of weights; `awq.evals.speed` says what is measured. share_of_floor: of the time that
-reading the packed weights, the head and the cache once per step would take at --bandwidth.
+Speed does not depend on the values of weights; `awq.evals.speed` says what is measured.
+share_of_floor: of the time that reading the packed weights, the head and the cache once per step
+would take at --bandwidth.
 """
 
 from __future__ import annotations
@@ -36,17 +39,62 @@ from awq.nn.surgery import linear_shape, named_linears, replace_module
 
 Note = Callable[[str, dict[str, Any]], None]
 SHAPES: dict[str, tuple[type, dict[str, int]]] = {
-    "tiny": (LlamaConfig, dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-                               num_key_value_heads=2, vocab_size=1000)),
-    "tinyllama-1.1b": (LlamaConfig, dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
-                                         num_attention_heads=32, num_key_value_heads=4, vocab_size=32000)),
-    "mistral-7b": (MistralConfig, dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                                       num_attention_heads=32, num_key_value_heads=8, vocab_size=32000)),
-    "llama-2-13b": (LlamaConfig, dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
-                                      num_attention_heads=40, num_key_value_heads=40, vocab_size=32000)),
-    "codellama-34b": (LlamaConfig, dict(hidden_size=8192, intermediate_size=22016, num_hidden_layers=48,
-                                        num_attention_heads=64, num_key_value_heads=8, vocab_size=32000)),
-}  # fmt: skip
+    "tiny": (
+        LlamaConfig,
+        dict(
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=1000,
+        ),
+    ),
+    "tinyllama-1.1b": (
+        LlamaConfig,
+        dict(
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=22,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            vocab_size=32000,
+        ),
+    ),
+    "mistral-7b": (
+        MistralConfig,
+        dict(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=32000,
+        ),
+    ),
+    "llama-2-13b": (
+        LlamaConfig,
+        dict(
+            hidden_size=5120,
+            intermediate_size=13824,
+            num_hidden_layers=40,
+            num_attention_heads=40,
+            num_key_value_heads=40,
+            vocab_size=32000,
+        ),
+    ),
+    "codellama-34b": (
+        LlamaConfig,
+        dict(
+            hidden_size=8192,
+            intermediate_size=22016,
+            num_hidden_layers=48,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            vocab_size=32000,
+        ),
+    ),
+}
 
 
 def random_model(shape: str, dtype: torch.dtype, device: str, quantized: bool) -> Any:
@@ -73,11 +121,17 @@ def random_model(shape: str, dtype: torch.dtype, device: str, quantized: bool) -
     return model.eval()
 
 
-def random_linear(in_features: int, out_features: int, device: str, generator: torch.Generator) -> WQLinear:
-    # Around 8, for a mean that is not zero would add up to what float16 cannot hold, layer by layer.
-    codes = torch.randint(1, 16, (out_features, in_features), dtype=torch.uint8, device=device, generator=generator)
+def random_linear(
+    in_features: int, out_features: int, device: str, generator: torch.Generator
+) -> WQLinear:
+    # Around 8, for a mean that is not zero would add up to what float16 cannot hold, layer by
+    # layer.
+    codes = torch.randint(
+        1, 16, (out_features, in_features), dtype=torch.uint8, device=device, generator=generator
+    )
     groups = in_features // min(128, in_features)
-    scales = torch.full((out_features, groups), 0.02 / 4.3, dtype=torch.float16, device=device)  # codes spread by 4.3
+    # codes spread by 4.3
+    scales = torch.full((out_features, groups), 0.02 / 4.3, dtype=torch.float16, device=device)
     zeros = torch.full((out_features, groups), 8, dtype=torch.uint8, device=device)
     return WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros))
 
@@ -94,8 +148,11 @@ def profile(model: Any, batch: int, prompt: int, device: str) -> dict[str, float
     return dict(sorted(times.items(), key=lambda item: -item[1])[:24])
 
 
-def ours(shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, int]], note: Note) -> None:
-    """Rows of this package: fused, and (peers) the same packed model in transformers' own loop or its step captured."""
+def ours(
+    shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, int]], note: Note
+) -> None:
+    """Rows of this package: fused, and (peers) the same packed model in transformers' own loop or
+    its step captured."""
     model = random_model(shape, getattr(torch, arguments.dtype), arguments.device, True)
     size, wrapper = weight_bytes(model), BaseAWQForCausalLM(model, shape)
     for quantize_head in (False, True) if arguments.quantize_lm_head else (False,):
@@ -108,13 +165,27 @@ def ours(shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, int
                 fused = time.perf_counter() - start
                 assert decoder is not None, wrapper.fusion
                 speed = generation_speed(wrapper, batch, prompt, new, arguments.repeats)
-                token = sum(2 * layer.k[0, :, 0].numel() for layer in decoder.cache) * model.dtype.itemsize
-                floor = (size + token * batch * (prompt + new / 2)) / arguments.bandwidth / 1e12  # seconds per step
+                token = (
+                    sum(2 * layer.k[0, :, 0].numel() for layer in decoder.cache)
+                    * model.dtype.itemsize
+                )
+                # seconds per step
+                floor = (size + token * batch * (prompt + new / 2)) / arguments.bandwidth / 1e12
                 share = None if quantize_head else floor * speed.decode_tok_s / batch
-                note(shape, {"name": name} | speed.to_dict() | {"fuse_s": fused, "share_of_floor": share, "weights_gb": size / 1e9})
+                note(
+                    shape,
+                    {"name": name}
+                    | speed.to_dict()
+                    | {"fuse_s": fused, "share_of_floor": share, "weights_gb": size / 1e9},
+                )
                 if arguments.profile:
                     note(
-                        shape, {"name": "profile", "batch": batch, "us_per_step": profile(wrapper, batch, prompt, arguments.device)}
+                        shape,
+                        {
+                            "name": "profile",
+                            "batch": batch,
+                            "us_per_step": profile(wrapper, batch, prompt, arguments.device),
+                        },
                     )
     wrapper.unfuse()
     if "unfused" in arguments.peers:
@@ -130,14 +201,23 @@ def ours(shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, int
                 note(shape, {"name": "captured, as if it could not be fused"} | speed.to_dict())
 
 
-def peers(shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, int]], note: Note) -> None:
+def peers(
+    shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, int]], note: Note
+) -> None:
     """Rows of transformers with dense weights; at most 64 new tokens, for they take long."""
     model = random_model(shape, getattr(torch, arguments.dtype), arguments.device, False)
     for peer in (p for p in arguments.peers if p in ("eager", "compiled")):
         kwargs = {"cache_implementation": "static"} if peer == "compiled" else {}
         for batch in arguments.batches:
             for prompt, new in lengths:
-                speed = generation_speed(model, batch, prompt, min(new, 64), 1 if new > 64 else arguments.repeats, **kwargs)
+                speed = generation_speed(
+                    model,
+                    batch,
+                    prompt,
+                    min(new, 64),
+                    1 if new > 64 else arguments.repeats,
+                    **kwargs,
+                )
                 note(shape, {"name": f"transformers {arguments.dtype} {peer}"} | speed.to_dict())
 
 
@@ -166,10 +246,12 @@ _STAGES = ("import_s", "load_s", "fuse_s", "prompt_s", "first_token_s", "second_
 
 
 def start_times(shape: str, dtype: str, device: str, directory: str) -> dict[str, float]:
-    """Seconds of fresh processes, with an empty Triton cache ("cold") and with what the first of them compiled ("warm").
+    """Seconds of fresh processes, with an empty Triton cache ("cold") and with what the first of
+    them compiled ("warm").
 
-    first_token_s: from `from_quantized` to the first token, the sum of load, fuse and prompt; second_call_s: a second call,
-    which captures the decode step, for two tokens; import_s: before all that.
+    first_token_s: from `from_quantized` to the first token, the sum of load, fuse and prompt;
+    second_call_s: a second call, which captures the decode step, for two tokens; import_s: before
+    all that.
     """
     model = random_model(shape, getattr(torch, dtype), device, True)
     wrapper = BaseAWQForCausalLM(model, shape, AwqConfig(group_size=128))
@@ -183,45 +265,72 @@ def start_times(shape: str, dtype: str, device: str, directory: str) -> dict[str
         for name in ("cold", "warm"):
             begin = time.perf_counter()
             done = subprocess.run(
-                [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TRITON_CACHE_DIR": cache}
+                [sys.executable, "-c", code],
+                capture_output=True,
+                text=True,
+                env=os.environ | {"TRITON_CACHE_DIR": cache},
             )
             if done.returncode:
                 raise RuntimeError(done.stderr[-2000:])
-            times |= {f"{name}_{stage}": float(t) for stage, t in zip(_STAGES, done.stdout.split()[-6:])}
+            times |= {
+                f"{name}_{stage}": float(t) for stage, t in zip(_STAGES, done.stdout.split()[-6:])
+            }
             times[f"{name}_process_s"] = time.perf_counter() - begin
     return times
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", default=["mistral-7b"], choices=SHAPES)
-    parser.add_argument("--lengths", nargs="+", default=["64/64", "2048/2048"], help="prompt/new tokens")
+    parser.add_argument(
+        "--lengths", nargs="+", default=["64/64", "2048/2048"], help="prompt/new tokens"
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--peers", nargs="*", default=[], choices=["unfused", "captured", "eager", "compiled"])
+    parser.add_argument(
+        "--peers", nargs="*", default=[], choices=["unfused", "captured", "eager", "compiled"]
+    )
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s, for the share of the floor")
+    parser.add_argument(
+        "--bandwidth", type=float, default=3.0, help="TB/s, for the share of the floor"
+    )
     parser.add_argument("--quantize-lm-head", action="store_true", help="also with a 4-bit head")
-    parser.add_argument("--start", help="only save the first shape to this directory and time fresh processes")
+    parser.add_argument(
+        "--start", help="only save the first shape to this directory and time fresh processes"
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--commit", help="of the code, where git does not tell")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     lengths = [(int(p), int(n)) for p, n in (text.split("/") for text in arguments.lengths)]
-    result: dict[str, Any] = {"dtype": arguments.dtype, "bandwidth_tb_s": arguments.bandwidth, "rows": []}
+    result: dict[str, Any] = {
+        "dtype": arguments.dtype,
+        "bandwidth_tb_s": arguments.bandwidth,
+        "rows": [],
+    }
     if arguments.commit:
         result["commit"] = arguments.commit
 
     def note(shape: str, found: dict[str, Any]) -> None:
         result["rows"].append({"shape": shape} | found)
-        print({"shape": shape} | {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+        print(
+            {"shape": shape}
+            | {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()},
+            flush=True,
+        )
         if arguments.json:
             common.write(arguments.json, arguments.device, result)
 
     if arguments.start:
         shape = arguments.shapes[0]
-        note(shape, {"name": "start"} | start_times(shape, arguments.dtype, arguments.device, arguments.start))
+        note(
+            shape,
+            {"name": "start"}
+            | start_times(shape, arguments.dtype, arguments.device, arguments.start),
+        )
         return
     for shape in arguments.shapes:
         ours(shape, arguments, lengths, note)

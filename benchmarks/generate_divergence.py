@@ -1,12 +1,14 @@
-"""Fused generation beside transformers' own loop on the unfused, quantized model: greedy tokens, and where they part.
+"""Fused generation beside transformers' own loop on the unfused, quantized model: greedy tokens,
+and where they part.
 
     python benchmarks/generate_divergence.py --model DIR --families llama gemma2 --json out.json
 
-On a GPU families that are not fused run captured. In float32 all tokens must be equal. In float16 they may part where two
-tokens' logits are closer than float16 can tell. A divergence is explained when, in float32 on the same quantized weights, the
-two candidates are no further apart than the errors of both paths there (largest over the vocabulary, added), *and* this
-path's errors up to there are no larger than twice transformers' own (root mean squares): the first alone would be true of any
-wrong path. Exits with 1 otherwise.
+On a GPU families that are not fused run captured. In float32 all tokens must be equal. In float16
+they may part where two tokens' logits are closer than float16 can tell. A divergence is explained
+when, in float32 on the same quantized weights, the two candidates are no further apart than the
+errors of both paths there (largest over the vocabulary, added), *and* this path's errors up to
+there are no larger than twice transformers' own (root mean squares): the first alone would be true
+of any wrong path. Exits with 1 otherwise.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from awq.models.base import BaseAWQForCausalLM
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import get_weight, named_linears, replace_module
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # before benchmarks/zoo.py, which is another one
+# before benchmarks/zoo.py, which is another one
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import zoo
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "phi", "gpt_neox", "gpt2", "cohere", "olmo2"]
@@ -41,7 +44,9 @@ def quantized(model: Any) -> Any:
         if linear is not model.get_output_embeddings():
             weight = get_weight(linear)
             size = next((s for s in (64, 32) if weight.shape[1] % s == 0), weight.shape[1])
-            packed = WQLinear.from_quantized(round_to_nearest(weight.float(), size), getattr(linear, "bias", None))
+            packed = WQLinear.from_quantized(
+                round_to_nearest(weight.float(), size), getattr(linear, "bias", None)
+            )
             replace_module(model, name, packed)
     return model
 
@@ -49,7 +54,9 @@ def quantized(model: Any) -> Any:
 def real(directory: str) -> Any:
     """The language model of a directory, quantized here when it is not yet; float32, on the CPU."""
     if (Path(directory) / "config.json").read_text(encoding="utf-8").count("quantization_config"):
-        return AutoAWQForCausalLM.from_quantized(directory, fuse_layers=False, device="cpu", torch_dtype=torch.float32).model
+        return AutoAWQForCausalLM.from_quantized(
+            directory, fuse_layers=False, device="cpu", torch_dtype=torch.float32
+        ).model
     return quantized(AutoAWQForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).model)
 
 
@@ -68,7 +75,9 @@ def prompts(rows: int, vocabulary: int, device: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def compare(name: str, model: Any, device: str, dtype: torch.dtype, rows: int, new: int) -> list[dict[str, Any]]:
+def compare(
+    name: str, model: Any, device: str, dtype: torch.dtype, rows: int, new: int
+) -> list[dict[str, Any]]:
     """One entry per row of the batch. model: float32, on the CPU; it is left as it is."""
     reference, unfused, wrapper = (
         copy.deepcopy(model).to(device),
@@ -77,8 +86,14 @@ def compare(name: str, model: Any, device: str, dtype: torch.dtype, rows: int, n
     )
     wrapper.fuse_layers(16 + new, rows)
     batch = prompts(rows, model.config.get_text_config().vocab_size, device)
-    kwargs = dict(max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True,
-                  output_logits=True)  # fmt: skip
+    kwargs = dict(
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     theirs, ours = (m.generate(**batch, **kwargs) for m in (unfused, wrapper))
     width, found = batch["input_ids"].shape[1], []
     for row in range(rows):
@@ -86,10 +101,21 @@ def compare(name: str, model: Any, device: str, dtype: torch.dtype, rows: int, n
         first = next((i for i, (s, t) in enumerate(zip(a, b)) if s != t), None)
         upto = new if first is None else first + 1
         seen = batch["attention_mask"][row].bool()
-        whole = torch.cat([batch["input_ids"][row][seen], theirs.sequences[row, width : width + upto - 1]])
+        whole = torch.cat(
+            [batch["input_ids"][row][seen], theirs.sequences[row, width : width + upto - 1]]
+        )
         exact = reference(input_ids=whole.unsqueeze(0)).logits[0, -upto:].double()
-        errors = [(torch.stack([x[row] for x in g.logits[:upto]]).double() - exact) for g in (theirs, ours)]
-        entry: dict[str, Any] = {"model": name, "batch": rows, "row": row, "fusion": str(wrapper.fusion), "new_tokens": new}
+        errors = [
+            (torch.stack([x[row] for x in g.logits[:upto]]).double() - exact)
+            for g in (theirs, ours)
+        ]
+        entry: dict[str, Any] = {
+            "model": name,
+            "batch": rows,
+            "row": row,
+            "fusion": str(wrapper.fusion),
+            "new_tokens": new,
+        }
         entry |= {"equal": new if first is None else first, "first_divergence": first}
         rms = [float(e.square().mean().sqrt()) for e in errors]
         entry |= {"rms_error_unfused": rms[0], "rms_error_fused": rms[1]}
@@ -97,14 +123,23 @@ def compare(name: str, model: Any, device: str, dtype: torch.dtype, rows: int, n
             gap = float((exact[-1, a[first]] - exact[-1, b[first]]).abs())
             noise = sum(float(e[-1].abs().max()) for e in errors)
             explained = dtype != torch.float32 and gap <= noise and rms[1] <= _LARGER * rms[0]
-            entry |= {"tokens": [a[first], b[first]], "gap": gap, "noise": noise, "explained_by_tie": explained}
+            entry |= {
+                "tokens": [a[first], b[first]],
+                "gap": gap,
+                "noise": noise,
+                "explained_by_tie": explained,
+            }
         found.append(entry)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="*", default=[], help="directories of language models, quantized or not")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", nargs="*", default=[], help="directories of language models, quantized or not"
+    )
     parser.add_argument("--families", nargs="*", default=FAMILIES, help="of tests/zoo.py, random")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--new", type=int, default=64)
@@ -120,13 +155,25 @@ def main() -> None:
     for title, make in cases:
         model = make()
         for batch in arguments.batches:
-            found = compare(title, model, arguments.device, getattr(torch, name), batch, arguments.new)
+            found = compare(
+                title, model, arguments.device, getattr(torch, name), batch, arguments.new
+            )
             rows += found
             print(*found, sep="\n", flush=True)
     parted = [r for r in rows if r["first_divergence"] is not None]
-    own = [r for r in rows if r["fusion"] == "fused" or r["fusion"].startswith("captured")]  # else both are transformers' loop
-    bad = [r for r in rows if r["first_divergence"] is not None and not r["explained_by_tie"] or r not in own]
-    summary = {"dtype": name, "sequences": len(rows), "parted": len(parted), "not_explained": len(bad)}
+    # else both are transformers' loop
+    own = [r for r in rows if r["fusion"] == "fused" or r["fusion"].startswith("captured")]
+    bad = [
+        r
+        for r in rows
+        if r["first_divergence"] is not None and not r["explained_by_tie"] or r not in own
+    ]
+    summary = {
+        "dtype": name,
+        "sequences": len(rows),
+        "parted": len(parted),
+        "not_explained": len(bad),
+    }
     print(summary)
     if arguments.json:
         head = {"commit": arguments.commit} if arguments.commit else {}

@@ -1,10 +1,13 @@
-"""Host microseconds of one `WQLinear` call and of one eager decode step: what Python costs before a kernel runs.
+"""Host microseconds of one `WQLinear` call and of one eager decode step: what Python costs before a
+kernel runs.
 
     python benchmarks/host_time.py --device cuda
-    PYTHONPATH=../before python benchmarks/host_time.py      # another checkout's code, by the same script
+    PYTHONPATH=../before python benchmarks/host_time.py      # another checkout's code, by the same
+    script
 
-Weights are tiny, so that on a CPU arithmetic costs little beside the call; a GPU is not waited for. Times are CPU time of the
-calling thread, which other work on the machine disturbs least; the fastest round's mean is given.
+Weights are tiny, so that on a CPU arithmetic costs little beside the call; a GPU is not waited for.
+Times are CPU time of the calling thread, which other work on the machine disturbs least; the
+fastest round's mean is given.
 """
 
 from __future__ import annotations
@@ -46,9 +49,13 @@ def linear_call(device: str, dtype: torch.dtype) -> Callable[[], object]:
 def decode_step(device: str, dtype: torch.dtype) -> Callable[[], object]:
     """A llama of `BLOCKS` narrow blocks, fused: one token after 16, without a CUDA graph."""
     config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=BLOCKS, num_attention_heads=4,
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
         num_key_value_heads=2,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(device, dtype).eval()
     decoder = build_decoder(model, 64)
@@ -64,7 +71,9 @@ def decode_step(device: str, dtype: torch.dtype) -> Callable[[], object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=20)
@@ -76,7 +85,9 @@ def main() -> None:
         step = decode_step(args.device, dtype)
         found = {
             "WQLinear call, µs": round(microseconds(module, 500, args.rounds), 2),
-            f"eager decode step of {BLOCKS} blocks, µs": round(microseconds(step, 20, args.rounds), 1),
+            f"eager decode step of {BLOCKS} blocks, µs": round(
+                microseconds(step, 20, args.rounds), 1
+            ),
         }
     print(json.dumps(found, ensure_ascii=False))
 

@@ -3,15 +3,17 @@
     python benchmarks/house.py --root ../before
     python benchmarks/house.py
 
-Run it on two checkouts to see what a change of structure did. Only the text of `awq/` is read; nothing is imported.
+Run it on two checkouts to see what a change of structure did. Only the text of `awq/` is read;
+nothing is imported.
 
-- density: nodes of the syntax tree for each line of a function, for functions of 8 lines and more. Plain code of the
-  field has 5 to 8.
+- density: nodes of the syntax tree for each line of a function, for functions of 8 lines and more.
+  Plain code of the field has 5 to 8.
 - circles: groups of modules that import each other, imports inside functions counted.
 - repetition: runs of six lines, blanks and comments left out, that occur more than once.
-- hook sites: calls that register a hook. walkers: functions that record the calls of a model's blocks.
-- choosers: modules that decide which implementation computes: they ask whether a kernel runs on a device, or read
-  `TRITON_INTERPRET`.
+- hook sites: calls that register a hook. walkers: functions that record the calls of a model's
+blocks.
+- choosers: modules that decide which implementation computes: they ask whether a kernel runs on a
+  device, or read `TRITON_INTERPRET`.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def imports(tree: ast.AST, modules: set[str]) -> set[str]:
-    """Modules of the package that a module imports, also inside functions; what is for type checkers only is left out."""
+    """Modules of the package that a module imports, also inside functions; what is for type
+    checkers only is left out."""
     found = set()
     for node in _executed(tree):
         if isinstance(node, ast.Import):
@@ -93,9 +96,15 @@ def _executed(node: ast.AST) -> Iterator[ast.AST]:
 def circles(sources: Sources, root: Path) -> list[list[str]]:
     """Groups of modules of which each reaches every other."""
     names = {module_name(path, root): text for path, text in sources.items()}
-    graph = {name: imports(ast.parse(text), set(names)) - {name, "awq"} for name, text in names.items()}
+    graph = {
+        name: imports(ast.parse(text), set(names)) - {name, "awq"} for name, text in names.items()
+    }
     reach = {name: _reachable(graph, name) for name in graph}
-    groups = {tuple(sorted({name} | {o for o in reach[name] if name in reach[o]})) for name in graph if name in reach[name]}
+    groups = {
+        tuple(sorted({name} | {o for o in reach[name] if name in reach[o]}))
+        for name in graph
+        if name in reach[name]
+    }
     return [list(group) for group in sorted(groups)]
 
 
@@ -127,25 +136,39 @@ def calls(sources: Sources, *names: str) -> dict[str, int]:
     for path, text in sources.items():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call):
-                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                called = (
+                    node.func.attr
+                    if isinstance(node.func, ast.Attribute)
+                    else getattr(node.func, "id", "")
+                )
                 if called in names:
                     found[str(path.name)] += 1
     return dict(found)
 
 
 def walkers(sources: Sources) -> list[str]:
-    """Functions that record the calls of a model's blocks, each of which then walks over them in its own way."""
+    """Functions that record the calls of a model's blocks, each of which then walks over them in
+    its own way."""
     found = []
     for path, text in sources.items():
         for function in functions(ast.parse(text)):
-            if function.name != "record_block_calls" and "record_block_calls(" in ast.unparse(function):
+            if function.name != "record_block_calls" and "record_block_calls(" in ast.unparse(
+                function
+            ):
                 found.append(f"{path.name}:{function.name}")
     return found
 
 
 def choosers(sources: Sources) -> list[str]:
     """Modules of the package that ask which implementation can compute."""
-    words = (r"\btriton_problem\(", "TRITON_INTERPRET", r"why_not\(device", r"cpu\.problem\(", r"block_step\(", r"[^_]kernels\(")
+    words = (
+        r"\btriton_problem\(",
+        "TRITON_INTERPRET",
+        r"why_not\(device",
+        r"cpu\.problem\(",
+        r"block_step\(",
+        r"[^_]kernels\(",
+    )
     asking = re.compile("|".join(words))
     answering = re.compile(r"^def (why_not|triton_problem)\(", re.MULTILINE)
     found = []
@@ -175,8 +198,12 @@ def report(root: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path(__file__).parent.parent, help="a checkout")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--root", type=Path, default=Path(__file__).parent.parent, help="a checkout"
+    )
     args = parser.parse_args()
     for name, value in report(args.root.resolve()).items():
         print(f"{name}: {json.dumps(value, ensure_ascii=False)}")

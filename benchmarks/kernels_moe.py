@@ -1,11 +1,14 @@
-"""Products of a mixture of experts on a GPU: errors against float64, and times beside one product per expert.
+"""Products of a mixture of experts on a GPU: errors against float64, and times beside one product
+per expert.
 
     python benchmarks/kernels_moe.py --out benchmarks/results/kernels-moe-h100.json
 
-The shape is Mixtral-8x7B's: 8 experts, 2 for each token, gate and up joined (28672 x 4096) and down (4096 x 14336), group 128.
-Times are microseconds per call in replayed CUDA graphs; each call has its own random choice of experts, so that what one reads is
-seldom in the L2 cache for the next. "experts" is one product of this package per expert, "cublas" one in float16: both get
-their tokens by lists that were made before, without asking the device, which is more than such a loop can do in a model.
+The shape is Mixtral-8x7B's: 8 experts, 2 for each token, gate and up joined (28672 x 4096) and down
+(4096 x 14336), group 128. Times are microseconds per call in replayed CUDA graphs; each call has
+its own random choice of experts, so that what one reads is seldom in the L2 cache for the next.
+"experts" is one product of this package per expert, "cublas" one in float16: both get their tokens
+by lists that were made before, without asking the device, which is more than such a loop can do in
+a model.
 """
 
 from __future__ import annotations
@@ -37,14 +40,23 @@ def routing(tokens: int, experts: int = EXPERTS, top: int = TOP) -> torch.Tensor
     return torch.rand(tokens, experts, device=DEVICE).topk(top).indices
 
 
-CHECKED = [(512, 1024, 128, 8, 2), (72, 288, 32, 5, 3), (200, 576, 576, 64, 8), (1000, 768, 96, 3, 1)]
+CHECKED = [
+    (512, 1024, 128, 8, 2),
+    (72, 288, 32, 5, 3),
+    (200, 576, 576, 64, 8),
+    (1000, 768, 96, 3, 1),
+]
 
 
 def check_shape(job: tuple) -> float:
-    """Largest relative error to float64 over numbers of tokens; equal bits in two runs, the second one a graph."""
+    """Largest relative error to float64 over numbers of tokens; equal bits in two runs, the second
+    one a graph."""
     (n, k, group, count, top), dtype = job
     parts = [random_weight(n, k, group, seed) for seed in range(count)]
-    packed, dense = stack_experts([pack(p) for p in parts]), torch.stack([p.dequantize(torch.float64) for p in parts])
+    packed, dense = (
+        stack_experts([pack(p) for p in parts]),
+        torch.stack([p.dequantize(torch.float64) for p in parts]),
+    )
     worst = 0.0
     for m, shared in itertools.product((1, 3, 17, 64, 300), (True, False)):
         x = torch.randn(*((m,) if shared else (m, top)), k, device=DEVICE).to(dtype)
@@ -57,7 +69,9 @@ def check_shape(job: tuple) -> float:
         graph.replay()
         assert torch.equal(y, again), job
         rows = x.double().unsqueeze(1).expand(-1, top, -1) if shared else x.double()
-        expected = torch.stack([torch.einsum("ti,toi->to", rows[:, j], dense[chosen[:, j]]) for j in range(top)], 1)
+        expected = torch.stack(
+            [torch.einsum("ti,toi->to", rows[:, j], dense[chosen[:, j]]) for j in range(top)], 1
+        )
         expected = expected if bias is None else expected + bias[chosen].double()
         expected = (expected * weights.double().unsqueeze(-1)).sum(1)
         error = ((y.double() - expected).norm() / expected.norm()).item()
@@ -67,11 +81,15 @@ def check_shape(job: tuple) -> float:
 
 
 def check(workers: int) -> dict:
-    """`check_shape` over odd shapes, in processes of their own, because each compiles its kernels."""
+    """`check_shape` over odd shapes, in processes of their own, because each compiles its
+    kernels."""
     dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     jobs = [(shape, dtype) for dtype in dtypes.values() for shape in CHECKED]
     errors = in_processes(check_shape, jobs, workers, 1)
-    return {name: max(e for e, job in zip(errors, jobs) if job[1] == dtype) for name, dtype in dtypes.items()}
+    return {
+        name: max(e for e, job in zip(errors, jobs) if job[1] == dtype)
+        for name, dtype in dtypes.items()
+    }
 
 
 def stack(n: int, k: int) -> Packed:
@@ -86,44 +104,66 @@ def loop(product, x: torch.Tensor, lists: list, y: torch.Tensor) -> torch.Tensor
 
 def swept_configurations(n: int, k: int, tokens: int) -> list[Config]:
     rows = tokens * TOP
-    active, processors = min(rows, EXPERTS), torch.cuda.get_device_properties(0).multi_processor_count
+    active, processors = (
+        min(rows, EXPERTS),
+        torch.cuda.get_device_properties(0).multi_processor_count,
+    )
     sizes = {1: (8,), 4: (8,), 16: (8, 16), 64: (16, 32), 512: (64, 128)}.get(tokens, (64, 128))
-    found = {c for bm in sizes for c in candidates(Shape(k, n * active, 128), bm, processors) if c.bm == bm and c.bn <= 128}
+    found = {
+        c
+        for bm in sizes
+        for c in candidates(Shape(k, n * active, 128), bm, processors)
+        if c.bm == bm and c.bn <= 128
+    }
     return sorted(c for c in found if c.bm == 8 or c.stages == 3)
 
 
 def compile_one(job: tuple) -> str | None:
-    """Fills Triton's disk cache: the number of experts is not among what a kernel is compiled for."""
+    """Fills Triton's disk cache: the number of experts is not among what a kernel is compiled
+    for."""
     n, k, tokens, config = job
-    packed, x = stack_experts([random_packed(n, k)]), torch.zeros(tokens, k, device=DEVICE, dtype=torch.float16)
+    packed, x = (
+        stack_experts([random_packed(n, k)]),
+        torch.zeros(tokens, k, device=DEVICE, dtype=torch.float16),
+    )
     chosen = torch.zeros(tokens, TOP, dtype=torch.int64, device=DEVICE)
     try:
-        expert_launch.fused(x, packed, None, chosen, None, config, tokens * TOP <= expert_launch.FEW)
+        expert_launch.fused(
+            x, packed, None, chosen, None, config, tokens * TOP <= expert_launch.FEW
+        )
     except Exception as problem:  # no candidate then
         return f"{type(problem).__name__}: {str(problem)[:120]}"
     return None
 
 
-def time_configurations(packed: Packed, x: torch.Tensor, choices: list[torch.Tensor], refused: set) -> list:
+def time_configurations(
+    packed: Packed, x: torch.Tensor, choices: list[torch.Tensor], refused: set
+) -> list:
     """[[microseconds, configuration]], the fastest first."""
     (k, n, _), m, rows = packed.shape, len(x), []
     few = m * TOP <= expert_launch.FEW
     for config in swept_configurations(n, k, m):
         if (n, k, m, config) not in refused:
-            calls = [lambda c=c: expert_launch.fused(x, packed, None, c, None, config, few) for c in choices]
+            calls = [
+                lambda c=c: expert_launch.fused(x, packed, None, c, None, config, few)
+                for c in choices
+            ]
             rows.append([round(graph_time(calls, 5), 1), config])
     return sorted(rows)
 
 
 def time_products(tokens: tuple[int, ...], refused: set | None) -> tuple[dict, dict]:
-    """Times by kind, product and tokens; and those of a sweep over configurations, unless `refused` is None."""
+    """Times by kind, product and tokens; and those of a sweep over configurations, unless `refused`
+    is None."""
     times: dict = {kind: {name: {} for name in PRODUCTS} for kind in ("ours", "experts", "cublas")}
     swept: dict = {}
     for name, (n, k) in PRODUCTS.items():
         packed = stack(n, k)
         dense = torch.randn(EXPERTS, n, k, device=DEVICE, dtype=torch.float16)
         products = {
-            "experts": lambda rows, e, packed=packed: matmul_launch.linear(rows, expert_of(packed, e), None),
+            "experts": lambda rows, e, packed=packed: matmul_launch.linear(
+                rows, expert_of(packed, e), None
+            ),
             "cublas": lambda rows, e, dense=dense: F.linear(rows, dense[e]),
         }
         for m in tokens:
@@ -133,25 +173,41 @@ def time_products(tokens: tuple[int, ...], refused: set | None) -> tuple[dict, d
                 rows = [(chosen.reshape(-1) == e).nonzero().squeeze(-1) for e in range(EXPERTS)]
                 lists.append([(e, r, r // TOP) for e, r in enumerate(rows) if len(r)])
             y = torch.empty(m * TOP, n, device=DEVICE, dtype=torch.float16)
-            times["ours"][name][m] = graph_time([lambda c=c: moe_linear(x, packed, c) for c in choices], 5)
+            times["ours"][name][m] = graph_time(
+                [lambda c=c: moe_linear(x, packed, c) for c in choices], 5
+            )
             for kind, product in products.items():
-                times[kind][name][m] = graph_time([lambda g=g: loop(product, x, g, y) for g in lists], 5)
+                times[kind][name][m] = graph_time(
+                    [lambda g=g: loop(product, x, g, y) for g in lists], 5
+                )
             if refused is not None:
                 swept[f"{name} {m}"] = time_configurations(packed, x, choices, refused)
-                print(name, m, [(t, tuple(map(int, c))) for t, c in swept[f"{name} {m}"][:4]], flush=True)
+                print(
+                    name,
+                    m,
+                    [(t, tuple(map(int, c))) for t, c in swept[f"{name} {m}"][:4]],
+                    flush=True,
+                )
         packed = dense = products = product = None
         torch.cuda.empty_cache()
-    rounded = {kind: {name: {m: round(t, 1) for m, t in row.items()} for name, row in rows.items()} for kind, rows in times.items()}
+    rounded = {
+        kind: {name: {m: round(t, 1) for m, t in row.items()} for name, row in rows.items()}
+        for kind, rows in times.items()
+    }
     for rows in rounded.values():
         rows["sum"] = {m: round(sum(rows[name][m] for name in PRODUCTS), 1) for m in tokens}
     return rounded, swept
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     parser.add_argument("--sweep", action="store_true", help="time other configurations too")
-    parser.add_argument("--workers", type=int, default=14, help="processes that compile for --sweep")
+    parser.add_argument(
+        "--workers", type=int, default=14, help="processes that compile for --sweep"
+    )
     parser.add_argument("--commit", help="of this code, where git does not know it")
     parser.add_argument("--out", default="kernels-moe.json")
     args = parser.parse_args()
@@ -160,16 +216,32 @@ def main() -> None:
     print(results["relative_error"], flush=True)
     refused = None
     if args.sweep:
-        jobs = [(n, k, m, c) for n, k in PRODUCTS.values() for m in args.tokens for c in swept_configurations(n, k, m)]
+        jobs = [
+            (n, k, m, c)
+            for n, k in PRODUCTS.values()
+            for m in args.tokens
+            for c in swept_configurations(n, k, m)
+        ]
         start = time.perf_counter()
-        refused = {job for job, reason in zip(jobs, in_processes(compile_one, jobs, args.workers)) if reason}
-        print(f"{len(jobs)} configurations compiled in {time.perf_counter() - start:.0f} s, {len(refused)} refused", flush=True)
+        refused = {
+            job
+            for job, reason in zip(jobs, in_processes(compile_one, jobs, args.workers))
+            if reason
+        }
+        print(
+            f"{len(jobs)} configurations compiled in {time.perf_counter() - start:.0f} s, "
+            f"{len(refused)} refused",
+            flush=True,
+        )
     warm_up()
     results["microseconds"], swept = time_products(tuple(args.tokens), refused)
     results["chosen"] = {
-        f"{name} {m}": configs.config_for_experts(*launcher.architecture(0), Shape(k, n, 128), m * TOP, EXPERTS)
-        for name, (n, k) in PRODUCTS.items() for m in args.tokens
-    }  # fmt: skip
+        f"{name} {m}": configs.config_for_experts(
+            *launcher.architecture(0), Shape(k, n, 128), m * TOP, EXPERTS
+        )
+        for name, (n, k) in PRODUCTS.items()
+        for m in args.tokens
+    }
     results |= {"sweep": {key: rows[:8] for key, rows in swept.items()}} if swept else {}
     for kind, rows in results["microseconds"].items():
         print(kind, rows)

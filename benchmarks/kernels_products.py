@@ -1,10 +1,13 @@
-"""Int4 products on a GPU: correctness, times beside float16 and torch's own int4 kernel, and a sweep that writes the table.
+"""Int4 products on a GPU: correctness, times beside float16 and torch's own int4 kernel, and a
+sweep that writes the table.
 
-    python benchmarks/kernels_products.py --check --time --out kernels.json
-    python benchmarks/kernels_products.py --tune --table awq/kernels/triton/tables/sm90.json --out tune.json
+    python benchmarks/kernels_products.py --check --time --out kernels.json python
+    benchmarks/kernels_products.py --tune --table awq/kernels/triton/tables/sm90.json --out
+    tune.json
 
-Times are medians over replays of a CUDA graph that goes through copies of the weight larger together than the L2 cache.
-Shapes (outputs × inputs) are Mistral-7B's with siblings joined; "sum" adds one layer's four products.
+Times are medians over replays of a CUDA graph that goes through copies of the weight larger
+together than the L2 cache. Shapes (outputs × inputs) are Mistral-7B's with siblings joined; "sum"
+adds one layer's four products.
 """
 
 from __future__ import annotations
@@ -44,11 +47,15 @@ DEVICE = "cuda"
 # ---------------------------------------------------------------- weights
 
 
-def random_weight(n: int, k: int, group: int, seed: int = 0, device: str = DEVICE) -> QuantizedWeight:
+def random_weight(
+    n: int, k: int, group: int, seed: int = 0, device: str = DEVICE
+) -> QuantizedWeight:
     generator = torch.Generator(device).manual_seed(seed)
     codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8, device=device)
     scales = (torch.rand(n, k // group, generator=generator, device=device) * 0.02 + 1e-3).half()
-    zeros = torch.randint(0, 16, (n, k // group), generator=generator, dtype=torch.uint8, device=device)
+    zeros = torch.randint(
+        0, 16, (n, k // group), generator=generator, dtype=torch.uint8, device=device
+    )
     return QuantizedWeight(codes, scales, zeros)
 
 
@@ -61,18 +68,52 @@ def pack(weight: QuantizedWeight, layout: str = "planar") -> Packed:
 # ---------------------------------------------------------------- correctness
 
 
-def error(y: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> float:
+def error(
+    y: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None
+) -> float:
     expected = x.double() @ dense.t() + (0 if bias is None else bias.double())
     return ((y.double() - expected).norm() / expected.norm()).item()
 
 
-CHECKED = [(4096, 4096, 128), (6144, 4096, 128), (1024, 1536, 64), (72, 4224, 128), (136, 96, 32), (200, 576, 576), (8, 128, 128),
-           (1000, 3072, 96), (4096, 136, 136), (512, 2048, 256)]  # fmt: skip
-CHECKED_TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 33, 64, 65, 100, 129, 256, 300, 513, 1024, 2049, 4096)
+CHECKED = [
+    (4096, 4096, 128),
+    (6144, 4096, 128),
+    (1024, 1536, 64),
+    (72, 4224, 128),
+    (136, 96, 32),
+    (200, 576, 576),
+    (8, 128, 128),
+    (1000, 3072, 96),
+    (4096, 136, 136),
+    (512, 2048, 256),
+]
+CHECKED_TOKENS = (
+    1,
+    2,
+    3,
+    5,
+    8,
+    9,
+    16,
+    17,
+    31,
+    33,
+    64,
+    65,
+    100,
+    129,
+    256,
+    300,
+    513,
+    1024,
+    2049,
+    4096,
+)
 
 
 def check_shape(shape: tuple[int, int, int]) -> dict[str, list]:
-    """Largest relative error to float64 by dtype over numbers of tokens, with and without bias; and run-to-run identity."""
+    """Largest relative error to float64 by dtype over numbers of tokens, with and without bias; and
+    run-to-run identity."""
     n, k, group = shape
     worst: dict[str, list] = {}
     weight = random_weight(n, k, group, n + k)
@@ -81,9 +122,15 @@ def check_shape(shape: tuple[int, int, int]) -> dict[str, list]:
         for m in CHECKED_TOKENS:
             x = torch.randn(m, k, device=DEVICE).to(dtype)
             bias = torch.randn(n, device=DEVICE).to(dtype) if m % 2 else None
-            torch.full((max(m, 16), n), math.nan, device=DEVICE, dtype=dtype)  # freed at once: poisons what y may reuse
+            # freed at once: poisons what y may reuse
+            torch.full((max(m, 16), n), math.nan, device=DEVICE, dtype=dtype)
             y = matmul_launch.linear(x, packed, bias)
-            assert torch.equal(y, matmul_launch.linear(x, packed, bias)), ("not deterministic", shape, m, dtype)
+            assert torch.equal(y, matmul_launch.linear(x, packed, bias)), (
+                "not deterministic",
+                shape,
+                m,
+                dtype,
+            )
             value, name = error(y, x, dense, bias), str(dtype).split(".")[1]
             if not value <= worst.get(name, [0.0])[0]:
                 worst[name] = [value, f"{n}x{k} group {group}, {m} tokens"]
@@ -105,14 +152,18 @@ def check_products(workers: int) -> dict:
 
 
 def check_configurations() -> dict:
-    """Every configuration of the shipped table and of the rule, on its own shape, forced: largest relative errors."""
+    """Every configuration of the shipped table and of the rule, on its own shape, forced: largest
+    relative errors."""
     name, processors = launcher.architecture(0)
     worst, count = {torch.float16: 0.0, torch.bfloat16: 0.0}, 0
     for n, k in LAYER.values():
         weight = random_weight(n, k, 128, n + k)
         packed, dense = pack(weight), weight.dequantize(torch.float64)
         for dtype in (torch.float16, torch.bfloat16):
-            chosen = {configs.config_for(name, processors, packed.shape, m, dtype) for m in configs.BUCKETS}
+            chosen = {
+                configs.config_for(name, processors, packed.shape, m, dtype)
+                for m in configs.BUCKETS
+            }
             for config in (c for c in chosen if c is not None):
                 for m in {1, config.bm, config.bm + 1}:
                     x = torch.randn(m, k, device=DEVICE).to(dtype)
@@ -123,13 +174,16 @@ def check_configurations() -> dict:
 
 
 def check_gated() -> dict:
-    """Product and activation in one kernel against the two, which round alike: largest relative error."""
+    """Product and activation in one kernel against the two, which round alike: largest relative
+    error."""
     worst = 0.0
     for n, k in ((28672, 4096), (672, 1536)):
         packed = pack(random_weight(n, k, 128, n))
         for m in (1, 7, 16, 40, 64, 100, 300, 1000, 2000):
             x = torch.randn(m, k, device=DEVICE).half()
-            plain = decode_launch.activate(matmul_launch.linear(x, packed, None), "silu", True, GATE_INTERLEAVE)
+            plain = decode_launch.activate(
+                matmul_launch.linear(x, packed, None), "silu", True, GATE_INTERLEAVE
+            )
             y = decode_launch.gated(x, packed, None, "silu")
             assert torch.equal(y, decode_launch.gated(x, packed, None, "silu")), (n, k, m)
             worst = max(worst, ((y.float() - plain.float()).norm() / plain.float().norm()).item())
@@ -138,7 +192,8 @@ def check_gated() -> dict:
 
 
 def check_surroundings() -> dict:
-    """A `WQLinear` on the GPU: moved at the first forward, in CUDA graphs, compiled, on two streams, backward."""
+    """A `WQLinear` on the GPU: moved at the first forward, in CUDA graphs, compiled, on two
+    streams, backward."""
     found = {}
     for fmt in ("gemm", "gemv", "gemv_fast"):
         weight = random_weight(1024, 2048, 128, 7, "cpu")
@@ -150,7 +205,9 @@ def check_surroundings() -> dict:
         y = linear(x)
         assert linear.layout == "planar" and error(y, x, dense, linear.bias) < 1e-3
         after = {k: t.cpu() for k, t in linear.state_dict().items()}
-        assert all(torch.equal(before[k].view(torch.uint8), after[k].view(torch.uint8)) for k in before), fmt
+        assert all(
+            torch.equal(before[k].view(torch.uint8), after[k].view(torch.uint8)) for k in before
+        ), fmt
         moved = linear.to("cpu")
         assert error(moved(x.cpu()), x.cpu(), dense.cpu(), moved.bias) < 1e-3
     found["formats"] = "same state_dict after the move, any direction"
@@ -202,7 +259,9 @@ def check_surroundings() -> dict:
             with torch.cuda.stream(stream):
                 g.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(y, expected[number]) for number, (_, ys) in enumerate(graphs) for y in ys)
+    assert all(
+        torch.equal(y, expected[number]) for number, (_, ys) in enumerate(graphs) for y in ys
+    )
     found["streams"] = "eager calls and graph replays on two streams equal one stream"
     x = torch.randn(5, 2048, device=DEVICE).half().requires_grad_()
     gradient = torch.randn(5, 1024, device=DEVICE).half()
@@ -216,12 +275,17 @@ def check_surroundings() -> dict:
 
 
 def time_layer(dtype: torch.dtype, tokens: tuple[int, ...], rounds: int = 3) -> dict:
-    """Microseconds by kind, product and tokens, and their sum over the layer; medians over rounds through all tokens.
+    """Microseconds by kind, product and tokens, and their sum over the layer; medians over rounds
+    through all tokens.
 
-    The rounds go up and down in turn: a card that has just computed a large product clocks lower for a while.
+    The rounds go up and down in turn: a card that has just computed a large product clocks lower
+    for a while.
     """
     warm_up()
-    times: dict = {kind: {name: {} for name in LAYER} for kind in ("ours", "dense_weight", "cublas", "tinygemm")}
+    times: dict = {
+        kind: {name: {} for name in LAYER}
+        for kind in ("ours", "dense_weight", "cublas", "tinygemm")
+    }
 
     def note(kind: str, name: str, m: int, calls: list) -> None:
         times[kind][name].setdefault(m, []).append(graph_time(calls, warm=0.1))
@@ -235,14 +299,29 @@ def time_layer(dtype: torch.dtype, tokens: tuple[int, ...], rounds: int = 3) -> 
             table = torch.rand(k // 128, n, 2, dtype=dtype, device=DEVICE)
             tiny = [torch.ops.aten._convert_weight_to_int4pack(raw, 8) for _ in weights]
         warm_up(0.3)  # while weights were made, the GPU was idle for long
-        for m in [m for number in range(rounds) for m in (tokens if number % 2 == 0 else reversed(tokens))]:
+        for m in [
+            m for number in range(rounds) for m in (tokens if number % 2 == 0 else reversed(tokens))
+        ]:
             x = torch.randn(m, k, device=DEVICE, dtype=dtype)
             note("ours", name, m, [lambda w=w: matmul_launch.linear(x, w, None) for w in weights])
             note("cublas", name, m, [lambda w=w: F.linear(x, w) for w in dense])
             if m >= 128:
-                note("dense_weight", name, m, [lambda w=w: matmul_launch.through_dense(x, w, None) for w in weights[:3]])
+                note(
+                    "dense_weight",
+                    name,
+                    m,
+                    [lambda w=w: matmul_launch.through_dense(x, w, None) for w in weights[:3]],
+                )
             if tiny and m <= 64:
-                note("tinygemm", name, m, [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, table) for w in tiny])
+                note(
+                    "tinygemm",
+                    name,
+                    m,
+                    [
+                        lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, table)
+                        for w in tiny
+                    ],
+                )
         del weights, dense, tiny
         torch.cuda.empty_cache()
     for kind in times.values():
@@ -260,9 +339,11 @@ def compile_chosen(tokens: tuple[int, ...], workers: int) -> float:
     start, gpu = time.perf_counter(), launcher.architecture(0)
     jobs = {
         Job(shape, dtype, config.bm, config)
-        for shape in (Shape(k, n, 128) for n, k in LAYER.values()) for dtype in (torch.float16, torch.bfloat16) for m in tokens
+        for shape in (Shape(k, n, 128) for n, k in LAYER.values())
+        for dtype in (torch.float16, torch.bfloat16)
+        for m in tokens
         if (config := configs.config_for(*gpu, shape, m, dtype)) is not None
-    }  # fmt: skip
+    }
     assert not any(in_processes(compile_job, list(jobs), workers))
     return round(time.perf_counter() - start, 1)
 
@@ -295,11 +376,20 @@ def time_host() -> dict:
 
 
 def time_loading() -> dict:
-    """Seconds to move a 7B model's 32 layers from the gemm layout, and from there to the first outputs at 1 token and at 100."""
+    """Seconds to move a 7B model's 32 layers from the gemm layout, and from there to the first
+    outputs at 1 token and at 100."""
     torch.zeros(1, device=DEVICE)
     layers = []
     for number in range(32):
-        for n, k in ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)):
+        for n, k in (
+            (4096, 4096),
+            (1024, 4096),
+            (1024, 4096),
+            (4096, 4096),
+            (14336, 4096),
+            (14336, 4096),
+            (4096, 14336),
+        ):
             linear = WQLinear(k, n, format="gemm", device=DEVICE)
             linear.qweight.random_(-(2**31), 2**31 - 1) if number == 0 else None
             layers.append(linear)
@@ -315,11 +405,16 @@ def time_loading() -> dict:
                 linear(torch.ones(m, linear.in_features, device=DEVICE, dtype=torch.float16))
     torch.cuda.synchronize()
     ready = time.perf_counter()
-    return {"relayout_s": round(moved - start, 2), "first_calls_s": round(ready - moved, 2), "ready_s": round(ready - start, 2)}
+    return {
+        "relayout_s": round(moved - start, 2),
+        "first_calls_s": round(ready - moved, 2),
+        "ready_s": round(ready - start, 2),
+    }
 
 
 def time_cold_start() -> dict:
-    """`time_loading` in new processes: with an empty Triton cache, then with the one that the first has filled."""
+    """`time_loading` in new processes: with an empty Triton cache, then with the one that the first
+    has filled."""
     found = {}
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
@@ -331,7 +426,9 @@ def time_cold_start() -> dict:
                 env=os.environ | {"TRITON_CACHE_DIR": cache},
             )
             assert done.returncode == 0, done.stderr[-2000:]
-            found[name] = json.loads(done.stdout) | {"process_s": round(time.perf_counter() - start, 2)}
+            found[name] = json.loads(done.stdout) | {
+                "process_s": round(time.perf_counter() - start, 2)
+            }
     return found
 
 
@@ -343,29 +440,53 @@ def environment(commit: str | None) -> dict:
 
     if commit is None:
         head = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(head, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        commit = subprocess.run(
+            head, capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
     arguments = [Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]
     return {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
-        "commit": commit or None, "gpu": torch.cuda.get_device_name(0), "torch": torch.__version__,
-        "triton": triton.__version__, "python": platform.python_version(), "cuda": torch.version.cuda, "hip": torch.version.hip,
-    }  # fmt: skip
+        "commit": commit or None,
+        "gpu": torch.cuda.get_device_name(0),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="correctness against float64, graphs, compile, streams, backward")
-    parser.add_argument("--time", action="store_true", help="times beside float16 cuBLAS and tinygemm")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="correctness against float64, graphs, compile, streams, backward",
+    )
+    parser.add_argument(
+        "--time", action="store_true", help="times beside float16 cuBLAS and tinygemm"
+    )
     parser.add_argument("--tune", action="store_true", help="time candidate configurations")
     for dtype in ("float16", "bfloat16"):
-        parser.add_argument(f"--{dtype}", type=int, nargs="*", default=configs.BUCKETS, help="numbers of tokens for --tune")
+        parser.add_argument(
+            f"--{dtype}",
+            type=int,
+            nargs="*",
+            default=configs.BUCKETS,
+            help="numbers of tokens for --tune",
+        )
     parser.add_argument("--table", help="where --tune writes the best of them")
     parser.add_argument("--tokens", type=int, nargs="*", help="numbers of tokens for --time")
-    parser.add_argument("--seconds", type=float, default=120, help="at most so long for the timing of --tune")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="at most so long for the timing of --tune"
+    )
     parser.add_argument("--workers", type=int, default=14, help="processes that compile for --tune")
     parser.add_argument("--commit", help="of this code, where git does not know it")
     parser.add_argument("--out", help="JSON file for the results")
-    parser.add_argument("--loading", action="store_true", help=argparse.SUPPRESS)  # the child of `time_cold_start`
+    # the child of `time_cold_start`
+    parser.add_argument("--loading", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.loading:
         print(json.dumps(time_loading()))
@@ -382,9 +503,14 @@ def main() -> None:
             import traceback
 
             traceback.print_exc()
-        print(f"{name}: {time.perf_counter() - start:.1f} s {json.dumps(results[name])[:1500]}", flush=True)
+        print(
+            f"{name}: {time.perf_counter() - start:.1f} s {json.dumps(results[name])[:1500]}",
+            flush=True,
+        )
         if args.out:
-            Path(args.out).write_text(json.dumps(results, indent=1, default=list) + "\n", encoding="utf-8")
+            Path(args.out).write_text(
+                json.dumps(results, indent=1, default=list) + "\n", encoding="utf-8"
+            )
 
     if args.tune:
 
@@ -397,7 +523,9 @@ def main() -> None:
                 configs.table.cache_clear()
                 matmul_launch._config.cache_clear()
             return {
-                f"{configs.size_of(shape)} {str(dtype)[6:]} {m}": [[round(t, 2), c] for t, c in rows[:12]]
+                f"{configs.size_of(shape)} {str(dtype)[6:]} {m}": [
+                    [round(t, 2), c] for t, c in rows[:12]
+                ]
                 for (shape, dtype, m), rows in found.items()
             }
 

@@ -1,12 +1,14 @@
-"""AutoAWQ's algorithm, written anew from its paper (arXiv 2306.00978) and its behaviour, to compare quantizers on equal texts.
+"""AutoAWQ's algorithm, written anew from its paper (arXiv 2306.00978) and its behaviour, to compare
+quantizers on equal texts.
 
 For Llama-like blocks. What it does, per block and with inputs of the original predecessors:
 
-- scales: for each group of linears that share an input, 20 ratios r in [0, 1); s = mean|x|^r / mean|w|^(1 − r), with each
-  weight divided by its group's largest one before the mean; s is divided by √(max · min). The ratio with the least squared
-  error of the enclosing module's output wins.
-- clipping: for every linear but query and key, each group's range shrinks symmetrically in steps of a twentieth down to a
-  half; the least squared error of the group's own share of the output, on 512 sampled tokens, wins.
+- scales: for each group of linears that share an input, 20 ratios r in [0, 1); s = mean|x|^r /
+  mean|w|^(1 − r), with each weight divided by its group's largest one before the mean; s is divided
+  by √(max · min). The ratio with the least squared error of the enclosing module's output wins.
+- clipping: for every linear but query and key, each group's range shrinks symmetrically in steps of
+  a twentieth down to a half; the least squared error of the group's own share of the output, on 512
+  sampled tokens, wins.
 - rounding: to nearest, asymmetric, min/max of the clipped weight.
 
 The linears get the quantized values; nothing is packed, so its figures are those of equal bytes.
@@ -28,7 +30,8 @@ SEARCH_TOKENS = 16_384  # of the module outputs that judge scales
 
 @torch.no_grad()
 def quantize_like_autoawq(model: Any, batches: Sequence[Any], group_size: int) -> None:
-    """Quantized values in every linear of the model's blocks, in place. batches: of `load_calibration`, without padding."""
+    """Quantized values in every linear of the model's blocks, in place. batches: of
+    `load_calibration`, without padding."""
     device = next(model.parameters()).device
     blocks = model.model.layers
     calls = [_first_input(model, blocks[0], batch.input_ids.to(device)) for batch in batches]
@@ -64,7 +67,12 @@ def _first_input(model: Any, block: nn.Module, ids: Tensor) -> tuple[Tensor, dic
     found: list[tuple[Tensor, dict[str, Any]]] = []
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        found.append((args[0], {k: v for k, v in kwargs.items() if k not in ("past_key_values", "past_key_value")}))
+        found.append(
+            (
+                args[0],
+                {k: v for k, v in kwargs.items() if k not in ("past_key_values", "past_key_value")},
+            )
+        )
         raise _Stop
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
@@ -83,7 +91,9 @@ def _run(block: nn.Module, hidden: Tensor, call: tuple[Tensor, dict[str, Any]]) 
 
 
 def _linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    return [
+        (name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)
+    ]
 
 
 def _inputs(block: nn.Module, hidden: list[Tensor], calls: list) -> dict[str, Tensor]:
@@ -92,7 +102,11 @@ def _inputs(block: nn.Module, hidden: list[Tensor], calls: list) -> dict[str, Te
     handles = []
     for name, linear in _linears(block):
         keep = found[name].append
-        handles.append(linear.register_forward_pre_hook(lambda _m, args, keep=keep: keep(args[0].flatten(0, 1))))
+        handles.append(
+            linear.register_forward_pre_hook(
+                lambda _m, args, keep=keep: keep(args[0].flatten(0, 1))
+            )
+        )
     for h, call in zip(hidden, calls):
         _run(block, h, call)
     for handle in handles:
@@ -101,7 +115,8 @@ def _inputs(block: nn.Module, hidden: list[Tensor], calls: list) -> dict[str, Te
 
 
 def _groups(block: Any) -> list[tuple[list[str], str, Callable[[Tensor], None]]]:
-    """(linears that share an input, module whose output judges them, what takes 1/s) in AutoAWQ's order."""
+    """(linears that share an input, module whose output judges them, what takes 1/s) in AutoAWQ's
+    order."""
     attention, mlp = block.self_attn, block.mlp
 
     def into(parameter: Tensor) -> Callable[[Tensor], None]:
@@ -111,19 +126,30 @@ def _groups(block: Any) -> list[tuple[list[str], str, Callable[[Tensor], None]]]
         return divide
 
     groups = [
-        (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "self_attn", into(block.input_layernorm.weight)),
+        (
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            "self_attn",
+            into(block.input_layernorm.weight),
+        ),
         (["mlp.gate_proj", "mlp.up_proj"], "mlp", into(block.post_attention_layernorm.weight)),
         (["mlp.down_proj"], "mlp.down_proj", into(mlp.up_proj.weight)),
     ]
-    if attention.v_proj.weight.shape == attention.o_proj.weight.shape:  # AutoAWQ leaves grouped-query attention out
+    # AutoAWQ leaves grouped-query attention out
+    if attention.v_proj.weight.shape == attention.o_proj.weight.shape:
         groups.insert(1, (["self_attn.o_proj"], "self_attn.o_proj", into(attention.v_proj.weight)))
     return groups
 
 
 def _scale(
-    block: Any, names: list[str], module: str, fold: Callable[[Tensor], None], inputs: dict[str, Tensor],
-    hidden: list[Tensor], calls: list, group_size: int,
-) -> None:  # fmt: skip
+    block: Any,
+    names: list[str],
+    module: str,
+    fold: Callable[[Tensor], None],
+    inputs: dict[str, Tensor],
+    hidden: list[Tensor],
+    calls: list,
+    group_size: int,
+) -> None:
     linears = [block.get_submodule(name) for name in names]
     x = inputs[names[0]]
     weight = torch.cat([linear.weight for linear in linears])
@@ -151,7 +177,9 @@ def _scale(
         inputs[name] = inputs[name] / best
 
 
-def _judge(block: Any, module: str, x: Tensor, hidden: list[Tensor], calls: list) -> Callable[[], Tensor]:
+def _judge(
+    block: Any, module: str, x: Tensor, hidden: list[Tensor], calls: list
+) -> Callable[[], Tensor]:
     """What the module gives for its inputs, on at most SEARCH_TOKENS tokens."""
     target = block.get_submodule(module)
     if module != "self_attn":

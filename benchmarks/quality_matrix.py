@@ -1,15 +1,19 @@
-r"""Calibrated on one kind of text, used on another: KL divergence and token flips, six kinds by six.
+r"""Calibrated on one kind of text, used on another: KL divergence and token flips, six kinds by
+six.
 
     python benchmarks/quality_matrix.py --model .cache/smollm2-135m --prose wikitext2-valid.txt \
         --code python_code.txt --quantizers fast balanced awq gptq --json matrix.json
 
-Kinds: prose (the text of `--prose` without WikiText's form), code, chat and mathematics (the model's own answers to our
-questions, in its chat template: what a served model reads), languages (bundled passages in other languages than English),
-mix (the bundled text). Each kind has a part to calibrate on and another to measure on, and the general rows that join
-calibration (`general_texts`) come from the bundled passages that are never measured.
-Quantizers: presets; "rtn"; "gptq", plain error feedback with min/max ranges; "awq", AutoAWQ's algorithm (benchmarks/peers.py).
-All write 4-bit values of one group size: equal bytes. "balanced:own" calibrates without general text, "balanced:chats" with
-bundled chats in the model's template among it, as `quantize` does.
+Kinds: prose (the text of `--prose` without WikiText's form), code, chat and mathematics (the
+model's own answers to our
+questions, in its chat template: what a served model reads), languages (bundled passages in other
+languages than English), mix (the bundled text). Each kind has a part to calibrate on and another to
+measure on, and the general rows that join calibration (`general_texts`) come from the bundled
+passages that are never measured.
+Quantizers: presets; "rtn"; "gptq", plain error feedback with min/max ranges; "awq", AutoAWQ's
+algorithm (benchmarks/peers.py). All write 4-bit values of one group size: equal bytes.
+"balanced:own" calibrates without general text, "balanced:chats" with bundled chats in the model's
+template among it, as `quantize` does.
 """
 
 from __future__ import annotations
@@ -33,9 +37,16 @@ from awq.evals.divergence import divergence
 
 KINDS = ("chat", "code", "mathematics", "prose", "languages", "mix")
 PLAIN_FEEDBACK = {
-    "preset": "balanced", "scaling": False, "clip": False, "refinement": 0, "correction": 0.0, "bias_correction": False,
-}  # fmt: skip
-OPTIONS = {"rtn": common.ROUND_TO_NEAREST, "gptq": PLAIN_FEEDBACK} | {p: {"preset": p} for p in ("fast", "balanced", "best")}
+    "preset": "balanced",
+    "scaling": False,
+    "clip": False,
+    "refinement": 0,
+    "correction": 0.0,
+    "bias_correction": False,
+}
+OPTIONS = {"rtn": common.ROUND_TO_NEAREST, "gptq": PLAIN_FEEDBACK} | {
+    p: {"preset": p} for p in ("fast", "balanced", "best")
+}
 QUESTIONS = (
     "Summarise in two sentences: {}",
     "What would you ask the author of this? {}",
@@ -45,12 +56,15 @@ QUESTIONS = (
     "Reply politely to this: {}",
 )
 PROBLEMS = (
-    "A shop sells {a} boxes of {b} pencils each. {c} pencils are broken. How many are good? Think step by step.",
+    "A shop sells {a} boxes of {b} pencils each. {c} pencils are broken. How many are good? Think "
+    "step by step.",
     "Solve {a}x + {b} = {c} for x. Show every step.",
     "What is the sum of all whole numbers from {a} to {c}? Explain the formula.",
-    "A train travels {a} km in {b} minutes. How long does it take for {c} km? Show the calculation.",
+    "A train travels {a} km in {b} minutes. How long does it take for {c} km? Show the "
+    "calculation.",
     "Differentiate f(x) = {a}x^3 - {b}x^2 + {c}x and find where the slope is zero.",
-    "What is the probability of drawing {a} red balls from {c} balls of which {b} are red? Explain.",
+    "What is the probability of drawing {a} red balls from {c} balls of which {b} are red? "
+    "Explain.",
 )
 
 
@@ -70,18 +84,26 @@ def is_english(text: str) -> bool:
 def answers(model: Any, tokenizer: Any, questions: list[str], tokens: int) -> list[str]:
     """The questions and the model's own sampled answers, in its chat template."""
     prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True
+        )
         for q in questions
     ]
     tokenizer.padding_side = "left"
     found = []
     torch.manual_seed(0)
     for start in range(0, len(prompts), 64):
-        batch = tokenizer(prompts[start : start + 64], return_tensors="pt", padding=True, add_special_tokens=False)
+        batch = tokenizer(
+            prompts[start : start + 64], return_tensors="pt", padding=True, add_special_tokens=False
+        )
         out = model.generate(
-            **batch.to(model.device), max_new_tokens=tokens, do_sample=True, temperature=0.8, top_p=0.95,
+            **batch.to(model.device),
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=0.8,
+            top_p=0.95,
             pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        )
         for ids, mask in zip(out, batch["attention_mask"]):
             text = tokenizer.decode(ids[int((mask == 0).sum()) :])
             end = tokenizer.eos_token
@@ -90,13 +112,21 @@ def answers(model: Any, tokenizer: Any, questions: list[str], tokens: int) -> li
     return found
 
 
-def texts_of_kinds(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, tuple[list[str], list[str]]]:
+def texts_of_kinds(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any
+) -> dict[str, tuple[list[str], list[str]]]:
     """For each kind, texts to calibrate on and texts to measure on."""
     bundled = bundled_texts()
     count = arguments.conversations
     english = [p for p in bundled if is_english(p)]
-    chats = [QUESTIONS[i % len(QUESTIONS)].format(english[i % len(english)][:300]) for i in range(2 * count)]
-    problems = [PROBLEMS[i % len(PROBLEMS)].format(a=2 + i % 7, b=3 + 5 * i % 11, c=20 + 7 * i % 83) for i in range(2 * count)]
+    chats = [
+        QUESTIONS[i % len(QUESTIONS)].format(english[i % len(english)][:300])
+        for i in range(2 * count)
+    ]
+    problems = [
+        PROBLEMS[i % len(PROBLEMS)].format(a=2 + i % 7, b=3 + 5 * i % 11, c=20 + 7 * i % 83)
+        for i in range(2 * count)
+    ]
     code = arguments.code.read_text(encoding="utf-8").split("\n\n")
     prose_seen, prose_rest = split_text(arguments.prose, 560313, as_written=True)
     return {
@@ -109,7 +139,9 @@ def texts_of_kinds(arguments: argparse.Namespace, model: Any, tokenizer: Any) ->
     }
 
 
-def quantized(name: str, dense: Any, own: list, general: list, chats: list, arguments: argparse.Namespace) -> tuple[Any, float]:
+def quantized(
+    name: str, dense: Any, own: list, general: list, chats: list, arguments: argparse.Namespace
+) -> tuple[Any, float]:
     """A quantized copy of the model, and the seconds that it took."""
     model = deepcopy(dense)
     start = time.perf_counter()
@@ -126,19 +158,26 @@ def quantized(name: str, dense: Any, own: list, general: list, chats: list, argu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--prose", type=Path, required=True)
     parser.add_argument("--code", type=Path, required=True)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument(
-        "--quantizers", nargs="*", default=["fast", "balanced", "awq", "gptq"], help='also "best", "balanced:own", "balanced:chats"'
+        "--quantizers",
+        nargs="*",
+        default=["fast", "balanced", "awq", "gptq"],
+        help='also "best", "balanced:own", "balanced:chats"',
     )
     parser.add_argument("--calibrated-on", nargs="*", default=list(KINDS), choices=KINDS)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--measure-tokens", type=int, default=16384)
-    parser.add_argument("--conversations", type=int, default=192, help="for calibration, and as many to measure on")
+    parser.add_argument(
+        "--conversations", type=int, default=192, help="for calibration, and as many to measure on"
+    )
     parser.add_argument("--answer-tokens", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
@@ -146,7 +185,11 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(arguments.device).eval()
+    dense = (
+        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        .to(arguments.device)
+        .eval()
+    )
     kinds = texts_of_kinds(arguments, dense, tokenizer)
     held_out = {}
     for kind, (_, texts) in kinds.items():
@@ -155,14 +198,27 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def record(name: str, calibrated_on: str, model: Any, seconds: float, tokens: int) -> None:
-        row: dict[str, Any] = {"quantizer": name, "calibrated_on": calibrated_on, "seconds": seconds, "calibration_tokens": tokens}
-        row["measured_on"] = {k: divergence(dense, model, ids).to_dict() for k, ids in held_out.items()}
+        row: dict[str, Any] = {
+            "quantizer": name,
+            "calibrated_on": calibrated_on,
+            "seconds": seconds,
+            "calibration_tokens": tokens,
+        }
+        row["measured_on"] = {
+            k: divergence(dense, model, ids).to_dict() for k, ids in held_out.items()
+        }
         rows.append(row)
-        figures = "  ".join(f"{k} {v['mean_kl']:.4f}/{100 * v['flips']:.1f}%" for k, v in row["measured_on"].items())
+        figures = "  ".join(
+            f"{k} {v['mean_kl']:.4f}/{100 * v['flips']:.1f}%" for k, v in row["measured_on"].items()
+        )
         print(f"{name:14s} on {calibrated_on:12s} {seconds:5.1f} s  {figures}", flush=True)
         if arguments.json:
             sizes = {k: len(ids) for k, ids in held_out.items()}
-            common.write(arguments.json, arguments.device, {"group_size": arguments.group_size, "measured": sizes, "rows": rows})
+            common.write(
+                arguments.json,
+                arguments.device,
+                {"group_size": arguments.group_size, "measured": sizes, "rows": rows},
+            )
 
     first = load_calibration([list(range(8))] * 4)
     model, seconds = quantized("rtn", dense, first, [], [], arguments)
@@ -173,9 +229,13 @@ def main() -> None:
     for kind in arguments.calibrated_on:
         own = load_calibration(kinds[kind][0], tokenizer, **limits)
         count = sum(len(batch.input_ids) for batch in own)
-        joining = load_calibration(general, tokenizer, max_samples=count, max_length=arguments.tokens)
+        joining = load_calibration(
+            general, tokenizer, max_samples=count, max_length=arguments.tokens
+        )
         joining = [] if kind == "mix" else joining
-        chatty = load_calibration(with_chats, tokenizer, max_samples=count, max_length=arguments.tokens)
+        chatty = load_calibration(
+            with_chats, tokenizer, max_samples=count, max_length=arguments.tokens
+        )
         for name in arguments.quantizers:
             model, seconds = quantized(name, dense, own, joining, chatty, arguments)
             record(name, kind, model, seconds, sum(int(b.attention_mask.sum()) for b in own))

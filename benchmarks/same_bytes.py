@@ -1,14 +1,16 @@
 """Hashes of quantized weights, to show that a change of the code leaves every saved byte as it was.
 
-Quantizes 15 tiny random models of the test zoo with each preset, and MiniLM with --minilm, and prints a JSON object
-{"family preset": sha256 of the names, dtypes, shapes and bytes of all saved tensors}. The models and inputs come from
-this checkout; the quantizer is whichever `awq` Python finds, so another checkout is measured by its path:
+Quantizes 15 tiny random models of the test zoo with each preset, and MiniLM with --minilm, and
+prints a JSON object {"family preset": sha256 of the names, dtypes, shapes and bytes of all saved
+tensors}. The models and inputs come from this checkout; the quantizer is whichever `awq` Python
+finds, so another checkout is measured by its path:
 
     python benchmarks/same_bytes.py --write before.json                        # this checkout
     PYTHONPATH=/other/checkout python benchmarks/same_bytes.py --against before.json
 
-`--against` ends with status 1 and names every model whose bytes differ. One thread, because sums of floats depend on how
-they are split among threads. Hashes of different machines or torch versions are not comparable.
+`--against` ends with status 1 and names every model whose bytes differ. One thread, because sums of
+floats depend on how they are split among threads. Hashes of different machines or torch versions
+are not comparable.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]  # before benchmarks/zoo.py, which is another one
+# before benchmarks/zoo.py, which is another one
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 
 import zoo  # noqa: E402
 
@@ -32,14 +35,30 @@ import awq  # noqa: E402
 from awq.calibration import CalibrationBatch  # noqa: E402
 
 FAMILIES = [
-    "llama", "qwen3", "gemma2", "gemma3_text", "phi3", "falcon", "gpt_neox", "opt", "bloom", "cohere", "gpt2",
-    "bert", "mpnet", "distilbert", "modernbert",
-]  # fmt: skip
+    "llama",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "falcon",
+    "gpt_neox",
+    "opt",
+    "bloom",
+    "cohere",
+    "gpt2",
+    "bert",
+    "mpnet",
+    "distilbert",
+    "modernbert",
+]
 PRESETS = ["fast", "balanced", "best"]
 
 
-def batches(count: int = 10, rows: int = 4, length: int = 16, first_id: int = 3, vocabulary: int = 63) -> list[CalibrationBatch]:
-    """Batches of random ids, some padded: ten are enough for one of eight to be held out when scales are tuned."""
+def batches(
+    count: int = 10, rows: int = 4, length: int = 16, first_id: int = 3, vocabulary: int = 63
+) -> list[CalibrationBatch]:
+    """Batches of random ids, some padded: ten are enough for one of eight to be held out when
+    scales are tuned."""
     generator = torch.Generator().manual_seed(3)
     found = []
     for index in range(count):
@@ -75,7 +94,8 @@ def tiny_models(families: list[str], presets: list[str]) -> Iterator[tuple[str, 
 
 
 def minilm(presets: list[str]) -> Iterator[tuple[str, str]]:
-    """all-MiniLM-L6-v2 on random ids: no text, so that the bundled one may change without changing these hashes."""
+    """all-MiniLM-L6-v2 on random ids: no text, so that the bundled one may change without changing
+    these hashes."""
     from real_models import minilm_dir
 
     for preset in presets:
@@ -87,9 +107,13 @@ def minilm(presets: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--family", action="append", help="only these families (repeatable)")
-    parser.add_argument("--preset", action="append", choices=PRESETS, help="only these presets (repeatable)")
+    parser.add_argument(
+        "--preset", action="append", choices=PRESETS, help="only these presets (repeatable)"
+    )
     parser.add_argument("--minilm", action="store_true", help="MiniLM, too")
     parser.add_argument("--write", type=Path, help="write the hashes into a file")
     parser.add_argument("--against", type=Path, help="compare with a file written before")

@@ -1,10 +1,12 @@
-"""The LLVM IR of every CPU kernel, one hash a line: what a change of the generator's own code must not change.
+"""The LLVM IR of every CPU kernel, one hash a line: what a change of the generator's own code must
+not change.
 
     PYTHONPATH=BEFORE python benchmarks/same_ir.py > before.txt
     PYTHONPATH=AFTER  python benchmarks/same_ir.py > after.txt
     diff before.txt after.txt
 
-`--text DIRECTORY` also writes each kernel's text. Names of functions are numbered first, so that a kernel may be renamed.
+`--text DIRECTORY` also writes each kernel's text. Names of functions are numbered first, so that a
+kernel may be renamed.
 """
 
 from __future__ import annotations
@@ -37,14 +39,17 @@ def kernels():
         for flags in itertools.product(SWITCH, repeat=4):
             yield f"add_norm.{flags}", decoding.emit_add_norm, dtype, flags
             yield f"attend.{flags}", decoding.emit_attend, dtype, flags
-        for name, gated in itertools.product(("silu", "gelu", "gelu_tanh", "relu", "relu2"), SWITCH):
+        for name, gated in itertools.product(
+            ("silu", "gelu", "gelu_tanh", "relu", "relu2"), SWITCH
+        ):
             yield f"activate.{name}.{gated}", decoding.emit_activate, dtype, (name, gated)
         yield "dense", decoding.emit_dense, dtype, ()
         yield "dequantize", dequantize, dtype, ()
 
 
 def without_names(text: str) -> str:
-    """The text with its functions numbered by their first appearance; LLVM's own keep their names."""
+    """The text with its functions numbered by their first appearance; LLVM's own keep their
+    names."""
     names: dict[str, str] = {}
 
     def number(match: re.Match[str]) -> str:
@@ -54,8 +59,12 @@ def without_names(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="also write the text of each kernel into this directory")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--text", type=Path, help="also write the text of each kernel into this directory"
+    )
     args = parser.parse_args()
     for name, emit, dtype, settings in kernels():
         for openmp in SWITCH:

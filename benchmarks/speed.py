@@ -1,4 +1,5 @@
-"""Time and memory of quantizing a large model: Mistral-7B's shape with random weights (neither depends on their values).
+"""Time and memory of quantizing a large model: Mistral-7B's shape with random weights (neither
+depends on their values).
 
     python benchmarks/speed.py --presets fast balanced --samples 128 --tokens 512 --json out.json
 
@@ -25,9 +26,15 @@ from awq.quantize import QuantizeOptions, quantize_model
 def random_model(layers: int, device: str) -> torch.nn.Module:
     """Mistral-7B-v0.1's shape in bfloat16, weights N(0, 0.02²), norms 1."""
     config = MistralConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=32000, sliding_window=None, max_position_embeddings=4096,
-    )  # fmt: skip
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        sliding_window=None,
+        max_position_embeddings=4096,
+    )
     with torch.device(device), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     generator = torch.Generator(device).manual_seed(0)
@@ -41,7 +48,9 @@ def random_model(layers: int, device: str) -> torch.nn.Module:
 
 def measure(arguments: argparse.Namespace, preset: str, layers: int) -> dict:
     model = random_model(layers, arguments.device)
-    ids = torch.randint(3, 32000, (arguments.samples, arguments.tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        3, 32000, (arguments.samples, arguments.tokens), generator=torch.Generator().manual_seed(0)
+    )
     batches = [CalibrationBatch(part, torch.ones_like(part)) for part in ids.split(8)]
     cuda = arguments.device == "cuda"
     if cuda:
@@ -49,10 +58,17 @@ def measure(arguments: argparse.Namespace, preset: str, layers: int) -> dict:
         torch.cuda.reset_peak_memory_stats()
         weights = torch.cuda.memory_allocated()
     start = time.perf_counter()
-    report = quantize_model(model, batches, awq.AwqConfig(group_size=128), QuantizeOptions(preset=preset))
+    report = quantize_model(
+        model, batches, awq.AwqConfig(group_size=128), QuantizeOptions(preset=preset)
+    )
     if cuda:
         torch.cuda.synchronize()
-    row = {"preset": preset, "layers": layers, "seconds": time.perf_counter() - start, "phases": report.phases}
+    row = {
+        "preset": preset,
+        "layers": layers,
+        "seconds": time.perf_counter() - start,
+        "phases": report.phases,
+    }
     if cuda:
         row["peak_gb_beside_model"] = (torch.cuda.max_memory_allocated() - weights) / 1e9
         row["model_gb"] = weights / 1e9
@@ -60,7 +76,9 @@ def measure(arguments: argparse.Namespace, preset: str, layers: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--presets", nargs="+", default=["fast", "balanced"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--samples", type=int, default=128)
@@ -74,10 +92,16 @@ def main() -> None:
         rows.append(measure(arguments, preset, arguments.layers))
         print(json.dumps(rows[-1]), flush=True)
         if arguments.json:
-            common.write(arguments.json, arguments.device, {
-                "shape": "Mistral-7B, random weights, group 128", "samples": arguments.samples, "tokens": arguments.tokens,
-                "rows": rows,
-            })  # fmt: skip
+            common.write(
+                arguments.json,
+                arguments.device,
+                {
+                    "shape": "Mistral-7B, random weights, group 128",
+                    "samples": arguments.samples,
+                    "tokens": arguments.tokens,
+                    "rows": rows,
+                },
+            )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Tiny random models of every text-bearing type that the installed transformers has.
 
-No type is built by hand. A type's default config is shrunk by the names of its fields (`SIZES`): what is called
-`…hidden_size` becomes 64, a list with one entry a layer keeps every kind of layer once. What such rules cannot know, that two
-fields must fit each other, is in `EXCEPTIONS`. A type that transformers learns tomorrow is swept without a line here unless its
-fields must fit each other in a new way.
+No type is built by hand. A type's default config is shrunk by the names of its fields (`SIZES`):
+what is called `…hidden_size` becomes 64, a list with one entry a layer keeps every kind of layer
+once. What such rules cannot know, that two fields must fit each other, is in `EXCEPTIONS`. A type
+that transformers learns tomorrow is swept without a line here unless its fields must fit each other
+in a new way.
 
-`all_kinds()` lists what there is; `build(kind)` makes one. Weights have unit gain, and norms a few outlying channels, so that
-activations stay in range and a wrong fold shows.
+`all_kinds()` lists what there is; `build(kind)` makes one. Weights have unit gain, and norms a few
+outlying channels, so that activations stay in range and a wrong fold shows.
 """
 
 from __future__ import annotations
@@ -33,23 +34,47 @@ SIZES: list[tuple[str, Any]] = [
     (r"vocab_size_per_layer_input$", VOCABULARY),
     (r"^(type_vocab_size|task_type_vocab_size)$", None),
     (r"(^|_)vocab_size$|_vocab$|^num_embeds$", VOCABULARY),
-    (r"moe_intermediate_size|expert_ffn_hidden_size|shared_experts?_intermediate_size|share_expert_dim", EXPERT),
+    (
+        r"moe_intermediate_size|expert_ffn_hidden_size|shared_experts?_intermediate_size|share_expert_dim",
+        EXPERT,
+    ),
     (r"moe_shared_expert_intermediate_size|shared_intermediate_size|moe_hidden_size", EXPERT),
     (r"hidden_size_per_layer_input", 32),
-    (r"intermediate_size|intermediate_dim|ffn_dim|^d_ff$|^dff$|^dim_ff$|ffn_hidden_size|feed_forward_size", INNER),
+    (
+        r"intermediate_size|intermediate_dim|ffn_dim|^d_ff$|^dff$|^dim_ff$|ffn_hidden_size|feed_forward_size",
+        INNER,
+    ),
     (r"^mlp_dim$|^n_inner$|^d_inner$", INNER),
-    (r"^head_dim$|_head_dim$|^d_kv$|^d_head$|^dim_head$|^kv_channels$|attention_head_size|^resampler_dim_head$", HEAD),
+    (
+        r"^head_dim$|_head_dim$|^d_kv$|^d_head$|^dim_head$|^kv_channels$|attention_head_size|^resampler_dim_head$",
+        HEAD,
+    ),
     (r"^swa_head_dim$|mamba_d_head", HEAD),
     (r"^(q_lora_rank|kv_lora_rank|o_lora_rank)$", 32),
-    (r"hidden_size$|hidden_size_global$|^d_model$|^n_embd$|^emb_dim$|embedding_size$|embed_dim$|^dim$|^hidden_dim$", HIDDEN),
-    (r"word_embed_proj_dim|projection_dim$|^projection_hidden_dim$|^projector_(in|out)put_dim$|output_proj_dims", HIDDEN),
-    (r"vision_output_dim|adapter_in_dim|adapter_out_dim|adapter_input_size|^d_latents$|decoder_dim|mm_embed_dim", HIDDEN),
+    (
+        r"hidden_size$|hidden_size_global$|^d_model$|^n_embd$|^emb_dim$|embedding_size$|embed_dim$|^dim$|^hidden_dim$",
+        HIDDEN,
+    ),
+    (
+        r"word_embed_proj_dim|projection_dim$|^projection_hidden_dim$|^projector_(in|out)put_dim$|output_proj_dims",
+        HIDDEN,
+    ),
+    (
+        r"vision_output_dim|adapter_in_dim|adapter_out_dim|adapter_input_size|^d_latents$|decoder_dim|mm_embed_dim",
+        HIDDEN,
+    ),
     (r"^output_dim$|entity_emb_size|lang_embed_dim|backbone_hidden_size", HIDDEN),
     (r"num_key_value_heads$|^num_kv_heads$|^kv_n_heads$|num_query_groups", "kv_heads"),
     (r"(attention_heads|num_heads|^n_heads?|^n_head|_heads)$", HEADS),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
-    (r"(^|_)(num_hidden_layers|num_layers|n_layers?|encoder_layers|decoder_layers|layers)$|^depth$", "layers"),
-    (r"num_decoder_layers|num_encoder_layers|num_global_layers|_num_hidden_layers$|resampler_depth", "layers"),
+    (
+        r"(^|_)(num_hidden_layers|num_layers|n_layers?|encoder_layers|decoder_layers|layers)$|^depth$",
+        "layers",
+    ),
+    (
+        r"num_decoder_layers|num_encoder_layers|num_global_layers|_num_hidden_layers$|resampler_depth",
+        "layers",
+    ),
     (r"aligner_num_add_layers|^num_blocks$", "layers"),
     (r"^(num_experts|num_local_experts|n_routed_experts|moe_num_experts)$", 4),
     (r"zero_expert_num", 2),
@@ -57,9 +82,18 @@ SIZES: list[tuple[str, Any]] = [
     (r"^n_group$", 2),
     (r"^topk_group$", 1),
     (r"^num_expert_groups$", 2),
-    (r"max_position_embeddings|^n_positions$|^n_ctx$|^max_seq_len$|max_source_positions|max_target_positions", 128),
-    (r"original_max_position_embeddings|context_length|max_2d_position_embeddings|max_pos_emb", 128),
-    (r"sliding_window$|sliding_window_size|attention_window_size|local_attention_window_len|^local_attention$", 16),
+    (
+        r"max_position_embeddings|^n_positions$|^n_ctx$|^max_seq_len$|max_source_positions|max_target_positions",
+        128,
+    ),
+    (
+        r"original_max_position_embeddings|context_length|max_2d_position_embeddings|max_pos_emb",
+        128,
+    ),
+    (
+        r"sliding_window$|sliding_window_size|attention_window_size|local_attention_window_len|^local_attention$",
+        16,
+    ),
     (r"attention_chunk_size|keep_window_size", 16),
     (r"^image_size$|^resolution$", 32),
     (r"^patch_size$|^spatial_patch_size$", 8),
@@ -74,15 +108,24 @@ SIZES: list[tuple[str, Any]] = [
 ]
 TOKEN_FIELD = re.compile(r"(token_id|token_index|_token|_index|_id)$")
 TOKENS: dict[str, int | None] = {
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "unk_token_id": 3,
-    "mask_token_id": 4, "decoder_start_token_id": 1, "forced_eos_token_id": 2, "forced_bos_token_id": None,
-}  # fmt: skip
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "unk_token_id": 3,
+    "mask_token_id": 4,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": 2,
+    "forced_bos_token_id": None,
+}
 LEFT_ALONE = ("architectures", "id2label", "label2id", "torch_dtype", "dtype", "problem_type")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "layers")
 HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 MAX_LAYER_KINDS = 6
 
-TOWER = object()  # as an override: a part that the default config leaves out and every checkpoint has
+# as an override: a part that the default config leaves out and every checkpoint has
+TOWER = object()
 
 
 # Fields that must fit each other, by model type; dots lead into the configs of parts.
@@ -103,27 +146,62 @@ _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1}
 _NEMOTRON = {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 1}
 _BOTH_TOWERS = {"vision_config": TOWER, "audio_config": TOWER}
 _SHARED_KEYS = {
-    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
-}  # fmt: skip
-_GEMMA3N = _SHARED_KEYS | {"intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]}
-_GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+_GEMMA3N = _SHARED_KEYS | {
+    "intermediate_size": [96] * 4,
+    "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+}
+_GEMMA4_EXPERTS = {
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+}
 _DOTS3 = {
-    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32,
-    "swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
-}  # fmt: skip
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 32,
+    "swa_kv_lora_rank": 32,
+    "swa_head_dim": 32,
+    "swa_qk_nope_head_dim": 16,
+    "swa_v_head_dim": 16,
+}
 _SPARSE_INDEX = {
-    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4,
-}  # fmt: skip
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
 _CODEBOOK = _inside(
     "vq_config",
-    {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "latent_channels": 32, "embed_dim": 32},
+    {
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "num_res_blocks": 1,
+        "latent_channels": 32,
+        "embed_dim": 32,
+    },
 )
 _IMAGE_WORDS = {"vocabulary_map": {"<image>": 100, "IMGIMGA": 101, "IMGIMGB": 102}}
 _SIGLIP = {
-    "model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
-}  # fmt: skip
-_FOUR_STAGES = {"embed_dim": [32, 32, 64, 64], "depths": [1] * 4, "num_heads": [4] * 4, "num_groups": [4] * 4}
+    "model_type": "siglip_vision_model",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+_FOUR_STAGES = {
+    "embed_dim": [32, 32, 64, 64],
+    "depths": [1] * 4,
+    "num_heads": [4] * 4,
+    "num_groups": [4] * 4,
+}
 _HUNYUAN = {"head_dim": 16, "rope_parameters": _rope(mrope_section=[2, 2, 2, 2])}
 _ZAMBA2_LAYERS = ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]
 _TOKENIZER_STAGES = {"num_filters": 4, "depths": [1] * 7}
@@ -136,13 +214,24 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass": _inside("text_config", _FULL_ROPE),
     "cohere_compass_text": _FULL_ROPE,
     "dbrx": {
-        "attn_config.rope_theta": 10000.0, "attn_config.kv_n_heads": 2, "attn_config.clip_qkv": 8.0, "ffn_config.moe_top_k": 2,
+        "attn_config.rope_theta": 10000.0,
+        "attn_config.kv_n_heads": 2,
+        "attn_config.clip_qkv": 8.0,
+        "ffn_config.moe_top_k": 2,
     },
-    "deepseek_ocr2": _inside("text_config", {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_experts_per_tok": 2}),
+    "deepseek_ocr2": _inside(
+        "text_config", {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_experts_per_tok": 2}
+    ),
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
-    "diffusion_gemma": _inside("text_config", {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}),
+    "diffusion_gemma": _inside(
+        "text_config", {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    ),
     "dots1": {
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "head_dim": 16,
     },
     "dots3_note": _inside("text_config", _DOTS3),
     "dots3_note_text": _DOTS3,
@@ -150,7 +239,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "emu3": _CODEBOOK | _IMAGE_WORDS | {"vq_config.latent_channels": 4},
     "ernie4_5_vl_moe": _inside(
         "text_config",
-        {"rope_parameters": _rope(rope_theta=500000.0, mrope_section=[3, 3, 2]), "moe_intermediate_size": [32, 32]},
+        {
+            "rope_parameters": _rope(rope_theta=500000.0, mrope_section=[3, 3, 2]),
+            "moe_intermediate_size": [32, 32],
+        },
     ),
     "esm": {"vocab_size": 128},
     "esmc": {"num_key_value_heads": 4, "vocab_size": 128},
@@ -166,7 +258,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "gptj": {"rotary_dim": 8},
     "granite4_vision": {
-        "deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2", "spatial_target_layers": [0, 1, 1, 2],
+        "deepstack_layer_map": [[0, 0], [1, 1]],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [0, 1, 1, 2],
     },
     "granite_speech": {"encoder_config.context_size": 16},
     "granite_speech_plus": {"encoder_config.context_size": 16},
@@ -177,7 +271,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     | {"vision_config.max_image_size": 64, "vision_config.max_vit_seq_len": 256},
     "hunyuan_vl_text": _HUNYUAN,
     "jamba": {
-        "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
     },
     "janus": _CODEBOOK,
     "kimi_linear": {"linear_head_dim": 32, "linear_num_heads": 4},
@@ -190,11 +288,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "molmo2": {"adapter_config.vision_feature_layer": [2, 1]},
     "moshi": {"ffn_dim": 128, "depth_decoder_config.ffn_dim": 128},
-    "muse_spark": _inside("audio_config", {"hidden_sizes": [32, 32, 64, 64], "depths": [1] * 4, "num_hidden_layers": 4}),
+    "muse_spark": _inside(
+        "audio_config",
+        {"hidden_sizes": [32, 32, 64, 64], "depths": [1] * 4, "num_hidden_layers": 4},
+    ),
     "nemo_speechlm": _inside("text_config", _NEMOTRON),
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "nemotron_h": _NEMOTRON,
-    "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2} | _inside("text_config", _NEMOTRON),
+    "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2}
+    | _inside("text_config", _NEMOTRON),
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "perception_lm": {"vision_config": {**_SIGLIP, "model_args": {"embed_dim": 64}}},
     "qwen2_5_omni": {"enable_audio_output": False},
@@ -202,7 +304,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp": _inside("text_config", _SPARSE_INDEX),
     "qwen4_exp_text": _SPARSE_INDEX,
     "recurrent_gemma": {"intermediate_size": 128},
-    "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32], "attn_layers": ["local", "lsh", "local"]},
+    "reformer": {
+        "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [32, 32],
+        "attn_layers": ["local", "lsh", "local"],
+    },
     "step3p7": {"text_config.sliding_window": 16, "vision_config.mlp_ratio": 4.0},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "vibevoice_asr": _inside("acoustic_tokenizer_encoder_config", _TOKENIZER_STAGES)
@@ -211,21 +317,39 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
-        "layer_types": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"], "num_hidden_layers": 6,
-        "attn_layer_period": 3, "attn_layer_offset": 1,
+        "layer_types": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"],
+        "num_hidden_layers": 6,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
     },
     "zamba2": {
-        "num_hidden_layers": 5, "layers_block_type": _ZAMBA2_LAYERS, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1,
+        "num_hidden_layers": 5,
+        "layers_block_type": _ZAMBA2_LAYERS,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "num_mem_blocks": 1,
     },
     "glm4v_moe": _inside("text_config", _HALF_MULTI_ROPE),
     "glm4v_moe_text": _HALF_MULTI_ROPE,
-}  # fmt: skip
-for _type in ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glmga", "glm_ocr", "glm_image", "paddleocr_vl"):
+}
+for _type in (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "glm4v",
+    "glm46v",
+    "glmga",
+    "glm_ocr",
+    "glm_image",
+    "paddleocr_vl",
+):
     EXCEPTIONS[_type] = _inside("text_config", _MULTI_ROPE)
 for _type in ("glm4v_text", "glm_ocr_text", "glm_image_text", "qwen2_vl_text", "qwen2_5_vl_text"):
     EXCEPTIONS[_type] = _MULTI_ROPE
 for _type in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"):
-    EXCEPTIONS[_type] = _inside("text_config", _MULTI_ROPE) | {"vision_start_token_id": 120, "vision_end_token_id": 121}
+    EXCEPTIONS[_type] = _inside("text_config", _MULTI_ROPE) | {
+        "vision_start_token_id": 120,
+        "vision_end_token_id": 121,
+    }
 
 # What famous checkpoints of a type have and its default config has not.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -270,21 +394,57 @@ EXCLUDED = {
 
 # Text models that only AutoModel knows.
 TEXT_BODIES = (
-    "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_text", "glm4v_moe_text", "glm_ocr_text",
-    "glm_image_text", "glm5_next_text", "granite_docling_text", "hunyuan_vl_text", "mistral_large4_text", "muse_glimmer_text",
-    "muse_spark_text", "cosmos3_edge_text", "embedding_gemma2_text", "embedding_gemma2", "t5gemma2_encoder", "dpr", "splinter",
-    "visual_bert", "openai_privacy_filter", "modernvbert",
-)  # fmt: skip
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen3_vl_text",
+    "qwen3_vl_moe_text",
+    "glm4v_text",
+    "glm4v_moe_text",
+    "glm_ocr_text",
+    "glm_image_text",
+    "glm5_next_text",
+    "granite_docling_text",
+    "hunyuan_vl_text",
+    "mistral_large4_text",
+    "muse_glimmer_text",
+    "muse_spark_text",
+    "cosmos3_edge_text",
+    "embedding_gemma2_text",
+    "embedding_gemma2",
+    "t5gemma2_encoder",
+    "dpr",
+    "splinter",
+    "visual_bert",
+    "openai_privacy_filter",
+    "modernvbert",
+)
 # Decoders behind an audio tower, which transformers lists among encoder-decoders.
 BEHIND_AUDIO = {
-    "audioflamingo3", "musicflamingo", "glmasr", "moss_transcribe_diarize", "nemo_speechlm", "qwen2_audio", "qwen3_asr",
-    "vibevoice_asr", "voxtral",
-}  # fmt: skip
+    "audioflamingo3",
+    "musicflamingo",
+    "glmasr",
+    "moss_transcribe_diarize",
+    "nemo_speechlm",
+    "qwen2_audio",
+    "qwen3_asr",
+    "vibevoice_asr",
+    "voxtral",
+}
 SPEECH = ("whisper", "speech_to_text")  # encoders of sound, decoders of text
 CLASSIFIERS = (
-    "bert", "roberta", "xlm-roberta", "deberta-v2", "modernbert", "qwen3", "llama", "gemma3_text", "distilbert", "mpnet", "bart",
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "deberta-v2",
+    "modernbert",
+    "qwen3",
+    "llama",
+    "gemma3_text",
+    "distilbert",
+    "mpnet",
+    "bart",
     "t5",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -322,10 +482,18 @@ def all_kinds() -> list[Kind]:
 
 def _classes() -> dict[tuple[str, str], str]:
     """(type, role) → class name."""
-    causal, masked = _names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), _names(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    causal, masked = (
+        _names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        _names(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    )
     seq2seq = _names(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
-    encoders, bodies = _names(auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES), _names(auto.MODEL_MAPPING_NAMES)
-    multimodal = _names(auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES) | _names(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    encoders, bodies = (
+        _names(auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
+        _names(auto.MODEL_MAPPING_NAMES),
+    )
+    multimodal = _names(auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES) | _names(
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    )
     found: dict[tuple[str, str], str] = {}
     for type_, name in causal.items():
         whole = name.endswith("ForConditionalGeneration") or multimodal.get(type_) == name
@@ -355,7 +523,10 @@ def _classes() -> dict[tuple[str, str], str]:
 
 
 def _names(mapping: dict[str, Any]) -> dict[str, str]:
-    return {key: value[0] if isinstance(value, (tuple, list)) else value for key, value in mapping.items()}
+    return {
+        key: value[0] if isinstance(value, (tuple, list)) else value
+        for key, value in mapping.items()
+    }
 
 
 # Configs
@@ -367,15 +538,24 @@ def tiny_config(type_: str) -> Any:
     config_class = CONFIG_MAPPING[base]
     settings = shrunk(config_class, {**EXCEPTIONS.get(base, {}), **VARIANTS.get(type_, {})})
     config = config_class(**settings)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_start_token_id" not in config.__dict__:
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        and "decoder_start_token_id" not in config.__dict__
+    ):
         config.decoder_start_token_id = settings.get("pad_token_id") or 0  # as in every checkpoint
     return config
 
 
-def shrunk(config_class: Any, overrides: dict[str, Any], placeholders: dict[str, int] | None = None, inner: bool = False) -> dict:
+def shrunk(
+    config_class: Any,
+    overrides: dict[str, Any],
+    placeholders: dict[str, int] | None = None,
+    inner: bool = False,
+) -> dict:
     """Arguments that make a small `config_class`.
 
-    overrides: values by name, "text_config.num_experts" those of a part. placeholders: ids given so far. inner: of a part.
+    overrides: values by name, "text_config.num_experts" those of a part. placeholders: ids given so
+    far. inner: of a part.
     """
     placeholders = {} if placeholders is None else placeholders
     own = {key: value for key, value in overrides.items() if "." not in key}
@@ -389,7 +569,11 @@ def shrunk(config_class: Any, overrides: dict[str, Any], placeholders: dict[str,
             part = part_class()
         if part is None or isinstance(part, dict):
             continue
-        inside = {key.removeprefix(f"{name}."): value for key, value in overrides.items() if key.startswith(f"{name}.")}
+        inside = {
+            key.removeprefix(f"{name}."): value
+            for key, value in overrides.items()
+            if key.startswith(f"{name}.")
+        }
         settings[name] = shrunk(type(part), inside, placeholders, inner=True)
         if part.model_type:
             settings[name] = {"model_type": part.model_type, **settings[name]}
@@ -399,14 +583,21 @@ def shrunk(config_class: Any, overrides: dict[str, Any], placeholders: dict[str,
 class _Shrinker:
     """The fields of one config class, one by one."""
 
-    def __init__(self, config_class: Any, default: Any, placeholders: dict[str, int], inner: bool) -> None:
+    def __init__(
+        self, config_class: Any, default: Any, placeholders: dict[str, int], inner: bool
+    ) -> None:
         fields = dataclasses.fields(config_class)
         aliases = config_class.attribute_map or {}
         self.default, self.placeholders, self.inner = default, placeholders, inner
         self.declared = {field.name: field.default for field in fields}
         # What the instance holds: past properties, which may be views.
-        self.held = {field.name: default.__dict__.get(aliases.get(field.name, field.name)) for field in fields}
-        self.layer_field = next((name for name in LAYER_COUNTS if isinstance(self.held.get(name), int)), None)
+        self.held = {
+            field.name: default.__dict__.get(aliases.get(field.name, field.name))
+            for field in fields
+        }
+        self.layer_field = next(
+            (name for name in LAYER_COUNTS if isinstance(self.held.get(name), int)), None
+        )
         self.kept_layers = self._kept_layers()
         self.layers = LAYERS if self.kept_layers is None else len(self.kept_layers)
 
@@ -429,7 +620,11 @@ class _Shrinker:
     def _small(self, name: str, value: Any) -> Any:
         if self._is_per_layer(value):
             return [value[i] for i in self.kept_layers or ()]
-        if value is None and name in ("pad_token_id", "bos_token_id", "eos_token_id") and not self.inner:
+        if (
+            value is None
+            and name in ("pad_token_id", "bos_token_id", "eos_token_id")
+            and not self.inner
+        ):
             return TOKENS[name]
         if isinstance(value, bool) or value is None:
             return value
@@ -465,10 +660,13 @@ class _Shrinker:
 
     def _is_per_layer(self, value: Any) -> bool:
         count = self.held.get(self.layer_field) if self.layer_field else None
-        return isinstance(value, (list, tuple)) and bool(count) and count != 1 and len(value) == count
+        return (
+            isinstance(value, (list, tuple)) and bool(count) and count != 1 and len(value) == count
+        )
 
     def _kept_layers(self) -> list[int] | None:
-        """Indices of layers of every kind, and of one more, so that a structure is met twice; None for uniform models."""
+        """Indices of layers of every kind, and of one more, so that a structure is met twice; None
+        for uniform models."""
         columns = [list(value) for value in self.held.values() if self._is_per_layer(value)]
         if not columns:
             return None
@@ -483,12 +681,17 @@ class _Shrinker:
 
 def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
     if any(isinstance(value, dict) for value in rope.values()):
-        return {key: _small_rope(value) if isinstance(value, dict) else value for key, value in rope.items()}
+        return {
+            key: _small_rope(value) if isinstance(value, dict) else value
+            for key, value in rope.items()
+        }
     small = dict(rope)
     if "mrope_section" in small:
         sections = len(small["mrope_section"])
         total = int(HEAD // 2 * small.get("partial_rotary_factor", 1.0))
-        small["mrope_section"] = [total - (sections - 1) * (total // sections)] + [total // sections] * (sections - 1)
+        small["mrope_section"] = [total - (sections - 1) * (total // sections)] + [
+            total // sections
+        ] * (sections - 1)
     for key in ("short_factor", "long_factor"):
         if isinstance(small.get(key), list):
             small[key] = small[key][: HEAD // 2]
@@ -501,12 +704,17 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(kind: Kind, seed: int = 0) -> nn.Module:
-    """A float32 model in evaluation mode with random weights. Raises whatever transformers raises, ValueError when too large."""
+    """A float32 model in evaluation mode with random weights. Raises whatever transformers raises,
+    ValueError when too large."""
     _stand_in_for_timm()
     model_class = getattr(transformers, kind.class_name)
     config = _config_for(model_class, tiny_config(kind.type))
     torch.manual_seed(seed)
-    made = model_class._from_config(config, dtype=torch.float32) if hasattr(model_class, "_from_config") else model_class(config)
+    made = (
+        model_class._from_config(config, dtype=torch.float32)
+        if hasattr(model_class, "_from_config")
+        else model_class(config)
+    )
     parameters = sum(parameter.numel() for parameter in made.parameters())
     if parameters > MAX_PARAMETERS:
         raise ValueError(f"the tiny model has {parameters / 1e6:.0f} million parameters")
@@ -540,7 +748,8 @@ def _stand_in_for_timm() -> None:
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Unit gain for all that multiplies, small biases, and norms of which one channel in twelve stands out."""
+    """Unit gain for all that multiplies, small biases, and norms of which one channel in twelve
+    stands out."""
     generator = torch.Generator().manual_seed(seed)
     done: set[int] = set()
     for name, module in model.named_modules():
@@ -550,7 +759,9 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
                 _randomize(name, module, leaf, parameter, generator)
 
 
-def _randomize(name: str, module: nn.Module, leaf: str, parameter: Tensor, generator: torch.Generator) -> None:
+def _randomize(
+    name: str, module: nn.Module, leaf: str, parameter: Tensor, generator: torch.Generator
+) -> None:
     noise = torch.randn(parameter.shape, generator=generator)
     kind = type(module).__name__
     shape = parameter.shape
@@ -567,7 +778,11 @@ def _randomize(name: str, module: nn.Module, leaf: str, parameter: Tensor, gener
         parameter.add_(0.1 * noise)
     elif parameter.dim() == 3 and is_expert(name, module, leaf, parameter):
         parameter.copy_(noise / max(1, min(shape[1:])) ** 0.5)
-    elif parameter.dim() == 2 and not isinstance(module, (nn.Conv1d, nn.Conv2d)) and float(parameter.abs().max()) < 0.2:
+    elif (
+        parameter.dim() == 2
+        and not isinstance(module, (nn.Conv1d, nn.Conv2d))
+        and float(parameter.abs().max()) < 0.2
+    ):
         parameter.copy_(noise / shape[1] ** 0.5)  # routers and bare matrices
     elif parameter.dim() == 1 and float(parameter.abs().max()) < 1e-3:
         parameter.add_(0.02 * noise)
@@ -582,14 +797,29 @@ def is_expert(name: str, module: nn.Module, leaf: str, parameter: Tensor) -> boo
     """Whether a parameter [experts, …, …] holds the weights of several experts."""
     if parameter.dim() != 3 or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
         return False
-    return "expert" in (name + type(module).__name__).lower() or leaf in ("gate_up_proj", "down_proj", "w1", "w2", "w3", "v1")
+    return "expert" in (name + type(module).__name__).lower() or leaf in (
+        "gate_up_proj",
+        "down_proj",
+        "w1",
+        "w2",
+        "w3",
+        "v1",
+    )
 
 
 # Inputs
 
 
-def inputs(kind: Kind, model: nn.Module, rows: int = 4, length: int = 24, seed: int = 7, padding: str | None = None) -> dict:
-    """Random text ids and a mask int64 [rows, length], a decoder's ids, sound for models that read sound.
+def inputs(
+    kind: Kind,
+    model: nn.Module,
+    rows: int = 4,
+    length: int = 24,
+    seed: int = 7,
+    padding: str | None = None,
+) -> dict:
+    """Random text ids and a mask int64 [rows, length], a decoder's ids, sound for models that read
+    sound.
 
     padding: "left", "right" or None, for none.
     """
@@ -600,7 +830,8 @@ def inputs(kind: Kind, model: nn.Module, rows: int = 4, length: int = 24, seed: 
         places = slice(0, 3 * row) if padding == "left" else slice(length - 3 * row, length)
         mask[row, places] = 0
         ids[row, places] = 0
-    if kind.role == "seqcls":  # the heads of BART and T5 read the last token, which must end the text
+    # the heads of BART and T5 read the last token, which must end the text
+    if kind.role == "seqcls":
         last = (mask * torch.arange(length)).argmax(1)
         ids[torch.arange(rows), last] = 2
     item = {"input_ids": ids, "attention_mask": mask}
@@ -615,5 +846,7 @@ def _sound(model: nn.Module, rows: int, generator: torch.Generator) -> Tensor:
     """Random features as the model's own forward wants them."""
     config: Any = model.config
     if config.model_type == "whisper":
-        return torch.randn(rows, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+        return torch.randn(
+            rows, config.num_mel_bins, 2 * config.max_source_positions, generator=generator
+        )
     return torch.randn(rows, 48, config.input_feat_per_channel, generator=generator)

@@ -1,12 +1,14 @@
-"""The zoo: every text-bearing model type of the installed transformers, tiny and random, through the public interface.
+"""The zoo: every text-bearing model type of the installed transformers, tiny and random, through
+the public interface.
 
-    python benchmarks/zoo.py                          # all that is not there yet, then docs/zoo.md and benchmarks/results/zoo.json
-    python benchmarks/zoo.py --types qwen3_vl,t5:seq2seq --redo
+    python benchmarks/zoo.py                          # all that is not there yet, then docs/zoo.md
+    and benchmarks/results/zoo.json python benchmarks/zoo.py --types qwen3_vl,t5:seq2seq --redo
     python benchmarks/zoo.py --list
 
-Each kind is a forked process of its own with limits of time and memory, `--workers` of them at a time. What it finds lies in
-`--state` (one JSON file a kind, written before each step), so that a run goes on where the last one stopped, and a process that
-was killed still tells in which step. `zoo_checks` holds the checks, `tiny_kinds` the models.
+Each kind is a forked process of its own with limits of time and memory, `--workers` of them at a
+time. What it finds lies in `--state` (one JSON file a kind, written before each step), so that a
+run goes on where the last one stopped, and a process that was killed still tells in which step.
+`zoo_checks` holds the checks, `tiny_kinds` the models.
 """
 
 from __future__ import annotations
@@ -85,7 +87,13 @@ def _start(kind: Kind, state: Path) -> int:
 
 
 def _finish(kind: Kind, state: Path, status: int, late: bool) -> None:
-    found = read(state).get(str(kind)) or {"type": kind.type, "role": kind.role, "step": "start", "errors": {}, "failed": []}
+    found = read(state).get(str(kind)) or {
+        "type": kind.type,
+        "role": kind.role,
+        "step": "start",
+        "errors": {},
+        "failed": [],
+    }
     if found["step"] != "end":
         why = "out of time" if late else f"its process ended with status {status}"
         found["errors"][found["step"]] = why
@@ -112,7 +120,8 @@ def line_of(result: dict[str, Any]) -> str:
     errors = "; ".join(f"{step}: {text[:200]}" for step, text in result["errors"].items())
     share = result.get("share", 0)
     return (
-        f"{result['type']}:{result['role']} {failed} share {share} {result.get('checks', {})} {result.get('fusion', '')} {errors}"
+        f"{result['type']}:{result['role']} {failed} share {share} {result.get('checks', {})} "
+        f"{result.get('fusion', '')} {errors}"
     )
 
 
@@ -124,19 +133,30 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     parts = [
         "# The zoo",
         "",
-        f"Every text-bearing model type of transformers {transformers.__version__}, tiny and random, quantized through the public",
-        "interface and checked: folds keep the function, the output is not further from the original's than with weights rounded",
-        "to nearest, both ways of loading give the same output, tensors have the source's names on disk, and generation gives the",
+        f"Every text-bearing model type of transformers {transformers.__version__}, tiny and "
+        "random, quantized through the public",
+        "interface and checked: folds keep the function, the output is not further from the "
+        "original's than with weights rounded",
+        "to nearest, both ways of loading give the same output, tensors have the source's names "
+        "on disk, and generation gives the",
         "tokens of transformers' own loop. `python benchmarks/zoo.py` makes this page.",
         "",
         *_counts(results),
         "",
-        "Share: text weights in 4 bits. In a tiny model, low-rank parts and routers weigh more than in a true one.",
-        "Folds: linears whose scale went into a producer, of all quantized ones. Generation: *fused* runs on this package's",
-        "blocks; *plain* on transformers' own, which a GPU captures as a CUDA graph where that can be proven.",
+        "Share: text weights in 4 bits. In a tiny model, low-rank parts and routers weigh more "
+        "than in a true one.",
+        "Folds: linears whose scale went into a producer, of all quantized ones. Generation: "
+        "*fused* runs on this package's",
+        "blocks; *plain* on transformers' own, which a GPU captures as a CUDA graph where that "
+        "can be proven.",
     ]
     for role, title in ROLES.items():
-        parts += ["", f"## {title.capitalize()}", "", "| type | share | folds | generation | what fails, or stays dense |"]
+        parts += [
+            "",
+            f"## {title.capitalize()}",
+            "",
+            "| type | share | folds | generation | what fails, or stays dense |",
+        ]
         parts.append("|---|---|---|---|---|")
         parts += [_row(result) for result in results.values() if result["role"] == role]
     parts += ["", "## Left out", ""]
@@ -145,7 +165,10 @@ def page(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _counts(results: dict[str, dict[str, Any]]) -> list[str]:
-    lines = ["| role | types | built | quantized | all text weights | pass every check | fused |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| role | types | built | quantized | all text weights | pass every check | fused |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for role, title in ROLES.items():
         counts: Counter[str] = Counter()
         for result in results.values():
@@ -153,7 +176,8 @@ def _counts(results: dict[str, dict[str, Any]]) -> list[str]:
                 counts.update(_standing(result))
         fused = counts["fused"] if role in ("causal", "vlm") else "—"
         lines.append(
-            f"| {title} | {counts['types']} | {counts['built']} | {counts['quantized']} | {counts['whole']} | {counts['good']} "
+            f"| {title} | {counts['types']} | {counts['built']} | {counts['quantized']} | "
+            f"{counts['whole']} | {counts['good']} "
             f"| {fused} |"
         )
     return lines
@@ -182,18 +206,32 @@ def _row(result: dict[str, Any]) -> str:
     notes = [f"**{step}**: {text}" for step, text in result["errors"].items()]
     notes += [f"**{name}**" for name in result["failed"] if name not in result["errors"]]
     if result.get("share", 0) < 1:
-        notes += [f"{share:.0%} {reason}" for reason, share in result.get("left", {}).items() if share >= 0.005]
+        notes += [
+            f"{share:.0%} {reason}"
+            for reason, share in result.get("left", {}).items()
+            if share >= 0.005
+        ]
     own = result.get("checks", {}).get("generate_of_transformers")
     notes += [f"transformers does not generate: {own}"] if own else []
     text = "; ".join(notes).replace("|", "/").replace("\n", " ")
-    return f"| {result['type']} | {result.get('share', 0):.0%} | {folds}/{linears} | {generation.replace('|', '/')} | {text} |"
+    return (
+        f"| {result['type']} | {result.get('share', 0):.0%} | {folds}/{linears} | "
+        f"{generation.replace('|', '/')} | {text} |"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--types", default="", help="comma-separated types, or type:role")
     parser.add_argument("--roles", default="", help="comma-separated roles")
-    parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "zoo", help="directory of what was found so far")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        default=ROOT / ".cache" / "zoo",
+        help="directory of what was found so far",
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--redo", action="store_true", help="check again what is there already")
     parser.add_argument("--failed", action="store_true", help="check again what failed")

@@ -1,12 +1,17 @@
-"""What `zoo` asks of one kind of model, through the public interface, with transformers' own forward as the judge.
+"""What `zoo` asks of one kind of model, through the public interface, with transformers' own
+forward as the judge.
 
 Everything is in float32 with groups of 32, the preset "balanced" and random ids with masks:
 
-- fold: random scales through the pipeline's own folds, without rounding, leave the model's output as it was
-- nearest: the quantized model's output is not further from the original's than with all of its linears rounded to nearest
+- fold: random scales through the pipeline's own folds, without rounding, leave the model's output
+as it was
+- nearest: the quantized model's output is not further from the original's than with all of its
+linears rounded to nearest
 - names: with `.qweight` read as `.weight`, the tensors on disk are those of the original checkpoint
-- reload_awq, reload_hf: `from_quantized` and transformers' own class give the output of the model in memory
-- generate: greedy tokens of a padded batch through the fused object are those of transformers' loop on the unfused model
+- reload_awq, reload_hf: `from_quantized` and transformers' own class give the output of the model
+in memory
+- generate: greedy tokens of a padded batch through the fused object are those of transformers' loop
+on the unfused model
 """
 
 from __future__ import annotations
@@ -39,8 +44,10 @@ GROUP_SIZE = 32
 NEW_TOKENS = 8
 LIMITS = {"fold": 1e-3, "reload_awq": 1e-4, "reload_hf": 1e-4}  # of the output's norm
 NEAREST_MARGIN = 1.05
-FULL_SHARE = 0.9  # of the text weights in 4 bits; what is left are low ranks and mixers that a full model hardly sees
-ON_PURPOSE = ("serving engines dequantize", "outside the repeated blocks")  # reasons to stay dense that are not a lack
+# of the text weights in 4 bits; what is left are low ranks and mixers that a full model hardly sees
+FULL_SHARE = 0.9
+# reasons to stay dense that are not a lack
+ON_PURPOSE = ("serving engines dequantize", "outside the repeated blocks")
 MAX_TIE = 1e-4  # in standard deviations of the logits: greedy search may take either
 
 _TOWERS = re.compile(
@@ -59,8 +66,9 @@ _NO_PRODUCT = re.compile(
 class Result:
     """What was found out about one kind.
 
-    share: of the text weights in 4 bits. left: reason → share of the text weights that are dense for it. folds: linears
-    whose scale went into a producer, of all quantized ones. checks: name → figure or verdict. errors: step → message.
+    share: of the text weights in 4 bits. left: reason → share of the text weights that are dense
+    for it. folds: linears whose scale went into a producer, of all quantized ones. checks: name →
+    figure or verdict. errors: step → message.
     """
 
     kind: Kind
@@ -76,28 +84,50 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         others = {name: value for name, value in self.__dict__.items() if name != "kind"}
-        return {"type": self.kind.type, "role": self.kind.role, "class": self.kind.class_name, **others, "failed": self.failed()}
+        return {
+            "type": self.kind.type,
+            "role": self.kind.role,
+            "class": self.kind.class_name,
+            **others,
+            "failed": self.failed(),
+        }
 
     def failed(self) -> list[str]:
         """The steps and checks that are not as they should be."""
         found = list(self.errors)
-        found += [name for name, limit in LIMITS.items() if self.checks.get(name) is not None and not self.checks[name] <= limit]
-        found += [name for name in ("nearest", "names", "generate") if self.checks.get(name) is False]
-        if not {"build", "load", "quantize"}.intersection(found) and self.whole_share() < FULL_SHARE:
+        found += [
+            name
+            for name, limit in LIMITS.items()
+            if self.checks.get(name) is not None and not self.checks[name] <= limit
+        ]
+        found += [
+            name for name in ("nearest", "names", "generate") if self.checks.get(name) is False
+        ]
+        if (
+            not {"build", "load", "quantize"}.intersection(found)
+            and self.whole_share() < FULL_SHARE
+        ):
             found.append("share")
         return found
 
     def whole_share(self) -> float:
         """The share in 4 bits and what is dense on purpose."""
-        return self.share + sum(share for reason, share in self.left.items() if reason.startswith(ON_PURPOSE))
+        return self.share + sum(
+            share for reason, share in self.left.items() if reason.startswith(ON_PURPOSE)
+        )
 
 
 def check(
-    kind: Kind, work: Path, note: Callable[[Result], None] = lambda result: None, preset: str = "balanced", rows: int = 24
+    kind: Kind,
+    work: Path,
+    note: Callable[[Result], None] = lambda result: None,
+    preset: str = "balanced",
+    rows: int = 24,
 ) -> Result:
     """Builds, quantizes, saves and reloads one kind; what fails is in the result.
 
-    work: an empty directory. note: told of the result before each step, for a process may end within one. preset: of
+    work: an empty directory. note: told of the result before each step, for a process may end
+    within one. preset: of
     `QuantizeOptions`. rows: of 64 tokens, that calibrate.
     """
     examination = _Examination(kind, work, Result(kind), note, preset, rows)
@@ -130,7 +160,10 @@ class _Examination:
         self._note_shares(report, weights)
         self.quantized = self._outputs(wrapper.model)
         self._try("nearest", lambda: self._compare_with_nearest(report))
-        if self._try("save", lambda: wrapper.save_quantized(self.work / "quantized") or True) is None:
+        if (
+            self._try("save", lambda: wrapper.save_quantized(self.work / "quantized") or True)
+            is None
+        ):
             return
         self._try("names", self._compare_names)
         self._try("reload_hf", lambda: self._reload_with_transformers(type(wrapper.model)))
@@ -170,12 +203,20 @@ class _Examination:
         return model
 
     def _load(self) -> AwqModel:
-        factory = awq.AutoAWQForEmbedding if self.kind.class_name.endswith("EncoderModel") else awq.AutoAWQForCausalLM
+        factory = (
+            awq.AutoAWQForEmbedding
+            if self.kind.class_name.endswith("EncoderModel")
+            else awq.AutoAWQForCausalLM
+        )
         return factory.from_pretrained(self.work / "dense")
 
     def _calibration(self, model: nn.Module) -> Any:
         item = inputs(self.kind, model, rows=self.rows, length=64, seed=3, padding="right")
-        return {name: tensor for name, tensor in item.items() if name != "decoder_input_ids" or "input_ids" not in item}
+        return {
+            name: tensor
+            for name, tensor in item.items()
+            if name != "decoder_input_ids" or "input_ids" not in item
+        }
 
     def _quantize(self, wrapper: AwqModel, model: nn.Module) -> Any:
         data = self._calibration(model)
@@ -199,7 +240,9 @@ class _Examination:
         for warning in report.warnings:
             if " stays dense: " in warning:
                 left[warning.partition(" stays dense: ")[2]] += 0
-        self.result.left = {reason: round(count / total, 4) for reason, count in left.most_common(6)}
+        self.result.left = {
+            reason: round(count / total, 4) for reason, count in left.most_common(6)
+        }
 
     def _compare_with_nearest(self, report: Any) -> None:
         plain = self._load().model
@@ -213,32 +256,60 @@ class _Examination:
             nearest_outputs = self._outputs(plain)
         ours = mean_distance(self.quantized, self.original)
         theirs = mean_distance(nearest_outputs, self.original)
-        self.result.checks["error"], self.result.checks["error_nearest"] = round(ours, 5), round(theirs, 5)
+        self.result.checks["error"], self.result.checks["error_nearest"] = (
+            round(ours, 5),
+            round(theirs, 5),
+        )
         self.result.checks["nearest"] = ours <= NEAREST_MARGIN * theirs + 1e-6
 
     def _compare_names(self) -> None:
         before, after = tensor_names(self.work / "dense"), tensor_names(self.work / "quantized")
-        fused = {name for name, dimensions in before.items() if dimensions == 3 or _OF_EXPERTS.search(name)}
+        fused = {
+            name
+            for name, dimensions in before.items()
+            if dimensions == 3 or _OF_EXPERTS.search(name)
+        }
         if fused - set(after):  # one linear for each expert, as serving engines read such types
             self.result.checks["experts_parted"] = True
-            after = {name: dimensions for name, dimensions in after.items() if not _OF_ONE_EXPERT.search(name)}
-            before = {name: dimensions for name, dimensions in before.items() if name not in fused or name in after}
+            after = {
+                name: dimensions
+                for name, dimensions in after.items()
+                if not _OF_ONE_EXPERT.search(name)
+            }
+            before = {
+                name: dimensions
+                for name, dimensions in before.items()
+                if name not in fused or name in after
+            }
         missing, new = sorted(set(before) - set(after)), sorted(set(after) - set(before))
         self.result.checks["names"] = not missing and not new
         if missing or new:
-            self.result.checks["names_missing"], self.result.checks["names_new"] = missing[:4], new[:4]
+            self.result.checks["names_missing"], self.result.checks["names_new"] = (
+                missing[:4],
+                new[:4],
+            )
 
     def _reload(self) -> AwqModel:
-        factory = awq.AutoAWQForEmbedding if self.kind.class_name.endswith("EncoderModel") else awq.AutoAWQForCausalLM
+        factory = (
+            awq.AutoAWQForEmbedding
+            if self.kind.class_name.endswith("EncoderModel")
+            else awq.AutoAWQForCausalLM
+        )
         loaded = factory.from_quantized(self.work / "quantized", fuse_layers=False, device="cpu")
-        self.result.checks["reload_awq"] = worst_distance(self._outputs(loaded.model), self.quantized)
+        self.result.checks["reload_awq"] = worst_distance(
+            self._outputs(loaded.model), self.quantized
+        )
         return loaded
 
     def _reload_with_transformers(self, model_class: Any) -> None:
-        """Through the Auto class of the role, where that gives the class which was quantized; else through that class."""
+        """Through the Auto class of the role, where that gives the class which was quantized; else
+        through that class."""
         chosen = _auto_class(self.kind.role)
         config = transformers.AutoConfig.from_pretrained(self.work / "dense")
-        if type(config) not in chosen._model_mapping or chosen._model_mapping[type(config)] is not model_class:
+        if (
+            type(config) not in chosen._model_mapping
+            or chosen._model_mapping[type(config)] is not model_class
+        ):
             chosen = model_class
         model = chosen.from_pretrained(self.work / "quantized").eval()
         self.result.checks["reload_hf"] = worst_distance(self._outputs(model), self.quantized)
@@ -248,11 +319,17 @@ class _Examination:
         item = inputs(self.kind, unfused.model, rows=3, length=12, seed=21, padding=padding)
         item.pop("decoder_input_ids", None)
         settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-        fused = awq.AutoAWQForCausalLM.from_quantized(self.work / "quantized", device="cpu", max_seq_len=64)
+        fused = awq.AutoAWQForCausalLM.from_quantized(
+            self.work / "quantized", device="cpu", max_seq_len=64
+        )
         try:
-            theirs = unfused.model.generate(**item, **settings, return_dict_in_generate=True, output_scores=True)
+            theirs = unfused.model.generate(
+                **item, **settings, return_dict_in_generate=True, output_scores=True
+            )
         except Exception as error:  # then the type generates neither way
-            self.result.checks["generate_of_transformers"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            self.result.checks["generate_of_transformers"] = (
+                f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            )
             return
         try:
             ours = fused.generate(**item, **settings)
@@ -264,10 +341,17 @@ class _Examination:
         """The function stays where every fold takes a random scale and nothing is rounded."""
         model = self._load().model
         found = self._calibration(model)
-        batch = CalibrationBatch(found["input_ids"], found["attention_mask"]) if "input_ids" in found else None
+        batch = (
+            CalibrationBatch(found["input_ids"], found["attention_mask"])
+            if "input_ids" in found
+            else None
+        )
         if batch is None:
             return
-        config, options = awq.AwqConfig(group_size=GROUP_SIZE), awq.QuantizeOptions(preset="fast", progress=False)
+        config, options = (
+            awq.AwqConfig(group_size=GROUP_SIZE),
+            awq.QuantizeOptions(preset="fast", progress=False),
+        )
         generator = torch.Generator().manual_seed(5)
         folded = 0
         with torch.no_grad(), experts_as_linears(model):
@@ -307,7 +391,14 @@ def output_of(model: nn.Module, item: dict[str, Tensor]) -> Tensor:
     """Logits or hidden states of real tokens, float32 [tokens, features]."""
     with torch.no_grad():
         output = model(**item)
-    found = next((output[key] for key in ("logits", "last_hidden_state", "prediction_logits") if output.get(key) is not None), None)
+    found = next(
+        (
+            output[key]
+            for key in ("logits", "last_hidden_state", "prediction_logits")
+            if output.get(key) is not None
+        ),
+        None,
+    )
     found = (output[0] if found is None else found).float()
     mask = item.get("attention_mask")
     if mask is not None and found.dim() == 3 and found.shape[:2] == mask.shape:
@@ -351,7 +442,11 @@ def same_tokens(ours: Tensor, theirs: Any) -> bool:
     start = ours.shape[1] - len(theirs.scores)
     for row, (a, b) in enumerate(zip(ours, theirs.sequences)):
         places = (a != b).nonzero().flatten()
-        if len(places) and _gap(theirs.scores[int(places[0]) - start][row], a[places[0]], b[places[0]]) > MAX_TIE:
+        if (
+            len(places)
+            and _gap(theirs.scores[int(places[0]) - start][row], a[places[0]], b[places[0]])
+            > MAX_TIE
+        ):
             return False
     return True
 
@@ -362,14 +457,17 @@ def _gap(scores: Tensor, a: Tensor, b: Tensor) -> float:
 
 
 def tensor_names(directory: Path) -> dict[str, int]:
-    """Tensor → number of its dimensions in the files of a checkpoint, packed ones under the names of their weights."""
+    """Tensor → number of its dimensions in the files of a checkpoint, packed ones under the names
+    of their weights."""
     found = {}
     for path in directory.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             found |= {name: len(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     packed = {name.removesuffix(".qweight") for name in found if name.endswith(".qweight")}
     parts = {f"{name}.{part}" for name in packed for part in ("qweight", "qzeros", "scales")}
-    return {name: count for name, count in found.items() if name not in parts} | {f"{name}.weight": 2 for name in packed}
+    return {name: count for name, count in found.items() if name not in parts} | {
+        f"{name}.weight": 2 for name in packed
+    }
 
 
 def text_weights(model: Any) -> dict[str, int]:
@@ -386,8 +484,14 @@ def _text_matrices(model: Any) -> Iterator[tuple[str, Tensor]]:
     has_inner = any(name.endswith("language_model") for name, _ in model.named_modules())
     for name, module in model.named_modules():
         kind = type(module).__name__
-        is_tower = _TOWERS.search(f".{name}") or (has_inner and re.search(r"\.encoder\.|projectors", name))
-        if isinstance(module, nn.Embedding) or ("conv" in kind.lower() and kind != "Conv1D") or is_tower:
+        is_tower = _TOWERS.search(f".{name}") or (
+            has_inner and re.search(r"\.encoder\.|projectors", name)
+        )
+        if (
+            isinstance(module, nn.Embedding)
+            or ("conv" in kind.lower() and kind != "Conv1D")
+            or is_tower
+        ):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen | ends or parameter.dim() < 2:
@@ -411,7 +515,10 @@ def _multiplies(name: str, module: nn.Module, leaf: str, parameter: Tensor) -> b
         return True
     if parameter.dim() != 2:
         return False
-    is_router = re.search(r"rout|(^|\.)gate(\.weight)?$|shared_expert_gate", full) and min(parameter.shape) <= 512
+    is_router = (
+        re.search(r"rout|(^|\.)gate(\.weight)?$|shared_expert_gate", full)
+        and min(parameter.shape) <= 512
+    )
     if is_linear(module) and leaf == "weight":
         return not is_router
     return min(parameter.shape) > 1 and not is_router and not _NO_PRODUCT.search(full)

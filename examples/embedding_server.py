@@ -1,4 +1,5 @@
-"""An embedding endpoint around a quantized model: `MODEL=DIRECTORY uvicorn embedding_server:app` (pip install fastapi uvicorn)."""
+"""An embedding endpoint around a quantized model: `MODEL=DIRECTORY uvicorn embedding_server:app`
+(pip install fastapi uvicorn)."""
 
 import base64
 import os
@@ -20,7 +21,8 @@ name = Path(os.environ["MODEL"]).name
 
 
 class Request(BaseModel):
-    input: str | list[str] | list[int] | list[list[int]]  # token ids are those of this model's own tokenizer
+    # token ids are those of this model's own tokenizer
+    input: str | list[str] | list[int] | list[list[int]]
     model: str | None = None
     dimensions: int | None = None
     encoding_format: Literal["float", "base64"] = "float"
@@ -28,7 +30,9 @@ class Request(BaseModel):
 
 @app.exception_handler(AwqError)
 def refuse(_request, error: AwqError):
-    return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+    return JSONResponse(
+        {"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400
+    )
 
 
 @app.get("/v1/models")
@@ -40,10 +44,24 @@ def models():
 def embeddings(request: Request):
     texts = [as_text(item) for item in as_list(request.input)]
     if not texts or not all(texts):
-        raise ConfigError("input is empty; give at least one text, each with at least one character.")
-    vectors = encoder.encode(texts, normalize=True, truncate_dim=checked(request.dimensions)).tolist()
-    rows = [{"object": "embedding", "index": i, "embedding": shown(v, request)} for i, v in enumerate(vectors)]
-    tokens = sum(map(len, encoder.tokenizer(texts, truncation=True, max_length=encoder.max_seq_length)["input_ids"]))
+        raise ConfigError(
+            "input is empty; give at least one text, each with at least one character."
+        )
+    vectors = encoder.encode(
+        texts, normalize=True, truncate_dim=checked(request.dimensions)
+    ).tolist()
+    rows = [
+        {"object": "embedding", "index": i, "embedding": shown(v, request)}
+        for i, v in enumerate(vectors)
+    ]
+    tokens = sum(
+        map(
+            len,
+            encoder.tokenizer(texts, truncation=True, max_length=encoder.max_seq_length)[
+                "input_ids"
+            ],
+        )
+    )
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "model": name, "data": rows, "usage": usage}
 
@@ -57,7 +75,9 @@ def as_text(item: str | list[int]) -> str:
     if isinstance(item, str):
         return item
     if not all(0 <= token < len(encoder.tokenizer) for token in item):
-        raise ConfigError(f"token ids must be of this model's tokenizer, 0 to {len(encoder.tokenizer) - 1}.")
+        raise ConfigError(
+            f"token ids must be of this model's tokenizer, 0 to {len(encoder.tokenizer) - 1}."
+        )
     return encoder.tokenizer.decode(item, skip_special_tokens=True)
 
 
@@ -68,4 +88,8 @@ def checked(dimensions: int | None) -> int | None:
 
 
 def shown(vector: list[float], request: Request):
-    return vector if request.encoding_format == "float" else base64.b64encode(array("f", vector).tobytes()).decode()
+    return (
+        vector
+        if request.encoding_format == "float"
+        else base64.b64encode(array("f", vector).tobytes()).decode()
+    )

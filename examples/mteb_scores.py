@@ -1,7 +1,7 @@
 """MTEB scores of a model before and after quantization; `pip install mteb` first.
 
-`python examples/mteb_scores.py ORIGINAL QUANTIZED --tasks STS12 SciFact`, or, where no hub can be reached,
-`--pairs FILE` with lines `score<TAB>sentence<TAB>sentence` as a task of its own.
+`python examples/mteb_scores.py ORIGINAL QUANTIZED --tasks STS12 SciFact`, or, where no hub can be
+reached, `--pairs FILE` with lines `score<TAB>sentence<TAB>sentence` as a task of its own.
 """
 
 from __future__ import annotations
@@ -23,11 +23,25 @@ class LocalPairs(AbsTaskSTS):
     """Sentence pairs of a local file as an MTEB task."""
 
     metadata = TaskMetadata(
-        name="LocalPairs", description="Sentence pairs of a local file.", dataset={"path": "local", "revision": "1"}, type="STS",
-        category="t2t", modalities=["text"], eval_splits=["test"], eval_langs=["eng-Latn"], main_score="cosine_spearman",
-        reference=None, date=None, domains=None, task_subtypes=None, license=None, annotations_creators=None, dialect=None,
-        sample_creation=None, bibtex_citation=None,
-    )  # fmt: skip
+        name="LocalPairs",
+        description="Sentence pairs of a local file.",
+        dataset={"path": "local", "revision": "1"},
+        type="STS",
+        category="t2t",
+        modalities=["text"],
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score="cosine_spearman",
+        reference=None,
+        date=None,
+        domains=None,
+        task_subtypes=None,
+        license=None,
+        annotations_creators=None,
+        dialect=None,
+        sample_creation=None,
+        bibtex_citation=None,
+    )
     min_score, max_score = 0, 5
 
     def __init__(self, path: str | Path) -> None:
@@ -42,12 +56,16 @@ class LocalPairs(AbsTaskSTS):
 
 def scores(directory: str, tasks: list) -> dict[str, float]:
     """Main score of each task. No cache: MTEB's goes by model name, and local models share one."""
-    found = mteb.evaluate(SentenceTransformer(directory), tasks, cache=None, show_progress_bar=False)
+    found = mteb.evaluate(
+        SentenceTransformer(directory), tasks, cache=None, show_progress_bar=False
+    )
     return {result.task_name: float(result.get_score()) for result in found.task_results}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("original")
     parser.add_argument("quantized")
     parser.add_argument("--tasks", nargs="+", default=[])
@@ -55,7 +73,9 @@ def main() -> None:
     arguments = parser.parse_args()
     tasks = [*mteb.get_tasks(tasks=arguments.tasks)] if arguments.tasks else []
     tasks += [LocalPairs(arguments.pairs)] if arguments.pairs else []
-    before, after = (scores(directory, tasks) for directory in (arguments.original, arguments.quantized))
+    before, after = (
+        scores(directory, tasks) for directory in (arguments.original, arguments.quantized)
+    )
     for name, score in before.items():
         print(f"{name}: {100 * score:.2f} before, {100 * after[name]:.2f} after")
 

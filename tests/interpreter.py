@@ -1,8 +1,11 @@
-"""What the interpreters of some Triton releases do otherwise than a GPU, put right; import this before the kernels run.
+"""What the interpreters of some Triton releases do otherwise than a GPU, put right; import this
+before the kernels run.
 
-- Triton 3.6 takes no loop bound that was loaded: numpy 2.4 no longer makes an int of an array of one element.
-- Triton 3.6 rounds a fused multiply-add twice, as `x * y + z`. A GPU rounds it once, and newer interpreters do too. The
-  kernels of the searches divide with it (`search._divided`), and a quotient that is off by one bit can turn a code.
+- Triton 3.6 takes no loop bound that was loaded: numpy 2.4 no longer makes an int of an array of
+one element.
+- Triton 3.6 rounds a fused multiply-add twice, as `x * y + z`. A GPU rounds it once, and newer
+  interpreters do too. The kernels of the searches divide with it (`search._divided`), and a
+  quotient that is off by one bit can turn a code.
 """
 
 import numpy as np

@@ -1,7 +1,10 @@
-"""Changes to a checkpoint that a seed decides: what broken disks, other tools, half downloads and strangers do to files.
+"""Changes to a checkpoint that a seed decides: what broken disks, other tools, half downloads and
+strangers do to files.
 
-Each function changes one thing in a directory and says what it did. `changes_values` tells whether numbers may honestly
-differ afterwards: a JSON setting may ask for something else, while a tensor that is renamed or missing may not.
+Each function changes one thing in a directory and says what it did. `changes_values` tells whether
+numbers may honestly
+differ afterwards: a JSON setting may ask for something else, while a tensor that is renamed or
+missing may not.
 """
 
 from __future__ import annotations
@@ -16,8 +19,37 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-ODD_VALUES = [None, True, False, -1, 0, 1, 3, 2.5, "x", "", [], {}, [1], {"a": 1}, float("nan"), 10**9, "../x", "\x00", "\u202e"]
-DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
+ODD_VALUES = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    3,
+    2.5,
+    "x",
+    "",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    float("nan"),
+    10**9,
+    "../x",
+    "\x00",
+    "\u202e",
+]
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.float8_e4m3fn,
+]
 MAX_FLIPPED_PLACE = 4000  # bytes from the start of a file: headers and settings lie there
 MARKER = "code-was-run"  # a file that code of a mutant would write
 PROGRAM = f"import pathlib\npathlib.Path(__file__).with_name('{MARKER}').touch()\n"
@@ -30,17 +62,22 @@ def mutate(folder: Path, chance: random.Random) -> tuple[str, str]:
 
 
 def _files(folder: Path, *endings: str) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(endings))
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name.endswith(endings)
+    )
 
 
 def change_tensor(folder: Path, chance: random.Random) -> str:
-    """A tensor is missing, has another name or dtype, is cut, holds NaN, or changed places with another one."""
+    """A tensor is missing, has another name or dtype, is cut, holds NaN, or changed places with
+    another one."""
     path = chance.choice(_files(folder, ".safetensors"))
     tensors = load_file(path)
     name = chance.choice(sorted(tensors))
     how = chance.choice(sorted(TENSOR_CHANGES))
     tensors |= TENSOR_CHANGES[how](name, tensors, chance)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()}, path, metadata={"format": "pt"}
+    )
     return f"{how} {name} in {path.relative_to(folder)}"
 
 
@@ -64,7 +101,8 @@ def _cut(name: str, tensors: dict, chance: random.Random) -> dict:
 
 
 def _reshape(name: str, tensors: dict, chance: random.Random) -> dict:
-    """Another shape; of a square one, whose transpose nobody could tell, the transpose is left out."""
+    """Another shape; of a square one, whose transpose nobody could tell, the transpose is left
+    out."""
     tensor = tensors[name]
     shapes = [tensor.flatten(), tensor.unsqueeze(0), tensor.t().clone()]
     return {name: chance.choice([new for new in shapes if new.shape != tensor.shape])}
@@ -73,7 +111,9 @@ def _reshape(name: str, tensors: dict, chance: random.Random) -> dict:
 def _spoil(name: str, tensors: dict, chance: random.Random) -> dict:
     spoiled = tensors[name].clone()
     if spoiled.is_floating_point():
-        spoiled.view(-1)[chance.randrange(spoiled.numel())] = chance.choice([float("nan"), float("inf")])
+        spoiled.view(-1)[chance.randrange(spoiled.numel())] = chance.choice(
+            [float("nan"), float("inf")]
+        )
     return {name: spoiled}
 
 
@@ -82,7 +122,8 @@ def _add(name: str, tensors: dict, chance: random.Random) -> dict:
 
 
 def _swap(name: str, tensors: dict, chance: random.Random) -> dict:
-    """Two tensors change names; those alike in shape and dtype are left, since nobody could tell."""
+    """Two tensors change names; those alike in shape and dtype are left, since nobody could
+    tell."""
     other = chance.choice(sorted(tensors))
     if tensors[other].shape == tensors[name].shape and tensors[other].dtype == tensors[name].dtype:
         return {}
@@ -116,9 +157,17 @@ def change_header(folder: Path, chance: random.Random) -> str:
         length = chance.choice([0, 1, length * 2, 2**40, 2**63])
     else:
         place = chance.randrange(max(1, len(entry[field])))
-        entry[field] = [*entry[field][:place], chance.choice([0, 1, 2**31, 2**62, -1]), *entry[field][place + 1 :]]
+        entry[field] = [
+            *entry[field][:place],
+            chance.choice([0, 1, 2**31, 2**62, -1]),
+            *entry[field][place + 1 :],
+        ]
     text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if field != "length" else length) + text + data[8 + len(text) :][:0])
+    path.write_bytes(
+        struct.pack("<Q", len(text) if field != "length" else length)
+        + text
+        + data[8 + len(text) :][:0]
+    )
     with path.open("ab") as file:
         file.write(data[8 + struct.unpack("<Q", data[:8])[0] :])
     return f"header {field} of {name}"
@@ -142,7 +191,13 @@ def change_setting(folder: Path, chance: random.Random) -> str:
 
 
 def _places(content: Any):
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else ()
+    )
     for key, value in items:
         yield content, key
         yield from _places(value)
@@ -166,7 +221,9 @@ def change_bytes(folder: Path, chance: random.Random) -> str:
 def change_file(folder: Path, chance: random.Random) -> str:
     """A file is missing, a folder, a pipe, a link to elsewhere, or another one lies beside it."""
     path = chance.choice(_files(folder, ""))
-    how = chance.choice(["missing", "folder", "pipe", "outside", "dangling", "loop", "empty", "copy", "nested"])
+    how = chance.choice(
+        ["missing", "folder", "pipe", "outside", "dangling", "loop", "empty", "copy", "nested"]
+    )
     if how == "copy":
         path.with_name(f"model-{chance.randrange(9)}{path.suffix}").write_bytes(path.read_bytes())
     elif how == "nested":
@@ -178,7 +235,9 @@ def change_file(folder: Path, chance: random.Random) -> str:
     elif how == "pipe":
         os.mkfifo(path)
     elif how in ("outside", "dangling", "loop"):
-        path.symlink_to({"outside": "/etc/hostname", "dangling": "/nowhere/at/all", "loop": path.name}[how])
+        path.symlink_to(
+            {"outside": "/etc/hostname", "dangling": "/nowhere/at/all", "loop": path.name}[how]
+        )
     elif how == "empty":
         path.touch()
     return f"{how} {path.relative_to(folder)}"
@@ -188,14 +247,25 @@ def add_code(folder: Path, chance: random.Random) -> str:
     """Programs of a stranger, and the settings that ask for them: none may run."""
     config = json.loads((folder / "config.json").read_text())
     kind = chance.choice(["AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer"])
-    name = chance.choice(["stranger.Stranger", "../stranger.Stranger", "else/where--stranger.Stranger"])
+    name = chance.choice(
+        ["stranger.Stranger", "../stranger.Stranger", "else/where--stranger.Stranger"]
+    )
     config["auto_map"] = {kind: name}
     if chance.random() < 0.5:
         config["model_type"] = "stranger"
     (folder / "config.json").write_text(json.dumps(config))
-    for file in ("stranger.py", "modeling_stranger.py", "__init__.py", "transformers.py", "sitecustomize.py"):
+    for file in (
+        "stranger.py",
+        "modeling_stranger.py",
+        "__init__.py",
+        "transformers.py",
+        "sitecustomize.py",
+    ):
         (folder / file).write_text(PROGRAM)
-    torch.save({"weight": _Payload()}, folder / chance.choice(["pytorch_model.bin", "adapter_model.bin", "training_args.bin"]))
+    torch.save(
+        {"weight": _Payload()},
+        folder / chance.choice(["pytorch_model.bin", "adapter_model.bin", "training_args.bin"]),
+    )
     return f"code as {kind}: {name}"
 
 
@@ -214,6 +284,6 @@ MUTATIONS = {
     "file": change_file,
     "code": add_code,
 }
-# Kinds after which a value that is given at all must be the right one. Settings may ask for another model; a flipped bit may
-# lie in a number.
+# Kinds after which a value that is given at all must be the right one. Settings may ask for another
+# model; a flipped bit may lie in a number.
 KEEP_VALUES = {"tensor", "header", "code"}

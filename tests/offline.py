@@ -1,6 +1,8 @@
-"""Compiling the kernels for a GPU that is not there: for tests, and for `benchmarks/kernels_offline.py`.
+"""Compiling the kernels for a GPU that is not there: for tests, and for
+`benchmarks/kernels_offline.py`.
 
-Triton brings the assembler of every NVIDIA target and AMD's compiler. Without a GPU there is no driver to ask, so targets are
+Triton brings the assembler of every NVIDIA target and AMD's compiler. Without a GPU there is no
+driver to ask, so targets are
 named: 80, 90 … are compute capabilities, "gfx942" … AMD's architectures.
 """
 
@@ -24,7 +26,8 @@ _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*f
 
 
 class Code(NamedTuple):
-    """What a compiled kernel uses. Registers per thread; spilled: bytes of stack (NVIDIA), registers (AMD)."""
+    """What a compiled kernel uses. Registers per thread; spilled: bytes of stack (NVIDIA),
+    registers (AMD)."""
 
     registers: int
     spilled: int
@@ -34,73 +37,158 @@ class Code(NamedTuple):
 
 
 def compile_product(
-    target: int | str, shape: Shape, config: Config, dtype: torch.dtype = torch.float16, bias: bool = False, gated: str = ""
+    target: int | str,
+    shape: Shape,
+    config: Config,
+    dtype: torch.dtype = torch.float16,
+    bias: bool = False,
+    gated: str = "",
 ) -> Code:
-    """The product kernel as `matmul_launch.fused` would compile it on `target`. Raises what Triton raises."""
+    """The product kernel as `matmul_launch.fused` would compile it on `target`. Raises what Triton
+    raises."""
     from awq.kernels.triton.matmul import matmul_kernel
 
     nvidia = isinstance(target, int)
     x = _POINTERS[dtype]
-    arguments = {"x": x, "qweight": "*i16", "grid": "*i32", "bias": x, "y": x, "partial": "*fp32" if config.split > 1 else x,
-                 "arrived": "*i32" if config.split > 1 else x, "M": "i32"}  # fmt: skip
+    arguments = {
+        "x": x,
+        "qweight": "*i16",
+        "grid": "*i32",
+        "bias": x,
+        "y": x,
+        "partial": "*fp32" if config.split > 1 else x,
+        "arrived": "*i32" if config.split > 1 else x,
+        "M": "i32",
+    }
     pdl = nvidia and int(target) >= 90
     constants = {
-        "N": shape.out_features, "K": shape.in_features, "GROUP": shape.group_size, "NP": padded(*shape[:2])[1],
-        "BM": config.bm, "BN": config.bn, "SPLIT": config.split, "SCALE_WEIGHT": config.scale_weight, "HAS_BIAS": bias,
-        "ASM": nvidia, "PDL": pdl, "AHEAD": config.ahead(shape.in_features), "GATED": gated, "INTERLEAVE": GATE_INTERLEAVE,
-    }  # fmt: skip
+        "N": shape.out_features,
+        "K": shape.in_features,
+        "GROUP": shape.group_size,
+        "NP": padded(*shape[:2])[1],
+        "BM": config.bm,
+        "BN": config.bn,
+        "SPLIT": config.split,
+        "SCALE_WEIGHT": config.scale_weight,
+        "HAS_BIAS": bias,
+        "ASM": nvidia,
+        "PDL": pdl,
+        "AHEAD": config.ahead(shape.in_features),
+        "GATED": gated,
+        "INTERLEAVE": GATE_INTERLEAVE,
+    }
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
-    return compile_kernel(matmul_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {}))
+    return compile_kernel(
+        matmul_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {})
+    )
 
 
 def compile_dequantize(target: int | str, shape: Shape, dtype: torch.dtype = torch.float16) -> Code:
     """The dequantizing kernel as `matmul_launch.dequantize` would compile it on `target`."""
     from awq.kernels.triton.matmul import dequantize_kernel
 
-    arguments = {"qweight": "*i16", "grid": "*i32", "dense": _POINTERS[dtype], "first": "i32", "N": "i32"}
-    constants = {"K": shape.in_features, "GROUP": shape.group_size, "NP": padded(*shape[:2])[1], "BN": 64}
+    arguments = {
+        "qweight": "*i16",
+        "grid": "*i32",
+        "dense": _POINTERS[dtype],
+        "first": "i32",
+        "N": "i32",
+    }
+    constants = {
+        "K": shape.in_features,
+        "GROUP": shape.group_size,
+        "NP": padded(*shape[:2])[1],
+        "BN": 64,
+    }
     pdl = isinstance(target, int) and target >= 90
     options = {"num_warps": 4} | ({"launch_pdl": True} if pdl else {})
     return compile_kernel(dequantize_kernel, target, arguments, constants | {"PDL": pdl}, options)
 
 
 def compile_experts(
-    target: int | str, shape: Shape, config: Config, rows: int | None, dtype: torch.dtype = torch.float16, top: int = 2
+    target: int | str,
+    shape: Shape,
+    config: Config,
+    rows: int | None,
+    dtype: torch.dtype = torch.float16,
+    top: int = 2,
 ) -> Code:
-    """The kernel of a mixture of experts as `expert_launch.fused` would compile it: for so many rows, or sorted ones (None)."""
+    """The kernel of a mixture of experts as `expert_launch.fused` would compile it: for so many
+    rows, or sorted ones (None)."""
     from awq.kernels.triton.experts import expert_kernel
 
     nvidia, x = isinstance(target, int), _POINTERS[dtype]
     order = "*i64" if rows else "*i32"
-    arguments = {"x": x, "qweight": "*i16", "grid": "*i32", "bias": x, "factors": x, "experts": "*i64",
-                 "order": order, "owner": order, "y": x, "partial": "*fp32" if config.split > 1 else x,
-                 "arrived": "*i32" if config.split > 1 else x, "R": "i32"}  # fmt: skip
+    arguments = {
+        "x": x,
+        "qweight": "*i16",
+        "grid": "*i32",
+        "bias": x,
+        "factors": x,
+        "experts": "*i64",
+        "order": order,
+        "owner": order,
+        "y": x,
+        "partial": "*fp32" if config.split > 1 else x,
+        "arrived": "*i32" if config.split > 1 else x,
+        "R": "i32",
+    }
     pdl = nvidia and int(target) >= 90
     constants = {
-        "TOP": top, "N": shape.out_features, "K": shape.in_features, "GROUP": shape.group_size,
-        "GROUPS": shape.in_features // shape.group_size, "NP": padded(*shape[:2])[1], "BM": config.bm, "BN": config.bn,
-        "SPLIT": config.split, "SCALE_WEIGHT": config.scale_weight, "ROWS": max(16, 1 << (rows - 1).bit_length()) if rows else 0,
-        "HAS_BIAS": True, "HAS_FACTORS": True, "ASM": nvidia, "PDL": pdl,
-    }  # fmt: skip
+        "TOP": top,
+        "N": shape.out_features,
+        "K": shape.in_features,
+        "GROUP": shape.group_size,
+        "GROUPS": shape.in_features // shape.group_size,
+        "NP": padded(*shape[:2])[1],
+        "BM": config.bm,
+        "BN": config.bn,
+        "SPLIT": config.split,
+        "SCALE_WEIGHT": config.scale_weight,
+        "ROWS": max(16, 1 << (rows - 1).bit_length()) if rows else 0,
+        "HAS_BIAS": True,
+        "HAS_FACTORS": True,
+        "ASM": nvidia,
+        "PDL": pdl,
+    }
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
-    return compile_kernel(expert_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {}))
+    return compile_kernel(
+        expert_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {})
+    )
 
 
 def compile_route(target: int | str, experts: int, bm: int) -> Code:
     """The kernel that sorts rows by expert as `expert_launch.route` would compile it."""
     from awq.kernels.triton.experts import route_kernel
 
-    arguments = {"experts": "*i64", "order": "*i32", "owner": "*i32", "R": "i32", "E": "i32", "BLOCKS": "i32"}
+    arguments = {
+        "experts": "*i64",
+        "order": "*i32",
+        "owner": "*i32",
+        "R": "i32",
+        "E": "i32",
+        "BLOCKS": "i32",
+    }
     pdl = isinstance(target, int) and target >= 90
     constants = {"BINS": 1 << experts.bit_length(), "BM": bm, "CHUNK": 1024, "PDL": pdl}
-    return compile_kernel(route_kernel, target, arguments, constants, {"num_warps": 4} | ({"launch_pdl": True} if pdl else {}))
+    return compile_kernel(
+        route_kernel,
+        target,
+        arguments,
+        constants,
+        {"num_warps": 4} | ({"launch_pdl": True} if pdl else {}),
+    )
 
 
-def compile_kernel(kernel: Any, target: int | str, arguments: dict, constants: dict, options: dict) -> Code:
+def compile_kernel(
+    kernel: Any, target: int | str, arguments: dict, constants: dict, options: dict
+) -> Code:
     """Any kernel for `target`.
 
-    arguments: name → type of pointers and numbers, "*fp32" or "i32"; "i32 16" is a number that 16 divides, as all pointers are
-    taken to be. constants: name → value of constexpr arguments; options: num_warps, num_stages. Raises what Triton raises.
+    arguments: name → type of pointers and numbers, "*fp32" or "i32"; "i32 16" is a number that 16
+    divides, as all pointers are
+    taken to be. constants: name → value of constexpr arguments; options: num_warps, num_stages.
+    Raises what Triton raises.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -109,12 +197,21 @@ def compile_kernel(kernel: Any, target: int | str, arguments: dict, constants: d
         gpu = GPUTarget("cuda", target, 32)
     else:
         gpu = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
-    signature = {name: kind.split()[0] for name, kind in arguments.items()} | dict.fromkeys(constants, "constexpr")
+    signature = {name: kind.split()[0] for name, kind in arguments.items()} | dict.fromkeys(
+        constants, "constexpr"
+    )
     names = list(signature)
     aligned: dict = {
-        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind.startswith("*") or kind.endswith(" 16")
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(arguments.values())
+        if kind.startswith("*") or kind.endswith(" 16")
     }
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        aligned,
+    )
     compiled = compile(source, target=gpu, options=options)
     if not isinstance(target, int):
         text = compiled.asm["amdgcn"]
@@ -122,14 +219,24 @@ def compile_kernel(kernel: Any, target: int | str, arguments: dict, constants: d
         spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
         if registers is None or spilled is None:
             raise RuntimeError("the assembly tells no resource usage")
-        return Code(int(registers.group(1)), int(spilled.group(1)), compiled.metadata.shared, (), compiled.asm["hsaco"])
+        return Code(
+            int(registers.group(1)),
+            int(spilled.group(1)),
+            compiled.metadata.shared,
+            (),
+            compiled.asm["hsaco"],
+        )
     listing, usage = _disassemble(compiled.asm["cubin"])
     registers = re.search(r"REG:(\d+)", usage)
     stack = re.search(r"STACK:(\d+)", usage)
     if registers is None or stack is None:
         raise RuntimeError(f"cuobjdump told no resource usage: {usage[:200]!r}")
     return Code(
-        int(registers.group(1)), int(stack.group(1)), compiled.metadata.shared, longest_loop(listing), compiled.asm["cubin"]
+        int(registers.group(1)),
+        int(stack.group(1)),
+        compiled.metadata.shared,
+        longest_loop(listing),
+        compiled.asm["cubin"],
     )
 
 
@@ -141,7 +248,10 @@ def _disassemble(binary: bytes) -> tuple[str, str]:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(binary)
         commands = ([f"{tools}/nvdisasm", "-c", path], [f"{tools}/cuobjdump", "-res-usage", path])
-        found = [subprocess.run(command, capture_output=True, text=True, check=True) for command in commands]
+        found = [
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            for command in commands
+        ]
     return found[0].stdout, found[1].stdout + found[1].stderr
 
 

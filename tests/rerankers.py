@@ -1,4 +1,5 @@
-"""A small cross-encoder trained from scratch in seconds: how many words of the second text are in the first one?"""
+"""A small cross-encoder trained from scratch in seconds: how many words of the second text are in
+the first one?"""
 
 from __future__ import annotations
 
@@ -9,14 +10,25 @@ from conftest import WORDS, make_tokenizer
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import BertConfig, BertForSequenceClassification
 
-SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
-             max_position_embeddings=64, num_labels=1, pad_token_id=0, initializer_range=0.1,
-             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=64,
+    max_position_embeddings=64,
+    num_labels=1,
+    pad_token_id=0,
+    initializer_range=0.1,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
 STEPS, ROWS, RATE = 600, 64, 2e-3
 
 
 def word_pairs(count: int, seed: int) -> tuple[list[str], list[str], torch.Tensor]:
-    """First texts of 8 words, second ones of 5 to 8, and the share of the second one's words that the first one has."""
+    """First texts of 8 words, second ones of 5 to 8, and the share of the second one's words that
+    the first one has."""
     generator = torch.Generator().manual_seed(seed)
     first, second, shares = [], [], []
     for _ in range(count):
@@ -38,7 +50,9 @@ def pair_tokenizer():
     names = ["input_ids", "token_type_ids", "attention_mask"]
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 1), ("</s>", 2)],
     )
     return tokenizer
 

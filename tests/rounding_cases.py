@@ -1,4 +1,5 @@
-"""Run in Triton's interpreter by test_refinement.py: prints the share of codes in which kernels and plain operators differ."""
+"""Run in Triton's interpreter by test_refinement.py: prints the share of codes in which kernels and
+plain operators differ."""
 
 import json
 
@@ -12,7 +13,9 @@ from awq.core.ranges import search_range
 def case(out: int, width: int, group_size: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(out)
     weight = torch.randn(out, width, generator=generator)
-    x = torch.randn(512, width, generator=generator) @ torch.randn(width, width, generator=generator)
+    x = torch.randn(512, width, generator=generator) @ torch.randn(
+        width, width, generator=generator
+    )
     gram = x.t() @ x
     with use_backend("reference"):
         scale, zero = search_range(weight, gram, group_size)

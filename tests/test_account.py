@@ -1,4 +1,5 @@
-"""Every tensor of a checkpoint is accounted for: what is missing, left over, renamed or no number is refused by name."""
+"""Every tensor of a checkpoint is accounted for: what is missing, left over, renamed or no number
+is refused by name."""
 
 import json
 import os
@@ -25,7 +26,11 @@ NORM = "model.layers.0.input_layernorm.weight"
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return save(packed_model("llama", group_size=16), tmp_path_factory.mktemp("account") / "q", group_size=16)
+    return save(
+        packed_model("llama", group_size=16),
+        tmp_path_factory.mktemp("account") / "q",
+        group_size=16,
+    )
 
 
 @pytest.fixture
@@ -62,11 +67,17 @@ def with_nan(tensor):
 
 FAULTS = {
     "norm missing": (lambda t: t.pop(NORM), "input_layernorm"),
-    "norm renamed": (renamed(NORM, NORM.replace("input_layernorm", "input_layernorn")), "input_layernor"),
+    "norm renamed": (
+        renamed(NORM, NORM.replace("input_layernorm", "input_layernorn")),
+        "input_layernor",
+    ),
     "embedding missing": (lambda t: t.pop("model.embed_tokens.weight"), "embed_tokens"),
     "final norm missing": (lambda t: t.pop("model.norm.weight"), "model.norm"),
     "codes renamed": (renamed(f"{UP}.qweight", f"{UP}.qweighs"), "up_proj"),
-    "linear missing": (lambda t: [t.pop(f"{UP}.{k}") for k in ("qweight", "qzeros", "scales")], "up_proj"),
+    "linear missing": (
+        lambda t: [t.pop(f"{UP}.{k}") for k in ("qweight", "qzeros", "scales")],
+        "up_proj",
+    ),
     "surplus": (lambda t: t.update({"model.layers.0.mlp.extra.weight": torch.ones(3)}), "extra"),
     "scales of whole numbers": (replaced(f"{UP}.scales", lambda t: t.to(torch.int32)), "up_proj"),
     "codes of another dtype": (replaced(f"{UP}.qweight", lambda t: t.float()), "up_proj"),
@@ -85,7 +96,9 @@ def test_broken_tensors_are_refused_by_name(folder, fault):
         AutoAWQForCausalLM.from_quantized(str(folder))
 
 
-@pytest.mark.parametrize("fault", ["norm missing", "norm renamed", "codes renamed", "linear missing", "scales with NaN"])
+@pytest.mark.parametrize(
+    "fault", ["norm missing", "norm renamed", "codes renamed", "linear missing", "scales with NaN"]
+)
 def test_transformers_own_door_refuses_what_packed_blocks_lack(folder, fault):
     change, name = FAULTS[fault]
     edit(folder, change)
@@ -96,7 +109,9 @@ def test_transformers_own_door_refuses_what_packed_blocks_lack(folder, fault):
 @pytest.mark.parametrize("more", [-1, 1])
 def test_another_number_of_layers_is_refused(folder, more):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + more}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + more})
+    )
     with pytest.raises(AwqError):
         AutoAWQForCausalLM.from_quantized(str(folder))
 
@@ -105,7 +120,11 @@ def test_packed_files_need_a_config_that_says_so(folder):
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
-    for door in (AutoAWQForCausalLM.from_pretrained, AutoAWQForCausalLM.from_quantized, Encoder.from_pretrained):
+    for door in (
+        AutoAWQForCausalLM.from_pretrained,
+        AutoAWQForCausalLM.from_quantized,
+        Encoder.from_pretrained,
+    ):
         with pytest.raises(CheckpointError, match="no quantization_config"):
             door(str(folder))
 
@@ -134,27 +153,37 @@ def test_stray_shards_are_refused(folder):
 def test_a_pipe_does_not_hang_the_reader(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
-    for door in (lambda: Source.open(folder), lambda: convert_checkpoint(folder, tmp_path / "other", "gemv")):
+    for door in (
+        lambda: Source.open(folder),
+        lambda: convert_checkpoint(folder, tmp_path / "other", "gemv"),
+    ):
         with pytest.raises(CheckpointError, match="regular file"):
             door()
 
 
 def test_activation_scales_divide_the_activation(tmp_path):
-    """AutoAWQ's fold for GELU models: `mlp.act.scales` in the file, the following linear's columns multiplied."""
+    """AutoAWQ's fold for GELU models: `mlp.act.scales` in the file, the following linear's columns
+    multiplied."""
     model = packed_model("starcoder2", group_size=16)
     ids = torch.arange(3, 15).view(2, 6)
     expected = None
     generator = torch.Generator().manual_seed(0)
     for block in model.model.layers:
-        block.mlp.act = ScaledActivation(block.mlp.act, torch.rand(block.mlp.c_proj.in_features, generator=generator) + 0.5)
+        block.mlp.act = ScaledActivation(
+            block.mlp.act, torch.rand(block.mlp.c_proj.in_features, generator=generator) + 0.5
+        )
     expected = model(ids).logits
     folder = save(model, tmp_path / "q", group_size=16)
     assert "model.layers.0.mlp.act.scales" in read_header(folder / "model.safetensors")
     loaded = AutoAWQForCausalLM.from_quantized(str(folder), fuse_layers=False, device="cpu")
     assert torch.allclose(loaded(ids).logits, expected, atol=1e-5)
-    assert torch.allclose(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, expected, atol=1e-5)
+    assert torch.allclose(
+        AutoModelForCausalLM.from_pretrained(folder)(ids).logits, expected, atol=1e-5
+    )
     convert_checkpoint(folder, tmp_path / "gemv", "gemv")
-    again = AutoAWQForCausalLM.from_quantized(str(tmp_path / "gemv"), fuse_layers=False, device="cpu")
+    again = AutoAWQForCausalLM.from_quantized(
+        str(tmp_path / "gemv"), fuse_layers=False, device="cpu"
+    )
     assert torch.allclose(again(ids).logits, expected, atol=1e-5)
 
 
@@ -176,7 +205,13 @@ def test_a_packed_head_of_a_tied_model_is_the_head(tmp_path):
 
 def test_the_class_that_the_config_names_is_loaded(tmp_path):
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=64,
+    )
     model = BertForMaskedLM(BertConfig(**sizes)).eval()
     model.save_pretrained(tmp_path / "mlm")
     ids = torch.arange(3, 15).view(2, 6)
@@ -188,16 +223,25 @@ def test_the_class_that_the_config_names_is_loaded(tmp_path):
 def test_a_class_of_another_kind_of_model_is_refused(tmp_path):
     zoo.tiny_model("llama").save_pretrained(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    (tmp_path / "m" / "config.json").write_text(
+        json.dumps(config | {"architectures": ["BertForMaskedLM"]})
+    )
     with pytest.raises(AwqError, match="BertForMaskedLM"):
         AutoAWQForCausalLM.from_pretrained(str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize(
     "modules",
-    [[], "", {}, [3], [{"type": "x.Transformer", "path": "../other"}], [{"type": "x.Transformer", "path": "/etc"}],
-     [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": ""}]],
-)  # fmt: skip
+    [
+        [],
+        "",
+        {},
+        [3],
+        [{"type": "x.Transformer", "path": "../other"}],
+        [{"type": "x.Transformer", "path": "/etc"}],
+        [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": ""}],
+    ],
+)
 def test_modules_that_cannot_be(bert_dir, tmp_path, modules):
     folder = shutil.copytree(bert_dir, tmp_path / "m")
     (folder / "modules.json").write_text(json.dumps(modules))

@@ -8,7 +8,13 @@ import torch
 import zoo
 from transformers import AutoTokenizer
 
-from awq import AutoAWQForCausalLM, AwqConfig, load_calibration, prepare_calibration_tokens, quantize_model
+from awq import (
+    AutoAWQForCausalLM,
+    AwqConfig,
+    load_calibration,
+    prepare_calibration_tokens,
+    quantize_model,
+)
 from awq.checkpoint import convert_checkpoint, load_model, save_checkpoint
 from awq.errors import CalibrationError, CheckpointError, ConfigError, ModelError
 
@@ -26,14 +32,25 @@ def saved(tmp_path_factory):
 def test_group_size_that_does_not_divide(llama_dir, tokenizer, texts):
     model = AutoAWQForCausalLM.from_pretrained(str(llama_dir))
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
-    with pytest.raises(ConfigError, match=r"down_proj: in_features 48 is not a multiple of group_size 32; use group_size 16"):
+    with pytest.raises(
+        ConfigError,
+        match=r"down_proj: in_features 48 is not a multiple of group_size 32; use group_size 16",
+    ):
         model.quantize(tokenizer, quant_config={"q_group_size": 32}, calib_data=texts)
     assert all(torch.equal(v, before[k]) for k, v in model.model.state_dict().items())
 
 
-@pytest.mark.parametrize("config, word", [({"version": "marlin"}, "marlin"), ({"w_bits": 4}, "w_bits"), ({"w_bit": 5.5}, "5.5"),
-                                          ({"w_bit": 3}, "4 bits"), ({"q_group_size": 0}, "group_size"),
-                                          ({"w_bit": 4, "bits": 3}, "twice")])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, word",
+    [
+        ({"version": "marlin"}, "marlin"),
+        ({"w_bits": 4}, "w_bits"),
+        ({"w_bit": 5.5}, "5.5"),
+        ({"w_bit": 3}, "4 bits"),
+        ({"q_group_size": 0}, "group_size"),
+        ({"w_bit": 4, "bits": 3}, "twice"),
+    ],
+)
 def test_wrong_settings(llama_dir, tokenizer, texts, config, word):
     with pytest.raises(ConfigError, match=word):
         AutoAWQForCausalLM.from_pretrained(str(llama_dir)).quantize(
@@ -41,7 +58,9 @@ def test_wrong_settings(llama_dir, tokenizer, texts, config, word):
         )
 
 
-@pytest.mark.parametrize("data", [[], [""], ["   "], [[]], torch.zeros(0, 4, dtype=torch.long), 3, [1.5], {"a": 1}])
+@pytest.mark.parametrize(
+    "data", [[], [""], ["   "], [[]], torch.zeros(0, 4, dtype=torch.long), 3, [1.5], {"a": 1}]
+)
 def test_empty_or_strange_calibration(tokenizer, data):
     with pytest.raises(CalibrationError):
         load_calibration(data, tokenizer, mode="rows")
@@ -93,10 +112,16 @@ def test_failed_save_keeps_the_old_directory(saved, tmp_path, monkeypatch):
     model, _ = saved
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    monkeypatch.setattr(model, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        model,
+        "save_pretrained",
+        lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     with pytest.raises(CheckpointError):
         save_checkpoint(model, tmp_path / "out", AwqConfig(group_size=16))
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "precious").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (
+        tmp_path / "out" / "precious"
+    ).exists()
 
 
 def test_truncated_safetensors(saved, tmp_path):
@@ -115,10 +140,17 @@ def test_keys_of_users_are_strict_and_those_of_files_are_not(saved, tmp_path):
         AwqConfig.from_dict({"group_sise": 3})
     shutil.copytree(saved[1], tmp_path / "q")
     config = json.loads((tmp_path / "q" / "config.json").read_text())
-    config["quantization_config"] |= {"autoround_version": "0.5.1", "sym": True, "meta": {}, "ignore": ["lm_head"]}
+    config["quantization_config"] |= {
+        "autoround_version": "0.5.1",
+        "sym": True,
+        "meta": {},
+        "ignore": ["lm_head"],
+    }
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
     ids = torch.tensor([[5, 6, 7]])
-    foreign = AutoAWQForCausalLM.from_quantized(str(tmp_path / "q"), fuse_layers=False, device="cpu")
+    foreign = AutoAWQForCausalLM.from_quantized(
+        str(tmp_path / "q"), fuse_layers=False, device="cpu"
+    )
     own = AutoAWQForCausalLM.from_quantized(str(saved[1]), fuse_layers=False, device="cpu")
     assert torch.equal(foreign(ids).logits, own(ids).logits)
 

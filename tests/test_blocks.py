@@ -1,4 +1,5 @@
-"""Blocks run one at a time give what the model itself computes: every family, every block, padding on either side."""
+"""Blocks run one at a time give what the model itself computes: every family, every block, padding
+on either side."""
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from awq.nn.blocks import find_block_lists, hidden_of, record_block_calls
 def own_outputs(model, blocks, inputs):
     """Every block's output within the model's own forward."""
     seen = []
-    handles = [b.register_forward_hook(lambda _m, _a, out: seen.append(hidden_of(out).clone())) for b in blocks]
+    handles = [
+        b.register_forward_hook(lambda _m, _a, out: seen.append(hidden_of(out).clone()))
+        for b in blocks
+    ]
     zoo.outputs(model, **inputs)
     for handle in handles:
         handle.remove()
@@ -70,6 +74,12 @@ def test_errors_say_what_is_wrong():
         find_block_lists(torch.nn.Sequential(torch.nn.Linear(4, 4)))
     model = zoo.tiny_model("llama")
     with pytest.raises(ModelError, match="shapes"):
-        record_block_calls(model, find_block_lists(model), [{**zoo.token_batch(), "attention_mask": torch.ones(3, 5, 7, 9, 2)}])
+        record_block_calls(
+            model,
+            find_block_lists(model),
+            [{**zoo.token_batch(), "attention_mask": torch.ones(3, 5, 7, 9, 2)}],
+        )
     with pytest.raises(ModelError):
-        record_block_calls(model, find_block_lists(model), [{"input_ids": torch.full((1, 4), 10_000)}])
+        record_block_calls(
+            model, find_block_lists(model), [{"input_ids": torch.full((1, 4), 10_000)}]
+        )

@@ -1,4 +1,5 @@
-"""Calibration data of every kind becomes masked batches: long samples are cut, padding is never real, errors are clear."""
+"""Calibration data of every kind becomes masked batches: long samples are cut, padding is never
+real, errors are clear."""
 
 import json
 import logging
@@ -15,12 +16,17 @@ from awq.calibration.sources import bundled_chats, bundled_texts, file_texts, na
 from awq.calibration.tokens import tokenize
 from awq.errors import CalibrationError
 
-LONG = " ".join(["the quick cat runs over the old river"] * 40)  # 320 words, over the tokenizer's limit of 64
+# 320 words, over the tokenizer's limit of 64
+LONG = " ".join(["the quick cat runs over the old river"] * 40)
 
 
 def real_rows(batches):
     """The unpadded rows of all batches, as sorted lists."""
-    return sorted(ids[mask.bool()].tolist() for b in batches for ids, mask in zip(b.input_ids, b.attention_mask))
+    return sorted(
+        ids[mask.bool()].tolist()
+        for b in batches
+        for ids, mask in zip(b.input_ids, b.attention_mask)
+    )
 
 
 def tokens(batches):
@@ -28,10 +34,17 @@ def tokens(batches):
 
 
 def test_batch_is_what_a_model_takes():
-    batch = CalibrationBatch(torch.ones(1, 3).long(), torch.ones(1, 3).long(), {"token_type_ids": torch.zeros(1, 3).long()})
+    batch = CalibrationBatch(
+        torch.ones(1, 3).long(),
+        torch.ones(1, 3).long(),
+        {"token_type_ids": torch.zeros(1, 3).long()},
+    )
     assert set(batch.model_inputs()) == {"input_ids", "attention_mask", "token_type_ids"}
     for b in load_calibration([[4, 5, 6], [7, 8]], mode="rows"):
-        assert b.input_ids.dtype == b.attention_mask.dtype == torch.int64 and b.input_ids.shape == b.attention_mask.shape
+        assert (
+            b.input_ids.dtype == b.attention_mask.dtype == torch.int64
+            and b.input_ids.shape == b.attention_mask.shape
+        )
 
 
 # --- AutoAWQ's defect 8: long samples dropped, a crash when all are long, frightening warnings ---
@@ -47,7 +60,9 @@ def test_long_texts_and_short_ones_together(tokenizer):
     rows = real_rows(load_calibration([LONG, "the cat"], tokenizer, mode="rows", max_length=32))
     assert sorted(map(len, rows)) == [4, 32]
     whole = max(rows, key=len)
-    assert (whole[0], whole[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id), "cutting keeps the special tokens"
+    assert (whole[0], whole[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id), (
+        "cutting keeps the special tokens"
+    )
 
 
 def test_long_ids_become_several_rows():
@@ -87,7 +102,9 @@ def test_an_encoder_sees_each_text_as_if_alone(tokenizer, bert_dir):
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(bert_dir).eval()
-    (batch,) = load_calibration(["the cat", "a dog sleeps under the old tree"], tokenizer, mode="rows")
+    (batch,) = load_calibration(
+        ["the cat", "a dog sleeps under the old tree"], tokenizer, mode="rows"
+    )
     with torch.no_grad():
         together = model(**batch.model_inputs()).last_hidden_state
         for ids, mask, hidden in zip(batch.input_ids, batch.attention_mask, together):
@@ -99,7 +116,10 @@ def test_length_order_wastes_little_padding():
     rows = [[4] * n for n in [3, 500, 4, 480, 5, 490] * 20]
     batches = load_calibration(rows, mode="rows")
     assert sum(b.input_ids.numel() for b in batches) < 1.1 * tokens(batches)
-    assert all(b.input_ids.numel() <= 4096 for b in batches) and sum(len(b.input_ids) for b in batches) == 120
+    assert (
+        all(b.input_ids.numel() <= 4096 for b in batches)
+        and sum(len(b.input_ids) for b in batches) == 120
+    )
 
 
 # --- kinds of data ---
@@ -115,7 +135,9 @@ def test_pack_makes_full_rows(tokenizer):
 
 @pytest.mark.parametrize("mode", ["pack", "rows"])
 def test_max_samples_and_determinism(mode, tokenizer, texts):
-    first, again = (load_calibration(texts, tokenizer, mode=mode, max_samples=7, max_length=8) for _ in range(2))
+    first, again = (
+        load_calibration(texts, tokenizer, mode=mode, max_samples=7, max_length=8) for _ in range(2)
+    )
     assert sum(len(b.input_ids) for b in first) == 7
     assert all(torch.equal(x.input_ids, y.input_ids) for x, y in zip(first, again))
 
@@ -127,7 +149,10 @@ def test_ids_as_lists_tensors_arrays_and_outputs(tokenizer):
         "lists": want,
         "1-D and [1, n] tensors": [torch.tensor([5, 6]), torch.tensor([[7, 8, 9]])],
         "arrays": [np.array([5, 6]), np.array([7, 8, 9])],
-        "dicts": [{"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0]}, {"input_ids": torch.tensor([[7, 8, 9]])}],
+        "dicts": [
+            {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0]},
+            {"input_ids": torch.tensor([[7, 8, 9]])},
+        ],
         "one output": {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)},
         "an output without padding": {"input_ids": want, "attention_mask": [[1, 1], [1, 1, 1]]},
     }
@@ -138,13 +163,17 @@ def test_ids_as_lists_tensors_arrays_and_outputs(tokenizer):
             assert real_rows(load_calibration(data, tokenizer, mode=mode)) == want, (kind, mode)
     texts = ["the cat", "a dog sleeps"]
     output = make_tokenizer("left")(texts, padding=True, return_tensors="pt")
-    assert real_rows(load_calibration(output, mode="rows")) == sorted(tokenizer(t)["input_ids"] for t in texts), "left padding"
+    assert real_rows(load_calibration(output, mode="rows")) == sorted(
+        tokenizer(t)["input_ids"] for t in texts
+    ), "left padding"
 
 
 def test_padding_of_a_tensor_is_only_at_its_ends():
     rows = torch.tensor([[0, 5, 0, 6, 0, 0], [7, 7, 7, 7, 7, 7], [0, 0, 0, 0, 0, 0]])
     assert real_rows(load_calibration(rows, mode="rows", pad_id=0)) == [[5, 0, 6], [7] * 6]
-    assert tokens(load_calibration(rows, mode="rows")) == 18, "without a padding id every token is real"
+    assert tokens(load_calibration(rows, mode="rows")) == 18, (
+        "without a padding id every token is real"
+    )
 
 
 def test_packing_reads_no_more_texts_than_it_needs():
@@ -169,7 +198,10 @@ def test_files(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    odd, want = "one\u2028line \u2013 \u201cquoted\u201d", ["the cat", "one\u2028line \u2013 \u201cquoted\u201d"]
+    odd, want = (
+        "one\u2028line \u2013 \u201cquoted\u201d",
+        ["the cat", "one\u2028line \u2013 \u201cquoted\u201d"],
+    )
     pq.write_table(pa.table({"body": ["the cat", None, "", odd]}), tmp_path / "t.parquet")
     raw = [json.dumps({"body": t}, ensure_ascii=False) for t in ["the cat", "", odd]]
     files = [
@@ -230,7 +262,10 @@ def fake_hub(monkeypatch, rows):
 
 
 def test_dataset_of_the_hub(monkeypatch, caplog):
-    asked = fake_hub(monkeypatch, [{"text": "the cat"}, {"text": None}, {"text": " "}, {"text": "a dog"}, {"text": "late"}])
+    asked = fake_hub(
+        monkeypatch,
+        [{"text": "the cat"}, {"text": None}, {"text": " "}, {"text": "a dog"}, {"text": "late"}],
+    )
     assert named_texts("pileval", "train", "text", 4) == ["the cat", "a dog"]
     assert named_texts("some/set", "test", "text", 1) == ["the cat"]
     assert asked == [("mit-han-lab/pile-val-backup", "validation"), ("some/set", "test")]
@@ -242,7 +277,9 @@ def test_dataset_of_the_hub(monkeypatch, caplog):
     assert not caplog.text
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no route"), OSError(), KeyError("inside the hub client")])
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no route"), OSError(), KeyError("inside the hub client")]
+)
 def test_no_hub_means_bundled_text_with_a_warning(error, monkeypatch, caplog):
     fake_hub(monkeypatch, error)
     assert named_texts("pileval", "train", "text", 4) == bundled_texts()
@@ -256,20 +293,45 @@ def test_nothing_given_means_bundled_text_with_a_warning(tokenizer, caplog):
 
 def test_bundled_text():
     texts = bundled_texts()
-    scripts = {"Cyrillic": "Ѐӿ", "Han": "一鿿", "Kana": "ぁヿ", "Arabic": "؀ۿ", "Hangul": "가힣", "Devanagari": "ऀॿ"}
+    scripts = {
+        "Cyrillic": "Ѐӿ",
+        "Han": "一鿿",
+        "Kana": "ぁヿ",
+        "Arabic": "؀ۿ",
+        "Hangul": "가힣",
+        "Devanagari": "ऀॿ",
+    }
     for script, (low, high) in scripts.items():
         assert any(sum(low <= c <= high for c in t) > 40 for t in texts), script
     assert len(texts) == len(set(texts)) > 90
     assert 400_000 < sum(len(t.encode()) for t in texts) < 600_000
     assert max(map(len, texts)) < 2500 and not any("\ufffd" in t for t in texts)
     short = bundled_texts(short=True)
-    assert len(short) > 5 * len(texts) and min(map(len, short)) >= 16 and sum(len(t) < 200 for t in short) > 0.9 * len(short)
+    assert (
+        len(short) > 5 * len(texts)
+        and min(map(len, short)) >= 16
+        and sum(len(t) < 200 for t in short) > 0.9 * len(short)
+    )
 
 
 @pytest.mark.parametrize("short", [False, True])
 def test_bundled_text_is_as_people_write_it(short):
     """No text of it spells a special token of any tokenizer: no served text would."""
-    marks = ["<unk>", "<s>", "</s>", "<pad>", "<bos>", "<eos>", "<mask>", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[PAD]", "<|"]
+    marks = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<pad>",
+        "<bos>",
+        "<eos>",
+        "<mask>",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "[PAD]",
+        "<|",
+    ]
     marks += [" @-@ ", " @,@ ", " @.@ "]
     for text in bundled_texts(short):
         assert not [mark for mark in marks if mark in text], text[:80]
@@ -286,8 +348,14 @@ def test_no_general_row_holds_a_special_token(find):
 
     real = AutoTokenizer.from_pretrained(folder)
     rows = real_rows(general_rows(load_calibration([[5] * 64] * 64, mode="rows"), real))
-    chats = {i for text in rendered_chats(real) for i in real(text, add_special_tokens=False)["input_ids"]}
-    assert len(rows) == 64 and {i for row in rows for i in row} & set(real.all_special_ids) <= chats, "chats hold them on purpose"
+    chats = {
+        i
+        for text in rendered_chats(real)
+        for i in real(text, add_special_tokens=False)["input_ids"]
+    }
+    assert (
+        len(rows) == 64 and {i for row in rows for i in row} & set(real.all_special_ids) <= chats
+    ), "chats hold them on purpose"
     passages = spelled_texts(bundled_texts(), real)
     ids = {i for text in passages for i in real(text, add_special_tokens=False)["input_ids"]}
     assert len(passages) > 500 and not ids & set(real.all_special_ids)
@@ -302,24 +370,38 @@ def test_chats_come_in_the_models_own_template():
     chats = [chatty.apply_chat_template(chat, tokenize=False) for chat in bundled_chats()]
     assert mixed[:8] == passages[:8] and mixed[8] == chats[0] and mixed[17] == chats[1]
     assert [text for text in mixed if text != "the cat"] == chats
-    chatty.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
-    assert 0 < len(rendered_chats(chatty)) == sum(chat[0]["role"] != "system" for chat in bundled_chats()) < len(chats)
+    chatty.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% "
+        "endif %}{{ messages[0].content }}"
+    )
+    assert (
+        0
+        < len(rendered_chats(chatty))
+        == sum(chat[0]["role"] != "system" for chat in bundled_chats())
+        < len(chats)
+    )
 
 
 def test_texts_that_cannot_be_spelled_are_left_out(tokenizer):
     known, unknown = ["the cat"] * 2, ["zork"] * 3
     assert spelled_texts(known + unknown, tokenizer) == known
-    assert spelled_texts(unknown, tokenizer) == unknown, "a tokenizer that is not made for text gets all of it"
+    assert spelled_texts(unknown, tokenizer) == unknown, (
+        "a tokenizer that is not made for text gets all of it"
+    )
 
 
 # --- prepare_calibration_tokens ---
 
 
 def test_prepare_calibration_tokens(tokenizer):
-    made = prepare_calibration_tokens(tokenizer, ["the cat", "", LONG, "a dog sleeps"], max_length=20)
+    made = prepare_calibration_tokens(
+        tokenizer, ["the cat", "", LONG, "a dog sleeps"], max_length=20
+    )
     assert [tuple(t.shape) for t in made] == [(1, 4), (1, 20), (1, 5)]
     assert all(t.dtype == torch.int64 for t in made)
-    assert real_rows(load_calibration(made, tokenizer, mode="rows")) == sorted(t[0].tolist() for t in made)
+    assert real_rows(load_calibration(made, tokenizer, mode="rows")) == sorted(
+        t[0].tolist() for t in made
+    )
     with pytest.raises(CalibrationError, match="one string"):
         prepare_calibration_tokens(tokenizer, "the cat")
 

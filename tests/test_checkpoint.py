@@ -42,10 +42,16 @@ def bert(bert_dir, texts, tmp_path_factory):
 def test_directory_is_complete(llama):
     _, target = llama
     config = json.loads((target / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == "awq" and config["bits"] == 4 and config["modules_to_not_convert"] == ["lm_head"]
+    assert (
+        config["quant_method"] == "awq"
+        and config["bits"] == 4
+        and config["modules_to_not_convert"] == ["lm_head"]
+    )
     for name in ("tokenizer.json", "README.md", "quantization_report.json", "model.safetensors"):
         assert (target / name).exists()
-    assert not [p for p in target.parent.iterdir() if p.name.startswith(".")], "temporary directories remain"
+    assert not [p for p in target.parent.iterdir() if p.name.startswith(".")], (
+        "temporary directories remain"
+    )
 
 
 def test_our_door(llama):
@@ -64,11 +70,14 @@ def test_transformers_door_keeps_dtype_and_integers(llama, dtype):
     loaded = AutoModelForCausalLM.from_pretrained(target, torch_dtype=dtype)
     mine, theirs = model.model.layers[1].mlp.down_proj, loaded.model.layers[1].mlp.down_proj
     assert loaded.dtype == dtype and isinstance(theirs, WQLinear)
-    kept, found = mine.state_dict(), theirs.state_dict()  # in the file's layout, wherever the linear has computed
+    # in the file's layout, wherever the linear has computed
+    kept, found = mine.state_dict(), theirs.state_dict()
     assert all(torch.equal(kept[k].cpu(), found[k]) for k in ("qweight", "qzeros", "scales"))
     out = zoo.outputs(loaded, **zoo.token_batch())
     reference = zoo.outputs(model, **zoo.token_batch())
-    assert (out.float() - reference).norm() / reference.norm() < {torch.float32: 1e-6}.get(dtype, 0.05)
+    assert (out.float() - reference).norm() / reference.norm() < {torch.float32: 1e-6}.get(
+        dtype, 0.05
+    )
 
 
 def test_body_of_a_language_model(llama):
@@ -76,12 +85,16 @@ def test_body_of_a_language_model(llama):
     inputs = zoo.token_batch()
     body = AutoModel.from_pretrained(target)
     with torch.no_grad():
-        torch.testing.assert_close(body(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+        torch.testing.assert_close(
+            body(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state
+        )
 
 
 def test_pipeline_and_device_map(llama):
     _, target = llama
-    text = pipeline("text-generation", model=str(target), device_map="cpu")("the cat", max_new_tokens=4)[0]["generated_text"]
+    text = pipeline("text-generation", model=str(target), device_map="cpu")(
+        "the cat", max_new_tokens=4
+    )[0]["generated_text"]
     assert text.startswith("the cat")
 
 
@@ -108,11 +121,16 @@ def test_conversion_between_versions(bert, tmp_path):
     count = convert_checkpoint(target, tmp_path / "other", "GEMV")
     assert count == 18
     convert_checkpoint(tmp_path / "other", tmp_path / "back", "gemm")
-    a, b = load_file(target / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    a, b = (
+        load_file(target / "model.safetensors"),
+        load_file(tmp_path / "back" / "model.safetensors"),
+    )
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     loaded = AutoAWQForCausalLM.from_quantized(str(tmp_path / "other"), device="cpu")
     inputs = zoo.token_batch()
-    assert torch.equal(zoo.outputs(loaded, **inputs), zoo.outputs(AutoModel.from_pretrained(target), **inputs))
+    assert torch.equal(
+        zoo.outputs(loaded, **inputs), zoo.outputs(AutoModel.from_pretrained(target), **inputs)
+    )
 
 
 def test_save_pretrained_of_a_loaded_model(llama, tmp_path):
@@ -142,8 +160,13 @@ def test_generation_with_streamer_and_total_length(llama):
 
 
 def test_import_is_light():
-    code = "import awq, sys; assert not {'torch', 'transformers'} & set(sys.modules); print(awq.__version__)"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    code = (
+        "import awq, sys; assert not {'torch', 'transformers'} & set(sys.modules); "
+        "print(awq.__version__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 

@@ -1,4 +1,5 @@
-"""The command `awq`: every verb on tiny models on disk, for people and with --json, and its errors."""
+"""The command `awq`: every verb on tiny models on disk, for people and with --json, and its
+errors."""
 
 import json
 import shutil
@@ -33,19 +34,50 @@ def quantized(llama_dir, bert_dir, texts, tmp_path_factory):
     made = {}
     for name, source in (("llama", llama_dir), ("bert", bert_dir)):
         made[name] = root / f"{name}-awq"
-        status = main([
-            "quantize", str(source), str(made[name]), "--calib-data", str(root / "texts.jsonl"), "--text-column", "body",
-            "--group-size", "16", "--tokens", "32",
-        ])  # fmt: skip
+        status = main(
+            [
+                "quantize",
+                str(source),
+                str(made[name]),
+                "--calib-data",
+                str(root / "texts.jsonl"),
+                "--text-column",
+                "body",
+                "--group-size",
+                "16",
+                "--tokens",
+                "32",
+            ]
+        )
         assert status == 0
     return made
 
 
 def test_quantize_with_json_and_options(capsys, bert_dir, texts, tmp_path):
     (tmp_path / "t.txt").write_text("\n\n".join(texts))
-    report = run_json(capsys, "quantize", bert_dir, tmp_path / "q", "--calib-data", tmp_path / "t.txt", "--group-size", 16,
-                      "--version", "gemv", "--preset", "fast", "--samples", 8, "--skip", "layer.2")  # fmt: skip
-    assert len(report["linears"]) == 12 and report["loss"] <= report["loss_rtn"] and report["output"] == str(tmp_path / "q")
+    report = run_json(
+        capsys,
+        "quantize",
+        bert_dir,
+        tmp_path / "q",
+        "--calib-data",
+        tmp_path / "t.txt",
+        "--group-size",
+        16,
+        "--version",
+        "gemv",
+        "--preset",
+        "fast",
+        "--samples",
+        8,
+        "--skip",
+        "layer.2",
+    )
+    assert (
+        len(report["linears"]) == 12
+        and report["loss"] <= report["loss_rtn"]
+        and report["output"] == str(tmp_path / "q")
+    )
     info = run_json(capsys, "info", tmp_path / "q")
     assert info["version"] == "gemv" and info["quantized_linears"] == 12
 
@@ -54,7 +86,18 @@ def test_quantized_for_people(capsys, llama_dir, texts, tmp_path):
     (tmp_path / "t.txt").write_text("\n\n".join(texts))
     capsys.readouterr()
     assert (
-        main(["quantize", str(llama_dir), str(tmp_path / "q"), "--calib-data", str(tmp_path / "t.txt"), "--group-size", "16"]) == 0
+        main(
+            [
+                "quantize",
+                str(llama_dir),
+                str(tmp_path / "q"),
+                "--calib-data",
+                str(tmp_path / "t.txt"),
+                "--group-size",
+                "16",
+            ]
+        )
+        == 0
     )
     out = capsys.readouterr().out
     assert "21 linears quantized" in out and f"saved to {tmp_path / 'q'}" in out
@@ -62,11 +105,24 @@ def test_quantized_for_people(capsys, llama_dir, texts, tmp_path):
 
 def test_info(capsys, quantized):
     info = run_json(capsys, "info", quantized["llama"])
-    assert (info["w_bit"], info["q_group_size"], info["version"], info["zero_point"]) == (4, 16, "gemm", True)
-    assert info["quantized_linears"] == 21 and info["modules_to_not_convert"] == ["lm_head"] and info["weight_bytes"] > 0
+    assert (info["w_bit"], info["q_group_size"], info["version"], info["zero_point"]) == (
+        4,
+        16,
+        "gemm",
+        True,
+    )
+    assert (
+        info["quantized_linears"] == 21
+        and info["modules_to_not_convert"] == ["lm_head"]
+        and info["weight_bytes"] > 0
+    )
     assert main(["info", str(quantized["llama"])]) == 0
     out = capsys.readouterr().out
-    assert "group size: 16" in out and "not quantized: lm_head" in out and "llama (LlamaForCausalLM)" in out
+    assert (
+        "group size: 16" in out
+        and "not quantized: lm_head" in out
+        and "llama (LlamaForCausalLM)" in out
+    )
 
 
 def test_generate(capsys, quantized):
@@ -86,15 +142,34 @@ def test_embed(capsys, quantized, texts):
 
 
 def test_embedding_models_go_through_their_own_door(capsys, bert_dir, texts, tmp_path):
-    """Texts with prompts, count by the model's size, figures before and after: what AutoAWQForEmbedding gives."""
+    """Texts with prompts, count by the model's size, figures before and after: what
+    AutoAWQForEmbedding gives."""
     from test_encoder import sentence_directory
 
     from awq import AutoAWQForEmbedding
 
-    model = sentence_directory(bert_dir, tmp_path / "m", ("cls",), dense=True, config={"prompts": {"query": "the old house "}})
+    model = sentence_directory(
+        bert_dir,
+        tmp_path / "m",
+        ("cls",),
+        dense=True,
+        config={"prompts": {"query": "the old house "}},
+    )
     (tmp_path / "t.txt").write_text("\n\n".join(texts))
-    (tmp_path / "p.tsv").write_text("".join(f"{i % 6}\t{a}\t{b}\n" for i, (a, b) in enumerate(zip(texts, texts[30:]))))
-    common = ["quantize", model, tmp_path / "q", "--calib-data", tmp_path / "t.txt", "--group-size", 16, "--prompt-name", "query"]
+    (tmp_path / "p.tsv").write_text(
+        "".join(f"{i % 6}\t{a}\t{b}\n" for i, (a, b) in enumerate(zip(texts, texts[30:])))
+    )
+    common = [
+        "quantize",
+        model,
+        tmp_path / "q",
+        "--calib-data",
+        tmp_path / "t.txt",
+        "--group-size",
+        16,
+        "--prompt-name",
+        "query",
+    ]
     report = run_json(capsys, *common, "--samples", 20)
     direct = AutoAWQForEmbedding.from_pretrained(str(model))
     options = dict(quant_config={"q_group_size": 16}, prompt_name="query", max_calib_samples=20)
@@ -103,7 +178,11 @@ def test_embedding_models_go_through_their_own_door(capsys, bert_dir, texts, tmp
     mine = direct.encode(texts[:2], prompt_name="query", normalize=True)
     torch.testing.assert_close(torch.tensor(embedded["embeddings"]), mine, atol=1e-5, rtol=1e-4)
     on_pairs = run_json(capsys, *common, "--evaluate", tmp_path / "p.tsv")["evaluation"]
-    assert on_pairs["texts"] == 60 and on_pairs["spearman_after"] is not None and on_pairs["ndcg_after"] is not None
+    assert (
+        on_pairs["texts"] == 60
+        and on_pairs["spearman_after"] is not None
+        and on_pairs["ndcg_after"] is not None
+    )
     assert main([*map(str, common), "--evaluate", str(tmp_path / "t.txt")]) == 0
     assert "cosine to full precision on 60 texts" in capsys.readouterr().out
     (tmp_path / "bad.tsv").write_text("no score\ta\tb\n")
@@ -116,7 +195,9 @@ def test_embedding_models_go_through_their_own_door(capsys, bert_dir, texts, tmp
 
 def test_no_tokenizer_is_said_before_calibration(capsys, bert_dir, tmp_path):
     """transformers 5 makes an empty one up; every word would be unknown."""
-    shutil.copytree(bert_dir, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    shutil.copytree(
+        bert_dir, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*", "special*")
+    )
     assert main(["quantize", str(tmp_path / "m"), str(tmp_path / "q"), "--group-size", "16"]) == 2
     assert "tokenizer" in capsys.readouterr().err
     model = AutoAWQForCausalLM.from_pretrained(str(tmp_path / "m"))
@@ -145,27 +226,44 @@ def test_folds(capsys, llama_dir, bert_dir):
     assert "model.layers.0 … model.layers.2 (3)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [
-    ["info", "MISSING"], ["quantize", "MISSING", "OUT"], ["generate", "MISSING", "hello"], ["embed", "MISSING", "hello"],
-    ["convert", "MISSING", "OUT", "--version", "gemv"], ["folds", "MISSING"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "MISSING"],
+        ["quantize", "MISSING", "OUT"],
+        ["generate", "MISSING", "hello"],
+        ["embed", "MISSING", "hello"],
+        ["convert", "MISSING", "OUT", "--version", "gemv"],
+        ["folds", "MISSING"],
+    ],
+)
 def test_missing_model_is_one_line_and_status_2(capsys, tmp_path, arguments):
     paths = {"MISSING": str(tmp_path / "nothing"), "OUT": str(tmp_path / "out")}
     capsys.readouterr()
     assert main([paths.get(a, a) for a in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and "Traceback" not in captured.err
-    assert captured.err.splitlines()[-1].startswith(f"awq {arguments[0]}: ") and "nothing" in captured.err
+    assert (
+        captured.err.splitlines()[-1].startswith(f"awq {arguments[0]}: ")
+        and "nothing" in captured.err
+    )
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments, word", [
-    (["quantize", "m", "o", "--version", "marlin"], "GEMV"), (["quantize", "m", "o", "--preset", "turbo"], "balanced"),
-    (["quantize", "m", "o", "--samples", "0"], "at least 1"), (["quantize", "m", "o", "--tokens", "0"], "at least 1"),
-    (["quantize", "m", "o", "--group-size", "3"], "whole row"), (["quantize", "m", "o", "--dtype", "int8"], "bfloat16"),
-    (["convert", "m", "o", "--version", "marlin"], "GEMV"), (["generate", "m", "p", "--max-new-tokens", "0"], "at least 1"),
-    (["bench", "m", "--repeats", "x"], "at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["quantize", "m", "o", "--version", "marlin"], "GEMV"),
+        (["quantize", "m", "o", "--preset", "turbo"], "balanced"),
+        (["quantize", "m", "o", "--samples", "0"], "at least 1"),
+        (["quantize", "m", "o", "--tokens", "0"], "at least 1"),
+        (["quantize", "m", "o", "--group-size", "3"], "whole row"),
+        (["quantize", "m", "o", "--dtype", "int8"], "bfloat16"),
+        (["convert", "m", "o", "--version", "marlin"], "GEMV"),
+        (["generate", "m", "p", "--max-new-tokens", "0"], "at least 1"),
+        (["bench", "m", "--repeats", "x"], "at least 1"),
+    ],
+)
 def test_bad_values_are_refused_while_the_command_line_is_read(capsys, arguments, word):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -177,7 +275,9 @@ def test_choices_are_those_of_the_python_interface():
     from awq.config import FORMATS, normalize_format
     from awq.quantize.options import PRESETS as options
 
-    assert set(PRESETS) == set(options) and {normalize_format(name) for name in VERSIONS} == set(FORMATS)
+    assert set(PRESETS) == set(options) and {normalize_format(name) for name in VERSIONS} == set(
+        FORMATS
+    )
     assert all(version(name) in VERSIONS for name in FORMATS)
 
 
@@ -193,7 +293,9 @@ def failed(capsys, *arguments):
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu9", "cuda:x"])
-def test_a_device_that_is_not_there_is_one_line(capsys, quantized, llama_dir, texts, tmp_path, device):
+def test_a_device_that_is_not_there_is_one_line(
+    capsys, quantized, llama_dir, texts, tmp_path, device
+):
     (tmp_path / "t.txt").write_text("\n\n".join(texts))
     assert device in failed(capsys, "embed", quantized["bert"], "a", "--device", device)
     assert device in failed(capsys, "generate", quantized["llama"], "hi", "--device", device)
@@ -216,11 +318,25 @@ def test_encoders_do_not_generate(capsys, quantized):
     assert "language model" in failed(capsys, "generate", quantized["bert"], "hello")
 
 
-def test_the_group_size_is_judged_before_any_text_is_looked_for(capsys, llama_dir, bert_dir, tmp_path):
-    """A wrong size needs no hub, no file and no tokenizer to be told; the hint names every size that fits."""
+def test_the_group_size_is_judged_before_any_text_is_looked_for(
+    capsys, llama_dir, bert_dir, tmp_path
+):
+    """A wrong size needs no hub, no file and no tokenizer to be told; the hint names every size
+    that fits."""
     for source in (llama_dir, bert_dir):
-        line = failed(capsys, "quantize", source, tmp_path / "q", "--group-size", 24, "--calib-data", "nobody/nothing")
-        assert "--skip" in line and "group_size 24" in line and "16" in line and "nothing" not in line
+        line = failed(
+            capsys,
+            "quantize",
+            source,
+            tmp_path / "q",
+            "--group-size",
+            24,
+            "--calib-data",
+            "nobody/nothing",
+        )
+        assert (
+            "--skip" in line and "group_size 24" in line and "16" in line and "nothing" not in line
+        )
     with pytest.raises(ConfigError, match="128 or 64 or 32 or 16"):
         AwqConfig(group_size=100).group_size_of(384)
 
@@ -258,11 +374,25 @@ def test_embeddings_from_a_file_to_a_file(capsys, quantized, texts, tmp_path):
 
 def test_signs_of_life_where_stderr_is_no_terminal(capsys, llama_dir, texts, tmp_path):
     (tmp_path / "t.txt").write_text("\n\n".join(texts))
-    common = ["quantize", str(llama_dir), str(tmp_path / "q"), "--calib-data", str(tmp_path / "t.txt"), "--group-size", "16",
-              "--preset", "fast"]  # fmt: skip
+    common = [
+        "quantize",
+        str(llama_dir),
+        str(tmp_path / "q"),
+        "--calib-data",
+        str(tmp_path / "t.txt"),
+        "--group-size",
+        "16",
+        "--preset",
+        "fast",
+    ]
     assert main(common) == 0
     err = capsys.readouterr().err
-    assert err.index("loading") < err.index("quantizing: preset fast") < err.index("a block done") < err.index("saving to")
+    assert (
+        err.index("loading")
+        < err.index("quantizing: preset fast")
+        < err.index("a block done")
+        < err.index("saving to")
+    )
     assert err.count("a block done") == 3
     assert main([*common, "--quiet"]) == 0
     assert capsys.readouterr().err == ""
@@ -291,20 +421,31 @@ def test_help_shows_defaults(capsys):
 
 
 def test_a_pipe_that_closes_is_one_line(quantized):
-    code = f"import sys; from awq.cli import main; sys.exit(main(['info', {str(quantized['llama'])!r}]))"
-    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    code = (
+        "import sys; from awq.cli import main; sys.exit(main(['info', "
+        f"{str(quantized['llama'])!r}]))"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     run.stdout.close()
     err = run.stderr.read()
     assert run.wait() == 2 and "Traceback" not in err and "closed" in err
 
 
 def test_info_loads_no_torch(quantized):
-    code = f"import sys; from awq.cli import main; main(['info', {str(quantized['llama'])!r}]); assert 'torch' not in sys.modules"
+    code = (
+        f"import sys; from awq.cli import main; main(['info', {str(quantized['llama'])!r}]); "
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_help_is_light():
-    code = "import sys; from awq.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys; from awq.cli import main\ntry: main(['--help'])\nexcept SystemExit: "
+        "pass\nassert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(verb in done.stdout for verb in VERBS)

@@ -1,4 +1,5 @@
-"""The verbs that judge and talk: eval, compare, chat, env, completion, and the quality gates of quantize."""
+"""The verbs that judge and talk: eval, compare, chat, env, completion, and the quality gates of
+quantize."""
 
 import io
 import json
@@ -13,7 +14,10 @@ from awq.cli import main
 from awq.errors import ConfigError
 from awq.evals.gates import Gates
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}old {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if "
+    "add_generation_prompt %}old {% endif %}"
+)
 
 
 def run_json(capsys, *arguments, status=0):
@@ -25,26 +29,47 @@ def run_json(capsys, *arguments, status=0):
 
 @pytest.fixture(scope="module")
 def place(llama_dir, bert_dir, texts, tmp_path_factory):
-    """A folder with a dense and a quantized language model (`llama`, `llama-awq`), `bert-awq`, and files of texts."""
+    """A folder with a dense and a quantized language model (`llama`, `llama-awq`), `bert-awq`, and
+    files of texts."""
     root = tmp_path_factory.mktemp("judge")
     shutil.copytree(llama_dir, root / "llama")
     tokenizer = AutoTokenizer.from_pretrained(root / "llama")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(root / "llama")
     (root / "texts.txt").write_text("\n\n".join(texts))
-    (root / "pairs.tsv").write_text("".join(f"{i % 6}\t{a}\t{b}\n" for i, (a, b) in enumerate(zip(texts, texts[30:]))))
+    (root / "pairs.tsv").write_text(
+        "".join(f"{i % 6}\t{a}\t{b}\n" for i, (a, b) in enumerate(zip(texts, texts[30:])))
+    )
     for name, source in (("llama", root / "llama"), ("bert", bert_dir)):
-        common = ["--calib-data", root / "texts.txt", "--group-size", 16, "--tokens", 32, "--preset", "fast", "--quiet"]
+        common = [
+            "--calib-data",
+            root / "texts.txt",
+            "--group-size",
+            16,
+            "--tokens",
+            32,
+            "--preset",
+            "fast",
+            "--quiet",
+        ]
         assert main(["quantize", str(source), str(root / f"{name}-awq"), *map(str, common)]) == 0
     return root
 
 
 def test_perplexity_is_transformers_own_loss(capsys, place):
-    found = run_json(capsys, "eval", place / "llama-awq", "--text", place / "texts.txt", "--window", 32)["figures"]
+    found = run_json(
+        capsys, "eval", place / "llama-awq", "--text", place / "texts.txt", "--window", 32
+    )["figures"]
     model = AutoModelForCausalLM.from_pretrained(place / "llama-awq")
     tokenizer = AutoTokenizer.from_pretrained(place / "llama-awq")
-    ids = tokenizer((place / "texts.txt").read_text(), add_special_tokens=False, return_tensors="pt").input_ids
-    losses = [(model(part, labels=part).loss, part.shape[1] - 1) for part in ids.split(32, dim=1) if part.shape[1] > 1]
+    ids = tokenizer(
+        (place / "texts.txt").read_text(), add_special_tokens=False, return_tensors="pt"
+    ).input_ids
+    losses = [
+        (model(part, labels=part).loss, part.shape[1] - 1)
+        for part in ids.split(32, dim=1)
+        if part.shape[1] > 1
+    ]
     wanted = sum(float(loss) * count for loss, count in losses) / sum(count for _, count in losses)
     assert found["loss"] == pytest.approx(wanted, abs=1e-3)
     low, high = found["interval"]
@@ -53,51 +78,88 @@ def test_perplexity_is_transformers_own_loss(capsys, place):
 
 def test_base_and_quantized_side_by_side(capsys, place):
     common = ["--text", place / "texts.txt", "--window", 32]
-    beside = run_json(capsys, "eval", place / "llama-awq", "--base", place / "llama", *common)["figures"]
-    alone = [run_json(capsys, "eval", place / name, *common)["figures"] for name in ("llama", "llama-awq")]
+    beside = run_json(capsys, "eval", place / "llama-awq", "--base", place / "llama", *common)[
+        "figures"
+    ]
+    alone = [
+        run_json(capsys, "eval", place / name, *common)["figures"]
+        for name in ("llama", "llama-awq")
+    ]
     assert beside["perplexity_before"] == pytest.approx(alone[0]["perplexity"], rel=1e-6)
     assert beside["perplexity_after"] == pytest.approx(alone[1]["perplexity"], rel=1e-6)
     ratio = alone[1]["perplexity"] / alone[0]["perplexity"]
     assert beside["perplexity_ratio"] == pytest.approx(ratio, rel=1e-6)
     low, high = beside["ratio_interval"]
     assert low < ratio < high and beside["mean_kl"] > 0
-    itself = run_json(capsys, "eval", place / "llama", "--base", place / "llama", *common)["figures"]
+    itself = run_json(capsys, "eval", place / "llama", "--base", place / "llama", *common)[
+        "figures"
+    ]
     assert itself["mean_kl"] == 0 and itself["perplexity_ratio"] == 1
 
 
 def test_embeddings_side_by_side_and_pairs_alone(capsys, place, bert_dir):
-    both = run_json(capsys, "eval", place / "bert-awq", "--base", bert_dir, "--text", place / "pairs.tsv")["figures"]
+    both = run_json(
+        capsys, "eval", place / "bert-awq", "--base", bert_dir, "--text", place / "pairs.tsv"
+    )["figures"]
     alone = run_json(capsys, "eval", place / "bert-awq", "--text", place / "pairs.tsv")["figures"]
     assert alone == {"pairs": 30, "spearman": pytest.approx(both["spearman_after"], abs=1e-6)}
-    texts = run_json(capsys, "eval", place / "bert-awq", "--base", bert_dir, "--text", place / "texts.txt")["figures"]
+    texts = run_json(
+        capsys, "eval", place / "bert-awq", "--base", bert_dir, "--text", place / "texts.txt"
+    )["figures"]
     assert 0.5 < texts["min_cosine"] < texts["mean_cosine"] < 1
 
 
 def test_eval_gates_end_with_status_1(capsys, place):
     common = ["eval", place / "llama-awq", "--base", place / "llama", "--text", place / "texts.txt"]
     assert run_json(capsys, *common, "--max-kl", 100)["failed_gates"] == []
-    failed = run_json(capsys, *common, "--max-kl", 0, "--max-ppl-increase", "-99", status=1)["failed_gates"]
+    failed = run_json(capsys, *common, "--max-kl", 0, "--max-ppl-increase", "-99", status=1)[
+        "failed_gates"
+    ]
     assert len(failed) == 2 and "mean KL" in failed[0]
     assert main([*map(str, common), "--max-kl", "0"]) == 1
     assert "quality gate failed: mean KL" in capsys.readouterr().err
 
 
 def test_quantize_gates(capsys, place, tmp_path):
-    common = ["quantize", place / "llama", tmp_path / "q", "--calib-data", place / "texts.txt", "--group-size", 16]
+    common = [
+        "quantize",
+        place / "llama",
+        tmp_path / "q",
+        "--calib-data",
+        place / "texts.txt",
+        "--group-size",
+        16,
+    ]
     report = run_json(capsys, *common, "--evaluate", place / "texts.txt", "--max-kl", 0, status=1)
     assert report["evaluation"]["mean_kl"] > 0
-    measured = run_json(capsys, "eval", tmp_path / "q", "--base", place / "llama", "--text", place / "texts.txt")["figures"]
-    assert report["evaluation"]["mean_kl"] == pytest.approx(measured["mean_kl"], rel=1e-3), "of what was saved"
+    measured = run_json(
+        capsys, "eval", tmp_path / "q", "--base", place / "llama", "--text", place / "texts.txt"
+    )["figures"]
+    assert report["evaluation"]["mean_kl"] == pytest.approx(measured["mean_kl"], rel=1e-3), (
+        "of what was saved"
+    )
     assert main(["report", str(tmp_path / "q"), "--html", str(tmp_path / "page.html")]) == 0
     assert "perplexity ratio" in (tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize("extra, message", [
-    (["--max-kl", "1"], "--evaluate"), (["--min-cosine", "0.9"], "embedding models"), (["--max-kl", "x"], "is no number"),
-    (["--evaluate", "no.txt", "--max-kl", "1"], "does not exist"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--max-kl", "1"], "--evaluate"),
+        (["--min-cosine", "0.9"], "embedding models"),
+        (["--max-kl", "x"], "is no number"),
+        (["--evaluate", "no.txt", "--max-kl", "1"], "does not exist"),
+    ],
+)
 def test_gates_that_cannot_be_judged_are_said_before_work(capsys, place, tmp_path, extra, message):
-    command = ["quantize", str(place / "llama"), str(tmp_path / "q"), "--calib-data", str(place / "texts.txt"), *extra]
+    command = [
+        "quantize",
+        str(place / "llama"),
+        str(tmp_path / "q"),
+        "--calib-data",
+        str(place / "texts.txt"),
+        *extra,
+    ]
     try:
         status = main(command)
     except SystemExit as ended:
@@ -113,13 +175,19 @@ def test_gates_keep_nothing_for_figures_that_are_no_numbers():
         Gates(max_kl=1.0).failures({"mean_cosine": 1.0})
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["eval", "llama"], "nothing to measure"), (["eval", "llama", "--text", "no.txt"], "does not exist"),
-    (["eval", "llama", "--text", "texts.txt", "--max-kl", "1"], "--base"),
-    (["eval", "bert-awq", "--text", "texts.txt"], "--base"), (["compare", "llama", "llama-awq"], "not quantized"),
-    (["compare", "missing", "llama-awq"], "not a directory"), (["chat", "bert-awq"], "chat template"),
-    (["eval", "llama", "--tasks", "made-up-task"], "lm-eval"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["eval", "llama"], "nothing to measure"),
+        (["eval", "llama", "--text", "no.txt"], "does not exist"),
+        (["eval", "llama", "--text", "texts.txt", "--max-kl", "1"], "--base"),
+        (["eval", "bert-awq", "--text", "texts.txt"], "--base"),
+        (["compare", "llama", "llama-awq"], "not quantized"),
+        (["compare", "missing", "llama-awq"], "not a directory"),
+        (["chat", "bert-awq"], "chat template"),
+        (["eval", "llama", "--tasks", "made-up-task"], "lm-eval"),
+    ],
+)
 def test_errors_are_one_line(capsys, place, monkeypatch, arguments, message):
     monkeypatch.chdir(place)
     assert main(arguments) == 2
@@ -128,14 +196,32 @@ def test_errors_are_one_line(capsys, place, monkeypatch, arguments, message):
 
 
 def test_compare_sees_integers_not_their_order(capsys, place, tmp_path):
-    assert main(["convert", str(place / "llama-awq"), str(tmp_path / "gemv"), "--version", "GEMV"]) == 0
+    assert (
+        main(["convert", str(place / "llama-awq"), str(tmp_path / "gemv"), "--version", "GEMV"])
+        == 0
+    )
     found = run_json(capsys, "compare", place / "llama-awq", tmp_path / "gemv")
-    assert found["settings"]["version"] == ["gemm", "gemv"] and found["equal"] == found["shared"] == 21
+    assert (
+        found["settings"]["version"] == ["gemm", "gemv"] and found["equal"] == found["shared"] == 21
+    )
     assert found["differing_weights"] == {}
-    common = ["--calib-data", place / "texts.txt", "--group-size", 16, "--tokens", 32, "--preset", "balanced"]
+    common = [
+        "--calib-data",
+        place / "texts.txt",
+        "--group-size",
+        16,
+        "--tokens",
+        32,
+        "--preset",
+        "balanced",
+    ]
     run_json(capsys, "quantize", place / "llama", tmp_path / "other", *common, "--skip", "layers.0")
     found = run_json(capsys, "compare", place / "llama-awq", tmp_path / "other")
-    assert found["shared"] == 14 and len(found["only_first"]) == 7 and found["losses"][0] > found["losses"][1]
+    assert (
+        found["shared"] == 14
+        and len(found["only_first"]) == 7
+        and found["losses"][0] > found["losses"][1]
+    )
     assert all(0 < share < 1 for share in found["differing_weights"].values())
 
 
@@ -147,27 +233,51 @@ def talk(monkeypatch, capsys, place, lines, *options):
 
 
 def test_chat(monkeypatch, capsys, place, tmp_path):
-    lines = ["the cat", "/undo", "a dog runs", "/save " + str(tmp_path / "said.json"), "/what", "/help", "/exit", "never read"]
+    lines = [
+        "the cat",
+        "/undo",
+        "a dog runs",
+        "/save " + str(tmp_path / "said.json"),
+        "/what",
+        "/help",
+        "/exit",
+        "never read",
+    ]
     status, said = talk(monkeypatch, capsys, place, lines, "--system", "red fire")
     assert status == 0 and "/what is no command" in said.err and "/retry" in said.err
     messages = json.loads((tmp_path / "said.json").read_text())
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
     assert messages[1]["content"] == "a dog runs"
-    model, tokenizer = (kind.from_pretrained(place / "llama-awq") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    ids = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    out = model.generate(**{k: ids[k] for k in ("input_ids", "attention_mask")}, max_new_tokens=4, do_sample=False)
-    assert messages[2]["content"] == tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    model, tokenizer = (
+        kind.from_pretrained(place / "llama-awq") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    ids = tokenizer.apply_chat_template(
+        messages[:2], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(
+        **{k: ids[k] for k in ("input_ids", "attention_mask")}, max_new_tokens=4, do_sample=False
+    )
+    assert messages[2]["content"] == tokenizer.decode(
+        out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True
+    )
 
 
 def test_chat_remembers_and_forgets_what_no_longer_fits(monkeypatch, capsys, place):
     status, said = talk(monkeypatch, capsys, place, ["the cat", "a dog", "/retry"], "--json")
     messages = json.loads(said.out)["messages"]
-    assert status == 0 and [m["content"] for m in messages if m["role"] == "user"] == ["the cat", "a dog"]
+    assert status == 0 and [m["content"] for m in messages if m["role"] == "user"] == [
+        "the cat",
+        "a dog",
+    ]
     long = " ".join(["stone"] * 12)
-    status, said = talk(monkeypatch, capsys, place, [long, long, long], "--json", "--max-seq-len", "40")
+    status, said = talk(
+        monkeypatch, capsys, place, [long, long, long], "--json", "--max-seq-len", "40"
+    )
     kept = [m for m in json.loads(said.out)["messages"] if m["role"] == "user"]
     assert status == 0 and 1 <= len(kept) < 3 and "oldest turn" in said.err
-    status, said = talk(monkeypatch, capsys, place, [" ".join(["stone"] * 60)], "--max-seq-len", "40")
+    status, said = talk(
+        monkeypatch, capsys, place, [" ".join(["stone"] * 60)], "--max-seq-len", "40"
+    )
     assert status == 2 and "raise --max-seq-len" in said.err
 
 
@@ -190,30 +300,65 @@ def test_embeddings_in_three_kinds_of_files(capsys, place, tmp_path, monkeypatch
     texts = ["the cat", "a dog runs"]
     wanted = torch.tensor(run_json(capsys, "embed", place / "bert-awq", *texts)["embeddings"])
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(texts)))
-    assert main(["embed", str(place / "bert-awq"), "--input", "-", "--output", str(tmp_path / "v.parquet")]) == 0
+    assert (
+        main(
+            [
+                "embed",
+                str(place / "bert-awq"),
+                "--input",
+                "-",
+                "--output",
+                str(tmp_path / "v.parquet"),
+            ]
+        )
+        == 0
+    )
     for suffix in (".npy", ".jsonl"):
-        assert main(["embed", str(place / "bert-awq"), *texts, "--output", str(tmp_path / f"v{suffix}")]) == 0
+        assert (
+            main(
+                ["embed", str(place / "bert-awq"), *texts, "--output", str(tmp_path / f"v{suffix}")]
+            )
+            == 0
+        )
     table = parquet.read_table(tmp_path / "v.parquet")
     rows = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
     assert table["text"].to_pylist() == [row["text"] for row in rows] == texts
-    for found in (table["embedding"].to_pylist(), [row["embedding"] for row in rows], numpy.load(tmp_path / "v.npy")):
-        torch.testing.assert_close(torch.as_tensor(numpy.asarray(found, dtype="float32")), wanted, atol=1e-5, rtol=1e-4)
+    for found in (
+        table["embedding"].to_pylist(),
+        [row["embedding"] for row in rows],
+        numpy.load(tmp_path / "v.npy"),
+    ):
+        torch.testing.assert_close(
+            torch.as_tensor(numpy.asarray(found, dtype="float32")), wanted, atol=1e-5, rtol=1e-4
+        )
     assert main(["embed", str(place / "bert-awq"), *texts, "--output", "v.bin"]) == 2
 
 
 def test_tasks_run_through_lm_eval_on_a_local_file(capsys, place, tmp_path):
     """Its log-likelihoods are the model's own, base beside quantized, without a network."""
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"q": f"the {a}", "c": [" cat", " dog"], "a": i % 2})
-                                                   for i, a in enumerate(["old", "new", "red", "blue"])))  # fmt: skip
+    (tmp_path / "data.jsonl").write_text(
+        "\n".join(
+            json.dumps({"q": f"the {a}", "c": [" cat", " dog"], "a": i % 2})
+            for i, a in enumerate(["old", "new", "red", "blue"])
+        )
+    )
     (tmp_path / "task.yaml").write_text(
-        f"task: local_words\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'data.jsonl'}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to_target: a\n"
+        "task: local_words\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        f"{tmp_path / 'data.jsonl'}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: "
+        "c\ndoc_to_target: a\n"
         "metric_list:\n  - metric: acc\n"
     )
     found = run_json(
-        capsys, "eval", place / "llama-awq", "--base", place / "llama", "--tasks", "local_words", "--include-path", tmp_path
+        capsys,
+        "eval",
+        place / "llama-awq",
+        "--base",
+        place / "llama",
+        "--tasks",
+        "local_words",
+        "--include-path",
+        tmp_path,
     )["tasks"]
     assert found.keys() == {"base", "model"} and 0 <= found["model"]["local_words"]["acc"] <= 1
-
-

@@ -1,4 +1,5 @@
-"""What programs that nobody here wrote ask of this package, each on a tiny model: loaders, servers, files of other tools."""
+"""What programs that nobody here wrote ask of this package, each on a tiny model: loaders, servers,
+files of other tools."""
 
 import json
 import os
@@ -30,7 +31,9 @@ def quantized(bert_dir, texts, tmp_path_factory):
 
 def test_a_device_map_without_a_dtype(quantized):
     """transformers 4.56 and 4.57 hand accelerate the dtype None unless the quantizer names one."""
-    plain, placed = (AutoModel.from_pretrained(quantized, **how) for how in ({}, {"device_map": "cpu"}))
+    plain, placed = (
+        AutoModel.from_pretrained(quantized, **how) for how in ({}, {"device_map": "cpu"})
+    )
     inputs = zoo.token_batch()
     assert torch.equal(zoo.outputs(placed, **inputs), zoo.outputs(plain, **inputs))
     assert placed.pooler.dense.weight.dtype.is_floating_point
@@ -52,7 +55,9 @@ with use_backend("reference"):
     assert torch.allclose(out, zoo.outputs(model, **inputs), atol=1e-6)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert "llvmlite" in done.stderr and "slow" in done.stderr
 
@@ -76,22 +81,39 @@ def test_programs_that_never_import_awq(quantized, tmp_path):
     started = f"import site; site.addsitedir({str(tmp_path / 'site')!r}); import runpy; "
     started += "runpy.run_module('program', run_name='__main__', alter_sys=True)"
     for code in (recipe, started):
-        done = subprocess.run([sys.executable, "-c", code, str(quantized)], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(quantized)],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
         assert done.stdout.strip() == "WQLinear", done.stderr[-2000:]
 
 
 def test_settings_of_other_writers(quantized, tmp_path):
-    """auto-round adds keys of its own; a directory of another method is named as such, wherever its key stands."""
+    """auto-round adds keys of its own; a directory of another method is named as such, wherever its
+    key stands."""
     directory = tmp_path / "m"
     shutil.copytree(quantized, directory)
     config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] |= {"autoround_version": "0.16.1", "iters": 200, "provider": "auto-round"}
+    config["quantization_config"] |= {
+        "autoround_version": "0.16.1",
+        "iters": 200,
+        "provider": "auto-round",
+    }
     (directory / "config.json").write_text(json.dumps(config))
     inputs = zoo.token_batch()
     loaded = AutoAWQForCausalLM.from_quantized(str(directory), device="cpu")
-    assert torch.equal(zoo.outputs(loaded.model, **inputs), zoo.outputs(AutoModel.from_pretrained(directory), **inputs))
+    assert torch.equal(
+        zoo.outputs(loaded.model, **inputs),
+        zoo.outputs(AutoModel.from_pretrained(directory), **inputs),
+    )
     assert main(["info", str(directory)]) == 0
-    config["quantization_config"] = {"config_groups": {}, "format": "pack-quantized", "quant_method": "compressed-tensors"}
+    config["quantization_config"] = {
+        "config_groups": {},
+        "format": "pack-quantized",
+        "quant_method": "compressed-tensors",
+    }
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="compressed-tensors"):
         AutoAWQForCausalLM.from_quantized(str(directory))

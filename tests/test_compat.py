@@ -34,7 +34,8 @@ def linear(bias: bool = True) -> nn.Linear:
 def test_from_linear_equals_round_to_nearest(cls):
     dense = linear()
     weight = round_to_nearest(dense.weight.data, 32)
-    # AutoAWQ hands gemm its scales transposed and the others not; here both tables are square-free, so both are understood.
+    # AutoAWQ hands gemm its scales transposed and the others not; here both tables are square-free,
+    # so both are understood.
     for scales, zeros in ((weight.scales, weight.zeros), (weight.scales.t(), weight.zeros.t())):
         packed = cls.from_linear(dense, 4, 32, scales=scales.float(), zeros=zeros.float())
         assert torch.equal(packed.dequantize(), weight.dequantize())
@@ -55,16 +56,26 @@ def test_square_scales_of_gemm_are_transposed():
 def test_empty_linear_has_the_names_and_shapes_of_the_files():
     packed = WQLinear_GEMM.from_linear(linear(), 4, 32, init_only=True)
     assert {k: tuple(v.shape) for k, v in packed.state_dict().items()} == {
-        "qweight": (64, 8), "qzeros": (2, 8), "scales": (2, 64), "bias": (64,),
-    }  # fmt: skip
-    assert (packed.w_bit, packed.group_size, packed.in_features, packed.out_features) == (4, 32, 64, 64)
+        "qweight": (64, 8),
+        "qzeros": (2, 8),
+        "scales": (2, 64),
+        "bias": (64,),
+    }
+    assert (packed.w_bit, packed.group_size, packed.in_features, packed.out_features) == (
+        4,
+        32,
+        64,
+        64,
+    )
     with pytest.raises(ConfigError, match="4 bits"):
         WQLinear_GEMM(8, 32, 64, 64, False, "cpu")
 
 
 def test_isinstance_sees_every_linear_of_the_format():
     packed = WQLinear.from_quantized(round_to_nearest(linear().weight.data, 32), None, "gemm")
-    assert isinstance(packed, gemm_module) and not isinstance(packed, (gemv_module, gemv_fast_module))
+    assert isinstance(packed, gemm_module) and not isinstance(
+        packed, (gemv_module, gemv_fast_module)
+    )
     assert not isinstance(linear(), gemm_module)
 
 
@@ -88,7 +99,9 @@ def test_helpers():
 
 def test_quantizer_class(llama_dir, texts):
     model = AutoAWQForCausalLM.from_pretrained(str(llama_dir))
-    quantizer = AwqQuantizer(model, model.model, None, 4, 16, True, "GEMM", texts, duo_scaling=True, max_calib_samples=8)
+    quantizer = AwqQuantizer(
+        model, model.model, None, 4, 16, True, "GEMM", texts, duo_scaling=True, max_calib_samples=8
+    )
     weight = torch.randn(8, 32)
     nearest, scales, zeros = quantizer.pseudo_quantize_tensor(weight)
     assert (nearest - weight).abs().max() <= scales.max() and scales.shape == zeros.shape == (8, 2)
@@ -96,9 +109,15 @@ def test_quantizer_class(llama_dir, texts):
 
 
 def test_wrapper_is_the_transformers_model(llama_dir, texts):
-    model = AutoAWQForCausalLM.from_pretrained(str(llama_dir), torch_dtype="bfloat16", low_cpu_mem_usage=True, use_cache=False)
+    model = AutoAWQForCausalLM.from_pretrained(
+        str(llama_dir), torch_dtype="bfloat16", low_cpu_mem_usage=True, use_cache=False
+    )
     assert isinstance(model, BaseAWQForCausalLM) and isinstance(model, nn.Module)
-    assert model.dtype == torch.bfloat16 and model.device.type == "cpu" and model.config is model.model.config
+    assert (
+        model.dtype == torch.bfloat16
+        and model.device.type == "cpu"
+        and model.config is model.model.config
+    )
     assert model.get_input_embeddings() is model.model.get_input_embeddings()
     assert len(list(model.parameters())) == len(list(model.model.parameters()))
     assert model.eval() is model and model.to("cpu") is model
@@ -109,7 +128,9 @@ def test_wrapper_is_the_transformers_model(llama_dir, texts):
         model.save_quantized("anywhere")
 
 
-@pytest.mark.parametrize("kind", ["texts", "ids", "tensor", "tokenizer output", "tokenizer", "nothing"])
+@pytest.mark.parametrize(
+    "kind", ["texts", "ids", "tensor", "tokenizer output", "tokenizer", "nothing"]
+)
 def test_first_argument_of_quantize(kind, llama_dir, texts, tokenizer):
     model = AutoAWQForCausalLM.from_pretrained(str(llama_dir), dtype=torch.float32)
     ids = [tokenizer(t, return_tensors="pt").input_ids for t in texts[:8]]
@@ -122,9 +143,16 @@ def test_first_argument_of_quantize(kind, llama_dir, texts, tokenizer):
         "tokenizer": tokenizer,
     }
     report = model.quantize(
-        first.get(kind), quant_config=QUANT, calib_data=texts[:8], apply_clip=False, preset="fast",
-        n_parallel_calib_samples=4, max_calib_seq_len=32, max_chunk_memory=1 << 20, quantizer_cls=AwqQuantizer,
-    )  # fmt: skip
+        first.get(kind),
+        quant_config=QUANT,
+        calib_data=texts[:8],
+        apply_clip=False,
+        preset="fast",
+        n_parallel_calib_samples=4,
+        max_calib_seq_len=32,
+        max_chunk_memory=1 << 20,
+        quantizer_cls=AwqQuantizer,
+    )
     assert report is model.report and len(report.linears) == 21 and report.tokens
     with pytest.raises(ConfigError, match="quantized already"):
         model.quantize(tokenizer)
@@ -138,7 +166,9 @@ def test_export_compatible_then_pack_is_exact(llama_dir, texts, tmp_path):
     dense = zoo.outputs(model, **inputs)
     model.save_quantized(tmp_path / "dense")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    assert not hasattr(plain.config, "quantization_config") and torch.equal(zoo.outputs(plain, **inputs), dense)
+    assert not hasattr(plain.config, "quantization_config") and torch.equal(
+        zoo.outputs(plain, **inputs), dense
+    )
     model.pack()
     torch.testing.assert_close(zoo.outputs(model, **inputs), dense)
     model.save_quantized(tmp_path / "packed")

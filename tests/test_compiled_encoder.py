@@ -1,4 +1,5 @@
-"""Compiled encoders give what transformers' forward gives, for any texts and from any number of threads, or say why not."""
+"""Compiled encoders give what transformers' forward gives, for any texts and from any number of
+threads, or say why not."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,13 @@ from awq.nn.surgery import named_linears, replace_module
 
 pytest.importorskip("llvmlite")
 
-SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=96, max_position_embeddings=300)
+SIZES = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    vocab_size=96,
+    max_position_embeddings=300,
+)
 FAMILIES = {
     "bert": {},
     "roberta": {},

@@ -1,4 +1,5 @@
-"""Laws of the arithmetic: codes stay in range, no search is worse than round-to-nearest, the Gram loss is the output error."""
+"""Laws of the arithmetic: codes stay in range, no search is worse than round-to-nearest, the Gram
+loss is the output error."""
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ def layer(out=48, width=64, tokens=200, seed=0):
     """A weight and inputs with a few loud channels, as real activations have."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out, width, generator=generator)
-    x = torch.randn(tokens, width, generator=generator) * torch.rand(width, generator=generator).mul(4).exp()
+    x = (
+        torch.randn(tokens, width, generator=generator)
+        * torch.rand(width, generator=generator).mul(4).exp()
+    )
     return weight, x
 
 
@@ -38,7 +42,8 @@ def test_nearest_error_is_at_most_half_a_step(group_size, zero_point, bits):
     size = weight.shape[1] if group_size == -1 else group_size
     assert quantized.group_size == size
     step = quantized.scales.float().repeat_interleave(size, 1)
-    # The zero point is rounded too, so the end of a range can be a whole step and a half away at most.
+    # The zero point is rounded too, so the end of a range can be a whole step and a half away at
+    # most.
     assert ((quantized.dequantize() - weight).abs() <= 1.01 * step).all()
     inner = (quantized.codes > 0) & (quantized.codes.int() < 2**bits - 1)
     assert ((quantized.dequantize() - weight).abs() <= 0.505 * step)[inner].all()
@@ -47,10 +52,14 @@ def test_nearest_error_is_at_most_half_a_step(group_size, zero_point, bits):
 def test_fake_quantize_is_quantize_then_dequantize():
     weight, _ = layer()
     scale, zero = scale_and_zero(*group_range(weight, 16))
-    assert torch.equal(fake_quantize(weight, scale, zero), quantize_nearest(weight, scale, zero).dequantize())
+    assert torch.equal(
+        fake_quantize(weight, scale, zero), quantize_nearest(weight, scale, zero).dequantize()
+    )
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(4, 32), torch.full((4, 32), 0.3), torch.full((4, 32), -1e-7)])
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(4, 32), torch.full((4, 32), 0.3), torch.full((4, 32), -1e-7)]
+)
 def test_constant_groups_stay_finite_and_close(weight):
     back = round_to_nearest(weight, 16).dequantize()
     assert back.isfinite().all()
@@ -79,7 +88,9 @@ def test_scale_search_never_worse_than_identity_and_finds_loud_channels():
 
 def test_scale_search_keeps_identity_when_no_loss_is_finite():
     weight, x = layer()
-    choice = search_scale(weight, torch.full((x.shape[1], x.shape[1]), float("nan")), x.abs().mean(0), 16)
+    choice = search_scale(
+        weight, torch.full((x.shape[1], x.shape[1]), float("nan")), x.abs().mean(0), 16
+    )
     assert choice.kind == "identity" and (choice.scale == 1).all()
 
 
@@ -100,7 +111,9 @@ def test_searched_range_never_worse_per_group(zero_point):
         delta = (fake_quantize(weight, scale, zero) - weight).view(48, -1, size)
         return torch.einsum("ogi,gij,ogj->og", delta, blocks, delta)
 
-    plain = group_losses(*scale_and_zero(*group_range(weight, size, zero_point), zero_point=zero_point))
+    plain = group_losses(
+        *scale_and_zero(*group_range(weight, size, zero_point), zero_point=zero_point)
+    )
     found = group_losses(*search_range(weight, gram, size, zero_point=zero_point))
     assert (found <= plain * (1 + 1e-4)).all() and found.sum() < 0.95 * plain.sum()
 
@@ -111,7 +124,9 @@ def test_feedback_beats_nearest_on_correlated_inputs():
     gram = x.t() @ x
     scale, zero = scale_and_zero(*group_range(weight, 16))
     feedback = round_with_feedback(weight, *feedback_factor(gram), scale, zero)
-    assert loss_of(feedback, weight, gram) < 0.7 * loss_of(quantize_nearest(weight, scale, zero), weight, gram)
+    assert loss_of(feedback, weight, gram) < 0.7 * loss_of(
+        quantize_nearest(weight, scale, zero), weight, gram
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -120,7 +135,12 @@ def test_feedback_survives_rank_deficient_statistics(tokens):
     x[:, 3] = 0
     gram = x.t() @ x
     scale, zero = scale_and_zero(*group_range(weight, 16))
-    assert round_with_feedback(weight, *feedback_factor(gram), scale, zero).dequantize().isfinite().all()
+    assert (
+        round_with_feedback(weight, *feedback_factor(gram), scale, zero)
+        .dequantize()
+        .isfinite()
+        .all()
+    )
 
 
 def test_feedback_without_correlation_is_nearest():

@@ -1,4 +1,5 @@
-"""The CPU kernels equal the reference on any shape, for any kind of CPU, and step aside where they cannot be trusted."""
+"""The CPU kernels equal the reference on any shape, for any kind of CPU, and step aside where they
+cannot be trusted."""
 
 import os
 import struct
@@ -23,8 +24,18 @@ from awq.nn.layout import concatenate_outputs, restore, split_outputs
 from awq.nn.linear import WQLinear
 
 CPU = torch.device("cpu")
-# inputs, outputs, group: odd rows, whole-row groups, groups that are cut into chunks, one group of eight.
-SHAPES = [(128, 64, 128), (256, 24, 32), (136, 17, 136), (1232, 40, 616), (192, 41, 96), (24, 8, 8), (576, 96, 64), (512, 33, 512)]
+# inputs, outputs, group: odd rows, whole-row groups, groups that are cut into chunks, one group of
+# eight.
+SHAPES = [
+    (128, 64, 128),
+    (256, 24, 32),
+    (136, 17, 136),
+    (1232, 40, 616),
+    (192, 41, 96),
+    (24, 8, 8),
+    (576, 96, 64),
+    (512, 33, 512),
+]
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 
 
@@ -32,7 +43,9 @@ def random_weight(inputs, outputs, group, seed=0):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(outputs, inputs // group, generator=generator) * 0.02 + 1e-3).half()
-    return QuantizedWeight(codes, scales, torch.randint(0, 16, scales.shape, generator=generator, dtype=torch.uint8))
+    return QuantizedWeight(
+        codes, scales, torch.randint(0, 16, scales.shape, generator=generator, dtype=torch.uint8)
+    )
 
 
 def pack(weight, layout="rows16"):
@@ -42,7 +55,9 @@ def pack(weight, layout="rows16"):
 
 
 def error(out, x, weight, bias=None):
-    expected = reference.product(x.double(), weight.dequantize().double(), None if bias is None else bias.double())
+    expected = reference.product(
+        x.double(), weight.dequantize().double(), None if bias is None else bias.double()
+    )
     return float((out.double() - expected).norm() / expected.norm())
 
 
@@ -97,7 +112,10 @@ def test_every_kind_of_cpu_equals_the_dense_product(target, dtype):
             for tokens in (1, 2, 3, 15):
                 x = torch.randn(tokens, shape[0]).to(dtype)
                 for b in (None, bias):
-                    assert error(backend.run(kernel, x, packed, b, planes), x, weight, b) < ROUNDING[dtype] + bound
+                    assert (
+                        error(backend.run(kernel, x, packed, b, planes), x, weight, b)
+                        < ROUNDING[dtype] + bound
+                    )
 
 
 @pytest.mark.parametrize("name, bound", [("cpu", 0), ("cpu_int8", 3e-2)])
@@ -136,16 +154,21 @@ def test_a_token_does_not_depend_on_the_others_nor_on_threads():
             assert torch.equal(backend.linear(x, packed, None), whole)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(torch.cat([backend.linear(x[i : i + 1], packed, None) for i in range(70)]), whole)
+    assert torch.equal(
+        torch.cat([backend.linear(x[i : i + 1], packed, None) for i in range(70)]), whole
+    )
 
 
 @pytest.mark.parametrize("inputs, outputs, group", SHAPES)
 def test_dense_weights_for_matrix_units(inputs, outputs, group, monkeypatch):
-    """The dense weight is the canonical one rounded to bfloat16, in one piece or several, from many tokens on only."""
+    """The dense weight is the canonical one rounded to bfloat16, in one piece or several, from many
+    tokens on only."""
     weight = random_weight(inputs, outputs, group)
     packed, bias = pack(weight), torch.randn(outputs)
     assert torch.equal(dense.dequantized(packed, 0, outputs), weight.dequantize(torch.bfloat16))
-    assert outputs <= 16 or torch.equal(dense.dequantized(packed, 16, outputs), weight.dequantize(torch.bfloat16)[16:])
+    assert outputs <= 16 or torch.equal(
+        dense.dequantized(packed, 16, outputs), weight.dequantize(torch.bfloat16)[16:]
+    )
     x = torch.randn(2, backend.MATRIX_UNIT_MIN_TOKENS // 2, inputs).bfloat16()
     whole = dense.linear(x, packed, bias)
     assert whole.shape == (2, backend.MATRIX_UNIT_MIN_TOKENS // 2, outputs)
@@ -189,7 +212,10 @@ def test_without_openmp_python_threads_compute_the_same(monkeypatch, forget):
 
 
 def test_siblings_are_joined_and_split():
-    parts = [WQLinear.from_quantized(random_weight(128, n, 32, seed=n), bias) for n, bias in ((24, torch.randn(24)), (8, None))]
+    parts = [
+        WQLinear.from_quantized(random_weight(128, n, 32, seed=n), bias)
+        for n, bias in ((24, torch.randn(24)), (8, None))
+    ]
     x = torch.randn(3, 128)
     separate = torch.cat([part(x) for part in parts], -1)
     assert all(part.layout == "rows16" for part in parts)
@@ -207,14 +233,23 @@ def test_gradient_reaches_the_input():
 
 def test_reasons():
     shape = Shape(128, 24, 32)
-    assert choose(CPU, torch.float32, shape) == "cpu" and choose(CPU, torch.float64, shape) == "reference"
+    assert (
+        choose(CPU, torch.float32, shape) == "cpu"
+        and choose(CPU, torch.float64, shape) == "reference"
+    )
     assert "weights are on cuda" in backend.why_not(torch.device("cuda"), torch.float16, shape)
     assert "float64" in backend.why_not(CPU, torch.float64, shape)
-    assert "group_size 12 is not a multiple of 8" in backend.why_not(CPU, torch.float32, Shape(24, 8, 12))
-    found = explain(WQLinear.from_quantized(random_weight(*shape)).to(torch.bfloat16), torch.bfloat16)
+    assert "group_size 12 is not a multiple of 8" in backend.why_not(
+        CPU, torch.float32, Shape(24, 8, 12)
+    )
+    found = explain(
+        WQLinear.from_quantized(random_weight(*shape)).to(torch.bfloat16), torch.bfloat16
+    )
     assert "cpu" in (found.backend, *found.others) and "triton" in found.others
     module = WQLinear.from_quantized(random_weight(24, 8, 12))
-    assert torch.equal(module(torch.ones(24)), reference.linear(torch.ones(24), module.packed, None))
+    assert torch.equal(
+        module(torch.ones(24)), reference.linear(torch.ones(24), module.packed, None)
+    )
 
 
 def test_a_wrong_library_is_found_and_passed_over(monkeypatch, forget):
@@ -280,8 +315,12 @@ module = WQLinear.from_quantized(round_to_nearest(torch.randn(32, 64), 32)).to(t
 module(torch.randn(2, 64, dtype=torch.bfloat16))
 assert module.layout == "rows16", awq.kernels.explain(module, torch.bfloat16)
 """
-    environment = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX", "AWQ_BACKEND")} | {"PATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX", "AWQ_BACKEND")} | {
+        "PATH": str(tmp_path)
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -289,7 +328,9 @@ assert module.layout == "rows16", awq.kernels.explain(module, torch.bfloat16)
 def test_kernels_of_a_decode_step_equal_plain_operators(dtype):
     import decoding_cases as cases
 
-    assert operator("attend", torch.device("cpu"), dtype).__module__ == "awq.kernels.cpu.decode_launch"
+    assert (
+        operator("attend", torch.device("cpu"), dtype).__module__ == "awq.kernels.cpu.decode_launch"
+    )
     for name, (attention, lengths) in cases.ATTENTIONS.items():
         assert cases.attention_error(attention, lengths, dtype, "cpu") < ROUNDING[dtype], name
     for width, mean, bias in ((64, False, False), (100, True, True), (2048, False, True)):
@@ -304,7 +345,10 @@ def test_head_of_few_tokens(dtype):
     from awq.generate.run.operations import head
 
     for inputs, outputs in ((100, 333), (576, 64), (7, 3)):
-        linear, x = torch.nn.Linear(inputs, outputs, bias=False, dtype=dtype), torch.randn(3, inputs, dtype=dtype)
+        linear, x = (
+            torch.nn.Linear(inputs, outputs, bias=False, dtype=dtype),
+            torch.randn(3, inputs, dtype=dtype),
+        )
         found, expected = head(x, linear), x.double() @ linear.weight.double().t()
         assert found.dtype == torch.float32 and (found - expected).norm() / expected.norm() < 1e-6
 
@@ -312,10 +356,18 @@ def test_head_of_few_tokens(dtype):
 def test_activations_of_extreme_values():
     from awq.kernels.cpu import decode_launch
 
-    h = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0, -100.0, 100.0, 1e-20, -1e-20]]).repeat(1, 3)
-    for name, function in (("silu", torch.nn.functional.silu), ("gelu", torch.nn.functional.gelu), ("relu", torch.relu)):
+    h = torch.tensor(
+        [[float("nan"), float("inf"), -float("inf"), 0.0, -100.0, 100.0, 1e-20, -1e-20]]
+    ).repeat(1, 3)
+    for name, function in (
+        ("silu", torch.nn.functional.silu),
+        ("gelu", torch.nn.functional.gelu),
+        ("relu", torch.relu),
+    ):
         found, expected = decode_launch.activate(h, name, False), function(h)
-        torch.testing.assert_close(found[:, [3, 4, 5, 6, 7]], expected[:, [3, 4, 5, 6, 7]], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            found[:, [3, 4, 5, 6, 7]], expected[:, [3, 4, 5, 6, 7]], atol=1e-6, rtol=1e-6
+        )
         assert found[:, 0].isnan().all() and found[:, 1].isposinf().all()
 
 
@@ -325,8 +377,14 @@ def test_nothing_keeps_the_checkpoint_mapped(tmp_path):
 
     from awq.nn.memory import leave_files
 
-    save_file({"weight": torch.randn(64, 64), "offset": torch.randn(64)}, str(tmp_path / "model.safetensors"))
-    model, stored = torch.nn.Linear(64, 64, bias=False), load_file(str(tmp_path / "model.safetensors"))
+    save_file(
+        {"weight": torch.randn(64, 64), "offset": torch.randn(64)},
+        str(tmp_path / "model.safetensors"),
+    )
+    model, stored = (
+        torch.nn.Linear(64, 64, bias=False),
+        load_file(str(tmp_path / "model.safetensors")),
+    )
     expected = stored["weight"].clone()
     model.weight = torch.nn.Parameter(stored.pop("weight"))
     model.register_buffer("offset", stored.pop("offset"))

@@ -1,7 +1,9 @@
-"""Killed before any file operation of a save: the old directory or the new one is there, whole, with the user's files.
+"""Killed before any file operation of a save: the old directory or the new one is there, whole,
+with the user's files.
 
-Each point is a process of its own that dies at its n-th operation (`os._exit` in an audit hook: no cleaning up runs). The
-next save to the same name must repair what the dead one left. `CRASH_VERBOSE=1` prints every point.
+Each point is a process of its own that dies at its n-th operation (`os._exit` in an audit hook: no
+cleaning up runs). The next save to the same name must repair what the dead one left.
+`CRASH_VERBOSE=1` prints every point.
 """
 
 import os
@@ -16,11 +18,31 @@ from awq.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
 
-CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.chmod", "open", "ctypes.dlsym"}
+CHANGES = {
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.chmod",
+    "open",
+    "ctypes.dlsym",
+}
 KILLED = 9
-OLD = {"config.json": "old", "model.safetensors": "old", "tokenizer.json": "old", "chat_template.jinja": "old"}
+OLD = {
+    "config.json": "old",
+    "model.safetensors": "old",
+    "tokenizer.json": "old",
+    "chat_template.jinja": "old",
+}
 NEW = {"config.json": "new", "model.safetensors": "new", "2_Dense/model.safetensors": "new"}
-MINE = {"notes.txt": "mine", "optimizer.pt": "mine", "data.h5": "mine", "runs/1/log.txt": "mine", "my.ckpt": "mine"}
+MINE = {
+    "notes.txt": "mine",
+    "optimizer.pt": "mine",
+    "data.h5": "mine",
+    "runs/1/log.txt": "mine",
+    "my.ckpt": "mine",
+}
 
 
 def write(folder, files):
@@ -39,7 +61,8 @@ def save(target):
 
 
 def dies_at(point, work):
-    """Whether `work` was killed at its `point`-th change of the file system; False: it ended before."""
+    """Whether `work` was killed at its `point`-th change of the file system; False: it ended
+    before."""
     child = os.fork()
     if child == 0:
         left = point
@@ -64,11 +87,14 @@ def dies_at(point, work):
     return status == KILLED
 
 
-@pytest.mark.parametrize(("before", "one_step"), [(None, True), (MINE, True), (OLD | MINE, True), (OLD | MINE, False)])
+@pytest.mark.parametrize(
+    ("before", "one_step"), [(None, True), (MINE, True), (OLD | MINE, True), (OLD | MINE, False)]
+)
 def test_killed_at_every_point(tmp_path, monkeypatch, before, one_step):
     if not one_step:
         monkeypatch.setattr(directory, "_swap_in_one_step", lambda first, second: False)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # a kill loses nothing of the system's; flushing is tested below
+    # a kill loses nothing of the system's; flushing is tested below
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     point, killed = 0, True
     whole = [before or {}, NEW | {k: v for k, v in (before or {}).items() if k in MINE}]
     while killed:
@@ -118,16 +144,32 @@ def test_everything_is_on_the_disk_before_names_change(tmp_path, monkeypatch):
     write(target, OLD | MINE)
     events = []
     fsync, swap, remove = os.fsync, directory._swap_in_one_step, directory._remove_work
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("flush", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))[1])
-    monkeypatch.setattr(directory, "_swap_in_one_step", lambda a, b: (events.append(("swap", str(a))), swap(a, b))[1])
-    monkeypatch.setattr(directory, "_remove_work", lambda f: (events.append(("remove", str(f))), remove(f))[1])
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (events.append(("flush", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))[1],
+    )
+    monkeypatch.setattr(
+        directory,
+        "_swap_in_one_step",
+        lambda a, b: (events.append(("swap", str(a))), swap(a, b))[1],
+    )
+    monkeypatch.setattr(
+        directory, "_remove_work", lambda f: (events.append(("remove", str(f))), remove(f))[1]
+    )
     save(target)
     swapped = next(i for i, (kind, _) in enumerate(events) if kind == "swap")
     work = events[swapped][1]
     flushed = {path for kind, path in events[:swapped] if kind == "flush"}
-    assert {f"{work}/{name}" for name in [*NEW, *MINE]} | {work, f"{work}/2_Dense", f"{work}/runs/1"} <= flushed
+    assert {f"{work}/{name}" for name in [*NEW, *MINE]} | {
+        work,
+        f"{work}/2_Dense",
+        f"{work}/runs/1",
+    } <= flushed
     after = events[swapped + 1 :]
-    assert after.index(("flush", str(tmp_path))) < next(i for i, (kind, _) in enumerate(after) if kind == "remove")
+    assert after.index(("flush", str(tmp_path))) < next(
+        i for i, (kind, _) in enumerate(after) if kind == "remove"
+    )
 
 
 def test_living_savers_are_left_alone(tmp_path):
@@ -156,12 +198,17 @@ def test_a_long_name_is_saved_to(tmp_path):
 @pytest.mark.parametrize("place", ["source/inside", "source", "."])
 def test_source_and_target_lie_apart(tmp_path, place):
     write(tmp_path / "source", OLD)
-    with pytest.raises(CheckpointError, match="source"), complete_directory(tmp_path / place, tmp_path / "source"):
+    with (
+        pytest.raises(CheckpointError, match="source"),
+        complete_directory(tmp_path / place, tmp_path / "source"),
+    ):
         pytest.fail("work began")
     assert tree(tmp_path) == {f"source/{name}": text for name, text in OLD.items()}
 
 
-@pytest.mark.parametrize("files", [{"tokenizer.json": "x"}, {"adapter_config.json": "{}"}, {"model.safetensors": "x"}])
+@pytest.mark.parametrize(
+    "files", [{"tokenizer.json": "x"}, {"adapter_config.json": "{}"}, {"model.safetensors": "x"}]
+)
 def test_parts_of_a_model_without_a_config_are_not_mixed_in(tmp_path, files):
     write(tmp_path / "q", files)
     with pytest.raises(CheckpointError, match="another directory"):

@@ -1,4 +1,5 @@
-"""KL divergence and flips: laws of the figures, and the same answer however the text is cut or the models are given."""
+"""KL divergence and flips: laws of the figures, and the same answer however the text is cut or the
+models are given."""
 
 import math
 from types import SimpleNamespace
@@ -16,7 +17,9 @@ VOCABULARY = 40
 def table_model(seed: int, noise: float = 0.0):
     """Predicts from the present token alone, so windows do not matter but for their last tokens."""
     table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed))
-    table = table + noise * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed + 1))
+    table = table + noise * torch.randn(
+        VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed + 1)
+    )
     return lambda input_ids: SimpleNamespace(logits=table[input_ids])
 
 
@@ -28,7 +31,9 @@ def ids():
 def test_a_model_does_not_diverge_from_itself(ids):
     found = divergence(table_model(0), table_model(0), ids)
     assert found.mean_kl == 0 and found.flips == 0 and found.kl_interval == (0, 0)
-    assert found.perplexity_before == found.perplexity_after and found.tokens == 2000 - math.ceil(2000 / 1024)
+    assert found.perplexity_before == found.perplexity_after and found.tokens == 2000 - math.ceil(
+        2000 / 1024
+    )
 
 
 def test_kl_by_its_definition():
@@ -43,16 +48,25 @@ def test_figures_against_plain_arithmetic(ids):
     found = divergence(first, second, ids, window=2000)
     a, b = first(ids[:-1]).logits, second(ids[:-1]).logits
     assert found.mean_kl == pytest.approx(float(token_divergence(a, b).mean()), rel=1e-5)
-    assert found.top1_agreement == pytest.approx(float((a.argmax(-1) == b.argmax(-1)).float().mean()))
+    assert found.top1_agreement == pytest.approx(
+        float((a.argmax(-1) == b.argmax(-1)).float().mean())
+    )
     assert found.perplexity_before == pytest.approx(math.exp(F.cross_entropy(a, ids[1:])), rel=1e-5)
     assert found.kl_percentiles["50"] < found.kl_percentiles["90"] < found.kl_percentiles["99.9"]
-    for value, (low, high) in ((found.mean_kl, found.kl_interval), (found.top1_agreement, found.agreement_interval)):
+    for value, (low, high) in (
+        (found.mean_kl, found.kl_interval),
+        (found.top1_agreement, found.agreement_interval),
+    ):
         assert low < value < high
-    assert f"{found.mean_kl:.4f} nats" in found.summary() and found.to_dict()["flips"] == found.flips
+    assert (
+        f"{found.mean_kl:.4f} nats" in found.summary() and found.to_dict()["flips"] == found.flips
+    )
 
 
 def test_more_noise_diverges_more(ids):
-    kls = [divergence(table_model(0), table_model(0, noise), ids).mean_kl for noise in (0.1, 0.3, 1.0)]
+    kls = [
+        divergence(table_model(0), table_model(0, noise), ids).mean_kl for noise in (0.1, 0.3, 1.0)
+    ]
     assert kls == sorted(kls) and kls[0] > 0
 
 
@@ -65,7 +79,8 @@ def test_windows_rows_and_limit(ids):
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say():
-    """Blocks of neighbours that fail together: 95 % intervals cover the true mean in 85 to 100 % of 200 texts."""
+    """Blocks of neighbours that fail together: 95 % intervals cover the true mean in 85 to 100 % of
+    200 texts."""
     generator = torch.Generator().manual_seed(0)
     covered = 0
     for seed in range(200):

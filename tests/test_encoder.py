@@ -18,39 +18,81 @@ from awq.embed.encoder import _buckets
 from awq.embed.heads import Dense, Pooling
 from awq.errors import AwqError, ConfigError, ModelError
 
-WORDS = ["the cat", "a dog sleeps under the old tree", "fire", "", "the quick cat runs over the river " * 12]
-FLAGS = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-         "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}  # fmt: skip
+WORDS = [
+    "the cat",
+    "a dog sleeps under the old tree",
+    "fire",
+    "",
+    "the quick cat runs over the river " * 12,
+]
+FLAGS = {
+    "cls": "cls_token",
+    "max": "max_tokens",
+    "mean": "mean_tokens",
+    "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "weightedmean": "weightedmean_tokens",
+    "lasttoken": "lasttoken",
+}
 
 
-def sentence_directory(source, target, modes=("mean",), dense=False, normalize=False, max_length=40, config=None, **pooling):
-    """A sentence-transformers directory around a transformers one, in the spelling that all releases read."""
+def sentence_directory(
+    source,
+    target,
+    modes=("mean",),
+    dense=False,
+    normalize=False,
+    max_length=40,
+    config=None,
+    **pooling,
+):
+    """A sentence-transformers directory around a transformers one, in the spelling that all
+    releases read."""
     shutil.copytree(source, target)
     width = json.loads((target / "config.json").read_text())["hidden_size"]
     kinds = ["Transformer", "Pooling"] + ["Dense"] * dense + ["Normalize"] * normalize
-    modules = [{"idx": i, "name": str(i), "path": f"{i}_{k}" if i else "", "type": f"sentence_transformers.models.{k}"}
-               for i, k in enumerate(kinds)]  # fmt: skip
+    modules = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": f"{i}_{k}" if i else "",
+            "type": f"sentence_transformers.models.{k}",
+        }
+        for i, k in enumerate(kinds)
+    ]
     for module in modules[1:]:
         (target / module["path"]).mkdir()
     flags = {f"pooling_mode_{FLAGS[mode]}": mode in modes for mode in FLAGS}
-    (target / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": width, **flags, **pooling}))
+    (target / "1_Pooling/config.json").write_text(
+        json.dumps({"word_embedding_dimension": width, **flags, **pooling})
+    )
     if dense:
         from safetensors.torch import save_file
 
         torch.manual_seed(3)
         linear = nn.Linear(width * len(modes), 8)
-        save_file({f"linear.{k}": v for k, v in linear.state_dict().items()}, target / "2_Dense/model.safetensors")
-        settings = {"in_features": width * len(modes), "out_features": 8, "bias": True,
-                    "activation_function": "torch.nn.modules.activation.Tanh"}  # fmt: skip
+        save_file(
+            {f"linear.{k}": v for k, v in linear.state_dict().items()},
+            target / "2_Dense/model.safetensors",
+        )
+        settings = {
+            "in_features": width * len(modes),
+            "out_features": 8,
+            "bias": True,
+            "activation_function": "torch.nn.modules.activation.Tanh",
+        }
         (target / "2_Dense/config.json").write_text(json.dumps(settings))
     (target / "modules.json").write_text(json.dumps(modules))
-    (target / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_length, "do_lower_case": False}))
+    (target / "sentence_bert_config.json").write_text(
+        json.dumps({"max_seq_length": max_length, "do_lower_case": False})
+    )
     (target / "config_sentence_transformers.json").write_text(json.dumps(config or {}))
     return target
 
 
 def theirs(directory, texts, truncate_dim=None, **kwargs):
-    model = sentence_transformers.SentenceTransformer(str(directory), device="cpu", truncate_dim=truncate_dim)
+    model = sentence_transformers.SentenceTransformer(
+        str(directory), device="cpu", truncate_dim=truncate_dim
+    )
     return torch.from_numpy(model.encode(texts, **kwargs))
 
 
@@ -63,12 +105,24 @@ def test_every_pooling_is_sentence_transformers(bert_dir, tmp_path, modes):
 
 
 def test_heads_prompts_and_truncation_are_sentence_transformers(bert_dir, tmp_path):
-    config = {"prompts": {"query": "the old house ", "passage": "a "}, "default_prompt_name": "passage"}
-    directory = sentence_directory(bert_dir, tmp_path / "m", ("cls", "mean"), True, True, config=config)
+    config = {
+        "prompts": {"query": "the old house ", "passage": "a "},
+        "default_prompt_name": "passage",
+    }
+    directory = sentence_directory(
+        bert_dir, tmp_path / "m", ("cls", "mean"), True, True, config=config
+    )
     mine = Encoder.from_pretrained(directory, device="cpu")
-    for ours, kwargs in (({}, {}), ({"prompt_name": "query"},) * 2, ({"prompt": "red "},) * 2, ({"truncate_dim": 5},) * 2,
-                         ({"truncate_dim": 5, "normalize": True}, {"truncate_dim": 5, "normalize_embeddings": True})):  # fmt: skip
-        torch.testing.assert_close(mine.encode(WORDS, **ours), theirs(directory, WORDS, **kwargs), atol=1e-5, rtol=1e-5)
+    for ours, kwargs in (
+        ({}, {}),
+        ({"prompt_name": "query"},) * 2,
+        ({"prompt": "red "},) * 2,
+        ({"truncate_dim": 5},) * 2,
+        ({"truncate_dim": 5, "normalize": True}, {"truncate_dim": 5, "normalize_embeddings": True}),
+    ):
+        torch.testing.assert_close(
+            mine.encode(WORDS, **ours), theirs(directory, WORDS, **kwargs), atol=1e-5, rtol=1e-5
+        )
     assert not torch.allclose(mine.encode(WORDS, prompt_name="query"), mine.encode(WORDS))
     with pytest.raises(ConfigError, match="query, document, passage"):
         mine.encode("fire", prompt_name="question")
@@ -77,21 +131,32 @@ def test_heads_prompts_and_truncation_are_sentence_transformers(bert_dir, tmp_pa
 def test_prompts_that_are_not_pooled(bert_dir, tmp_path):
     directory = sentence_directory(bert_dir, tmp_path / "m", include_prompt=False)
     mine = Encoder.from_pretrained(directory, device="cpu").encode(WORDS, prompt="the old house ")
-    torch.testing.assert_close(mine, theirs(directory, WORDS, prompt="the old house "), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        mine, theirs(directory, WORDS, prompt="the old house "), atol=1e-5, rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize("family", ["roberta", "mpnet", "distilbert", "modernbert", "nomic_bert", "qwen3", "llama"])
+@pytest.mark.parametrize(
+    "family", ["roberta", "mpnet", "distilbert", "modernbert", "nomic_bert", "qwen3", "llama"]
+)
 def test_families(family, tokenizer, tmp_path):
     if not zoo.available(family):
         pytest.skip(f"transformers has no {family}")
     model = zoo.tiny_model(family)
     getattr(model, "model", model).save_pretrained(tmp_path / "plain")
     tokenizer.save_pretrained(tmp_path / "plain")
-    path = tmp_path / "plain/tokenizer_config.json"  # older releases of sentence-transformers pass on whatever a tokenizer gives
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": ["input_ids", "attention_mask"]}))
+    # older releases of sentence-transformers pass on whatever a tokenizer gives
+    path = tmp_path / "plain/tokenizer_config.json"
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text()) | {"model_input_names": ["input_ids", "attention_mask"]}
+        )
+    )
     config = json.loads((tmp_path / "plain/config.json").read_text())
     (tmp_path / "plain/config.json").write_text(json.dumps({"hidden_size": 32, **config}))
-    directory = sentence_directory(tmp_path / "plain", tmp_path / "m", ("lasttoken",) if family in zoo.DECODERS else ("mean",))
+    directory = sentence_directory(
+        tmp_path / "plain", tmp_path / "m", ("lasttoken",) if family in zoo.DECODERS else ("mean",)
+    )
     encoder = Encoder.from_pretrained(directory, device="cpu")
     mine = encoder.encode(WORDS[:3], batch_size=3)
     torch.testing.assert_close(mine, theirs(directory, WORDS[:3]), atol=1e-5, rtol=1e-5)
@@ -99,12 +164,17 @@ def test_families(family, tokenizer, tmp_path):
 
 
 class _Stub:
-    """A captured graph's stand-in where there is no GPU: it keeps its inputs' shape and runs the forward anew."""
+    """A captured graph's stand-in where there is no GPU: it keeps its inputs' shape and runs the
+    forward anew."""
 
     pool = None
 
     def __init__(self, encoder, inputs, prompt_tokens, stream, pool):
-        self.encoder, self.prompt_tokens, self.shape = encoder, prompt_tokens, inputs["input_ids"].shape
+        self.encoder, self.prompt_tokens, self.shape = (
+            encoder,
+            prompt_tokens,
+            inputs["input_ids"].shape,
+        )
 
     def __call__(self, inputs):
         assert inputs["input_ids"].shape == self.shape
@@ -120,14 +190,18 @@ class _Maskless(_Stub):
     """As if the forward had asked on its way whether the mask hides anything, where it did not."""
 
     def __call__(self, inputs):
-        return super().__call__(inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])})
+        return super().__call__(
+            inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
+        )
 
 
 @pytest.fixture
 def on_a_gpu(bert_dir, tmp_path, monkeypatch):
     """An encoder that goes through graphs, stand-ins of them."""
     monkeypatch.setattr(graphs, "Graph", _Stub)
-    encoder = Encoder.from_pretrained(sentence_directory(bert_dir, tmp_path / "m", max_length=40), device="cpu")
+    encoder = Encoder.from_pretrained(
+        sentence_directory(bert_dir, tmp_path / "m", max_length=40), device="cpu"
+    )
 
     def encode(texts, **settings):
         with monkeypatch.context() as patch:
@@ -147,7 +221,9 @@ def test_batches_of_few_tokens_go_through_graphs(on_a_gpu):
         for _ in range(3):
             torch.testing.assert_close(encode(texts, batch_size=3), expected, atol=1e-5, rtol=1e-5)
     made = encoder._graphs.graphs
-    assert made and {key[0] for key in made} <= {1, 2, 4} and {key[1] for key in made} <= {16, 32, 40}
+    assert (
+        made and {key[0] for key in made} <= {1, 2, 4} and {key[1] for key in made} <= {16, 32, 40}
+    )
     copied = copy.deepcopy(encoder)
     assert copied._graphs.encoder is copied and not copied._graphs.graphs
 
@@ -205,14 +281,20 @@ def test_copies_from_the_cpu_are_made_once():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "distilbert", "modernbert", "nomic_bert", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "mpnet", "distilbert", "modernbert", "nomic_bert", "qwen3"]
+)
 def test_graphs_on_a_gpu(family, tokenizer, tmp_path):
     if not zoo.available(family):
         pytest.skip(f"transformers has no {family}")
     model = zoo.tiny_model(family)
     model = getattr(model, "model", model)
     if family == "bert":
-        quantize_model(model, load_calibration(WORDS, tokenizer, mode="rows", max_length=40), AwqConfig(group_size=16))
+        quantize_model(
+            model,
+            load_calibration(WORDS, tokenizer, mode="rows", max_length=40),
+            AwqConfig(group_size=16),
+        )
     pooling = Pooling(("lasttoken",) if family in zoo.DECODERS else ("mean",))
     texts = [WORDS[i % 5] + " tree" * (i % 9) for i in range(1, 30)]
     encoder = Encoder(model.cpu().eval(), tokenizer, [pooling])
@@ -220,7 +302,9 @@ def test_graphs_on_a_gpu(family, tokenizer, tmp_path):
     expected = encoder.encode(texts, batch_size=4)
     encoder.cuda()
     for _ in range(3):
-        torch.testing.assert_close(encoder.encode(texts, batch_size=4), expected, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            encoder.encode(texts, batch_size=4), expected, atol=1e-4, rtol=1e-3
+        )
     assert encoder._graphs.graphs, encoder._graphs.reason
 
 
@@ -256,14 +340,25 @@ def test_buckets():
     lengths = [3, 50, 4, 48, 3, 5, 49, 2]
     for size in (1, 2, 3, 8, 100):
         parts = list(_buckets(lengths, size))
-        assert sorted(i for p in parts for i in p) == list(range(8)) and max(map(len, parts)) <= size
-    assert [[lengths[i] for i in p] for p in _buckets(lengths, 8)] == [[50, 49, 48], [5, 4], [3, 3], [2]]
+        assert (
+            sorted(i for p in parts for i in p) == list(range(8)) and max(map(len, parts)) <= size
+        )
+    assert [[lengths[i] for i in p] for p in _buckets(lengths, 8)] == [
+        [50, 49, 48],
+        [5, 4],
+        [3, 3],
+        [2],
+    ]
 
 
 def test_bad_input(bert_dir, tmp_path):
     encoder = Encoder.from_pretrained(bert_dir, device="cpu")
-    for texts, kwargs, message in (([], {}, "no texts"), (["a", 3], {}, "int"), (["a"], {"batch_size": 0}, "batch_size"),
-                                   (["a"], {"truncate_dim": 0}, "truncate_dim")):  # fmt: skip
+    for texts, kwargs, message in (
+        ([], {}, "no texts"),
+        (["a", 3], {}, "int"),
+        (["a"], {"batch_size": 0}, "batch_size"),
+        (["a"], {"truncate_dim": 0}, "truncate_dim"),
+    ):
         with pytest.raises(ConfigError, match=message):
             encoder.encode(texts, **kwargs)
     with pytest.raises(AwqError, match="nothing"):
@@ -272,7 +367,9 @@ def test_bad_input(bert_dir, tmp_path):
     (directory / "2_Dense/model.safetensors").unlink()
     with pytest.raises(AwqError, match="safetensors"):
         Encoder.from_pretrained(directory)
-    (directory / "modules.json").write_text((directory / "modules.json").read_text().replace("models.Dense", "models.LSTM"))
+    (directory / "modules.json").write_text(
+        (directory / "modules.json").read_text().replace("models.Dense", "models.LSTM")
+    )
     with pytest.raises(ModelError, match="SentenceTransformer"):
         Encoder.from_pretrained(directory)
     (directory / "modules.json").write_text("{")

@@ -23,7 +23,9 @@ class Table:
     """No nn.Module: logits depend on the last token only, so windows can be summed by hand."""
 
     def __init__(self, vocabulary=11, dtype=torch.float32):
-        self.rows = torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(0)).to(dtype)
+        self.rows = torch.randn(
+            vocabulary, vocabulary, generator=torch.Generator().manual_seed(0)
+        ).to(dtype)
         self.lengths = []
 
     def __call__(self, input_ids):
@@ -49,16 +51,21 @@ def ids():
 
 @pytest.mark.parametrize("window", [2, 7, 16, 49, 50, 2048])
 def test_perplexity_windows(window, ids):
-    """16 leaves a partial window, which counts; 7 and 49 leave one token, which predicts nothing."""
+    """16 leaves a partial window, which counts; 7 and 49 leave one token, which predicts
+    nothing."""
     model = Table()
-    assert perplexity(model, ids, window=window) == pytest.approx(by_hand(model, ids, window), rel=1e-5)
+    assert perplexity(model, ids, window=window) == pytest.approx(
+        by_hand(model, ids, window), rel=1e-5
+    )
     assert sum(model.lengths) == 50 - (50 % window == 1)
     assert all(n == window for n in model.lengths[:-1])
 
 
 def test_perplexity_limit_shape_and_extremes(ids):
     model = Table()
-    assert perplexity(model, ids, window=8, limit=20) == perplexity(model, ids[:20].unsqueeze(0), window=8)
+    assert perplexity(model, ids, window=8, limit=20) == perplexity(
+        model, ids[:20].unsqueeze(0), window=8
+    )
     model.rows = torch.zeros(11, 11)
     assert perplexity(model, ids) == pytest.approx(11.0), "a model that knows nothing"
     model.rows = torch.full((11, 11), -5000.0).fill_diagonal_(5000.0)
@@ -105,7 +112,9 @@ def test_spearman_is_scipys():
 
     generator = torch.Generator().manual_seed(2)
     a, b = (torch.randint(0, 9, (200,), generator=generator).double() for _ in range(2))
-    assert spearman(a, a + b) == pytest.approx(float(stats.spearmanr(a.numpy(), (a + b).numpy()).statistic), abs=1e-12)
+    assert spearman(a, a + b) == pytest.approx(
+        float(stats.spearmanr(a.numpy(), (a + b).numpy()).statistic), abs=1e-12
+    )
 
 
 def test_mean_cosine():
@@ -141,7 +150,9 @@ def test_ndcg():
     documents = torch.eye(4)
     queries = torch.tensor([[4.0, 3, 2, 1], [4, 3, 2, 1], [4, 3, 2, 1]])
     assert ndcg(queries, documents, [0, 0, 0]) == pytest.approx(1)
-    assert ndcg(queries, documents, [0, 1, 3]) == pytest.approx((1 + 1 / math.log2(3) + 1 / math.log2(5)) / 3)
+    assert ndcg(queries, documents, [0, 1, 3]) == pytest.approx(
+        (1 + 1 / math.log2(3) + 1 / math.log2(5)) / 3
+    )
     assert ndcg(queries, documents, [3, 3, 3], k=3) == 0
     with pytest.raises(ValueError, match="2 relevant documents for 3"):
         ndcg(queries, documents, [0, 1])
@@ -157,7 +168,10 @@ def test_judge():
     assert same.ndcg_before == ndcg(before[:2], before[20:], [0, 1])
     noisy = judge(before, before + 0.2 * torch.randn(40, 16), pairs)
     assert noisy.min_cosine < noisy.mean_cosine < 0.99 and noisy.neighbour_overlap < 1
-    assert noisy.spearman_before == same.spearman_before and noisy.spearman_after != same.spearman_after
+    assert (
+        noisy.spearman_before == same.spearman_before
+        and noisy.spearman_after != same.spearman_after
+    )
     assert f"{noisy.mean_cosine:.4f}" in noisy.summary() and "Spearman" in noisy.summary()
     assert judge(before, before).spearman_before is None
     with pytest.raises(ValueError, match="20 pairs"):
@@ -170,7 +184,11 @@ def test_sentence_pairs(tmp_path):
     path = tmp_path / "sts.tsv"
     path.write_text("4.5\tthe cat\tthe dog\n\n0\tone\u2028line\tfire\n", encoding="utf-8")
     scores, first, second = read_pairs(path)
-    assert (scores, first, second) == ([4.5, 0.0], ["the cat", "one\u2028line"], ["the dog", "fire"])
+    assert (scores, first, second) == (
+        [4.5, 0.0],
+        ["the cat", "one\u2028line"],
+        ["the dog", "fire"],
+    )
 
 
 def test_pair_spearman_is_in_percent():

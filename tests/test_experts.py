@@ -1,4 +1,5 @@
-"""Mixtures of experts: experts as linears, packed in one module, under the names of the hub's checkpoints."""
+"""Mixtures of experts: experts as linears, packed in one module, under the names of the hub's
+checkpoints."""
 
 import json
 
@@ -14,25 +15,46 @@ from awq.checkpoint import save_checkpoint
 from awq.config import AwqConfig
 from awq.quantize import QuantizeOptions, quantize_model
 
-pytest.importorskip("transformers.integrations.moe", reason="experts as 3-D parameters came with transformers 5")
+pytest.importorskip(
+    "transformers.integrations.moe", reason="experts as 3-D parameters came with transformers 5"
+)
 
 from awq.checkpoint.expert_names import expert_names
 from awq.folds.find import find_folds
 from awq.nn.blocks import hidden_of
 from awq.nn.capture import NothingFromTheHost
-from awq.nn.experts import conceal_experts, every_token, expose_experts, fused_experts, named_experts
+from awq.nn.experts import (
+    conceal_experts,
+    every_token,
+    expose_experts,
+    fused_experts,
+    named_experts,
+)
 from awq.nn.layout import prepare
 from awq.nn.packed_experts import AwqExperts
 
 SMALL = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=128,
-    max_position_embeddings=128, pad_token_id=0,
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=128,
+    max_position_embeddings=128,
+    pad_token_id=0,
+)
 KINDS = {
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16),
-    "qwen2_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64),
-    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16, layer_types=["full_attention"] * 2),
+    "qwen2_moe": dict(
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+    ),
+    "gpt_oss": dict(
+        num_local_experts=4, num_experts_per_tok=2, head_dim=16, layer_types=["full_attention"] * 2
+    ),
 }
 NAMES = {
     "mixtral": "model.layers.0.block_sparse_moe.experts.3.w1",
@@ -75,7 +97,10 @@ def logits(model, ids):
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_as_linears_compute_the_same_and_go_back_bit_for_bit(kind):
     model, ids = mixture(kind), ids_of(1)
-    before, expected = {name: t.clone() for name, t in model.state_dict().items()}, logits(model, ids)
+    before, expected = (
+        {name: t.clone() for name, t in model.state_dict().items()},
+        logits(model, ids),
+    )
     assert fused_experts(model)
     assert not expose_experts(model, expert_names(model))
     assert len(named_experts(model)) == 2
@@ -99,7 +124,11 @@ def test_router_and_all_experts_take_part_in_the_fold_of_their_norm(kind):
     assert len(inside) == 8  # gate and up of four experts
     routers = [name for name in shared.consumers if name in ("mlp.gate", "mlp.router")]
     assert len(routers) == 1
-    downs = [g for g in groups if any(name.endswith("down_proj") and ".experts." in name for name in g.consumers)]
+    downs = [
+        g
+        for g in groups
+        if any(name.endswith("down_proj") and ".experts." in name for name in g.consumers)
+    ]
     assert len(downs) == 4
 
 
@@ -108,7 +137,10 @@ def test_quantized_saved_and_loaded_through_both_doors(kind, tmp_path):
     model, ids = mixture(kind), ids_of(2)
     report = quantize_model(model, [batch_of(3)], CONFIG)
     assert all(line.loss <= line.loss_rtn for line in report.linears)
-    assert all(sum(tokens.routed) == 2 * int(batch_of(3).attention_mask.sum()) for tokens in report.experts.values())
+    assert all(
+        sum(tokens.routed) == 2 * int(batch_of(3).attention_mask.sum())
+        for tokens in report.experts.values()
+    )
     assert not fused_experts(model)
     expected = logits(model, ids)
     save_checkpoint(model, tmp_path / "a", CONFIG, report)
@@ -118,13 +150,17 @@ def test_quantized_saved_and_loaded_through_both_doors(kind, tmp_path):
     settings = json.loads((tmp_path / "a/config.json").read_text())["quantization_config"]
     router = NAMES[kind].split(".experts")[0] + (".router" if kind == "gpt_oss" else ".gate")
     assert router in settings["modules_to_not_convert"]
-    ours = AutoAWQForCausalLM.from_quantized(str(tmp_path / "a"), torch_dtype="float32", device="cpu")
+    ours = AutoAWQForCausalLM.from_quantized(
+        str(tmp_path / "a"), torch_dtype="float32", device="cpu"
+    )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
     assert torch.equal(logits(ours.model, ids), expected)
     assert torch.equal(logits(theirs, ids), expected)
     assert sum(isinstance(module, AwqExperts) for module in theirs.modules()) == 2
     save_checkpoint(theirs, tmp_path / "b", CONFIG)
-    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (
+        tmp_path / "b/model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])

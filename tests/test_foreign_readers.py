@@ -28,12 +28,16 @@ def test_compressed_tensors_converter(shape):
     weight, tensors = make(*shape)
     converter = module.AutoAWQConverter(group_size=shape[2])
     theirs = converter.process({f"layer.{k}": v for k, v in tensors.items()})
-    codes = unpack_from_int32(theirs["layer.weight_packed"], 4, torch.Size(theirs["layer.weight_shape"].tolist()))
-    groups = shape[0] // shape[2]
-    zeros = unpack_from_int32(theirs["layer.weight_zero_point"], 4, torch.Size((shape[1], groups)), packed_dim=0)
-    delta = (codes.float() - zeros.float().repeat_interleave(shape[2], 1)) * theirs["layer.weight_scale"].float().repeat_interleave(
-        shape[2], 1
+    codes = unpack_from_int32(
+        theirs["layer.weight_packed"], 4, torch.Size(theirs["layer.weight_shape"].tolist())
     )
+    groups = shape[0] // shape[2]
+    zeros = unpack_from_int32(
+        theirs["layer.weight_zero_point"], 4, torch.Size((shape[1], groups)), packed_dim=0
+    )
+    delta = (codes.float() - zeros.float().repeat_interleave(shape[2], 1)) * theirs[
+        "layer.weight_scale"
+    ].float().repeat_interleave(shape[2], 1)
     assert torch.equal(delta, weight.dequantize())
 
 

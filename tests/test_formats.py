@@ -15,7 +15,15 @@ from awq.errors import ConfigError
 from awq.formats import get_format
 from awq.utils.packing_utils import dequantize_gemm
 
-SHAPES = [(64, 64, 64), (64, 8, 64), (128, 8, 16), (192, 40, 32), (384, 16, 128), (256, 64, 256), (1536, 24, 128)]
+SHAPES = [
+    (64, 64, 64),
+    (64, 8, 64),
+    (128, 8, 16),
+    (192, 40, 32),
+    (384, 16, 128),
+    (256, 64, 256),
+    (1536, 24, 128),
+]
 
 
 def random_weight(in_features, out_features, group_size, seed=0):
@@ -30,7 +38,8 @@ def test_unpack_inverts_pack(name, shape):
     tensors = codec.pack(weight)
     for key, (size, dtype) in codec.shapes(*shape).items():
         assert tuple(tensors[key].shape) == size and tensors[key].dtype == dtype
-    # Tensors of a file have other strides than fresh ones where a dimension is 1, and slices have strides of their own.
+    # Tensors of a file have other strides than fresh ones where a dimension is 1, and slices have
+    # strides of their own.
     from_file = {k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     sliced = {k: torch.cat((t, t), -1)[:, : t.shape[1]] for k, t in tensors.items()}
     for given in (tensors, from_file, sliced):
@@ -56,18 +65,34 @@ def test_gemv_bits_are_where_the_format_says():
     for row in range(8):
         for word in range(8):
             value = int(tensors["qweight"][row, word]) & 0xFFFFFFFF
-            assert [(value >> (4 * i)) & 15 for i in range(8)] == weight.codes[row, 8 * word : 8 * word + 8].tolist()
+            assert [(value >> (4 * i)) & 15 for i in range(8)] == weight.codes[
+                row, 8 * word : 8 * word + 8
+            ].tolist()
     assert not tensors["scales"][:, 2:].any()
 
 
 def spelled_out_gemv_fast(codes):
     """The interleaving written as the format's description reads, one step at a time."""
     rows, width = codes.shape
-    c = codes.reshape(rows, width // 32, 32).reshape(rows, width // 32, 4, 4, 2).permute(0, 1, 3, 2, 4)
+    c = (
+        codes.reshape(rows, width // 32, 32)
+        .reshape(rows, width // 32, 4, 4, 2)
+        .permute(0, 1, 3, 2, 4)
+    )
     c = c.reshape(rows, width // 32, 4, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]].reshape(rows, width)
-    c = c.reshape(rows // 4, 4, width // 64, 64).permute(0, 2, 1, 3).reshape(rows // 4, width // 64, 64, 4).int()
+    c = (
+        c.reshape(rows // 4, 4, width // 64, 64)
+        .permute(0, 2, 1, 3)
+        .reshape(rows // 4, width // 64, 64, 4)
+        .int()
+    )
     words = c[..., 0] | c[..., 1] << 4 | c[..., 2] << 8 | c[..., 3] << 12
-    return words.reshape(rows // 4, width).to(torch.int32).apply_(lambda v: v - 65536 if v >= 32768 else v).to(torch.int16)
+    return (
+        words.reshape(rows // 4, width)
+        .to(torch.int32)
+        .apply_(lambda v: v - 65536 if v >= 32768 else v)
+        .to(torch.int16)
+    )
 
 
 def test_gemv_fast_bits_are_where_the_format_says():
@@ -89,13 +114,20 @@ def test_dense_weight_spelled_out(name):
     def value(o, k):
         g = k // 32
         if name == "gemm":
-            q, z = ((row[o // 8] >> (4 * place[o % 8])) & 15 for row in (words["qweight"][k], words["qzeros"][g]))
+            q, z = (
+                (row[o // 8] >> (4 * place[o % 8])) & 15
+                for row in (words["qweight"][k], words["qzeros"][g])
+            )
             return (q - z) * words["scales"][g][o]
         if name == "gemv":
-            q, z = (words["qweight"][o][k // 8] >> (4 * (k % 8))) & 15, (words["qzeros"][o][g // 8] >> (4 * (g % 8))) & 15
+            q, z = (
+                (words["qweight"][o][k // 8] >> (4 * (k % 8))) & 15,
+                (words["qzeros"][o][g // 8] >> (4 * (g % 8))) & 15,
+            )
             return (q - z) * words["scales"][o][g]
         x = k % 32
-        at = (o % 4) * 64 + (k % 64) // 32 * 32 + (x % 8 // 2) * 8 + (x % 2) * 4 + x // 8  # nibble inside its four rows
+        # nibble inside its four rows
+        at = (o % 4) * 64 + (k % 64) // 32 * 32 + (x % 8 // 2) * 8 + (x % 2) * 4 + x // 8
         q = (words["qweight"][o // 4][k // 64 * 64 + at // 4] >> (4 * (at % 4))) & 15
         return q * words["scales"][g][o] + words["qzeros"][g][o]
 
@@ -104,7 +136,8 @@ def test_dense_weight_spelled_out(name):
     torch.testing.assert_close(dense, weight.dequantize(), rtol=0, atol=tolerance)
 
 
-# Packs with AutoAWQ's own classes. The packages are empty shells because its `awq/__init__.py` imports every model it knows.
+# Packs with AutoAWQ's own classes. The packages are empty shells because its `awq/__init__.py`
+# imports every model it knows.
 AUTOAWQ_PACKER = """
 import sys, types, torch
 root, path = sys.argv[1:]
@@ -130,13 +163,21 @@ torch.save(jobs, path)
 
 
 def test_tensors_packed_by_autoawq(tmp_path):
-    """AutoAWQ 0.2.9 packs, we read, in all three formats; AUTOAWQ_PACKING_UTILS names its `awq/utils/packing_utils.py`."""
+    """AutoAWQ 0.2.9 packs, we read, in all three formats; AUTOAWQ_PACKING_UTILS names its
+    `awq/utils/packing_utils.py`."""
     source = os.environ.get("AUTOAWQ_PACKING_UTILS")
     if not source:
         pytest.skip("AUTOAWQ_PACKING_UTILS is not set")
-    cases = [(n, s) for n in ("gemm", "gemv", "gemv_fast") for s in ((256, 64, 64), (512, 128, 128), (256, 64, 32))]
+    cases = [
+        (n, s)
+        for n in ("gemm", "gemv", "gemv_fast")
+        for s in ((256, 64, 64), (512, 128, 128), (256, 64, 32))
+    ]
     weights = [random_weight(*shape, seed=i) for i, (_, shape) in enumerate(cases)]
-    jobs = [{"name": n, "codes": w.codes, "scales": w.scales, "zeros": w.zeros} for (n, _), w in zip(cases, weights)]
+    jobs = [
+        {"name": n, "codes": w.codes, "scales": w.scales, "zeros": w.zeros}
+        for (n, _), w in zip(cases, weights)
+    ]
     torch.save(jobs, tmp_path / "jobs.pt")
     root = str(Path(source).resolve().parents[2])
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -152,10 +193,13 @@ def test_tensors_packed_by_autoawq(tmp_path):
 
 @pytest.mark.parametrize("name", ["gemm", "gemv", "gemv_fast"])
 def test_a_large_matrix_packs_and_unpacks_quickly(name):
-    """4096 × 4096 in well under a second; AutoAWQ's loop takes 4.8 s. The best of three, for busy machines."""
+    """4096 × 4096 in well under a second; AutoAWQ's loop takes 4.8 s. The best of three, for busy
+    machines."""
     codec = get_format(name)
     codes = torch.randint(0, 16, (4096, 4096), dtype=torch.uint8)
-    weight = QuantizedWeight(codes, torch.ones(4096, 32).half(), torch.full((4096, 32), 8, dtype=torch.uint8))
+    weight = QuantizedWeight(
+        codes, torch.ones(4096, 32).half(), torch.full((4096, 32), 8, dtype=torch.uint8)
+    )
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -168,8 +212,12 @@ def test_a_large_matrix_packs_and_unpacks_quickly(name):
 def test_values_out_of_range_do_not_reach_their_neighbours(name):
     codes = torch.tensor([255, 3]).to(torch.uint8).repeat(8, 32)
     zeros = torch.tensor([200, 1]).to(torch.uint8).repeat(8, 1)
-    read = get_format(name).unpack(get_format(name).pack(QuantizedWeight(codes, torch.ones(8, 2).half(), zeros)), 64, 8, 32)
-    assert torch.equal(read.codes, codes.clamp(max=15)) and torch.equal(read.zeros, zeros.clamp(max=15))
+    read = get_format(name).unpack(
+        get_format(name).pack(QuantizedWeight(codes, torch.ones(8, 2).half(), zeros)), 64, 8, 32
+    )
+    assert torch.equal(read.codes, codes.clamp(max=15)) and torch.equal(
+        read.zeros, zeros.clamp(max=15)
+    )
 
 
 def test_gemv_fast_keeps_every_zero_point_or_says_why_not():
@@ -211,9 +259,15 @@ def test_unknown_version_and_bits_are_named():
 
 def test_a_bijective_format_gives_any_bytes_back():
     codec = get_format("gemm")
-    assert codec.bijective and not get_format("gemv").bijective and not get_format("gemv_fast").bijective
+    assert (
+        codec.bijective
+        and not get_format("gemv").bijective
+        and not get_format("gemv_fast").bijective
+    )
     tensors = codec.empty(64, 24, 32)
     for tensor in tensors.values():
         tensor.view(torch.uint8).random_(0, 256)
     again = codec.pack(codec.unpack(tensors, 64, 24, 32))
-    assert all(torch.equal(tensors[k].view(torch.uint8), again[k].view(torch.uint8)) for k in tensors)
+    assert all(
+        torch.equal(tensors[k].view(torch.uint8), again[k].view(torch.uint8)) for k in tensors
+    )

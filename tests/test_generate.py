@@ -26,7 +26,13 @@ from awq.nn.linear import WQLinear
 HERE = Path(__file__).parent
 ALIBI = {"bloom", "mpt"}
 ROPE = {
-    "llama3": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
+    "llama3": dict(
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=16,
+    ),
     "yarn": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16),
     "linear": dict(rope_type="linear", factor=2.0),
 }
@@ -53,7 +59,8 @@ def prompts(rows=4, length=9):
 
 
 def both(model, wrapper, **kwargs):
-    """The same call through transformers' loop and through ours, both from the same random state."""
+    """The same call through transformers' loop and through ours, both from the same random
+    state."""
     results = []
     for run in (model.generate, wrapper.generate):
         torch.manual_seed(0)
@@ -66,36 +73,53 @@ def both(model, wrapper, **kwargs):
 def test_greedy_equals_transformers(family):
     if not zoo.available(family):
         pytest.skip(f"transformers has no {family}")
-    positions = dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 96)  # families name it differently
+    # families name it differently
+    positions = dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 96)
     model = zoo.build(family, zoo.DECODERS[family] | positions)
     wrapper = wrapped(model, 80)
     for rows in (1, 4):
-        theirs, ours = both(model, wrapper, **prompts(rows), max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)
+        theirs, ours = both(
+            model,
+            wrapper,
+            **prompts(rows),
+            max_new_tokens=64,
+            min_new_tokens=64,
+            do_sample=False,
+            pad_token_id=0,
+        )
         assert ours.shape == (rows, 73) and torch.equal(ours, theirs)
     assert len(theirs.unique()) > 8  # a model that says one token would show nothing
-    interface = hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")  # releases differ in who uses it
+    # releases differ in who uses it
+    interface = hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
     assert (wrapper.fusion.state == "fused") == (interface and family not in ALIBI), wrapper.fusion
 
 
 def test_an_attention_argument_that_is_not_known_is_refused(llama):
     attention = llama.model.layers[1].self_attn
-    attention.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {"tilt": torch.ones(4)}), with_kwargs=True)
+    attention.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"tilt": torch.ones(4)}), with_kwargs=True
+    )
     with pytest.raises(NotFusable, match="attention takes tilt"):
         build_decoder(llama, 64)
 
 
 def test_multiplied_embeddings_beside_absolute_positions():
-    """The factor of the embedding and the positions are told apart: ctrl multiplies by √features and adds sines."""
+    """The factor of the embedding and the positions are told apart: ctrl multiplies by √features
+    and adds sines."""
     model = zoo.build("ctrl", dict(n_embd=32, n_head=4, n_layer=2, dff=48, n_positions=96))
     wrapper = wrapped(model)
     for rows in (1, 4):
-        theirs, ours = both(model, wrapper, **prompts(rows), max_new_tokens=40, do_sample=False, pad_token_id=0)
+        theirs, ours = both(
+            model, wrapper, **prompts(rows), max_new_tokens=40, do_sample=False, pad_token_id=0
+        )
         assert torch.equal(ours, theirs) and wrapper.fusion.state == "fused"
 
 
 def test_what_surrounds_the_blocks_is_proven_too(llama, monkeypatch):
     plain = prove._read_and_prove
-    monkeypatch.setattr(prove, "_read_and_prove", lambda *args: replace(plain(*args), embedding_factor=1.5))
+    monkeypatch.setattr(
+        prove, "_read_and_prove", lambda *args: replace(plain(*args), embedding_factor=1.5)
+    )
     with pytest.raises(NotFusable, match="logits differ from transformers'"):
         build_decoder(llama, 64)
     assert isinstance(llama.model.layers[0].mlp.up_proj, torch.nn.Linear)
@@ -117,20 +141,35 @@ def test_logits_that_are_not_finite_prove_nothing(llama, caplog):
 
 @pytest.mark.parametrize("rope", ROPE)
 def test_scaled_rotation(rope):
-    name = "rope_parameters" if hasattr(zoo.AutoConfig.for_model("llama"), "rope_parameters") else "rope_scaling"
+    name = (
+        "rope_parameters"
+        if hasattr(zoo.AutoConfig.for_model("llama"), "rope_parameters")
+        else "rope_scaling"
+    )
     model = zoo.build("llama", zoo.GQA | {name: {"rope_theta": 10000.0} | ROPE[rope]})
     wrapper = wrapped(model)
-    theirs, ours = both(model, wrapper, **prompts(), max_new_tokens=40, do_sample=False, pad_token_id=0)
+    theirs, ours = both(
+        model, wrapper, **prompts(), max_new_tokens=40, do_sample=False, pad_token_id=0
+    )
     assert torch.equal(ours, theirs) and wrapper.fusion.state == "fused"
 
 
 def test_positions_that_the_model_knows_are_the_limit():
-    """Rotary tables that change with the length, and tables of learned positions, end at max_position_embeddings."""
-    name = "rope_parameters" if hasattr(zoo.AutoConfig.for_model("llama"), "rope_parameters") else "rope_scaling"
-    dynamic = zoo.build("llama", zoo.GQA | {name: dict(rope_type="dynamic", factor=4.0, rope_theta=10000.0)})
+    """Rotary tables that change with the length, and tables of learned positions, end at
+    max_position_embeddings."""
+    name = (
+        "rope_parameters"
+        if hasattr(zoo.AutoConfig.for_model("llama"), "rope_parameters")
+        else "rope_scaling"
+    )
+    dynamic = zoo.build(
+        "llama", zoo.GQA | {name: dict(rope_type="dynamic", factor=4.0, rope_theta=10000.0)}
+    )
     for model in (dynamic, zoo.tiny_model("gpt2")):
         wrapper = wrapped(model, 256)
-        theirs, ours = both(model, wrapper, **prompts(), max_new_tokens=55, do_sample=False, pad_token_id=0)
+        theirs, ours = both(
+            model, wrapper, **prompts(), max_new_tokens=55, do_sample=False, pad_token_id=0
+        )
         assert torch.equal(ours, theirs) and wrapper.fusion.state == "fused"
         with pytest.raises(ConfigError, match="max_seq_len=64"):
             wrapper.generate(**prompts(), max_new_tokens=56)
@@ -166,25 +205,33 @@ def test_settings(llama, settings):
 
 
 def test_prompt_lookup(llama):
-    """transformers' own speculative decoding, over a model whose siblings are joined: equal tokens from fewer passes."""
+    """transformers' own speculative decoding, over a model whose siblings are joined: equal tokens
+    from fewer passes."""
     wrapper, passes = wrapped(llama), []
     prompt = {name: values.repeat(1, 3) for name, values in zoo.token_batch(1, 9).items()}
     kwargs = dict(**prompt, max_new_tokens=36, do_sample=False, pad_token_id=0)
     plain = wrapper.generate(**kwargs)
     llama.register_forward_hook(lambda *_: passes.append(1))
-    assert torch.equal(wrapper.generate(**kwargs, prompt_lookup_num_tokens=4), plain) and wrapper.fusion.state == "fused"
+    assert (
+        torch.equal(wrapper.generate(**kwargs, prompt_lookup_num_tokens=4), plain)
+        and wrapper.fusion.state == "fused"
+    )
     assert 0 < len(passes) < 30
 
 
 UNFUSED = {
-    "falcon": {}, "gptj": {}, "bloom": {}, "mixtral": dict(num_key_value_heads=2, num_local_experts=4),
+    "falcon": {},
+    "gptj": {},
+    "bloom": {},
+    "mixtral": dict(num_key_value_heads=2, num_local_experts=4),
     "qwen3_moe": zoo.GQA | dict(num_experts=4, moe_intermediate_size=32, num_experts_per_tok=2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", UNFUSED)
 def test_step_over_a_static_cache(family):
-    """What a GPU captures of a model that is not fused, here without capture: equal tokens, whatever was called before."""
+    """What a GPU captures of a model that is not fused, here without capture: equal tokens,
+    whatever was called before."""
     positions = dict.fromkeys(("max_position_embeddings", "n_positions"), 96)
     model = zoo.build(family, zoo.DECODERS.get(family, {}) | UNFUSED[family] | positions)
     if isinstance(why_not_static(model), str):
@@ -193,7 +240,9 @@ def test_step_over_a_static_cache(family):
     assert wrapper.fuse() is None and wrapper.fusion.state != "pending"
     wrapper._capture()
     for rows, new in ((1, 64), (4, 64), (3, 9), (4, 30), (1, 12)):
-        theirs, ours = both(model, wrapper, **prompts(rows), max_new_tokens=new, do_sample=False, pad_token_id=0)
+        theirs, ours = both(
+            model, wrapper, **prompts(rows), max_new_tokens=new, do_sample=False, pad_token_id=0
+        )
         assert torch.equal(ours, theirs) and wrapper.fusion.state == "captured"
     with pytest.raises(ConfigError, match="max_seq_len=80"):
         wrapper.generate(**prompts(1), max_new_tokens=72)
@@ -204,10 +253,19 @@ def test_step_over_a_static_cache(family):
 def test_nothing_from_the_host_changes_no_result():
     x = torch.arange(48.0).view(2, 3, 4, 2)
     reads = (
-        lambda: torch.tensor(0.5, dtype=torch.float64), lambda: torch.tensor(True), lambda: torch.tensor(7),
-        lambda: torch.tensor([1, 2]), lambda: x[:, :, [-2]], lambda: x[:, [-1]], lambda: x[:, [0], 1], lambda: x[[1]],
-        lambda: x[:, [0, 2]], lambda: x[:, [True, False, True]], lambda: x[[0], :, [1]], lambda: x[..., [1], None, 0],
-    )  # fmt: skip
+        lambda: torch.tensor(0.5, dtype=torch.float64),
+        lambda: torch.tensor(True),
+        lambda: torch.tensor(7),
+        lambda: torch.tensor([1, 2]),
+        lambda: x[:, :, [-2]],
+        lambda: x[:, [-1]],
+        lambda: x[:, [0], 1],
+        lambda: x[[1]],
+        lambda: x[:, [0, 2]],
+        lambda: x[:, [True, False, True]],
+        lambda: x[[0], :, [1]],
+        lambda: x[..., [1], None, 0],
+    )
     for read in reads:
         with NothingFromTheHost():
             found = read()
@@ -215,17 +273,25 @@ def test_nothing_from_the_host_changes_no_result():
 
 
 WAITS = {
-    "a number": lambda x: x.sum().item(), "a condition": lambda x: bool((x > 0).all()),
-    "places": lambda x: x.nonzero(), "a mask": lambda x: x[x > 0], "writing by a mask": lambda x: x.__setitem__(x > 9, x[x > 9]),
-    "equality": lambda x: torch.equal(x, x), "a copy there": lambda x: x.to("meta"),
+    "a number": lambda x: x.sum().item(),
+    "a condition": lambda x: bool((x > 0).all()),
+    "places": lambda x: x.nonzero(),
+    "a mask": lambda x: x[x > 0],
+    "writing by a mask": lambda x: x.__setitem__(x > 9, x[x > 9]),
+    "equality": lambda x: torch.equal(x, x),
+    "a copy there": lambda x: x.to("meta"),
     "repeats": lambda x: x[0].repeat_interleave(x[0].long()),
-}  # fmt: skip
+}
 WAITS_NOT = {
-    "a product": lambda x: x @ x.t(), "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
-    "ids": lambda x: x[torch.tensor([0, 1])], "another dtype": lambda x: x.half(), "a slice": lambda x: x[:, 1:].clone(),
-    "filling": lambda x: x.clone().copy_(x), "a number of repeats": lambda x: x.repeat_interleave(2, 1),
+    "a product": lambda x: x @ x.t(),
+    "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+    "ids": lambda x: x[torch.tensor([0, 1])],
+    "another dtype": lambda x: x.half(),
+    "a slice": lambda x: x[:, 1:].clone(),
+    "filling": lambda x: x.clone().copy_(x),
+    "a number of repeats": lambda x: x.repeat_interleave(2, 1),
     "a linear": lambda x: torch.nn.functional.linear(x, x, x[0, :2]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -258,23 +324,38 @@ def test_step_over_a_static_cache_is_refused_where_it_cannot_be():
             build_static(zoo.tiny_model(family), 64)
     llama = zoo.tiny_model("llama")
     plain = llama.lm_head.forward
-    llama.lm_head.forward = lambda x: plain(x) * (1 + (x.shape[1] == 1))  # as if it attended to what is not there
+    # as if it attended to what is not there
+    llama.lm_head.forward = lambda x: plain(x) * (1 + (x.shape[1] == 1))
     with pytest.raises(NotFusable, match="differ"):
         build_static(llama, 64)
 
 
 def test_returned_dictionary(llama):
-    kwargs = dict(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_scores=True,
-                  output_logits=True)  # fmt: skip
+    kwargs = dict(
+        **prompts(),
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
     theirs, ours = both(llama, wrapped(llama), **kwargs)
-    assert torch.equal(ours.sequences, theirs.sequences) and len(ours.scores) == len(ours.logits) == 6
+    assert (
+        torch.equal(ours.sequences, theirs.sequences) and len(ours.scores) == len(ours.logits) == 6
+    )
     for a, b in zip((*ours.scores, *ours.logits), (*theirs.scores, *theirs.logits)):
         assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_generator_is_the_source_of_random_numbers(llama):
     def sample(seed):
-        return wrapper.generate(**prompts(), max_new_tokens=12, do_sample=True, generator=torch.Generator().manual_seed(seed))
+        return wrapper.generate(
+            **prompts(),
+            max_new_tokens=12,
+            do_sample=True,
+            generator=torch.Generator().manual_seed(seed),
+        )
 
     wrapper = wrapped(llama)
     assert torch.equal(sample(1), sample(1)) and not torch.equal(sample(1), sample(2))
@@ -283,7 +364,8 @@ def test_generator_is_the_source_of_random_numbers(llama):
 
 
 def test_what_transformers_prepares_for_its_own_loop_is_no_obstacle(llama):
-    """Releases hand their loop other keyword arguments (`cache` since 5.24); none of them is the caller's wish."""
+    """Releases hand their loop other keyword arguments (`cache` since 5.24); none of them is the
+    caller's wish."""
 
     class Later(type(llama)):
         def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -293,7 +375,9 @@ def test_what_transformers_prepares_for_its_own_loop_is_no_obstacle(llama):
     wrapper = wrapped(llama)
     expected = wrapper.generate(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=0)
     llama.__class__ = Later
-    assert torch.equal(wrapper.generate(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=0), expected)
+    assert torch.equal(
+        wrapper.generate(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=0), expected
+    )
     assert wrapper.fusion.state == "fused"
 
 
@@ -311,8 +395,15 @@ class Until(StoppingCriteria):
 
 
 def test_stopping_criteria(llama):
-    theirs, ours = both(llama, wrapped(llama), **prompts(1), max_new_tokens=30, do_sample=False, pad_token_id=0,
-                        stopping_criteria=StoppingCriteriaList([Until()]))  # fmt: skip
+    theirs, ours = both(
+        llama,
+        wrapped(llama),
+        **prompts(1),
+        max_new_tokens=30,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([Until()]),
+    )
     assert torch.equal(ours, theirs) and ours.shape[1] < 39
 
 
@@ -332,7 +423,10 @@ class Log(BaseStreamer):
 def test_streamer_gets_tokens_one_by_one(llama):
     log, prompt = Log(), zoo.token_batch(1, 5)
     out = wrapped(llama).generate(**prompt, max_new_tokens=7, do_sample=False, streamer=log)
-    assert log.seen == [prompt["input_ids"][0].tolist(), *([t] for t in out[0, 5:].tolist())] and log.ended
+    assert (
+        log.seen == [prompt["input_ids"][0].tolist(), *([t] for t in out[0, 5:].tolist())]
+        and log.ended
+    )
 
 
 def test_interrupted_call_leaves_no_trace(llama):
@@ -348,17 +442,29 @@ def test_calls_know_nothing_of_each_other(llama):
     for turn in range(40):
         rows, length, new = 1 + turn % 5, 1 + 7 * turn % 23, 1 + turn % 11
         key = (rows, length, new)
-        ids = torch.randint(3, 63, (rows, length), generator=torch.Generator().manual_seed(sum(key)))
-        kwargs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
+        ids = torch.randint(
+            3, 63, (rows, length), generator=torch.Generator().manual_seed(sum(key))
+        )
+        kwargs = dict(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
         if key not in fresh:
             fresh[key] = wrapped(llama).generate(**kwargs)
         assert torch.equal(wrapper.generate(**kwargs), fresh[key])
 
 
 def test_prompts_in_pieces(llama, monkeypatch):
-    whole = wrapped(llama).generate(**prompts(4, 31), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    whole = wrapped(llama).generate(
+        **prompts(4, 31), max_new_tokens=20, do_sample=False, pad_token_id=0
+    )
     monkeypatch.setattr(decoder, "_PROMPT_TOKENS", 4 * 7)
-    pieces = wrapped(llama).generate(**prompts(4, 31), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    pieces = wrapped(llama).generate(
+        **prompts(4, 31), max_new_tokens=20, do_sample=False, pad_token_id=0
+    )
     assert torch.equal(whole, pieces)
 
 
@@ -366,7 +472,10 @@ def test_more_tokens_than_the_cache_holds(llama):
     wrapper = wrapped(llama, 16)
     with pytest.raises(ConfigError, match="max_seq_len=16"):
         wrapper.generate(**zoo.token_batch(1, 9), max_new_tokens=9)
-    assert wrapper.generate(**zoo.token_batch(1, 9), max_new_tokens=7, min_new_tokens=7).shape == (1, 16)
+    assert wrapper.generate(**zoo.token_batch(1, 9), max_new_tokens=7, min_new_tokens=7).shape == (
+        1,
+        16,
+    )
     with pytest.raises(ConfigError, match="empty"):
         empty = zoo.token_batch(2, 4)
         empty["attention_mask"][1] = 0
@@ -377,20 +486,31 @@ def test_more_tokens_than_the_cache_holds(llama):
 def saved(tmp_path_factory):
     """A quantized tiny model whose attention has biases, with grouped heads."""
     model = AutoAWQForCausalLM.from_pretrained(_dense(tmp_path_factory.mktemp("dense")))
-    ids = [torch.randint(3, 63, (24,), generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    model.quantize(ids, quant_config={"q_group_size": 32, "w_bit": 4, "version": "GEMM", "zero_point": True}, preset="fast")
+    ids = [
+        torch.randint(3, 63, (24,), generator=torch.Generator().manual_seed(i)) for i in range(8)
+    ]
+    model.quantize(
+        ids,
+        quant_config={"q_group_size": 32, "w_bit": 4, "version": "GEMM", "zero_point": True},
+        preset="fast",
+    )
     path = tmp_path_factory.mktemp("quantized") / "model"
     model.save_quantized(path)
     return path
 
 
 def _dense(path):
-    zoo.build("qwen2", dict(num_key_value_heads=2, hidden_size=64, intermediate_size=96)).save_pretrained(path)
+    zoo.build(
+        "qwen2", dict(num_key_value_heads=2, hidden_size=64, intermediate_size=96)
+    ).save_pretrained(path)
     return str(path)
 
 
 def test_quantized_model(saved, tmp_path):
-    plain, fused = (AutoAWQForCausalLM.from_quantized(saved, fuse_layers=f, device="cpu", max_seq_len=64) for f in (False, True))
+    plain, fused = (
+        AutoAWQForCausalLM.from_quantized(saved, fuse_layers=f, device="cpu", max_seq_len=64)
+        for f in (False, True)
+    )
     kwargs = dict(**prompts(), max_new_tokens=30, do_sample=False, pad_token_id=0)
     expected = plain.generate(**kwargs)
     assert torch.equal(fused.generate(**kwargs), expected)
@@ -398,7 +518,9 @@ def test_quantized_model(saved, tmp_path):
     products = [m for m in fused.model.modules() if isinstance(m, WQLinear)]
     assert len(products) == 3 * 4  # q, k, v and gate, up are one each
     theirs, ours = plain.model.state_dict(), fused.model.state_dict()
-    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert theirs.keys() == ours.keys() and all(
+        torch.equal(theirs[name], ours[name]) for name in theirs
+    )
     with torch.no_grad():
         assert torch.allclose(fused(**prompts()).logits, plain(**prompts()).logits, atol=1e-5)
     assert torch.equal(fused.generate(**kwargs, num_beams=1), expected)
@@ -410,7 +532,10 @@ def test_quantized_model(saved, tmp_path):
 
 def test_gate_and_up_in_turn(saved, monkeypatch):
     """As they are joined for a GPU: the same tokens, the same bytes saved."""
-    plain, fused = (AutoAWQForCausalLM.from_quantized(saved, fuse_layers=f, device="cpu", max_seq_len=64) for f in (False, True))
+    plain, fused = (
+        AutoAWQForCausalLM.from_quantized(saved, fuse_layers=f, device="cpu", max_seq_len=64)
+        for f in (False, True)
+    )
     monkeypatch.setattr("awq.generate.run.operations.gate_interleave", lambda linear: 16)
     kwargs = dict(**prompts(), max_new_tokens=30, do_sample=False, pad_token_id=0)
     assert torch.equal(fused.generate(**kwargs), plain.generate(**kwargs))
@@ -424,7 +549,10 @@ def test_gate_and_up_in_turn(saved, monkeypatch):
 def test_a_fused_model_that_is_cast(saved):
     """It is fused anew; what the joined weights hold is not lost."""
     plain, fused = (
-        AutoAWQForCausalLM.from_quantized(saved, fuse_layers=f, device="cpu", torch_dtype=torch.float32) for f in (False, True)
+        AutoAWQForCausalLM.from_quantized(
+            saved, fuse_layers=f, device="cpu", torch_dtype=torch.float32
+        )
+        for f in (False, True)
     )
     kwargs = dict(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=0)
     fused.generate(**kwargs)
@@ -452,14 +580,22 @@ def test_chat_through_a_text_streamer(saved, capsys):
 
     model = AutoAWQForCausalLM.from_quantized(saved, fuse_layers=True, device="cpu")
     out = model.generate(
-        **zoo.token_batch(1, 4), max_new_tokens=8, do_sample=False, streamer=TextStreamer(Tokenizer(), skip_prompt=True)
+        **zoo.token_batch(1, 4),
+        max_new_tokens=8,
+        do_sample=False,
+        streamer=TextStreamer(Tokenizer(), skip_prompt=True),
     )
     assert capsys.readouterr().out.split() == [str(t) for t in out[0, 4:].tolist()]
 
 
 def test_kernels_equal_plain_operators():
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run([sys.executable, HERE / "decoding_cases.py"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, HERE / "decoding_cases.py"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     errors = json.loads(done.stdout)
     assert len(errors) == 32 and all(error < 2e-6 for error in errors.values()), errors
@@ -471,32 +607,73 @@ def compiled(target, kernel, dtype, **constants):
 
     from awq.kernels.triton import decoding
 
-    pointers = {"qkv": dtype, "x": dtype, "branch": dtype, "total": dtype, "y": dtype, "h": dtype, "q": dtype, "out": dtype,
-                "k_cache": dtype, "v_cache": dtype, "lengths": "i32", "arrived": "i32"}  # fmt: skip
+    pointers = {
+        "qkv": dtype,
+        "x": dtype,
+        "branch": dtype,
+        "total": dtype,
+        "y": dtype,
+        "h": dtype,
+        "q": dtype,
+        "out": dtype,
+        "k_cache": dtype,
+        "v_cache": dtype,
+        "lengths": "i32",
+        "arrived": "i32",
+    }
     numbers = dict.fromkeys(("factor", "eps", "scaling", "softcap", "q_eps", "k_eps"), "fp32")
     numbers |= dict.fromkeys(("tokens", "start", "positions"), "i32")
     function = getattr(decoding, kernel)
     pdl = isinstance(target, int) and target >= 90
-    constants = {n: (constants | {"PDL": pdl})[n] for n in function.arg_names if n in constants or n == "PDL"}
-    arguments = {n: numbers.get(n) or f"*{pointers.get(n, 'fp32')}" for n in function.arg_names if n not in constants}
-    return offline.compile_kernel(function, target, arguments, constants, {"num_warps": 4} | ({"launch_pdl": True} if pdl else {}))
+    constants = {
+        n: (constants | {"PDL": pdl})[n] for n in function.arg_names if n in constants or n == "PDL"
+    }
+    arguments = {
+        n: numbers.get(n) or f"*{pointers.get(n, 'fp32')}"
+        for n in function.arg_names
+        if n not in constants
+    }
+    return offline.compile_kernel(
+        function,
+        target,
+        arguments,
+        constants,
+        {"num_warps": 4} | ({"launch_pdl": True} if pdl else {}),
+    )
 
 
 HEADS = dict(HEADS=32, KV_HEADS=8, DIM=128, D=128, R=64, NORMED=True, MEAN=False)
 KERNELS = {
-    "add_norm_kernel": dict(WIDTH=4096, BLOCK=4096, ADD=True, NORM=True, MEAN=True, HAS_WEIGHT=True, HAS_BIAS=True),
+    "add_norm_kernel": dict(
+        WIDTH=4096, BLOCK=4096, ADD=True, NORM=True, MEAN=True, HAS_WEIGHT=True, HAS_BIAS=True
+    ),
     "activate_kernel": dict(WIDTH=14336, BLOCK=512, NAME="silu", GATED=True, INTERLEAVE=16),
     "split_kernel": HEADS | dict(HEADS2=32, KV2=8),
-    "attend_kernel": HEADS | dict(G=16, GP=4, SPLIT=64, TOGETHER=8, BLOCK=64, LINES=2, WINDOW=4096, CAPPED=True),
+    "attend_kernel": HEADS
+    | dict(G=16, GP=4, SPLIT=64, TOGETHER=8, BLOCK=64, LINES=2, WINDOW=4096, CAPPED=True),
 }
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("target, dtype", [(80, "fp16"), (90, "bf16"), (100, "fp16"), ("gfx942", "bf16")])
+@pytest.mark.parametrize(
+    "target, dtype", [(80, "fp16"), (90, "bf16"), (100, "fp16"), ("gfx942", "bf16")]
+)
 def test_kernels_compile_without_spilling(kernel, target, dtype):
     assert compiled(target, kernel, dtype, **KERNELS[kernel]).spilled == 0
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "relu", "relu2"])
 def test_activations_compile(name):
-    assert compiled(90, "activate_kernel", "fp16", WIDTH=700, BLOCK=512, NAME=name, GATED=False, INTERLEAVE=0).spilled == 0
+    assert (
+        compiled(
+            90,
+            "activate_kernel",
+            "fp16",
+            WIDTH=700,
+            BLOCK=512,
+            NAME=name,
+            GATED=False,
+            INTERLEAVE=0,
+        ).spilled
+        == 0
+    )

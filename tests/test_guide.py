@@ -1,9 +1,11 @@
-"""The snippets of the AutoAWQ guide and of our own pages run as written; only model paths are local.
+"""The snippets of the AutoAWQ guide and of our own pages run as written; only model paths are
+local.
 
-The guide's comments are left out; `AUTOAWQ_GUIDE=FILE` compares the snippets below with the guide itself. Two lines of it
-cannot work anywhere: its `torch.cat` of token rows of different lengths (our `prepare_calibration_tokens` stands in for the
-function that holds it) and its undefined `streamer`. Its datasets are replaced by local ones with the same columns, since
-tests reach no hub.
+The guide's comments are left out; `AUTOAWQ_GUIDE=FILE` compares the snippets below with the guide
+itself. Two lines of it
+cannot work anywhere: its `torch.cat` of token rows of different lengths (our
+`prepare_calibration_tokens` stands in for the function that holds it) and its undefined `streamer`.
+Its datasets are replaced by local ones with the same columns, since tests reach no hub.
 """
 
 import ast
@@ -16,7 +18,15 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextStreamer
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TextStreamer,
+)
 
 import awq
 from awq import AutoAWQForCausalLM, prepare_calibration_tokens
@@ -163,7 +173,9 @@ class AutoAWQLoader(BaseModelLoader):
 def run(snippet, paths=(), **names):
     """Runs a snippet with its model paths replaced by local ones; returns its names."""
     for written, local in dict(paths).items():
-        assert re.search(f"""['"]{re.escape(written)}['"]""", snippet), f"the snippet no longer names {written}"
+        assert re.search(f"""['"]{re.escape(written)}['"]""", snippet), (
+            f"the snippet no longer names {written}"
+        )
         snippet = re.sub(f"""(['"]){re.escape(written)}['"]""", repr(str(local)), snippet)
     space = dict(names)
     exec(compile(snippet, "<guide>", "exec"), space)
@@ -176,26 +188,51 @@ def tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.pre_tokenizer, inner.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = ["<pad>", "<s>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     inner.train_from_iterator(bundled_texts(), trainer)
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512, chat_template=template
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=512,
+        chat_template=template,
     )
 
 
 @pytest.fixture(scope="module")
 def models(tokenizer, tmp_path_factory):
-    """{"llama": directory, "bert": directory}: tiny random models whose widths divide by the guide's group size."""
+    """{"llama": directory, "bert": directory}: tiny random models whose widths divide by the
+    guide's group size."""
     root = tmp_path_factory.mktemp("guide")
     torch.manual_seed(0)
-    shape = dict(vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                 max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
-    made = {"llama": LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2)), "bert": BertModel(BertConfig(**shape))}
+    shape = dict(
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    made = {
+        "llama": LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2)),
+        "bert": BertModel(BertConfig(**shape)),
+    }
     for name, model in made.items():
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
@@ -206,7 +243,10 @@ def models(tokenizer, tmp_path_factory):
 def language_model(models, tmp_path_factory):
     """The directory that the guide's first snippet writes."""
     target = tmp_path_factory.mktemp("written") / "llama-awq"
-    paths = {"mistralai/Mistral-7B-Instruct-v0.2": models["llama"], "mistral-instruct-v0.2-awq": target}
+    paths = {
+        "mistralai/Mistral-7B-Instruct-v0.2": models["llama"],
+        "mistral-instruct-v0.2-awq": target,
+    }
     run(LANGUAGE_MODEL, paths)
     return target
 
@@ -218,7 +258,10 @@ def local_datasets(monkeypatch):
     sentences = [short[i % len(short)] for i in range(1100)]
 
     def load_dataset(name, *args, split, **kwargs):
-        columns = {"sentence-transformers/stsb": ("sentence1", "sentence2"), "scientific_papers": ("abstract",)}[name]
+        columns = {
+            "sentence-transformers/stsb": ("sentence1", "sentence2"),
+            "scientific_papers": ("abstract",),
+        }[name]
         return datasets.Dataset.from_dict(dict.fromkeys(columns, sentences))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -247,8 +290,15 @@ def test_language_model(language_model):
 
 
 def test_embedding_model_with_texts_of_the_task(models, tokenizer, tmp_path, local_datasets):
-    names = {"sentence-transformers/all-MiniLM-L6-v2": models["bert"], "all-MiniLM-L6-v2-awq-4bit": tmp_path / "q"}
-    space = run(EMBEDDING_TEXTS + QUANTIZE_TOKENS, names, prepare_calibration_tokens=prepare_calibration_tokens)
+    names = {
+        "sentence-transformers/all-MiniLM-L6-v2": models["bert"],
+        "all-MiniLM-L6-v2-awq-4bit": tmp_path / "q",
+    }
+    space = run(
+        EMBEDDING_TEXTS + QUANTIZE_TOKENS,
+        names,
+        prepare_calibration_tokens=prepare_calibration_tokens,
+    )
     assert len(space["calibration_tokens"]) == 1024
     assert len({t.shape[1] for t in space["calibration_tokens"]}) > 1, "texts of different lengths"
     assert is_close_to_full_precision(tmp_path / "q", models["bert"], tokenizer)
@@ -265,13 +315,24 @@ def minilm():
 def test_texts_of_the_task_on_minilm_itself(minilm, tmp_path, local_datasets):
     import sentence_transformers as library
 
-    names = {"sentence-transformers/all-MiniLM-L6-v2": minilm, "all-MiniLM-L6-v2-awq-4bit": tmp_path / "q"}
-    run(EMBEDDING_TEXTS + QUANTIZE_TOKENS, names, prepare_calibration_tokens=prepare_calibration_tokens)
+    names = {
+        "sentence-transformers/all-MiniLM-L6-v2": minilm,
+        "all-MiniLM-L6-v2-awq-4bit": tmp_path / "q",
+    }
+    run(
+        EMBEDDING_TEXTS + QUANTIZE_TOKENS,
+        names,
+        prepare_calibration_tokens=prepare_calibration_tokens,
+    )
     texts = bundled_sentences()[1::2]
     full, mine = (
-        torch.from_numpy(library.SentenceTransformer(str(d), device="cpu").encode(texts)) for d in (minilm, tmp_path / "q")
+        torch.from_numpy(library.SentenceTransformer(str(d), device="cpu").encode(texts))
+        for d in (minilm, tmp_path / "q")
     )
-    assert sum(isinstance(m, WQLinear) for m in AutoModel.from_pretrained(tmp_path / "q").modules()) == 36
+    assert (
+        sum(isinstance(m, WQLinear) for m in AutoModel.from_pretrained(tmp_path / "q").modules())
+        == 36
+    )
     assert torch.nn.functional.cosine_similarity(full, mine).mean() > 0.98
 
 
@@ -280,7 +341,9 @@ def test_custom_texts_on_minilm_itself(minilm, tmp_path):
     names = {"your-embedding-model": minilm, "your-embedding-model-awq-4bit": tmp_path / "q"}
     run(CUSTOM_TEXTS, names, prepare_calibration_tokens=prepare_calibration_tokens)
     texts = bundled_sentences()[:60]
-    full, mine = (awq.Encoder.from_pretrained(d, device="cpu").encode(texts) for d in (minilm, tmp_path / "q"))
+    full, mine = (
+        awq.Encoder.from_pretrained(d, device="cpu").encode(texts) for d in (minilm, tmp_path / "q")
+    )
     assert torch.nn.functional.cosine_similarity(full, mine).mean() > 0.9
     assert (tmp_path / "q/modules.json").read_bytes() == (minilm / "modules.json").read_bytes()
 
@@ -289,7 +352,11 @@ def test_snippets_are_the_guides():
     """Statement by statement, but for the `prepare_calibration_tokens` that ours replaces."""
     if "AUTOAWQ_GUIDE" not in os.environ:
         pytest.skip("AUTOAWQ_GUIDE names no guide")
-    blocks = re.findall(r"```python\n(.*?)```", Path(os.environ["AUTOAWQ_GUIDE"]).read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```",
+        Path(os.environ["AUTOAWQ_GUIDE"]).read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
     *theirs, loader = [statements(block) for block in blocks]
     ours = [LANGUAGE_MODEL, EMBEDDING_TEXTS + QUANTIZE_TOKENS, CUSTOM_TEXTS, INFERENCE, FUSED]
     assert theirs == [statements(snippet) for snippet in ours]
@@ -302,7 +369,11 @@ def statements(code):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    kept = [n for n in tree.body if not (isinstance(n, ast.FunctionDef) and n.name == "prepare_calibration_tokens")]
+    kept = [
+        n
+        for n in tree.body
+        if not (isinstance(n, ast.FunctionDef) and n.name == "prepare_calibration_tokens")
+    ]
     return [ast.unparse(node) for node in kept]
 
 
@@ -314,7 +385,10 @@ def test_texts_of_the_domain(tokenizer, local_datasets):
 
 
 def test_custom_texts(models, tokenizer, tmp_path):
-    names = {"your-embedding-model": models["bert"], "your-embedding-model-awq-4bit": tmp_path / "q"}
+    names = {
+        "your-embedding-model": models["bert"],
+        "your-embedding-model-awq-4bit": tmp_path / "q",
+    }
     run(CUSTOM_TEXTS, names, prepare_calibration_tokens=prepare_calibration_tokens)
     assert is_close_to_full_precision(tmp_path / "q", models["bert"], tokenizer)
 
@@ -323,13 +397,22 @@ def test_inference(language_model, tokenizer, capsys):
     streamer = TextStreamer(tokenizer, skip_prompt=True)
     space = run(INFERENCE, {"TheBloke/zephyr-7B-beta-AWQ": language_model}, streamer=streamer)
     out, prompt = space["generation_output"], space["tokens"]
-    assert torch.equal(out[:, : prompt.shape[1]].cpu(), prompt.cpu()) and prompt.shape[1] < out.shape[1] <= 512
+    assert (
+        torch.equal(out[:, : prompt.shape[1]].cpu(), prompt.cpu())
+        and prompt.shape[1] < out.shape[1] <= 512
+    )
     assert out.shape[1] == 512 or int(out[0, -1]) == tokenizer.eos_token_id
     assert capsys.readouterr().out.strip(), "the streamer printed the answer"
 
 
 def test_fused(language_model, tokenizer):
-    space = run(FUSED, AutoAWQForCausalLM=AutoAWQForCausalLM, quant_path=str(language_model), seq_len=128, batch_size=2)
+    space = run(
+        FUSED,
+        AutoAWQForCausalLM=AutoAWQForCausalLM,
+        quant_path=str(language_model),
+        seq_len=128,
+        batch_size=2,
+    )
     ids = tokenizer(["Where are you?"] * 2, return_tensors="pt").input_ids
     assert space["model"].generate(ids, max_new_tokens=3).shape[0] == 2
 
@@ -341,7 +424,10 @@ def test_loader_of_an_embedding_server(models, tokenizer, tmp_path):
         def get_device(self):
             return "cpu"
 
-    names = {"your-embedding-model": models["bert"], "your-embedding-model-awq-4bit": tmp_path / "q"}
+    names = {
+        "your-embedding-model": models["bert"],
+        "your-embedding-model-awq-4bit": tmp_path / "q",
+    }
     run(CUSTOM_TEXTS, names, prepare_calibration_tokens=prepare_calibration_tokens)
     space = run(LOADER, AutoAWQForCausalLM=AutoAWQForCausalLM, BaseModelLoader=BaseModelLoader)
     model, found = space["AutoAWQLoader"]().load_model()
@@ -350,14 +436,22 @@ def test_loader_of_an_embedding_server(models, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_code_blocks_of_our_pages(page, models, tmp_path, monkeypatch):
-    """Blocks of one page run in order and share their names; a page may use the names given here."""
+    """Blocks of one page run in order and share their names; a page may use the names given
+    here."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"body": t}) for t in bundled_texts()))
+    (tmp_path / "texts.jsonl").write_text(
+        "\n".join(json.dumps({"body": t}) for t in bundled_texts())
+    )
     space = {
-        "model_path": str(models["llama"]), "quant_path": str(tmp_path / "llama-awq"), "encoder_path": str(models["bert"]),
-        "encoder_quant_path": str(tmp_path / "bert-awq"), "texts": ["The river is cold.", "Hills are old and rivers are young."],
-    }  # fmt: skip
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+        "model_path": str(models["llama"]),
+        "quant_path": str(tmp_path / "llama-awq"),
+        "encoder_path": str(models["bert"]),
+        "encoder_quant_path": str(tmp_path / "bert-awq"),
+        "texts": ["The river is cold.", "Hills are old and rivers are young."],
+    }
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL
+    )
     assert blocks
     for block in blocks:
         exec(compile(block, page, "exec"), space)
@@ -373,7 +467,9 @@ def test_commands_of_our_guide(models, tmp_path, monkeypatch, capsys):
     for name, local in (("my-model", models["llama"]), ("my-encoder", models["bert"])):
         Path(name).symlink_to(local)
     Path("texts.txt").write_text("\n\n".join(bundled_texts()), encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/guide.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```bash\n(.*?)```", (ROOT / "docs/guide.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("awq ")]
     assert {line.split()[1] for line in lines} == set(awq.cli.VERBS)
     for line in lines:

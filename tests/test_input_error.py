@@ -1,4 +1,5 @@
-"""Codes that aim at the original model's outputs: what is gathered, what is solved, and that it helps."""
+"""Codes that aim at the original model's outputs: what is gathered, what is solved, and that it
+helps."""
 
 import pytest
 import torch
@@ -18,8 +19,14 @@ from awq.quantize.statistics import InputStatistics
 
 def pairs(rows=400, width=24, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    original = torch.randn(4, rows // 4, width, generator=generator) @ torch.randn(width, width, generator=generator) + 1
-    return original + 0.2 * torch.randn(original.shape, generator=generator) + 0.1 * original.roll(1, -1), original
+    original = (
+        torch.randn(4, rows // 4, width, generator=generator)
+        @ torch.randn(width, width, generator=generator)
+        + 1
+    )
+    return original + 0.2 * torch.randn(original.shape, generator=generator) + 0.1 * original.roll(
+        1, -1
+    ), original
 
 
 def test_full_correction_is_the_least_squares_solution():
@@ -30,7 +37,9 @@ def test_full_correction_is_the_least_squares_solution():
     order, factor = feedback_factor(found.gram, 1e-7)
     x, wanted = now.flatten(0, 1).double(), original.flatten(0, 1).double() @ weight.double().t()
     best = torch.linalg.lstsq(x, wanted).solution.t()
-    torch.testing.assert_close(corrected(weight, found.error, order, factor, 1.0).double(), best, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        corrected(weight, found.error, order, factor, 1.0).double(), best, atol=1e-3, rtol=1e-3
+    )
     half = corrected(weight, found.error, order, factor, 0.5)
     torch.testing.assert_close(half.double(), (weight.double() + best) / 2, atol=1e-3, rtol=1e-3)
 
@@ -55,7 +64,9 @@ def test_sums_leave_out_padding_and_what_is_not_finite():
 
 def test_a_forward_stops_at_the_linear():
     calls = []
-    block = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4), torch.nn.Linear(4, 4))
+    block = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4), torch.nn.Linear(4, 4)
+    )
     block[3].register_forward_pre_hook(lambda *_: calls.append(1))
     hidden = torch.randn(2, 3, 4)
     found = input_of(block, "2", lambda: block(hidden))
@@ -67,8 +78,13 @@ def test_a_forward_stops_at_the_linear():
 
 
 def test_a_linear_that_sees_other_rows_is_left_alone():
-    """An expert, or a linear that is called twice: its inputs in the two models cannot be paired."""
-    block, hidden, cpu = torch.nn.Sequential(torch.nn.Linear(4, 4)), [torch.randn(2, 3, 4)], torch.device("cpu")
+    """An expert, or a linear that is called twice: its inputs in the two models cannot be
+    paired."""
+    block, hidden, cpu = (
+        torch.nn.Sequential(torch.nn.Linear(4, 4)),
+        [torch.randn(2, 3, 4)],
+        torch.device("cpu"),
+    )
     call = BlockCall((), {})
     visit = BlockVisit("", block, 0, cpu, {}, [], [], BlockInputs([[call]], hidden, [None], [None]))
     statistics = InputStatistics(4, cpu)

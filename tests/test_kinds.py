@@ -13,9 +13,27 @@ from awq.nn.blocks import find_block_lists, reached_lists
 from awq.nn.decoder_inputs import with_decoder_inputs
 from awq.nn.walk import BlockWalk
 
-TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-            vocab_size=64, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
-TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8)
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=64,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+TOWER = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=16,
+    patch_size=8,
+)
 CONFIG = AwqConfig(group_size=16)
 
 
@@ -51,30 +69,59 @@ def vision_language(kind):
         )
         config.architectures = ["LlavaForConditionalGeneration"]
     elif kind == "gemma3":
-        config = transformers.Gemma3Config(text_config=TEXT, vision_config=TOWER, mm_tokens_per_image=4, image_token_index=63)
+        config = transformers.Gemma3Config(
+            text_config=TEXT, vision_config=TOWER, mm_tokens_per_image=4, image_token_index=63
+        )
         config.architectures = ["Gemma3ForConditionalGeneration"]
     else:
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-        vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=14, out_hidden_size=32, window_size=56,
-                      fullatt_block_indexes=[1])  # fmt: skip
+        vision = dict(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=64,
+            num_heads=4,
+            patch_size=14,
+            out_hidden_size=32,
+            window_size=56,
+            fullatt_block_indexes=[1],
+        )
         config = transformers.Qwen2_5_VLConfig(
-            text_config=TEXT | {"rope_parameters": rope}, vision_config=vision, image_token_id=60, video_token_id=61,
-            vision_start_token_id=62, vision_end_token_id=63,
-        )  # fmt: skip
+            text_config=TEXT | {"rope_parameters": rope},
+            vision_config=vision,
+            image_token_id=60,
+            video_token_id=61,
+            vision_start_token_id=62,
+            vision_end_token_id=63,
+        )
         config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
     return built(config)
 
 
 def encoder_decoder(kind):
-    sizes = dict(d_model=32, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    sizes = dict(
+        d_model=32,
+        vocab_size=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
     if kind == "t5":
-        config = transformers.T5Config(**sizes, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+        config = transformers.T5Config(
+            **sizes, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+        )
         config.architectures = ["T5ForConditionalGeneration"]
     else:
         config = transformers.BartConfig(
-            **sizes, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
-            decoder_ffn_dim=64, max_position_embeddings=64,
-        )  # fmt: skip
+            **sizes,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            max_position_embeddings=64,
+        )
         config.architectures = ["BartForConditionalGeneration"]
     return built(config)
 
@@ -93,10 +140,18 @@ def saved_and_loaded(model, tmp_path, preset="fast"):
 def test_towers_stay_dense_and_are_named(kind, tmp_path):
     wrapper, loaded = saved_and_loaded(vision_language(kind), tmp_path)
     report = wrapper.report
-    assert len(report.linears) == 2 * 7 and all("language_model" in line.name for line in report.linears)
+    assert len(report.linears) == 2 * 7 and all(
+        "language_model" in line.name for line in report.linears
+    )
     assert all(line.loss <= line.loss_rtn * 1.001 for line in report.linears)
-    towers = [name for name, reason in report.skipped.items() if reason.startswith("the calibration inputs do not reach")]
-    settings = json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]
+    towers = [
+        name
+        for name, reason in report.skipped.items()
+        if reason.startswith("the calibration inputs do not reach")
+    ]
+    settings = json.loads((tmp_path / "quantized" / "config.json").read_text())[
+        "quantization_config"
+    ]
     assert towers and set(towers) <= set(settings["modules_to_not_convert"])
     assert torch.equal(loaded.model(**inputs()).logits, wrapper.model(**inputs()).logits)
 
@@ -104,19 +159,26 @@ def test_towers_stay_dense_and_are_named(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_both_stacks_of_encoder_decoders_are_quantized(kind, tmp_path):
     model = encoder_decoder(kind)
-    linears = {line for line, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "lm_head" not in line}
+    linears = {
+        line
+        for line, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in line
+    }
     wrapper, loaded = saved_and_loaded(model, tmp_path, "balanced")
     assert {line.name for line in wrapper.report.linears} == linears
     assert all(line.loss <= line.loss_rtn * 1.001 for line in wrapper.report.linears)
     item = with_decoder_inputs(model, inputs())
     assert torch.equal(loaded.model(**item).logits, wrapper.model(**item).logits)
     generated = loaded.generate(**inputs(padded=False), max_new_tokens=4, do_sample=False)
-    assert torch.equal(generated, wrapper.model.generate(**inputs(padded=False), max_new_tokens=4, do_sample=False))
+    assert torch.equal(
+        generated, wrapper.model.generate(**inputs(padded=False), max_new_tokens=4, do_sample=False)
+    )
 
 
 @torch.no_grad()
 def test_a_decoders_blocks_read_what_the_encoder_gives():
-    """One block at a time, the decoder computes what the model computes: cross-attention reads the encoder's true output."""
+    """One block at a time, the decoder computes what the model computes: cross-attention reads the
+    encoder's true output."""
     model = encoder_decoder("bart")
     item = with_decoder_inputs(model, inputs())
     lists = reached_lists(model, list(reversed(find_block_lists(model))), item)
@@ -125,7 +187,9 @@ def test_a_decoders_blocks_read_what_the_encoder_gives():
         visit.advance()
     expected = model.model(**item).last_hidden_state
     real = item["decoder_attention_mask"].bool()
-    torch.testing.assert_close(visit.calibration.hidden[0][real], expected[real], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        visit.calibration.hidden[0][real], expected[real], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_padding_of_either_side_never_enters_a_statistic():
@@ -134,14 +198,20 @@ def test_padding_of_either_side_never_enters_a_statistic():
         item = inputs(24, 16)
         item["input_ids"][item["attention_mask"] == 0] = fill
         batch = CalibrationBatch(item["input_ids"], item["attention_mask"])
-        reports.append(quantize_model(encoder_decoder("bart"), [batch], CONFIG, QuantizeOptions(preset="fast")))
-    assert [line.loss for line in reports[0].linears] == pytest.approx([line.loss for line in reports[1].linears], rel=1e-4)
+        reports.append(
+            quantize_model(encoder_decoder("bart"), [batch], CONFIG, QuantizeOptions(preset="fast"))
+        )
+    assert [line.loss for line in reports[0].linears] == pytest.approx(
+        [line.loss for line in reports[1].linears], rel=1e-4
+    )
 
 
 def test_decoder_inputs():
     model = encoder_decoder("t5")
     item = with_decoder_inputs(model, inputs())
-    assert item["decoder_input_ids"].shape == (4, 11) and (item["decoder_input_ids"][:, 0] == 1).all()
+    assert (
+        item["decoder_input_ids"].shape == (4, 11) and (item["decoder_input_ids"][:, 0] == 1).all()
+    )
     assert torch.equal(item["decoder_input_ids"][:, 1:], inputs()["input_ids"][:, :10])
     given = inputs() | {"decoder_input_ids": torch.ones(4, 3, dtype=torch.long)}
     assert with_decoder_inputs(model, given) is given
@@ -152,15 +222,29 @@ def test_decoder_inputs():
 def test_a_model_that_text_does_not_reach():
     model = vision_language("llava")
     with pytest.raises(ModelError, match="left to quantize"):
-        quantize_model(model, batches(), AwqConfig(group_size=16, modules_to_not_convert=["language_model"]), QuantizeOptions())
+        quantize_model(
+            model,
+            batches(),
+            AwqConfig(group_size=16, modules_to_not_convert=["language_model"]),
+            QuantizeOptions(),
+        )
 
 
 def test_state_space_models(tmp_path):
     config = transformers.FalconMambaConfig(
-        hidden_size=32, state_size=8, num_hidden_layers=2, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        hidden_size=32,
+        state_size=8,
+        num_hidden_layers=2,
+        vocab_size=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     config.architectures = ["FalconMambaForCausalLM"]
     wrapper, loaded = saved_and_loaded(built(config), tmp_path)
-    assert {line.name.rpartition(".")[2] for line in wrapper.report.linears} >= {"in_proj", "out_proj"}
+    assert {line.name.rpartition(".")[2] for line in wrapper.report.linears} >= {
+        "in_proj",
+        "out_proj",
+    }
     assert "backbone.layers.0.mixer.dt_proj" in wrapper.report.skipped
     assert torch.equal(loaded.model(**inputs()).logits, wrapper.model(**inputs()).logits)

@@ -14,24 +14,40 @@ from awq.kernels import Packed, Shape, choose, explain, reference, use_backend
 from awq.nn.layout import concatenate_outputs, prepare, restore, split_outputs
 from awq.nn.linear import WQLinear
 
-SHAPES = [(128, 64, 128), (256, 8, 32), (64, 72, 64), (96, 24, 32), (136, 16, 136), (4224, 8, 128), (24, 8, 8), (192, 40, 96)]
+SHAPES = [
+    (128, 64, 128),
+    (256, 8, 32),
+    (64, 72, 64),
+    (96, 24, 32),
+    (136, 16, 136),
+    (4224, 8, 128),
+    (24, 8, 8),
+    (192, 40, 96),
+]
 
 
 def random_weight(in_features, out_features, group_size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     groups = in_features // group_size
-    codes = torch.randint(0, 16, (out_features, in_features), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(
+        0, 16, (out_features, in_features), generator=generator, dtype=torch.uint8
+    )
     scales = (torch.rand(out_features, groups, generator=generator) * 0.02 + 1e-3).half()
-    return QuantizedWeight(codes, scales, torch.randint(0, 16, scales.shape, generator=generator, dtype=torch.uint8))
+    return QuantizedWeight(
+        codes, scales, torch.randint(0, 16, scales.shape, generator=generator, dtype=torch.uint8)
+    )
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a
+    )
 
 
 @pytest.fixture
 def planar(monkeypatch):
-    """A backend that computes on the planar layout wherever it is asked to, with the reference's arithmetic."""
+    """A backend that computes on the planar layout wherever it is asked to, with the reference's
+    arithmetic."""
     served = []
 
     def linear(x, packed, bias):
@@ -39,11 +55,19 @@ def planar(monkeypatch):
         return reference.linear(x, packed, bias)
 
     module = types.SimpleNamespace(
-        LAYOUT="planar", linear=linear, served=served,
-        why_not=lambda device, dtype, shape: "float64 is not served" if dtype == torch.float64 else None,
-    )  # fmt: skip
+        LAYOUT="planar",
+        linear=linear,
+        served=served,
+        why_not=lambda device, dtype, shape: (
+            "float64 is not served" if dtype == torch.float64 else None
+        ),
+    )
     monkeypatch.setattr(backends, "PREFERENCE", ("planar_test", *backends.PREFERENCE))
-    monkeypatch.setattr(backends, "get_backend", lambda n, old=backends.get_backend: module if n == "planar_test" else old(n))
+    monkeypatch.setattr(
+        backends,
+        "get_backend",
+        lambda n, old=backends.get_backend: module if n == "planar_test" else old(n),
+    )
     backends.forget()
     yield module
     backends.forget()
@@ -72,13 +96,21 @@ def test_no_checkpoint_names_an_in_memory_layout():
         WQLinear(128, 64, format="planar")
 
 
-@pytest.mark.parametrize("format, shape", [("gemm", (256, 24, 32)), ("gemv", (192, 24, 64)), ("gemv_fast", (256, 24, 32))])
+@pytest.mark.parametrize(
+    "format, shape",
+    [("gemm", (256, 24, 32)), ("gemv", (192, 24, 64)), ("gemv_fast", (256, 24, 32))],
+)
 def test_forward_moves_the_weight_and_the_state_dict_does_not_change(planar, format, shape):
     module = WQLinear.from_quantized(random_weight(*shape), torch.randn(24), format)
     before, x = {k: t.clone() for k, t in module.state_dict().items()}, torch.randn(3, shape[0])
     expected = reference.linear(x, module.packed, module.bias)
-    assert torch.equal(module(x), expected) and module.layout == "planar" and planar.served == ["planar"]
-    assert module.qweight.dtype == torch.int16 and len(list(module.buffers())) == 4  # no second copy
+    assert (
+        torch.equal(module(x), expected)
+        and module.layout == "planar"
+        and planar.served == ["planar"]
+    )
+    # no second copy
+    assert module.qweight.dtype == torch.int16 and len(list(module.buffers())) == 4
     assert same(module.state_dict(), before)
     again = WQLinear(shape[0], 24, True, shape[2], format)
     again.load_state_dict(module.state_dict())
@@ -109,7 +141,10 @@ def test_tensors_that_packing_would_change_are_saved_unchanged(planar, format):
 
 
 def test_partial_load_keeps_the_weight(planar):
-    module, x = WQLinear.from_quantized(random_weight(128, 8, 32), torch.zeros(8)), torch.randn(2, 128)
+    module, x = (
+        WQLinear.from_quantized(random_weight(128, 8, 32), torch.zeros(8)),
+        torch.randn(2, 128),
+    )
     out = module(x)
     module.load_state_dict({"bias": torch.ones(8)}, strict=False)
     torch.testing.assert_close(module(x), out + 1)
@@ -138,7 +173,10 @@ def test_compilation_takes_the_layout_as_it_is(planar):
 
 
 def test_backward_of_a_moved_weight(planar):
-    module, x = WQLinear.from_quantized(random_weight(128, 8, 32)), torch.randn(3, 128, requires_grad=True)
+    module, x = (
+        WQLinear.from_quantized(random_weight(128, 8, 32)),
+        torch.randn(3, 128, requires_grad=True),
+    )
     module(x).square().sum().backward()
     y = x.detach().clone().requires_grad_()
     (y @ module.dequantize().t()).square().sum().backward()
@@ -147,7 +185,10 @@ def test_backward_of_a_moved_weight(planar):
 
 def test_backends_are_chosen_forced_and_explained(planar):
     shape, cpu = Shape(128, 8, 32), torch.device("cpu")
-    assert choose(cpu, torch.float32, shape) == "planar_test" and choose(cpu, torch.float32, shape, "gemm") == "reference"
+    assert (
+        choose(cpu, torch.float32, shape) == "planar_test"
+        and choose(cpu, torch.float32, shape, "gemm") == "reference"
+    )
     assert choose(cpu, torch.float64, shape) == "reference"
     with use_backend("reference"):
         assert choose(cpu, torch.float32, shape) == "reference"
@@ -162,13 +203,20 @@ def test_backends_are_chosen_forced_and_explained(planar):
     assert found.backend == "reference" and "first forward" in found.others["planar_test"]
     prepare(module, torch.float32)
     found = explain(module, torch.float32)
-    assert found.backend == "planar_test" and found.layout == "planar" and found.others["reference"] == "planar_test comes first"
+    assert (
+        found.backend == "planar_test"
+        and found.layout == "planar"
+        and found.others["reference"] == "planar_test comes first"
+    )
     assert "planar_test" in str(found) and "not reference" in str(found)
     assert explain(module, torch.float64).others["planar_test"] == "float64 is not served"
 
 
 def test_siblings_are_joined_and_split_exactly():
-    parts = [WQLinear.from_quantized(random_weight(128, n, 32, seed=n), bias) for n, bias in ((16, torch.randn(16)), (8, None))]
+    parts = [
+        WQLinear.from_quantized(random_weight(128, n, 32, seed=n), bias)
+        for n, bias in ((16, torch.randn(16)), (8, None))
+    ]
     joined, x = concatenate_outputs(parts), torch.randn(3, 128)
     torch.testing.assert_close(joined(x), torch.cat([p(x) for p in parts], -1))
     for part, again in zip(parts, split_outputs(joined, [16, 8])):
@@ -182,7 +230,11 @@ def test_siblings_are_joined_and_split_exactly():
 def test_packed_weights_change_layout():
     weight = random_weight(256, 24, 64)
     tensors = get_format("gemm").pack(weight)
-    packed = Packed(tensors["qweight"], tensors["qzeros"], tensors["scales"], Shape(256, 24, 64), "gemm")
+    packed = Packed(
+        tensors["qweight"], tensors["qzeros"], tensors["scales"], Shape(256, 24, 64), "gemm"
+    )
     moved = packed.to_layout("planar")
-    assert moved.layout == "planar" and torch.equal(reference.dequantize(moved), reference.dequantize(packed))
+    assert moved.layout == "planar" and torch.equal(
+        reference.dequantize(moved), reference.dequantize(packed)
+    )
     assert same(dict(zip("abc", moved.to_layout("gemm")[:3])), dict(zip("abc", packed[:3])))

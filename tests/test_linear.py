@@ -1,4 +1,5 @@
-"""`WQLinear` equals the dense product, keeps ranks and its scales' dtype, compiles and differentiates."""
+"""`WQLinear` equals the dense product, keeps ranks and its scales' dtype, compiles and
+differentiates."""
 
 import pytest
 import torch
@@ -26,9 +27,15 @@ def test_equals_dense(format, dtype, shape):
     module = module.to(dtype)
     x = torch.randn(shape, dtype=dtype)
     out = module(x)
-    assert out.dtype == dtype and out.shape == (*shape[:-1], 24) and module.scales.dtype == torch.float16
+    assert (
+        out.dtype == dtype
+        and out.shape == (*shape[:-1], 24)
+        and module.scales.dtype == torch.float16
+    )
     expected = F.linear(x.float(), weight.dequantize(), bias)
-    assert (out.float() - expected).norm() / expected.norm() < {torch.float32: 1e-6}.get(dtype, 1e-2)
+    assert (out.float() - expected).norm() / expected.norm() < {torch.float32: 1e-6}.get(
+        dtype, 1e-2
+    )
 
 
 def test_gradient_reaches_the_input():
@@ -51,7 +58,17 @@ def test_compiles_without_a_graph_break():
 @pytest.mark.parametrize("bias", [True, False])
 def test_operator_passes_opcheck(format, bias):
     m, _, _ = make(format, bias)
-    arguments = (torch.randn(3, 64, requires_grad=True), m.qweight, m.qzeros, m.scales, m.bias, 64, 24, 32, format)
+    arguments = (
+        torch.randn(3, 64, requires_grad=True),
+        m.qweight,
+        m.qzeros,
+        m.scales,
+        m.bias,
+        64,
+        24,
+        32,
+        format,
+    )
     torch.library.opcheck(torch.ops.awq.linear.default, arguments)
 
 
@@ -69,7 +86,9 @@ def test_state_dict_goes_through_a_module_born_on_meta(format):
     born = WQLinear(64, 24, True, 32, format, device="meta")
     assert all(t.is_meta for t in born.state_dict().values())
     born.load_state_dict(module.state_dict(), assign=True)
-    assert all(torch.equal(a, b) for a, b in zip(born.quantized()[:3], weight[:3])) and torch.equal(born.bias, bias)
+    assert all(torch.equal(a, b) for a, b in zip(born.quantized()[:3], weight[:3])) and torch.equal(
+        born.bias, bias
+    )
     born = WQLinear(64, 24, True, 32, format, device="meta").to_empty(device="cpu")
     born.load_state_dict(module.state_dict())
     x = torch.randn(2, 64)
@@ -85,7 +104,9 @@ def test_casts_reach_the_bias_only(format, cast):
     assert all(torch.equal(a, b) for a, b in zip(module.quantized()[:3], weight[:3]))
 
 
-@pytest.mark.parametrize("shape, format", [((64, 12, 32), "gemm"), ((64, 16, 24), "gemm"), ((96, 8, 32), "gemv_fast")])
+@pytest.mark.parametrize(
+    "shape, format", [((64, 12, 32), "gemm"), ((64, 16, 24), "gemm"), ((96, 8, 32), "gemv_fast")]
+)
 def test_a_shape_that_does_not_fit_is_refused(shape, format):
     with pytest.raises(ConfigError, match="multiple of"):
         WQLinear(shape[0], shape[1], False, shape[2], format)

@@ -1,4 +1,5 @@
-"""Contract of the embedding provider's loader, with our own base class and with a stand-in for the host package."""
+"""Contract of the embedding provider's loader, with our own base class and with a stand-in for the
+host package."""
 
 import importlib
 import inspect
@@ -73,10 +74,18 @@ def loader_class(request, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "awq.integrations.emb_model_provider", raising=False)
     found = importlib.import_module("awq.integrations.emb_model_provider").AutoAWQLoader
     base = found.__mro__[1]
-    assert base.__module__.split(".")[0] == ("awq" if request.param == "absent" else "emb_model_provider")
-    assert base.__abstractmethods__ == {"load_model", "is_model_available", "get_model_info"} and issubclass(base, ABC)
+    assert base.__module__.split(".")[0] == (
+        "awq" if request.param == "absent" else "emb_model_provider"
+    )
+    assert base.__abstractmethods__ == {
+        "load_model",
+        "is_model_available",
+        "get_model_info",
+    } and issubclass(base, ABC)
     yield found
-    for name in [n for n in sys.modules if n.startswith(("emb_model_provider", "awq.integrations.emb_model"))]:
+    for name in [
+        n for n in sys.modules if n.startswith(("emb_model_provider", "awq.integrations.emb_model"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
 
 
@@ -97,10 +106,17 @@ def test_life_of_a_model(loader_class, quantized, bert_dir):
     info = loader.get_model_info()
     assert info.pop("parameters") == loader.get_model_size()
     assert info == {
-        "model_name": "some/name", "model_path": quantized, "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "loaded": True, "loader": "AutoAWQLoader", "source": "local", "max_context_length": 64, "embedding_dimension": 32,
-        "vocab_size": 64, "model_type": "bert",
-    }  # fmt: skip
+        "model_name": "some/name",
+        "model_path": quantized,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "loaded": True,
+        "loader": "AutoAWQLoader",
+        "source": "local",
+        "max_context_length": 64,
+        "embedding_dimension": 32,
+        "vocab_size": 64,
+        "model_type": "bert",
+    }
     dense = AutoAWQForEmbedding.from_pretrained(str(bert_dir))
     assert loader.get_model_size() == sum(p.numel() for p in dense.parameters())
     assert loader.validate_model() is True
@@ -119,11 +135,14 @@ def test_context_manager_frees_also_after_an_error(loader_class, quantized):
 def test_the_services_own_pooling(loader_class, quantized):
     """What the host does with a pair: one padded batch, mean pooling with the mask, L2 norm."""
     model, tokenizer = loader_class(quantized, device="cpu").load_model()
-    encoding = tokenizer(["the cat", "a dog sleeps under the old tree"], padding=True, return_tensors="pt")
+    encoding = tokenizer(
+        ["the cat", "a dog sleeps under the old tree"], padding=True, return_tensors="pt"
+    )
     alone = tokenizer(["the cat"], return_tensors="pt")
     with torch.no_grad():
         batch, single = (
-            (model(**e).last_hidden_state * e["attention_mask"].unsqueeze(-1)).sum(1) / e["attention_mask"].sum(1, keepdim=True)
+            (model(**e).last_hidden_state * e["attention_mask"].unsqueeze(-1)).sum(1)
+            / e["attention_mask"].sum(1, keepdim=True)
             for e in (encoding, alone)
         )
     torch.testing.assert_close(batch[:1], single, atol=1e-5, rtol=1e-5)
@@ -134,11 +153,15 @@ def test_the_hosts_own_loader_reads_the_directory_too(quantized):
     from transformers import AutoModel
 
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    model = AutoModel.from_pretrained(quantized, **{name: torch.float32}, low_cpu_mem_usage=False, trust_remote_code=False)
+    model = AutoModel.from_pretrained(
+        quantized, **{name: torch.float32}, low_cpu_mem_usage=False, trust_remote_code=False
+    )
     assert sum(isinstance(m, WQLinear) for m in model.to("cpu").modules()) == 18
 
 
-@pytest.mark.parametrize("device, message", [("tpu", 'use "auto"'), ("cuda:x", 'use "auto"'), ("cuda:99", "GPUs")])
+@pytest.mark.parametrize(
+    "device, message", [("tpu", 'use "auto"'), ("cuda:x", 'use "auto"'), ("cuda:99", "GPUs")]
+)
 def test_device(loader_class, quantized, device, message):
     with pytest.raises(ConfigError, match=message):
         loader_class(quantized, device=device)
@@ -164,6 +187,10 @@ def test_bad_input(loader_class, bert_dir, quantized, tmp_path):
 def test_without_tokenizer_it_says_so(loader_class, quantized, tmp_path):
     import shutil
 
-    shutil.copytree(quantized, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "special*", "vocab*"))
+    shutil.copytree(
+        quantized,
+        tmp_path / "bare",
+        ignore=shutil.ignore_patterns("tokenizer*", "special*", "vocab*"),
+    )
     with pytest.raises(AwqError, match="tokenizer"):
         loader_class(str(tmp_path / "bare")).load_model()

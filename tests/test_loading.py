@@ -1,4 +1,5 @@
-"""Loading: exact integers in every dtype and version, prefixes of either kind, one clear error for a broken checkpoint."""
+"""Loading: exact integers in every dtype and version, prefixes of either kind, one clear error for
+a broken checkpoint."""
 
 import json
 import struct
@@ -28,14 +29,18 @@ def packed_model(family="llama", format="gemm", group_size=32, **changes):
     for name, module in named_linears(model).items():
         if "lm_head" not in name and "pooler" not in name:
             weight = round_to_nearest(get_weight(module), group_size)
-            replace_module(model, name, WQLinear.from_quantized(weight, getattr(module, "bias", None), format))
+            replace_module(
+                model, name, WQLinear.from_quantized(weight, getattr(module, "bias", None), format)
+            )
     return model
 
 
 def wide_model(family, **changes):
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(family, **{**zoo.TINY, **WIDE, "num_key_value_heads": 2, **changes})
+    config = AutoConfig.for_model(
+        family, **{**zoo.TINY, **WIDE, "num_key_value_heads": 2, **changes}
+    )
     torch.manual_seed(0)
     auto = AutoModelForCausalLM if family in zoo.DECODERS else AutoModel
     return auto.from_config(config).float().eval()
@@ -63,13 +68,18 @@ def wide(tmp_path_factory):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scales_are_exact_in_every_dtype_and_format(wide, format, dtype, tmp_path):
-    """transformers 4 casts every float of a checkpoint to the model's dtype: bfloat16 scales lost three bits there."""
+    """transformers 4 casts every float of a checkpoint to the model's dtype: bfloat16 scales lost
+    three bits there."""
     model, folder = wide
     if format != "gemm":
         convert_checkpoint(folder, tmp_path / "q", format)
         folder = tmp_path / "q"
     loaded = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype)
-    assert loaded.dtype == dtype and loaded.hf_quantizer.is_compileable and loaded.hf_quantizer.is_trainable
+    assert (
+        loaded.dtype == dtype
+        and loaded.hf_quantizer.is_compileable
+        and loaded.hf_quantizer.is_trainable
+    )
     found = {n: m for n, m in loaded.named_modules() if isinstance(m, WQLinear)}
     assert len(found) == 21
     for name, module in found.items():
@@ -77,7 +87,9 @@ def test_scales_are_exact_in_every_dtype_and_format(wide, format, dtype, tmp_pat
         assert torch.equal(module.dequantize(), model.get_submodule(name).dequantize())
     if dtype == torch.float32:
         inputs = zoo.token_batch()
-        torch.testing.assert_close(zoo.outputs(loaded, **inputs), zoo.outputs(model, **inputs), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            zoo.outputs(loaded, **inputs), zoo.outputs(model, **inputs), atol=1e-6, rtol=1e-6
+        )
 
 
 def test_body_and_head_load_each_other(wide, tmp_path):
@@ -99,7 +111,9 @@ def test_tied_heads_and_transposed_linears(family, tmp_path):
     model = packed_model(family, group_size=16)
     folder = save(model, tmp_path / "q", group_size=16)
     inputs = zoo.token_batch()
-    loaded = AutoAWQForCausalLM.from_quantized(str(folder), device="cpu", attn_implementation="eager")
+    loaded = AutoAWQForCausalLM.from_quantized(
+        str(folder), device="cpu", attn_implementation="eager"
+    )
     assert torch.equal(zoo.outputs(loaded, **inputs), zoo.outputs(model, **inputs))
     if getattr(model.config, "tie_word_embeddings", False) and family in zoo.DECODERS:
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
@@ -145,11 +159,23 @@ def test_configs_of_other_writers():
         "version": "gemm",
         "modules_to_not_convert": None,
     }
-    dump = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "ipex", "zero_point": True, "backend": "autoawq",
-            "do_fuse": False, "exllama_config": None, "fuse_max_seq_len": None, "modules_to_fuse": None}  # fmt: skip
+    dump = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 64,
+        "version": "ipex",
+        "zero_point": True,
+        "backend": "autoawq",
+        "do_fuse": False,
+        "exllama_config": None,
+        "fuse_max_seq_len": None,
+        "modules_to_fuse": None,
+    }
     assert storage_settings(autoawq) == storage_settings(dump) == expected
     assert storage_settings(TheirConfig(bits=4, group_size=64, zero_point=True)) == expected
-    assert AwqHfQuantizer({**autoawq, "version": "GEMVFast"}).settings == expected.with_(format="gemv_fast")
+    assert AwqHfQuantizer({**autoawq, "version": "GEMVFast"}).settings == expected.with_(
+        format="gemv_fast"
+    )
 
 
 def test_dequantize(wide):
@@ -168,9 +194,14 @@ def test_sentence_transformer(tmp_path):
     source = tmp_path / "source"
     make_tokenizer().save_pretrained(source)
     (source / "1_Pooling").mkdir()
-    (source / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 32, "pooling_mode_mean_tokens": true}')
+    (source / "1_Pooling" / "config.json").write_text(
+        '{"word_embedding_dimension": 32, "pooling_mode_mean_tokens": true}'
+    )
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    modules = [{"idx": i, "name": str(i), "path": p, "type": f"sentence_transformers.models.{k}"} for i, (p, k) in enumerate(kinds)]
+    modules = [
+        {"idx": i, "name": str(i), "path": p, "type": f"sentence_transformers.models.{k}"}
+        for i, (p, k) in enumerate(kinds)
+    ]
     (source / "modules.json").write_text(json.dumps(modules))
     save_checkpoint(model, tmp_path / "q", AwqConfig(group_size=16), source=source)
     loaded = library.SentenceTransformer(str(tmp_path / "q"), device="cpu")
@@ -179,10 +210,13 @@ def test_sentence_transformer(tmp_path):
     inputs = {k: mine[k] for k in ("input_ids", "attention_mask")}
     mask = inputs["attention_mask"].unsqueeze(-1)
     expected = (zoo.outputs(model, **inputs) * mask).sum(1) / mask.sum(1)
-    torch.testing.assert_close(loaded.encode(texts, convert_to_tensor=True), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        loaded.encode(texts, convert_to_tensor=True), expected, atol=1e-5, rtol=1e-4
+    )
 
 
-# -- broken checkpoints -------------------------------------------------------------------------------------------------
+# -- broken checkpoints
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -232,9 +266,13 @@ def test_missing_parts(copy, tmp_path):
     tensors = load_file(copy / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.scales"]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj: the checkpoint lacks scales"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.up_proj: the checkpoint lacks scales"
+    ):
         load_model(copy)
-    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-2.safetensors"}}))
+    (copy / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "model-2.safetensors"}})
+    )
     with pytest.raises(CheckpointError, match=r"lacks model-2\.safetensors"):
         load_model(copy)
     (copy / "model.safetensors.index.json").unlink()
@@ -252,7 +290,10 @@ def test_missing_parts(copy, tmp_path):
 
 
 def test_a_checkpoint_of_another_model(copy):
-    tensors = {name.replace("layers", "towers"): t for name, t in load_file(copy / "model.safetensors").items()}
+    tensors = {
+        name.replace("layers", "towers"): t
+        for name, t in load_file(copy / "model.safetensors").items()
+    }
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     renamed = {name.replace("towers.", "towers.x"): t for name, t in tensors.items()}
     save_file(renamed, copy / "model.safetensors", metadata={"format": "pt"})
@@ -275,7 +316,8 @@ def test_register_is_reversible():
 
 
 def test_weights_that_did_not_arrive_are_an_error(wide, monkeypatch):
-    """transformers warns and goes on with random weights when it finds no place for some; packed ones must not be random."""
+    """transformers warns and goes on with random weights when it finds no place for some; packed
+    ones must not be random."""
     from awq.checkpoint import hf
 
     def spoiled(model, matched, packed):

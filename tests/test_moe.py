@@ -1,4 +1,5 @@
-"""`awq::moe_linear` on a CPU: expert after expert against dense arithmetic; errors, fake tensors, gradients, compilation."""
+"""`awq::moe_linear` on a CPU: expert after expert against dense arithmetic; errors, fake tensors,
+gradients, compilation."""
 
 import pytest
 import torch
@@ -15,9 +16,13 @@ def experts_of(count, layout="gemm", shape=SHAPE):
     generator, packed, dense = torch.Generator().manual_seed(count), [], []
     groups = shape.in_features // shape.group_size
     for _ in range(count):
-        codes = torch.randint(0, 16, (shape.out_features, shape.in_features), generator=generator, dtype=torch.uint8)
+        codes = torch.randint(
+            0, 16, (shape.out_features, shape.in_features), generator=generator, dtype=torch.uint8
+        )
         scales = (torch.rand(shape.out_features, groups, generator=generator) * 0.02 + 1e-3).half()
-        zeros = torch.randint(0, 16, (shape.out_features, groups), generator=generator, dtype=torch.uint8)
+        zeros = torch.randint(
+            0, 16, (shape.out_features, groups), generator=generator, dtype=torch.uint8
+        )
         weight = QuantizedWeight(codes, scales, zeros)
         t = get_layout(layout).pack(weight)
         packed.append(Packed(t["qweight"], t["qzeros"], t["scales"], shape, layout))
@@ -27,7 +32,9 @@ def experts_of(count, layout="gemm", shape=SHAPE):
 
 def inputs(tokens, top, count, shared=True, dtype=torch.float32):
     generator = torch.Generator().manual_seed(tokens + top)
-    x = torch.randn(*((tokens,) if shared else (tokens, top)), SHAPE.in_features, generator=generator).to(dtype)
+    x = torch.randn(
+        *((tokens,) if shared else (tokens, top)), SHAPE.in_features, generator=generator
+    ).to(dtype)
     chosen = torch.stack([torch.randperm(count, generator=generator)[:top] for _ in range(tokens)])
     return x, chosen, torch.rand(tokens, top, generator=generator)
 
@@ -52,8 +59,20 @@ def test_equals_dense(layout, shared):
     x, chosen, weights = inputs(9, 3, 5, shared)
     bias = torch.randn(5, SHAPE.out_features)
     assert error(moe_linear(x, packed, chosen), dense_product(x, dense, chosen)) < 1e-5
-    assert error(moe_linear(x, packed, chosen, weights, bias), dense_product(x, dense, chosen, weights, bias)) < 1e-5
-    assert error(moe_linear(x, packed, chosen.int(), weights.half()), dense_product(x, dense, chosen, weights)) < 1e-3
+    assert (
+        error(
+            moe_linear(x, packed, chosen, weights, bias),
+            dense_product(x, dense, chosen, weights, bias),
+        )
+        < 1e-5
+    )
+    assert (
+        error(
+            moe_linear(x, packed, chosen.int(), weights.half()),
+            dense_product(x, dense, chosen, weights),
+        )
+        < 1e-3
+    )
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
@@ -77,7 +96,13 @@ def test_what_does_not_fit_is_refused():
     parts, _ = experts_of(2)
     packed = stack_experts(parts)
     x, chosen, weights = inputs(3, 2, 2)
-    for bad in ((x[:2], chosen), (x[:, :64], chosen), (x, chosen[0]), (x.view(3, 1, 128), chosen), (x, chosen, weights[:, :1])):
+    for bad in (
+        (x[:2], chosen),
+        (x[:, :64], chosen),
+        (x, chosen[0]),
+        (x.view(3, 1, 128), chosen),
+        (x, chosen, weights[:, :1]),
+    ):
         with pytest.raises(ConfigError):
             moe_linear(bad[0], packed, *bad[1:])
     with pytest.raises(ConfigError):
@@ -92,7 +117,9 @@ def test_operator_is_registered_properly():
     for w in (None, weights):
         arguments = (x.requires_grad_(), *packed[:3], None, chosen, w, *packed.shape, packed.layout)
         torch.library.opcheck(torch.ops.awq.moe_linear.default, arguments)
-    meta = moe_linear(x.to("meta"), Packed(*(t.to("meta") for t in packed[:3]), *packed[3:]), chosen.to("meta"))
+    meta = moe_linear(
+        x.to("meta"), Packed(*(t.to("meta") for t in packed[:3]), *packed[3:]), chosen.to("meta")
+    )
     assert meta.shape == (4, 2, 48) and meta.device.type == "meta"
 
 

@@ -1,4 +1,5 @@
-"""MTEB through its own package on a quantized SentenceTransformer; skipped where mteb is not installed."""
+"""MTEB through its own package on a quantized SentenceTransformer; skipped where mteb is not
+installed."""
 
 import pytest
 import torch
@@ -23,7 +24,14 @@ def test_scores_are_those_of_the_embeddings(bert_dir, texts, tmp_path):
     (tmp_path / "pairs.tsv").write_text(lines)
     found = {}
     for folder in ("m", "q"):
-        found[folder] = scores(str(tmp_path / folder), [LocalPairs(tmp_path / "pairs.tsv")])["LocalPairs"]
-        a, b = (embeddings_of(library.SentenceTransformer(str(tmp_path / folder)), part) for part in (first, second))
-        assert found[folder] == pytest.approx(pair_spearman(a, b, [5 - i % 6 for i in range(30)]) / 100, abs=1e-6)
+        found[folder] = scores(str(tmp_path / folder), [LocalPairs(tmp_path / "pairs.tsv")])[
+            "LocalPairs"
+        ]
+        a, b = (
+            embeddings_of(library.SentenceTransformer(str(tmp_path / folder)), part)
+            for part in (first, second)
+        )
+        assert found[folder] == pytest.approx(
+            pair_spearman(a, b, [5 - i % 6 for i in range(30)]) / 100, abs=1e-6
+        )
     assert found["m"] != found["q"] and torch.isfinite(torch.tensor(list(found.values()))).all()

@@ -1,4 +1,5 @@
-"""The guide's extra `quan` resolves to this package: by name and version, installed and as a wheel, without an index."""
+"""The guide's extra `quan` resolves to this package: by name and version, installed and as a wheel,
+without an index."""
 
 import importlib.metadata
 import re
@@ -29,7 +30,15 @@ packages = []
 
 
 def pip(*arguments, cwd):
-    command = [sys.executable, "-m", "pip", *arguments, "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        *arguments,
+        "--no-index",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+    ]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -52,7 +61,9 @@ def test_what_is_installed_satisfies_it():
 
     for line in QUAN:
         wanted = requirements.Requirement(line)
-        assert wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True), line
+        assert wanted.specifier.contains(
+            importlib.metadata.version(wanted.name), prereleases=True
+        ), line
     assert importlib.metadata.version("autoawq") == importlib.import_module("awq").__version__
 
 
@@ -72,7 +83,11 @@ def test_the_wheel_is_the_newest_that_the_extra_accepts(source, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(f"autoawq-{version}.dist-info/METADATA").decode()
-    assert {"awq/__init__.py", "awq/integrations/emb_model_provider.py", "awq/calibration/data/passages.txt"} <= names
+    assert {
+        "awq/__init__.py",
+        "awq/integrations/emb_model_provider.py",
+        "awq/calibration/data/passages.txt",
+    } <= names
     required = re.findall(r"^Requires-Dist: ([A-Za-z]+)([^;\n]*)$", metadata, re.MULTILINE)
     assert {("torch", ">=2.6"), ("transformers", ">=4.51.3")} <= set(required)
     older = tmp_path / "autoawq-0.2.9-py3-none-any.whl"
@@ -80,5 +95,14 @@ def test_the_wheel_is_the_newest_that_the_extra_accepts(source, tmp_path):
         for name in (n for n in ours.namelist() if "dist-info" in n):
             text = ours.read(name).decode().replace(f"Version: {version}", "Version: 0.2.9")
             other.writestr(name.replace(version, "0.2.9"), text)
-    out = pip("install", "--dry-run", "--no-deps", "--ignore-installed", "--find-links", str(tmp_path), QUAN[0], cwd=tmp_path)
+    out = pip(
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--ignore-installed",
+        "--find-links",
+        str(tmp_path),
+        QUAN[0],
+        cwd=tmp_path,
+    )
     assert f"Would install autoawq-{version}" in out

@@ -19,7 +19,12 @@ def python_blocks(page: Path) -> set[str]:
 
 def commands(page: Path) -> set[str]:
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    return {line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.startswith("awq ")}
+    return {
+        line.split("#")[0].strip()
+        for block in blocks
+        for line in block.splitlines()
+        if line.startswith("awq ")
+    }
 
 
 def test_chinese_code_is_the_english_code_that_the_tests_run():
@@ -45,7 +50,11 @@ def test_places_that_newcomers_are_sent_to_exist(page):
     places = re.findall(r"`((?:awq|benchmarks|tests|docs|examples)/[\w/.-]*)`", text)
     assert places
     made_by_the_example = {"awq/kernels/float64.py"}
-    assert not [place for place in places if not (ROOT / place).exists() and place not in made_by_the_example]
+    assert not [
+        place
+        for place in places
+        if not (ROOT / place).exists() and place not in made_by_the_example
+    ]
 
 
 def test_the_worked_example_is_a_backend():
@@ -59,7 +68,9 @@ def test_the_worked_example_is_a_backend():
     backend = types.ModuleType("float64")
     exec(compile(block, "CONTRIBUTING.md", "exec"), backend.__dict__)
     tensors = get_format("gemm").pack(round_to_nearest(torch.randn(48, 64), 32))
-    packed = Packed(tensors["qweight"], tensors["qzeros"], tensors["scales"], Shape(64, 48, 32), "gemm")
+    packed = Packed(
+        tensors["qweight"], tensors["qzeros"], tensors["scales"], Shape(64, 48, 32), "gemm"
+    )
     x, bias = torch.randn(5, 64), torch.randn(48)
     assert backend.LAYOUT is None
     assert backend.why_not(x.device, x.dtype, packed.shape) is None

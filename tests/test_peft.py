@@ -1,4 +1,5 @@
-"""LoRA adapters of PEFT on quantized models: they train, come back exactly, and say what to do about merging."""
+"""LoRA adapters of PEFT on quantized models: they train, come back exactly, and say what to do
+about merging."""
 
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def quantized(llama_dir, bert_dir, texts, tmp_path_factory):
 
 
 def loss_of(model, batch):
-    """Cross entropy of a decoder; of an encoder, the distance of its hidden states from constant ones."""
+    """Cross entropy of a decoder; of an encoder, the distance of its hidden states from constant
+    ones."""
     if model.get_base_model().get_output_embeddings() is not None:
         return model(**batch, labels=batch["input_ids"]).loss
     return (model(**batch).last_hidden_state - 1).square().mean()
@@ -58,7 +60,9 @@ def test_an_adapter_trains_and_comes_back(quantized, auto_class, tmp_path):
     assert all(later < earlier for earlier, later in zip(losses, losses[1:])), losses
     model.eval()
     model.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(auto_class.from_pretrained(quantized[auto_class]), tmp_path / "adapter").eval()
+    again = peft.PeftModel.from_pretrained(
+        auto_class.from_pretrained(quantized[auto_class]), tmp_path / "adapter"
+    ).eval()
     with torch.no_grad():
         assert torch.equal(loss_of(again, batch), loss_of(model, batch))
         with model.disable_adapter():
@@ -68,7 +72,9 @@ def test_an_adapter_trains_and_comes_back(quantized, auto_class, tmp_path):
 
 def test_adapters_by_name_and_through_transformers(quantized):
     directory = quantized[AutoModelForCausalLM]
-    model = adapted(directory, AutoModelForCausalLM, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = adapted(
+        directory, AutoModelForCausalLM, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
     layers = [m for m in model.modules() if type(m).__name__ == "PackedLoraLinear"]
     assert len(layers) == 2 * model.config.num_hidden_layers
     plain = AutoModelForCausalLM.from_pretrained(directory)
@@ -78,7 +84,8 @@ def test_adapters_by_name_and_through_transformers(quantized):
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
 def test_a_fused_model_takes_adapters_and_generates_with_them(quantized, targets):
-    """The fused blocks know of no adapter, so the first call after one is added goes through transformers' own loop."""
+    """The fused blocks know of no adapter, so the first call after one is added goes through
+    transformers' own loop."""
     from awq import AutoAWQForCausalLM
 
     fused = AutoAWQForCausalLM.from_quantized(quantized[AutoModelForCausalLM], device="cpu")

@@ -1,4 +1,5 @@
-"""The pipeline: any family, any calibration, never worse than round-to-nearest, same bytes twice."""
+"""The pipeline: any family, any calibration, never worse than round-to-nearest, same bytes
+twice."""
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ def batches(rows=8, length=16, seed=3):
 
 def quantized(family="llama", config=CONFIG, calibration=None, **options):
     model = zoo.tiny_model(family)
-    return model, quantize_model(model, calibration or batches(), config, QuantizeOptions(**options))
+    return model, quantize_model(
+        model, calibration or batches(), config, QuantizeOptions(**options)
+    )
 
 
 class _OwnProduct(torch.nn.Linear):
@@ -67,7 +70,8 @@ def test_subclasses_of_linear_are_taken_for_what_they_do():
 
 
 class _Reader(torch.nn.Module):
-    """As mamba's mixer: computes with a linear's weight instead of calling it. And asks another one for its dtype, as T5 does."""
+    """As mamba's mixer: computes with a linear's weight instead of calling it. And asks another one
+    for its dtype, as T5 does."""
 
     def __init__(self, mlp):
         super().__init__()
@@ -89,25 +93,40 @@ def test_weights_that_are_read_stay():
     assert report.skipped["model.layers.1.mlp.dt_proj"] == "its weight is read past its forward"
     chosen = {line.name for line in report.linears}
     assert len(chosen) == 21 and "model.layers.1.mlp.mlp.down_proj" in chosen
-    assert all(type(m) is kinds[name] and not m._forward_hooks for name, m in model.named_modules() if name not in chosen)
+    assert all(
+        type(m) is kinds[name] and not m._forward_hooks
+        for name, m in model.named_modules()
+        if name not in chosen
+    )
     error = (zoo.outputs(model, **inputs) - before).norm() / before.norm()
     assert 0 < float(error) < 0.3
     weight = model.model.layers[1].mlp.mlp.down_proj.weight
-    assert isinstance(weight, torch.Tensor) and weight.dtype == torch.float32 and weight.shape == (32, 48)
-    for use in (lambda: torch.cat([weight, weight]), lambda: weight + 1, lambda: torch.zeros(1, 48) @ weight.t()):
+    assert (
+        isinstance(weight, torch.Tensor)
+        and weight.dtype == torch.float32
+        and weight.shape == (32, 48)
+    )
+    for use in (
+        lambda: torch.cat([weight, weight]),
+        lambda: weight + 1,
+        lambda: torch.zeros(1, 48) @ weight.t(),
+    ):
         with pytest.raises(ModelError, match="packed linear"):
             use()
     assert model.bfloat16().model.layers[1].mlp.mlp.down_proj.weight.dtype == torch.bfloat16
 
 
 def test_blocks_of_torch_itself():
-    """nn.TransformerEncoderLayer hands its weights to one operator, or calls its linears where that will not do."""
+    """nn.TransformerEncoderLayer hands its weights to one operator, or calls its linears where that
+    will not do."""
     torch.manual_seed(0)
     model = _Torch().eval()
     ids = torch.randint(3, 63, (8, 16))
     with torch.no_grad():
         before = model(ids)
-        report = quantize_model(model, [CalibrationBatch(ids, torch.ones_like(ids))], CONFIG, QuantizeOptions())
+        report = quantize_model(
+            model, [CalibrationBatch(ids, torch.ones_like(ids))], CONFIG, QuantizeOptions()
+        )
         error = (model(ids) - before).norm() / before.norm()
     assert {line.name.rpartition(".")[2] for line in report.linears} == {"linear1", "linear2"}
     assert report.skipped["layers.0.self_attn.out_proj"] == "its weight is read past its forward"
@@ -118,7 +137,9 @@ class _Torch(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = torch.nn.Embedding(64, 32)
-        self.layers = torch.nn.ModuleList(torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True) for _ in range(3))
+        self.layers = torch.nn.ModuleList(
+            torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True) for _ in range(3)
+        )
 
     def forward(self, input_ids, attention_mask=None):
         x = self.embed(input_ids)
@@ -136,7 +157,9 @@ class _Small(torch.nn.Module):
 
     def forward(self, x):
         width = self.coefficients.in_features
-        return self.mlp(x) + torch.nn.functional.pad(self.coefficients(x[..., :width]), (0, 32 - width))
+        return self.mlp(x) + torch.nn.functional.pad(
+            self.coefficients(x[..., :width]), (0, 32 - width)
+        )
 
 
 def test_small_linears_that_the_group_size_does_not_divide_stay():
@@ -144,14 +167,19 @@ def test_small_linears_that_the_group_size_does_not_divide_stay():
     for layer in model.model.layers:
         layer.mlp = _Small(layer.mlp)
     report = quantize_model(model, batches(), CONFIG, QuantizeOptions())
-    assert report.skipped["model.layers.2.mlp.coefficients"] == "the group size does not divide its in_features"
+    assert (
+        report.skipped["model.layers.2.mlp.coefficients"]
+        == "the group size does not divide its in_features"
+    )
     assert len(report.linears) == 21
     model = zoo.tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp = _Small(layer.mlp, 24)
     report = quantize_model(model, batches(), CONFIG, QuantizeOptions(preset="fast"))
     assert len(report.linears) == 21
-    assert any("coefficients: in_features 24 is not a multiple" in warning for warning in report.warnings)
+    assert any(
+        "coefficients: in_features 24 is not a multiple" in warning for warning in report.warnings
+    )
     model = zoo.tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp = _Small(layer.mlp, 24)
@@ -164,7 +192,15 @@ def test_t5_encoder(kind, tmp_path):
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(0)
-    settings = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, feed_forward_proj=kind)
+    settings = dict(
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj=kind,
+    )
     model = T5EncoderModel(T5Config(**settings)).eval()
     inputs = zoo.token_batch(seed=9)
     with torch.no_grad():
@@ -177,7 +213,9 @@ def test_t5_encoder(kind, tmp_path):
     assert len(report.linears) == (21 if "gated" in kind else 18)
     half = T5EncoderModel(T5Config(**settings)).eval().bfloat16()
     quantize_model(half, batches(), CONFIG, QuantizeOptions())
-    assert {half.get_submodule(line.name).weight.dtype for line in report.linears} == {torch.bfloat16}
+    assert {half.get_submodule(line.name).weight.dtype for line in report.linears} == {
+        torch.bfloat16
+    }
     assert 0 < float((after - before).norm() / before.norm()) < 0.2
 
 
@@ -190,11 +228,15 @@ def test_every_family_quantizes_and_loss_is_below_rtn(family):
     assert report.linears and all(r.loss <= r.loss_rtn * 1.001 for r in report.linears)
     inputs = zoo.token_batch(seed=9)
     a, b = zoo.outputs(reference, **inputs), zoo.outputs(model, **inputs)
-    assert b.isfinite().all() and torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.9
+    assert (
+        b.isfinite().all()
+        and torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.9
+    )
 
 
-@pytest.mark.parametrize("options", [{"preset": "fast"}, {"duo_scaling": False},
-                                     {"clip": False}, {"scaling": False}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{"preset": "fast"}, {"duo_scaling": False}, {"clip": False}, {"scaling": False}]
+)
 def test_options(options):
     _, report = quantized(**options)
     assert report.loss < report.loss_rtn
@@ -237,9 +279,13 @@ def test_padding_never_enters_a_statistic():
     mask = torch.cat([torch.ones(4, 10), torch.zeros(4, 6)], 1).long()
     _, plain = quantized("bert", calibration=[CalibrationBatch(ids, torch.ones_like(ids))])
     _, with_pad = quantized("bert", calibration=[CalibrationBatch(padded, mask)])
-    assert [(r.kind, r.ratio) for r in plain.linears] == [(r.kind, r.ratio) for r in with_pad.linears]
+    assert [(r.kind, r.ratio) for r in plain.linears] == [
+        (r.kind, r.ratio) for r in with_pad.linears
+    ]
     assert plain.tokens == with_pad.tokens == 40
-    assert [r.loss for r in plain.linears] == pytest.approx([r.loss for r in with_pad.linears], rel=1e-2)
+    assert [r.loss for r in plain.linears] == pytest.approx(
+        [r.loss for r in with_pad.linears], rel=1e-2
+    )
 
 
 def test_group_size_minus_one_and_odd_outputs():
@@ -268,7 +314,9 @@ def test_non_finite_activations_do_not_end_the_run():
 
 
 def test_modules_to_not_convert_matches_whole_name_parts():
-    model, report = quantized(config=AwqConfig(group_size=16, modules_to_not_convert=("layers.1", "mlp.gate")))
+    model, report = quantized(
+        config=AwqConfig(group_size=16, modules_to_not_convert=("layers.1", "mlp.gate"))
+    )
     assert isinstance(model.model.layers[0].mlp.gate_proj, WQLinear)
     assert not isinstance(model.model.layers[1].mlp.gate_proj, WQLinear)
     assert "model.layers.1.mlp.up_proj" in report.skipped and "lm_head" in report.skipped
@@ -291,26 +339,40 @@ def test_report_is_json(tmp_path):
 
 
 def test_biases_take_the_mean_of_the_error():
-    """On the calibration tokens the output of a linear with a bias keeps its mean; linears without one have none after."""
+    """On the calibration tokens the output of a linear with a bias keeps its mean; linears without
+    one have none after."""
     from awq.backends import use_backend
     from awq.nn.surgery import named_linears
     from awq.quantize.statistics import MaskHolder, collect_inputs
 
     ids = zoo.token_batch(rows=16, length=24)["input_ids"]
     batch = [CalibrationBatch(ids, torch.ones_like(ids))]
-    names = [f"attention.self.{n}" for n in ("query", "key", "value")]  # further inputs change with these
+    # further inputs change with these
+    names = [f"attention.self.{n}" for n in ("query", "key", "value")]
     reports = {}
     for corrected in (True, False):
         model = zoo.tiny_model("bert")
         block = model.encoder.layer[0]
-        dense = {n: (m.weight.detach().clone(), m.bias.detach().clone()) for n, m in named_linears(block).items()}
+        dense = {
+            n: (m.weight.detach().clone(), m.bias.detach().clone())
+            for n, m in named_linears(block).items()
+        }
         options = QuantizeOptions(scaling=False, bias_correction=corrected)
         reports[corrected] = quantize_model(model, batch, CONFIG, options)
-        with collect_inputs(block, names, MaskHolder()) as statistics, torch.no_grad(), use_backend("reference"):
+        with (
+            collect_inputs(block, names, MaskHolder()) as statistics,
+            torch.no_grad(),
+            use_backend("reference"),
+        ):
             model(ids)
         for name in names:
             linear, mean = block.get_submodule(name), statistics[name].mean
-            drift = linear.dequantize().float() @ mean + linear.bias - dense[name][0] @ mean - dense[name][1]
+            drift = (
+                linear.dequantize().float() @ mean
+                + linear.bias
+                - dense[name][0] @ mean
+                - dense[name][1]
+            )
             assert (drift.abs().max() < 2e-6) == corrected, name
             assert torch.equal(linear.bias, dense[name][1]) != corrected
     assert reports[True].loss < reports[False].loss
@@ -320,13 +382,19 @@ def test_biases_take_the_mean_of_the_error():
 
 
 def test_general_texts_join_texts_that_calibrate_error_feedback(tokenizer, texts, tmp_path):
-    """As many rows as the caller's; never beside token ids, a dataset's name, nearest rounding, or when not wanted."""
+    """As many rows as the caller's; never beside token ids, a dataset's name, nearest rounding, or
+    when not wanted."""
     (tmp_path / "texts.txt").write_text("\n\n".join(texts), encoding="utf-8")
     ids = [tokenizer(text)["input_ids"] for text in texts]
 
     def tokens(data, **settings) -> int:
         model = BaseAWQForCausalLM(zoo.tiny_model("llama"), "")
-        given = {"calib_data": data, "max_calib_samples": 8, "max_calib_seq_len": 16, "quant_config": {"q_group_size": 16}}
+        given = {
+            "calib_data": data,
+            "max_calib_samples": 8,
+            "max_calib_seq_len": 16,
+            "quant_config": {"q_group_size": 16},
+        }
         return model.quantize(tokenizer, **given | settings).tokens
 
     own = tokens(texts, general_texts=False)
@@ -343,8 +411,14 @@ def test_calibration_kinds(tokenizer, texts, tmp_path, caplog):
     assert sum(b.input_ids.numel() for b in cut) > 500, "long samples are cut, not dropped"
     assert "longer than" not in caplog.text
     rows = load_calibration(texts, tokenizer, mode="rows", max_length=20)
-    assert sum(len(b.input_ids) for b in rows) >= len(texts) and any(not b.attention_mask.all() for b in rows)
-    for data in ([[4, 5, 6], [7, 8]], torch.randint(4, 60, (3, 9)), [torch.tensor([4, 5]), torch.tensor([[6, 7, 8]])]):
+    assert sum(len(b.input_ids) for b in rows) >= len(texts) and any(
+        not b.attention_mask.all() for b in rows
+    )
+    for data in (
+        [[4, 5, 6], [7, 8]],
+        torch.randint(4, 60, (3, 9)),
+        [torch.tensor([4, 5]), torch.tensor([[6, 7, 8]])],
+    ):
         assert load_calibration(data, mode="rows")
     (tmp_path / "t.jsonl").write_text("\n".join('{"text": "the cat runs"}' for _ in range(4)))
     (tmp_path / "t.csv").write_text("text\nthe cat runs\na dog sleeps\n")

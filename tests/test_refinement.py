@@ -20,7 +20,9 @@ HERE = Path(__file__).parent
 def problem(out=24, width=192, group_size=64, bits=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out, width, generator=generator)
-    x = torch.randn(1024, width, generator=generator) @ torch.randn(width, width, generator=generator)
+    x = torch.randn(1024, width, generator=generator) @ torch.randn(
+        width, width, generator=generator
+    )
     gram = x.t() @ x / 1024
     scale, zero = scale_and_zero(*group_range(weight, group_size), bits)
     return weight, gram, round_with_feedback(weight, *feedback_factor(gram), scale, zero, bits)
@@ -66,7 +68,11 @@ def test_refinement_beats_feedback_and_nearest():
     weight, gram, start = problem()
     nearest = quantize_nearest(weight, *scale_and_zero(*group_range(weight, 64)))
     refined = losses(weight, gram, refine(weight, gram, start, 1)).sum()
-    assert refined < 0.95 * losses(weight, gram, start).sum() < 0.95 * losses(weight, gram, nearest).sum()
+    assert (
+        refined
+        < 0.95 * losses(weight, gram, start).sum()
+        < 0.95 * losses(weight, gram, nearest).sum()
+    )
 
 
 def test_no_rounds_change_nothing():
@@ -87,7 +93,12 @@ def test_dead_channels_and_rows():
 
 def test_kernels_equal_plain_operators():
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run([sys.executable, HERE / "rounding_cases.py"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, HERE / "rounding_cases.py"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for case in json.loads(done.stdout):
         # Sums in another order may turn a tie: a handful of codes, not a pattern.

@@ -1,4 +1,5 @@
-"""The report page: it tells every linear, needs no network, and survives names and files of any kind."""
+"""The report page: it tells every linear, needs no network, and survives names and files of any
+kind."""
 
 import json
 from html.parser import HTMLParser
@@ -15,16 +16,30 @@ VOID_TAGS = {"meta", "br"}
 
 def linear(name, loss=0.01, nearest=0.04):
     return LinearReport(
-        name=name, shape=(8, 16), kind="duo", ratio=0.5, loss=loss, loss_rtn=nearest, clip_fraction=0.25,
-        rounding="feedback", producer="norm", reason="", seconds=0.1,
-    )  # fmt: skip
+        name=name,
+        shape=(8, 16),
+        kind="duo",
+        ratio=0.5,
+        loss=loss,
+        loss_rtn=nearest,
+        clip_fraction=0.25,
+        rounding="feedback",
+        producer="norm",
+        reason="",
+        seconds=0.1,
+    )
 
 
 @pytest.fixture
 def report():
     report = QuantReport(config={"w_bit": 4}, options={"preset": "fast"}, tokens=1234, seconds=5.0)
-    report.linears = [linear(f"layers.{block}.{role}") for block in range(3) for role in ("q_proj", "down_proj")]
-    report.skipped = {"lm_head": "outside the repeated blocks", HOSTILE: "its weight is read past its forward"}
+    report.linears = [
+        linear(f"layers.{block}.{role}") for block in range(3) for role in ("q_proj", "down_proj")
+    ]
+    report.skipped = {
+        "lm_head": "outside the repeated blocks",
+        HOSTILE: "its weight is read past its forward",
+    }
     report.phases = {"rounding": 4.0, "search": 1.0}
     return report
 
@@ -39,7 +54,9 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag, attributes):
         if tag not in VOID_TAGS:
             self.open.append(tag)
-        if tag in ("script", "link", "img", "iframe") or any(name in ("src", "href") for name, _ in attributes):
+        if tag in ("script", "link", "img", "iframe") or any(
+            name in ("src", "href") for name, _ in attributes
+        ):
             self.outside.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -74,7 +91,9 @@ def test_page_tells_every_linear_and_every_dense_name(report, tmp_path):
     assert HOSTILE in render_text(view)
 
 
-@pytest.mark.parametrize("missing", ["skipped", "phases", "tokens", "options", "versions", "warnings", "evaluation"])
+@pytest.mark.parametrize(
+    "missing", ["skipped", "phases", "tokens", "options", "versions", "warnings", "evaluation"]
+)
 def test_reports_without_a_part_still_draw(report, tmp_path, missing):
     raw = report.to_dict()
     del raw[missing]
@@ -99,7 +118,9 @@ def test_tokens_per_expert_are_drawn(report, tmp_path):
     assert "saw 0 tokens" in page
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"linears": [{"name": 3}]}', '{"linears": 5}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"linears": [{"name": 3}]}', '{"linears": 5}', "\x00"]
+)
 def test_what_is_no_report_is_refused(tmp_path, content):
     (tmp_path / "quantization_report.json").write_text(content)
     with pytest.raises(CheckpointError, match="no quantization report"):

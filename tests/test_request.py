@@ -1,4 +1,5 @@
-"""The table of what users may give as calibration data: every kind is read to the values it holds, or refused in one line."""
+"""The table of what users may give as calibration data: every kind is read to the values it holds,
+or refused in one line."""
 
 from collections import deque
 
@@ -58,7 +59,10 @@ TEXT_KINDS = {
     "dataset": lambda: dataset({"text": TEXTS, "n": [1, 2]}),
     "dataset that streams": lambda: dataset({"text": TEXTS}).to_iterable_dataset(),
     "column of a dataset": lambda: dataset({"text": TEXTS})["text"],
-    "splits of a dataset": lambda: {"train": dataset({"text": TEXTS}), "test": dataset({"text": ["no"]})},
+    "splits of a dataset": lambda: {
+        "train": dataset({"text": TEXTS}),
+        "test": dataset({"text": ["no"]}),
+    },
     "arrow table": lambda: arrow({"text": TEXTS}),
     "rows of a table": lambda: [{"text": t, "n": 1} for t in TEXTS],
     "lists of three strings": lambda: [[*TEXTS, "not"]],
@@ -90,9 +94,14 @@ ID_KINDS = {
     "one tensor": lambda: torch.tensor(PADDED),
     "one array": lambda: np.array(PADDED),
     "an output": lambda: {"input_ids": torch.tensor(PADDED), "attention_mask": torch.tensor(MASK)},
-    "an output of arrays": lambda: {"input_ids": np.array(PADDED), "attention_mask": np.array(MASK)},
+    "an output of arrays": lambda: {
+        "input_ids": np.array(PADDED),
+        "attention_mask": np.array(MASK),
+    },
     "an output without padding": lambda: {"input_ids": IDS, "attention_mask": [[1, 1], [1, 1, 1]]},
-    "outputs": lambda: [{"input_ids": row, "attention_mask": mask} for row, mask in zip(PADDED, MASK)],
+    "outputs": lambda: [
+        {"input_ids": row, "attention_mask": mask} for row, mask in zip(PADDED, MASK)
+    ],
     "a tokenized dataset": lambda: dataset({"input_ids": PADDED, "attention_mask": MASK}),
 }
 
@@ -106,7 +115,13 @@ def test_ids(kind):
 
 
 def test_one_row_of_ids():
-    for data in ([5, 6, 7], (5, 6, 7), torch.tensor([5, 6, 7]), np.array([5, 6, 7]), [np.int64(5), np.int64(6), np.int64(7)]):
+    for data in (
+        [5, 6, 7],
+        (5, 6, 7),
+        torch.tensor([5, 6, 7]),
+        np.array([5, 6, 7]),
+        [np.int64(5), np.int64(6), np.int64(7)],
+    ):
         assert [row["input_ids"] for row in read_request(data).rows] == [[5, 6, 7]]
 
 
@@ -151,7 +166,11 @@ def test_pairs_and_prompts():
     assert read_request(PAIRS).pairs == read_request([list(p) for p in PAIRS]).pairs == PAIRS
     request = read_request({"query": TEXTS, "document": np.array(["red"]), "pair": PAIRS})
     assert request.kind == "prompts"
-    assert request.prompts == {"query": TEXTS, "document": ["red"], "pair": ["the cat", "a dog", "red", "blue"]}
+    assert request.prompts == {
+        "query": TEXTS,
+        "document": ["red"],
+        "pair": ["the cat", "a dog", "red", "blue"],
+    }
     assert request.samples == [*TEXTS, "red", "the cat", "a dog", "red", "blue"]
 
 
@@ -184,7 +203,9 @@ def test_a_request_is_read_once(tokenizer):
 
 def test_which_argument_is_which(tokenizer):
     assert tell_apart(tokenizer, TEXTS) == (TEXTS, tokenizer)
-    assert tell_apart(TEXTS, "pileval", tokenizer) == (TEXTS, tokenizer), "the default does not count as given"
+    assert tell_apart(TEXTS, "pileval", tokenizer) == (TEXTS, tokenizer), (
+        "the default does not count as given"
+    )
     assert tell_apart(None, TEXTS, tokenizer) == (TEXTS, tokenizer)
     assert tell_apart(None) == (None, None)
     assert tell_apart(TEXTS, PAIRS) == (TEXTS, None), "the first argument wins"
@@ -210,10 +231,16 @@ REFUSED = {
     "negative": ([[4, -100]], "negative"),
     "huge": ([[2**70]], "token ids"),
     "ragged list of lists": ([[[1], [2, 3]]], "token ids"),
-    "mask of another shape": ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "attention_mask has shape"),
+    "mask of another shape": (
+        {"input_ids": [[1, 2]], "attention_mask": [[1]]},
+        "attention_mask has shape",
+    ),
     "mask that is NaN": ({"input_ids": [[1, 2]], "attention_mask": [[float("nan"), 1]]}, "finite"),
     "mask of words": ({"input_ids": [[1, 2]], "attention_mask": [["a", "b"]]}, "attention_mask"),
-    "types of another shape": ({"input_ids": [[1, 2]], "token_type_ids": [[0]]}, "token_type_ids has shape"),
+    "types of another shape": (
+        {"input_ids": [[1, 2]], "token_type_ids": [[0]]},
+        "token_type_ids has shape",
+    ),
     "dict without ids": ([{"ids": [4]}], "no input_ids"),
     "mapping of numbers": ({"a": 1}, "no input_ids"),
     "empty mapping": ({}, "empty mapping"),
@@ -261,7 +288,9 @@ def test_an_endless_generator_ends(monkeypatch):
     assert len(read_request(repeat("the cat")).texts) == 100_000
 
 
-@pytest.mark.parametrize("content, match", [(bytes(range(256)) * 20, "UTF-8"), (b"[" * 100_000, "cannot be read")])
+@pytest.mark.parametrize(
+    "content, match", [(bytes(range(256)) * 20, "UTF-8"), (b"[" * 100_000, "cannot be read")]
+)
 def test_broken_files(content, match, tmp_path):
     path = tmp_path / ("t.json" if content[:1] == b"[" else "t.txt")
     path.write_bytes(content)

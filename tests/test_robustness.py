@@ -1,4 +1,5 @@
-"""Odd models, odd data, every bit width: a valid result no worse than round-to-nearest, and a warning where data were too few."""
+"""Odd models, odd data, every bit width: a valid result no worse than round-to-nearest, and a
+warning where data were too few."""
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ def calibration(rows: int, length: int, low: int = 3, high: int = 63) -> list[Ca
     return [CalibrationBatch(ids, torch.ones_like(ids))]
 
 
-def output_error(family: str, batches: list[CalibrationBatch], change=lambda model: None, **options) -> tuple[float, list[str]]:
+def output_error(
+    family: str, batches: list[CalibrationBatch], change=lambda model: None, **options
+) -> tuple[float, list[str]]:
     """Relative squared error of the outputs on other tokens, and the warnings."""
     before, model = zoo.tiny_model(family), zoo.tiny_model(family)
     change(before)
@@ -26,8 +29,11 @@ def output_error(family: str, batches: list[CalibrationBatch], change=lambda mod
     inputs = zoo.token_batch(rows=16, length=24, seed=9)
     expected, found = (zoo.outputs(m, **inputs).float() for m in (before, model))
     assert found.isfinite().all()
-    for line in report.linears:  # weights that codes hold exactly lose nothing but what they aim at beyond themselves
-        assert line.loss <= line.loss_rtn * 1.001 or (line.loss_rtn < 1e-6 and report.options["correction"]), line
+    # weights that codes hold exactly lose nothing but what they aim at beyond themselves
+    for line in report.linears:
+        assert line.loss <= line.loss_rtn * 1.001 or (
+            line.loss_rtn < 1e-6 and report.options["correction"]
+        ), line
     return float((found - expected).pow(2).sum() / expected.pow(2).sum()), report.warnings
 
 
@@ -38,7 +44,8 @@ def test_few_tokens_do_no_harm(family, preset, tokens):
     """Without care, one token makes tiny models 10 to 900 times as wrong as nearest codes do."""
     nearest, _ = output_error(family, calibration(1, tokens), **NEAREST)
     error, warnings = output_error(family, calibration(1, tokens), preset=preset)
-    assert error < 1.35 * nearest  # tiny models: two roundings that are equally good differ by a third
+    # tiny models: two roundings that are equally good differ by a third
+    assert error < 1.35 * nearest
     assert any(f"{tokens} calibration tokens are few" in w for w in warnings)
 
 
@@ -51,7 +58,8 @@ def test_texts_of_another_kind(family):
 
 
 def massive(model: torch.nn.Module) -> None:
-    """One channel of the residual stream a thousand times as loud as the others, as large models have."""
+    """One channel of the residual stream a thousand times as loud as the others, as large models
+    have."""
     model.model.embed_tokens.weight.data[:, 7] *= 1000
     model.model.layers[0].input_layernorm.weight.data[7] = 50
 
@@ -81,7 +89,9 @@ def test_activations_beyond_float16(dtype):
     model = zoo.tiny_model("llama")
     loud(model)
     report = quantize_model(model, calibration(32, 16), AwqConfig(group_size=16))
-    assert all(line.loss <= line.loss_rtn * 1.001 for line in report.linears) and not report.warnings
+    assert (
+        all(line.loss <= line.loss_rtn * 1.001 for line in report.linears) and not report.warnings
+    )
     assert all(t.isfinite().all() for t in model.state_dict().values() if t.is_floating_point())
 
 
@@ -94,10 +104,18 @@ def test_every_preset_on_a_model_whose_head_reads_more_than_hidden_states(preset
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [-1, 16, 32, 64, 128])
 def test_every_width_and_group_size_as_dense_weights(bits, group_size):
-    sizes = {"num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 32}
+    sizes = {
+        "num_hidden_layers": 1,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    }
     model = zoo.build("llama", sizes)
     config = AwqConfig(bits=bits, group_size=group_size)
-    report = quantize_model(model, calibration(32, 32), config, QuantizeOptions(export_compatible=True))
+    report = quantize_model(
+        model, calibration(32, 32), config, QuantizeOptions(export_compatible=True)
+    )
     assert report.loss < report.loss_rtn
     weight = model.model.layers[0].mlp.down_proj.weight.data
     groups = weight.view(len(weight), -1, weight.shape[1] if group_size == -1 else group_size)

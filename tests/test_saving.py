@@ -1,4 +1,5 @@
-"""Saving: complete or not at all, everything beside the weights carried over, nothing of the user's lost."""
+"""Saving: complete or not at all, everything beside the weights carried over, nothing of the user's
+lost."""
 
 import json
 import stat
@@ -25,14 +26,30 @@ def model():
 def source(tmp_path):
     """A model directory with every kind of companion."""
     files = {
-        "config.json": "{}", "README.md": "---\nlicense: apache-2.0\nlanguage: [en, zh]\nmetrics: x\n---\n# Original\n",
-        "tokenizer.json": "{}", "tokenizer_config.json": "{}", "chat_template.jinja": "{{ messages }}", "vocab.txt": "a",
-        "preprocessor_config.json": "{}", "custom.py": "x = 1", "modules.json": '[{"path": ""}, {"path": "2_Dense"}]',
-        "1_Pooling/config.json": "{}", "2_Dense/model.safetensors": "dense", "2_Dense/config.json": "{}",
-        "model.safetensors": "old", "model-00001-of-00002.safetensors": "old", "pytorch_model.bin": "old", "model.gguf": "old",
-        "model.safetensors.index.json": "{}", "pytorch_model.bin.index.json": "{}", "original/consolidated.00.pth": "old",
-        "original/params.json": "{}", "onnx/model.onnx": "old", "openvino/m.bin": "old", ".git/HEAD": "x",
-    }  # fmt: skip
+        "config.json": "{}",
+        "README.md": "---\nlicense: apache-2.0\nlanguage: [en, zh]\nmetrics: x\n---\n# Original\n",
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+        "vocab.txt": "a",
+        "preprocessor_config.json": "{}",
+        "custom.py": "x = 1",
+        "modules.json": '[{"path": ""}, {"path": "2_Dense"}]',
+        "1_Pooling/config.json": "{}",
+        "2_Dense/model.safetensors": "dense",
+        "2_Dense/config.json": "{}",
+        "model.safetensors": "old",
+        "model-00001-of-00002.safetensors": "old",
+        "pytorch_model.bin": "old",
+        "model.gguf": "old",
+        "model.safetensors.index.json": "{}",
+        "pytorch_model.bin.index.json": "{}",
+        "original/consolidated.00.pth": "old",
+        "original/params.json": "{}",
+        "onnx/model.onnx": "old",
+        "openvino/m.bin": "old",
+        ".git/HEAD": "x",
+    }
     for name, text in files.items():
         path = tmp_path / "source" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,12 +65,30 @@ def test_companions(model, source, tmp_path):
     report = QuantReport({}, {})
     save_checkpoint(model, tmp_path / "q", AwqConfig(group_size=16), report, source)
     assert tree(tmp_path / "q") == {
-        "config.json", "generation_config.json", "model.safetensors", "README.md", "quantization_report.json",
-        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt", "preprocessor_config.json", "custom.py",
-        "modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors", "2_Dense/config.json", "original/params.json",
-    }  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "README.md",
+        "quantization_report.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "vocab.txt",
+        "preprocessor_config.json",
+        "custom.py",
+        "modules.json",
+        "1_Pooling/config.json",
+        "2_Dense/model.safetensors",
+        "2_Dense/config.json",
+        "original/params.json",
+    }
     card = (tmp_path / "q" / "README.md").read_text()
-    assert "license: apache-2.0" in card and "- zh" in card and "metrics" not in card and "Original" not in card
+    assert (
+        "license: apache-2.0" in card
+        and "- zh" in card
+        and "metrics" not in card
+        and "Original" not in card
+    )
     assert "group size 16" in card and "linears quantized" in card
     assert json.loads((tmp_path / "q" / "quantization_report.json").read_text())["linears"] == []
     assert (tmp_path / "q" / "2_Dense" / "model.safetensors").read_text() == "dense"
@@ -63,7 +98,8 @@ def test_companions(model, source, tmp_path):
 
 @pytest.mark.parametrize("heads", [True, False])
 def test_companions_of_a_hub_model(model, source, tmp_path, monkeypatch, heads):
-    """Dense heads of sentence-transformers come with their weights; the model's own weights are not fetched."""
+    """Dense heads of sentence-transformers come with their weights; the model's own weights are not
+    fetched."""
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
@@ -73,27 +109,42 @@ def test_companions_of_a_hub_model(model, source, tmp_path, monkeypatch, heads):
 
     def snapshot_download(name, allow_patterns=None, ignore_patterns=None):
         assert name == "someone/model"
-        for file in filter_repo_objects(sorted(tree(source)), allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+        for file in filter_repo_objects(
+            sorted(tree(source)), allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
             (cache / file).parent.mkdir(parents=True, exist_ok=True)
             (cache / file).write_bytes((source / file).read_bytes())
         return str(cache)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     save_checkpoint(model, tmp_path / "q", AwqConfig(group_size=16), None, "someone/model")
-    assert ((tmp_path / "q/2_Dense/model.safetensors").is_file(), (tmp_path / "q/1_Pooling/config.json").is_file()) == (heads, True)
-    weights = {f for f in tree(cache) if f.endswith((".safetensors", ".bin", ".pth", ".gguf", ".onnx"))}
+    assert (
+        (tmp_path / "q/2_Dense/model.safetensors").is_file(),
+        (tmp_path / "q/1_Pooling/config.json").is_file(),
+    ) == (heads, True)
+    weights = {
+        f for f in tree(cache) if f.endswith((".safetensors", ".bin", ".pth", ".gguf", ".onnx"))
+    }
     assert weights == ({"2_Dense/model.safetensors"} if heads else set())
 
 
 def test_config_names_every_dense_linear(model, tmp_path):
-    settings = json.loads((save(model, tmp_path / "q", group_size=16) / "config.json").read_text())["quantization_config"]
+    settings = json.loads((save(model, tmp_path / "q", group_size=16) / "config.json").read_text())[
+        "quantization_config"
+    ]
     assert settings == {
-        "quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm",
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 16,
+        "zero_point": True,
+        "version": "gemm",
         "modules_to_not_convert": ["lm_head"],
-    }  # fmt: skip
+    }
     assert not hasattr(model.config, "quantization_config"), "the model in memory is as it was"
     partly = wide_model("llama")
-    settings = json.loads((save(partly, tmp_path / "none") / "config.json").read_text())["quantization_config"]
+    settings = json.loads((save(partly, tmp_path / "none") / "config.json").read_text())[
+        "quantization_config"
+    ]
     names = settings["modules_to_not_convert"]
     assert {"lm_head", "model.layers.0.mlp.up_proj", "layers.0.mlp.up_proj"} <= set(names)
 
@@ -112,8 +163,13 @@ def test_an_existing_directory_is_replaced_only_where_we_write(model, source, tm
         (target / name).write_text("before")
     save_checkpoint(model, target, AwqConfig(group_size=16))
     assert tree(target) == {
-        "config.json", "generation_config.json", "model.safetensors", "README.md", "notes.txt", "sub/mine.txt",
-    }  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "README.md",
+        "notes.txt",
+        "sub/mine.txt",
+    }
     assert json.loads((target / "config.json").read_text())["model_type"] == "llama"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q", "source"]
 
@@ -121,7 +177,8 @@ def test_an_existing_directory_is_replaced_only_where_we_write(model, source, tm
 @pytest.mark.parametrize("step", ["save_pretrained", "companions", "report"])
 @pytest.mark.parametrize("existing", [True, False])
 def test_no_space_left(model, source, tmp_path, monkeypatch, step, existing):
-    """Whatever step runs out of space: one clear error, the old directory untouched, no temporary left."""
+    """Whatever step runs out of space: one clear error, the old directory untouched, no temporary
+    left."""
     target = tmp_path / "q"
     if existing:
         target.mkdir()
@@ -136,7 +193,9 @@ def test_no_space_left(model, source, tmp_path, monkeypatch, step, existing):
 
         def half(folder, **kwargs):
             (folder / "model.safetensors").write_bytes(b"half")
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            )
 
         monkeypatch.setattr(model, "save_pretrained", half, raising=False)
     elif step == "companions":
@@ -145,8 +204,12 @@ def test_no_space_left(model, source, tmp_path, monkeypatch, step, existing):
         monkeypatch.setattr(QuantReport, "save", full)
     with pytest.raises(CheckpointError, match="failed and was undone: .*No space left"):
         save_checkpoint(model, target, AwqConfig(group_size=16), report, source)
-    assert sorted(p.name for p in tmp_path.iterdir()) == (["q", "source"] if existing else ["source"])
-    assert not existing or (tree(target) == {"config.json"} and (target / "config.json").read_text() == "before")
+    assert sorted(p.name for p in tmp_path.iterdir()) == (
+        ["q", "source"] if existing else ["source"]
+    )
+    assert not existing or (
+        tree(target) == {"config.json"} and (target / "config.json").read_text() == "before"
+    )
     assert not hasattr(model.config, "quantization_config")
 
 
@@ -170,7 +233,8 @@ def test_places_that_cannot_be_written(model, source, tmp_path):
 
 @pytest.mark.parametrize("version", ["gemv", "gemv_fast"])
 def test_shards_and_conversion_across_them(tmp_path, version):
-    """Shards cut between the tensors of one linear; converting there and back gives the same tensors."""
+    """Shards cut between the tensors of one linear; converting there and back gives the same
+    tensors."""
     packed = packed_model("llama", hidden_size=64, intermediate_size=128)
     save_checkpoint(packed, tmp_path / "q", AwqConfig(group_size=32), shard_size="20KB")
     shards = sorted((tmp_path / "q").glob("*.safetensors"))
@@ -183,7 +247,12 @@ def test_shards_and_conversion_across_them(tmp_path, version):
     torch.testing.assert_close(zoo.outputs(loaded, **inputs), zoo.outputs(packed, **inputs))
     convert_checkpoint(tmp_path / "other", tmp_path / "back", "GEMM")
     one, two = (
-        {k: t for f in sorted((tmp_path / d).glob("*.safetensors")) for k, t in load_file(f).items()} for d in ("q", "back")
+        {
+            k: t
+            for f in sorted((tmp_path / d).glob("*.safetensors"))
+            for k, t in load_file(f).items()
+        }
+        for d in ("q", "back")
     )
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
@@ -191,7 +260,8 @@ def test_shards_and_conversion_across_them(tmp_path, version):
 def test_conversion_refuses(model, tmp_path):
     folder = save(model, tmp_path / "q", group_size=16)
     with pytest.raises(ConfigError, match=r"model\.layers\.0.*gemv_fast"):
-        convert_checkpoint(folder, tmp_path / "other", "gemv_fast")  # 32 inputs are no multiple of its 64
+        # 32 inputs are no multiple of its 64
+        convert_checkpoint(folder, tmp_path / "other", "gemv_fast")
     with pytest.raises(ConfigError, match="unknown"):
         convert_checkpoint(folder, tmp_path / "other", "nothing")
     with pytest.raises(CheckpointError, match="source"):

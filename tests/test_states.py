@@ -1,4 +1,5 @@
-"""What a live model knows of itself: quantized, half quantized, fused or not; and what each kind of model can do."""
+"""What a live model knows of itself: quantized, half quantized, fused or not; and what each kind of
+model can do."""
 
 import copy
 import json
@@ -8,7 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from awq import AutoAWQForCausalLM, AutoAWQForEmbedding, AwqConfig, QuantizeOptions, load_calibration, quantize_model
+from awq import (
+    AutoAWQForCausalLM,
+    AutoAWQForEmbedding,
+    AwqConfig,
+    QuantizeOptions,
+    load_calibration,
+    quantize_model,
+)
 from awq.checkpoint import save_checkpoint
 from awq.errors import CalibrationError, CheckpointError, ConfigError, ModelError
 from awq.models import AwqEmbeddingModel, AwqModel, BaseAWQForCausalLM
@@ -19,7 +27,10 @@ IDS = torch.arange(4, 16).view(2, 6)
 
 def quantized(folder, texts, **options):
     model = AutoAWQForCausalLM.from_pretrained(str(folder))
-    model.quantize(calib_data=texts, **{"quant_config": CONFIG, "preset": "fast", "general_texts": False} | options)
+    model.quantize(
+        calib_data=texts,
+        **{"quant_config": CONFIG, "preset": "fast", "general_texts": False} | options,
+    )
     return model
 
 
@@ -42,7 +53,9 @@ def test_a_dense_export_is_not_marked_and_pack_marks_it(llama_dir, texts, tmp_pa
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-@pytest.mark.parametrize("given", [["mlp.down_proj"], ["down_proj"], "down_proj", ["model.layers.0"]])
+@pytest.mark.parametrize(
+    "given", [["mlp.down_proj"], ["down_proj"], "down_proj", ["model.layers.0"]]
+)
 def test_what_is_excluded_stays_dense(llama_dir, texts, given):
     model = quantized(llama_dir, texts, quant_config=CONFIG | {"modules_to_not_convert": given})
     name = given if isinstance(given, str) else given[0]
@@ -50,7 +63,9 @@ def test_what_is_excluded_stays_dense(llama_dir, texts, given):
     assert lines and not any(f".{name}." in f".{line}." for line in lines)
 
 
-@pytest.mark.parametrize("given", [["re:.*down_proj"], ["*.down_proj"], ["down_porj"], ["model.layers.0.mlp."]])
+@pytest.mark.parametrize(
+    "given", [["re:.*down_proj"], ["*.down_proj"], ["down_porj"], ["model.layers.0.mlp."]]
+)
 def test_an_exclusion_that_excludes_nothing_is_an_error_with_near_names(llama_dir, texts, given):
     with pytest.raises(ConfigError, match="is no module of the model.*(down_proj|mlp)"):
         quantized(llama_dir, texts, quant_config=CONFIG | {"modules_to_not_convert": given})
@@ -87,12 +102,15 @@ def test_an_interrupted_model_says_so(llama_dir, texts, tmp_path, door):
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    batches, config = load_calibration(texts, model.tokenizer, max_length=32), AwqConfig(group_size=16)
+    batches, config = (
+        load_calibration(texts, model.tokenizer, max_length=32),
+        AwqConfig(group_size=16),
+    )
     try:
         with pytest.raises(KeyboardInterrupt):
-            model.quantize(calib_data=texts, quant_config=CONFIG) if door == "wrapper" else quantize_model(
-                model.model, batches, config
-            )
+            model.quantize(
+                calib_data=texts, quant_config=CONFIG
+            ) if door == "wrapper" else quantize_model(model.model, batches, config)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
@@ -133,7 +151,9 @@ ODD_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ODD_OPTIONS.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in ODD_OPTIONS.items() for value in values]
+)
 def test_options_are_typed_and_ranged(name, value):
     with pytest.raises(ConfigError, match=name) as refused:
         QuantizeOptions(**{name: value})
@@ -142,7 +162,11 @@ def test_options_are_typed_and_ranged(name, value):
 
 def test_messages_are_one_line_that_does_nothing_to_a_terminal():
     shown = str(CheckpointError("tensor \x1b[2J\u202e\n  of\x00 größe " + "x" * 10_000))
-    assert shown.isprintable() and len(shown) < 2100 and shown.startswith(r"tensor \x1b[2J\u202e of\x00 größe")
+    assert (
+        shown.isprintable()
+        and len(shown) < 2100
+        and shown.startswith(r"tensor \x1b[2J\u202e of\x00 größe")
+    )
 
 
 def test_an_encoder_is_no_causal_language_model(bert_dir):
@@ -154,7 +178,9 @@ def test_an_encoder_is_no_causal_language_model(bert_dir):
 
 def test_old_argument_names(llama_dir, texts, tmp_path):
     quantized(llama_dir, texts).save_quantized(tmp_path / "q")
-    loaded = AutoAWQForCausalLM.from_quantized(str(tmp_path / "q"), max_new_tokens=24, safetensors=True, batch_size=1)
+    loaded = AutoAWQForCausalLM.from_quantized(
+        str(tmp_path / "q"), max_new_tokens=24, safetensors=True, batch_size=1
+    )
     assert loaded.generate(IDS[:1], max_new_tokens=4).shape == (1, 10)
     with pytest.raises(ConfigError, match="max_seq_len"):
         loaded.generate(IDS[:1], max_new_tokens=30)

@@ -1,4 +1,5 @@
-"""Tables of launch configurations: the user's before the shipped ones, reading, writing, and `awq tune`."""
+"""Tables of launch configurations: the user's before the shipped ones, reading, writing, and `awq
+tune`."""
 
 import json
 import subprocess
@@ -49,7 +50,9 @@ def test_few_entries_do_not_serve_other_numbers_of_tokens(folder):
     shape = Shape(256, 72, 128)
     write(folder, "sm120", shapes={"72x256": {"64": ENTRY, "24": ENTRY}})
     for tokens in (1, 8, 25, 32, 65, 128):
-        assert configs.config_for("sm120", 100, shape, tokens) == configs.rule("sm120", 100, shape, tokens)
+        assert configs.config_for("sm120", 100, shape, tokens) == configs.rule(
+            "sm120", 100, shape, tokens
+        )
     for tokens in (17, 24, 33, 64):
         assert configs.config_for("sm120", 100, shape, tokens) == configs.Config(*ENTRY)
 
@@ -85,8 +88,14 @@ def test_written_tables_are_read_and_added_to(folder):
     half, brain, config = torch.float16, torch.bfloat16, configs.Config(*ENTRY)
     one, two = Shape(256, 72, 128), Shape(512, 72, 128)
     path = folder / "deeper" / "sm120.json"
-    tuning.write_table(path, "a GPU", {(one, half, 16): [tuning.Timing(1.0, config), tuning.Timing(2.0, None)]})
-    tuning.write_table(path, "a GPU", {(one, half, 8): [tuning.Timing(1.0, None)], (two, brain, 8): [tuning.Timing(1.0, config)]})
+    tuning.write_table(
+        path, "a GPU", {(one, half, 16): [tuning.Timing(1.0, config), tuning.Timing(2.0, None)]}
+    )
+    tuning.write_table(
+        path,
+        "a GPU",
+        {(one, half, 8): [tuning.Timing(1.0, None)], (two, brain, 8): [tuning.Timing(1.0, config)]},
+    )
     assert json.loads(path.read_text())["shapes"]["72x256"] == {"8": None, "16": ENTRY}
     path.rename(folder / "sm120.json")
     configs.table.cache_clear()
@@ -100,7 +109,9 @@ def test_candidates_can_be_launched():
     for n, k in ((4096, 4096), (28672, 4096), (72, 4224), (8, 128)):
         for tokens in configs.BUCKETS:
             found = tuning.candidates(Shape(k, n, 128), tokens, 132)
-            assert len(found) == len(set(found)) < 64 and all(c.bm >= 8 and c.split <= max(1, -(-k // 128)) for c in found)
+            assert len(found) == len(set(found)) < 64 and all(
+                c.bm >= 8 and c.split <= max(1, -(-k // 128)) for c in found
+            )
             assert found or n * k < 4096 * 4096
 
 
@@ -131,25 +142,55 @@ def test_tune_writes_the_users_table(capsys, monkeypatch, folder):
     monkeypatch.setattr(triton, "why_not", lambda device, dtype, shape: None)
     monkeypatch.setattr(launcher, "architecture", lambda index: ("sm120", 100))
     monkeypatch.setattr(tuning, "tune", search)
-    assert main(["tune", "--shapes", "72x256", "--tokens", "16", "--dtypes", "bfloat16", "--json"]) == 0
+    assert (
+        main(["tune", "--shapes", "72x256", "--tokens", "16", "--dtypes", "bfloat16", "--json"])
+        == 0
+    )
     assert asked == {"shapes": [Shape(256, 72, 128)], "tokens": {torch.bfloat16: [16]}}
     result = json.loads(capsys.readouterr().out)
-    assert result["best"] == [{"shape": "72x256", "dtype": "bfloat16", "tokens": 16, "us": 1.23, "config": ENTRY}]
+    assert result["best"] == [
+        {"shape": "72x256", "dtype": "bfloat16", "tokens": 16, "us": 1.23, "config": ENTRY}
+    ]
     configs.table.cache_clear()
-    assert configs.config_for("sm120", 100, Shape(256, 72, 128), 9, torch.bfloat16) == configs.Config(*ENTRY)
+    assert configs.config_for(
+        "sm120", 100, Shape(256, 72, 128), 9, torch.bfloat16
+    ) == configs.Config(*ENTRY)
 
 
 def test_tune_finds_the_linears_of_a_model(tmp_path, llama_dir, texts):
     from awq.cli.tune import _of_model
 
     (tmp_path / "texts.txt").write_text("\n".join(texts))
-    main(["quantize", str(llama_dir), str(tmp_path / "q"), "--calib-data", str(tmp_path / "texts.txt"), "--group-size", "16",
-          "--tokens", "32", "--preset", "fast"])  # fmt: skip
+    main(
+        [
+            "quantize",
+            str(llama_dir),
+            str(tmp_path / "q"),
+            "--calib-data",
+            str(tmp_path / "texts.txt"),
+            "--group-size",
+            "16",
+            "--tokens",
+            "32",
+            "--preset",
+            "fast",
+        ]
+    )
     found = _of_model(str(tmp_path / "q"))
     assert all(shape.group_size == 16 for shape in found)
     assert any(shape.out_features > shape.in_features for shape in found)
 
 
 def test_tables_need_no_triton():
-    code = "import sys; sys.modules['triton'] = None; from awq.kernels.triton import configs; print(len(configs.table('sm90')))"
-    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) > 0
+    code = (
+        "import sys; sys.modules['triton'] = None; from awq.kernels.triton import configs; "
+        "print(len(configs.table('sm90')))"
+    )
+    assert (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        > 0
+    )

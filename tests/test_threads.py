@@ -1,4 +1,5 @@
-"""Serving from threads: first calls at once, and building, saving, training, copying beside running calls."""
+"""Serving from threads: first calls at once, and building, saving, training, copying beside running
+calls."""
 
 import copy
 import pickle
@@ -35,13 +36,17 @@ def unfused_case():
 
 def test_first_callers(case, unfused_case):
     dice = random.Random(SEED)
-    wrong = [line for c in (case, case, unfused_case) for line in thread_cases.first_callers(c, dice)]
+    wrong = [
+        line for c in (case, case, unfused_case) for line in thread_cases.first_callers(c, dice)
+    ]
     assert not wrong, f"seed {SEED}: {wrong[:5]}"
 
 
 def test_everything_at_once(case, unfused_case):
     dice = random.Random(SEED)
-    wrong = [line for c in (case, unfused_case) for line in thread_cases.everything_at_once(c, dice)]
+    wrong = [
+        line for c in (case, unfused_case) for line in thread_cases.everything_at_once(c, dice)
+    ]
     assert not wrong, f"seed {SEED}: {wrong[:5]}"
 
 
@@ -52,10 +57,15 @@ def test_each_deed_is_right_alone(case):
 
 
 def test_copies_hold_weights_of_their_own(case):
-    """A copy of a fused model is an unfused one: nothing that happens to one of them reaches the other."""
+    """A copy of a fused model is an unfused one: nothing that happens to one of them reaches the
+    other."""
     model = case.fresh()
     assert case.generates(model, 0) and any(isinstance(m, Slice) for m in model.modules())
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model.model)):
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model.model),
+    ):
         assert not any(isinstance(m, Slice) for m in twin.modules())
         assert not _addresses(twin) & _addresses(model)
         for module in twin.modules():
@@ -73,18 +83,23 @@ def test_a_copy_of_the_structure_shares_every_tensor(case):
     model = case.model.model
     twin = copy_structure(model)
     assert _addresses(twin) == _addresses(model)
-    assert not {id(module) for module in twin.modules()} & {id(module) for module in model.modules()}
+    assert not {id(module) for module in twin.modules()} & {
+        id(module) for module in model.modules()
+    }
 
 
 def test_one_lock_for_each_model(case):
     first, second = case.fresh(), case.fresh()
-    assert lock_of(first.model) is lock_of(first.model) and lock_of(first.model) is not lock_of(second.model)
+    assert lock_of(first.model) is lock_of(first.model) and lock_of(first.model) is not lock_of(
+        second.model
+    )
     with ThreadPoolExecutor(16) as pool:
         assert len({id(lock) for lock in pool.map(lambda _: lock_of(second), range(64))}) == 1
 
 
 def test_a_streamer_that_calls_the_model(case):
-    """From within a running generate: another generate is right, taking the model apart is refused."""
+    """From within a running generate: another generate is right, taking the model apart is
+    refused."""
     model, answers = case.fresh(), []
 
     class Curious(thread_cases.Streamer):
@@ -94,7 +109,9 @@ def test_a_streamer_that_calls_the_model(case):
                 model.unfuse()
 
     prompt = case.prompts[0]
-    tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, streamer=Curious())
+    tokens = model.generate(
+        **prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, streamer=Curious()
+    )
     assert torch.equal(tokens, case.tokens[0]) and len(answers) == 9 and all(answers)
 
 
@@ -115,12 +132,30 @@ REQUESTS = {
     "no token": (dict(input_ids=torch.zeros(1, 0, dtype=torch.long)), "no token"),
     "an id too large": (dict(input_ids=torch.tensor([[5, 64]])), "hold 64"),
     "an id below zero": (dict(input_ids=torch.tensor([[-1, 6]])), "hold -1"),
-    "a mask of more rows": (dict(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.ones(2, 2)), "attention_mask"),
-    "a mask of more tokens": (dict(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 3)), "attention_mask"),
-    "a mask that is a list": (dict(input_ids=torch.tensor([[5, 6]]), attention_mask=[[1, 1]]), "list"),
-    "a mask that hides all": (dict(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.zeros(1, 2)), "empty"),
-    "a word for a number": (dict(input_ids=torch.tensor([[5, 6]]), max_new_tokens="x"), "max_new_tokens"),
-    "fewer than no tokens": (dict(input_ids=torch.tensor([[5, 6]]), max_new_tokens=-1), "max_new_tokens"),
+    "a mask of more rows": (
+        dict(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.ones(2, 2)),
+        "attention_mask",
+    ),
+    "a mask of more tokens": (
+        dict(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 3)),
+        "attention_mask",
+    ),
+    "a mask that is a list": (
+        dict(input_ids=torch.tensor([[5, 6]]), attention_mask=[[1, 1]]),
+        "list",
+    ),
+    "a mask that hides all": (
+        dict(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.zeros(1, 2)),
+        "empty",
+    ),
+    "a word for a number": (
+        dict(input_ids=torch.tensor([[5, 6]]), max_new_tokens="x"),
+        "max_new_tokens",
+    ),
+    "fewer than no tokens": (
+        dict(input_ids=torch.tensor([[5, 6]]), max_new_tokens=-1),
+        "max_new_tokens",
+    ),
 }
 
 
@@ -138,7 +173,9 @@ def encoder_dir(bert_dir, tmp_path_factory):
     from awq import AutoAWQForEmbedding
 
     model = AutoAWQForEmbedding.from_pretrained(str(bert_dir))
-    rows = [torch.randint(4, 27, (16,), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    rows = [
+        torch.randint(4, 27, (16,), generator=torch.Generator().manual_seed(i)) for i in range(8)
+    ]
     model.quantize(rows, quant_config=thread_cases.SETTINGS | {"q_group_size": 16}, preset="fast")
     folder = tmp_path_factory.mktemp("encoder") / "model"
     model.save_quantized(folder)
@@ -149,7 +186,9 @@ def test_first_texts_at_once(encoder_dir, texts):
     expected = Encoder.from_pretrained(encoder_dir, "cpu").encode(texts[:8])
     encoder = Encoder.from_pretrained(encoder_dir, "cpu")
     with thread_cases.quick_switches(), ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda i: (i, encoder.encode([texts[i]])[0]), [i % 8 for i in range(48)]))
+        found = list(
+            pool.map(lambda i: (i, encoder.encode([texts[i]])[0]), [i % 8 for i in range(48)])
+        )
     assert all(torch.allclose(embedding, expected[i], atol=1e-5) for i, embedding in found)
 
 
@@ -165,7 +204,9 @@ def test_a_loader_loads_once(encoder_dir):
 def test_models_of_two_dtypes_loaded_at_once(encoder_dir):
     before, kinds = torch.get_default_dtype(), (torch.float32, torch.bfloat16)
     with thread_cases.quick_switches(), ThreadPoolExecutor(8) as pool:
-        models = list(pool.map(lambda i: load_model(encoder_dir, kinds[i % 2], kind=AutoModel), range(8)))
+        models = list(
+            pool.map(lambda i: load_model(encoder_dir, kinds[i % 2], kind=AutoModel), range(8))
+        )
     for i, model in enumerate(models):
         assert {p.dtype for p in model.parameters()} == {kinds[i % 2]}
     assert torch.get_default_dtype() == before

@@ -1,4 +1,5 @@
-"""torch's own 4-bit product: what a CPU gets without llvmlite. It computes in bfloat16, so that is what it is held to."""
+"""torch's own 4-bit product: what a CPU gets without llvmlite. It computes in bfloat16, so that is
+what it is held to."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Triton kernels without a GPU: their arithmetic in the interpreter, and their machine code for every target."""
+"""Triton kernels without a GPU: their arithmetic in the interpreter, and their machine code for
+every target."""
 
 import json
 import os
@@ -21,9 +22,11 @@ HERE = Path(__file__).parent
 def errors():
     """Case of tests/triton_cases.py → relative error in the interpreter."""
     done = subprocess.run(
-        [sys.executable, HERE / "triton_cases.py"], capture_output=True, text=True,
+        [sys.executable, HERE / "triton_cases.py"],
+        capture_output=True,
+        text=True,
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -48,23 +51,35 @@ def test_rule_gives_launchable_configurations():
         for n, k in ((8, 128), (72, 4224), (4096, 4096), (151936, 896)):
             for architecture in ("sm80", "sm120", "gfx942"):
                 c = configs.rule(architecture, 108, Shape(k, n, 32), tokens)
-                assert c.bm >= (16 if architecture == "gfx942" else 8) and c.split <= max(1, -(-k // 128))
+                assert c.bm >= (16 if architecture == "gfx942" else 8) and c.split <= max(
+                    1, -(-k // 128)
+                )
                 assert c.bm >= min(tokens, 32) and c.bn in (32, 64, 128)
     assert configs.rule("sm80", 108, Shape(4096, 4096, 128), 1000) is None
 
 
-# Every number of tokens on one target of each maker, the largest tile on all: a compilation takes some seconds.
-# `benchmarks/kernels_offline.py` compiles all there is.
+# Every number of tokens on one target of each maker, the largest tile on all: a compilation takes
+# some seconds. `benchmarks/kernels_offline.py` compiles all there is.
 SIZES = [(torch.float16, 1), (torch.bfloat16, 16), (torch.float16, 64), (torch.bfloat16, 256)]
-PRODUCTS = [(target, *size) for target in offline.TARGETS for size in (SIZES if target in (90, "gfx942") else SIZES[3:])]
-EXPERT_ROWS = [(target, rows) for target in offline.TARGETS for rows in ((2, 32, 128, 1024) if target == 90 else (32, 1024))]
+PRODUCTS = [
+    (target, *size)
+    for target in offline.TARGETS
+    for size in (SIZES if target in (90, "gfx942") else SIZES[3:])
+]
+EXPERT_ROWS = [
+    (target, rows)
+    for target in offline.TARGETS
+    for rows in ((2, 32, 128, 1024) if target == 90 else (32, 1024))
+]
 
 
 @pytest.mark.parametrize("target, dtype, tokens", PRODUCTS)
 def test_compiles_for_every_target_without_spilling(target, dtype, tokens):
     name = target if isinstance(target, str) else f"sm{target}"
     shape = Shape(4096, 4096, 128)
-    code = offline.compile_product(target, shape, configs.rule(name, 108, shape, tokens), dtype, bias=True)
+    code = offline.compile_product(
+        target, shape, configs.rule(name, 108, shape, tokens), dtype, bias=True
+    )
     assert len(code.binary) > 1000 and code.spilled == 0
     assert code.shared <= {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}.get(target, 64) * 1024
 
@@ -74,7 +89,9 @@ def test_experts_compile_for_every_target_without_spilling(target, rows):
     name = target if isinstance(target, str) else f"sm{target}"
     shape = Shape(4096, 14336, 128)
     config = configs.config_for_experts(name, 108, shape, rows, 8)
-    code = offline.compile_experts(target, shape, config, rows if rows <= 128 else None, torch.bfloat16)
+    code = offline.compile_experts(
+        target, shape, config, rows if rows <= 128 else None, torch.bfloat16
+    )
     assert len(code.binary) > 1000 and code.spilled == 0
     assert code.shared <= {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}.get(target, 64) * 1024
 
@@ -87,7 +104,18 @@ def test_sorting_by_expert_compiles(target):
 
 
 def test_rule_for_experts():
-    for rows, experts in ((1, 8), (2, 8), (32, 8), (128, 8), (129, 8), (1024, 8), (8, 128), (4096, 128), (40_000, 4), (300, 1)):
+    for rows, experts in (
+        (1, 8),
+        (2, 8),
+        (32, 8),
+        (128, 8),
+        (129, 8),
+        (1024, 8),
+        (8, 128),
+        (4096, 128),
+        (40_000, 4),
+        (300, 1),
+    ):
         for architecture in ("sm80", "sm90", "gfx942", "gfx1100"):
             c = configs.config_for_experts(architecture, 108, Shape(4096, 1408, 128), rows, experts)
             assert c.bm >= (16 if architecture.startswith("gfx") else 8) and c.bm * c.split > 0
@@ -99,9 +127,13 @@ def test_dense_kernel_compiles(target):
     assert len(code.binary) > 1000 and code.spilled == 0
 
 
-@pytest.mark.parametrize("tokens, dtype, limit", [(1, torch.float16, 2.2), (1, torch.bfloat16, 2.5), (16, torch.float16, 3.5)])
+@pytest.mark.parametrize(
+    "tokens, dtype, limit",
+    [(1, torch.float16, 2.2), (1, torch.bfloat16, 2.5), (16, torch.float16, 3.5)],
+)
 def test_instructions_per_weight_on_hopper(tokens, dtype, limit):
-    """An H100 at full bandwidth has issue slots for 4.6 per weight; the kernels on the on-disk layouts take 7.8 and more."""
+    """An H100 at full bandwidth has issue slots for 4.6 per weight; the kernels on the on-disk
+    layouts take 7.8 and more."""
     shape = Shape(4096, 4096, 128)
     config = configs.rule("sm90", 132, shape, tokens)
     code = offline.compile_product(90, shape, config, dtype)
@@ -119,20 +151,29 @@ def test_measured_tables_hold_configurations():
             n, k = map(int, size.split("x"))
             for tokens, row in rows.items():
                 c = configs.config_for(path.stem, 132, Shape(k, n, 128), tokens)
-                assert (c is None) == (row is None) and (c is None or (c.split <= k // 128 and c.bm * c.split > 0))
+                assert (c is None) == (row is None) and (
+                    c is None or (c.split <= k // 128 and c.bm * c.split > 0)
+                )
             beyond = configs.config_for(path.stem, 132, Shape(k, n, 128), max(rows) + 1)
             assert beyond is None
 
 
-@pytest.mark.parametrize("size, tokens", [("28672x4096", 1), ("4096x14336", 64), ("6144x4096", 512)])
+@pytest.mark.parametrize(
+    "size, tokens", [("28672x4096", 1), ("4096x14336", 64), ("6144x4096", 512)]
+)
 def test_measured_configurations_do_not_spill(size, tokens):
     n, k = map(int, size.split("x"))
     for dtype in (torch.float16, torch.bfloat16):
-        code = offline.compile_product(90, Shape(k, n, 128), configs.table("sm90", dtype)[size][tokens], dtype)
+        code = offline.compile_product(
+            90, Shape(k, n, 128), configs.table("sm90", dtype)[size][tokens], dtype
+        )
         assert code.spilled == 0 and code.shared <= 227 * 1024
 
 
-@pytest.mark.parametrize("target, tokens", [(80, 16), (90, 1), (90, 64), (90, 512), (100, 8), ("gfx942", 8), ("gfx1100", 32)])
+@pytest.mark.parametrize(
+    "target, tokens",
+    [(80, 16), (90, 1), (90, 64), (90, 512), (100, 8), ("gfx942", 8), ("gfx1100", 32)],
+)
 def test_products_with_an_activation_do_not_spill(target, tokens):
     shape, name = Shape(4096, 28672, 128), target if isinstance(target, str) else f"sm{target}"
     config = configs.config_for(name, 108, shape, tokens)
@@ -143,10 +184,15 @@ def test_products_with_an_activation_do_not_spill(target, tokens):
 def test_a_compiled_kernel_is_not_called_with_other_dtypes():
     from awq.kernels.triton.matmul_launch import _matmul
 
-    common, config = (None, torch.float16, Shape(256, 64, 128)), configs.Config(16, 64, 1, False, 4, 2)
+    common, config = (
+        (None, torch.float16, Shape(256, 64, 128)),
+        configs.Config(16, 64, 1, False, 4, 2),
+    )
     dtypes = (None, torch.float16, torch.float32, torch.bfloat16)
     assert len({id(_matmul(*common, config, bias, "")) for bias in dtypes}) == 4
-    assert _matmul(*common, config, torch.float16, "") is _matmul(*common, config, torch.float16, "")
+    assert _matmul(*common, config, torch.float16, "") is _matmul(
+        *common, config, torch.float16, ""
+    )
 
 
 def test_counters_are_zero_and_large_enough():
@@ -154,5 +200,10 @@ def test_counters_are_zero_and_large_enough():
 
     counters = Counters(torch.device("cpu"))
     few, many = counters.take(3), counters.take(100_000)
-    assert few.numel() >= 3 and many.numel() >= 100_000 and not many.any() and many.dtype == torch.int32
+    assert (
+        few.numel() >= 3
+        and many.numel() >= 100_000
+        and not many.any()
+        and many.dtype == torch.int32
+    )
     assert counters.take(5).data_ptr() == many.data_ptr()

@@ -1,4 +1,5 @@
-"""End-to-end tuning of scales: nothing but scales moves, held-out loss falls, the same bytes twice."""
+"""End-to-end tuning of scales: nothing but scales moves, held-out loss falls, the same bytes
+twice."""
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ def batches(rows=32, length=16):
 
 def quantized(family, **options):
     model = zoo.tiny_model(family)
-    return model, quantize_model(model, batches(), AwqConfig(group_size=16), QuantizeOptions(**{"preset": "best"} | options))
+    return model, quantize_model(
+        model, batches(), AwqConfig(group_size=16), QuantizeOptions(**{"preset": "best"} | options)
+    )
 
 
 @pytest.mark.parametrize("family,kind", [("llama", "kl"), ("gemma2", "kl"), ("bert", "mse")])
@@ -32,14 +35,18 @@ def test_only_scales_change_and_held_out_loss_falls(family, kind, monkeypatch):
 
     monkeypatch.setattr(pipeline, "tune_scales", watched)
     model, report = quantized(family, tuning=3)
-    assert report.tuning["kind"] == kind and report.tuning["loss_after"] < report.tuning["loss_before"]
+    assert (
+        report.tuning["kind"] == kind and report.tuning["loss_after"] < report.tuning["loss_before"]
+    )
     assert given.keys() == {line.name for line in report.linears}
     plain = zoo.tiny_model(family).state_dict()
     for name, before in given.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, WQLinear)
         after = linear.quantized()
-        assert torch.equal(after.codes.cpu(), before.codes.cpu()) and torch.equal(after.zeros.cpu(), before.zeros.cpu())
+        assert torch.equal(after.codes.cpu(), before.codes.cpu()) and torch.equal(
+            after.zeros.cpu(), before.zeros.cpu()
+        )
         assert not torch.equal(after.scales.cpu(), before.scales.cpu())
     ends = [name for name in plain if "embed" in name or "lm_head" in name]
     assert ends and all(torch.equal(model.state_dict()[name], plain[name]) for name in ends)
@@ -49,7 +56,9 @@ def test_only_scales_change_and_held_out_loss_falls(family, kind, monkeypatch):
 @pytest.mark.gpu
 def test_a_model_on_the_cpu_is_tuned_on_the_gpu():
     model, report = quantized("bert", tuning=1)
-    assert report.tuning["epochs"] == 1 and {t.device.type for t in model.state_dict().values()} == {"cpu"}
+    assert report.tuning["epochs"] == 1 and {
+        t.device.type for t in model.state_dict().values()
+    } == {"cpu"}
 
 
 def test_same_bytes_twice():
@@ -68,7 +77,9 @@ def test_dense_export_gets_the_tuned_values():
 def test_float16_model_on_a_cpu_keeps_its_dtypes():
     model = zoo.tiny_model("llama").half()
     dtypes = {k: v.dtype for k, v in model.named_parameters() if "proj" not in k}
-    report = quantize_model(model, batches(), AwqConfig(group_size=16), QuantizeOptions(preset="best"))
+    report = quantize_model(
+        model, batches(), AwqConfig(group_size=16), QuantizeOptions(preset="best")
+    )
     assert report.tuning["loss_after"] <= report.tuning["loss_before"]
     assert {k: v.dtype for k, v in model.named_parameters()} == dtypes
 
@@ -77,5 +88,7 @@ def test_few_tokens_are_enough():
     ids = torch.tensor([[5, 9, 7]])
     model = zoo.tiny_model("llama")
     calibration = [CalibrationBatch(ids, torch.ones_like(ids))]
-    report = quantize_model(model, calibration, AwqConfig(group_size=16), QuantizeOptions(preset="best"))
+    report = quantize_model(
+        model, calibration, AwqConfig(group_size=16), QuantizeOptions(preset="best")
+    )
     assert report.tuning["loss_after"] <= report.tuning["loss_before"]

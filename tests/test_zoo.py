@@ -1,4 +1,5 @@
-"""A sample of the zoo: forty kinds of all roles through the checks of `benchmarks/zoo.py`, with the fastest preset."""
+"""A sample of the zoo: forty kinds of all roles through the checks of `benchmarks/zoo.py`, with the
+fastest preset."""
 
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from tiny_kinds import all_kinds
 from zoo_checks import check
 
 SAMPLE = {
-    "causal": "llama qwen3 gemma3_text phi3 gpt2 gpt_neox falcon bloom mpt opt olmo2 granite smollm3 mamba2 lfm2 recurrent_gemma "
+    "causal": "llama qwen3 gemma3_text phi3 gpt2 gpt_neox falcon bloom mpt opt olmo2 granite "
+    "smollm3 mamba2 lfm2 recurrent_gemma "
     "qwen3_moe mixtral deepseek_v3",
     "vlm": "qwen2_5_vl qwen3_vl gemma3 llava idefics3 internvl mistral3 qwen2_audio",
     "seq2seq": "t5 bart marian m2m_100 pegasus",
@@ -37,7 +39,10 @@ def test_every_text_type_of_transformers_is_swept_or_left_out_for_a_reason():
 
     mapping = transformers.models.auto.modeling_auto
     swept = {kind.base for kind in all_kinds()} | set(EXCLUDED)
-    causal, images = mapping.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, mapping.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    causal, images = (
+        mapping.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        mapping.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
     pairs = mapping.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     assert not (set(causal) | set(images) | set(pairs)) - swept
     assert all(EXCLUDED.values())

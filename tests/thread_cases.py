@@ -1,8 +1,10 @@
-"""Threads that use one model at once, and what each of them must get: the answers of a model that nobody else uses.
+"""Threads that use one model at once, and what each of them must get: the answers of a model that
+nobody else uses.
 
-Every round starts with a fresh copy of a quantized model, which nobody has called yet. Sixteen threads do what servers, trainers
-and savers do, in an order that the seed decides, while Python switches threads every microsecond. Afterwards the model must still
-answer as before. `python tests/thread_cases.py ROUNDS SEED [cuda]` runs longer and prints what it tried.
+Every round starts with a fresh copy of a quantized model, which nobody has called yet. Sixteen
+threads do what servers, trainers and savers do, in an order that the seed decides, while Python
+switches threads every microsecond. Afterwards the model must still answer as before. `python
+tests/thread_cases.py ROUNDS SEED [cuda]` runs longer and prints what it tried.
 """
 
 from __future__ import annotations
@@ -37,7 +39,16 @@ from awq.nn.surgery import get_weight, named_linears, replace_module
 SETTINGS = {"q_group_size": 32, "w_bit": 4, "version": "GEMM", "zero_point": True}
 THREADS = 16
 SWITCH = 1e-6  # seconds
-TEXTS = ["the cat runs", "a dog", "the old tree", "red and blue stone under water", "fire", "quick slow", "new house", "river"]
+TEXTS = [
+    "the cat runs",
+    "a dog",
+    "the old tree",
+    "red and blue stone under water",
+    "fire",
+    "quick slow",
+    "new house",
+    "river",
+]
 FAMILIES = {
     "qwen2": dict(num_key_value_heads=2, hidden_size=64, intermediate_size=96),
     "bloom": dict(hidden_size=64, n_head=4, n_layer=3),
@@ -45,11 +56,15 @@ FAMILIES = {
 
 
 class Case:
-    """A model that is never called itself, copies of it to try on, and the answers that are right."""
+    """A model that is never called itself, copies of it to try on, and the answers that are
+    right."""
 
     def __init__(self, family: str, device: str = "cpu") -> None:
         self.family, self.device = family, device
-        self.rows = [torch.randint(3, 63, (24,), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+        self.rows = [
+            torch.randint(3, 63, (24,), generator=torch.Generator().manual_seed(i))
+            for i in range(8)
+        ]
         self.dense = zoo.build(family, FAMILIES[family])
         self.model = self._quantized()
         self.encoder = _encoder(device)
@@ -64,13 +79,15 @@ class Case:
         self.state = {name: tensor.cpu() for name, tensor in alone.model.state_dict().items()}
 
     def _quantized(self) -> BaseAWQForCausalLM:
-        # A copy: building one draws from torch's only generator, from which threads would take each other's numbers.
+        # A copy: building one draws from torch's only generator, from which threads would take each
+        # other's numbers.
         model = BaseAWQForCausalLM(copy.deepcopy(self.dense), f"./tiny-{self.family}")
         model.quantize(self.rows, quant_config=SETTINGS, preset="fast", progress=False)
         return model
 
     def fresh(self) -> BaseAWQForCausalLM:
-        """A copy whose first call is still to come, as is the first one of the encoder that is served beside it."""
+        """A copy whose first call is still to come, as is the first one of the encoder that is
+        served beside it."""
         self.fresh_encoder = copy.deepcopy(self.encoder)
         model = copy.deepcopy(self.model).to(self.device)
         model.fuse_layers(64)
@@ -81,10 +98,16 @@ class Case:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _generate(self, model: Any, i: int, **settings: Any) -> torch.Tensor:
-        return model.generate(**self.prompts[i], max_new_tokens=8, do_sample=False, pad_token_id=0, **settings)
+        return model.generate(
+            **self.prompts[i], max_new_tokens=8, do_sample=False, pad_token_id=0, **settings
+        )
 
     def _loss(self, model: Any, i: int) -> torch.Tensor:
-        embeddings = model.model.get_input_embeddings()(self.prompts[i]["input_ids"]).detach().requires_grad_()
+        embeddings = (
+            model.model.get_input_embeddings()(self.prompts[i]["input_ids"])
+            .detach()
+            .requires_grad_()
+        )
         model(inputs_embeds=embeddings, labels=self.prompts[i]["input_ids"]).loss.backward()
         return embeddings.grad
 
@@ -112,11 +135,15 @@ class Case:
         with tempfile.TemporaryDirectory() as folder:
             model.save_quantized(Path(folder) / "saved")
             found = load_file(Path(folder) / "saved" / "model.safetensors")
-        return bool(found) and all(torch.equal(tensor, self.state[name]) for name, tensor in found.items())
+        return bool(found) and all(
+            torch.equal(tensor, self.state[name]) for name, tensor in found.items()
+        )
 
     def reads_the_state(self, model: Any, _i: int) -> bool:
         found = model.model.state_dict()
-        return found.keys() == self.state.keys() and all(torch.equal(t.cpu(), self.state[n]) for n, t in found.items())
+        return found.keys() == self.state.keys() and all(
+            torch.equal(t.cpu(), self.state[n]) for n, t in found.items()
+        )
 
     def copies(self, model: Any, i: int) -> bool:
         return self.generates(copy.deepcopy(model), i)
@@ -136,7 +163,8 @@ class Case:
         return _close(self.fresh_encoder.encode(TEXTS[i:]), self.embeddings[i:])
 
     def quantizes_another(self, _model: Any, _i: int) -> bool:
-        """Beside serving, a model of the same weights is quantized; the bits must be those of a quiet process."""
+        """Beside serving, a model of the same weights is quantized; the bits must be those of a
+        quiet process."""
         found = copy.deepcopy(self._quantized()).model.state_dict()
         return all(torch.equal(tensor.cpu(), self.state[name]) for name, tensor in found.items())
 
@@ -146,10 +174,21 @@ class Case:
 
 
 DEEDS: dict[str, int] = {
-    "generates": 8, "searches_beams": 1, "runs_forward": 5, "trains": 2, "trains_on_what_it_generated": 1, "saves": 1,
-    "reads_the_state": 1, "copies": 1, "pickles": 1, "unfuses": 1, "fuses": 1, "changes_layouts": 2,
-    "encodes": 3, "quantizes_another": 1,
-}  # fmt: skip
+    "generates": 8,
+    "searches_beams": 1,
+    "runs_forward": 5,
+    "trains": 2,
+    "trains_on_what_it_generated": 1,
+    "saves": 1,
+    "reads_the_state": 1,
+    "copies": 1,
+    "pickles": 1,
+    "unfuses": 1,
+    "fuses": 1,
+    "changes_layouts": 2,
+    "encodes": 3,
+    "quantizes_another": 1,
+}
 
 
 def _encoder(device: str) -> Encoder:
@@ -187,7 +226,9 @@ def quick_switches() -> Iterator[None]:
 
 def first_callers(case: Case, dice: random.Random) -> list[str]:
     """Sixteen threads whose first call is `generate`, all at once."""
-    return _together(case, case.fresh(), [[("generates", dice.randrange(6))] for _ in range(THREADS)])
+    return _together(
+        case, case.fresh(), [[("generates", dice.randrange(6))] for _ in range(THREADS)]
+    )
 
 
 def everything_at_once(case: Case, dice: random.Random, deeds_each: int = 3) -> list[str]:
@@ -219,7 +260,9 @@ def _together(case: Case, model: Any, deeds: list[list[tuple[str, int]]]) -> lis
     return wrong
 
 
-def _try(deed: Callable[[Any, int], bool], model: Any, i: int, wrong: list[str], when: str = "") -> None:
+def _try(
+    deed: Callable[[Any, int], bool], model: Any, i: int, wrong: list[str], when: str = ""
+) -> None:
     try:
         right = deed(model, i)
     except Exception as error:
@@ -240,7 +283,14 @@ def main(rounds: int, seed: int, device: str = "cpu") -> int:
         tried["first callers" if i % 4 < 2 else "everything at once"] += 1
         wrong += [f"round {i}, {case.family}: {line}" for line in found]
     seconds = round(time.perf_counter() - start, 1)
-    about = {"seed": seed, "rounds": rounds, "threads": THREADS, "device": device, "seconds": seconds, "tried": dict(tried)}
+    about = {
+        "seed": seed,
+        "rounds": rounds,
+        "threads": THREADS,
+        "device": device,
+        "seconds": seconds,
+        "tried": dict(tried),
+    }
     print(json.dumps(about | {"wrong": len(wrong), "examples": wrong[:10]}, indent=1))
     return len(wrong)
 

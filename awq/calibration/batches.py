@@ -1,4 +1,5 @@
-"""Masked batches of token ids: streams packed into full rows for decoders, one text per row for encoders."""
+"""Masked batches of token ids: streams packed into full rows for decoders, one text per row for
+encoders."""
 
 from __future__ import annotations
 
@@ -22,11 +23,13 @@ MAX_COUNT = 1 << 20  # samples, or tokens of a sample
 MAX_TEXTS_PER_ROW = 64  # texts read for each row wanted: empty ones give none
 PASSAGES_PER_CHAT = 8
 MIN_SPELLED_SHARE = 0.1  # of the bundled texts
-MIN_CUT_CHARACTERS_PER_TOKEN = 20  # no script has so long tokens: more of the text than of it was used is gone
+# no script has so long tokens: more of the text than of it was used is gone
+MIN_CUT_CHARACTERS_PER_TOKEN = 20
 
 
 class CalibrationBatch(NamedTuple):
-    """input_ids, attention_mask: int64 [batch, tokens], mask 1 on real tokens. extra: other inputs, as token_type_ids."""
+    """input_ids, attention_mask: int64 [batch, tokens], mask 1 on real tokens. extra: other inputs,
+    as token_type_ids."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -50,13 +53,14 @@ def load_calibration(
 ) -> list[CalibrationBatch]:
     """Batches of about 4,096 tokens from any kind of calibration data.
 
-    data: whatever `read_request` takes: None (the bundled text), a dataset name or local file, texts, chats, pairs of texts
-    (one row each, as a cross-encoder reads them), lists of token ids, a [samples, tokens] tensor, id tensors of different
-    lengths, or tokenizer outputs, whose masks and token types are kept; or the `CalibrationRequest` itself.
-    mode: "pack" joins the samples into one stream and cuts it into rows of max_length (decoders; at most max_samples rows);
-    "rows" keeps one sample per row, padded and masked (encoders; at most max_samples rows): a long text keeps its first
-    max_length tokens with the special ones, long token ids become several rows.
-    Raises CalibrationError when the data is empty or not understood.
+    data: whatever `read_request` takes: None (the bundled text), a dataset name or local file,
+    texts, chats, pairs of texts (one row each, as a cross-encoder reads them), lists of token ids,
+    a [samples, tokens] tensor, id tensors of different lengths, or tokenizer outputs, whose masks
+    and token types are kept; or the `CalibrationRequest` itself.
+    mode: "pack" joins the samples into one stream and cuts it into rows of max_length (decoders; at
+    most max_samples rows); "rows" keeps one sample per row, padded and masked (encoders; at most
+    max_samples rows): a long text keeps its first max_length tokens with the special ones, long
+    token ids become several rows. Raises CalibrationError when the data is empty or not understood.
 
     >>> [batch] = load_calibration([[4, 5, 6], [7, 8]], mode="rows", pad_id=0)
     >>> batch.input_ids.tolist(), batch.attention_mask.tolist()
@@ -79,7 +83,9 @@ def load_calibration(
     )
     rows = _token_rows(request, max_samples, max_length, mode)
     if not rows:
-        raise CalibrationError("the calibration data is empty; give at least one text with at least one token.")
+        raise CalibrationError(
+            "the calibration data is empty; give at least one text with at least one token."
+        )
     if mode == "pack" and not request.whole_rows:
         rows = _packed(rows, max_length)
     else:
@@ -91,23 +97,32 @@ def check_count(name: str, value: Any) -> None:
     """Raises CalibrationError unless `value` is a whole number from 1 to MAX_COUNT."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or not 1 <= value <= MAX_COUNT:
-        raise CalibrationError(f"{name} is {value!r}; it must be a whole number of at least 1 and at most {MAX_COUNT}.")
+        raise CalibrationError(
+            f"{name} is {value!r}; it must be a whole number of at least 1 and at most {MAX_COUNT}."
+        )
 
 
-def _token_rows(request: CalibrationRequest, max_samples: int, max_length: int, mode: str) -> list[Row]:
+def _token_rows(
+    request: CalibrationRequest, max_samples: int, max_length: int, mode: str
+) -> list[Row]:
     """Rows of ids without padding; those of texts are cut already in mode "rows"."""
     if request.kind == "ids":
         return request.rows
     texts: Sequence[Any] = request.samples
     if request.kind == "bundled":
-        logger.warning("no calibration data given: using the bundled text. Texts of your own task give better results.")
+        logger.warning(
+            "no calibration data given: using the bundled text. Texts of your own task give "
+            "better results."
+        )
         texts = bundled_texts(short=mode == "rows")
         if is_tokenizer(request.tokenizer):
             texts = spelled_texts(texts, request.tokenizer)
     if not texts:
         return []
     if request.kind == "chats" or not is_tokenizer(request.tokenizer):
-        raise CalibrationError("calibration texts need a tokenizer: quantize(tokenizer, calib_data=texts).")
+        raise CalibrationError(
+            "calibration texts need a tokenizer: quantize(tokenizer, calib_data=texts)."
+        )
     if mode == "pack":
         return tokenize(request.tokenizer, texts, special=False, enough=max_samples * max_length)
     if request.kind == "bundled":
@@ -118,20 +133,27 @@ def _token_rows(request: CalibrationRequest, max_samples: int, max_length: int, 
 
 
 def _warn_of_cuts(texts: Sequence[Any], rows: list[Row], max_length: int) -> None:
-    """A warning when most of the texts was cut away: then a file of lines was likely taken for one text."""
+    """A warning when most of the texts was cut away: then a file of lines was likely taken for one
+    text."""
     used = sum(len(row["input_ids"]) for row in rows)
     given = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
     cut = [row for row in rows if len(row["input_ids"]) >= max_length]
     if cut and given > MIN_CUT_CHARACTERS_PER_TOKEN * used and len(rows) >= len(texts):
         logger.warning(
-            "%d of %d calibration texts are longer than %d tokens, and most of what was given is cut away (%d characters, "
+            "%d of %d calibration texts are longer than %d tokens, and most of what was given is "
+            "cut away (%d characters, "
             "%d tokens used); give shorter texts.",
-            len(cut), len(texts), max_length, given, used,
-        )  # fmt: skip
+            len(cut),
+            len(texts),
+            max_length,
+            given,
+            used,
+        )
 
 
 def _packed(rows: list[Row], length: int) -> list[Row]:
-    """One stream of all ids in rows of `length`. A short remainder is kept only when there is nothing else."""
+    """One stream of all ids in rows of `length`. A short remainder is kept only when there is
+    nothing else."""
     stream = [i for row in rows for i in row["input_ids"]]
     cut = [stream[i : i + length] for i in range(0, len(stream), length)]
     full = [ids for ids in cut if len(ids) == length]
@@ -140,7 +162,9 @@ def _packed(rows: list[Row], length: int) -> list[Row]:
 
 def _pieces(row: Row, length: int) -> list[Row]:
     starts = range(0, len(row["input_ids"]), length)
-    return [{key: values[start : start + length] for key, values in row.items()} for start in starts]
+    return [
+        {key: values[start : start + length] for key, values in row.items()} for start in starts
+    ]
 
 
 def evenly_spread(items: int, count: int) -> list[int]:
@@ -160,10 +184,18 @@ def _batches(rows: list[Row], pad: int, tokens: int = BATCH_TOKENS) -> list[Cali
         longest = len(ordered[start]["input_ids"])
         part = ordered[start : start + max(1, tokens // longest)]
         start += len(part)
-        keys = dict.fromkeys(key for row in part for key in row if key not in ("input_ids", "attention_mask"))
+        keys = dict.fromkeys(
+            key for row in part for key in row if key not in ("input_ids", "attention_mask")
+        )
         ones = [row.get("attention_mask", [1] * len(row["input_ids"])) for row in part]
         extra = {key: _padded([row.get(key, []) for row in part], longest, 0) for key in keys}
-        batches.append(CalibrationBatch(_padded([r["input_ids"] for r in part], longest, pad), _padded(ones, longest, 0), extra))
+        batches.append(
+            CalibrationBatch(
+                _padded([r["input_ids"] for r in part], longest, pad),
+                _padded(ones, longest, 0),
+                extra,
+            )
+        )
     return batches
 
 
@@ -175,13 +207,17 @@ def general_rows(batches: Sequence[CalibrationBatch], tokenizer: Any) -> list[Ca
     """Batches of the bundled text with as many rows as `batches`, of their longest row's length."""
     rows = sum(len(b.input_ids) for b in batches)
     longest = max(b.input_ids.shape[1] for b in batches)
-    return load_calibration(general_texts(tokenizer), tokenizer, max_samples=rows, max_length=longest)
+    return load_calibration(
+        general_texts(tokenizer), tokenizer, max_samples=rows, max_length=longest
+    )
 
 
 def general_texts(tokenizer: Any, passages: Sequence[str] | None = None) -> list[str]:
-    """Bundled passages that the tokenizer can spell; after every eighth one a bundled chat, in the model's own template.
+    """Bundled passages that the tokenizer can spell; after every eighth one a bundled chat, in the
+    model's own template.
 
-    Models that answer in chats are served nothing but text in their template. passages: some of the bundled ones; None: all.
+    Models that answer in chats are served nothing but text in their template. passages: some of the
+    bundled ones; None: all.
     """
     texts = spelled_texts(bundled_texts() if passages is None else passages, tokenizer)
     for place, chat in enumerate(rendered_chats(tokenizer)):
@@ -190,7 +226,8 @@ def general_texts(tokenizer: Any, passages: Sequence[str] | None = None) -> list
 
 
 def rendered_chats(tokenizer: Any) -> list[str]:
-    """The bundled chats through the tokenizer's template; none without one, and without those that it does not take."""
+    """The bundled chats through the tokenizer's template; none without one, and without those that
+    it does not take."""
     if getattr(tokenizer, "chat_template", None) is None:
         return []
     texts = []
@@ -203,24 +240,40 @@ def rendered_chats(tokenizer: Any) -> list[str]:
 
 
 def spelled_texts(texts: Sequence[str], tokenizer: Any) -> list[str]:
-    """Those of the bundled texts that the tokenizer can spell: none of its special ids stands in them, `[UNK]` included.
+    """Those of the bundled texts that the tokenizer can spell: none of its special ids stands in
+    them, `[UNK]` included.
 
-    Nobody serves a model texts that it cannot read, and such an id would weigh in every Gram matrix. All texts stay when
+    Nobody serves a model texts that it cannot read, and such an id would weigh in every Gram
+    matrix. All texts stay when
     fewer than a tenth can be spelled: then the tokenizer is not made for text.
     """
     special = set(getattr(tokenizer, "all_special_ids", ()))
-    spelled = [t for t in texts if not special.intersection(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"])]
+    spelled = [
+        t
+        for t in texts
+        if not special.intersection(
+            tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]
+        )
+    ]
     return spelled if len(spelled) >= MIN_SPELLED_SHARE * len(texts) else list(texts)
 
 
-def rebatched(batches: Sequence[CalibrationBatch], tokens: int = BATCH_TOKENS) -> list[CalibrationBatch]:
-    """The same rows in batches of about `tokens`, which depend on the rows alone, not on how they were padded or put together.
+def rebatched(
+    batches: Sequence[CalibrationBatch], tokens: int = BATCH_TOKENS
+) -> list[CalibrationBatch]:
+    """The same rows in batches of about `tokens`, which depend on the rows alone, not on how they
+    were padded or put together.
 
-    Padding at the ends of rows goes, rows are sorted by length (stable) and padded again, on the right. Sums in floating point
-    depend on shapes, so this is what makes quantized weights equal bit for bit with and without padding. Batches stay as they
-    are when `extra` holds something that is not [batch, tokens].
+    Padding at the ends of rows goes, rows are sorted by length (stable) and padded again, on the
+    right. Sums in floating point depend on shapes, so this is what makes quantized weights equal
+    bit for bit with and without padding. Batches stay as they are when `extra` holds something that
+    is not [batch, tokens].
     """
-    if any(value.shape != b.input_ids.shape or value.is_floating_point() for b in batches for value in b.extra.values()):
+    if any(
+        value.shape != b.input_ids.shape or value.is_floating_point()
+        for b in batches
+        for value in b.extra.values()
+    ):
         return list(batches)
     rows: list[Row] = []
     for batch in batches:
@@ -228,5 +281,7 @@ def rebatched(batches: Sequence[CalibrationBatch], tokens: int = BATCH_TOKENS) -
             places = mask.nonzero().flatten().tolist()
             if places:
                 part = slice(places[0], places[-1] + 1)
-                rows.append({key: value[i, part].tolist() for key, value in batch.model_inputs().items()})
+                rows.append(
+                    {key: value[i, part].tolist() for key, value in batch.model_inputs().items()}
+                )
     return _batches(rows, 0, tokens)

@@ -8,15 +8,19 @@ from collections.abc import Iterable
 
 from awq.errors import CalibrationError
 
-# Control and unassigned characters, lone surrogates. Joiners and other format characters (Cf) belong to scripts and emoji.
+# Control and unassigned characters, lone surrogates. Joiners and other format characters (Cf)
+# belong to scripts and emoji.
 _STRAY = {"Cc", "Cs", "Cn"}
-_INVISIBLE = dict.fromkeys(map(ord, "\u200b\ufeff\u2060\u00ad"))  # zero-width space, byte order mark, word joiner, soft hyphen
+# zero-width space, byte order mark, word joiner, soft hyphen
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\ufeff\u2060\u00ad"))
 
 
 def clean_texts(texts: Iterable[str | None]) -> list[str]:
-    """Texts without control characters, with single spaces for any run of white space, without empty ones and duplicates.
+    """Texts without control characters, with single spaces for any run of white space, without
+    empty ones and duplicates.
 
-    The first of equal texts stays, in the order given. Raises CalibrationError for a single string or other kinds.
+    The first of equal texts stays, in the order given. Raises CalibrationError for a single string
+    or other kinds.
     """
     if isinstance(texts, str):
         raise CalibrationError("texts is one string; give a list of strings.")

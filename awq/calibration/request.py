@@ -1,7 +1,8 @@
 """What users give as calibration data, turned into one of six kinds.
 
-People hold calibration data in many ways: lists of strings, a column of a dataset, chat messages, a file, token ids of a
-tokenizer. `read_request` is the one place that knows them all. Everything behind it sees a `CalibrationRequest`:
+People hold calibration data in many ways: lists of strings, a column of a dataset, chat messages, a
+file, token ids of a tokenizer. `read_request` is the one place that knows them all. Everything
+behind it sees a `CalibrationRequest`:
 
     given                                                    kind
     -------------------------------------------------------  ---------
@@ -9,16 +10,19 @@ tokenizer. `read_request` is the one place that knows them all. Everything behin
     a file's path, the name of a dataset on the hub          "texts"
     an iterable of strings: list, tuple, set, generator,     "texts"
         numpy array, pandas Series
-    an iterable of chats, each a list of messages            "chats", with a tokenizer "texts" by its chat template
-    a table: datasets.Dataset, pandas.DataFrame,             what its column `text_column` holds; else its columns
-        iterable of dicts                                    input_ids, messages or conversations
+    an iterable of chats, each a list of messages            "chats", with a tokenizer "texts" by
+    its chat template
+    a table: datasets.Dataset, pandas.DataFrame,             what its column `text_column` holds;
+        else its columns iterable of dicts                                    input_ids, messages or
+        conversations
     an iterable of pairs of strings                          "pairs"
     {prompt name: texts}                                     "prompts"
     token ids: tensors, arrays, lists of integers,           "ids"
         outputs of a tokenizer
 
-Whatever fits no line is refused with one sentence that names what was given. Nothing is guessed: a string that is neither
-a file nor the form of a dataset's name is an error, not a dataset that happens to be missing.
+Whatever fits no line is refused with one sentence that names what was given. Nothing is guessed: a
+string that is neither a file nor the form of a dataset's name is an error, not a dataset that
+happens to be missing.
 """
 
 from __future__ import annotations
@@ -49,14 +53,15 @@ _HUMAN_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model"
 class CalibrationRequest:
     """Calibration data of one kind, read and checked.
 
-    kind: "texts", "chats", "pairs", "prompts", "ids", or "bundled": nothing was given, and the text that ships with the
-        package is meant.
+    kind: "texts", "chats", "pairs", "prompts", "ids", or "bundled": nothing was given, and the text
+        that ships with the package is meant.
     texts: of kind "texts".
     chats: lists of messages that still need a tokenizer (`with_tokenizer`), of kind "chats".
     pairs: of kind "pairs".
     prompts: texts by prompt name, of kind "prompts".
     rows: token ids without padding, of kind "ids".
-    whole_rows: the ids came as one [samples, tokens] tensor, whose rows stay rows when other ids would be joined.
+    whole_rows: the ids came as one [samples, tokens] tensor, whose rows stay rows when other ids
+    would be joined.
     tokenizer: the one that was given, or None.
     own: the texts are the user's own, from memory or a file, and not a general dataset.
     """
@@ -73,14 +78,21 @@ class CalibrationRequest:
 
     @property
     def samples(self) -> Sequence[Any]:
-        """What `kind` says the request holds: texts, pairs, all texts of all prompts, or rows of ids."""
+        """What `kind` says the request holds: texts, pairs, all texts of all prompts, or rows of
+        ids."""
         if self.kind == "prompts":
             return [text for texts in self.prompts.values() for text in texts]
-        held: dict[str, list[Any]] = {"texts": self.texts, "chats": self.chats, "pairs": self.pairs, "ids": self.rows}
+        held: dict[str, list[Any]] = {
+            "texts": self.texts,
+            "chats": self.chats,
+            "pairs": self.pairs,
+            "ids": self.rows,
+        }
         return held.get(self.kind, [])
 
     def with_tokenizer(self, tokenizer: Any) -> CalibrationRequest:
-        """The same request with a tokenizer; chats become texts. Raises CalibrationError when it has no chat template."""
+        """The same request with a tokenizer; chats become texts. Raises CalibrationError when it
+        has no chat template."""
         if self.kind != "chats":
             return replace(self, tokenizer=tokenizer)
         texts = [chat_text(chat, tokenizer) for chat in self.chats]
@@ -100,9 +112,11 @@ def read_request(
 ) -> CalibrationRequest:
     """The calibration data among the first arguments of `quantize`, whatever their order.
 
-    first: a tokenizer or calibration data; second: calibration data, or None; tokenizer: taken when neither holds one.
-    split, text_column: of datasets and tables. text_per_line: a text file without empty lines is one text per line (for
-    encoders, which never join texts). pad_id: padding of bare id tensors; None: they have none.
+    first: a tokenizer or calibration data; second: calibration data, or None; tokenizer: taken when
+    neither holds one.
+    split, text_column: of datasets and tables. text_per_line: a text file without empty lines is
+    one text per line (for encoders, which never join texts). pad_id: padding of bare id tensors;
+    None: they have none.
     limit: samples read of a dataset of the hub.
     Raises CalibrationError, with one line, when the data is of no known kind.
 
@@ -128,8 +142,9 @@ def read_request(
 def tell_apart(first: Any, second: Any = None, tokenizer: Any = None) -> tuple[Any, Any]:
     """(calibration data, tokenizer) of `quantize(first, calib_data=second)`.
 
-    AutoAWQ's first argument is the tokenizer; guides for embedding models put the data there. Only tokenizers can be called.
-    Data in the first argument wins over `second`, whose default always stands there.
+    AutoAWQ's first argument is the tokenizer; guides for embedding models put the data there. Only
+    tokenizers can be called. Data in the first argument wins over `second`, whose default always
+    stands there.
     """
     if first is None:
         return second, tokenizer
@@ -166,18 +181,24 @@ class _Reader:
             return self._ids(self._unpadded(data))
         if data and all(_columns(part) is not None for part in data.values()):
             if self.split not in data:
-                raise CalibrationError(f"the dataset has no split {self.split!r}, only {_names(data)}; give split.")
+                raise CalibrationError(
+                    f"the dataset has no split {self.split!r}, only {_names(data)}; give split."
+                )
             return self.read(data[self.split], own)
         prompts = {}
         for name, texts in data.items():
             if isinstance(texts, (str, Mapping)) or not isinstance(texts, Iterable):
                 raise CalibrationError(
-                    f"calibration data is a mapping with keys {_names(data)} but no input_ids, and {str(name)!r} holds "
-                    f"{type(texts).__name__}; give a tokenizer's output, or a list of texts for each prompt name."
+                    f"calibration data is a mapping with keys {_names(data)} but no input_ids, "
+                    f"and {str(name)!r} holds "
+                    f"{type(texts).__name__}; give a tokenizer's output, or a list of texts for "
+                    "each prompt name."
                 )
             found = self.read(texts, own)
             if found.kind not in ("texts", "pairs"):
-                raise CalibrationError(f"prompt {str(name)!r} holds {found.kind}; give a list of texts.")
+                raise CalibrationError(
+                    f"prompt {str(name)!r} holds {found.kind}; give a list of texts."
+                )
             prompts[str(name)] = found.texts or [text for pair in found.pairs for text in pair]
         if not prompts:
             raise CalibrationError("calibration data is an empty mapping; give texts or token ids.")
@@ -203,19 +224,26 @@ class _Reader:
             return [self._cell(row, column) for row in islice(data, MAX_SAMPLES_READ)]
         iterable = isinstance(data, Iterable) or hasattr(data, "__getitem__")
         if isinstance(data, (bytes, bytearray, str)) or not iterable:
-            raise CalibrationError(f"calibration data is {type(data).__name__}; give texts, token ids, a file or a dataset name.")
+            raise CalibrationError(
+                f"calibration data is {type(data).__name__}; give texts, token ids, a file or a "
+                "dataset name."
+            )
         items = list(islice(data, MAX_SAMPLES_READ))
-        return sorted(items, key=repr) if isinstance(data, (set, frozenset)) else items  # sets have no order of their own
+        # sets have no order of their own
+        return sorted(items, key=repr) if isinstance(data, (set, frozenset)) else items
 
     def _column_of(self, columns: Sequence[str]) -> str:
         for name in (self.column, "input_ids", *CHAT_COLUMNS):
             if name in columns:
                 return name
-        raise CalibrationError(f"the dataset has no column {self.column!r}, only {_names(columns)}; give text_column.")
+        raise CalibrationError(
+            f"the dataset has no column {self.column!r}, only {_names(columns)}; give text_column."
+        )
 
     @staticmethod
     def _cell(row: Mapping, column: str) -> Any:
-        """A row's value in `column`; of a tokenized dataset the row itself, whose mask counts too."""
+        """A row's value in `column`; of a tokenized dataset the row itself, whose mask counts
+        too."""
         return dict(row) if column == "input_ids" else row.get(column)
 
     def _items(self, items: list[Any], own: bool) -> CalibrationRequest:
@@ -254,7 +282,9 @@ class _Reader:
         return self._texts([text for item in items for text in item], own)
 
     def _chats(self, items: list[Any], own: bool) -> CalibrationRequest:
-        return CalibrationRequest("chats", chats=[[_turn(message) for message in item] for item in items], own=own)
+        return CalibrationRequest(
+            "chats", chats=[[_turn(message) for message in item] for item in items], own=own
+        )
 
     def _dicts(self, items: list[Mapping], own: bool) -> CalibrationRequest:
         """Rows of a table, or outputs of a tokenizer."""
@@ -265,33 +295,45 @@ class _Reader:
             column = self._column_of(columns)
         except CalibrationError as error:
             raise CalibrationError(
-                f"calibration samples have keys {_names(columns)} but no input_ids and no column {self.column!r}; give text_column."
+                f"calibration samples have keys {_names(columns)} but no input_ids and no column "
+                f"{self.column!r}; give text_column."
             ) from error
         return self._items([item.get(column) for item in items], own)
 
     def _ids(self, rows: list[Row], whole_rows: bool = False) -> CalibrationRequest:
         rows = [row for row in rows if row["input_ids"]]
         if any(min(row["input_ids"]) < 0 for row in rows):
-            raise CalibrationError("calibration ids are negative; use an attention mask to leave tokens out.")
+            raise CalibrationError(
+                "calibration ids are negative; use an attention mask to leave tokens out."
+            )
         return CalibrationRequest("ids", rows=rows, whole_rows=whole_rows)
 
     def _unpadded(self, item: Mapping) -> list[Row]:
         """Rows of a tokenizer's output without its padding."""
         if "input_ids" not in item:
-            raise CalibrationError(f"a calibration sample has keys {_names(item)} but no input_ids.")
+            raise CalibrationError(
+                f"a calibration sample has keys {_names(item)} but no input_ids."
+            )
         types = item.get("token_type_ids")
         if _is_ragged(item["input_ids"]):  # lengths differ: the tokenizer did not pad
-            found = zip(item["input_ids"], types if types is not None else [None] * len(item["input_ids"]))
+            found = zip(
+                item["input_ids"], types if types is not None else [None] * len(item["input_ids"])
+            )
             return [as_row(_integers(ids).tolist(), kinds) for ids, kinds in found if len(ids)]
         ids = _integers(item["input_ids"])
         ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
         mask = self._mask(item, ids)
         kinds = torch.zeros_like(ids) if types is None else _fitting("token_type_ids", types, ids)
         rows = zip(ids, kinds, mask)
-        return [as_row(row[keep].tolist(), kind[keep].tolist()) for row, kind, keep in rows if bool(keep.any())]
+        return [
+            as_row(row[keep].tolist(), kind[keep].tolist())
+            for row, kind, keep in rows
+            if bool(keep.any())
+        ]
 
     def _mask(self, item: Mapping, ids: Tensor) -> Tensor:
-        """bool [rows, tokens]: real tokens, by the attention mask or by the padding id at the ends of rows."""
+        """bool [rows, tokens]: real tokens, by the attention mask or by the padding id at the ends
+        of rows."""
         if item.get("attention_mask") is not None:
             return _fitting("attention_mask", item["attention_mask"], ids).bool()
         if self.pad_id is None:
@@ -308,26 +350,40 @@ def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
     messages: {"role": …, "content": …}.
     Raises CalibrationError when there is no template.
     """
-    if getattr(tokenizer, "chat_template", None) is None or not hasattr(tokenizer, "apply_chat_template"):
+    if getattr(tokenizer, "chat_template", None) is None or not hasattr(
+        tokenizer, "apply_chat_template"
+    ):
         raise CalibrationError(
-            "calibration data holds chat messages, which need a tokenizer with a chat template (apply_chat_template); "
+            "calibration data holds chat messages, which need a tokenizer with a chat template "
+            "(apply_chat_template); "
             "give the model's own tokenizer, or texts."
         )
     try:
-        return repaired(tokenizer.apply_chat_template(list(messages), tokenize=False, **_fixed_date(tokenizer.chat_template)))
-    except Exception as error:  # a template is a program of the model's author: it may raise anything
+        return repaired(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, **_fixed_date(tokenizer.chat_template)
+            )
+        )
+    # a template is a program of the model's author: it may raise anything
+    except Exception as error:
         reason = first_line(error)
-        raise CalibrationError(f"the chat template cannot take a chat of {len(messages)} messages: {reason}") from error
+        raise CalibrationError(
+            f"the chat template cannot take a chat of {len(messages)} messages: {reason}"
+        ) from error
 
 
 def _fixed_date(template: Any) -> dict[str, Any]:
     """Values for templates that write today's date: equal data must give equal rows on any day."""
-    values: dict[str, Any] = {"strftime_now": CHAT_DATE.strftime, "date_string": CHAT_DATE.strftime("%d %b %Y")}
+    values: dict[str, Any] = {
+        "strftime_now": CHAT_DATE.strftime,
+        "date_string": CHAT_DATE.strftime("%d %b %Y"),
+    }
     return {name: value for name, value in values.items() if name in str(template)}
 
 
 def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with role and content, whether it has them already or {"from": …, "value": …} as ShareGPT's files."""
+    """A message with role and content, whether it has them already or {"from": …, "value": …} as
+    ShareGPT's files."""
     if "from" not in message:
         return dict(message)
     role = str(message["from"])
@@ -381,14 +437,17 @@ def _integers(values: Any) -> Tensor:
     try:
         ids = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CalibrationError(f"a calibration sample is {type(values).__name__}, not token ids or text.") from error
+        raise CalibrationError(
+            f"a calibration sample is {type(values).__name__}, not token ids or text."
+        ) from error
     if ids.is_meta:
         raise CalibrationError("calibration ids are on the meta device, where they have no values.")
     empty = ids.numel() == 0
     whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     if ids.dim() not in (1, 2) or not (whole or empty):
         raise CalibrationError(
-            f"calibration ids have shape {tuple(ids.shape)} and dtype {ids.dtype}; give integers [n] or [rows, n]."
+            f"calibration ids have shape {tuple(ids.shape)} and dtype {ids.dtype}; give integers "
+            "[n] or [rows, n]."
         )
     return ids.detach().cpu().long()
 
@@ -398,9 +457,14 @@ def _fitting(name: str, values: Any, ids: Tensor) -> Tensor:
     try:
         found = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CalibrationError(f"{name} is {type(values).__name__}; give numbers like the ids.") from error
+        raise CalibrationError(
+            f"{name} is {type(values).__name__}; give numbers like the ids."
+        ) from error
     if found.numel() != ids.numel():
-        raise CalibrationError(f"{name} has shape {tuple(found.shape)}, the ids {tuple(ids.shape)}; they must be equal.")
+        raise CalibrationError(
+            f"{name} has shape {tuple(found.shape)}, the ids {tuple(ids.shape)}; they must be "
+            "equal."
+        )
     if found.is_complex() or (found.is_floating_point() and not bool(found.isfinite().all())):
         raise CalibrationError(f"{name} holds values that are not finite numbers.")
     return found.detach().cpu().view_as(ids).long()
@@ -413,7 +477,8 @@ def _columns(data: Any) -> list[str] | None:
     names = getattr(data, "column_names", None)
     if names is None and hasattr(data, "iloc"):
         names = getattr(data, "columns", None)
-    if names is None and hasattr(data, "features"):  # a streamed dataset whose columns are not known yet
+    # a streamed dataset whose columns are not known yet
+    if names is None and hasattr(data, "features"):
         first = next(iter(data), None)
         names = list(first) if isinstance(first, Mapping) else None
     return None if names is None else [str(name) for name in names]

@@ -1,4 +1,5 @@
-"""Where calibration texts come from: a local file, a dataset of the hub, or the text bundled with the package."""
+"""Where calibration texts come from: a local file, a dataset of the hub, or the text bundled with
+the package."""
 
 from __future__ import annotations
 
@@ -34,27 +35,39 @@ def bundled_texts(short: bool = False) -> list[str]:
 
     short: cut into lines and sentences, as embedding models meet text.
     """
-    text = resources.files("awq.calibration").joinpath("data/passages.txt").read_text(encoding="utf-8")
+    text = (
+        resources.files("awq.calibration").joinpath("data/passages.txt").read_text(encoding="utf-8")
+    )
     passages = [p.strip() for p in text.split("\n\n") if p.strip()]
     if not short:
         return passages
-    pieces = (piece for p in passages for line in p.split("\n") for piece in _SENTENCE_END.split(line))
+    pieces = (
+        piece for p in passages for line in p.split("\n") for piece in _SENTENCE_END.split(line)
+    )
     return [piece for piece in pieces if len(piece) >= _MIN_PIECE_CHARACTERS]
 
 
 def bundled_chats() -> list[list[dict[str, str]]]:
-    """Conversations that ship with the package: lists of {"role", "content"}, tool calls and reasoning among them."""
-    text = resources.files("awq.calibration").joinpath("data/chats.jsonl").read_text(encoding="utf-8")
+    """Conversations that ship with the package: lists of {"role", "content"}, tool calls and
+    reasoning among them."""
+    text = (
+        resources.files("awq.calibration").joinpath("data/chats.jsonl").read_text(encoding="utf-8")
+    )
     return [json.loads(line)["messages"] for line in text.splitlines()]
 
 
 def named_texts(name: str, split: str, column: str, limit: int) -> list[str]:
-    """Texts of a local file or a dataset of the hub; the bundled text, with a warning, for "pileval" without a network.
+    """Texts of a local file or a dataset of the hub; the bundled text, with a warning, for
+    "pileval" without a network.
 
     Raises CalibrationError as `named_samples` does.
     """
     samples, _ = named_samples(name, split, column, limit)
-    return bundled_texts() if samples is None else [sample for sample in samples if isinstance(sample, str)]
+    return (
+        bundled_texts()
+        if samples is None
+        else [sample for sample in samples if isinstance(sample, str)]
+    )
 
 
 def named_samples(
@@ -62,10 +75,11 @@ def named_samples(
 ) -> tuple[list[Any] | None, bool]:
     """(texts or chats of a local file or a dataset, whether they are the user's own file).
 
-    (None, False) stands for the bundled text: "pileval", the default, when the hub cannot be reached.
-    text_per_line: a .txt or .md without empty lines is one text per line.
-    Raises CalibrationError for a file that is missing, empty, too large or has no such column, for a directory, for a string
-    that can be neither a file nor a dataset, and for a dataset that cannot be loaded.
+    (None, False) stands for the bundled text: "pileval", the default, when the hub cannot be
+    reached.
+    text_per_line: a .txt or .md without empty lines is one text per line. Raises CalibrationError
+    for a file that is missing, empty, too large or has no such column, for a directory, for a
+    string that can be neither a file nor a dataset, and for a dataset that cannot be loaded.
     """
     path = _existing(name)
     if path is not None:
@@ -75,23 +89,28 @@ def named_samples(
         raise CalibrationError(f"calibration file {_shown(name)} does not exist.")
     if not _DATASET_NAME.fullmatch(name):
         raise CalibrationError(
-            f"calibration data is the one string {_shown(name)}, neither a file nor the name of a dataset; "
+            f"calibration data is the one string {_shown(name)}, neither a file nor the name of a "
+            "dataset; "
             "give a list of texts, a file or a name such as 'owner/dataset'."
         )
     return _hub_samples(name, split, column, limit), False
 
 
 def _existing(name: str | os.PathLike) -> Path | None:
-    """The regular file of that name, or None. Raises CalibrationError for directories and other things that exist."""
+    """The regular file of that name, or None. Raises CalibrationError for directories and other
+    things that exist."""
     try:
         path = Path(os.fspath(name)).expanduser()
         if path.is_file():
             return path
         exists, folder = path.exists(), path.is_dir()
-    except (OSError, RuntimeError, ValueError, TypeError):  # too long, an unknown user, a zero byte, bytes
+    # too long, an unknown user, a zero byte, bytes
+    except (OSError, RuntimeError, ValueError, TypeError):
         return None
     if folder:
-        raise CalibrationError(f"{_shown(name)} is a directory; give one file of texts ({', '.join(_SUFFIXES)}).")
+        raise CalibrationError(
+            f"{_shown(name)} is a directory; give one file of texts ({', '.join(_SUFFIXES)})."
+        )
     if exists:
         raise CalibrationError(f"{_shown(name)} is not a regular file.")
     return None
@@ -104,7 +123,8 @@ def _hub_samples(name: str, split: str, column: str, limit: int) -> list[Any] | 
         from datasets import load_dataset
 
         rows = list(islice(load_dataset(dataset, split=split, streaming=True), limit))
-    except Exception as error:  # the hub fails in many ways: offline mode, DNS, missing dataset, HTTP errors
+    # the hub fails in many ways: offline mode, DNS, missing dataset, HTTP errors
+    except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         if name not in _HUB_NAMES:
             raise CalibrationError(
@@ -112,7 +132,8 @@ def _hub_samples(name: str, split: str, column: str, limit: int) -> list[Any] | 
                 "give texts or a local file, or None for the bundled text."
             ) from error
         logger.warning(
-            "calibration dataset %s cannot be loaded (%s); using the bundled text. Texts of your own task give better results.",
+            "calibration dataset %s cannot be loaded (%s); using the bundled text. Texts of your "
+            "own task give better results.",
             dataset,
             reason,
         )
@@ -120,15 +141,20 @@ def _hub_samples(name: str, split: str, column: str, limit: int) -> list[Any] | 
     columns = sorted({key for row in rows[:64] for key in row})
     column = _column_of(columns, column)
     if rows and column not in columns:
-        raise CalibrationError(f"dataset {dataset} has no column {column!r}, only {columns}; give text_column.")
+        raise CalibrationError(
+            f"dataset {dataset} has no column {column!r}, only {columns}; give text_column."
+        )
     samples = _only_samples(row.get(column) for row in rows)
     if not samples:
-        raise CalibrationError(f"dataset {dataset} holds no text in column {column!r} of split {split!r}.")
+        raise CalibrationError(
+            f"dataset {dataset} holds no text in column {column!r} of split {split!r}."
+        )
     return samples
 
 
 def _ask_hub_once() -> None:
-    """Raises, after one request, where the hub cannot be reached: `datasets` would try six times over half a minute."""
+    """Raises, after one request, where the hub cannot be reached: `datasets` would try six times
+    over half a minute."""
     from huggingface_hub import constants, get_session
 
     if not constants.HF_HUB_OFFLINE:  # then datasets refuses at once by itself
@@ -136,7 +162,8 @@ def _ask_hub_once() -> None:
 
 
 def file_texts(path: Path, column: str = "text") -> list[str]:
-    """Texts of a local file: paragraphs of .txt/.md, or one column of .jsonl, .json, .csv, .tsv or .parquet."""
+    """Texts of a local file: paragraphs of .txt/.md, or one column of .jsonl, .json, .csv, .tsv or
+    .parquet."""
     texts = [sample for sample in file_samples(path, column) if isinstance(sample, str)]
     if not texts:
         raise CalibrationError(f"{path} holds no text.")
@@ -144,10 +171,13 @@ def file_texts(path: Path, column: str = "text") -> list[str]:
 
 
 def file_samples(path: Path, column: str = "text", text_per_line: bool = False) -> list[Any]:
-    """Texts of a local file, or chats (lists of messages) of a .jsonl, .json or .parquet; as `file_texts` else."""
+    """Texts of a local file, or chats (lists of messages) of a .jsonl, .json or .parquet; as
+    `file_texts` else."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise CalibrationError(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB; a few hundred texts are enough.")
+            raise CalibrationError(
+                f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB; a few hundred texts are enough."
+            )
         if path.suffix.lower() == ".parquet":
             values = _parquet_column(path, column)
         else:
@@ -155,10 +185,15 @@ def file_samples(path: Path, column: str = "text", text_per_line: bool = False) 
     except CalibrationError:
         raise
     except KeyError as error:
-        raise CalibrationError(f"{path} cannot be read as calibration texts: it has no column {column!r}.") from error
-    except (csv.Error, TypeError, ValueError, OSError, RecursionError) as error:  # JSON's errors are ValueErrors
+        raise CalibrationError(
+            f"{path} cannot be read as calibration texts: it has no column {column!r}."
+        ) from error
+    # JSON's errors are ValueErrors
+    except (csv.Error, TypeError, ValueError, OSError, RecursionError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeError) else first_line(error)
-        raise CalibrationError(f"{path} cannot be read as calibration texts with column {column!r}: {reason}.") from error
+        raise CalibrationError(
+            f"{path} cannot be read as calibration texts with column {column!r}: {reason}."
+        ) from error
     samples = _only_samples(values)
     if not samples:
         raise CalibrationError(f"{path} holds no text.")
@@ -167,7 +202,8 @@ def file_samples(path: Path, column: str = "text", text_per_line: bool = False) 
 
 def _text_file_values(path: Path, column: str, text_per_line: bool) -> list[object]:
     suffix = path.suffix.lower()
-    text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark, which would hide the first column
+    # spreadsheets write a byte order mark, which would hide the first column
+    text = path.read_text(encoding="utf-8-sig")
     if suffix in (".csv", ".tsv"):
         return _csv_column(text, column, "\t" if suffix == ".tsv" else ",")
     if suffix == ".jsonl":
@@ -182,9 +218,13 @@ def _text_file_values(path: Path, column: str, text_per_line: bool) -> list[obje
 
 
 def _csv_column(text: str, column: str, delimiter: str) -> list[object]:
-    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))  # long samples are cut later, not refused here
+    # long samples are cut later, not refused here
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
-        return [row[column] for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)]
+        return [
+            row[column]
+            for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        ]
     finally:
         csv.field_size_limit(limit)
 
@@ -199,7 +239,8 @@ def _parquet_column(path: Path, column: str) -> list[object]:
 
 
 def _field(row: object, column: str) -> object:
-    """A row's value in `column`. Texts and chats that stand in a file without a column are rows themselves."""
+    """A row's value in `column`. Texts and chats that stand in a file without a column are rows
+    themselves."""
     if isinstance(row, (str, list)):
         return row
     return row[_column_of(row, column)]  # type: ignore[call-overload, index]
@@ -214,7 +255,11 @@ def _column_of(columns: Any, column: str) -> str:
 
 def _only_samples(values: Iterable[object]) -> list[Any]:
     """Texts and chats. Empty and missing fields are common in datasets and say nothing."""
-    return [v for v in values if (isinstance(v, str) and v.strip()) or (isinstance(v, (list, tuple)) and len(v) > 0)]
+    return [
+        v
+        for v in values
+        if (isinstance(v, str) and v.strip()) or (isinstance(v, (list, tuple)) and len(v) > 0)
+    ]
 
 
 def first_line(error: BaseException, longest: int = 120) -> str:

@@ -21,16 +21,22 @@ def tokenize(
     special: bool = True,
     enough: int | None = None,
 ) -> list[Row]:
-    """One row per text or pair of texts; empty ones are left out. max_length cuts each; None keeps it whole.
+    """One row per text or pair of texts; empty ones are left out. max_length cuts each; None keeps
+    it whole.
 
-    enough: stop after the text that brings the sum of tokens to this number; later texts would not be used.
+    enough: stop after the text that brings the sum of tokens to this number; later texts would not
+    be used.
     """
     limits = {"truncation": True, "max_length": max_length} if max_length else {"verbose": False}
     rows: list[Row] = []
     total = 0
     for text in texts:
         parts = (text,) if isinstance(text, str) else tuple(text)
-        found = tokenizer(*parts, add_special_tokens=special, **limits) if any(part.strip() for part in parts) else {}
+        found = (
+            tokenizer(*parts, add_special_tokens=special, **limits)
+            if any(part.strip() for part in parts)
+            else {}
+        )
         if found and len(found["input_ids"]):
             rows.append(as_row(found["input_ids"], found.get("token_type_ids")))
             total += len(rows[-1]["input_ids"])
@@ -40,14 +46,20 @@ def tokenize(
 
 
 def as_row(ids: Sequence[int], types: Sequence[int] | None = None) -> Row:
-    """Types that are all 0 are left out: models take 0 by themselves, and some tokenizers give types that no model takes."""
-    return {"input_ids": list(ids)} | ({"token_type_ids": list(types)} if types is not None and any(types) else {})
+    """Types that are all 0 are left out: models take 0 by themselves, and some tokenizers give
+    types that no model takes."""
+    return {"input_ids": list(ids)} | (
+        {"token_type_ids": list(types)} if types is not None and any(types) else {}
+    )
 
 
-def prepare_calibration_tokens(tokenizer: Any, texts: Sequence[str], max_length: int = 512) -> list[Tensor]:
+def prepare_calibration_tokens(
+    tokenizer: Any, texts: Sequence[str], max_length: int = 512
+) -> list[Tensor]:
     """One int64 tensor [1, n] of token ids per text, n ≤ max_length; texts may differ in length.
 
-    The result goes to `quantize(calibration_tokens, …)` as it is. Raises CalibrationError when no text is left.
+    The result goes to `quantize(calibration_tokens, …)` as it is. Raises CalibrationError when no
+    text is left.
     """
     if isinstance(texts, str):
         raise CalibrationError("texts is one string; give a list of strings.")

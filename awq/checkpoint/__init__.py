@@ -1,4 +1,5 @@
-"""Saving, loading and converting checkpoints; transformers' own machinery does the work wherever it can.
+"""Saving, loading and converting checkpoints; transformers' own machinery does the work wherever it
+can.
 
 Names are imported when first used, so that `awq info` can look into files without torch.
 """

@@ -1,13 +1,16 @@
-"""Every tensor of a checkpoint accounted for: none missing, none left over, none that is not a number.
+"""Every tensor of a checkpoint accounted for: none missing, none left over, none that is not a
+number.
 
-transformers only warns about tensors that it did not find or had no place for, since people start fine-tuning from parts of
-models; what is missing gets random numbers. A *quantized* checkpoint, or one that is to be quantized, has no such excuse.
-This package's own doors ask transformers for its loading report and refuse what that report lists (`check_report`).
-Behind transformers' own doors a new head is legitimate, so only the blocks that hold packed weights must be complete there
+transformers only warns about tensors that it did not find or had no place for, since people start
+fine-tuning from parts of models; what is missing gets random numbers. A *quantized* checkpoint, or
+one that is to be quantized, has no such excuse. This package's own doors ask transformers for its
+loading report and refuse what that report lists (`check_report`). Behind transformers' own doors a
+new head is legitimate, so only the blocks that hold packed weights must be complete there
 (`check_blocks`).
 
-A scale of an activation (`mlp.act.scales`, AutoAWQ's for GELU models) is a tensor like the others. It belongs to a module
-without parameters, so `place_activation_scales` gives that module one before the weights are loaded.
+A scale of an activation (`mlp.act.scales`, AutoAWQ's for GELU models) is a tensor like the others.
+It belongs to a module without parameters, so `place_activation_scales` gives that module one before
+the weights are loaded.
 """
 
 from __future__ import annotations
@@ -32,29 +35,44 @@ _UNUSED_POOLER = re.compile(r"(^|\.)pooler\.")
 _UP_TO_BLOCK_INDEX = re.compile(r"^(.*?\.\d+)\.")
 
 
-def check_report(model: nn.Module, report: dict[str, Any], path: str | Path, body_only: bool = False) -> None:
+def check_report(
+    model: nn.Module, report: dict[str, Any], path: str | Path, body_only: bool = False
+) -> None:
     """Refuses a model that transformers could not fill with exactly what the files of `path` hold.
 
-    report: transformers' loading report ("missing_keys", "unexpected_keys", "mismatched_keys"). body_only: a body was asked
-    for on purpose, so tensors of a head outside it may be left over. Raises CheckpointError with the first names.
+    report: transformers' loading report ("missing_keys", "unexpected_keys", "mismatched_keys").
+    body_only: a body was asked for on purpose, so tensors of a head outside it may be left over.
+    Raises CheckpointError with the first names.
     """
     kind = type(model).__name__
     headless = getattr(model, "base_model", model) is model
-    missing = [name for name in report.get("missing_keys", ()) if not (headless and _UNUSED_POOLER.search(name))]
+    missing = [
+        name
+        for name in report.get("missing_keys", ())
+        if not (headless and _UNUSED_POOLER.search(name))
+    ]
     if missing:
         raise CheckpointError(
-            f"{path} lacks tensors that {kind} needs: {_first(missing)}; transformers would fill them with random numbers. "
+            f"{path} lacks tensors that {kind} needs: {_first(missing)}; transformers would fill "
+            "them with random numbers. "
             "Download or save the checkpoint again, or correct its config.json."
         )
-    surplus = [name for name in report.get("unexpected_keys", ()) if not (body_only and _outside(model, name))]
+    surplus = [
+        name
+        for name in report.get("unexpected_keys", ())
+        if not (body_only and _outside(model, name))
+    ]
     if surplus:
         raise CheckpointError(
-            f"{path} holds tensors that have no place in {kind}: {_first(surplus)}; they would be ignored. "
+            f"{path} holds tensors that have no place in {kind}: {_first(surplus)}; they would be "
+            "ignored. "
             "Correct architectures or the sizes in its config.json."
         )
     mismatched = [str(entry[0]) for entry in report.get("mismatched_keys", ())]
     if mismatched:
-        raise CheckpointError(f"{path} holds tensors of other shapes than {kind} has: {_first(mismatched)}.")
+        raise CheckpointError(
+            f"{path} holds tensors of other shapes than {kind} has: {_first(mismatched)}."
+        )
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -65,12 +83,16 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def check_parameter_shapes(model: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses parameters that took another shape from a file.
 
-    transformers 5.0 to 5.17 put whatever a quantized checkpoint holds into the model. Raises CheckpointError.
+    transformers 5.0 to 5.17 put whatever a quantized checkpoint holds into the model. Raises
+    CheckpointError.
     """
     for name, shape in parameter_shapes(model).items():
         if shape != expected.get(name, shape):
             path = model.config._name_or_path
-            raise CheckpointError(f"{path} holds {name} of shape {shape}, and {type(model).__name__} has {expected[name]}.")
+            raise CheckpointError(
+                f"{path} holds {name} of shape {shape}, and {type(model).__name__} has "
+                f"{expected[name]}."
+            )
 
 
 def _outside(model: nn.Module, name: str) -> bool:
@@ -83,8 +105,9 @@ def _outside(model: nn.Module, name: str) -> bool:
 def check_blocks(model: nn.Module, stored: Iterable[str], matched: Iterable[str]) -> None:
     """Refuses blocks with packed linears that lack other tensors: they would be random numbers.
 
-    stored: names of all tensors in the files. matched: names of the model's packed linears. Heads and all else outside
-    these blocks may be missing, for `AutoModelFor…` puts new heads on old bodies. Raises CheckpointError.
+    stored: names of all tensors in the files. matched: names of the model's packed linears. Heads
+    and all else outside these blocks may be missing, for `AutoModelFor…` puts new heads on old
+    bodies. Raises CheckpointError.
     """
     blocks = {_block_of(name) for name in matched} - {""}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -96,7 +119,8 @@ def check_blocks(model: nn.Module, stored: Iterable[str], matched: Iterable[str]
     ]
     if missing:
         raise CheckpointError(
-            f"the checkpoint lacks tensors of blocks that {type(model).__name__} reads packed: {_first(missing)}; "
+            f"the checkpoint lacks tensors of blocks that {type(model).__name__} reads packed: "
+            f"{_first(missing)}; "
             "download or save it again."
         )
 
@@ -108,25 +132,35 @@ def _block_of(name: str) -> str:
 
 
 def _in_block(name: str) -> str:
-    """Name from the first index on ("3.mlp.up_proj.bias"): what prefixes of bodies and heads do not change."""
+    """Name from the first index on ("3.mlp.up_proj.bias"): what prefixes of bodies and heads do not
+    change."""
     parts = name.split(".")
     start = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
     return ".".join(parts[start:])
 
 
 def place_activation_scales(model: nn.Module, headers: dict[str, dict[str, Any]]) -> list[str]:
-    """Wraps every activation that the files hold scales for in a `ScaledActivation`, in place; returns their names.
+    """Wraps every activation that the files hold scales for in a `ScaledActivation`, in place;
+    returns their names.
 
-    headers: of all tensors in the files. A tensor `X.scales` without `X.qweight` means that the output of module X, which has
-    no parameters of its own, is divided by it. Must run before weights are loaded.
+    headers: of all tensors in the files. A tensor `X.scales` without `X.qweight` means that the
+    output of module X, which has no parameters of its own, is divided by it. Must run before
+    weights are loaded.
     """
-    stored = [name for name in headers if name.endswith(".scales") and f"{name.removesuffix('.scales')}.qweight" not in headers]
+    stored = [
+        name
+        for name in headers
+        if name.endswith(".scales") and f"{name.removesuffix('.scales')}.qweight" not in headers
+    ]
     modules = dict(model.named_modules())
     base = getattr(model, "base_model_prefix", "")
     placed = []
     for name, key in current_keys(model, stored).items():
         spelled = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
-        place = next((s.removesuffix(".scales") for s in spelled if s.removesuffix(".scales") in modules), None)
+        place = next(
+            (s.removesuffix(".scales") for s in spelled if s.removesuffix(".scales") in modules),
+            None,
+        )
         if place is None or any(True for _ in modules[place].parameters()):
             continue
         shape = headers[key]["shape"]
@@ -139,11 +173,15 @@ def place_activation_scales(model: nn.Module, headers: dict[str, dict[str, Any]]
 
 
 def _check_every_block(modules: dict[str, nn.Module], placed: list[str]) -> None:
-    """Blocks are alike: where one has scales for its activation, a block without any has lost them."""
+    """Blocks are alike: where one has scales for its activation, a block without any has lost
+    them."""
     alike = {_without_index(name) for name in placed}
     for name in modules:
         if name not in placed and _without_index(name) in alike:
-            raise CheckpointError(f"the checkpoint lacks {name}.scales, which its other blocks have; download it again.")
+            raise CheckpointError(
+                f"the checkpoint lacks {name}.scales, which its other blocks have; download it "
+                "again."
+            )
 
 
 def _without_index(name: str) -> str:
@@ -152,32 +190,50 @@ def _without_index(name: str) -> str:
     return name.replace(block, block.rstrip("0123456789"), 1)
 
 
-def _check_scaled_width(modules: dict[str, nn.Module], place: str, shape: list[int], key: str) -> None:
-    """The output of an activation goes into a linear beside it, so its scales are as many as that has inputs."""
+def _check_scaled_width(
+    modules: dict[str, nn.Module], place: str, shape: list[int], key: str
+) -> None:
+    """The output of an activation goes into a linear beside it, so its scales are as many as that
+    has inputs."""
     siblings = modules[place.rpartition(".")[0]].children()
     widths = sorted({linear_shape(child)[0] for child in siblings if is_linear(child)})
     if len(shape) != 1 or (widths and shape[0] not in widths):
-        raise CheckpointError(f"{key} has shape {shape}, and the linears beside it take {widths} inputs; the file is broken.")
+        raise CheckpointError(
+            f"{key} has shape {shape}, and the linears beside it take {widths} inputs; the file "
+            "is broken."
+        )
 
 
-def check_finite(model: nn.Module, path: str | Path, error: Callable[[str], Exception] = CheckpointError) -> None:
-    """Refuses parameters that hold NaN or infinity, with their names; those of packed linears are `check_packed_finite`'s."""
+def check_finite(
+    model: nn.Module, path: str | Path, error: Callable[[str], Exception] = CheckpointError
+) -> None:
+    """Refuses parameters that hold NaN or infinity, with their names; those of packed linears are
+    `check_packed_finite`'s."""
     named = ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
     broken = [name for name, parameter in named if not is_finite(parameter)]
     if broken:
-        raise error(f"{path} holds numbers that are not finite in {_first(broken)}; download or make it again.")
+        raise error(
+            f"{path} holds numbers that are not finite in {_first(broken)}; download or make it "
+            "again."
+        )
 
 
 def check_packed_finite(model: nn.Module, matched: Iterable[str]) -> None:
-    """Refuses packed linears and scaled activations whose scales or biases hold NaN or infinity: all their outputs would."""
+    """Refuses packed linears and scaled activations whose scales or biases hold NaN or infinity:
+    all their outputs would."""
     broken = []
     for name in matched:
         module = model.get_submodule(name)
-        for kind, tensor in chain(module.named_buffers(recurse=False), module.named_parameters(recurse=False)):
+        for kind, tensor in chain(
+            module.named_buffers(recurse=False), module.named_parameters(recurse=False)
+        ):
             if tensor.is_floating_point() and not is_finite(tensor):
                 broken.append(f"{name}.{kind}")
     if broken:
-        raise CheckpointError(f"the checkpoint holds numbers that are not finite in {_first(broken)}; download it again.")
+        raise CheckpointError(
+            f"the checkpoint holds numbers that are not finite in {_first(broken)}; download it "
+            "again."
+        )
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -188,25 +244,38 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def check_stored_floats(model: nn.Module, headers: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
-    """Refuses whole numbers and 8-bit floats in the files where the model has floating-point parameters.
+def check_stored_floats(
+    model: nn.Module, headers: Mapping[str, Mapping[str, Any]], path: str | Path
+) -> None:
+    """Refuses whole numbers and 8-bit floats in the files where the model has floating-point
+    parameters.
 
-    transformers casts them in silence. An 8-bit float is half of a pair: its scale belongs to a quantization_config.
+    transformers casts them in silence. An 8-bit float is half of a pair: its scale belongs to a
+    quantization_config.
     """
-    parameters = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    parameters = {
+        name for name, parameter in model.named_parameters() if parameter.is_floating_point()
+    }
     base = getattr(model, "base_model_prefix", "")
     for name, entry in headers.items():
         spelled = {name, f"{base}.{name}", name.removeprefix(f"{base}.")}
         if entry["dtype"] not in (*FLOATS, "F64") and spelled & parameters:
-            raise CheckpointError(f"{path} holds {name} as {entry['dtype']}; it must be a 16- or 32-bit floating-point tensor.")
+            raise CheckpointError(
+                f"{path} holds {name} as {entry['dtype']}; it must be a 16- or 32-bit "
+                "floating-point tensor."
+            )
 
 
 def check_float_parameters(model: nn.Module, path: str | Path) -> None:
     """Refuses whole numbers where the model computes with floating ones."""
-    strange = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
+    strange = [
+        name for name, parameter in model.named_parameters() if not parameter.is_floating_point()
+    ]
     if strange:
         dtype = str(dict(model.named_parameters())[strange[0]].dtype).removeprefix("torch.")
-        raise CheckpointError(f"{path} holds {dtype} where floating-point numbers belong: {_first(strange)}.")
+        raise CheckpointError(
+            f"{path} holds {dtype} where floating-point numbers belong: {_first(strange)}."
+        )
 
 
 def _first(names: Iterable[str]) -> str:

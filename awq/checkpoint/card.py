@@ -10,7 +10,15 @@ from awq.checkpoint.modules import body_directory
 from awq.config import AwqConfig
 
 # What a reader must still be told about the original model: above all its licence.
-_INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "base_model")
+_INHERITED = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+    "library_name",
+    "pipeline_tag",
+    "base_model",
+)
 
 _PACKED = """{bits}-bit AWQ weights (arXiv 2306.00978), group size {group_size}, version `{format}`.
 
@@ -43,12 +51,16 @@ def write_card(
     packed: bool = True,
     name: str | None = None,
 ) -> None:
-    """Writes README.md into `directory`, in place of the original model's card, whose licence and language it keeps."""
+    """Writes README.md into `directory`, in place of the original model's card, whose licence and
+    language it keeps."""
     original = Path(str(source)).name if source else "model"
     body = (_PACKED if packed else _DENSE).format(
-        bits=config.bits, group_size=config.group_size, format=config.format, auto=_auto_name(directory),
+        bits=config.bits,
+        group_size=config.group_size,
+        format=config.format,
+        auto=_auto_name(directory),
         name=name or f"{original}-awq",
-    )  # fmt: skip
+    )
     if report is not None:
         body += _FIGURES.format(summary=report.summary())
     card = directory / "README.md"
@@ -71,7 +83,11 @@ def _metadata(card: Path, source: str | Path | None) -> str:
 
 
 def _auto_name(directory: Path) -> str:
-    architecture = (read_json(body_directory(directory) / "config.json").get("architectures") or [""])[0]
-    if (directory / "modules.json").exists() or not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+    architecture = (
+        read_json(body_directory(directory) / "config.json").get("architectures") or [""]
+    )[0]
+    if (directory / "modules.json").exists() or not architecture.endswith(
+        ("ForCausalLM", "LMHeadModel")
+    ):
         return "AutoModel"
     return "AutoModelForCausalLM"

@@ -1,8 +1,10 @@
-"""The files beside a model's weights: found for a path or hub id, and carried into the directory of the quantized model.
+"""The files beside a model's weights: found for a path or hub id, and carried into the directory of
+the quantized model.
 
-A source is someone else's directory. Only regular files that really lie in it are copied (or in the hub cache's store of
-blobs, where snapshots keep their files): a link may lead anywhere, in circles, or to nothing. What cannot be read is left
-out with a warning, since it must not cost the weights that took hours to compute.
+A source is someone else's directory. Only regular files that really lie in it are copied (or in the
+hub cache's store of blobs, where snapshots keep their files): a link may lead anywhere, in circles,
+or to nothing. What cannot be read is left out with a warning, since it must not cost the weights
+that took hours to compute.
 """
 
 from __future__ import annotations
@@ -48,20 +50,35 @@ def source_directory(source: str | Path | None) -> Path | None:
         from huggingface_hub import snapshot_download
 
         folders = [f"{folder}/*" for folder in FOLDERS_LEFT_OUT]
-        root = Path(snapshot_download(str(source), ignore_patterns=[f"*{ending}" for ending in WEIGHT_ENDINGS] + folders))
-        # A pattern of the hub's client matches in folders too: those of dense heads, whose weights belong here, come after.
+        root = Path(
+            snapshot_download(
+                str(source), ignore_patterns=[f"*{ending}" for ending in WEIGHT_ENDINGS] + folders
+            )
+        )
+        # A pattern of the hub's client matches in folders too: those of dense heads, whose weights
+        # belong here, come after.
         parts = sorted(module_folders(root) - FOLDERS_LEFT_OUT)
-        return Path(snapshot_download(str(source), allow_patterns=[f"{part}/*" for part in parts])) if parts else root
-    except Exception as error:  # the hub's client has many ways to fail, and none of them may lose a quantized model
-        logger.warning("files beside the weights of %s are taken from the cache only: %s", source, str(error).split("\n")[0])
+        return (
+            Path(snapshot_download(str(source), allow_patterns=[f"{part}/*" for part in parts]))
+            if parts
+            else root
+        )
+    # the hub's client has many ways to fail, and none of them may lose a quantized model
+    except Exception as error:
+        logger.warning(
+            "files beside the weights of %s are taken from the cache only: %s",
+            source,
+            str(error).split("\n")[0],
+        )
         return cached_directory(str(source))
 
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copies every file of a model directory but its own weights; files already written are kept.
 
-    Weights in folders that `modules.json` names belong to other parts (dense heads of sentence-transformers) and are copied;
-    the first of these folders may be the transformer's own (`0_Transformer`), whose weights are written anew.
+    Weights in folders that `modules.json` names belong to other parts (dense heads of
+    sentence-transformers) and are copied; the first of these folders may be the transformer's own
+    (`0_Transformer`), whose weights are written anew.
     """
     parts = module_folders(source)
     own = {folder for folder in parts if folder.endswith("Transformer")}
@@ -74,7 +91,8 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def copy_files(source: Path, target: Path, wanted: Callable[[Path], bool]) -> None:
-    """Copies the files of a directory whose relative path is `wanted`; files already written are kept."""
+    """Copies the files of a directory whose relative path is `wanted`; files already written are
+    kept."""
     skipped: list[str] = []
     for path in companion_files(source, skipped):
         inner = path.relative_to(source)
@@ -89,13 +107,19 @@ def copy_files(source: Path, target: Path, wanted: Callable[[Path], bool]) -> No
                 raise
             skipped.append(str(inner))
     if skipped:
-        logger.warning("%s: left out, for they cannot be read or lie elsewhere: %s", source, ", ".join(sorted(skipped)[:5]))
+        logger.warning(
+            "%s: left out, for they cannot be read or lie elsewhere: %s",
+            source,
+            ", ".join(sorted(skipped)[:5]),
+        )
 
 
 def companion_files(source: Path, skipped: list[str]) -> Iterator[Path]:
-    """Regular files that really lie in a directory, sorted; each folder once. Others' names are added to `skipped`."""
+    """Regular files that really lie in a directory, sorted; each folder once. Others' names are
+    added to `skipped`."""
     root = Path(os.path.realpath(source))
-    homes = [root, root.parent.parent / "blobs"]  # the hub's cache: snapshots/<revision> links into blobs
+    # the hub's cache: snapshots/<revision> links into blobs
+    homes = [root, root.parent.parent / "blobs"]
     seen = {root}
     for folder, folders, files in os.walk(source, followlinks=True):
         here = Path(folder)

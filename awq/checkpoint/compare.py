@@ -1,6 +1,7 @@
 """What differs between two quantized directories: settings, sizes, integers, reported errors.
 
-Linears are compared after unpacking, one at a time, so versions that arrange the same integers differently compare equal.
+Linears are compared after unpacking, one at a time, so versions that arrange the same integers
+differently compare equal.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from awq.config import AwqConfig
 class Comparison:
     """Two directories side by side.
 
-    settings: name → (first, second). shared: linears packed in both; equal: those whose integers, zeros and scales are all
-    the same. differing_weights: name → share of integers that differ, the largest first; 1.0 where shapes differ.
+    settings: name → (first, second). shared: linears packed in both; equal: those whose integers,
+    zeros and scales are all
+    the same. differing_weights: name → share of integers that differ, the largest first; 1.0 where
+    shapes differ.
     losses: mean relative output errors of the two reports, None unless both have one.
     """
 
@@ -40,7 +43,8 @@ class Comparison:
 
 
 def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
-    """Compares two local quantized directories. Raises ConfigError or CheckpointError when one is none."""
+    """Compares two local quantized directories. Raises ConfigError or CheckpointError when one is
+    none."""
     sources = [Source.open_directory(first), Source.open_directory(second)]
     configs = [source.settings for source in sources]
     packed = [source.packed for source in sources]
@@ -70,9 +74,13 @@ def _settings(configs: list[AwqConfig]) -> dict[str, tuple[Any, Any]]:
     return {name: (first[name], second[name]) for name in names}
 
 
-def _difference(name: str, packed: list[PackedTensors], configs: list[AwqConfig]) -> tuple[bool, float]:
+def _difference(
+    name: str, packed: list[PackedTensors], configs: list[AwqConfig]
+) -> tuple[bool, float]:
     """Whether all three tensors are the same, and the share of integers that differ."""
-    first, second = (read_packed(name, tensors[name], config) for tensors, config in zip(packed, configs))
+    first, second = (
+        read_packed(name, tensors[name], config) for tensors, config in zip(packed, configs)
+    )
     if first.codes.shape != second.codes.shape:
         return False, 1.0
     same = all(torch.equal(a, b) for a, b in zip(first[:3], second[:3]))

@@ -13,7 +13,14 @@ from torch import Tensor
 from awq.checkpoint.account import is_finite
 from awq.checkpoint.companions import copy_files
 from awq.checkpoint.directory import complete_directory
-from awq.checkpoint.files import INDEX_FILE, PACKED_KINDS, PackedTensors, check_complete, read_json, weight_files
+from awq.checkpoint.files import (
+    INDEX_FILE,
+    PACKED_KINDS,
+    PackedTensors,
+    check_complete,
+    read_json,
+    weight_files,
+)
 from awq.checkpoint.match import fits_dtype
 from awq.checkpoint.modules import body_directory
 from awq.checkpoint.source import Source
@@ -26,8 +33,9 @@ from awq.formats import get_format
 def convert_checkpoint(source: str | Path, target: str | Path, version: str) -> int:
     """Rewrites the checkpoint in `source` as `version` ("gemm", "gemv", "gemv_fast") into `target`.
 
-    One weight file is in memory at a time. Returns the number of converted linears. Raises CheckpointError for a broken or
-    unquantized source, ConfigError for a version that cannot hold a linear's shape; `target` is then untouched.
+    One weight file is in memory at a time. Returns the number of converted linears. Raises
+    CheckpointError for a broken or unquantized source, ConfigError for a version that cannot hold a
+    linear's shape; `target` is then untouched.
     """
     version = normalize_format(version)
     root = Path(source)
@@ -42,15 +50,20 @@ def convert_checkpoint(source: str | Path, target: str | Path, version: str) -> 
         _write_weights(root / inner, work / inner, packed, config, version)
         settings = read_json(work / inner / "config.json")
         settings["quantization_config"] = config.with_(format=version).to_transformers_dict()
-        (work / inner / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (work / inner / "config.json").write_text(
+            json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+        )
         card = work / "README.md"
         if card.is_file():
             old, new = (f"version `{name}`".encode() for name in (config.format, version))
-            card.write_bytes(card.read_bytes().replace(old, new))  # bytes: what a stranger wrote need not be UTF-8
+            # bytes: what a stranger wrote need not be UTF-8
+            card.write_bytes(card.read_bytes().replace(old, new))
     return len(packed)
 
 
-def _write_weights(source: Path, work: Path, packed: PackedTensors, config: AwqConfig, version: str) -> None:
+def _write_weights(
+    source: Path, work: Path, packed: PackedTensors, config: AwqConfig, version: str
+) -> None:
     weight_map: dict[str, str] = {}
     total = 0
     for path in weight_files(source):
@@ -62,7 +75,8 @@ def _write_weights(source: Path, work: Path, packed: PackedTensors, config: AwqC
                 if n.rpartition(".")[2] not in PACKED_KINDS or n.rpartition(".")[0] not in packed
             }
             metadata = file.metadata() or {"format": "pt"}
-        # A linear is written whole into the file that holds its qweight: shards cut between any two tensors.
+        # A linear is written whole into the file that holds its qweight: shards cut between any two
+        # tensors.
         for name in (n.removesuffix(".qweight") for n in names if n.endswith(".qweight")):
             tensors |= _converted(name, packed[name], config, version)
         if not tensors:
@@ -72,22 +86,31 @@ def _write_weights(source: Path, work: Path, packed: PackedTensors, config: AwqC
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     if (source / "model.safetensors.index.json").is_file():
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (work / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=1) + "\n", encoding="utf-8"
+        )
 
 
-def _converted(name: str, entries: dict[str, dict[str, Any]], config: AwqConfig, version: str) -> dict[str, Tensor]:
+def _converted(
+    name: str, entries: dict[str, dict[str, Any]], config: AwqConfig, version: str
+) -> dict[str, Tensor]:
     """The three tensors of one linear in the new layout."""
     weight = read_packed(name, entries, config)
     try:
-        return {f"{name}.{kind}": t.contiguous() for kind, t in get_format(version).pack(weight).items()}
+        return {
+            f"{name}.{kind}": t.contiguous() for kind, t in get_format(version).pack(weight).items()
+        }
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def read_packed(name: str, entries: dict[str, dict[str, Any]], config: AwqConfig) -> QuantizedWeight:
+def read_packed(
+    name: str, entries: dict[str, dict[str, Any]], config: AwqConfig
+) -> QuantizedWeight:
     """The weight of one packed linear of a checkpoint; entries: its part of `Source.packed`.
 
-    Raises CheckpointError when its tensors are missing, broken, or of other shapes than the config says.
+    Raises CheckpointError when its tensors are missing, broken, or of other shapes than the config
+    says.
     """
     check_complete(name, entries)
     parts = {}
@@ -95,25 +118,41 @@ def read_packed(name: str, entries: dict[str, dict[str, Any]], config: AwqConfig
         with safe_open(entries[kind]["file"], "pt") as file:
             parts[kind] = file.get_tensor(f"{name}.{kind}")
     if config.bits != 4:
-        raise CheckpointError(f"{name}: config.json says {config.bits} bits; packed weights hold 4. Correct config.json.")
+        raise CheckpointError(
+            f"{name}: config.json says {config.bits} bits; packed weights hold 4. Correct "
+            "config.json."
+        )
     if parts["qweight"].dim() != 2:
-        raise CheckpointError(f"{name}: qweight has shape {list(parts['qweight'].shape)}, not two axes.")
+        raise CheckpointError(
+            f"{name}: qweight has shape {list(parts['qweight'].shape)}, not two axes."
+        )
     rows, columns = parts["qweight"].shape
     in_features, out_features = {
-        "gemm": (rows, columns * 8), "gemv": (columns * 8, rows), "gemv_fast": (columns, rows * 4),
-    }[config.format]  # fmt: skip
+        "gemm": (rows, columns * 8),
+        "gemv": (columns * 8, rows),
+        "gemv_fast": (columns, rows * 4),
+    }[config.format]
     size = config.group_size_of(in_features, name)
     shapes = get_format(config.format).shapes(in_features, out_features, size)
     wrong = [kind for kind in PACKED_KINDS if tuple(parts[kind].shape) != shapes[kind][0]]
-    strange = [kind for kind in PACKED_KINDS if not fits_dtype(entries[kind]["dtype"], shapes[kind][1])]
+    strange = [
+        kind for kind in PACKED_KINDS if not fits_dtype(entries[kind]["dtype"], shapes[kind][1])
+    ]
     if strange:
-        raise CheckpointError(f"{name}: {strange[0]} has dtype {entries[strange[0]]['dtype']}; the checkpoint is broken.")
+        raise CheckpointError(
+            f"{name}: {strange[0]} has dtype {entries[strange[0]]['dtype']}; the checkpoint is "
+            "broken."
+        )
     if not is_finite(parts["scales"]):
-        raise CheckpointError(f"{name}: scales hold numbers that are not finite; download the checkpoint again.")
+        raise CheckpointError(
+            f"{name}: scales hold numbers that are not finite; download the checkpoint again."
+        )
     if wrong:
         raise CheckpointError(
-            f"{name}: {wrong[0]} has shape {list(parts[wrong[0]].shape)}, not {list(shapes[wrong[0]][0])} as version "
-            f"{config.format} with group_size {config.group_size} would have; correct quantization_config in config.json."
+            f"{name}: {wrong[0]} has shape {list(parts[wrong[0]].shape)}, not "
+            f"{list(shapes[wrong[0]][0])} as version "
+            f"{config.format} with group_size {config.group_size} would have; correct "
+            "quantization_config in config.json."
         )
     try:
         return get_format(config.format).unpack(parts, in_features, out_features, size)

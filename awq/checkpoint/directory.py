@@ -1,17 +1,21 @@
 """Writing a directory whole or not at all, and losing nothing of the user's.
 
-A save writes into a temporary sibling, carries over what stays, flushes everything to the disk, and only then exchanges the
-two directories, in one step where the kernel can (`renameat2`). What was there before is removed last. Whoever is killed, or
-loses power, at any moment finds the old directory or the new one under the name, and the user's files in it.
+A save writes into a temporary sibling, carries over what stays, flushes everything to the disk, and
+only then exchanges the two directories, in one step where the kernel can (`renameat2`). What was
+there before is removed last. Whoever is killed, or loses power, at any moment finds the old
+directory or the new one under the name, and the user's files in it.
 
-What stays of an existing directory is what no reader of models interprets. All files of the older model go (weights,
-tokenizer, templates, modules), so that a save over a directory gives what a save into nothing gives.
+What stays of an existing directory is what no reader of models interprets. All files of the older
+model go (weights, tokenizer, templates, modules), so that a save over a directory gives what a save
+into nothing gives.
 
-A temporary folder is locked by the process that writes it. One that nobody holds was left by a run that died: the next save
-to the same name removes it and says so, or puts it back where a run died between two renames.
+A temporary folder is locked by the process that writes it. One that nobody holds was left by a run
+that died: the next save to the same name removes it and says so, or puts it back where a run died
+between two renames.
 
-Where a directory cannot be renamed (a mount point, the current directory, a parent that is not writable), the work lies
-inside it and files are exchanged one by one: undone on errors, though not in one step.
+Where a directory cannot be renamed (a mount point, the current directory, a parent that is not
+writable), the work lies inside it and files are exchanged one by one: undone on errors, though not
+in one step.
 """
 
 from __future__ import annotations
@@ -81,8 +85,9 @@ MODEL_FILES = (
 def check_target(target: str | Path, source: str | Path | None = None) -> Path:
     """The absolute path of a directory to save to, proven writable; nothing is left in it.
 
-    source: the directory that is read meanwhile. Raises ConfigError for a name that cannot be a directory's, CheckpointError
-    for a place that is a file, not writable, inside the source or around it, or that holds parts of another model.
+    source: the directory that is read meanwhile. Raises ConfigError for a name that cannot be a
+    directory's, CheckpointError for a place that is a file, not writable, inside the source or
+    around it, or that holds parts of another model.
     """
     path = _absolute(target)
     if path.exists() and not path.is_dir():
@@ -106,40 +111,56 @@ def _absolute(target: str | Path) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{str(target)!r} cannot be the name of a directory: {error}.") from error
     if len(path.name.encode()) > MAX_NAME_BYTES:
-        raise ConfigError(f"the name {path.name[:40]}… is longer than the {MAX_NAME_BYTES} bytes that file systems take.")
+        raise ConfigError(
+            f"the name {path.name[:40]}… is longer than the {MAX_NAME_BYTES} bytes that file "
+            "systems take."
+        )
     return path
 
 
 def _check_apart(target: Path, source: Path) -> None:
     if target == source:
-        raise CheckpointError(f"{target} holds the original model (it is the source); save to another directory.")
+        raise CheckpointError(
+            f"{target} holds the original model (it is the source); save to another directory."
+        )
     if target.is_relative_to(source):
-        raise CheckpointError(f"{target} lies inside the source {source}; save to a directory outside it.")
+        raise CheckpointError(
+            f"{target} lies inside the source {source}; save to a directory outside it."
+        )
     if source.is_relative_to(target):
-        raise CheckpointError(f"the source {source} lies inside {target}; save to another directory.")
+        raise CheckpointError(
+            f"the source {source} lies inside {target}; save to another directory."
+        )
 
 
 def _check_content(target: Path) -> None:
-    """Refuses a directory with parts of a model and no config: what belongs to what could not be told."""
+    """Refuses a directory with parts of a model and no config: what belongs to what could not be
+    told."""
     if not target.is_dir() or (target / "config.json").exists() or _stale(target, inside=True):
         return
-    strange = sorted(path.name for path in target.iterdir() if path.is_file() and _is_model_file(path.name))
+    strange = sorted(
+        path.name for path in target.iterdir() if path.is_file() and _is_model_file(path.name)
+    )
     if strange:
         raise CheckpointError(
-            f"{target} holds {', '.join(strange[:3])} and no config.json, so they are no model of their own, but would be read "
+            f"{target} holds {', '.join(strange[:3])} and no config.json, so they are no model of "
+            "their own, but would be read "
             "as parts of the new one; move them away or save to another directory."
         )
     if (target / "adapter_config.json").exists():
-        raise CheckpointError(f"{target} holds an adapter, which readers would apply; save to another directory.")
+        raise CheckpointError(
+            f"{target} holds an adapter, which readers would apply; save to another directory."
+        )
 
 
 @contextmanager
 def complete_directory(target: str | Path, source: str | Path | None = None) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
+    """A temporary folder that becomes `target` when the block ends well, and vanishes when it does
+    not.
 
-    source: a directory that is read meanwhile; it must lie apart. Files of an earlier model in `target` are replaced, all
-    others stay. Raises what `check_target` does, and CheckpointError when the file system refuses (no space, no
-    permission); `target` is then as it was.
+    source: a directory that is read meanwhile; it must lie apart. Files of an earlier model in
+    `target` are replaced, all others stay. Raises what `check_target` does, and CheckpointError
+    when the file system refuses (no space, no permission); `target` is then as it was.
     """
     path = check_target(target, source)
     recover(path)
@@ -171,11 +192,15 @@ def complete_directory(target: str | Path, source: str | Path | None = None) -> 
 
 
 def recover(target: Path) -> None:
-    """Tidies up what runs that died left beside `target`: an older directory is put back, unfinished work removed."""
+    """Tidies up what runs that died left beside `target`: an older directory is put back,
+    unfinished work removed."""
     for folder in _stale(target):
         old = folder.name.endswith(".awq-old")
         if old and not target.exists():
-            logger.warning("%s: a save died between two renames; the directory it replaced is put back.", target)
+            logger.warning(
+                "%s: a save died between two renames; the directory it replaced is put back.",
+                target,
+            )
             folder.rename(target)
         else:
             logger.warning("%s: removing %s, left by a save that died.", target, folder.name)
@@ -186,17 +211,29 @@ def _stale(target: Path, inside: bool = False) -> list[Path]:
     """Temporary folders for this name that no living process holds."""
     places = [target] if inside else [target.parent, target]
     start = _prefix(target)
-    folders = [p for place in places if place.is_dir() for p in place.glob(f"{start}*") if is_temporary(p.name)]
-    return [folder for folder in folders if folder.is_dir() and not folder.is_symlink() and _is_free(folder)]
+    folders = [
+        p
+        for place in places
+        if place.is_dir()
+        for p in place.glob(f"{start}*")
+        if is_temporary(p.name)
+    ]
+    return [
+        folder
+        for folder in folders
+        if folder.is_dir() and not folder.is_symlink() and _is_free(folder)
+    ]
 
 
 def _prefix(target: Path) -> str:
-    """Start of the names of temporary folders: short whatever the target's name, and the same for the same name."""
+    """Start of the names of temporary folders: short whatever the target's name, and the same for
+    the same name."""
     return f".awq-{hashlib.sha256(target.name.encode()).hexdigest()[:12]}-"
 
 
 def _lock(folder: Path) -> int:
-    """Holds a folder as long as the descriptor is open; the system lets go of it when the process dies."""
+    """Holds a folder as long as the descriptor is open; the system lets go of it when the process
+    dies."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -220,7 +257,8 @@ def _is_free(folder: Path) -> bool:
 
 
 def _in_place(target: Path) -> bool:
-    """Whether a directory must keep its place: a mount point, one we stand in, or one whose parent is closed to us."""
+    """Whether a directory must keep its place: a mount point, one we stand in, or one whose parent
+    is closed to us."""
     if not target.is_dir():
         return False
     try:
@@ -264,7 +302,8 @@ def _is_model_file(name: str) -> bool:
 
 
 def _older_model(target: Path) -> set[str]:
-    """Names at the top of a directory that belong to the model in it: interpreted files, its shards, its modules' folders."""
+    """Names at the top of a directory that belong to the model in it: interpreted files, its
+    shards, its modules' folders."""
     if not target.is_dir():
         return set()
     names = {path.name for path in target.iterdir() if _is_model_file(path.name)}
@@ -319,10 +358,17 @@ def _exchange_directories(work: Path, target: Path) -> None:
 
 def _swap_in_one_step(first: Path, second: Path) -> bool:
     """Exchanges two names by the kernel's own call; False where there is none."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform.startswith("linux") else None
+    call = (
+        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if sys.platform.startswith("linux")
+        else None
+    )
     if call is None:
         return False
-    if call(_CURRENT_FOLDER, os.fsencode(first), _CURRENT_FOLDER, os.fsencode(second), _EXCHANGE) == 0:
+    if (
+        call(_CURRENT_FOLDER, os.fsencode(first), _CURRENT_FOLDER, os.fsencode(second), _EXCHANGE)
+        == 0
+    ):
         return True
     code = ctypes.get_errno()
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
@@ -331,13 +377,16 @@ def _swap_in_one_step(first: Path, second: Path) -> bool:
 
 
 def _exchange_files(work: Path, target: Path) -> None:
-    """Moves the new files into a directory that keeps its place, its config last; all of it is undone on an error."""
+    """Moves the new files into a directory that keeps its place, its config last; all of it is
+    undone on an error."""
     new = sorted((path.name for path in work.iterdir()), key=lambda name: name == "config.json")
     backup = work / ".before"
     backup.mkdir()
     done: list[tuple[Path, Path]] = []
     try:
-        for name in sorted(_older_model(target) | {name for name in new if (target / name).exists()}, reverse=True):
+        for name in sorted(
+            _older_model(target) | {name for name in new if (target / name).exists()}, reverse=True
+        ):
             if (target / name).exists():
                 done.append((target / name, backup / name))
                 (target / name).rename(backup / name)
@@ -353,7 +402,8 @@ def _exchange_files(work: Path, target: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Every file and folder on the disk before their names change: a rename may outlive the contents otherwise."""
+    """Every file and folder on the disk before their names change: a rename may outlive the
+    contents otherwise."""
     for place, _, files in os.walk(folder):
         for name in files:
             path = Path(place) / name
@@ -378,14 +428,16 @@ def _flush_folder(path: Path) -> None:
 
 
 def _open_modes(work: Path) -> None:
-    """Gives files the permissions the user's umask allows: safetensors writes them readable by their owner alone."""
+    """Gives files the permissions the user's umask allows: safetensors writes them readable by
+    their owner alone."""
     allowed = work.stat().st_mode & 0o666
     for path in work.rglob("*.safetensors"):
         path.chmod(allowed)
 
 
 def _remove_work(folder: Path) -> None:
-    """Removes a folder with all of its content, folders that were copied without the right to write included."""
+    """Removes a folder with all of its content, folders that were copied without the right to write
+    included."""
     for place, _, _ in os.walk(folder):
         os.chmod(place, 0o700)
     shutil.rmtree(folder, ignore_errors=True)

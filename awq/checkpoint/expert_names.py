@@ -1,12 +1,16 @@
-"""What the linears of experts are called in checkpoints: transformers' own converters, read backwards.
+"""What the linears of experts are called in checkpoints: transformers' own converters, read
+backwards.
 
-transformers knows, for every type of mixture, how the tensors of a hub checkpoint become its 3-D parameters. A miniature of
-these parameters, in which every element says which expert and which of gate, up and down it belongs to, is sent through the
-same converters as saving a model does. The names under which the elements come out are the checkpoint's. No table of model
-types is needed, and a type that transformers learns tomorrow works.
+transformers knows, for every type of mixture, how the tensors of a hub checkpoint become its 3-D
+parameters. A miniature of these parameters, in which every element says which expert and which of
+gate, up and down it belongs to, is sent through the same converters as saving a model does. The
+names under which the elements come out are the checkpoint's. No table of model types is needed, and
+a type that transformers learns tomorrow works.
 
-Where the original checkpoint stores its experts fused, there is no such name; then the linears are called as in most
-checkpoints: `experts.3.gate_proj`, `up_proj`, `down_proj`. All serving engines that read such types accept these.
+Where the original checkpoint stores its experts fused, there is no such name; then the linears are
+called as in most
+checkpoints: `experts.3.gate_proj`, `up_proj`, `down_proj`. All serving engines that read such types
+accept these.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ _GATE, _UP, _DOWN = range(3)
 
 
 def expert_names(model: Any) -> dict[str, ExpertNames]:
-    """Name of a module of fused experts → names of its experts' linears, as checkpoints of this type have them.
+    """Name of a module of fused experts → names of its experts' linears, as checkpoints of this
+    type have them.
 
     One module of every class and shape is asked; the others are alike.
     """
@@ -45,7 +50,8 @@ def expert_names(model: Any) -> dict[str, ExpertNames]:
 
 
 def router_spellings(model: Any) -> set[str]:
-    """Routers beside packed experts that are no linears, as transformers and as the checkpoint call them.
+    """Routers beside packed experts that are no linears, as transformers and as the checkpoint call
+    them.
 
     Some engines build such a router as a quantized linear unless it is named as one that is not.
     """
@@ -68,11 +74,16 @@ def _on_disk(model: Any, names: Iterable[str]) -> list[str]:
     except ImportError:
         return []
     weights = {f"{name}.weight": model.get_submodule(name).weight for name in names}
-    return [key.removesuffix(".weight") for key in revert_weight_conversion(model, weights) if key.endswith(".weight")]
+    return [
+        key.removesuffix(".weight")
+        for key in revert_weight_conversion(model, weights)
+        if key.endswith(".weight")
+    ]
 
 
 def names_in_files(model: Any, stored: Iterable[str]) -> dict[str, ExpertNames]:
-    """Like `expert_names`, for the modules whose experts' packed linears are among `stored` (module names in the files).
+    """Like `expert_names`, for the modules whose experts' packed linears are among `stored` (module
+    names in the files).
 
     Files that other tools wrote may have the usual names where the type's own are others.
     """
@@ -111,7 +122,9 @@ def _names_of(model: Any, name: str, shape: ExpertShape) -> ExpertNames | None:
 def _miniature(name: str, shape: ExpertShape) -> dict[str, Tensor]:
     """Parameters of a few rows, filled with 3 · expert + part."""
     experts = 3 * torch.arange(shape.num_experts).view(-1, 1, 1).float()
-    gate, up, down = (torch.full((shape.num_experts, 2, 2), float(part)) + experts for part in (_GATE, _UP, _DOWN))
+    gate, up, down = (
+        torch.full((shape.num_experts, 2, 2), float(part)) + experts for part in (_GATE, _UP, _DOWN)
+    )
     first = shape.join(gate, up, 1) if shape.has_gate else up
     tensors = {"gate_up_proj" if shape.has_gate else "up_proj": first, "down_proj": down}
     if shape.transposed:

@@ -1,8 +1,9 @@
-"""Looking into checkpoint files without loading them: names, dtypes and shapes of tensors, sizes, JSON.
+"""Looking into checkpoint files without loading them: names, dtypes and shapes of tensors, sizes,
+JSON.
 
-Files come from strangers. A pipe would hang the reader, a header may claim gigabytes, JSON may nest without end: only
-regular files are opened, sizes are compared with a bound before anything is allocated, and whatever the parsers raise
-becomes a `CheckpointError` with the file's name.
+Files come from strangers. A pipe would hang the reader, a header may claim gigabytes, JSON may nest
+without end: only regular files are opened, sizes are compared with a bound before anything is
+allocated, and whatever the parsers raise becomes a `CheckpointError` with the file's name.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ MAX_JSON_BYTES = 64 << 20  # the index of the largest models has 10 MB
 
 
 def weight_files(directory: str | Path) -> list[Path]:
-    """The safetensors files that make up the model of a local directory, in the order of their names.
+    """The safetensors files that make up the model of a local directory, in the order of their
+    names.
 
-    As transformers chooses: `model.safetensors`, else the shards that the index names, else whatever lies there. Empty when
-    it is no directory.
+    As transformers chooses: `model.safetensors`, else the shards that the index names, else
+    whatever lies there. Empty when it is no directory.
     """
     root = Path(directory)
     if not str(directory) or not root.is_dir():
@@ -49,21 +51,31 @@ def weight_files(directory: str | Path) -> list[Path]:
 
 
 def shards_of(index: Path) -> list[str]:
-    """Names of the files that an index speaks of. Raises CheckpointError when one of them lies outside its folder."""
+    """Names of the files that an index speaks of. Raises CheckpointError when one of them lies
+    outside its folder."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map of tensor names to file names; save the checkpoint again.")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise CheckpointError(
+            f"{index} has no weight_map of tensor names to file names; save the checkpoint again."
+        )
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise CheckpointError(f"{index} names {outside[0]!r}, which is no file of its own folder; the checkpoint is refused.")
+        raise CheckpointError(
+            f"{index} names {outside[0]!r}, which is no file of its own folder; the checkpoint is "
+            "refused."
+        )
     return names
 
 
 def files_of(config: Any, given: Iterable[str] | None = None) -> list[Path]:
-    """The safetensors files a model is loaded from: as told by transformers, or where its config came from.
+    """The safetensors files a model is loaded from: as told by transformers, or where its config
+    came from.
 
-    A hub model's files are looked up in the local cache; nothing is downloaded. Empty when they are not found.
+    A hub model's files are looked up in the local cache; nothing is downloaded. Empty when they are
+    not found.
     """
     if given:
         return [Path(f) for f in given if str(f).endswith(".safetensors")]
@@ -87,9 +99,11 @@ def cached_directory(repository: str, revision: str | None = None) -> Path | Non
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name → {dtype, shape, file} of one safetensors file; dtype in the file's words ("F16", "I32").
+    """Tensor name → {dtype, shape, file} of one safetensors file; dtype in the file's words ("F16",
+    "I32").
 
-    A file that did not change is read once. Raises CheckpointError when it is no regular file, truncated, or no safetensors.
+    A file that did not change is read once. Raises CheckpointError when it is no regular file,
+    truncated, or no safetensors.
     """
     status = _regular(path)
     return dict(_read_header(path, status.st_size, status.st_mtime_ns, status.st_ino))
@@ -107,8 +121,12 @@ def _read_header(path: Path, size: int, _changed: int, _inode: int) -> dict[str,
             }
     except (SafetensorError, OSError, ValueError) as error:
         if "not fully covered" in str(error) or "incomplete metadata" in str(error).lower():
-            raise CheckpointError(f"{path} is truncated (it has {size} bytes); download or save it again.") from error
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}); download or save it again.") from error
+            raise CheckpointError(
+                f"{path} is truncated (it has {size} bytes); download or save it again."
+            ) from error
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}); download or save it again."
+        ) from error
 
 
 def _check_header_size(path: Path, size: int) -> None:
@@ -116,18 +134,23 @@ def _check_header_size(path: Path, size: int) -> None:
         length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size, MAX_HEADER_BYTES):
         raise CheckpointError(
-            f"{path} is not a readable safetensors file (a header of {length} bytes in a file of {size}); "
+            f"{path} is not a readable safetensors file (a header of {length} bytes in a file of "
+            f"{size}); "
             "download or save it again."
         )
 
 
 def tensor_headers(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Headers of all tensors of all files. Raises CheckpointError when two files hold a tensor of one name."""
+    """Headers of all tensors of all files. Raises CheckpointError when two files hold a tensor of
+    one name."""
     headers: dict[str, dict[str, Any]] = {}
     for file in files:
         for name, entry in read_header(file).items():
             if name in headers:
-                raise CheckpointError(f"{name} lies in {headers[name]['file'].name} and in {file.name}; remove the older file.")
+                raise CheckpointError(
+                    f"{name} lies in {headers[name]['file'].name} and in {file.name}; remove the "
+                    "older file."
+                )
             headers[name] = entry
     return headers
 
@@ -151,21 +174,29 @@ def check_complete(name: str, tensors: Mapping[str, Any]) -> None:
     """Refuses a packed linear that lacks one of its tensors."""
     missing = [kind for kind in PACKED_KINDS if kind not in tensors]
     if missing:
-        raise CheckpointError(f"{name}: the checkpoint lacks {', '.join(missing)}; the file is incomplete, save it again.")
+        raise CheckpointError(
+            f"{name}: the checkpoint lacks {', '.join(missing)}; the file is incomplete, save it "
+            "again."
+        )
 
 
 def check_packed(packed: PackedTensors) -> None:
-    """Refuses packed linears that lack one of their tensors, or whose tensors have dtypes that none of the formats has."""
+    """Refuses packed linears that lack one of their tensors, or whose tensors have dtypes that none
+    of the formats has."""
     for name, tensors in packed.items():
         check_complete(name, tensors)
         strange = [kind for kind in PACKED_KINDS if tensors[kind]["dtype"] not in PACKED_DTYPES]
         if strange:
             dtype = tensors[strange[0]]["dtype"]
-            raise CheckpointError(f"{name}: {strange[0]} has dtype {dtype}, which is in none of the formats; the file is broken.")
+            raise CheckpointError(
+                f"{name}: {strange[0]} has dtype {dtype}, which is in none of the formats; the "
+                "file is broken."
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError when it is missing, too large, or no object."""
+    """A JSON object from a file. Raises CheckpointError when it is missing, too large, or no
+    object."""
     content = read_any_json(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a JSON object.")
@@ -176,7 +207,10 @@ def read_any_json(path: Path) -> Any:
     """What a JSON file holds. Raises CheckpointError when it is missing, too large, or no JSON."""
     size = _regular(path).st_size
     if size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that a settings file may have.")
+        raise CheckpointError(
+            f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that a settings file may "
+            "have."
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -184,7 +218,8 @@ def read_any_json(path: Path) -> Any:
 
 
 def _regular(path: Path) -> os.stat_result:
-    """The status of a regular file; opening a pipe or a device would hang. Raises CheckpointError."""
+    """The status of a regular file; opening a pipe or a device would hang. Raises
+    CheckpointError."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
@@ -195,9 +230,11 @@ def _regular(path: Path) -> os.stat_result:
 
 
 def check_directory(path: str | Path) -> None:
-    """Raises CheckpointError when a local model directory lacks its config or weights, or when they are broken.
+    """Raises CheckpointError when a local model directory lacks its config or weights, or when they
+    are broken.
 
-    Packed weights ask for a `quantization_config`: without one, every reader would load random numbers in their place.
+    Packed weights ask for a `quantization_config`: without one, every reader would load random
+    numbers in their place.
     """
     root = Path(path)
     if not (root / "config.json").exists():
@@ -207,13 +244,17 @@ def check_directory(path: str | Path) -> None:
     if (root / INDEX_FILE).exists():
         _check_index(root, {file.name for file in files})
     if not files:
-        raise CheckpointError(f"{root} has no .safetensors weights; convert the model to safetensors first.")
+        raise CheckpointError(
+            f"{root} has no .safetensors weights; convert the model to safetensors first."
+        )
     packed = packed_tensors(files)
     check_packed(packed)
     if packed and not config.get("quantization_config"):
         raise CheckpointError(
-            f"{root} holds packed weights (first: {min(packed)}.qweight), but its config.json has no quantization_config; "
-            'add {"quant_method": "awq", "bits": 4, "group_size": …, "version": …} as the checkpoint was made.'
+            f"{root} holds packed weights (first: {min(packed)}.qweight), but its config.json has "
+            "no quantization_config; "
+            'add {"quant_method": "awq", "bits": 4, "group_size": …, "version": …} as the '
+            "checkpoint was made."
         )
 
 
@@ -226,10 +267,17 @@ def _check_index(root: Path, files: set[str]) -> None:
         raise CheckpointError(f"{root} lacks {', '.join(missing)}, named in {index.name}.")
     stray = sorted(present - named)
     if stray:
-        raise CheckpointError(f"{root} holds {', '.join(stray)}, which {index.name} does not name; remove what is stale.")
+        raise CheckpointError(
+            f"{root} holds {', '.join(stray)}, which {index.name} does not name; remove what is "
+            "stale."
+        )
     weight_map = read_json(index)["weight_map"]
     for file in sorted(named):
         header = read_header(root / file)
-        absent = [name for name, shard in weight_map.items() if shard == file and name not in header]
+        absent = [
+            name for name, shard in weight_map.items() if shard == file and name not in header
+        ]
         if absent:
-            raise CheckpointError(f"{root / file} lacks {absent[0]}, which {index.name} looks for there.")
+            raise CheckpointError(
+                f"{root / file} lacks {absent[0]}, which {index.name} looks for there."
+            )

@@ -1,7 +1,9 @@
-"""Our `HfQuantizer`: what makes `AutoModel.from_pretrained(quantized_dir)` work with this package alone.
+"""Our `HfQuantizer`: what makes `AutoModel.from_pretrained(quantized_dir)` work with this package
+alone.
 
-Which linears are packed is read off the checkpoint itself: a linear is packed if the files hold its `qweight`. Lists of
-modules in the config are a fallback only, since every tool spells and matches them differently.
+Which linears are packed is read off the checkpoint itself: a linear is packed if the files hold its
+`qweight`. Lists of modules in the config are a fallback only, since every tool spells and matches
+them differently.
 """
 
 from __future__ import annotations
@@ -53,16 +55,26 @@ def storage_settings(source: Any) -> settings.AwqConfig:
     return settings.AwqConfig.from_file(given)
 
 
-class AwqConfig(transformers.AwqConfig):  # transformers compares the class's name when one is given by hand
-    """transformers' config object without its demands on other packages, and with every layout of AutoAWQ."""
+# transformers compares the class's name when one is given by hand
+class AwqConfig(transformers.AwqConfig):
+    """transformers' config object without its demands on other packages, and with every layout of
+    AutoAWQ."""
 
-    def __init__(self, bits: int = 4, group_size: int = 128, zero_point: bool = True, **others: Any) -> None:
+    def __init__(
+        self, bits: int = 4, group_size: int = 128, zero_point: bool = True, **others: Any
+    ) -> None:
         self.quant_method = transformers.utils.quantization_config.QuantizationMethod.AWQ
         keep = {"w_bit", "q_group_size", "version", "format", "modules_to_not_convert"}
         given = {key: value for key, value in others.items() if key in keep and value is not None}
         bits, group_size = given.pop("w_bit", bits), given.pop("q_group_size", group_size)
-        chosen = storage_settings({"bits": bits, "group_size": group_size, "zero_point": zero_point, **given})
-        self.bits, self.group_size, self.zero_point = chosen.bits, chosen.group_size, chosen.zero_point
+        chosen = storage_settings(
+            {"bits": bits, "group_size": group_size, "zero_point": zero_point, **given}
+        )
+        self.bits, self.group_size, self.zero_point = (
+            chosen.bits,
+            chosen.group_size,
+            chosen.zero_point,
+        )
         self.version = self.format = chosen.format
         self.modules_to_not_convert = list(chosen.modules_to_not_convert) or None
         self.do_fuse = False
@@ -72,7 +84,8 @@ class AwqConfig(transformers.AwqConfig):  # transformers compares the class's na
 
 
 class AwqHfQuantizer(HfQuantizer):
-    """Loads AWQ checkpoints into `WQLinear`. Keeps the dtype that was asked for; needs no compiled extension."""
+    """Loads AWQ checkpoints into `WQLinear`. Keeps the dtype that was asked for; needs no compiled
+    extension."""
 
     requires_calibration = True
     requires_parameters_quantization = False
@@ -81,7 +94,9 @@ class AwqHfQuantizer(HfQuantizer):
         if isinstance(quantization_config, dict):
             quantization_config = AwqConfig.from_dict(quantization_config)
         super().__init__(quantization_config, **kwargs)
-        self.modules_to_not_convert = list(getattr(quantization_config, "modules_to_not_convert", None) or [])
+        self.modules_to_not_convert = list(
+            getattr(quantization_config, "modules_to_not_convert", None) or []
+        )
         self.matched: dict[str, str] = {}
         self.packed: PackedTensors = {}
         self.stored: list[str] = []  # names of all tensors in the files
@@ -97,7 +112,8 @@ class AwqHfQuantizer(HfQuantizer):
         _ = self.settings
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
-        """transformers 4.x: no dtype means float16, AutoAWQ's, on an accelerator and float32 on a CPU."""
+        """transformers 4.x: no dtype means float16, AutoAWQ's, on an accelerator and float32 on a
+        CPU."""
         return dtype or (torch.float16 if torch.cuda.is_available() else torch.float32)
 
     update_torch_dtype = update_dtype  # its name until transformers 4.55
@@ -108,7 +124,8 @@ class AwqHfQuantizer(HfQuantizer):
         self.packed = packed_among(headers)
         if headers and not self.packed:
             raise CheckpointError(
-                f"the config of {model.config._name_or_path} has a quantization_config, but its files hold no packed weights; "
+                f"the config of {model.config._name_or_path} has a quantization_config, but its "
+                "files hold no packed weights; "
                 "remove quantization_config from config.json."
             )
         self.scaled = place_activation_scales(model, headers)
@@ -116,7 +133,8 @@ class AwqHfQuantizer(HfQuantizer):
         self.matched = replace_linears(model, self.settings, self.packed)
         untie_packed(model, self.matched)
         for name in self.matched:
-            # Some models initialise their linears' `weight` by name after loading, which passes over what is marked as loaded.
+            # Some models initialise their linears' `weight` by name after loading, which passes
+            # over what is marked as loaded.
             placeholder = torch.empty(0)
             placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
             model.get_submodule(name).weight = placeholder
@@ -155,7 +173,9 @@ class AwqHfQuantizer(HfQuantizer):
             if isinstance(module, AwqExperts):
                 replace_module(model, name, module.dequantized(dtype or model.dtype))
             if isinstance(module, WQLinear):
-                dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+                dense = nn.Linear(
+                    module.in_features, module.out_features, module.bias is not None, device="meta"
+                )
                 dense.weight = nn.Parameter(module.dequantize(dtype or model.dtype))
                 bias: Any = module.bias
                 if bias is not None:
@@ -164,12 +184,15 @@ class AwqHfQuantizer(HfQuantizer):
         return model
 
 
-def replace_linears(model: Any, config: settings.AwqConfig, packed: PackedTensors) -> dict[str, str]:
-    """Puts an empty `WQLinear` where the checkpoint has packed weights, in place; returns module name → name in the files.
+def replace_linears(
+    model: Any, config: settings.AwqConfig, packed: PackedTensors
+) -> dict[str, str]:
+    """Puts an empty `WQLinear` where the checkpoint has packed weights, in place; returns module
+    name → name in the files.
 
-    packed: headers of the packed tensors; when empty, every linear but the excluded ones and the output head is meant.
-    Raises CheckpointError when the files hold packed weights but none belongs to this model, or their shapes belong to
-    other settings than the config's.
+    packed: headers of the packed tensors; when empty, every linear but the excluded ones and the
+    output head is meant. Raises CheckpointError when the files hold packed weights but none belongs
+    to this model, or their shapes belong to other settings than the config's.
     """
     linears = named_linears(model)
     if packed:
@@ -179,21 +202,31 @@ def replace_linears(model: Any, config: settings.AwqConfig, packed: PackedTensor
     else:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         skipped = config.modules_to_not_convert
-        matched = {n: n for n, m in linears.items() if m is not head and not any(f".{p}." in f".{n}." for p in skipped)}
+        matched = {
+            n: n
+            for n, m in linears.items()
+            if m is not head and not any(f".{p}." in f".{n}." for p in skipped)
+        }
     for name in matched:
         module: Any = linears[name]
         in_features, out_features = linear_shape(module)
         size = config.group_size_of(in_features, name)
         place, dtype = module.weight.device, module.weight.dtype
         bias = getattr(module, "bias", None) is not None
-        replace_module(model, name, WQLinear(in_features, out_features, bias, size, config.format, place, dtype))
+        replace_module(
+            model,
+            name,
+            WQLinear(in_features, out_features, bias, size, config.format, place, dtype),
+        )
     return matched
 
 
 def untie_packed(model: Any, matched: Iterable[str]) -> None:
-    """Takes packed modules out of the model's ties: they have no `weight` to share, in whatever direction.
+    """Takes packed modules out of the model's ties: they have no `weight` to share, in whatever
+    direction.
 
-    A head that is packed although its config ties it to the embeddings is used as the head it is; the config then says so.
+    A head that is packed although its config ties it to the embeddings is used as the head it is;
+    the config then says so.
     """
     packed = set(matched)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -203,19 +236,30 @@ def untie_packed(model: Any, matched: Iterable[str]) -> None:
     tied = getattr(model, "all_tied_weights_keys", None)
     if tied:
         weights = {f"{name}.weight" for name in packed}
-        model.all_tied_weights_keys = {k: v for k, v in tied.items() if k not in weights and v not in weights}
+        model.all_tied_weights_keys = {
+            k: v for k, v in tied.items() if k not in weights and v not in weights
+        }
 
 
 def restore_scales(model: Any, matched: dict[str, str], packed: PackedTensors) -> None:
-    """Reads scales again that transformers 4.x has cast to the model's dtype on the way in: bfloat16 loses three of their bits."""
+    """Reads scales again that transformers 4.x has cast to the model's dtype on the way in:
+    bfloat16 loses three of their bits."""
     for name, stored in matched.items():
         module = model.get_submodule(name)
         for kind, buffer in list(module._buffers.items()):
-            if kind == "bias" or buffer is None or buffer.is_meta or buffer.dtype in (torch.float16, torch.int32, torch.int16):
+            if (
+                kind == "bias"
+                or buffer is None
+                or buffer.is_meta
+                or buffer.dtype in (torch.float16, torch.int32, torch.int16)
+            ):
                 continue
             if stored not in packed:
                 if buffer.dtype == torch.bfloat16:
-                    raise CheckpointError(f"{name}: its {kind} were cast to bfloat16 while loading; load in float16 or float32.")
+                    raise CheckpointError(
+                        f"{name}: its {kind} were cast to bfloat16 while loading; load in float16 "
+                        "or float32."
+                    )
                 module._buffers[kind] = buffer.half()
                 continue
             with safe_open(packed[stored][kind]["file"], "pt") as file:
@@ -225,7 +269,8 @@ def restore_scales(model: Any, matched: dict[str, str], packed: PackedTensors) -
 def check_loaded(model: Any, matched: dict[str, str], packed: PackedTensors) -> None:
     """Compares the first and the last packed linear with the files.
 
-    transformers only warns about weights it did not find a place for, and goes on with random ones. Raises CheckpointError.
+    transformers only warns about weights it did not find a place for, and goes on with random ones.
+    Raises CheckpointError.
     """
     for name in [name for name in matched if matched[name] in packed][:: max(1, len(matched) - 1)]:
         codes, stored = model.get_submodule(name).qweight, matched[name]
@@ -235,19 +280,24 @@ def check_loaded(model: Any, matched: dict[str, str], packed: PackedTensors) -> 
             expected = file.get_tensor(f"{stored}.qweight")
             if codes.dtype != expected.dtype or not torch.equal(codes.cpu(), expected):
                 raise CheckpointError(
-                    f"transformers did not load {stored} of the checkpoint into {type(model).__name__}.{name}; "
+                    f"transformers did not load {stored} of the checkpoint into "
+                    f"{type(model).__name__}.{name}; "
                     "load it with the class that config.json names under architectures."
                 )
 
 
 def mark_quantized(model: Any, config: settings.AwqConfig) -> None:
-    """Brings a model that was quantized in memory into the state of a loaded one, so that transformers knows what it is.
+    """Brings a model that was quantized in memory into the state of a loaded one, so that
+    transformers knows what it is.
 
-    transformers' own `save_pretrained` and `push_to_hub`, sentence-transformers' save, and PEFT then treat it as such.
+    transformers' own `save_pretrained` and `push_to_hub`, sentence-transformers' save, and PEFT
+    then treat it as such.
     """
     dense = sorted(named_linears(model))
     stored = config.with_(modules_to_not_convert=tuple(dense)).to_transformers_dict()
-    quantizer = AwqHfQuantizer(AwqConfig(**{k: v for k, v in stored.items() if k != "quant_method"}))
+    quantizer = AwqHfQuantizer(
+        AwqConfig(**{k: v for k, v in stored.items() if k != "quant_method"})
+    )
     model.config.quantization_config = quantizer.quantization_config
     model.hf_quantizer = quantizer
     model.is_quantized = True
@@ -255,7 +305,8 @@ def mark_quantized(model: Any, config: settings.AwqConfig) -> None:
 
 
 def register() -> None:
-    """Makes transformers load `quant_method: "awq"` through this package. `import awq` arranges it; calling again is harmless."""
+    """Makes transformers load `quant_method: "awq"` through this package. `import awq` arranges it;
+    calling again is harmless."""
     current = [table.get("awq") for table in _TABLES]
     if current[0] is not AwqHfQuantizer:
         _previous[:] = [getattr(entry, "previous", entry) for entry in current]

@@ -1,4 +1,5 @@
-"""Loading a checkpoint through transformers, after checking its files, and accounting for every tensor afterwards."""
+"""Loading a checkpoint through transformers, after checking its files, and accounting for every
+tensor afterwards."""
 
 from __future__ import annotations
 
@@ -8,9 +9,20 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+)
 
-from awq.checkpoint.account import check_finite, check_float_parameters, check_report, check_stored_floats
+from awq.checkpoint.account import (
+    check_finite,
+    check_float_parameters,
+    check_report,
+    check_stored_floats,
+)
 from awq.checkpoint.hf import register
 from awq.checkpoint.source import Source, first_line, hub_arguments
 from awq.errors import AwqError, CheckpointError, ModelError
@@ -20,7 +32,8 @@ _one_at_a_time = threading.RLock()
 
 
 def model_class(source: Source) -> Any:
-    """The transformers class for a model: the one that its config names, or AutoModel for directories of embedding models.
+    """The transformers class for a model: the one that its config names, or AutoModel for
+    directories of embedding models.
 
     Raises ModelError when the config names a class of another kind of model.
     """
@@ -39,20 +52,26 @@ def model_class(source: Source) -> Any:
         return kind
     if not architecture and type(config) in AutoModelForCausalLM._model_mapping:
         # BERT and its kin can be built as decoders too; what has a masked head is an encoder.
-        return AutoModel if type(config) in AutoModelForMaskedLM._model_mapping else AutoModelForCausalLM
+        return (
+            AutoModel
+            if type(config) in AutoModelForMaskedLM._model_mapping
+            else AutoModelForCausalLM
+        )
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return AutoModelForCausalLM
     return AutoModel
 
 
 def body_class(source: Source) -> Any:
-    """The class whose call gives `last_hidden_state`: AutoModel, or the encoder that the config names (T5EncoderModel)."""
+    """The class whose call gives `last_hidden_state`: AutoModel, or the encoder that the config
+    names (T5EncoderModel)."""
     named = model_class(source)
     return named if named.__name__.endswith("EncoderModel") else AutoModel
 
 
 def _auto_class_of(config: Any, kind: Any) -> Any:
-    """The Auto class through which a type of its own config is built as another type's class (InternLM 3 as Llama), or None."""
+    """The Auto class through which a type of its own config is built as another type's class
+    (InternLM 3 as Llama), or None."""
     expected = getattr(kind, "config_class", None)
     if isinstance(expected, type) and isinstance(config, expected):
         return None
@@ -66,7 +85,8 @@ def _check_kind(source: Source, kind: Any) -> None:
     expected = getattr(kind, "config_class", None)
     if isinstance(expected, type) and not isinstance(source.config, expected):
         raise ModelError(
-            f"{source.name}: config.json names the class {kind.__name__}, which is no model of type "
+            f"{source.name}: config.json names the class {kind.__name__}, which is no model of "
+            "type "
             f"{source.config.model_type}; correct architectures."
         )
 
@@ -78,22 +98,41 @@ def load_model(
     kind: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """A transformers model in evaluation mode, quantized or not, of which every tensor came from the files.
+    """A transformers model in evaluation mode, quantized or not, of which every tensor came from
+    the files.
 
-    path: local directory, hub id, or an open `Source`. dtype: of everything that is not packed; "auto" is what the checkpoint
-    was saved in. kind: the transformers class, e.g. `transformers.AutoModel`; None takes what fits the checkpoint.
+    path: local directory, hub id, or an open `Source`. dtype: of everything that is not packed;
+    "auto" is what the checkpoint
+    was saved in. kind: the transformers class, e.g. `transformers.AutoModel`; None takes what fits
+    the checkpoint.
     kwargs: of `from_pretrained` (device_map, revision …).
 
-    Raises ModelError when there is no such model or its config cannot be built, CheckpointError when files are broken, or
-    tensors missing, left over or not finite.
+    Raises ModelError when there is no such model or its config cannot be built, CheckpointError
+    when files are broken, or tensors missing, left over or not finite.
     """
     register()
-    source = path if isinstance(path, Source) else Source.open(path, trust_remote_code, **hub_arguments(kwargs))
+    source = (
+        path
+        if isinstance(path, Source)
+        else Source.open(path, trust_remote_code, **hub_arguments(kwargs))
+    )
     chosen = kind or model_class(source)
-    if chosen is AutoModelForCausalLM and not source.trust_remote_code and type(source.config) not in chosen._model_mapping:
-        raise ModelError(f"model {source.name} of type {source.config.model_type} has no causal language model in transformers.")
+    if (
+        chosen is AutoModelForCausalLM
+        and not source.trust_remote_code
+        and type(source.config) not in chosen._model_mapping
+    ):
+        raise ModelError(
+            f"model {source.name} of type {source.config.model_type} has no causal language model "
+            "in transformers."
+        )
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    arguments = {**kwargs, name: dtype, "trust_remote_code": source.trust_remote_code, "use_safetensors": True}
+    arguments = {
+        **kwargs,
+        name: dtype,
+        "trust_remote_code": source.trust_remote_code,
+        "use_safetensors": True,
+    }
     with _one_at_a_time:
         model, report = _from_pretrained(chosen, source, arguments)
     check_report(model, report, source.name, body_only=chosen is AutoModel or kind is not None)
@@ -104,13 +143,17 @@ def load_model(
     return model.eval()
 
 
-def _from_pretrained(kind: Any, source: Source, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _from_pretrained(
+    kind: Any, source: Source, arguments: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     before = torch.get_default_dtype()
     try:
         return kind.from_pretrained(source.location, output_loading_info=True, **arguments)
     except (AwqError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever transformers meets in someone's files
-        raise CheckpointError(f"{source.name} cannot be loaded as {kind.__name__}: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{source.name} cannot be loaded as {kind.__name__}: {first_line(error)}"
+        ) from error
     finally:
         torch.set_default_dtype(before)

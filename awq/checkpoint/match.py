@@ -1,7 +1,8 @@
 """Which linear of a model belongs to which packed weight of a checkpoint.
 
-A checkpoint saved from `AutoModel` and one saved from a model with a head differ in a prefix, and new releases of transformers
-move modules about. Names are therefore matched exactly first, then without the base prefix, then by their unique ending.
+A checkpoint saved from `AutoModel` and one saved from a model with a head differ in a prefix, and
+new releases of transformers move modules about. Names are therefore matched exactly first, then
+without the base prefix, then by their unique ending.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _SHORTEST_ENDING = 3  # parts of a name, so that a layer's index is among them
 def match_names(model: Any, packed: PackedTensors) -> dict[str, str]:
     """Module name → name in the checkpoint, for every linear whose packed weight is in the files.
 
-    Raises CheckpointError when the files hold packed weights and none of them belongs to this model.
+    Raises CheckpointError when the files hold packed weights and none of them belongs to this
+    model.
     """
     linears, base = named_linears(model), getattr(model, "base_model_prefix", "")
     today, matched = current_names(model, packed), {}
@@ -45,7 +47,8 @@ def match_names(model: Any, packed: PackedTensors) -> dict[str, str]:
         left -= set(matched.values())
     if not matched:
         raise CheckpointError(
-            f"none of the checkpoint's {len(packed)} quantized weights (first: {min(packed, default='none')}) "
+            f"none of the checkpoint's {len(packed)} quantized weights (first: "
+            f"{min(packed, default='none')}) "
             f"belongs to {type(model).__name__}."
         )
     if left:
@@ -54,14 +57,17 @@ def match_names(model: Any, packed: PackedTensors) -> dict[str, str]:
 
 
 def _check_left_over(model: Any, left: list[str], matched: dict[str, str]) -> None:
-    """Packed weights without a place in the model: those of a head may stay out where a body is loaded, no others."""
+    """Packed weights without a place in the model: those of a head may stay out where a body is
+    loaded, no others."""
     used = {_list_of(name) for name in matched.values()} - {""}
     inside = [name for name in left if _list_of(name) in used]
     names = ", ".join((inside or left)[:3])
     if inside:
         raise CheckpointError(
-            f"{len(inside)} quantized weights of the checkpoint have no place in {type(model).__name__}: {names} …; "
-            "it would compute with random numbers instead. Load it with the class and sizes that it was saved with."
+            f"{len(inside)} quantized weights of the checkpoint have no place in "
+            f"{type(model).__name__}: {names} …; "
+            "it would compute with random numbers instead. Load it with the class and sizes that "
+            "it was saved with."
         )
     logger.warning(
         "%d quantized weights of the checkpoint have no place in %s and are not used: %s …",
@@ -79,15 +85,20 @@ def _list_of(name: str) -> str:
 
 
 def current_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Module name in the installed transformers → name in the checkpoint; transformers 5 renames modules while loading."""
+    """Module name in the installed transformers → name in the checkpoint; transformers 5 renames
+    modules while loading."""
     keys = current_keys(model, [f"{name}.qweight" for name in stored])
-    return {key.removesuffix(".qweight"): name.removesuffix(".qweight") for key, name in keys.items()}
+    return {
+        key.removesuffix(".qweight"): name.removesuffix(".qweight") for key, name in keys.items()
+    }
 
 
 def current_keys(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Tensor name in the installed transformers → name in the checkpoint, as transformers renames while loading.
+    """Tensor name in the installed transformers → name in the checkpoint, as transformers renames
+    while loading.
 
-    Tensors that transformers would join into one (a model's experts) keep the name of the joined tensor; the last one wins.
+    Tensors that transformers would join into one (a model's experts) keep the name of the joined
+    tensor; the last one wins.
     """
     steps = _conversions(model)
     renamings = [step for step in steps if not hasattr(step, "operations")]
@@ -107,10 +118,17 @@ def current_keys(model: Any, stored: Iterable[str]) -> dict[str, str]:
 
 
 def merged_on_disk(model: Any, packed: Iterable[str]) -> list[str]:
-    """Packed linears that transformers 5 would glue together, as dense weights, in its "original format" on disk."""
-    joinings = [step.reverse_transform() for step in _conversions(model) if hasattr(step, "operations")]
+    """Packed linears that transformers 5 would glue together, as dense weights, in its "original
+    format" on disk."""
+    joinings = [
+        step.reverse_transform() for step in _conversions(model) if hasattr(step, "operations")
+    ]
     keys = {name: (f"{name}.weight", f"{name}.qweight") for name in packed}
-    return [name for name in keys if any(step.rename_source_key(key)[1] for step in joinings for key in keys[name])]
+    return [
+        name
+        for name in keys
+        if any(step.rename_source_key(key)[1] for step in joinings for key in keys[name])
+    ]
 
 
 def _conversions(model: Any) -> list[Any]:
@@ -141,32 +159,55 @@ def _by_ending(names: list[str], packed: list[str]) -> dict[str, str]:
 def check_shapes(name: str, module: nn.Module, tensors: dict[str, dict], config: AwqConfig) -> None:
     """Compares the headers of one packed linear with what the config promises.
 
-    tensors: "qweight" | "qzeros" | "scales" → safetensors header entry. Raises CheckpointError naming what is missing, or
-    the version and group size that the tensors have really.
+    tensors: "qweight" | "qzeros" | "scales" → safetensors header entry. Raises CheckpointError
+    naming what is missing, or the version and group size that the tensors have really.
     """
     check_complete(name, tensors)
     in_features, out_features = linear_shape(module)
     if config.bits != 4:
-        raise CheckpointError(f"{name}: config.json says {config.bits} bits; packed weights hold 4. Correct config.json.")
+        raise CheckpointError(
+            f"{name}: config.json says {config.bits} bits; packed weights hold 4. Correct "
+            "config.json."
+        )
     found = {kind: (tuple(entry["shape"]), entry["dtype"]) for kind, entry in tensors.items()}
-    if _fits(found, in_features, out_features, config.group_size_of(in_features, name), config.format):
+    if _fits(
+        found, in_features, out_features, config.group_size_of(in_features, name), config.format
+    ):
         return
     sizes = [size for size in (16, 32, 64, 128, 256, in_features) if in_features % size == 0]
-    really = [(f, size) for f in FORMATS for size in sizes if _fits(found, in_features, out_features, size, f)]
-    hint = " or ".join(f"version {f} with group_size {size}" for f, size in really) or "no version this package knows"
+    really = [
+        (f, size)
+        for f in FORMATS
+        for size in sizes
+        if _fits(found, in_features, out_features, size, f)
+    ]
+    hint = (
+        " or ".join(f"version {f} with group_size {size}" for f, size in really)
+        or "no version this package knows"
+    )
     raise CheckpointError(
-        f"{name} [{out_features}, {in_features}]: config.json says version {config.format}, group_size {config.group_size}, "
-        f"but its tensors {', '.join(f'{k} {list(s)} {_DTYPES.get(d, d)}' for k, (s, d) in found.items())} are {hint}; "
+        f"{name} [{out_features}, {in_features}]: config.json says version {config.format}, "
+        f"group_size {config.group_size}, "
+        "but its tensors "
+        f"{', '.join(f'{k} {list(s)} {_DTYPES.get(d, d)}' for k, (s, d) in found.items())} "
+        f"are {hint}; "
         "correct quantization_config in config.json."
     )
 
 
 def fits_dtype(stored: str, dtype: torch.dtype) -> bool:
-    """Whether a tensor of a dtype in a file's words ("F16") can be what a packed linear keeps as `dtype`."""
+    """Whether a tensor of a dtype in a file's words ("F16") can be what a packed linear keeps as
+    `dtype`."""
     return stored in FLOATS if dtype.is_floating_point else stored == _CODES[dtype]
 
 
-def _fits(found: dict[str, tuple[tuple[int, ...], str]], in_features: int, out_features: int, size: int, format: str) -> bool:
+def _fits(
+    found: dict[str, tuple[tuple[int, ...], str]],
+    in_features: int,
+    out_features: int,
+    size: int,
+    format: str,
+) -> bool:
     codec = get_format(format)
     if codec.why_not(in_features, out_features, size):
         return False

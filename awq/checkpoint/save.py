@@ -1,4 +1,5 @@
-"""Writing a checkpoint: transformers' own save into a temporary sibling, renamed when everything is there."""
+"""Writing a checkpoint: transformers' own save into a temporary sibling, renamed when everything is
+there."""
 
 from __future__ import annotations
 
@@ -24,7 +25,6 @@ from awq.nn.unfinished import check_finished
 logger = logging.getLogger("awq.checkpoint")
 
 
-
 def save_checkpoint(
     model: Any,
     directory: str | Path,
@@ -37,16 +37,22 @@ def save_checkpoint(
 ) -> None:
     """Saves a quantized transformers model with everything that belongs to it.
 
-    report: a `QuantReport`, written as JSON and into the model card. source: directory or hub id of the original model; its
-    files other than weights (tokenizer, chat template, modules.json, pooling …) are carried over. tokenizer: saved when the
-    source brings none. shard_size: largest weight file. packed=False writes dense weights without a quantization config.
+    report: a `QuantReport`, written as JSON and into the model card. source: directory or hub id of
+    the original model; its files other than weights (tokenizer, chat template, modules.json,
+    pooling …) are carried over. tokenizer: saved when the
+    source brings none. shard_size: largest weight file. packed=False writes dense weights without a
+    quantization config.
 
-    `directory` appears, or changes, only when all of it is written; files of other names in it stay. Raises CheckpointError
-    when writing fails; then nothing is left behind.
+    `directory` appears, or changes, only when all of it is written; files of other names in it
+    stay. Raises CheckpointError when writing fails; then nothing is left behind.
     """
     check_finished(model)
     origin = source_directory(source)
-    settings = config.with_(modules_to_not_convert=unconverted(model)).to_transformers_dict() if packed else None
+    settings = (
+        config.with_(modules_to_not_convert=unconverted(model)).to_transformers_dict()
+        if packed
+        else None
+    )
     inner = body_directory(origin).relative_to(origin) if origin is not None else Path()
     with complete_directory(directory, origin) as work:
         body = work / inner
@@ -66,8 +72,9 @@ def save_checkpoint(
 def unconverted(model: Any) -> tuple[str, ...]:
     """Full names of the linears that are still dense, with and without the base prefix.
 
-    Names are written out in full because readers match them differently: transformers by their start or end, vLLM and SGLang
-    by any part, where a short name like "mlp.gate" would hit "mlp.gate_up_proj".
+    Names are written out in full because readers match them differently: transformers by their
+    start or end, vLLM and SGLang by any part, where a short name like "mlp.gate" would hit
+    "mlp.gate_up_proj".
     """
     names = set(named_linears(model)) | router_spellings(model)
     base = f"{getattr(model, 'base_model_prefix', '')}."
@@ -75,7 +82,8 @@ def unconverted(model: Any) -> tuple[str, ...]:
 
 
 def _names_on_disk(model: Any) -> dict[str, bool]:
-    """Argument of save_pretrained: source names, unless packed tensors would have to be glued together for them."""
+    """Argument of save_pretrained: source names, unless packed tensors would have to be glued
+    together for them."""
     packed = [name for name, module in model.named_modules() if isinstance(module, WQLinear)]
     for name, module in model.named_modules():
         if isinstance(module, AwqExperts):
@@ -84,9 +92,11 @@ def _names_on_disk(model: Any) -> dict[str, bool]:
     if not merged:
         return {}
     logger.warning(
-        "%s: %s … are one tensor in the source, and packed tensors cannot be glued; names of the installed transformers are saved.",
-        type(model).__name__, merged[0],
-    )  # fmt: skip
+        "%s: %s … are one tensor in the source, and packed tensors cannot be glued; names of the "
+        "installed transformers are saved.",
+        type(model).__name__,
+        merged[0],
+    )
     return {"save_original_format": False}
 
 
@@ -97,7 +107,8 @@ def _is_quantized(origin: Path | None) -> bool:
 
 @contextmanager
 def _config_of(model: Any, settings: dict[str, Any] | None) -> Iterator[None]:
-    """Shows `settings` as the model's quantization_config while it is saved, and puts back what was there."""
+    """Shows `settings` as the model's quantization_config while it is saved, and puts back what was
+    there."""
     config, quantizer = model.config, model.__dict__.pop("hf_quantizer", None)
     had = config.__dict__.pop("quantization_config", None)
     if settings is not None:

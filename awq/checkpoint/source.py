@@ -1,10 +1,12 @@
 """`Source`: a checkpoint, opened once.
 
-Every door (loading, encoding, converting, `awq info`) needs the same answers about a checkpoint before any weight is read:
-is it a directory or a model of the hub, in which folder does the transformer lie, is it packed, with which settings, how
-long may an input be. `Source.open` finds them once, checks the files while it is there, and is passed down.
+Every door (loading, encoding, converting, `awq info`) needs the same answers about a checkpoint
+before any weight is read: is it a directory or a model of the hub, in which folder does the
+transformer lie, is it packed, with which settings, how long may an input be. `Source.open` finds
+them once, checks the files while it is there, and is passed down.
 
-Directories of sentence-transformers may keep the transformer in a folder of its own: `awq.checkpoint.modules` knows.
+Directories of sentence-transformers may keep the transformer in a folder of its own:
+`awq.checkpoint.modules` knows.
 """
 
 from __future__ import annotations
@@ -39,8 +41,10 @@ UNLIMITED = 1 << 24  # tokenizers without a limit say 10^30
 class Source:
     """A checkpoint whose files were looked at and whose config was read.
 
-    name: directory or hub id, as given. directory: the local directory or the cached snapshot; None while a hub model is not
-    in the cache. config: transformers' config. download: where on the hub it is, for further downloads.
+    name: directory or hub id, as given. directory: the local directory or the cached snapshot; None
+    while a hub model is not
+    in the cache. config: transformers' config. download: where on the hub it is, for further
+    downloads.
     """
 
     name: str
@@ -51,9 +55,11 @@ class Source:
 
     @classmethod
     def open(cls, name: str | Path, trust_remote_code: bool = False, **download: Any) -> Source:
-        """Opens a local directory or hub id. download: `revision`, `cache_dir`, `token`, `subfolder`, `local_files_only`.
+        """Opens a local directory or hub id. download: `revision`, `cache_dir`, `token`,
+        `subfolder`, `local_files_only`.
 
-        Raises ModelError when there is no such model, CheckpointError when its files are incomplete or broken.
+        Raises ModelError when there is no such model, CheckpointError when its files are incomplete
+        or broken.
         """
         directory = local_directory(name)
         if directory is not None:
@@ -66,9 +72,12 @@ class Source:
 
     @classmethod
     def open_directory(cls, directory: str | Path) -> Source:
-        """Opens a local directory; a name is never looked for on the hub. Raises like `open`, and for what is no directory."""
+        """Opens a local directory; a name is never looked for on the hub. Raises like `open`, and
+        for what is no directory."""
         if not Path(directory).is_dir():
-            raise CheckpointError(f"{directory} is not a directory; give the directory of a saved checkpoint.")
+            raise CheckpointError(
+                f"{directory} is not a directory; give the directory of a saved checkpoint."
+            )
         return cls.open(directory)
 
     @property
@@ -83,7 +92,11 @@ class Source:
     @cached_property
     def headers(self) -> dict[str, dict[str, Any]]:
         """Tensor name → {dtype, shape, file}; empty while a hub model is not in the cache."""
-        return tensor_headers(weight_files(body_directory(self.directory))) if self.directory is not None else {}
+        return (
+            tensor_headers(weight_files(body_directory(self.directory)))
+            if self.directory is not None
+            else {}
+        )
 
     @cached_property
     def packed(self) -> PackedTensors:
@@ -100,12 +113,16 @@ class Source:
         from awq.checkpoint.hf import storage_settings
 
         if not self.is_quantized:
-            raise ConfigError(f"{self.name} is not quantized: its config has no quantization_config; use from_pretrained.")
+            raise ConfigError(
+                f"{self.name} is not quantized: its config has no quantization_config; use "
+                "from_pretrained."
+            )
         return storage_settings(self.config.quantization_config)
 
     @property
     def is_embedder(self) -> bool:
-        """Whether it is a sentence-transformers directory of a model for embeddings, not of a cross-encoder with its head."""
+        """Whether it is a sentence-transformers directory of a model for embeddings, not of a
+        cross-encoder with its head."""
         return self.directory is not None and is_embedder(self.directory)
 
     @property
@@ -128,7 +145,9 @@ def local_directory(name: str | Path) -> Path | None:
     return None
 
 
-def _read_config(name: str | Path, directory: Path | None, trust_remote_code: bool, download: dict[str, Any]) -> Any:
+def _read_config(
+    name: str | Path, directory: Path | None, trust_remote_code: bool, download: dict[str, Any]
+) -> Any:
     place: Any = name
     others = dict(download)
     if directory is not None and not download.get("subfolder"):
@@ -138,8 +157,11 @@ def _read_config(name: str | Path, directory: Path | None, trust_remote_code: bo
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **others)
     except AwqError:
         raise
-    except Exception as error:  # config classes of a hundred authors fail in as many ways on values they did not expect
-        raise ModelError(f"model {name!s} cannot be loaded: its config.json is refused: {first_line(error)}") from error
+    # config classes of a hundred authors fail in as many ways on values they did not expect
+    except Exception as error:
+        raise ModelError(
+            f"model {name!s} cannot be loaded: its config.json is refused: {first_line(error)}"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

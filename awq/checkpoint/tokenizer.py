@@ -1,4 +1,5 @@
-"""The tokenizer beside a model, told apart from the empty one that transformers makes up when its files are missing."""
+"""The tokenizer beside a model, told apart from the empty one that transformers makes up when its
+files are missing."""
 
 from __future__ import annotations
 
@@ -15,16 +16,23 @@ logger = logging.getLogger("awq.checkpoint")
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False, **download: Any) -> Any:
-    """The tokenizer of a local directory or hub id. Raises ModelError when there is none with a vocabulary."""
+    """The tokenizer of a local directory or hub id. Raises ModelError when there is none with a
+    vocabulary."""
     place = body_directory(Path(path)) if Path(path).is_dir() else path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **download)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, trust_remote_code=trust_remote_code, **download
+        )
     except Exception as error:  # tokenizers fail in as many ways as there are kinds of them
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path} has no tokenizer that transformers can load: {reason}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        # transformers 5 makes one up from the model type when the files are missing: every word would be unknown.
-        raise ModelError(f"{path} has no tokenizer files (a vocabulary is missing); copy them from the original model.")
+        # transformers 5 makes one up from the model type when the files are missing: every word
+        # would be unknown.
+        raise ModelError(
+            f"{path} has no tokenizer files (a vocabulary is missing); copy them from the "
+            "original model."
+        )
     return tokenizer
 
 

@@ -1,8 +1,9 @@
 """The `awq` command: one file per verb, same names and defaults as the Python API.
 
-Exit status: 0 done, 1 a quality gate that was not kept, 2 an error, told in one line on stderr (`--debug` shows the
-traceback); so scripts can tell the two apart. What a verb found goes to stdout and everything else to stderr, so `--json`
-can be piped. No verb imports torch before its `run`: `awq --help` answers in a tenth of a second.
+Exit status: 0 done, 1 a quality gate that was not kept, 2 an error, told in one line on stderr
+(`--debug` shows the traceback); so scripts can tell the two apart. What a verb found goes to stdout
+and everything else to stderr, so `--json` can be piped. No verb imports torch before its `run`:
+`awq --help` answers in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -51,7 +52,13 @@ class _Help(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         default = action.default
-        if default is None or default is False or default == [] or default == argparse.SUPPRESS or "default" in text:
+        if (
+            default is None
+            or default is False
+            or default == []
+            or default == argparse.SUPPRESS
+            or "default" in text
+        ):
             return text
         shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
         return f"{text} (default: {shown})".strip()
@@ -73,16 +80,22 @@ class _Version(argparse.Action):
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command with all verbs."""
-    parser = argparse.ArgumentParser(prog="awq", description="4-bit AWQ quantization of language and embedding models.")
+    parser = argparse.ArgumentParser(
+        prog="awq", description="4-bit AWQ quantization of language and embedding models."
+    )
     parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for name in VERBS:
         module = import_module(f"awq.cli.{name}")
         about = module.__doc__ or name
-        sub = verbs.add_parser(name, help=about.splitlines()[0], description=about, formatter_class=_Help)
+        sub = verbs.add_parser(
+            name, help=about.splitlines()[0], description=about, formatter_class=_Help
+        )
         module.add_arguments(sub)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
-        sub.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
+        sub.add_argument(
+            "--quiet", action="store_true", help="no progress and no warnings on stderr"
+        )
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.set_defaults(run=module.run)
     return parser
@@ -100,12 +113,14 @@ def main(argv: list[str] | None = None) -> int:
             status = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has gone. stdout must not be flushed again when Python ends, which would fail the same way.
+        # The reader has gone. stdout must not be flushed again when Python ends, which would fail
+        # the same way.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _failed(arguments, "the program that reads the output closed it.")
     except KeyboardInterrupt:
         return _failed(arguments, "interrupted.")
-    except Exception as error:  # whatever torch, transformers or the system raise, a person gets one line
+    # whatever torch, transformers or the system raise, a person gets one line
+    except Exception as error:
         if arguments.debug:
             raise
         return _failed(arguments, _one_line(error))

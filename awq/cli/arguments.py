@@ -1,4 +1,5 @@
-"""Arguments that several verbs share, and types that refuse bad values while the command line is read."""
+"""Arguments that several verbs share, and types that refuse bad values while the command line is
+read."""
 
 from __future__ import annotations
 
@@ -24,12 +25,15 @@ def positive(text: str) -> int:
 def group_size(text: str) -> int:
     """-1 for the whole row, or a whole number of at least 8."""
     if text.strip() != "-1" and (not text.strip().isdecimal() or int(text) < 8):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither -1 (the whole row) nor a whole number of at least 8")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither -1 (the whole row) nor a whole number of at least 8"
+        )
     return int(text)
 
 
 def version(text: str) -> str:
-    """The name of a format in any spelling ("gemm", "gemv_fast") as AutoAWQ writes it; others stay, and are refused."""
+    """The name of a format in any spelling ("gemm", "gemv_fast") as AutoAWQ writes it; others stay,
+    and are refused."""
     plain = text.lower().replace("_", "").replace("-", "")
     return next((name for name in VERSIONS if name.lower() == plain), text)
 
@@ -39,13 +43,25 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of everything that is not packed; auto: as saved")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of everything that is not packed; auto: as saved",
+    )
 
 
 def add_version(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """`--version`; without a default it must be given."""
     about = "layout of the files; GEMM is what other programs read"
-    parser.add_argument("--version", type=version, choices=VERSIONS, default=default, required=default is None, help=about)
+    parser.add_argument(
+        "--version",
+        type=version,
+        choices=VERSIONS,
+        default=default,
+        required=default is None,
+        help=about,
+    )
 
 
 def limit(text: str) -> float:
@@ -62,9 +78,21 @@ def limit(text: str) -> float:
 def add_gates(parser: argparse.ArgumentParser) -> None:
     """`--max-kl`, `--max-ppl-increase` and `--min-cosine`; status 1 when one is not kept."""
     gates = parser.add_argument_group("quality gates (exit status 1 when one is not kept)")
-    gates.add_argument("--max-kl", type=limit, metavar="NATS", help="mean KL divergence from the original, per token")
-    gates.add_argument("--max-ppl-increase", type=limit, metavar="PERCENT", help="of the original's perplexity")
-    gates.add_argument("--min-cosine", type=limit, metavar="COSINE", help="mean cosine to the original's embeddings")
+    gates.add_argument(
+        "--max-kl",
+        type=limit,
+        metavar="NATS",
+        help="mean KL divergence from the original, per token",
+    )
+    gates.add_argument(
+        "--max-ppl-increase", type=limit, metavar="PERCENT", help="of the original's perplexity"
+    )
+    gates.add_argument(
+        "--min-cosine",
+        type=limit,
+        metavar="COSINE",
+        help="mean cosine to the original's embeddings",
+    )
 
 
 def gates_of(arguments: argparse.Namespace) -> Gates:

@@ -1,6 +1,7 @@
 """Talk with a quantized language model: history, a system prompt, answers as they are written.
 
-Lines that begin with a slash are commands; `/help` lists them. Input that is no terminal works too: one message a line.
+Lines that begin with a slash are commands; `/help` lists them. Input that is no terminal works too:
+one message a line.
 """
 
 from __future__ import annotations
@@ -19,9 +20,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="quantized directory or hub id")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--max-new-tokens", type=positive, default=512, help="of one answer")
-    parser.add_argument("--max-seq-len", type=positive, default=2048, help="tokens of the whole conversation that are kept")
-    parser.add_argument("--temperature", type=limit, default=0.0, help="0: always the most likely token")
-    parser.add_argument("--top-p", type=limit, default=0.95, help="share of the likely tokens to draw from, with a temperature")
+    parser.add_argument(
+        "--max-seq-len",
+        type=positive,
+        default=2048,
+        help="tokens of the whole conversation that are kept",
+    )
+    parser.add_argument(
+        "--temperature", type=limit, default=0.0, help="0: always the most likely token"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=limit,
+        default=0.95,
+        help="share of the likely tokens to draw from, with a temperature",
+    )
     parser.add_argument("--seed", type=int, help="of the random draw")
     add_dtype(parser)
     add_device(parser)

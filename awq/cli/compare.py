@@ -1,6 +1,7 @@
 """Compare two quantized directories: settings, sizes, integers, and the errors of their reports.
 
-Whether the integers are the same is decided after unpacking, so a directory and its conversion to another version are equal.
+Whether the integers are the same is decided after unpacking, so a directory and its conversion to
+another version are equal.
 """
 
 from __future__ import annotations

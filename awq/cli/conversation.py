@@ -1,4 +1,5 @@
-"""A conversation with a model: its messages, its slash commands, and what is forgotten when it grows too long."""
+"""A conversation with a model: its messages, its slash commands, and what is forgotten when it
+grows too long."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ COMMANDS = {
 
 
 class Conversation:
-    """Messages in the form of chat templates: {"role": "system" | "user" | "assistant", "content": text}."""
+    """Messages in the form of chat templates: {"role": "system" | "user" | "assistant", "content":
+    text}."""
 
     def __init__(self, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
         self.model = model
@@ -34,17 +36,24 @@ class Conversation:
 
     @classmethod
     def open(cls, arguments: argparse.Namespace) -> Conversation:
-        """Loads the model. Raises ModelError when it has no tokenizer or no chat template, ConfigError for bad settings."""
+        """Loads the model. Raises ModelError when it has no tokenizer or no chat template,
+        ConfigError for bad settings."""
         from awq import AutoAWQForCausalLM
 
         if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
             raise ConfigError("temperature must be 0 or more, and top-p above 0 and at most 1.")
         model = AutoAWQForCausalLM.from_quantized(
-            arguments.model, device=arguments.device, torch_dtype=arguments.dtype, max_seq_len=arguments.max_seq_len
+            arguments.model,
+            device=arguments.device,
+            torch_dtype=arguments.dtype,
+            max_seq_len=arguments.max_seq_len,
         )
         tokenizer = model.tokenizer
         if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-            raise ModelError(f"{arguments.model} has no chat template; use `awq generate` for a model that completes text.")
+            raise ModelError(
+                f"{arguments.model} has no chat template; use `awq generate` for a model that "
+                "completes text."
+            )
         return cls(model, tokenizer, arguments)
 
     def set_system(self, text: str | None) -> None:
@@ -57,7 +66,8 @@ class Conversation:
         return 1 if self.messages and self.messages[0]["role"] == "system" else 0
 
     def say(self, text: str) -> str:
-        """Adds a message, writes the answer to stdout as it comes (with --json to nowhere), and returns it."""
+        """Adds a message, writes the answer to stdout as it comes (with --json to nowhere), and
+        returns it."""
         self.messages.append({"role": "user", "content": text})
         return self._answer()
 
@@ -84,7 +94,10 @@ class Conversation:
         elif name == "/retry":
             self._retry()
         elif name == "/history":
-            self._note("\n".join(f"{message['role']}: {message['content']}" for message in self.messages) or "(empty)")
+            self._note(
+                "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+                or "(empty)"
+            )
         elif name == "/save":
             self._save(rest)
         else:
@@ -104,7 +117,9 @@ class Conversation:
             self._note("/save needs the name of a file.")
             return
         try:
-            Path(name).write_text(json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            Path(name).write_text(
+                json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+            )
         except OSError as error:
             self._note(f"{name} cannot be written: {error}.")
             return
@@ -120,7 +135,10 @@ class Conversation:
         if not self.arguments.json:
             streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         out = self.model.generate(
-            **inputs, max_new_tokens=min(self.arguments.max_new_tokens, room), streamer=streamer, **self._sampling()
+            **inputs,
+            max_new_tokens=min(self.arguments.max_new_tokens, room),
+            streamer=streamer,
+            **self._sampling(),
         )
         text = self.tokenizer.decode(out[0, length:], skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": text})
@@ -129,29 +147,42 @@ class Conversation:
     def _sampling(self) -> dict[str, Any]:
         if self.arguments.temperature == 0:
             return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.arguments.temperature, "top_p": self.arguments.top_p}
+        return {
+            "do_sample": True,
+            "temperature": self.arguments.temperature,
+            "top_p": self.arguments.top_p,
+        }
 
     def _inputs(self) -> dict[str, Any]:
         """Token ids of the conversation; the oldest turns are forgotten until an answer fits.
 
         Raises ConfigError when the last message alone does not fit.
         """
-        longest = self.arguments.max_seq_len - min(self.arguments.max_new_tokens, self.arguments.max_seq_len // 4)
+        longest = self.arguments.max_seq_len - min(
+            self.arguments.max_new_tokens, self.arguments.max_seq_len // 4
+        )
         while True:
             inputs = self.tokenizer.apply_chat_template(
                 self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
             length = inputs["input_ids"].shape[1]
             if length <= longest:
-                return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+                return {
+                    name: inputs[name].to(self.model.device)
+                    for name in ("input_ids", "attention_mask")
+                }
             if sum(message["role"] == "user" for message in self.messages) < 2:
                 self.take_back()
-                raise ConfigError(f"the message has {length} tokens, and {longest} fit; raise --max-seq-len.")
+                raise ConfigError(
+                    f"the message has {length} tokens, and {longest} fit; raise --max-seq-len."
+                )
             self._forget_oldest_turn()
 
     def _forget_oldest_turn(self) -> None:
         head = self._head
-        following = [i for i, message in enumerate(self.messages) if message["role"] == "user" and i > head]
+        following = [
+            i for i, message in enumerate(self.messages) if message["role"] == "user" and i > head
+        ]
         self.messages = self.messages[:head] + self.messages[following[0] :]
         self._note("(the oldest turn no longer fits and is forgotten)")
 

@@ -18,4 +18,7 @@ def run(arguments: argparse.Namespace) -> None:
     from awq.cli.output import show
 
     count = convert_checkpoint(arguments.model, arguments.output, arguments.version)
-    show({"converted": count, "version": arguments.version, "output": arguments.output}, arguments.json)
+    show(
+        {"converted": count, "version": arguments.version, "output": arguments.output},
+        arguments.json,
+    )

@@ -1,7 +1,7 @@
 """Embed sentences with an encoder, pooled as its directory says, L2-normalised.
 
-With --output the embeddings are written to a file, with --json they are printed. Otherwise a table of cosines shows how near
-the texts are to each other.
+With --output the embeddings are written to a file, with --json they are printed. Otherwise a table
+of cosines shows how near the texts are to each other.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ MAX_TABLE_TEXTS = 20  # a table of more cosines is no help to the eye
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="directory or hub id, quantized or not")
     parser.add_argument("texts", nargs="*", help="texts, beside those of --input")
-    parser.add_argument("--input", metavar="FILE", help="file of texts, one a line; - reads them from stdin")
-    parser.add_argument("--output", metavar="FILE", help="write a .npy matrix, or texts and embeddings as .jsonl or .parquet")
+    parser.add_argument(
+        "--input", metavar="FILE", help="file of texts, one a line; - reads them from stdin"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write a .npy matrix, or texts and embeddings as .jsonl or .parquet",
+    )
     parser.add_argument("--batch-size", type=positive, default=32, help="texts embedded together")
     parser.add_argument("--prompt-name", help="name of one of the model's prompts, e.g. query")
     add_dtype(parser)
@@ -41,15 +47,25 @@ def run(arguments: argparse.Namespace) -> None:
     from awq.cli.output import show
     from awq.embed.encoder import Encoder
 
-    encoder = Encoder.from_pretrained(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    encoder = Encoder.from_pretrained(
+        arguments.model, device=arguments.device, dtype=arguments.dtype
+    )
     vectors = _encoded(encoder, texts, arguments)
     if output is not None:
         WRITERS[output.suffix](output, texts, vectors)
         found = {"texts": len(texts), "features": vectors.shape[1], "output": str(output)}
-        show(found, arguments.json, f"{len(texts)} embeddings of {vectors.shape[1]} features written to {output}")
+        show(
+            found,
+            arguments.json,
+            f"{len(texts)} embeddings of {vectors.shape[1]} features written to {output}",
+        )
         return
     similarity = (vectors @ vectors.t()).tolist()
-    show({"embeddings": vectors.tolist(), "cosine": similarity}, arguments.json, _for_people(texts, vectors, similarity))
+    show(
+        {"embeddings": vectors.tolist(), "cosine": similarity},
+        arguments.json,
+        _for_people(texts, vectors, similarity),
+    )
 
 
 def _encoded(encoder: Any, texts: list[str], arguments: argparse.Namespace) -> Any:
@@ -62,7 +78,11 @@ def _encoded(encoder: Any, texts: list[str], arguments: argparse.Namespace) -> A
     with tqdm(total=len(texts), unit="text", disable=hidden) as bar:
         for start in range(0, len(texts), PIECE_TEXTS):
             piece = texts[start : start + PIECE_TEXTS]
-            parts.append(encoder.encode(piece, arguments.batch_size, normalize=True, prompt_name=arguments.prompt_name))
+            parts.append(
+                encoder.encode(
+                    piece, arguments.batch_size, normalize=True, prompt_name=arguments.prompt_name
+                )
+            )
             bar.update(len(piece))
     return torch.cat(parts)
 
@@ -108,5 +128,10 @@ def _for_people(texts: list[str], vectors: Any, similarity: list[list[float]]) -
     advice = "--json prints the embeddings, --output FILE writes them"
     if len(texts) == 1 or len(texts) > MAX_TABLE_TEXTS:
         return f"{len(texts)} embeddings of {vectors.shape[1]} features; {advice}."
-    lines = [f"{' '.join(f'{value:.3f}' for value in row)}  {text}" for text, row in zip(texts, similarity)]
-    return "\n".join([f"Cosine similarity of each text to all of them, in their order ({advice}):", *lines])
+    lines = [
+        f"{' '.join(f'{value:.3f}' for value in row)}  {text}"
+        for text, row in zip(texts, similarity)
+    ]
+    return "\n".join(
+        [f"Cosine similarity of each text to all of them, in their order ({advice}):", *lines]
+    )

@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "triton", "llvmlite", "datasets", "sentence-transformers", "peft")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "triton",
+    "llvmlite",
+    "datasets",
+    "sentence-transformers",
+    "peft",
+)
 EXAMPLE_WIDTH = 256  # of the linear whose kernels are asked about
 
 
@@ -22,23 +32,32 @@ def run(arguments: argparse.Namespace) -> None:
     import awq
     from awq.cli.output import installed_version, show
 
-    devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    devices = [
+        f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
+    ]
     found: dict[str, Any] = {
         "awq": awq.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
         "gpus": devices,
     }
     found |= {name: installed_version(name) for name in PACKAGES}
-    found["torch"] = torch.__version__  # its own name for itself says which build it is (+cpu, +cu130)
-    found["variables"] = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("AWQ_", "OMP_NUM"))}
+    # its own name for itself says which build it is (+cpu, +cu130)
+    found["torch"] = torch.__version__
+    found["variables"] = {
+        name: os.environ[name]
+        for name in sorted(os.environ)
+        if name.startswith(("AWQ_", "OMP_NUM"))
+    }
     found["kernels"] = _kernels()
     show(found, arguments.json, _for_people(found))
 
 
 def _kernels() -> dict[str, dict[str, str]]:
-    """Device → kernel → "yes", or why it cannot serve a linear of group size 128 in the usual dtype there."""
+    """Device → kernel → "yes", or why it cannot serve a linear of group size 128 in the usual dtype
+    there."""
     import torch
 
     from awq.backends import reasons

@@ -1,7 +1,9 @@
-"""Measure a model: KL, flips and perplexity of a language model, drift and rank correlation of an embedding model.
+"""Measure a model: KL, flips and perplexity of a language model, drift and rank correlation of an
+embedding model.
 
-With --base the full-precision original is measured on the same text, and the figures stand side by side. --tasks runs
-benchmark tasks through lm-eval (language models) or mteb (embedding models), which must be installed.
+With --base the full-precision original is measured on the same text, and the figures stand side by
+side. --tasks runs benchmark tasks through lm-eval (language models) or mteb (embedding models),
+which must be installed.
 """
 
 from __future__ import annotations
@@ -15,15 +17,33 @@ from awq.cli.arguments import add_device, add_dtype, add_gates, gates_of, positi
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="directory or hub id, quantized or not")
     parser.add_argument("--base", help="the full-precision original, to compare with")
-    parser.add_argument("--text", metavar="FILE", help="text to measure on (.txt, .jsonl, .csv, .parquet), or for an embedding "
-                        "model .tsv lines `score<TAB>sentence<TAB>sentence`")  # fmt: skip
-    parser.add_argument("--text-column", default="text", help="column of a table that holds the texts")
-    parser.add_argument("--window", type=positive, default=1024, help="tokens read together; windows do not overlap")
-    parser.add_argument("--limit", type=positive, help="at most so many tokens of the text, or documents of a task")
-    parser.add_argument("--prompt-name", help="prompt put before every text of an embedding model, e.g. query")
-    parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-eval, or of mteb for an embedding model")
-    parser.add_argument("--include-path", metavar="DIR", help="folder with task files of your own for lm-eval")
-    parser.add_argument("--batch-size", type=positive, default=8, help="documents that lm-eval runs together")
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help="text to measure on (.txt, .jsonl, .csv, .parquet), or for an embedding "
+        "model .tsv lines `score<TAB>sentence<TAB>sentence`",
+    )
+    parser.add_argument(
+        "--text-column", default="text", help="column of a table that holds the texts"
+    )
+    parser.add_argument(
+        "--window", type=positive, default=1024, help="tokens read together; windows do not overlap"
+    )
+    parser.add_argument(
+        "--limit", type=positive, help="at most so many tokens of the text, or documents of a task"
+    )
+    parser.add_argument(
+        "--prompt-name", help="prompt put before every text of an embedding model, e.g. query"
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], help="tasks of lm-eval, or of mteb for an embedding model"
+    )
+    parser.add_argument(
+        "--include-path", metavar="DIR", help="folder with task files of your own for lm-eval"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, help="documents that lm-eval runs together"
+    )
     add_gates(parser)
     add_dtype(parser)
     add_device(parser)
@@ -63,7 +83,13 @@ def _on_text(arguments: argparse.Namespace) -> Any:
 
     ids = token_ids(arguments.model, arguments.text, arguments.text_column)
     return evaluate_text(
-        arguments.model, ids, arguments.base, arguments.window, arguments.limit, arguments.dtype, arguments.device
+        arguments.model,
+        ids,
+        arguments.base,
+        arguments.window,
+        arguments.limit,
+        arguments.dtype,
+        arguments.device,
     )
 
 
@@ -81,7 +107,9 @@ def _on_pairs(arguments: argparse.Namespace) -> Any:
     )
 
 
-def _on_tasks(arguments: argparse.Namespace, language: bool) -> dict[str, dict[str, dict[str, float]]]:
+def _on_tasks(
+    arguments: argparse.Namespace, language: bool
+) -> dict[str, dict[str, dict[str, float]]]:
     """{"base", "model"} → task → metric → value; base only when it is given."""
     from awq.evals.tasks import embedding_scores, language_model_scores
 

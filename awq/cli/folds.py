@@ -1,4 +1,5 @@
-"""Show which scales can be folded where in a full-precision model, found and proven on the model itself."""
+"""Show which scales can be folded where in a full-precision model, found and proven on the model
+itself."""
 
 from __future__ import annotations
 
@@ -21,11 +22,24 @@ def run(arguments: argparse.Namespace) -> None:
     for block, groups in find_folds(model, arguments.seed):
         for group in groups:
             fold = group.fold.describe() if group.fold else None
-            row: dict[str, Any] = {"linears": list(group.consumers), "in_features": group.in_features, "fold": fold,
-                   "reason": None if fold else group.reason, "blocks": []}  # fmt: skip
+            row: dict[str, Any] = {
+                "linears": list(group.consumers),
+                "in_features": group.in_features,
+                "fold": fold,
+                "reason": None if fold else group.reason,
+                "blocks": [],
+            }
             rows.setdefault((group.consumers, fold), row)["blocks"].append(block)
     lines = ["| blocks | linears that read one tensor | fold |", "|---|---|---|"]
     for row in rows.values():
-        blocks = row["blocks"][0] if len(row["blocks"]) == 1 else f"{row['blocks'][0]} … {row['blocks'][-1]} ({len(row['blocks'])})"
-        lines.append(f"| {blocks} | {', '.join(row['linears'])} | {row['fold'] or '— ' + row['reason']} |")
-    show({"model": arguments.model, "groups": list(rows.values())}, arguments.json, "\n".join(lines))
+        blocks = (
+            row["blocks"][0]
+            if len(row["blocks"]) == 1
+            else f"{row['blocks'][0]} … {row['blocks'][-1]} ({len(row['blocks'])})"
+        )
+        lines.append(
+            f"| {blocks} | {', '.join(row['linears'])} | {row['fold'] or '— ' + row['reason']} |"
+        )
+    show(
+        {"model": arguments.model, "groups": list(rows.values())}, arguments.json, "\n".join(lines)
+    )

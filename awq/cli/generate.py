@@ -11,7 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="quantized directory or hub id")
     parser.add_argument("prompt")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="at most so many")
-    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    parser.add_argument(
+        "--chat", action="store_true", help="wrap the prompt in the model's chat template"
+    )
     add_device(parser)
 
 
@@ -28,9 +30,15 @@ def run(arguments: argparse.Namespace) -> None:
         raise ModelError(f"{arguments.model} has no tokenizer.")
     prompt = arguments.prompt
     if arguments.chat:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    streamer = None if arguments.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = (
+        None
+        if arguments.json
+        else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    )
     out = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
     if arguments.json:
         new = out[0, inputs["input_ids"].shape[1] :]

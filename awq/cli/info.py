@@ -1,6 +1,7 @@
 """Show what kind of checkpoint a directory is, how it is quantized, and how large it is.
 
-It reads `config.json` and the headers of the weight files, and imports neither torch nor transformers for it.
+It reads `config.json` and the headers of the weight files, and imports neither torch nor
+transformers for it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from awq.checkpoint.files import check_directory, packed_among, read_json, tensor_headers, weight_files
+    from awq.checkpoint.files import (
+        check_directory,
+        packed_among,
+        read_json,
+        tensor_headers,
+        weight_files,
+    )
     from awq.checkpoint.modules import body_directory
     from awq.cli.output import show
     from awq.config import AwqConfig
@@ -29,13 +36,22 @@ def run(arguments: argparse.Namespace) -> None:
     config = read_json(directory / "config.json")
     stored = config.get("quantization_config")
     if not isinstance(stored, dict):
-        raise CheckpointError(f"{directory} is not quantized: config.json has no quantization_config.")
+        raise CheckpointError(
+            f"{directory} is not quantized: config.json has no quantization_config."
+        )
     settings = AwqConfig.from_file(stored)
     files = weight_files(directory)
     headers = tensor_headers(files)
-    result: dict[str, Any] = {"model_type": config.get("model_type"), "architectures": config.get("architectures")}
+    result: dict[str, Any] = {
+        "model_type": config.get("model_type"),
+        "architectures": config.get("architectures"),
+    }
     result |= settings.to_dict()
-    result |= {"quantized_linears": len(packed_among(headers)), "tensors": len(headers), "weight_files": len(files)}
+    result |= {
+        "quantized_linears": len(packed_among(headers)),
+        "tensors": len(headers),
+        "weight_files": len(files),
+    }
     result["weight_bytes"] = sum(file.stat().st_size for file in files)
     show(result, arguments.json, _for_people(result))
 
@@ -53,6 +69,7 @@ def _for_people(result: dict[str, Any]) -> str:
         "version": result["version"],
         "zero points": "yes" if result["zero_point"] else "no",
         "not quantized": shown or "nothing named",
-        "weights": f"{result['weight_bytes'] / 1e6:.1f} MB in {result['weight_files']} files, {result['tensors']} tensors",
+        "weights": f"{result['weight_bytes'] / 1e6:.1f} MB in {result['weight_files']} files, "
+        f"{result['tensors']} tensors",
     }
     return "\n".join(f"{name}: {value}" for name, value in lines.items())

@@ -14,11 +14,16 @@ def show(result: dict[str, Any], as_json: bool, text: str | None = None) -> None
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
     else:
-        print(text if text is not None else "\n".join(f"{key}: {value}" for key, value in result.items()))
+        print(
+            text
+            if text is not None
+            else "\n".join(f"{key}: {value}" for key, value in result.items())
+        )
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed package, read without importing it; None when it is not installed."""
+    """The version of an installed package, read without importing it; None when it is not
+    installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -1,4 +1,5 @@
-"""Quantize a model directory or hub id to 4-bit AWQ; sentence-transformers models are calibrated and judged as such."""
+"""Quantize a model directory or hub id to 4-bit AWQ; sentence-transformers models are calibrated
+and judged as such."""
 
 from __future__ import annotations
 
@@ -9,34 +10,73 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from awq.cli.arguments import PRESETS, add_device, add_dtype, add_gates, add_version, gates_of, group_size, positive
+from awq.cli.arguments import (
+    PRESETS,
+    add_device,
+    add_dtype,
+    add_gates,
+    add_version,
+    gates_of,
+    group_size,
+    positive,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="local directory or hub id")
     parser.add_argument("output", help="directory to write")
-    parser.add_argument("--calib-data", default="pileval", help="dataset name or local .txt, .jsonl, .csv, .parquet file")
-    parser.add_argument("--text-column", default="text", help="column of a table that holds the texts")
+    parser.add_argument(
+        "--calib-data",
+        default="pileval",
+        help="dataset name or local .txt, .jsonl, .csv, .parquet file",
+    )
+    parser.add_argument(
+        "--text-column", default="text", help="column of a table that holds the texts"
+    )
     parser.add_argument("--split", default="train", help="of a dataset of the hub")
-    parser.add_argument("--group-size", type=group_size, default=128, help="input channels that share a scale; -1: the whole row")
+    parser.add_argument(
+        "--group-size",
+        type=group_size,
+        default=128,
+        help="input channels that share a scale; -1: the whole row",
+    )
     add_version(parser, default="GEMM")
-    parser.add_argument("--preset", choices=PRESETS, default="balanced", help="how much work to spend on quality")
-    parser.add_argument("--samples", type=positive, help="texts; default: 128, or 256, 1024 or 2048 by size for an embedding model")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="balanced", help="how much work to spend on quality"
+    )
+    parser.add_argument(
+        "--samples",
+        type=positive,
+        help="texts; default: 128, or 256, 1024 or 2048 by size for an embedding model",
+    )
     parser.add_argument("--tokens", type=positive, default=512, help="tokens per sample")
     add_dtype(parser)
     add_device(parser)
     parser.add_argument("--skip", nargs="*", default=[], help="modules to leave in full precision")
-    parser.add_argument("--evaluate", metavar="FILE", help="text to compare a language model before and after on (KL, flips, "
-                        "perplexity); for an embedding model texts, or .tsv lines `score<TAB>sentence<TAB>sentence`, default: "
-                        "texts that calibration left over")  # fmt: skip
-    parser.add_argument("--evaluate-tokens", type=positive, default=16384, help="at most so many of a language model's text")
-    parser.add_argument("--prompt-name", help="prompt put before every text of an embedding model, e.g. query")
+    parser.add_argument(
+        "--evaluate",
+        metavar="FILE",
+        help="text to compare a language model before and after on (KL, flips, "
+        "perplexity); for an embedding model texts, or .tsv lines "
+        "`score<TAB>sentence<TAB>sentence`, default: "
+        "texts that calibration left over",
+    )
+    parser.add_argument(
+        "--evaluate-tokens",
+        type=positive,
+        default=16384,
+        help="at most so many of a language model's text",
+    )
+    parser.add_argument(
+        "--prompt-name", help="prompt put before every text of an embedding model, e.g. query"
+    )
     add_gates(parser)
 
 
 @contextmanager
 def _signs_of_life(quiet: bool) -> Iterator[logging.Logger]:
-    """A logger that writes lines with the time to stderr where no progress bar is drawn: log files, nohup, CI."""
+    """A logger that writes lines with the time to stderr where no progress bar is drawn: log files,
+    nohup, CI."""
     steps = logging.getLogger("awq.quantize")
     if quiet or sys.stderr.isatty():
         yield steps
@@ -69,7 +109,9 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
     check_target(arguments.output, arguments.model)  # before hours of work that nobody could keep
     embedding = is_sentence_model(arguments.model)
     if arguments.prompt_name is not None and not embedding:
-        raise ConfigError(f"--prompt-name: for embedding models, and {arguments.model} is no such directory.")
+        raise ConfigError(
+            f"--prompt-name: for embedding models, and {arguments.model} is no such directory."
+        )
     gates = gates_of(arguments)
     gates.check(embedding, arguments.evaluate is not None)
     options: dict[str, Any] = {}
@@ -87,14 +129,26 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
     door = AutoAWQForEmbedding if embedding else AutoAWQForCausalLM
     model = door.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
     model.tokenizer = load_tokenizer(arguments.model)
-    steps.info("quantizing: preset %s, group size %d, texts of %s", arguments.preset, arguments.group_size, arguments.calib_data)
+    steps.info(
+        "quantizing: preset %s, group size %d, texts of %s",
+        arguments.preset,
+        arguments.group_size,
+        arguments.calib_data,
+    )
     report = model.quantize(
         model.tokenizer,
-        quant_config={"q_group_size": arguments.group_size, "version": arguments.version,
-                      "modules_to_not_convert": arguments.skip},
-        calib_data=arguments.calib_data, split=arguments.split, text_column=arguments.text_column,
-        max_calib_seq_len=arguments.tokens, preset=arguments.preset, **options,
-    )  # fmt: skip
+        quant_config={
+            "q_group_size": arguments.group_size,
+            "version": arguments.version,
+            "modules_to_not_convert": arguments.skip,
+        },
+        calib_data=arguments.calib_data,
+        split=arguments.split,
+        text_column=arguments.text_column,
+        max_calib_seq_len=arguments.tokens,
+        preset=arguments.preset,
+        **options,
+    )
     if not embedding and arguments.evaluate is not None:
         steps.info("comparing with the original on %s", arguments.evaluate)
         report.evaluation = _moved(arguments, model)
@@ -110,14 +164,17 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
 
 
 def _moved(arguments: argparse.Namespace, model: Any) -> Any:
-    """How far the quantized language model's predictions moved from the original's, on the text of `--evaluate`."""
+    """How far the quantized language model's predictions moved from the original's, on the text of
+    `--evaluate`."""
     from transformers import AutoModelForCausalLM
 
     from awq.checkpoint import load_model
     from awq.evals.divergence import divergence
 
     ids = _evaluation_ids(arguments)
-    original = load_model(arguments.model, arguments.dtype, kind=AutoModelForCausalLM).to(model.device)
+    original = load_model(arguments.model, arguments.dtype, kind=AutoModelForCausalLM).to(
+        model.device
+    )
     return divergence(original, model, ids, limit=arguments.evaluate_tokens)
 
 
@@ -126,15 +183,21 @@ def _evaluation_ids(arguments: argparse.Namespace) -> Any:
     from awq.evals.models import MIN_TEXTS, is_language_model, token_ids
 
     if not is_language_model(arguments.model):
-        raise ConfigError(f"--evaluate: {arguments.model} is neither a language model nor a sentence-transformers directory.")
+        raise ConfigError(
+            f"--evaluate: {arguments.model} is neither a language model nor a "
+            "sentence-transformers directory."
+        )
     ids = token_ids(arguments.model, arguments.evaluate, arguments.text_column)
     if len(ids) < MIN_TEXTS:
-        raise ConfigError(f"{arguments.evaluate} has {len(ids)} tokens; a comparison needs at least 2.")
+        raise ConfigError(
+            f"{arguments.evaluate} has {len(ids)} tokens; a comparison needs at least 2."
+        )
     return ids
 
 
 def _evaluation(arguments: argparse.Namespace) -> Any:
-    """What `--evaluate` names: (scores, first, second) of a .tsv file, texts of any other; None when not given."""
+    """What `--evaluate` names: (scores, first, second) of a .tsv file, texts of any other; None
+    when not given."""
     if arguments.evaluate is None:
         return None
     from pathlib import Path

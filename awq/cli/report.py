@@ -7,7 +7,9 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="quantized directory, or its quantization_report.json")
-    parser.add_argument("--html", metavar="FILE", help="write the page to FILE instead of printing lines")
+    parser.add_argument(
+        "--html", metavar="FILE", help="write the page to FILE instead of printing lines"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

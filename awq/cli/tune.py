@@ -1,4 +1,5 @@
-"""Measure which kernel configurations are fastest on this GPU for a model's linears, and keep them as a table for later runs."""
+"""Measure which kernel configurations are fastest on this GPU for a model's linears, and keep them
+as a table for later runs."""
 
 from __future__ import annotations
 
@@ -8,14 +9,34 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="quantized directory or hub id whose linears to tune for")
-    parser.add_argument("--shapes", nargs="*", default=[], metavar="NxK", help="more linears, outputs x inputs, e.g. 4096x14336")
-    parser.add_argument("--group-size", type=int, default=128, help="of --shapes; -1: the whole row")
-    parser.add_argument("--tokens", type=int, nargs="*", help="numbers of tokens; default: those that tables hold")
-    parser.add_argument("--dtypes", nargs="*", default=["float16", "bfloat16"], choices=["float16", "bfloat16"])
+    parser.add_argument(
+        "model", nargs="?", help="quantized directory or hub id whose linears to tune for"
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="*",
+        default=[],
+        metavar="NxK",
+        help="more linears, outputs x inputs, e.g. 4096x14336",
+    )
+    parser.add_argument(
+        "--group-size", type=int, default=128, help="of --shapes; -1: the whole row"
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", help="numbers of tokens; default: those that tables hold"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="*", default=["float16", "bfloat16"], choices=["float16", "bfloat16"]
+    )
     parser.add_argument("--seconds", type=float, default=300, help="at most so long for the timing")
-    parser.add_argument("--workers", type=int, help="processes that compile; default: one per CPU core")
-    parser.add_argument("--output", type=Path, help="table to write or add to; default: the user's, which later runs read")
+    parser.add_argument(
+        "--workers", type=int, help="processes that compile; default: one per CPU core"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="table to write or add to; default: the user's, which later runs read",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -41,16 +62,29 @@ def run(arguments: argparse.Namespace) -> None:
 
     path = arguments.output or configs.user_tables() / f"{launcher.architecture(0)[0]}.json"
     found = tuning.tune(
-        shapes, {getattr(torch, name): arguments.tokens or configs.BUCKETS for name in arguments.dtypes}, arguments.seconds,
-        arguments.workers or os.cpu_count() or 1, (lambda line: None) if arguments.json else print,
-    )  # fmt: skip
+        shapes,
+        {getattr(torch, name): arguments.tokens or configs.BUCKETS for name in arguments.dtypes},
+        arguments.seconds,
+        arguments.workers or os.cpu_count() or 1,
+        (lambda line: None) if arguments.json else print,
+    )
     gpu = torch.cuda.get_device_name(0)
     tuning.write_table(path, gpu, found)
     rows: list[dict[str, Any]] = [
-        {"shape": configs.size_of(shape), "dtype": str(dtype)[6:], "tokens": m, "us": round(times[0].microseconds, 2),
-         "config": times[0].config} for (shape, dtype, m), times in found.items()
-    ]  # fmt: skip
-    show({"gpu": gpu, "table": str(path), "best": rows}, arguments.json, f"{len(rows)} entries written to {path}")
+        {
+            "shape": configs.size_of(shape),
+            "dtype": str(dtype)[6:],
+            "tokens": m,
+            "us": round(times[0].microseconds, 2),
+            "config": times[0].config,
+        }
+        for (shape, dtype, m), times in found.items()
+    ]
+    show(
+        {"gpu": gpu, "table": str(path), "best": rows},
+        arguments.json,
+        f"{len(rows)} entries written to {path}",
+    )
 
 
 def _given(arguments: argparse.Namespace) -> list[Any]:
@@ -68,7 +102,8 @@ def _given(arguments: argparse.Namespace) -> list[Any]:
 
 
 def _of_model(path: str) -> set[Any]:
-    """Shapes of a quantized model's linears, alone and, where generation joins siblings to one product, together."""
+    """Shapes of a quantized model's linears, alone and, where generation joins siblings to one
+    product, together."""
     from awq import AutoAWQForCausalLM, AutoAWQForEmbedding
     from awq.embed.directory import is_sentence_model
     from awq.kernels import Shape
@@ -78,7 +113,11 @@ def _of_model(path: str) -> set[Any]:
     loaded = door.from_quantized(path)
 
     def shapes(modules: Any) -> set[Any]:
-        return {Shape(m.in_features, m.out_features, m.group_size) for m in modules if isinstance(m, WQLinear)}
+        return {
+            Shape(m.in_features, m.out_features, m.group_size)
+            for m in modules
+            if isinstance(m, WQLinear)
+        }
 
     found = shapes(loaded.model.modules())
     decoder = loaded.fuse() if hasattr(loaded, "fuse") else None

@@ -1,1 +1,2 @@
-"""Quantization arithmetic: tensors in and tensors out; no logging, no modules. Kernels do the steps that a GPU starts slowly."""
+"""Quantization arithmetic: tensors in and tensors out; no logging, no modules. Kernels do the steps
+that a GPU starts slowly."""

@@ -1,8 +1,10 @@
-"""Refinement of codes and scales that are already good: coordinate descent, and least squares, on tr(Δ G Δᵀ).
+"""Refinement of codes and scales that are already good: coordinate descent, and least squares, on
+tr(Δ G Δᵀ).
 
-Error feedback decides every column once, before it knows what the later ones do. Coordinate descent visits the columns
-again and moves each code to the best value given all others; the best scales for given codes solve a small linear system
-per row. Neither can raise the loss (but for scales being stored in float16), and the format does not change.
+Error feedback decides every column once, before it knows what the later ones do. Coordinate descent
+visits the columns again and moves each code to the best value given all others; the best scales for
+given codes solve a small linear system per row. Neither can raise the loss (but for scales being
+stored in float16), and the format does not change.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ _RIDGE = 1e-3  # pull towards the old scales, as a fraction of the system's mean
 _SYSTEMS = 1 << 26  # entries of the systems solved at once
 
 
-def refine(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, rounds: int) -> QuantizedWeight:
+def refine(
+    weight: Tensor, gram: Tensor, quantized: QuantizedWeight, rounds: int
+) -> QuantizedWeight:
     """`rounds` times two sweeps of coordinate descent and new scales, then a last sweep.
 
     weight: float32 [out, in]; gram: float32 [in, in].
@@ -28,12 +32,19 @@ def refine(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, rounds: int
     return descend(weight, gram, quantized, 1) if rounds else quantized
 
 
-def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, sweeps: int) -> QuantizedWeight:
-    """Cyclic coordinate descent on the codes: each one moves to its best value given all others, column by column."""
+def descend(
+    weight: Tensor, gram: Tensor, quantized: QuantizedWeight, sweeps: int
+) -> QuantizedWeight:
+    """Cyclic coordinate descent on the codes: each one moves to its best value given all others,
+    column by column."""
     codes = quantized.codes.t().contiguous()  # [in, out]: a column is a contiguous row here
-    scales, zeros = quantized.scales.float().t().contiguous(), quantized.zeros.float().t().contiguous()
+    scales, zeros = (
+        quantized.scales.float().t().contiguous(),
+        quantized.zeros.float().t().contiguous(),
+    )
     gram = gram.clone()
-    gram.diagonal()[gram.diagonal() == 0] = 1.0  # a dead channel has no slope either: its code stays
+    # a dead channel has no slope either: its code stays
+    gram.diagonal()[gram.diagonal() == 0] = 1.0
     width, out = codes.shape
     slope = gram @ (quantized.dequantize() - weight).t()  # half the gradient of the loss, [in, out]
     moves = torch.empty(min(BLOCK, width), out, device=weight.device)
@@ -42,17 +53,37 @@ def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, sweeps: in
     for _ in range(sweeps):
         for start in range(0, width, BLOCK):
             stop = min(start + BLOCK, width)
-            step(slope, gram, scales, zeros, codes, new_codes, moves, start, stop, 2**quantized.bits - 1)
+            step(
+                slope,
+                gram,
+                scales,
+                zeros,
+                codes,
+                new_codes,
+                moves,
+                start,
+                stop,
+                2**quantized.bits - 1,
+            )
             slope.addmm_(gram[:, start:stop], moves[: stop - start])
         codes, new_codes = new_codes, codes
     return quantized._replace(codes=codes.t().contiguous())
 
 
 def _descend_block(
-    slope: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, new_codes: Tensor, moves: Tensor,
-    start: int, stop: int, top: int,
-) -> None:  # fmt: skip
-    """New codes of columns start … stop, one after the other, and their moves [columns, out]; the rest is only read."""
+    slope: Tensor,
+    gram: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    codes: Tensor,
+    new_codes: Tensor,
+    moves: Tensor,
+    start: int,
+    stop: int,
+    top: int,
+) -> None:
+    """New codes of columns start … stop, one after the other, and their moves [columns, out]; the
+    rest is only read."""
     group_size = len(codes) // len(scales)
     local, g = slope[start:stop].clone(), gram[start:stop, start:stop]
     pivots = g.diagonal().tolist()
@@ -89,7 +120,9 @@ def _refit_rows(target: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Ten
     for g in range(groups):
         part = slice(g * size, (g + 1) * size)
         system[:, g] = (steps[:, part] @ gram[part]).mul_(steps).view(out, groups, size).sum(-1)
-    missing = (target * steps).view(out, groups, size).sum(-1) - (system @ old.unsqueeze(-1)).squeeze(-1)
+    missing = (target * steps).view(out, groups, size).sum(-1) - (
+        system @ old.unsqueeze(-1)
+    ).squeeze(-1)
     system = system.double()
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal.add_(_RIDGE * diagonal.mean(-1, keepdim=True) + 1e-30)

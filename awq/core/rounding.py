@@ -1,7 +1,9 @@
-"""Rounding with error feedback (GPTQ, arXiv 2210.17323) under scales and zeros that are already fixed.
+"""Rounding with error feedback (GPTQ, arXiv 2210.17323) under scales and zeros that are already
+fixed.
 
-Columns are rounded in order of falling activation; each column's error is pushed onto the columns not yet rounded, so that
-the sum of outputs stays right. Scales and zeros are static, so the result is an ordinary AWQ weight in natural order.
+Columns are rounded in order of falling activation; each column's error is pushed onto the columns
+not yet rounded, so that the sum of outputs stays right. Scales and zeros are static, so the result
+is an ordinary AWQ weight in natural order.
 """
 
 from __future__ import annotations
@@ -17,16 +19,19 @@ BLOCK = 128  # columns between two products with all the rest
 
 
 def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """Column order [in] and U [in, in] (float32, upper), UᵀU the inverse of the damped, ordered Gram matrix.
+    """Column order [in] and U [in, in] (float32, upper), UᵀU the inverse of the damped, ordered
+    Gram matrix.
 
-    Computed in float64; damping (a fraction of the mean diagonal) grows tenfold until the factorization succeeds. U is the
-    inverse of R where G = R Rᵀ with R upper: one Cholesky factorization of the reversed matrix, and one triangular inverse.
+    Computed in float64; damping (a fraction of the mean diagonal) grows tenfold until the
+    factorization succeeds. U is the inverse of R where G = R Rᵀ with R upper: one Cholesky
+    factorization of the reversed matrix, and one triangular inverse.
     """
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
     backwards = order.flip(0)
     H = gram[backwards][:, backwards].double()
-    # A dead input channel: any weight will do there; 1 keeps the matrix regular without moving the others.
+    # A dead input channel: any weight will do there; 1 keeps the matrix regular without moving the
+    # others.
     H.diagonal()[H.diagonal() == 0] = 1.0
     mean = float(H.diagonal().mean())
     info = 1
@@ -44,7 +49,8 @@ def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Ten
 def round_with_feedback(
     weight: Tensor, order: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bits: int = 4
 ) -> QuantizedWeight:
-    """Codes for weight [out, in] under scale and zero [out, groups]; `order` and `factor` come from `feedback_factor`.
+    """Codes for weight [out, in] under scale and zero [out, groups]; `order` and `factor` come from
+    `feedback_factor`.
 
     Weights that read the same input share the factor: stack their rows and call once.
     """
@@ -66,10 +72,19 @@ def round_with_feedback(
 
 
 def _round_block(
-    rest: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, codes: Tensor, errors: Tensor,
-    start: int, stop: int, top: int,
-) -> None:  # fmt: skip
-    """Rounds columns start … stop of `rest` [in, out] one after the other; fills their rows of codes [in, out], and errors."""
+    rest: Tensor,
+    factor: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group_of: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    start: int,
+    stop: int,
+    top: int,
+) -> None:
+    """Rounds columns start … stop of `rest` [in, out] one after the other; fills their rows of
+    codes [in, out], and errors."""
     block, u = rest[start:stop], factor[start:stop, start:stop]
     s, z = scales[group_of[start:stop]], zeros[group_of[start:stop]]
     diagonal = u.diagonal().tolist()

@@ -1,7 +1,8 @@
 """Search of the activation-aware scales (arXiv 2306.00978, eq. 4–5) through the Gram matrix.
 
-‖X(Ŵ − W)ᵀ‖² = tr(Δ G Δᵀ) with G = XᵀX: after G is gathered once, a candidate costs one fake-quantize and one product with
-G, whatever the number of calibration tokens. Every linear that reads the same input is judged together, because they share s.
+‖X(Ŵ − W)ᵀ‖² = tr(Δ G Δᵀ) with G = XᵀX: after G is gathered once, a candidate costs one
+fake-quantize and one product with G, whatever the number of calibration tokens. Every linear that
+reads the same input is judged together, because they share s.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 from awq.backends import operator
 from awq.core.weight import fake_quantize, group_range, grouped, scale_and_zero
 
-_TOGETHER = {"cpu": 1 << 19, "cuda": 1 << 25}  # weights quantized at once: a CPU's cache, a GPU's occupancy
+# weights quantized at once: a CPU's cache, a GPU's occupancy
+_TOGETHER = {"cpu": 1 << 19, "cuda": 1 << 25}
 _OPERANDS = torch.bfloat16  # of the kernel's product
 _PARTS = 8  # blocks of columns in a product that leaves out what lies below G's diagonal
 _SMALLEST = 64  # columns in a block
@@ -23,7 +25,8 @@ RATIOS = tuple(k / 20 for k in range(21))
 
 
 class ScaleChoice(NamedTuple):
-    """scale: float32 [in]; ratio and kind ("identity", "activation", "duo") name the candidate; losses share one unit."""
+    """scale: float32 [in]; ratio and kind ("identity", "activation", "duo") name the candidate;
+    losses share one unit."""
 
     scale: Tensor
     ratio: float
@@ -33,15 +36,20 @@ class ScaleChoice(NamedTuple):
 
 
 def weight_importance(weight: Tensor, group_size: int) -> Tensor:
-    """Mean over rows of |w| / (largest |w| of its group): [out, in] → [in] (the paper's s_W, as AutoAWQ ships it)."""
+    """Mean over rows of |w| / (largest |w| of its group): [out, in] → [in] (the paper's s_W, as
+    AutoAWQ ships it)."""
     groups = grouped(weight.abs(), group_size)
     return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).view(weight.shape).mean(0)
 
 
-def scale_candidates(x_mean: Tensor, w_mean: Tensor, duo: bool = True) -> tuple[list[tuple[str, float]], Tensor]:
-    """Every candidate's (kind, ratio), identity first, and its s: float32 [n, in]. Channels never active keep 1.
+def scale_candidates(
+    x_mean: Tensor, w_mean: Tensor, duo: bool = True
+) -> tuple[list[tuple[str, float]], Tensor]:
+    """Every candidate's (kind, ratio), identity first, and its s: float32 [n, in]. Channels never
+    active keep 1.
 
-    activation: s = x̄^r; duo: s = x̄^r / (w̄^(1−r) + 1e-4); both divided by sqrt(max·min), r = 0, 0.05 … 1.
+    activation: s = x̄^r; duo: s = x̄^r / (w̄^(1−r) + 1e-4); both divided by sqrt(max·min), r = 0,
+    0.05 … 1.
     """
     names, one = [("identity", 0.0)], torch.ones_like(x_mean).unsqueeze(0)
     active = x_mean > 0
@@ -62,9 +70,11 @@ def scale_candidates(x_mean: Tensor, w_mean: Tensor, duo: bool = True) -> tuple[
 
 
 def row_losses(delta: Tensor, gram: Tensor) -> Tensor:
-    """diag(Δ G Δᵀ): squared output error of each row, summed over tokens. delta [out, in], gram [in, in] → [out].
+    """diag(Δ G Δᵀ): squared output error of each row, summed over tokens. delta [out, in], gram
+    [in, in] → [out].
 
-    G is symmetric: what is above its diagonal counts twice and what is below is not read, which is half of the work.
+    G is symmetric: what is above its diagonal counts twice and what is below is not read, which is
+    half of the work.
     """
     width = delta.shape[1]
     columns = max(_SMALLEST, -(-width // _PARTS))
@@ -79,7 +89,8 @@ def row_losses(delta: Tensor, gram: Tensor) -> Tensor:
 
 
 def gram_loss(delta: Tensor, gram: Tensor) -> Tensor:
-    """tr(Δ G Δᵀ): squared output error, summed over tokens and outputs; a tensor, so that a GPU is not waited for."""
+    """tr(Δ G Δᵀ): squared output error, summed over tokens and outputs; a tensor, so that a GPU is
+    not waited for."""
     return row_losses(delta, gram).sum()
 
 
@@ -98,20 +109,25 @@ def search_scale(
     gram: float32 [in, in], Σ x xᵀ over tokens; x_mean: mean |x| per channel [in].
     tie: makes s [n, in] equal where channels share one producing row (grouped-query attention).
     Candidates are judged by tr(Δ G Δᵀ), Δ = Q(W s)/s − W.
-    A candidate whose loss is not finite is dropped. Deterministic: the first of equal candidates wins.
+    A candidate whose loss is not finite is dropped. Deterministic: the first of equal candidates
+    wins.
     """
     names, scales = scale_candidates(x_mean, weight_importance(weight, group_size), duo)
     scales = tie(scales)
     losses = _losses(weight, gram, scales, group_size, bits, zero_point).tolist()
-    best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i], i))  # NaN last, then the first of equals
+    # NaN last, then the first of equals
+    best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i], i))
     kind, ratio = names[best]
     return ScaleChoice(scales[best], ratio, kind, losses[best], losses[0])
 
 
-def _losses(weight: Tensor, gram: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool) -> Tensor:
+def _losses(
+    weight: Tensor, gram: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool
+) -> Tensor:
     """tr(Δ G Δᵀ) [n], Δ = Q(W s)/s − W, for scales [n, in], by a kernel where there is one.
 
-    The kernel multiplies in bfloat16: on SmolLM2 every group chose the same candidate as in float32 (docs/notes/quality.md).
+    The kernel multiplies in bfloat16: on SmolLM2 every group chose the same candidate as in float32
+    (docs/notes/quality.md).
     """
     limit, width = _TOGETHER.get(weight.device.type, _TOGETHER["cuda"]), weight.shape[1]
     scaled_losses = operator("scaled_losses", weight.device, weight.dtype)
@@ -124,13 +140,22 @@ def _losses(weight: Tensor, gram: Tensor, scales: Tensor, group_size: int, bits:
     total = torch.zeros(len(scales), device=weight.device)
     for rows in weight.split(max(1, limit // width)):
         parts = scales.split(max(1, limit // rows.numel()))
-        total += torch.cat([_gram_losses(rows, gram, part, group_size, bits, zero_point) for part in parts])
+        total += torch.cat(
+            [_gram_losses(rows, gram, part, group_size, bits, zero_point) for part in parts]
+        )
     return total
 
 
-def _gram_losses(weight: Tensor, gram: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool) -> Tensor:
-    """tr(Δ G Δᵀ), Δ = Q(W s)/s − W, for several s [n, in] at once: their weights are quantized as rows of one [n·out, in]."""
+def _gram_losses(
+    weight: Tensor, gram: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool
+) -> Tensor:
+    """tr(Δ G Δᵀ), Δ = Q(W s)/s − W, for several s [n, in] at once: their weights are quantized as
+    rows of one [n·out, in]."""
     scaled = (weight * scales.unsqueeze(1)).view(-1, weight.shape[1])
-    quantized = fake_quantize(scaled, *scale_and_zero(*group_range(scaled, group_size, zero_point), bits, zero_point), bits)
+    quantized = fake_quantize(
+        scaled,
+        *scale_and_zero(*group_range(scaled, group_size, zero_point), bits, zero_point),
+        bits,
+    )
     delta = quantized.view(len(scales), *weight.shape).div_(scales.unsqueeze(1)).sub_(weight)
     return row_losses(delta.view(scaled.shape), gram).view(len(scales), -1).sum(1)

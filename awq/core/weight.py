@@ -1,7 +1,8 @@
 """The canonical quantized weight, and plain group quantization to and from it.
 
-One weight, many codecs: every algorithm of this package ends in a `QuantizedWeight`, and every packed format is a pure
-function to and from it. Scales are rounded to float16 *before* the codes are chosen, because float16 is what a checkpoint
+One weight, many codecs: every algorithm of this package ends in a `QuantizedWeight`, and every
+packed format is a pure function to and from it. Scales are rounded to float16 *before* the codes
+are chosen, because float16 is what a checkpoint
 stores: what was measured while quantizing is exactly what a reader gets.
 """
 
@@ -60,8 +61,8 @@ def storable_scale(scale: Tensor) -> Tensor:
 def group_range(weight: Tensor, group_size: int, zero_point: bool = True) -> tuple[Tensor, Tensor]:
     """Lowest and highest value [out, groups] that the codes of each group must reach.
 
-    The range always contains 0, because the zero point is clamped to the codes: a group of one sign would otherwise lose
-    its far end. `zero_point=False` makes it symmetric.
+    The range always contains 0, because the zero point is clamped to the codes: a group of one sign
+    would otherwise lose its far end. `zero_point=False` makes it symmetric.
     """
     groups = grouped(weight, group_size)
     if not zero_point:
@@ -70,11 +71,14 @@ def group_range(weight: Tensor, group_size: int, zero_point: bool = True) -> tup
     return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
 
 
-def scale_and_zero(low: Tensor, high: Tensor, bits: int = 4, zero_point: bool = True) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (float32, same shape) of a range; arXiv 2306.00978 §3 and AutoAWQ's pseudo_quantize_tensor.
+def scale_and_zero(
+    low: Tensor, high: Tensor, bits: int = 4, zero_point: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (float32, same shape) of a range; arXiv 2306.00978 §3 and AutoAWQ's
+    pseudo_quantize_tensor.
 
-    s = (high − low).clamp(1e-5) / (2**bits − 1), z = round(−low / s) clamped to the codes. Without a zero point
-    s = max|w| / (2**(bits−1) − 1) and z is the middle code.
+    s = (high − low).clamp(1e-5) / (2**bits − 1), z = round(−low / s) clamped to the codes. Without
+    a zero point s = max|w| / (2**(bits−1) − 1) and z is the middle code.
     """
     top = 2**bits - 1
     if not zero_point:
@@ -92,10 +96,14 @@ def quantize_nearest(weight: Tensor, scale: Tensor, zero: Tensor, bits: int = 4)
     return QuantizedWeight(codes, scale.half(), zero.to(torch.uint8), bits)
 
 
-def round_to_nearest(weight: Tensor, group_size: int, bits: int = 4, zero_point: bool = True) -> QuantizedWeight:
-    """Min/max group quantization of a weight [out, in] (any float dtype), the baseline of every comparison.
+def round_to_nearest(
+    weight: Tensor, group_size: int, bits: int = 4, zero_point: bool = True
+) -> QuantizedWeight:
+    """Min/max group quantization of a weight [out, in] (any float dtype), the baseline of every
+    comparison.
 
-    group_size: channels per group; −1 means the whole row. It must divide `in` (checked by `AwqConfig.group_size_of`).
+    group_size: channels per group; −1 means the whole row. It must divide `in` (checked by
+    `AwqConfig.group_size_of`).
     """
     size = weight.shape[1] if group_size == -1 else group_size
     low, high = group_range(weight.float(), size, zero_point)

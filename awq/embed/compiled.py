@@ -1,8 +1,10 @@
-"""An encoder as one native program for the CPU at hand: built from what `structure` reads, proven, then used.
+"""An encoder as one native program for the CPU at hand: built from what `structure` reads, proven,
+then used.
 
-`compile_encoder` gives a `CompiledEncoder` or raises `NotReadable` with the reason. The proof runs texts of several lengths,
-one token among them, through transformers' forward and through the program; what differs by more than rounding is refused.
-`kernels.cpu.encoder_kernels` says what the program does.
+`compile_encoder` gives a `CompiledEncoder` or raises `NotReadable` with the reason. The proof runs
+texts of several lengths, one token among them, through transformers' forward and through the
+program; what differs by more than rounding is refused. `kernels.cpu.encoder_kernels` says what the
+program does.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from awq.nn.linear import WQLinear
 
 PLANES = {"exact": 2, "int8": 1}  # bytes of an activation
 PROOF_LENGTHS = (1, 7, 16, 33, 70)
-# Relative error of embeddings. What transformers rounds to 16 bits in every layer, the program keeps in float32.
+# Relative error of embeddings. What transformers rounds to 16 bits in every layer, the program
+# keeps in float32.
 PROOF_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 PROOF_ERROR_OF_BYTES = 0.12  # a cosine of 0.993 of the rarest texts, random words
 LINE = 64  # bytes of a cache line
@@ -46,7 +49,9 @@ class CompiledState:
 class CompiledEncoder:
     """Embeddings [texts, hidden] of token ids, packed one text after the other."""
 
-    def __init__(self, plan: EncoderPlan, pooling: str, normalize: bool, precision: str = "exact") -> None:
+    def __init__(
+        self, plan: EncoderPlan, pooling: str, normalize: bool, precision: str = "exact"
+    ) -> None:
         self.plan = plan
         self.spec = _spec(plan, pooling, normalize, PLANES[precision])
         self._weights = _Weights(plan, self.spec)
@@ -54,25 +59,50 @@ class CompiledEncoder:
         self._arenas: list[_Arena] = []
         self._teams: dict[int, _Team] = {}  # by the size of a call
 
-    def __call__(self, rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None, prompt_tokens: int = 0,
-                 helpers: int | None = None) -> Tensor:  # fmt: skip
-        """float32 [texts, hidden] of rows of token ids. types: their token types. prompt_tokens: leading ones not pooled.
+    def __call__(
+        self,
+        rows: Sequence[Sequence[int]],
+        types: Sequence[Sequence[int]] | None = None,
+        prompt_tokens: int = 0,
+        helpers: int | None = None,
+    ) -> Tensor:
+        """float32 [texts, hidden] of rows of token ids. types: their token types. prompt_tokens:
+        leading ones not pooled.
 
-        helpers: at most so many threads beside the caller's own; they come when they have made such calls quicker.
+        helpers: at most so many threads beside the caller's own; they come when they have made such
+        calls quicker.
         """
         lengths = [len(row) for row in rows]
         tokens = sum(lengths)
         ids = np.fromiter((i for row in rows for i in row), np.int32, tokens)
         if tokens == 0 or min(lengths) == 0 or max(lengths) > self.plan.longest:
-            raise ValueError(f"texts have {min(lengths)} to {max(lengths)} tokens; 1 to {self.plan.longest} are possible.")
+            raise ValueError(
+                f"texts have {min(lengths)} to {max(lengths)} tokens; 1 to {self.plan.longest} "
+                "are possible."
+            )
         if ids.min() < 0 or ids.max() >= len(self.plan.words):
-            raise ValueError(f"token ids are {ids.min()} to {ids.max()}; the table has {len(self.plan.words)} words.")
-        kinds = np.zeros(tokens, np.int32) if types is None else np.fromiter((i for row in types for i in row), np.int32)
+            raise ValueError(
+                f"token ids are {ids.min()} to {ids.max()}; the table has {len(self.plan.words)} "
+                "words."
+            )
+        kinds = (
+            np.zeros(tokens, np.int32)
+            if types is None
+            else np.fromiter((i for row in types for i in row), np.int32)
+        )
         starts = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(lengths, out=starts[1:])
-        positions = np.arange(tokens, dtype=np.int32) - np.repeat(starts[:-1], lengths) + self.plan.position_offset
+        positions = (
+            np.arange(tokens, dtype=np.int32)
+            - np.repeat(starts[:-1], lengths)
+            + self.plan.position_offset
+        )
         out = torch.empty(len(rows), self.spec.hidden)
-        helpers = min(self._pool.helpers if helpers is None else helpers, self._pool.helpers, torch.get_num_threads() - 1)
+        helpers = min(
+            self._pool.helpers if helpers is None else helpers,
+            self._pool.helpers,
+            torch.get_num_threads() - 1,
+        )
         team = self._teams.setdefault(tokens.bit_length(), _Team()) if helpers else None
         if team is not None and not team.is_worth_it():
             helpers = 0
@@ -91,18 +121,29 @@ class CompiledEncoder:
         return out
 
     def why_not(self, rows: Sequence[Sequence[int]]) -> str | None:
-        """Why these rows of token ids must go through transformers' forward; None when they need not."""
+        """Why these rows of token ids must go through transformers' forward; None when they need
+        not."""
         longest = max(map(len, rows))
         if longest > self.plan.longest:
             return f"a text has {longest} tokens, and positions end at {self.plan.longest}"
-        # Families that begin to count positions after the padding's own give a padding word no position of its own.
+        # Families that begin to count positions after the padding's own give a padding word no
+        # position of its own.
         padding = self.plan.position_offset - 1
         if self.plan.position_offset and any(padding in row for row in rows):
             return "a text holds the padding token"
         return None
 
-    def _run(self, arena: _Arena, parts: dict[str, int], arrays: dict[str, Any], texts: int, tokens: int,
-             prompt_tokens: int, helpers: int, out: Tensor) -> None:  # fmt: skip
+    def _run(
+        self,
+        arena: _Arena,
+        parts: dict[str, int],
+        arrays: dict[str, Any],
+        texts: int,
+        tokens: int,
+        prompt_tokens: int,
+        helpers: int,
+        out: Tensor,
+    ) -> None:
         from awq.kernels.cpu.encoder_kernels import JOB
 
         fields = dict(
@@ -127,7 +168,8 @@ class CompiledEncoder:
 
 @cache
 def _program(dtype: torch.dtype, spec: Any) -> tuple[Any, Any]:
-    """(forward(job, worker), its pool), compiled once in a process for all encoders of the same shape."""
+    """(forward(job, worker), its pool), compiled once in a process for all encoders of the same
+    shape."""
     from awq.kernels.cpu import engine
     from awq.kernels.cpu.encoder_kernels import POOL_FIELDS, POOL_SEMAPHORE, emit_encoder
     from awq.kernels.cpu.pool import Pool, helpers_for_this_process
@@ -137,12 +179,21 @@ def _program(dtype: torch.dtype, spec: Any) -> tuple[Any, Any]:
         raise NotReadable("the CPU has no AVX2, AVX-512 or Arm dot products")
     code = engine.native_module(emit_encoder, dtype, target, spec)
     forward = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(code.address("forward"))
-    pool = Pool(code.address("serve"), code.address("call"), helpers_for_this_process(), POOL_FIELDS, POOL_SEMAPHORE)
+    pool = Pool(
+        code.address("serve"),
+        code.address("call"),
+        helpers_for_this_process(),
+        POOL_FIELDS,
+        POOL_SEMAPHORE,
+    )
     return forward, pool
 
 
-def compile_encoder(model: Any, pooling: str, normalize: bool, precision: str = "exact") -> CompiledEncoder:
-    """Reads, builds and proves. Raises NotReadable with the reason, ImportError without llvmlite."""
+def compile_encoder(
+    model: Any, pooling: str, normalize: bool, precision: str = "exact"
+) -> CompiledEncoder:
+    """Reads, builds and proves. Raises NotReadable with the reason, ImportError without
+    llvmlite."""
     compiled = CompiledEncoder(read_encoder(model), pooling, normalize, precision)
     prove(compiled, model)
     return compiled
@@ -150,7 +201,8 @@ def compile_encoder(model: Any, pooling: str, normalize: bool, precision: str = 
 
 @torch.no_grad()
 def prove(compiled: CompiledEncoder, model: Any) -> float:
-    """The largest relative error against transformers' forward. Raises NotReadable when it is more than rounding."""
+    """The largest relative error against transformers' forward. Raises NotReadable when it is more
+    than rounding."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = len(compiled.plan.words)
     low = min(5, vocabulary - 1)
@@ -160,7 +212,9 @@ def prove(compiled: CompiledEncoder, model: Any) -> float:
     worst = 0.0
     for row, found in zip(rows, together):
         ids = torch.tensor([row])
-        hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].float()
+        hidden = (
+            model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].float()
+        )
         expected = _pooled(hidden, compiled.spec.pooling)
         if compiled.spec.normalize:
             expected = F.normalize(expected, dim=-1)
@@ -170,7 +224,10 @@ def prove(compiled: CompiledEncoder, model: Any) -> float:
     if compiled.spec.planes == 1:
         allowed = max(allowed, PROOF_ERROR_OF_BYTES)
     if worst > allowed:
-        raise NotReadable(f"the compiled program differs from transformers' forward by {worst:.2g} (allowed: {allowed:.2g})")
+        raise NotReadable(
+            f"the compiled program differs from transformers' forward by {worst:.2g} (allowed: "
+            f"{allowed:.2g})"
+        )
     return worst
 
 
@@ -191,10 +248,18 @@ def _spec(plan: EncoderPlan, pooling: str, normalize: bool, planes: int) -> Any:
     kv_width = block.qkv[1].out_features
     context = block.qkv[0].out_features
     dim = context // plan.heads
-    sizes = {"group": group, "dimension of a head": dim, "hidden width": hidden, "width of k and v": kv_width}
+    sizes = {
+        "group": group,
+        "dimension of a head": dim,
+        "hidden width": hidden,
+        "width of k and v": kv_width,
+    }
     wrong = [f"its {name} is {size}" for name, size in sizes.items() if size % 16]
     if wrong or group > 256:
-        raise NotReadable(f"{wrong[0] if wrong else f'its group is {group}'}; multiples of 16, groups up to 256, are possible")
+        raise NotReadable(
+            f"{wrong[0] if wrong else f'its group is {group}'}; multiples of 16, groups up to "
+            "256, are possible"
+        )
     norms = [n for b in plan.blocks for n in (b.attention_norm, b.mlp_norm) if n is not None]
     norms += [n for n in (plan.norm, plan.final_norm) if n is not None]
     if len({(n.eps, n.centered) for n in norms}) != 1:
@@ -244,7 +309,12 @@ class _Weights:
         relative = self._keep(plan.relative)
         for i, block in enumerate(plan.blocks):
             fields: dict[str, Any] = dict.fromkeys(LAYER.fields)
-            for name, linears in (("qkv", block.qkv), ("o", (block.o,)), ("up", block.up), ("down", (block.down,))):
+            for name, linears in (
+                ("qkv", block.qkv),
+                ("o", (block.o,)),
+                ("up", block.up),
+                ("down", (block.down,)),
+            ):
                 self._linear(fields, name, linears)
             last = i + 1 == len(plan.blocks)
             after_attention: NormPlan | None = block.attention_norm
@@ -285,11 +355,14 @@ class _Weights:
             joined = torch.cat([getattr(p, part).view(torch.uint8).flatten() for p in packed])
             self._pending.append((fields, f"{name}_{field}", joined))
         zeros = [torch.zeros(p.shape.out_features) for p in packed]
-        biases = [z if linear.bias is None else linear.bias.float() for z, linear in zip(zeros, linears)]
+        biases = [
+            z if linear.bias is None else linear.bias.float() for z, linear in zip(zeros, linears)
+        ]
         self._pending.append((fields, f"{name}_bias", torch.cat(biases).view(torch.uint8)))
 
     def _settle(self) -> None:
-        """Moves the linears' tensors into one block of memory, on huge pages where the system has them."""
+        """Moves the linears' tensors into one block of memory, on huge pages where the system has
+        them."""
         sizes = [-(-len(tensor) // LINE) * LINE for _, _, tensor in self._pending]
         memory, start = _aligned(sum(sizes))
         offset = start
@@ -308,7 +381,11 @@ def _aligned(size: int) -> tuple[Tensor, int]:
     start = -memory.data_ptr() % page
     try:
         libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(memory.data_ptr() + start), ctypes.c_size_t(-(-size // page) * page), HUGE_PAGE)
+        libc.madvise(
+            ctypes.c_void_p(memory.data_ptr() + start),
+            ctypes.c_size_t(-(-size // page) * page),
+            HUGE_PAGE,
+        )
     except (OSError, AttributeError, TypeError):  # only faster
         pass
     return memory, start
@@ -338,8 +415,9 @@ def _sizes(spec: Any, tokens: int, longest: int, workers: int) -> dict[str, int]
 class _Team:
     """Whether helpers make a call quicker, judged by the last calls with and without them.
 
-    On a quiet machine they do; beside busy processes a helper may wait for its core in the middle of its work. Which of the two
-    it is changes by the minute, so every `RETRY_CALLS`-th call takes the other way.
+    On a quiet machine they do; beside busy processes a helper may wait for its core in the middle
+    of its work. Which of the two it is changes by the minute, so every `RETRY_CALLS`-th call takes
+    the other way.
     """
 
     RETRY_CALLS = 16

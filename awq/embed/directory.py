@@ -1,4 +1,5 @@
-"""What a sentence-transformers directory says about a model: its modules, prompts and longest input."""
+"""What a sentence-transformers directory says about a model: its modules, prompts and longest
+input."""
 
 from __future__ import annotations
 
@@ -17,9 +18,11 @@ logger = logging.getLogger("awq.embed")
 
 @dataclass(frozen=True)
 class SentenceSettings:
-    """modules: (class name, folder) in the order of `modules.json`, the transformer first; empty without that file.
+    """modules: (class name, folder) in the order of `modules.json`, the transformer first; empty
+    without that file.
 
-    max_length: longest input in tokens, if the directory sets one. prompts: name → text put before an input.
+    max_length: longest input in tokens, if the directory sets one. prompts: name → text put before
+    an input.
     """
 
     modules: tuple[tuple[str, Path], ...] = ()
@@ -30,12 +33,14 @@ class SentenceSettings:
 
 
 def sentence_settings(directory: str | Path) -> SentenceSettings:
-    """Settings of a local directory; those of a plain transformers directory are empty. Raises CheckpointError for broken files."""
+    """Settings of a local directory; those of a plain transformers directory are empty. Raises
+    CheckpointError for broken files."""
     root = Path(directory)
     modules = read_modules(root)
     general = _optional(root / "config_sentence_transformers.json")
     home = modules[0][1] if modules else root
-    # Early releases named the file after the architecture: sentence_roberta_config.json and its kin.
+    # Early releases named the file after the architecture: sentence_roberta_config.json and its
+    # kin.
     files = sorted(home.glob("sentence_*_config.json"))
     inner = read_json(files[0]) if files else {}
     place = files[0] if files else root
@@ -52,7 +57,9 @@ def _length(value: Any, place: Path) -> int | None:
     if value is None or value == 0:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 2:
-        raise CheckpointError(f"{place}: max_seq_length is {value!r}; it must be a whole number of at least 2.")
+        raise CheckpointError(
+            f"{place}: max_seq_length is {value!r}; it must be a whole number of at least 2."
+        )
     return value
 
 
@@ -66,7 +73,10 @@ def _prompts(value: Any, place: Path) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise CheckpointError(f"{place}/config_sentence_transformers.json: prompts must be texts by name, not {value!r:.100}.")
+        raise CheckpointError(
+            f"{place}/config_sentence_transformers.json: prompts must be texts by name, not "
+            f"{value!r:.100}."
+        )
     return dict(value)
 
 
@@ -74,12 +84,16 @@ def _prompt_name(general: dict[str, Any], place: Path) -> str | None:
     name = general.get("default_prompt_name")
     known = {"query", "document", *(general.get("prompts") or {})}
     if name is not None and (not isinstance(name, str) or name not in known):
-        raise CheckpointError(f"{place}/config_sentence_transformers.json: default_prompt_name {name!r} is none of its prompts.")
+        raise CheckpointError(
+            f"{place}/config_sentence_transformers.json: default_prompt_name {name!r} is none of "
+            "its prompts."
+        )
     return name
 
 
 def is_sentence_model(path: str | Path) -> bool:
-    """Whether a local directory, or a hub model, is sentence-transformers' of a model for embeddings (not of a cross-encoder)."""
+    """Whether a local directory, or a hub model, is sentence-transformers' of a model for
+    embeddings (not of a cross-encoder)."""
     if Path(path).exists() or str(path).startswith((".", "/", "~")):
         return is_embedder(Path(path))
     from huggingface_hub import snapshot_download
@@ -87,15 +101,18 @@ def is_sentence_model(path: str | Path) -> bool:
     try:
         files = ["modules.json", "config_sentence_transformers.json"]
         return is_embedder(Path(snapshot_download(str(path), allow_patterns=files)))
-    except Exception as error:  # the hub's client has many ways to fail; a model that is missing is reported when it is loaded
+    # the hub's client has many ways to fail; a model that is missing is reported when it is loaded
+    except Exception as error:
         logger.info("%s is taken for no sentence embedder: %s", path, str(error).split("\n")[0])
         return False
 
 
 def longest_input(config: Any, tokenizer: Any, settings: SentenceSettings) -> int:
-    """Longest input in tokens, special ones included: what the directory, the tokenizer and the positions all allow.
+    """Longest input in tokens, special ones included: what the directory, the tokenizer and the
+    positions all allow.
 
-    The directory's own number counts more than the tokenizer's, never more than the positions that the model has.
+    The directory's own number counts more than the tokenizer's, never more than the positions that
+    the model has.
     """
     positions = position_limit(config)
     if settings.max_length:

@@ -1,7 +1,9 @@
-"""`Encoder`: texts to embeddings, from quantized or full-precision directories, without further packages.
+"""`Encoder`: texts to embeddings, from quantized or full-precision directories, without further
+packages.
 
-It reads what sentence-transformers wrote and gives the same embeddings. It is quicker than that package's loop because all
-texts are tokenized in one call, sorted by tokens instead of characters, and a batch ends where padding would begin to cost.
+It reads what sentence-transformers wrote and gives the same embeddings. It is quicker than that
+package's loop because all texts are tokenized in one call, sorted by tokens instead of characters,
+and a batch ends where padding would begin to cost.
 """
 
 from __future__ import annotations
@@ -35,50 +37,70 @@ logger = logging.getLogger("awq.embed")
 _COMPILING = threading.Lock()  # encoders are read and compiled one at a time
 MAX_PACKED_TOKENS = 512  # of one call of the native program
 
-_KEPT = ["*.json", "*.txt", "*.model", "*.safetensors", "*.py"]  # of a hub repository; exports for other runtimes are not needed
+# of a hub repository; exports for other runtimes are not needed
+_KEPT = ["*.json", "*.txt", "*.model", "*.safetensors", "*.py"]
 
 
 class Encoder(nn.Module):
-    """model: a transformers encoder in evaluation mode, whose call gives `last_hidden_state` [texts, tokens, features].
+    """model: a transformers encoder in evaluation mode, whose call gives `last_hidden_state`
+    [texts, tokens, features].
 
-    heads: a `Pooling`, then any `Dense` and `Normalize`; None means mean pooling. settings: prompts and longest input.
-    `Encoder.from_pretrained(directory)` fills all of it in.
+    heads: a `Pooling`, then any `Dense` and `Normalize`; None means mean pooling. settings: prompts
+    and longest input. `Encoder.from_pretrained(directory)` fills all of it in.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, heads: Sequence[nn.Module] | None = None, settings: SentenceSettings | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        heads: Sequence[nn.Module] | None = None,
+        settings: SentenceSettings | None = None,
     ) -> None:
         super().__init__()
-        model = model.model if hasattr(model, "awq_config") else model  # AutoAWQForEmbedding's own wrapper
+        # AutoAWQForEmbedding's own wrapper
+        model = model.model if hasattr(model, "awq_config") else model
         self.model, self.tokenizer = model, tokenizer
         self.heads = nn.ModuleList(heads or [Pooling()])
         if not isinstance(self.heads[0], Pooling):
-            raise ModelError(f"the first module after the transformer is {type(self.heads[0]).__name__}; it must be a pooling.")
+            raise ModelError(
+                f"the first module after the transformer is {type(self.heads[0]).__name__}; it "
+                "must be a pooling."
+            )
         settings = settings or SentenceSettings()
         self.max_seq_length = longest_input(model.config, tokenizer, settings)
-        # What models without prompts of their own answer to too, so that callers need not know which they hold.
+        # What models without prompts of their own answer to too, so that callers need not know
+        # which they hold.
         self.prompts = {"query": "", "document": "", **settings.prompts}
         self.default_prompt_name = settings.default_prompt_name
         self._lower_case = settings.lower_case
         self._known_ids = _known_ids(model, tokenizer)
         # Of inputs by name; the attention mask's is 0.
         self.padding = {
-            "input_ids": tokenizer.pad_token_id or 0, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)
-        }  # fmt: skip
+            "input_ids": tokenizer.pad_token_id or 0,
+            "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
+        }
         self._graphs = EncoderGraphs(self)
         self._native: CompiledEncoder | None = None
         self._native_state: CompiledState | None = None  # None: not tried yet
         accepted = inspect.signature(model.forward).parameters
-        self._accepted = None if any(p.kind is p.VAR_KEYWORD for p in accepted.values()) else set(accepted)
+        self._accepted = (
+            None if any(p.kind is p.VAR_KEYWORD for p in accepted.values()) else set(accepted)
+        )
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str | None = None, dtype: Any = "auto", trust_remote_code: bool = False
+        cls,
+        path: str | Path,
+        device: str | None = None,
+        dtype: Any = "auto",
+        trust_remote_code: bool = False,
     ) -> Encoder:
-        """From a sentence-transformers or plain transformers directory, or a hub id, quantized or not.
+        """From a sentence-transformers or plain transformers directory, or a hub id, quantized or
+        not.
 
-        device: None takes the GPU if there is one. A plain directory says nothing about pooling: mean pooling without
-        normalisation is used, with a warning. Raises ModelError or CheckpointError when there is no such model.
+        device: None takes the GPU if there is one. A plain directory says nothing about pooling:
+        mean pooling without normalisation is used, with a warning. Raises ModelError or
+        CheckpointError when there is no such model.
         """
         place = usable_device(device)  # before anything is read or fetched
         root = Path(path)
@@ -88,20 +110,37 @@ class Encoder(nn.Module):
         body = settings.modules[0][1] if settings.modules else root
         source = Source.open(body, trust_remote_code)
         kind = body_class(source)
-        if getattr(source.config, "is_encoder_decoder", False) and not kind.__name__.endswith("EncoderModel"):
-            raise ModelError(f"{path} is an encoder-decoder model; use SentenceTransformer({str(path)!r}) for it.")
-        encoder = cls.around(load_model(source, dtype, kind=kind), root, trust_remote_code=trust_remote_code)
+        if getattr(source.config, "is_encoder_decoder", False) and not kind.__name__.endswith(
+            "EncoderModel"
+        ):
+            raise ModelError(
+                f"{path} is an encoder-decoder model; use SentenceTransformer({str(path)!r}) for "
+                "it."
+            )
+        encoder = cls.around(
+            load_model(source, dtype, kind=kind), root, trust_remote_code=trust_remote_code
+        )
         return encoder.to(place).eval()
 
     @classmethod
-    def around(cls, model: Any, path: str | Path, tokenizer: Any = None, trust_remote_code: bool = False) -> Encoder:
-        """A loaded model with the heads, prompts and (None) tokenizer of its local directory. Raises like `from_pretrained`."""
+    def around(
+        cls, model: Any, path: str | Path, tokenizer: Any = None, trust_remote_code: bool = False
+    ) -> Encoder:
+        """A loaded model with the heads, prompts and (None) tokenizer of its local directory.
+        Raises like `from_pretrained`."""
         settings = sentence_settings(path)
         if settings.modules and settings.modules[0][0] != "Transformer":
-            raise ModelError(f"{path} begins with a module of kind {settings.modules[0][0]}, not with a transformer.")
+            raise ModelError(
+                f"{path} begins with a module of kind {settings.modules[0][0]}, not with a "
+                "transformer."
+            )
         heads = [read_head(kind, folder) for kind, folder in settings.modules[1:]]
         if not heads:
-            logger.warning("%s names no pooling (no modules.json): mean pooling without normalisation is used.", path)
+            logger.warning(
+                "%s names no pooling (no modules.json): mean pooling without normalisation is "
+                "used.",
+                path,
+            )
         body = settings.modules[0][1] if settings.modules else path
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(body, trust_remote_code)
         return cls(model, tokenizer, heads, settings).to(next(model.parameters()).device)
@@ -124,11 +163,14 @@ class Encoder(nn.Module):
         truncate_dim: int | None = None,
         prompt: str | None = None,
     ) -> Tensor:
-        """Embeddings, float32 on the CPU: [texts, features] in the order given, or [features] for a single string.
+        """Embeddings, float32 on the CPU: [texts, features] in the order given, or [features] for a
+        single string.
 
-        batch_size: at most so many texts at once. normalize: L2 norm 1, after truncating (the model's own normalisation
-        happens in any case). prompt_name: key of `prompts`, put before every text; prompt: that text itself.
-        truncate_dim: keep the first so many features. Raises ConfigError for arguments that cannot work.
+        batch_size: at most so many texts at once. normalize: L2 norm 1, after truncating (the
+        model's own normalisation happens in any case). prompt_name: key of `prompts`, put before
+        every text; prompt: that text itself.
+        truncate_dim: keep the first so many features. Raises ConfigError for arguments that cannot
+        work.
         """
         if isinstance(texts, str):
             return self.encode([texts], batch_size, normalize, prompt_name, truncate_dim, prompt)[0]
@@ -146,9 +188,13 @@ class Encoder(nn.Module):
         if self._on_gpu:
             run = self._graphs
             run.look()
-        found = []  # on the model's device until the end: a copy after each batch would make a GPU wait for it
+        # on the model's device until the end: a copy after each batch would make a GPU wait for it
+        found = []
         for part in parts:
-            embeddings = run({key: self._padded(key, [values[i] for i in part]) for key, values in rows.items()}, prompt_tokens)
+            embeddings = run(
+                {key: self._padded(key, [values[i] for i in part]) for key, values in rows.items()},
+                prompt_tokens,
+            )
             embeddings = embeddings[:, :truncate_dim].float()
             found.append(F.normalize(embeddings, dim=-1) if normalize else embeddings)
         together = torch.cat(found).cpu()
@@ -156,7 +202,8 @@ class Encoder(nn.Module):
 
     @property
     def compiled(self) -> CompiledState:
-        """Whether texts run through one native program (CPUs only), and if not, why. True or False in an `if`.
+        """Whether texts run through one native program (CPUs only), and if not, why. True or False
+        in an `if`.
 
         The program is made and proven when the first text is encoded, or here.
         """
@@ -178,7 +225,9 @@ class Encoder(nn.Module):
         pooling = self.heads[0]
         assert isinstance(pooling, Pooling)
         if len(pooling.modes) != 1 or pooling.modes[0] not in ("mean", "cls", "lasttoken"):
-            return None, CompiledState(False, f"pooling of {', '.join(pooling.modes)} is not compiled")
+            return None, CompiledState(
+                False, f"pooling of {', '.join(pooling.modes)} is not compiled"
+            )
         normalize = len(self.heads) > 1 and isinstance(self.heads[1], Normalize)
         try:
             native = compile_encoder(self.model, pooling.modes[0], normalize)
@@ -191,7 +240,9 @@ class Encoder(nn.Module):
         logger.info("The encoder is not compiled: %s.", reason)
         return None, CompiledState(False, reason)
 
-    def _encode_natively(self, native: CompiledEncoder, rows: dict[str, list[list[int]]], prompt_tokens: int) -> Tensor:
+    def _encode_natively(
+        self, native: CompiledEncoder, rows: dict[str, list[list[int]]], prompt_tokens: int
+    ) -> Tensor:
         """Embeddings [texts, features] in the order of the rows."""
         ids = rows["input_ids"]
         types = rows.get("token_type_ids")
@@ -215,17 +266,26 @@ class Encoder(nn.Module):
     def forward(self, inputs: dict[str, Tensor], prompt_tokens: int = 0) -> Tensor:
         """Embeddings [texts, features] of padded inputs [texts, tokens], padding on the right."""
         device = self.device
-        inputs = {key: value.to(device) for key, value in inputs.items() if self._accepted is None or key in self._accepted}
-        embeddings = self.heads[0](self.model(**inputs).last_hidden_state, inputs["attention_mask"], prompt_tokens)
+        inputs = {
+            key: value.to(device)
+            for key, value in inputs.items()
+            if self._accepted is None or key in self._accepted
+        }
+        embeddings = self.heads[0](
+            self.model(**inputs).last_hidden_state, inputs["attention_mask"], prompt_tokens
+        )
         for head in list(self.heads)[1:]:
             embeddings = head(embeddings)
         return embeddings
 
     def prompt_text(self, name: str | None = None) -> str:
-        """The text of a prompt; None means the default one, which may be empty. Raises ConfigError for an unknown name."""
+        """The text of a prompt; None means the default one, which may be empty. Raises ConfigError
+        for an unknown name."""
         name = name if name is not None else self.default_prompt_name
         if name is not None and (not isinstance(name, str) or name not in self.prompts):
-            raise ConfigError(f"prompt_name is {name!r:.100}; the model's prompts are {', '.join(self.prompts)}.")
+            raise ConfigError(
+                f"prompt_name is {name!r:.100}; the model's prompts are {', '.join(self.prompts)}."
+            )
         return self.prompts[name] if name is not None else ""
 
     def cased(self, text: str) -> str:
@@ -234,12 +294,22 @@ class Encoder(nn.Module):
 
     def _tokenize(self, texts: list[str]) -> dict[str, list[list[int]]]:
         """Input name → one row per text, without padding."""
-        with lock_of(self.tokenizer):  # a fast tokenizer keeps padding and truncation as state, and borrows itself only once
-            found = self.tokenizer([self.cased(text) for text in texts], truncation=True, max_length=self.max_seq_length)
-        rows = {key: found[key] for key in ("input_ids", "token_type_ids", "attention_mask") if key in found}
+        # a fast tokenizer keeps padding and truncation as state, and borrows itself only once
+        with lock_of(self.tokenizer):
+            found = self.tokenizer(
+                [self.cased(text) for text in texts],
+                truncation=True,
+                max_length=self.max_seq_length,
+            )
+        rows = {
+            key: found[key]
+            for key in ("input_ids", "token_type_ids", "attention_mask")
+            if key in found
+        }
         if self._known_ids is not None:
             _check_ids(rows["input_ids"], self._known_ids)
-        if any(not ids for ids in rows["input_ids"]):  # an empty text, with a tokenizer that adds no special tokens
+        # an empty text, with a tokenizer that adds no special tokens
+        if any(not ids for ids in rows["input_ids"]):
             pad = self.tokenizer.pad_token_id or 0
             fill = {"input_ids": [pad], "token_type_ids": [0], "attention_mask": [1]}
             rows = {key: [row or fill[key] for row in values] for key, values in rows.items()}
@@ -250,31 +320,38 @@ class Encoder(nn.Module):
         if not prompt or (isinstance(pooling, Pooling) and pooling.include_prompt):
             return 0
         ids = self._tokenize([prompt])["input_ids"][0]
-        return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)  # a closing special token is not the prompt's
+        # a closing special token is not the prompt's
+        return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
 
     def _padded(self, key: str, rows: list[list[int]]) -> Tensor:
         longest = max(map(len, rows))
-        return torch.tensor([row + [self.padding.get(key, 0)] * (longest - len(row)) for row in rows])
+        return torch.tensor(
+            [row + [self.padding.get(key, 0)] * (longest - len(row)) for row in rows]
+        )
 
 
 def _known_ids(model: Any, tokenizer: Any) -> int | None:
-    """Rows of the embedding table where the tokenizer has larger ids; None, as nearly always, where it has none."""
+    """Rows of the embedding table where the tokenizer has larger ids; None, as nearly always, where
+    it has none."""
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values(), default=0)
     return rows if largest >= rows else None
 
 
 def _check_ids(rows: list[list[int]], known: int) -> None:
-    """An id beyond the table would read other memory, or end a GPU's process. Raises ConfigError."""
+    """An id beyond the table would read other memory, or end a GPU's process. Raises
+    ConfigError."""
     largest = max((max(ids, default=0) for ids in rows), default=0)
     if largest >= known:
         raise ConfigError(
-            f"the tokenizer gives the id {largest}, and the model knows 0 to {known - 1}; is it another model's tokenizer?"
+            f"the tokenizer gives the id {largest}, and the model knows 0 to {known - 1}; is it "
+            "another model's tokenizer?"
         )
 
 
 def _packs(lengths: list[int]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of texts that go together: as many tokens as a core keeps near, at least one text."""
+    """(start, stop) of texts that go together: as many tokens as a core keeps near, at least one
+    text."""
     start, tokens = 0, 0
     for i, length in enumerate(lengths):
         if i > start and tokens + length > MAX_PACKED_TOKENS:
@@ -287,8 +364,8 @@ def _packs(lengths: list[int]) -> Iterator[tuple[int, int]]:
 def _buckets(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
     """Indices of texts in batches of at most `batch_size`, longest first.
 
-    A batch of at least a quarter of that ends early where a text would be padded by a third of its length: fewer, fuller
-    batches cost more padding than their number saves.
+    A batch of at least a quarter of that ends early where a text would be padded by a third of its
+    length: fewer, fuller batches cost more padding than their number saves.
     """
     part: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -306,4 +383,7 @@ def _downloaded(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_KEPT))
     except Exception as error:  # the hub's client has many ways to fail
-        raise ModelError(f"model {name} is no local directory and cannot be fetched: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"model {name} is no local directory and cannot be fetched: "
+            f"{str(error).splitlines()[0]}"
+        ) from error

@@ -1,8 +1,10 @@
-"""Batches of few tokens as CUDA graphs: on a GPU most of their time is the host's, starting a hundred kernels one by one.
+"""Batches of few tokens as CUDA graphs: on a GPU most of their time is the host's, starting a
+hundred kernels one by one.
 
-A graph serves one shape: texts up to a power of two, tokens up to a multiple of 16. It is made when its shape comes for the
-second time and proven then: it must give what the plain forward gives. Where that fails, or the model asks for numbers from the
-GPU on its way, everything goes through the plain forward.
+A graph serves one shape: texts up to a power of two, tokens up to a multiple of 16. It is made when
+its shape comes for the
+second time and proven then: it must give what the plain forward gives. Where that fails, or the
+model asks for numbers from the GPU on its way, everything goes through the plain forward.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from awq.nn.linear import WQLinear
 logger = logging.getLogger("awq.embed")
 
 _TOKENS = 4096  # of a batch, padding included; with more, the GPU is what takes the time
-# Of tokens times weights of linears: milliseconds of a GPU, no more than the host takes to start the kernels.
+# Of tokens times weights of linears: milliseconds of a GPU, no more than the host takes to start
+# the kernels.
 _WORK = 1e11
 _STEP = 16  # tokens
 _MOST = 128  # graphs, whose memory is shared but for their own kernels' arguments
@@ -32,23 +35,28 @@ Forward = Callable[[dict[str, Tensor], int], Tensor]
 
 
 class _ByShapeAlone(NothingFromTheHost):
-    """The forward as a function of its inputs' shape and values on the GPU, with nothing that a capture cannot hold.
+    """The forward as a function of its inputs' shape and values on the GPU, with nothing that a
+    capture cannot hold.
 
-    Whether a mask hides anything is a question to the GPU: the answer is yes, so that the graph serves masks that do. Copies from
-    the CPU, as of a table of relative positions, depend on the shape alone: they are made the first time, and found after that.
+    Whether a mask hides anything is a question to the GPU: the answer is yes, so that the graph
+    serves masks that do. Copies from the CPU, as of a table of relative positions, depend on the
+    shape alone: they are made the first time, and found after that.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.copies: list[Any] = []
-        self.place: int | None = None  # of the next copy that is to be found; None: they are being made
+        # of the next copy that is to be found; None: they are being made
+        self.place: int | None = None
 
     def again(self) -> _ByShapeAlone:
         """The same, for another forward of that shape."""
         self.place = 0
         return self
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function is Tensor.__bool__ and args[0].is_cuda:
             return False  # not all of them are ones
         if function not in (Tensor.to, Tensor.cuda) or args[0].device.type != "cpu":
@@ -61,18 +69,28 @@ class _ByShapeAlone(NothingFromTheHost):
 
 
 class Graph:
-    """One captured shape. Inputs are copied into its own tensor, its result is overwritten by the next replay of any."""
+    """One captured shape. Inputs are copied into its own tensor, its result is overwritten by the
+    next replay of any."""
 
-    def __init__(self, forward: Forward, inputs: dict[str, Tensor], prompt_tokens: int, stream: Any, pool: Any) -> None:
-        """inputs: int64 [texts, tokens] each, on the CPU. stream: to make it on, the same one always: for each stream that a
-        product has run on, torch keeps tens of megabytes of work space."""
+    def __init__(
+        self,
+        forward: Forward,
+        inputs: dict[str, Tensor],
+        prompt_tokens: int,
+        stream: Any,
+        pool: Any,
+    ) -> None:
+        """inputs: int64 [texts, tokens] each, on the CPU. stream: to make it on, the same one
+        always: for each stream that a product has run on, torch keeps tens of megabytes of work
+        space."""
         self.names = list(inputs)
         self.block = torch.stack(list(inputs.values())).to(stream.device)
         static = dict(zip(self.names, self.block))
         mode = _ByShapeAlone()
         with on_stream(stream):
             with mode:
-                forward(static, prompt_tokens)  # what has to be compiled or allocated is so before the capture
+                # what has to be compiled or allocated is so before the capture
+                forward(static, prompt_tokens)
             with mode.again(), no_waiting():
                 forward(static, prompt_tokens)
         with mode.again():
@@ -87,7 +105,8 @@ class Graph:
 
 
 class EncoderGraphs:
-    """`Encoder.forward` on a GPU, through graphs where it pays. Calls from several threads take turns."""
+    """`Encoder.forward` on a GPU, through graphs where it pays. Calls from several threads take
+    turns."""
 
     def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
@@ -110,25 +129,42 @@ class EncoderGraphs:
         self.stream: Any = None
 
     def look(self) -> None:
-        """Forgets all graphs when a weight is no longer where it was: they would go on with the old ones."""
+        """Forgets all graphs when a weight is no longer where it was: they would go on with the old
+        ones."""
         tensors = _tensors(self.encoder)
         if [t.data_ptr() for t in tensors] != self.addresses:
             with self.lock:
-                self._forget([t.detach() for t in tensors])  # kept, so that nothing else can come to lie at their addresses
-                linears = (m for m in self.encoder.modules() if isinstance(m, (nn.Linear, WQLinear)))
-                self.most_tokens = min(_TOKENS, _WORK / max(1, sum(m.in_features * m.out_features for m in linears)))
+                # kept, so that nothing else can come to lie at their addresses
+                self._forget([t.detach() for t in tensors])
+                linears = (
+                    m for m in self.encoder.modules() if isinstance(m, (nn.Linear, WQLinear))
+                )
+                self.most_tokens = min(
+                    _TOKENS, _WORK / max(1, sum(m.in_features * m.out_features for m in linears))
+                )
 
     def __call__(self, inputs: dict[str, Tensor], prompt_tokens: int = 0) -> Tensor:
-        """inputs: int64 [texts, tokens] by name, on the CPU. Embeddings [texts, features] on the GPU."""
+        """inputs: int64 [texts, tokens] by name, on the CPU. Embeddings [texts, features] on the
+        GPU."""
         texts, tokens = inputs["input_ids"].shape
         rows = 1 << (texts - 1).bit_length()
         length = max(tokens, min(-(-tokens // _STEP) * _STEP, self.encoder.max_seq_length))
         too_much = rows * length > self.most_tokens
-        if self.reason is not None or too_much or self.encoder.model.training or torch.is_autocast_enabled():
+        if (
+            self.reason is not None
+            or too_much
+            or self.encoder.model.training
+            or torch.is_autocast_enabled()
+        ):
             return self.encoder(inputs, prompt_tokens)
         key = (rows, length, prompt_tokens, *inputs)
         # Tensors made in inference mode could not be written to by calls outside of it.
-        with self.lock, torch.cuda.device(self.encoder.device), torch.inference_mode(False), torch.no_grad():
+        with (
+            self.lock,
+            torch.cuda.device(self.encoder.device),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             graph = self.graphs.get(key)
             if graph is not None:
                 return graph(self._enlarged(inputs, rows, length))[:texts].clone()
@@ -138,14 +174,17 @@ class EncoderGraphs:
             self.seen.add(key)
             return expected
 
-    def _capture(self, key: tuple, inputs: dict[str, Tensor], prompt_tokens: int, expected: Tensor) -> None:
+    def _capture(
+        self, key: tuple, inputs: dict[str, Tensor], prompt_tokens: int, expected: Tensor
+    ) -> None:
         try:
             self.stream = self.stream or torch.cuda.Stream(expected.device)
             graph = Graph(self.encoder, inputs, prompt_tokens, self.stream, self.pool)
             error = _difference(graph(inputs)[: len(expected)], expected)
             padded = self._padded(inputs)
             errors = error, _difference(graph(padded), self.encoder(padded, prompt_tokens))
-        except Exception as failure:  # someone else's forward, which may fail in any way while it is captured
+        # someone else's forward, which may fail in any way while it is captured
+        except Exception as failure:
             self.reason = f"{type(failure).__name__}: {failure}"
         else:
             rough = next(self.encoder.model.parameters()).dtype.itemsize < 4
@@ -157,14 +196,19 @@ class EncoderGraphs:
         logger.warning("the encoder runs without CUDA graphs: %s", self.reason)
 
     def _enlarged(self, inputs: dict[str, Tensor], rows: int, length: int) -> dict[str, Tensor]:
-        """With hidden padding to `length` tokens and, as copies of the last text, to `rows` texts."""
+        """With hidden padding to `length` tokens and, as copies of the last text, to `rows`
+        texts."""
         texts, tokens = inputs["input_ids"].shape
         row = torch.arange(rows).clamp(max=texts - 1)
         fill = self.encoder.padding
-        return {name: F.pad(value[row], (0, length - tokens), value=fill.get(name, 0)) for name, value in inputs.items()}
+        return {
+            name: F.pad(value[row], (0, length - tokens), value=fill.get(name, 0))
+            for name, value in inputs.items()
+        }
 
     def _padded(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same with the last quarter of the first text hidden: a graph made where nothing is hidden must know of masks too."""
+        """The same with the last quarter of the first text hidden: a graph made where nothing is
+        hidden must know of masks too."""
         found = {name: value.clone() for name, value in inputs.items()}
         for name, value in found.items():
             value[0, -(value.shape[1] // 4) or value.shape[1] :] = self.encoder.padding.get(name, 0)
@@ -181,6 +225,11 @@ def _tensors(root: nn.Module) -> list[Tensor]:
     found, modules = [], [root]
     while modules:
         module = modules.pop()
-        found += [t for tensors in (module._parameters, module._buffers) for t in tensors.values() if t is not None]
+        found += [
+            t
+            for tensors in (module._parameters, module._buffers)
+            for t in tensors.values()
+            if t is not None
+        ]
         modules += [m for m in module._modules.values() if m is not None]
     return found

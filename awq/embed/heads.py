@@ -1,7 +1,8 @@
-"""From hidden states to sentence embeddings: pooling, dense heads and normalisation of sentence-transformers directories.
+"""From hidden states to sentence embeddings: pooling, dense heads and normalisation of
+sentence-transformers directories.
 
-Rows are padded on the right, always: with rotary or relative positions the side makes no difference, with absolute ones the
-right is the only right side.
+Rows are padded on the right, always: with rotary or relative positions the side makes no
+difference, with absolute ones the right is the only right side.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ from awq.checkpoint.account import is_finite
 from awq.checkpoint.files import FLOATS, read_header, read_json
 from awq.errors import CheckpointError, ModelError
 
-MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # joined in this order
-_FLAGS = {f"pooling_mode_{mode}" + ("_tokens" if mode in ("max", "mean", "weightedmean") else ""): mode for mode in MODES}
+# joined in this order
+MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+_FLAGS = {
+    f"pooling_mode_{mode}" + ("_tokens" if mode in ("max", "mean", "weightedmean") else ""): mode
+    for mode in MODES
+}
 _FLAGS["pooling_mode_cls_token"] = "cls"
 
 
 class HeadSettings:
-    """`config.json` of a module's folder; every value is asked for by type. Raises CheckpointError for others."""
+    """`config.json` of a module's folder; every value is asked for by type. Raises CheckpointError
+    for others."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "config.json"
@@ -32,13 +38,17 @@ class HeadSettings:
     def flag(self, name: str, default: bool) -> bool:
         value = self.values.get(name, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self.path}: {name} is {value!r:.100}; it must be true or false.")
+            raise CheckpointError(
+                f"{self.path}: {name} is {value!r:.100}; it must be true or false."
+            )
         return value
 
     def size(self, name: str) -> int:
         value = self.values.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{self.path}: {name} is {value!r:.100}; it must be a whole number of at least 1.")
+            raise CheckpointError(
+                f"{self.path}: {name} is {value!r:.100}; it must be a whole number of at least 1."
+            )
         return value
 
     def activation(self) -> nn.Module:
@@ -47,26 +57,38 @@ class HeadSettings:
         module, _, name = value.rpartition(".") if isinstance(value, str) else ("", "", "")
         kind = getattr(nn, name, None) if module.startswith("torch.nn.") else None
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise CheckpointError(f"{self.path}: activation_function {value!r:.100} is not one of torch.nn's.")
+            raise CheckpointError(
+                f"{self.path}: activation_function {value!r:.100} is not one of torch.nn's."
+            )
         try:
             return kind()
         except TypeError as error:
-            raise CheckpointError(f"{self.path}: activation_function {name} needs settings of its own.") from error
+            raise CheckpointError(
+                f"{self.path}: activation_function {name} needs settings of its own."
+            ) from error
 
 
 def _dense_tensors(folder: Path) -> tuple[Tensor, Tensor | None]:
-    """(weight [out, in], bias [out] or None) of a dense head, float32 and finite; its header is read before its numbers."""
+    """(weight [out, in], bias [out] or None) of a dense head, float32 and finite; its header is
+    read before its numbers."""
     path = folder / "model.safetensors"
     header = read_header(path)
     if set(header) not in ({"linear.weight"}, {"linear.weight", "linear.bias"}):
-        raise CheckpointError(f"{path} holds {', '.join(sorted(header)[:3])}; a dense head has linear.weight and linear.bias.")
+        raise CheckpointError(
+            f"{path} holds {', '.join(sorted(header)[:3])}; a dense head has linear.weight and "
+            "linear.bias."
+        )
     for name, entry in header.items():
         if entry["dtype"] not in FLOATS:
-            raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}; it must be a floating one.")
+            raise CheckpointError(
+                f"{path}: {name} has dtype {entry['dtype']}; it must be a floating one."
+            )
     tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
     for name, tensor in tensors.items():
         if not is_finite(tensor):
-            raise CheckpointError(f"{path} holds numbers that are not finite in {name}; download or make it again.")
+            raise CheckpointError(
+                f"{path} holds numbers that are not finite in {name}; download or make it again."
+            )
     return tensors["linear.weight"], tensors.get("linear.bias")
 
 
@@ -77,12 +99,15 @@ class Pooling(nn.Module):
         super().__init__()
         unknown = [mode for mode in modes if mode not in MODES]
         if unknown or not modes:
-            raise ModelError(f"pooling mode {unknown or modes} is unknown; known are {', '.join(MODES)}.")
+            raise ModelError(
+                f"pooling mode {unknown or modes} is unknown; known are {', '.join(MODES)}."
+            )
         self.modes, self.include_prompt = modes, include_prompt
 
     @classmethod
     def read(cls, folder: Path) -> Pooling:
-        """From `config.json` of a pooling folder, in the old spelling (one flag per mode) or the new one."""
+        """From `config.json` of a pooling folder, in the old spelling (one flag per mode) or the
+        new one."""
         settings = HeadSettings(folder)
         named = settings.values.get("pooling_mode")
         if named is None:
@@ -90,11 +115,14 @@ class Pooling(nn.Module):
             named = [mode for mode in MODES if mode in flags] or ["mean"]
         modes = [named] if isinstance(named, str) else named
         if not isinstance(modes, list) or not all(mode in MODES for mode in modes) or not modes:
-            raise CheckpointError(f"{settings.path}: pooling_mode is {named!r:.100}; known are {', '.join(MODES)}.")
+            raise CheckpointError(
+                f"{settings.path}: pooling_mode is {named!r:.100}; known are {', '.join(MODES)}."
+            )
         return cls(tuple(modes), settings.flag("include_prompt", True))
 
     def forward(self, hidden: Tensor, mask: Tensor, prompt_tokens: int = 0) -> Tensor:
-        """mask: 1 on real tokens [texts, tokens]. prompt_tokens: leading tokens left out when prompts are not pooled."""
+        """mask: 1 on real tokens [texts, tokens]. prompt_tokens: leading tokens left out when
+        prompts are not pooled."""
         hidden, last = hidden.float(), mask.sum(1) - 1
         first = 0
         if prompt_tokens and not self.include_prompt:
@@ -107,8 +135,12 @@ class Pooling(nn.Module):
             "cls": lambda: hidden[:, first],
             "max": lambda: hidden.masked_fill(weights == 0, -torch.inf).amax(1),
             "mean": lambda: (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9),
-            "mean_sqrt_len_tokens": lambda: (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9).sqrt(),
-            "weightedmean": lambda: (hidden * weights * positions).sum(1) / (weights * positions).sum(1).clamp(min=1e-9),
+            "mean_sqrt_len_tokens": lambda: (
+                (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9).sqrt()
+            ),
+            "weightedmean": lambda: (
+                (hidden * weights * positions).sum(1) / (weights * positions).sum(1).clamp(min=1e-9)
+            ),
             "lasttoken": lambda: hidden[torch.arange(len(hidden), device=hidden.device), last],
         }
         return torch.cat([found[mode]() for mode in self.modes], dim=-1)
@@ -127,13 +159,22 @@ class Dense(nn.Module):
         settings = HeadSettings(folder)
         source = settings.values.get("module_input_name", "sentence_embedding")
         if settings.flag("use_residual", False) or source != "sentence_embedding":
-            raise ModelError(f"{folder}: a dense head with these settings is read by sentence-transformers only.")
+            raise ModelError(
+                f"{folder}: a dense head with these settings is read by sentence-transformers only."
+            )
         weight, bias = _dense_tensors(folder)
         wanted = [settings.size("out_features"), settings.size("in_features")]
         if list(weight.shape) != wanted:
-            raise CheckpointError(f"{folder}: the weight is {list(weight.shape)}, and config.json says {wanted}.")
-        if settings.flag("bias", True) != (bias is not None) or (bias is not None and list(bias.shape) != wanted[:1]):
-            raise CheckpointError(f"{folder}: the bias in model.safetensors is not the one that config.json speaks of.")
+            raise CheckpointError(
+                f"{folder}: the weight is {list(weight.shape)}, and config.json says {wanted}."
+            )
+        if settings.flag("bias", True) != (bias is not None) or (
+            bias is not None and list(bias.shape) != wanted[:1]
+        ):
+            raise CheckpointError(
+                f"{folder}: the bias in model.safetensors is not the one that config.json speaks "
+                "of."
+            )
         linear = nn.Linear(wanted[1], wanted[0], bias is not None, device="meta")
         linear.weight = nn.Parameter(weight)
         if bias is not None:
@@ -152,12 +193,14 @@ class Normalize(nn.Module):
 
 
 def read_head(kind: str, folder: Path) -> nn.Module:
-    """One module of `modules.json` after the transformer. Raises ModelError for a kind that only sentence-transformers knows."""
+    """One module of `modules.json` after the transformer. Raises ModelError for a kind that only
+    sentence-transformers knows."""
     if kind == "Normalize":
         return Normalize()
     if kind not in ("Pooling", "Dense"):
         raise ModelError(
-            f"{folder}: a module of kind {kind} is read by sentence-transformers only: use SentenceTransformer(directory), "
+            f"{folder}: a module of kind {kind} is read by sentence-transformers only: use "
+            "SentenceTransformer(directory), "
             "which loads quantized directories after `import awq`."
         )
     return Pooling.read(folder) if kind == "Pooling" else Dense.read(folder)

@@ -9,7 +9,8 @@ from awq.errors import ConfigError
 
 
 def checked_texts(texts: Any) -> list[str]:
-    """A list of strings that a tokenizer takes. Raises ConfigError for anything else, and for no text at all."""
+    """A list of strings that a tokenizer takes. Raises ConfigError for anything else, and for no
+    text at all."""
     if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
         raise ConfigError(f"texts are {type(texts).__name__}; give a string or a list of strings.")
     listed = list(texts)
@@ -22,14 +23,17 @@ def checked_texts(texts: Any) -> list[str]:
 
 
 def check_arguments(batch_size: Any, truncate_dim: Any, prompt: Any) -> None:
-    """Raises ConfigError for a batch size, a number of features or a prompt that cannot be meant."""
+    """Raises ConfigError for a batch size, a number of features or a prompt that cannot be
+    meant."""
     for name, value in (("batch_size", batch_size), ("truncate_dim", truncate_dim)):
         if value is None and name == "truncate_dim":
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} is {value!r:.100}; it must be a whole number of at least 1.")
     if prompt is not None and not isinstance(prompt, str):
-        raise ConfigError(f"prompt is {type(prompt).__name__}; give the text itself, or prompt_name.")
+        raise ConfigError(
+            f"prompt is {type(prompt).__name__}; give the text itself, or prompt_name."
+        )
 
 
 def repaired(text: str) -> str:

@@ -1,10 +1,12 @@
-"""What a text encoder is, read off one forward of it: the tables, linears and norms, and how each block joins them.
+"""What a text encoder is, read off one forward of it: the tables, linears and norms, and how each
+block joins them.
 
-No family is known by name. A short text runs through the model while every linear, norm and embedding notes what it was given
-and what it made. From these the reader tells who feeds whom: which linears take what the block was given, in which order their
-outputs are queries, keys and values, whether a norm comes before or after the residual sum, which activation lies between two
-linears. What it cannot tell raises `NotReadable` with the reason. A plan is a guess that fits one text; `compiled` proves it
-on others before it is used.
+No family is known by name. A short text runs through the model while every linear, norm and
+embedding notes what it was given and what it made. From these the reader tells who feeds whom:
+which linears take what the block was given, in which order their outputs are queries, keys and
+values, whether a norm comes before or after the residual sum, which activation lies between two
+linears. What it cannot tell raises `NotReadable` with the reason. A plan is a guess that fits one
+text; `compiled` proves it on others before it is used.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class NormPlan:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """qkv, up: linears whose outputs are joined in this order. norms: after attention and MLP, or before them."""
+    """qkv, up: linears whose outputs are joined in this order. norms: after attention and MLP, or
+    before them."""
 
     qkv: tuple[WQLinear, ...]
     o: WQLinear
@@ -67,7 +70,8 @@ class BlockPlan:
 class EncoderPlan:
     """words, positions, types: tables [entries, hidden], the latter two float32 or None.
 
-    position_offset: index of the first token's row. relative: bias float32 [heads, 2·n − 1] by distance, or None.
+    position_offset: index of the first token's row. relative: bias float32 [heads, 2·n − 1] by
+    distance, or None.
     """
 
     words: Tensor
@@ -106,7 +110,8 @@ def read_encoder(model: Any) -> EncoderPlan:
         raise NotReadable("its config does not say how many heads attention has")
     relative = _relative_bias(model, heads)
     plans = [
-        _read_block(block, events[block], inputs[block], outputs[block], int(heads), relative) for block in blocks
+        _read_block(block, events[block], inputs[block], outputs[block], int(heads), relative)
+        for block in blocks
     ]
     tables = _read_tables(model, words, events[model], ids, inputs[blocks[0]])
     if len({(p.pre_norm, p.gated, p.activation) for p in plans}) > 1:
@@ -116,13 +121,19 @@ def read_encoder(model: Any) -> EncoderPlan:
     if tables["positions"] is not None:
         longest = min(longest, len(tables["positions"]) - tables["position_offset"])
     return EncoderPlan(
-        words=words.weight, final_norm=final, blocks=tuple(plans), heads=int(heads), relative=relative, longest=longest,
+        words=words.weight,
+        final_norm=final,
+        blocks=tuple(plans),
+        heads=int(heads),
+        relative=relative,
+        longest=longest,
         **tables,
-    )  # fmt: skip
+    )
 
 
 def _observe(model: Any, blocks: list[nn.Module], ids: Tensor) -> tuple[dict, dict, dict, Tensor]:
-    """(events by block, and of the rest under the model; each block's output and input; the last hidden state)."""
+    """(events by block, and of the rest under the model; each block's output and input; the last
+    hidden state)."""
     events: dict[nn.Module, list[_Event]] = {block: [] for block in blocks} | {model: []}
     outputs: dict[nn.Module, Tensor] = {}
     inputs: dict[nn.Module, Tensor] = {}
@@ -131,7 +142,9 @@ def _observe(model: Any, blocks: list[nn.Module], ids: Tensor) -> tuple[dict, di
     def watch(module: nn.Module, owner: nn.Module) -> None:
         def note(_module: nn.Module, args: tuple, output: Any) -> None:
             if args and isinstance(output, Tensor):
-                events[owner].append(_Event(module, args[0].detach().clone(), output.detach().clone()))
+                events[owner].append(
+                    _Event(module, args[0].detach().clone(), output.detach().clone())
+                )
 
         handles.append(module.register_forward_hook(note))
 
@@ -144,7 +157,10 @@ def _observe(model: Any, blocks: list[nn.Module], ids: Tensor) -> tuple[dict, di
 
         def note_block(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             given = args[0] if args else kwargs["hidden_states"]
-            inputs[module], outputs[module] = given.detach().clone(), hidden_of(output).detach().clone()
+            inputs[module], outputs[module] = (
+                given.detach().clone(),
+                hidden_of(output).detach().clone(),
+            )
 
         handles.append(block.register_forward_hook(note_block, with_kwargs=True))
     for module in model.modules():
@@ -180,7 +196,14 @@ def read_norm(event: _Event) -> NormPlan:
     weight = module.weight.detach().float()
     bias = getattr(module, "bias", None)
     bias = torch.zeros_like(weight) if bias is None else bias.detach().float()
-    eps = next((float(getattr(module, n)) for n in ("eps", "variance_epsilon") if getattr(module, n, None)), 0.0)
+    eps = next(
+        (
+            float(getattr(module, n))
+            for n in ("eps", "variance_epsilon")
+            if getattr(module, n, None)
+        ),
+        0.0,
+    )
     x = event.x.float()
     for scale in (weight, weight + 1):
         if near(F.layer_norm(x, x.shape[-1:], scale, bias, eps), event.y.float()):
@@ -191,7 +214,12 @@ def read_norm(event: _Event) -> NormPlan:
 
 
 def _read_block(
-    block: nn.Module, events: list[_Event], given: Tensor, made: Tensor, heads: int, relative: Tensor | None
+    block: nn.Module,
+    events: list[_Event],
+    given: Tensor,
+    made: Tensor,
+    heads: int,
+    relative: Tensor | None,
 ) -> BlockPlan:
     linears = [e for e in events if is_product(e.module)]
     norms = [e for e in events if is_norm(e.module)]
@@ -202,7 +230,7 @@ def _read_block(
         raise NotReadable(f"a block has {len(linears)} linears and {len(norms)} norms")
     first = linears[0].x
     attention = [e for e in linears if near(e.x, first) and e.x.shape == first.shape][:3]
-    o, *mlp = linears[len(attention):]
+    o, *mlp = linears[len(attention) :]
     if not mlp:
         raise NotReadable("a block has no MLP")
     up, down = mlp[:-1], mlp[-1]
@@ -211,9 +239,17 @@ def _read_block(
     scaling = 1 / math.sqrt(o.x.shape[-1] / heads)
     qkv = _queries_keys_values(attention, o.x, heads, scaling, relative)
     return BlockPlan(
-        qkv, _packed(o), tuple(_packed(e) for e in up), _packed(down), attention_norm, mlp_norm, activation, gated, pre_norm,
+        qkv,
+        _packed(o),
+        tuple(_packed(e) for e in up),
+        _packed(down),
+        attention_norm,
+        mlp_norm,
+        activation,
+        gated,
+        pre_norm,
         scaling=scaling,
-    )  # fmt: skip
+    )
 
 
 def _packed(event: _Event) -> WQLinear:
@@ -227,15 +263,30 @@ def _norms(
     """(whether norms come first, the norm of attention, that of the MLP)."""
     if len(norms) == 2:
         one, two = norms
-        if near(q.x, given) and near(one.x, given + o.y) and near(up.x, one.y) and near(two.x, one.y + down.y):
+        if (
+            near(q.x, given)
+            and near(one.x, given + o.y)
+            and near(up.x, one.y)
+            and near(two.x, one.y + down.y)
+        ):
             if not near(made, two.y):
                 raise NotReadable("a block gives something else than its last norm")
             return False, read_norm(one), read_norm(two)
-        if near(one.x, given) and near(q.x, one.y) and near(two.x, given + o.y) and near(up.x, two.y):
+        if (
+            near(one.x, given)
+            and near(q.x, one.y)
+            and near(two.x, given + o.y)
+            and near(up.x, two.y)
+        ):
             if not near(made, two.x + down.y):
                 raise NotReadable("a block gives something else than its residual sum")
             return True, read_norm(one), read_norm(two)
-    if len(norms) == 1 and near(q.x, given) and near(norms[0].x, given + o.y) and near(up.x, norms[0].y):
+    if (
+        len(norms) == 1
+        and near(q.x, given)
+        and near(norms[0].x, given + o.y)
+        and near(up.x, norms[0].y)
+    ):
         return True, None, read_norm(norms[0])
     raise NotReadable("its norms lie somewhere else than before or after attention and MLP")
 
@@ -261,7 +312,8 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 def _queries_keys_values(
     events: list[_Event], context: Tensor, heads: int, scaling: float, relative: Tensor | None
 ) -> tuple[WQLinear, ...]:
-    """The linears in the order q, k, v: the one whose attention is what the output linear was given."""
+    """The linears in the order q, k, v: the one whose attention is what the output linear was
+    given."""
     tokens = context.shape[1]
     bias: Any = 0.0
     if relative is not None:
@@ -284,9 +336,12 @@ def _queries_keys_values(
 def _relative_bias(model: Any, heads: int) -> Tensor | None:
     """float32 [heads, 2·n − 1] of a bias that depends on the distance of two tokens, or None."""
     tables = [
-        m for m in model.modules()
-        if isinstance(m, nn.Embedding) and m.embedding_dim == heads and m is not model.get_input_embeddings()
-    ]  # fmt: skip
+        m
+        for m in model.modules()
+        if isinstance(m, nn.Embedding)
+        and m.embedding_dim == heads
+        and m is not model.get_input_embeddings()
+    ]
     if not tables:
         return None
     owner = next(m for m in model.modules() if any(child is tables[0] for child in m.children()))
@@ -298,7 +353,9 @@ def _relative_bias(model: Any, heads: int) -> Tensor | None:
     return torch.cat([whole[:, 1:, 0].flip(1), whole[:, 0, :]], 1).contiguous()
 
 
-def _read_tables(model: Any, words: nn.Module, events: list[_Event], ids: Tensor, given: Tensor) -> dict[str, Any]:
+def _read_tables(
+    model: Any, words: nn.Module, events: list[_Event], ids: Tensor, given: Tensor
+) -> dict[str, Any]:
     tables = [e for e in events if isinstance(e.module, nn.Embedding) and e.module is not words]
     tables = [e for e in tables if e.module.embedding_dim == words.embedding_dim]  # type: ignore[union-attr]
     first = next(e for e in events if e.module is words)
@@ -307,7 +364,11 @@ def _read_tables(model: Any, words: nn.Module, events: list[_Event], ids: Tensor
     types: Tensor | None = None
     offset = 0
     for event in tables:
-        rows = event.x.reshape(-1)[-PROBE_TOKENS:] if event.x.numel() >= PROBE_TOKENS else event.x.reshape(-1)
+        rows = (
+            event.x.reshape(-1)[-PROBE_TOKENS:]
+            if event.x.numel() >= PROBE_TOKENS
+            else event.x.reshape(-1)
+        )
         module: Any = event.module
         table = module.weight.detach().float()
         if len(rows) == PROBE_TOKENS and torch.equal(rows - rows[0], torch.arange(PROBE_TOKENS)):
@@ -315,7 +376,9 @@ def _read_tables(model: Any, words: nn.Module, events: list[_Event], ids: Tensor
         elif not rows.any():
             types = table
         else:
-            raise NotReadable("it adds an embedding that depends on more than word, position and type")
+            raise NotReadable(
+                "it adds an embedding that depends on more than word, position and type"
+            )
         total = total + event.y.float()
     norms = [e for e in events if is_norm(e.module) and near(e.y, given)]
     norm = None
@@ -328,7 +391,9 @@ def _read_tables(model: Any, words: nn.Module, events: list[_Event], ids: Tensor
     return {"positions": positions, "position_offset": offset, "types": types, "norm": norm}
 
 
-def _final_norm(events: list[_Event], made: Tensor, last: Tensor, pre_norm: bool) -> NormPlan | None:
+def _final_norm(
+    events: list[_Event], made: Tensor, last: Tensor, pre_norm: bool
+) -> NormPlan | None:
     if near(made, last):
         return None
     for event in events:

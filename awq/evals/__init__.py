@@ -1,1 +1,2 @@
-"""Judging a quantized model: perplexity for language models, cosine drift and rank correlation for embeddings."""
+"""Judging a quantized model: perplexity for language models, cosine drift and rank correlation for
+embeddings."""

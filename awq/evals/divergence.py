@@ -1,15 +1,17 @@
-"""How far a quantized language model's predictions moved: KL divergence and token flips, with intervals.
+"""How far a quantized language model's predictions moved: KL divergence and token flips, with
+intervals.
 
-Perplexity on one text can stay the same while answers change: errors in both directions cancel. The Kullback-Leibler
-divergence of the next-token distributions cannot cancel, and it follows the share of changed answers closely
-("Accuracy is not all you need", arXiv 2407.09141). So it is the figure to compare quantizers by:
+Perplexity on one text can stay the same while answers change: errors in both directions cancel. The
+Kullback-Leibler divergence of the next-token distributions cannot cancel, and it follows the share
+of changed answers closely ("Accuracy is not all you need", arXiv 2407.09141). So it is the figure
+to compare quantizers by:
 
-    KL      Σ_v p(v) · log(p(v) / q(v)) in nats, p of the full-precision model, q of the quantized one, for every token
-    flips   share of tokens whose most likely next token is another one
+    KL      Σ_v p(v) · log(p(v) / q(v)) in nats, p of the full-precision model, q of the quantized
+    one, for every token flips   share of tokens whose most likely next token is another one
 
-Both models read the same windows of text, one window at a time: nothing but two numbers per token is kept, so a long text
-needs no more memory than a short one. Tokens of one passage fail together, hence the intervals resample runs of tokens
-(a block bootstrap) rather than single ones.
+Both models read the same windows of text, one window at a time: nothing but two numbers per token
+is kept, so a long text needs no more memory than a short one. Tokens of one passage fail together,
+hence the intervals resample runs of tokens (a block bootstrap) rather than single ones.
 """
 
 from __future__ import annotations
@@ -38,10 +40,13 @@ CONFIDENCE = 0.95
 class Divergence:
     """A quantized model against the full-precision one, on the same text.
 
-    tokens: predictions compared. mean_kl: nats per token. kl_interval, agreement_interval: 95 %, by block bootstrap.
-    kl_percentiles: by percentile ("50", "90", "99", "99.9"). top1_agreement: share of tokens with the same first choice.
-    perplexity_before, perplexity_after: on the same tokens. perplexity_ratio: after over before; its interval resamples both
-    models' losses together, so it is far narrower than those of the two perplexities.
+    tokens: predictions compared. mean_kl: nats per token. kl_interval, agreement_interval: 95 %, by
+    block bootstrap.
+    kl_percentiles: by percentile ("50", "90", "99", "99.9"). top1_agreement: share of tokens with
+    the same first choice.
+    perplexity_before, perplexity_after: on the same tokens. perplexity_ratio: after over before;
+    its interval resamples both models' losses together, so it is far narrower than those of the two
+    perplexities.
     """
 
     tokens: int
@@ -72,8 +77,10 @@ class Divergence:
         same_low, same_high = (100 * bound for bound in self.agreement_interval)
         less, more = (100 * (bound - 1) for bound in self.ratio_interval)
         return (
-            f"KL divergence from full precision on {self.tokens} tokens: {self.mean_kl:.4f} nats ({low:.4f}–{high:.4f}; {tail})\n"
-            f"same most likely token: {100 * self.top1_agreement:.2f} % ({same_low:.2f}–{same_high:.2f}); "
+            f"KL divergence from full precision on {self.tokens} tokens: {self.mean_kl:.4f} nats "
+            f"({low:.4f}–{high:.4f}; {tail})\n"
+            f"same most likely token: {100 * self.top1_agreement:.2f} % "
+            f"({same_low:.2f}–{same_high:.2f}); "
             f"perplexity {self.perplexity_before:.3f} before, {self.perplexity_after:.3f} after "
             f"({100 * (self.perplexity_ratio - 1):+.2f} %; {less:+.2f} to {more:+.2f})"
         )
@@ -91,15 +98,20 @@ def divergence(
 ) -> Divergence:
     """Compares the next-token distributions of two models on a text.
 
-    reference, model: saved directories (dense or quantized), or callables of input_ids [1, n] whose result has `.logits`.
-    input_ids: int64 [tokens] of one text, or [rows, tokens] of separate ones. Windows of `window` tokens do not overlap; each
-    of their tokens but the last predicts the next one. limit: use only so many tokens. device: where directories are
-    loaded; None takes the GPU if there is one. seed: of the bootstrap.
+    reference, model: saved directories (dense or quantized), or callables of input_ids [1, n] whose
+    result has `.logits`.
+    input_ids: int64 [tokens] of one text, or [rows, tokens] of separate ones. Windows of `window`
+    tokens do not overlap; each of their tokens but the last predicts the next one. limit: use only
+    so many tokens. device: where directories are loaded; None takes the GPU if there is one. seed:
+    of the bootstrap.
     Raises ConfigError when there is nothing to predict, or when the vocabularies differ.
     """
     windows = list(_windows(input_ids, window, limit))
     if not windows:
-        raise ConfigError(f"divergence needs a window of at least 2 tokens; got {input_ids.numel()} tokens, window {window}.")
+        raise ConfigError(
+            f"divergence needs a window of at least 2 tokens; got {input_ids.numel()} tokens, "
+            f"window {window}."
+        )
     parts = []
     with _loaded(reference, device) as before, _loaded(model, device) as after:
         for ids in windows:
@@ -110,10 +122,14 @@ def divergence(
 def token_divergence(reference: Tensor, found: Tensor) -> Tensor:
     """KL(reference ‖ found) in nats, float32 [tokens], of logits [tokens, vocabulary]."""
     wanted = F.log_softmax(reference.float(), -1)
-    return F.kl_div(F.log_softmax(found.float(), -1), wanted, log_target=True, reduction="none").sum(-1)
+    return F.kl_div(
+        F.log_softmax(found.float(), -1), wanted, log_target=True, reduction="none"
+    ).sum(-1)
 
 
-def bootstrap_interval(values: Tensor, seed: int = 0, block: int = BLOCK_TOKENS) -> tuple[float, float]:
+def bootstrap_interval(
+    values: Tensor, seed: int = 0, block: int = BLOCK_TOKENS
+) -> tuple[float, float]:
     """95 % interval of the mean of `values` [tokens], resampling blocks of neighbours.
 
     A text of one block only has no spread to show: both ends are the mean.
@@ -130,7 +146,8 @@ def bootstrap_interval(values: Tensor, seed: int = 0, block: int = BLOCK_TOKENS)
 
 
 def perplexity_interval(losses: Tensor, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of exp(mean) of negative log likelihoods [tokens]: of a perplexity, or of a ratio of two of them."""
+    """95 % interval of exp(mean) of negative log likelihoods [tokens]: of a perplexity, or of a
+    ratio of two of them."""
     low, high = bootstrap_interval(losses, seed)
     return exp_of(low), exp_of(high)
 
@@ -166,9 +183,13 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _compare(before: Tensor, after: Tensor, wanted: Tensor) -> Tensor:
-    """Per token: KL, same first choice, negative log likelihood before and after. float32 [4, tokens] on the CPU."""
+    """Per token: KL, same first choice, negative log likelihood before and after. float32 [4,
+    tokens] on the CPU."""
     if before.shape[-1] != after.shape[-1]:
-        raise ConfigError(f"the models predict {before.shape[-1]} and {after.shape[-1]} tokens; give two of one vocabulary.")
+        raise ConfigError(
+            f"the models predict {before.shape[-1]} and {after.shape[-1]} tokens; give two of one "
+            "vocabulary."
+        )
     after = after.to(before.device)
     wanted = wanted.to(before.device)
     rows = []

@@ -1,8 +1,9 @@
 """Figures of one saved model, beside those of its full-precision original when that is given.
 
-Language models are judged by perplexity, and beside their original by KL divergence and flips (`evals.divergence`).
-Embedding models are judged by the drift of their embeddings and by rank correlation on scored sentence pairs
-(`evals.similarity`). Texts of files become one long text for the first kind, and separate ones for the second.
+Language models are judged by perplexity, and beside their original by KL divergence and flips
+(`evals.divergence`). Embedding models are judged by the drift of their embeddings and by rank
+correlation on scored sentence pairs (`evals.similarity`). Texts of files become one long text for
+the first kind, and separate ones for the second.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ MIN_TEXTS = 2
 
 @dataclass(frozen=True)
 class TextFigures:
-    """Perplexity of a language model on a text, with its 95 % interval (block bootstrap). loss: mean nats a token."""
+    """Perplexity of a language model on a text, with its 95 % interval (block bootstrap). loss:
+    mean nats a token."""
 
     tokens: int
     loss: float
@@ -49,7 +51,8 @@ class TextFigures:
 
 @dataclass(frozen=True)
 class PairFigures:
-    """Spearman correlation × 100 of an embedding model's cosines with people's scores of sentence pairs."""
+    """Spearman correlation × 100 of an embedding model's cosines with people's scores of sentence
+    pairs."""
 
     pairs: int
     spearman: float
@@ -69,9 +72,11 @@ def is_language_model(model: str | Path) -> bool:
 
 
 def token_ids(model: str | Path, text: str | Path, column: str = "text") -> Tensor:
-    """int64 [tokens] of a file's text, read as one, by the tokenizer of `model`, without special tokens.
+    """int64 [tokens] of a file's text, read as one, by the tokenizer of `model`, without special
+    tokens.
 
-    Raises CalibrationError when the file cannot be read, ModelError when the model has no tokenizer.
+    Raises CalibrationError when the file cannot be read, ModelError when the model has no
+    tokenizer.
     """
     path = Path(text)
     if not path.is_file():
@@ -84,7 +89,9 @@ def token_ids(model: str | Path, text: str | Path, column: str = "text") -> Tens
     else:
         whole = "\n\n".join(file_texts(path, column))
     tokenizer = load_tokenizer(str(model))
-    return torch.tensor(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    return torch.tensor(
+        tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
+    )
 
 
 @torch.no_grad()
@@ -99,11 +106,16 @@ def evaluate_text(
 ) -> TextFigures | Divergence:
     """A language model's figures on int64 [tokens], beside those of `base` when it is given.
 
-    window: tokens that are read together; windows do not overlap. limit: use only so many tokens. dtype: of everything that is
-    not packed. device: None takes the GPU if there is one. Raises ConfigError for less than two tokens.
+    window: tokens that are read together; windows do not overlap. limit: use only so many tokens.
+    dtype: of everything that is
+    not packed. device: None takes the GPU if there is one. Raises ConfigError for less than two
+    tokens.
     """
     if len(input_ids[:limit]) < MIN_TEXTS or window < MIN_TEXTS:
-        raise ConfigError(f"perplexity needs at least 2 tokens, got {len(input_ids[:limit])} in windows of {window}.")
+        raise ConfigError(
+            f"perplexity needs at least 2 tokens, got {len(input_ids[:limit])} in windows of "
+            f"{window}."
+        )
     place = usable_device(device)
     judged = load_model(model, dtype, kind=AutoModelForCausalLM).to(place)
     if base is not None:
@@ -123,7 +135,8 @@ def evaluate_embeddings(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device | None = None,
 ) -> EmbeddingDrift | PairFigures:
-    """An embedding model's figures on a file of texts, or of scored pairs (.tsv: score, sentence, sentence).
+    """An embedding model's figures on a file of texts, or of scored pairs (.tsv: score, sentence,
+    sentence).
 
     Texts need `base`, since a cosine drift is one from somewhere; pairs can be judged alone.
     Raises CalibrationError for files that cannot be read, ConfigError for texts without a base.
@@ -134,12 +147,17 @@ def evaluate_embeddings(
     pairs = scored_pairs(path) if path.suffix.lower() == ".tsv" else None
     listed = file_texts(path, column) if pairs is None else [*pairs[1], *pairs[2]]
     if pairs is None and base is None:
-        raise ConfigError("texts show how far embeddings moved from those of --base; give it, or a .tsv of scored pairs.")
+        raise ConfigError(
+            "texts show how far embeddings moved from those of --base; give it, or a .tsv of "
+            "scored pairs."
+        )
     after = _embedded(model, listed, prompt_name, dtype, device)
     if base is not None:
         return judge(_embedded(base, listed, prompt_name, dtype, device), after, pairs)
     scores = pairs[0] if pairs is not None else []
-    return PairFigures(len(scores), pair_spearman(after[: len(scores)], after[len(scores) :], scores))
+    return PairFigures(
+        len(scores), pair_spearman(after[: len(scores)], after[len(scores) :], scores)
+    )
 
 
 def scored_pairs(path: Path) -> tuple[list[float], list[str], list[str]]:
@@ -147,12 +165,18 @@ def scored_pairs(path: Path) -> tuple[list[float], list[str], list[str]]:
     try:
         pairs = read_pairs(path)
     except (OSError, ValueError) as error:
-        raise CalibrationError(f"{path} does not hold lines of score, sentence and sentence: {error}.") from error
+        raise CalibrationError(
+            f"{path} does not hold lines of score, sentence and sentence: {error}."
+        ) from error
     if not pairs[0]:
-        raise CalibrationError(f"{path} holds no line of score, sentence and sentence, separated by tabs.")
+        raise CalibrationError(
+            f"{path} holds no line of score, sentence and sentence, separated by tabs."
+        )
     return pairs
 
 
-def _embedded(model: str | Path, texts: list[str], prompt_name: str | None, dtype: Any, device: Any) -> Tensor:
+def _embedded(
+    model: str | Path, texts: list[str], prompt_name: str | None, dtype: Any, device: Any
+) -> Tensor:
     encoder = Encoder.from_pretrained(str(model), device=device, dtype=dtype)
     return embeddings_of(encoder, texts, prompt_name=prompt_name)

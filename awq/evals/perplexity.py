@@ -13,7 +13,9 @@ LARGEST_EXPONENT = 700  # float64 ends at exp(709)
 
 
 @torch.no_grad()
-def token_losses(model: Any, input_ids: Tensor, window: int = 2048, limit: int | None = None) -> Tensor:
+def token_losses(
+    model: Any, input_ids: Tensor, window: int = 2048, limit: int | None = None
+) -> Tensor:
     """Negative log likelihood of every predicted token in nats, float32 [predicted] on the CPU.
 
     Arguments and errors are those of `perplexity`.
@@ -34,11 +36,14 @@ def token_losses(model: Any, input_ids: Tensor, window: int = 2048, limit: int |
     return torch.cat(losses)
 
 
-def perplexity(model: Any, input_ids: Tensor, window: int = 2048, limit: int | None = None) -> float:
+def perplexity(
+    model: Any, input_ids: Tensor, window: int = 2048, limit: int | None = None
+) -> float:
     """exp of the mean negative log likelihood (nats) of every predicted token.
 
-    model: any callable of input_ids [1, n] whose result has `.logits`. input_ids: int64 [tokens]. Windows of `window` tokens do not
-    overlap; the first token of each is not predicted. limit: use only so many tokens. Log likelihoods are float32.
+    model: any callable of input_ids [1, n] whose result has `.logits`. input_ids: int64 [tokens].
+    Windows of `window` tokens do not overlap; the first token of each is not predicted. limit: use
+    only so many tokens. Log likelihoods are float32.
     """
     return exp_of(float(token_losses(model, input_ids, window, limit).double().mean()))
 
@@ -49,7 +54,8 @@ def exp_of(loss: float) -> float:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where the model's inputs belong: the device of its first parameter; CPU for callables without parameters."""
+    """Where the model's inputs belong: the device of its first parameter; CPU for callables without
+    parameters."""
     parameters = getattr(model, "parameters", None)
     first = next(iter(parameters()), None) if callable(parameters) else None
     return first.device if first is not None else torch.device("cpu")

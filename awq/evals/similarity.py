@@ -1,6 +1,8 @@
-"""Embeddings before and after quantization: cosine drift, rank correlation on sentence pairs, neighbours, small retrieval.
+"""Embeddings before and after quantization: cosine drift, rank correlation on sentence pairs,
+neighbours, small retrieval.
 
-Cosine drift and neighbour overlap are the sensitive figures: Spearman on sentence pairs hardly moves in 4 bits.
+Cosine drift and neighbour overlap are the sensitive figures: Spearman on sentence pairs hardly
+moves in 4 bits.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ class Embedder(Protocol):
     def encode(self, texts: list[str], /, *, batch_size: int = ...) -> Any: ...
 
 
-def embeddings_of(model: Embedder, texts: Sequence[str], batch_size: int = 32, **kwargs: Any) -> Tensor:
+def embeddings_of(
+    model: Embedder, texts: Sequence[str], batch_size: int = 32, **kwargs: Any
+) -> Tensor:
     """float32 [texts, features] on the CPU from any `encode`; kwargs (prompt_name …) go to it."""
     if not texts:
         raise ValueError("no texts to embed.")
@@ -48,7 +52,8 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def read_pairs(path: str | Path) -> tuple[list[float], list[str], list[str]]:
-    """Scores, first and second sentences of a TSV file with lines `score<TAB>sentence<TAB>sentence`."""
+    """Scores, first and second sentences of a TSV file with lines
+    `score<TAB>sentence<TAB>sentence`."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     rows = [line.split("\t") for line in lines if line.count("\t") >= 2]
     return [float(r[0]) for r in rows], [r[1] for r in rows], [r[2] for r in rows]
@@ -60,22 +65,28 @@ def pair_spearman(embeddings_a: Tensor, embeddings_b: Tensor, scores: Sequence[f
 
 
 def neighbour_overlap(before: Tensor, after: Tensor, k: int = 10) -> float:
-    """Mean share of each text's k nearest other texts (by cosine) that stay its nearest; 1 means the same neighbours.
+    """Mean share of each text's k nearest other texts (by cosine) that stay its nearest; 1 means
+    the same neighbours.
 
     before, after: [texts, features] of the same texts; k is cut to the number of other texts.
     """
     count = len(before)
     if count != len(after) or count < 2 or k < 1:
-        raise ValueError(f"neighbours of {count} and {len(after)} texts with k {k}: give at least 2 texts, the same for both.")
+        raise ValueError(
+            f"neighbours of {count} and {len(after)} texts with k {k}: give at least 2 texts, the "
+            "same for both."
+        )
     k = min(k, count - 1)
     first, second = (_nearest(e, e, k, leave_out_self=True) for e in (before, after))
     return float((first.unsqueeze(2) == second.unsqueeze(1)).any(2).double().mean())
 
 
 def ndcg(queries: Tensor, documents: Tensor, relevant: Sequence[int], k: int = 10) -> float:
-    """nDCG@k in [0, 1] with one relevant document per query: 1 / log2(1 + rank), or 0 beyond rank k.
+    """nDCG@k in [0, 1] with one relevant document per query: 1 / log2(1 + rank), or 0 beyond rank
+    k.
 
-    queries [queries, features], documents [documents, features]; relevant: index of each query's document.
+    queries [queries, features], documents [documents, features]; relevant: index of each query's
+    document.
     """
     if len(relevant) != len(queries):
         raise ValueError(f"{len(relevant)} relevant documents for {len(queries)} queries.")
@@ -101,7 +112,8 @@ def _nearest(queries: Tensor, documents: Tensor, k: int, leave_out_self: bool = 
 class EmbeddingDrift:
     """Figures of one model before and after quantization, on texts that were not calibrated on.
 
-    neighbour_overlap, ndcg_…: at 10. spearman_…: times 100; they and ndcg_… are None when no pairs were given.
+    neighbour_overlap, ndcg_…: at 10. spearman_…: times 100; they and ndcg_… are None when no pairs
+    were given.
     """
 
     texts: int
@@ -118,35 +130,56 @@ class EmbeddingDrift:
 
     def summary(self) -> str:
         """One or two lines for a terminal or a model card."""
-        lines = [f"cosine to full precision on {self.texts} texts: mean {self.mean_cosine:.4f}, least {self.min_cosine:.4f}; "
-                 f"neighbour overlap@10 {self.neighbour_overlap:.3f}"]  # fmt: skip
+        lines = [
+            f"cosine to full precision on {self.texts} texts: mean {self.mean_cosine:.4f}, least "
+            f"{self.min_cosine:.4f}; "
+            f"neighbour overlap@10 {self.neighbour_overlap:.3f}"
+        ]
         if self.spearman_before is not None:
-            lines.append(f"sentence pairs, Spearman ×100: {self.spearman_before:.2f} before, {self.spearman_after:.2f} after")
+            lines.append(
+                f"sentence pairs, Spearman ×100: {self.spearman_before:.2f} before, "
+                f"{self.spearman_after:.2f} after"
+            )
         if self.ndcg_before is not None:
-            lines.append(f"retrieval, nDCG@10: {self.ndcg_before:.4f} before, {self.ndcg_after:.4f} after")
+            lines.append(
+                f"retrieval, nDCG@10: {self.ndcg_before:.4f} before, {self.ndcg_after:.4f} after"
+            )
         return "\n".join(lines)
 
 
-def judge(before: Tensor, after: Tensor, pairs: tuple[Sequence[float], Sequence[str], Sequence[str]] | None = None,
-          relevant: float = 4.0) -> EmbeddingDrift:  # fmt: skip
+def judge(
+    before: Tensor,
+    after: Tensor,
+    pairs: tuple[Sequence[float], Sequence[str], Sequence[str]] | None = None,
+    relevant: float = 4.0,
+) -> EmbeddingDrift:
     """Compares embeddings [texts, features] of the same texts before and after quantization.
 
-    pairs: (scores, first, second) as `read_pairs` gives them, when the texts are `first + second`. Its pairs with a score of
-    at least `relevant` make the retrieval set: the first sentence asks, its partner among all second sentences is the answer.
-    Raises ValueError when the numbers of texts do not fit.
+    pairs: (scores, first, second) as `read_pairs` gives them, when the texts are `first + second`.
+    Its pairs with a score of at least `relevant` make the retrieval set: the first sentence asks,
+    its partner among all second sentences is the answer. Raises ValueError when the numbers of
+    texts do not fit.
     """
     if before.shape != after.shape:
-        raise ValueError(f"embeddings of shape {tuple(before.shape)} and {tuple(after.shape)} are not of the same texts.")
+        raise ValueError(
+            f"embeddings of shape {tuple(before.shape)} and {tuple(after.shape)} are not of the "
+            "same texts."
+        )
     cosine = F.cosine_similarity(before.float(), after.float(), dim=-1)
     figures: dict[str, float] = {}
     if pairs is not None:
         scores, count = list(pairs[0]), len(pairs[0])
         if len(before) != 2 * count:
-            raise ValueError(f"{len(before)} embeddings for {count} pairs; embed the first sentences, then the second ones.")
+            raise ValueError(
+                f"{len(before)} embeddings for {count} pairs; embed the first sentences, then the "
+                "second ones."
+            )
         asked = [i for i, score in enumerate(scores) if score >= relevant]
         for name, e in (("before", before), ("after", after)):
             figures[f"spearman_{name}"] = pair_spearman(e[:count], e[count:], scores)
             if asked:
                 figures[f"ndcg_{name}"] = ndcg(e[:count][asked], e[count:], asked)
     overlap = neighbour_overlap(before, after)
-    return EmbeddingDrift(len(before), float(cosine.mean()), float(cosine.min()), overlap, **figures)
+    return EmbeddingDrift(
+        len(before), float(cosine.mean()), float(cosine.min()), overlap, **figures
+    )

@@ -1,4 +1,5 @@
-"""Speed and memory of generation, as users of AutoAWQ know the table: prefill tok/s, decode tok/s, memory."""
+"""Speed and memory of generation, as users of AutoAWQ know the table: prefill tok/s, decode tok/s,
+memory."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ from awq.nn.linear import WQLinear
 class Speed:
     """One line of the table.
 
-    prefill_tok_s: prompt tokens of all rows over the time to the first new token. decode_tok_s: new tokens of all rows after
-    the first, over the time after it. first_s: the first call, whatever had to be compiled and built included. peak_gb: peak
-    memory in 10^9 bytes, of the GPU, or of the process on a CPU (loading included). Times are medians over repeats, of greedy
-    calls of `generate`.
+    prefill_tok_s: prompt tokens of all rows over the time to the first new token. decode_tok_s: new
+    tokens of all rows after the first, over the time after it. first_s: the first call, whatever
+    had to be compiled and built included. peak_gb: peak memory in 10^9 bytes, of the GPU, or of the
+    process on a CPU (loading included). Times are medians over repeats, of greedy calls of
+    `generate`.
     """
 
     batch: int
@@ -37,10 +39,18 @@ class Speed:
         return asdict(self)
 
 
-def generation_speed(model: Any, batch: int = 1, prompt: int = 64, new: int = 64, repeats: int = 3, **kwargs: Any) -> Speed:
-    """Times `model.generate` on prompts of random tokens. kwargs are passed on to it. new: at least 2."""
+def generation_speed(
+    model: Any, batch: int = 1, prompt: int = 64, new: int = 64, repeats: int = 3, **kwargs: Any
+) -> Speed:
+    """Times `model.generate` on prompts of random tokens. kwargs are passed on to it. new: at least
+    2."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        min(3, vocabulary - 1),
+        vocabulary,
+        (batch, prompt),
+        generator=torch.Generator().manual_seed(1),
+    )
     ids = ids.to(model.device)
     if ids.is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -50,7 +60,15 @@ def generation_speed(model: Any, batch: int = 1, prompt: int = 64, new: int = 64
     prefill = statistics.median(seconds(model, ids, 1, **kwargs) for _ in range(max(3, repeats)))
     whole = statistics.median(seconds(model, ids, new, **kwargs) for _ in range(repeats))
     peak = (torch.cuda.max_memory_allocated() if ids.is_cuda else _process_peak()) / 1e9
-    return Speed(batch, prompt, new, batch * prompt / prefill, batch * (new - 1) / (whole - prefill), first, peak)
+    return Speed(
+        batch,
+        prompt,
+        new,
+        batch * prompt / prefill,
+        batch * (new - 1) / (whole - prefill),
+        first,
+        peak,
+    )
 
 
 def seconds(model: Any, ids: Tensor, new: int, **kwargs: Any) -> float:
@@ -59,15 +77,22 @@ def seconds(model: Any, ids: Tensor, new: int, **kwargs: Any) -> float:
         torch.cuda.synchronize()
     start = time.perf_counter()
     ends = {"eos_token_id": None, "pad_token_id": 0}
-    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **ends, **kwargs)
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        **ends,
+        **kwargs,
+    )
     if ids.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes that a decode step reads of a model: all its parameters and packed weights but the embedding table, unless that is
-    the head too."""
+    """Bytes that a decode step reads of a model: all its parameters and packed weights but the
+    embedding table, unless that is the head too."""
     head = model.get_output_embeddings()
     table = model.get_input_embeddings().weight
     kept = head is not None and getattr(head, "weight", None) is table
@@ -77,7 +102,8 @@ def weight_bytes(model: Any) -> int:
 
 
 def read_bandwidth(device: torch.device | str, size: int = 1 << 29) -> float:
-    """Bytes per second at which a device reads its memory: the best of several sums over `size` bytes, on torch's threads."""
+    """Bytes per second at which a device reads its memory: the best of several sums over `size`
+    bytes, on torch's threads."""
     values = torch.ones(size // 4, device=device)
     best = 0.0
     for _ in range(10):
@@ -102,10 +128,14 @@ def _process_peak() -> float:
 def as_table(name: str, version: str, rows: Sequence[Speed]) -> str:
     """Markdown, with the columns that AutoAWQ's users know."""
     lines = [
-        "| model | version | batch | prefill length | decode length | prefill tok/s | decode tok/s | memory GB |",
+        "| model | version | batch | prefill length | decode length | prefill tok/s | decode "
+        "tok/s | memory GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         speeds = f"{r.prefill_tok_s:,.0f} | {r.decode_tok_s:,.1f}"
-        lines.append(f"| {name} | {version} | {r.batch} | {r.prompt} | {r.new} | {speeds} | {r.peak_gb:.2f} |")
+        lines.append(
+            f"| {name} | {version} | {r.batch} | {r.prompt} | {r.new} | {speeds} | "
+            f"{r.peak_gb:.2f} |"
+        )
     return "\n".join(lines)

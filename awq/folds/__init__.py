@@ -1,4 +1,5 @@
-"""Folds: scales that move between a producer and its consumers; discovered on the model itself and proven by experiment."""
+"""Folds: scales that move between a producer and its consumers; discovered on the model itself and
+proven by experiment."""
 
 from awq.folds.discovery import discover
 from awq.folds.fold import Fold, InputGroup, apply_fold

@@ -1,17 +1,20 @@
 """Discovery of folds on the model itself, without a table of architectures.
 
-A scale can move out of a linear's columns into whatever produces its input, if nothing else reads that input. Two kinds of
-producers are looked for:
+A scale can move out of a linear's columns into whatever produces its input, if nothing else reads
+that input. Two kinds of producers are looked for:
 
-- *Norms* are found by identity: the tensor that a group of linears reads *is* a norm's output. Weights may be stored as w
-  or as w − 1 (gemma); both kinds are tried.
-- *Linears* (v → o, up → down, the v rows of a fused projection) are found by probing sequences of one token: the softmax
-  over a single key is 1, so attention passes values through unmixed, and queries and keys have no say. Multiplying a
-  producer's rows by known factors shows which row feeds which channel, in two forwards: separate, fused, interleaved and
-  grouped-query layouts alike. Each row's position is written as two digits; the first forward multiplies row i by a factor
-  that tells its high digit, the second by one that tells its low digit, and the ratio of each channel gives them back.
+- *Norms* are found by identity: the tensor that a group of linears reads *is* a norm's output.
+  Weights may be stored as w or as w − 1 (gemma); both kinds are tried.
+- *Linears* (v → o, up → down, the v rows of a fused projection) are found by probing sequences of
+  one token: the softmax over a single key is 1, so attention passes values through unmixed, and
+  queries and keys have no say. Multiplying a producer's rows by known factors shows which row feeds
+  which channel, in two forwards: separate, fused, interleaved and grouped-query layouts alike. Each
+  row's position is written as two digits; the first forward multiplies row i by a factor that tells
+  its high digit, the second by one that tells its low digit, and the ratio of each channel gives
+  them back.
 
-What is found here is a guess until `prove` has confirmed it on longer sequences, where attention does mix tokens.
+What is found here is a guess until `prove` has confirmed it on longer sequences, where attention
+does mix tokens.
 """
 
 from __future__ import annotations
@@ -37,11 +40,15 @@ _MAX_DIGIT_ERROR = 0.1  # of a digit that was read back
 
 
 @torch.no_grad()
-def discover(block: nn.Module, one_token: Calls, many: Calls, generator: torch.Generator | None = None) -> list[InputGroup]:
-    """Every linear of the block exactly once, grouped by the tensor it reads, in order of execution, with its fold if any.
+def discover(
+    block: nn.Module, one_token: Calls, many: Calls, generator: torch.Generator | None = None
+) -> list[InputGroup]:
+    """Every linear of the block exactly once, grouped by the tensor it reads, in order of
+    execution, with its fold if any.
 
-    one_token: calls on sequences of a single token (a batch of many); many: calls on a few longer sequences. generator: of
-    the random scales on which guesses are tried (see `holds`). Works on a float32 copy; the block itself is not touched.
+    one_token: calls on sequences of a single token (a batch of many); many: calls on a few longer
+    sequences. generator: of the random scales on which guesses are tried (see `holds`). Works on a
+    float32 copy; the block itself is not touched.
     """
     generator = generator or torch.Generator().manual_seed(0)
     probe, one_token, many = float_copy(block), float_calls(one_token), float_calls(many)
@@ -67,13 +74,19 @@ def _unused_group(block: nn.Module, name: str) -> InputGroup:
 
 
 def _input_groups(block: nn.Module, calls: Calls) -> tuple[list[InputGroup], dict[str, list[str]]]:
-    """Groups of linears by the tensor they read, and for each group's first linear the norms whose output that tensor is."""
+    """Groups of linears by the tensor they read, and for each group's first linear the norms whose
+    output that tensor is."""
     inputs: dict[str, tuple] = {}
     outputs: dict[str, tuple] = {}
-    alive: list[Tensor] = []  # a storage that lives cannot be reused, so its address names the tensor
+    # a storage that lives cannot be reused, so its address names the tensor
+    alive: list[Tensor] = []
 
     def reads(name: str, args: tuple) -> None:
-        fits = bool(args) and isinstance(args[0], Tensor) and args[0].shape[-1] == linear_shape(block.get_submodule(name))[0]
+        fits = (
+            bool(args)
+            and isinstance(args[0], Tensor)
+            and args[0].shape[-1] == linear_shape(block.get_submodule(name))[0]
+        )
         if fits and name not in inputs:
             inputs[name] = _identity(args[0])
             alive.append(args[0])
@@ -83,7 +96,10 @@ def _input_groups(block: nn.Module, calls: Calls) -> tuple[list[InputGroup], dic
             outputs[name] = _identity(output)
             alive.append(output)
 
-    with hooked(block, reader_names(block), before=reads), hooked(block, _norm_names(block), after=writes):
+    with (
+        hooked(block, reader_names(block), before=reads),
+        hooked(block, _norm_names(block), after=writes),
+    ):
         call, hidden = calls[0]
         call.run(block, hidden)
 
@@ -96,13 +112,18 @@ def _input_groups(block: nn.Module, calls: Calls) -> tuple[list[InputGroup], dic
     widths = {name: block.get_parameter(f"{name}.weight").numel() for name in outputs}
     feeding = {}
     for key, names in members.items():
-        feeding[names[0]] = [norm for norm, output in outputs.items() if output == key and widths[norm] == key[1]]
+        feeding[names[0]] = [
+            norm for norm, output in outputs.items() if output == key and widths[norm] == key[1]
+        ]
     return groups, feeding
 
 
 def _norm_names(block: nn.Module) -> list[str]:
-    """Modules with a parameter `weight` of one dimension: norms, and whatever else scales channels."""
-    weights = {name: module._parameters.get("weight") for name, module in block.named_modules() if name}
+    """Modules with a parameter `weight` of one dimension: norms, and whatever else scales
+    channels."""
+    weights = {
+        name: module._parameters.get("weight") for name, module in block.named_modules() if name
+    }
     return [name for name, weight in weights.items() if weight is not None and weight.dim() == 1]
 
 
@@ -111,7 +132,9 @@ def _identity(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.shape[-1]
 
 
-def _norm_fold(group: InputGroup, norms: list[str], is_true: Callable[[Fold, InputGroup], bool]) -> Fold | None:
+def _norm_fold(
+    group: InputGroup, norms: list[str], is_true: Callable[[Fold, InputGroup], bool]
+) -> Fold | None:
     for norm in norms:
         for kind in ("norm", "norm_plus_one"):
             fold = Fold(group.consumers, norm, kind)  # type: ignore[arg-type]
@@ -121,7 +144,11 @@ def _norm_fold(group: InputGroup, norms: list[str], is_true: Callable[[Fold, Inp
 
 
 def _linear_fold(
-    block: nn.Module, group: InputGroup, order: list[str], one_token: Calls, is_true: Callable[[Fold, InputGroup], bool]
+    block: nn.Module,
+    group: InputGroup,
+    order: list[str],
+    one_token: Calls,
+    is_true: Callable[[Fold, InputGroup], bool],
 ) -> Fold | None:
     """The nearest earlier linear whose rows feed the group's channels one by one."""
     reference = _tokens_of(block, group.consumers[0], one_token)
@@ -144,7 +171,8 @@ def _linear_fold(
 
 
 def _row_subsets(rows: int) -> Iterator[Tensor]:
-    """Row sets that may feed a group alone: all, halves, thirds, even and odd rows (fused gate and up projections)."""
+    """Row sets that may feed a group alone: all, halves, thirds, even and odd rows (fused gate and
+    up projections)."""
     index = torch.arange(rows)
     yield index
     for parts in (2, 3):
@@ -155,9 +183,15 @@ def _row_subsets(rows: int) -> Iterator[Tensor]:
 
 
 def _map_rows(
-    block: nn.Module, producer: str, subset: Tensor, group: InputGroup, reference: Tensor, one_token: Calls
+    block: nn.Module,
+    producer: str,
+    subset: Tensor,
+    group: InputGroup,
+    reference: Tensor,
+    one_token: Calls,
 ) -> Tensor | None:
-    """Row of `producer` that multiplies each channel of the group's input, int64 [in]; None when some live channel has none.
+    """Row of `producer` that multiplies each channel of the group's input, int64 [in]; None when
+    some live channel has none.
 
     subset: int64, the rows that are tried. reference: the group's input [tokens, in] as it is.
     """
@@ -171,7 +205,9 @@ def _map_rows(
     for digit in (place // base, place % base):
         factor = torch.ones(rows)
         factor[subset] = LOWEST_FACTOR + FACTOR_RANGE * digit.float() / base
-        changed = _tokens_of(block, group.consumers[0], one_token, producer, factor.to(reference.device))
+        changed = _tokens_of(
+            block, group.consumers[0], one_token, producer, factor.to(reference.device)
+        )
         if changed is None or changed.shape != reference.shape:
             return None
         level, clean = _read_digit(changed, reference, base)
@@ -185,7 +221,8 @@ def _map_rows(
 
 
 def _read_digit(changed: Tensor, reference: Tensor, base: int) -> tuple[Tensor, Tensor]:
-    """(digit, whether it is one) of each channel, from inputs [tokens, in] with and without the factors."""
+    """(digit, whether it is one) of each channel, from inputs [tokens, in] with and without the
+    factors."""
     ratio = (changed * reference).sum(0) / reference.pow(2).sum(0).clamp(min=1e-30)
     error = (changed - ratio * reference).norm(dim=0) / changed.norm(dim=0).clamp(min=1e-30)
     level = (ratio - LOWEST_FACTOR) / FACTOR_RANGE * base
@@ -194,8 +231,11 @@ def _read_digit(changed: Tensor, reference: Tensor, base: int) -> tuple[Tensor, 
     return digit.long(), clean
 
 
-def _tokens_of(block: nn.Module, consumer: str, calls: Calls, producer: str = "", factor: Tensor | None = None) -> Tensor | None:
-    """The consumer's input [tokens, in], while the producer's output channels are multiplied by a factor [rows], if given."""
+def _tokens_of(
+    block: nn.Module, consumer: str, calls: Calls, producer: str = "", factor: Tensor | None = None
+) -> Tensor | None:
+    """The consumer's input [tokens, in], while the producer's output channels are multiplied by a
+    factor [rows], if given."""
 
     def multiply(_name: str, output: Tensor) -> Tensor:
         return output if factor is None else output * factor

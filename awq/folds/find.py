@@ -1,7 +1,8 @@
 """The folds of a whole model, without quantizing it: for `awq folds` and for reading.
 
-Folds are a property of the computation, not of the text, so random token ids serve and no tokenizer is needed. Costs one
-forward of a few short rows plus discovery on every block whose structure is new.
+Folds are a property of the computation, not of the text, so random token ids serve and no tokenizer
+is needed. Costs one forward of a few short rows plus discovery on every block whose structure is
+new.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from awq.nn.walk import ONE_TOKEN_ROWS, PROBE_TOKENS, BlockWalk
 def find_folds(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, list[InputGroup]]]:
     """(block name, its input groups with proven folds) for every repeated block, in order.
 
-    model: a full-precision transformers model; it is not changed. The probes have the size of those that `quantize_model`
-    proves folds on. Raises ModelError when the model has no repeated blocks.
+    model: a full-precision transformers model; it is not changed. The probes have the size of those
+    that `quantize_model` proves folds on. Raises ModelError when the model has no repeated blocks.
     """
     model.eval()
     inputs = _random_inputs(model, seed)
@@ -36,7 +37,8 @@ def find_folds(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, list[Inpu
 
 
 def _random_inputs(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Random ids, int64 [ONE_TOKEN_ROWS, PROBE_TOKENS], without the padding id: encoders number their positions by it."""
+    """Random ids, int64 [ONE_TOKEN_ROWS, PROBE_TOKENS], without the padding id: encoders number
+    their positions by it."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     pad = getattr(model.config, "pad_token_id", None)
     known = torch.arange(embedding.num_embeddings)

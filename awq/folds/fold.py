@@ -1,4 +1,5 @@
-"""`Fold`: a scale that one group of linears can take on its columns because a producer gives it up; and how to apply it."""
+"""`Fold`: a scale that one group of linears can take on its columns because a producer gives it up;
+and how to apply it."""
 
 from __future__ import annotations
 
@@ -16,10 +17,13 @@ FoldKind = Literal["norm", "norm_plus_one", "linear"]
 
 @dataclass(frozen=True)
 class Fold:
-    """consumers: linears whose columns are multiplied by s; producer: the module that is divided by it.
+    """consumers: linears whose columns are multiplied by s; producer: the module that is divided by
+    it.
 
-    kind: "norm" (w/s, b/s), "norm_plus_one" (weight stored as w − 1: (1+w)/s − 1) or "linear" (rows divided).
-    rows: int64 [in], for "linear": the producer's row that feeds each input channel; −1 where no row was found (s stays 1).
+    kind: "norm" (w/s, b/s), "norm_plus_one" (weight stored as w − 1: (1+w)/s − 1) or "linear" (rows
+    divided).
+    rows: int64 [in], for "linear": the producer's row that feeds each input channel; −1 where no
+    row was found (s stays 1).
     """
 
     consumers: tuple[str, ...]
@@ -28,7 +32,8 @@ class Fold:
     rows: Tensor | None = None
 
     def tie(self, scale: Tensor) -> Tensor:
-        """s [in] or [n, in] made equal (geometric mean) over channels that share a row, as under grouped-query attention."""
+        """s [in] or [n, in] made equal (geometric mean) over channels that share a row, as under
+        grouped-query attention."""
         if self.rows is None:
             return scale
         size = max(1, int(self.rows.max()) + 1)
@@ -36,8 +41,12 @@ class Fold:
         known, rows = rows >= 0, rows.clamp(min=0)
         # Fixed point: a GPU adds in any order, and only sums of integers are the same in each.
         logs = torch.where(known, scale.double().log() * _UNIT, 0).round().long()
-        total = torch.zeros(*scale.shape[:-1], size, dtype=torch.int64, device=scale.device).index_add_(-1, rows, logs)
-        count = torch.zeros(size, dtype=torch.int64, device=scale.device).index_add_(0, rows, known.long())
+        total = torch.zeros(
+            *scale.shape[:-1], size, dtype=torch.int64, device=scale.device
+        ).index_add_(-1, rows, logs)
+        count = torch.zeros(size, dtype=torch.int64, device=scale.device).index_add_(
+            0, rows, known.long()
+        )
         mean = (total.double() / _UNIT / count.clamp(min=1)).exp().to(scale.dtype)
         return torch.where(known, mean[..., rows], torch.ones_like(scale))
 
@@ -53,7 +62,8 @@ class Fold:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linears that read one tensor, and the fold found for them; `reason` says why there is none."""
+    """Linears that read one tensor, and the fold found for them; `reason` says why there is
+    none."""
 
     consumers: tuple[str, ...]
     in_features: int
@@ -63,7 +73,8 @@ class InputGroup:
 
 @torch.no_grad()
 def apply_fold(block: nn.Module, fold: Fold, scale: Tensor) -> None:
-    """Multiplies the consumers' columns by s [in] (float32, tied) and divides the producer, in place."""
+    """Multiplies the consumers' columns by s [in] (float32, tied) and divides the producer, in
+    place."""
     for name in fold.consumers:
         weight = get_weight(block.get_submodule(name))
         weight.mul_(scale.to(weight))
@@ -78,9 +89,14 @@ def apply_fold(block: nn.Module, fold: Fold, scale: Tensor) -> None:
 
 
 def row_divisor(block: nn.Module, fold: Fold, scale: Tensor) -> Tensor:
-    """What a "linear" fold divides the producer's rows by, [rows]; 1 for rows that feed none of the channels. scale: tied."""
+    """What a "linear" fold divides the producer's rows by, [rows]; 1 for rows that feed none of the
+    channels. scale: tied."""
     rows = fold.rows.to(scale.device)  # type: ignore[union-attr]
-    divisor = torch.ones(get_weight(block.get_submodule(fold.producer)).shape[0], dtype=scale.dtype, device=scale.device)
+    divisor = torch.ones(
+        get_weight(block.get_submodule(fold.producer)).shape[0],
+        dtype=scale.dtype,
+        device=scale.device,
+    )
     divisor[rows[rows >= 0]] = scale[rows >= 0]
     return divisor
 
@@ -94,9 +110,11 @@ def _divide(norm: Any, scale: Tensor, plus_one: bool) -> None:
 
 
 def reader_names(block: nn.Module) -> list[str]:
-    """Names of all modules below the block that multiply their input by a weight [out, in]: linears, and routers.
+    """Names of all modules below the block that multiply their input by a weight [out, in]:
+    linears, and routers.
 
-    A router that holds a bare parameter is no linear and never quantized, but its weight takes part in the fold of its input.
+    A router that holds a bare parameter is no linear and never quantized, but its weight takes part
+    in the fold of its input.
     """
     names = []
     for name, module in block.named_modules():

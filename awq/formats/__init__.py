@@ -1,4 +1,5 @@
-"""Codecs between the canonical weight and packed layouts: pure functions, exactly invertible, vectorized."""
+"""Codecs between the canonical weight and packed layouts: pure functions, exactly invertible,
+vectorized."""
 
 from __future__ import annotations
 
@@ -17,12 +18,14 @@ _LAYOUTS: dict[str, Format] = _FORMATS | {f.name: f for f in (PLANAR, ROWS16, IN
 
 
 def get_format(name: str) -> Format:
-    """The codec of a version, in any spelling ("GEMM", "gemv_fast", "GEMVFast"). Raises ConfigError when unknown."""
+    """The codec of a version, in any spelling ("GEMM", "gemv_fast", "GEMVFast"). Raises ConfigError
+    when unknown."""
     return _FORMATS[normalize_format(name)]
 
 
 def get_layout(name: str) -> Format:
-    """The codec of an on-disk format or of an in-memory layout ("planar"). Raises ConfigError when unknown."""
+    """The codec of an on-disk format or of an in-memory layout ("planar"). Raises ConfigError when
+    unknown."""
     return _LAYOUTS.get(name) or get_format(name)
 
 

@@ -18,9 +18,12 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 class Format:
     """One on-disk layout.
 
-    encode: QuantizedWeight → {"qweight", "qzeros", "scales"}; decode: the inverse, with (in, out, group_size).
-    shapes: (in, out, group_size) → shape and dtype of each tensor. reason: why a shape cannot be stored, or None.
-    bijective: every content of the tensors is some weight, so that packing what was unpacked gives the same bytes.
+    encode: QuantizedWeight → {"qweight", "qzeros", "scales"}; decode: the inverse, with (in, out,
+    group_size).
+    shapes: (in, out, group_size) → shape and dtype of each tensor. reason: why a shape cannot be
+    stored, or None.
+    bijective: every content of the tensors is some weight, so that packing what was unpacked gives
+    the same bytes.
     """
 
     name: str
@@ -33,27 +36,42 @@ class Format:
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Tensors as a checkpoint holds them; codes and zeros are clamped to 0 … 15.
 
-        Raises ConfigError for other than 4 bits, a shape that does not fit, or values that the layout cannot hold.
+        Raises ConfigError for other than 4 bits, a shape that does not fit, or values that the
+        layout cannot hold.
         """
         if weight.bits != 4:
-            raise ConfigError(f"packed formats hold 4 bits, not {weight.bits}; use export_compatible=True for dense weights.")
+            raise ConfigError(
+                f"packed formats hold 4 bits, not {weight.bits}; use export_compatible=True for "
+                "dense weights."
+            )
         out_features, in_features = weight.codes.shape
         problem = self.why_not(in_features, out_features, weight.group_size)
         if problem:
             raise ConfigError(f"{self.name} cannot store this weight: {problem}")
         # A value above 15 would spill into the neighbouring nibble.
-        return self.encode(weight._replace(codes=weight.codes.clamp(0, 15), zeros=weight.zeros.clamp(0, 15)))
+        return self.encode(
+            weight._replace(codes=weight.codes.clamp(0, 15), zeros=weight.zeros.clamp(0, 15))
+        )
 
-    def unpack(self, tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int) -> QuantizedWeight:
+    def unpack(
+        self, tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int
+    ) -> QuantizedWeight:
         """Inverse of `pack`: exact, tensor for tensor."""
         return self.decode(tensors, in_features, out_features, group_size)
 
     def empty(
-        self, in_features: int, out_features: int, group_size: int, device: torch.device | str | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        device: torch.device | str | None = None,
     ) -> dict[str, Tensor]:
         """Tensors of the right shapes and dtypes to load into (device "meta" works)."""
         found = self.shapes(in_features, out_features, group_size)
-        return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in found.items()}
+        return {
+            name: torch.zeros(shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in found.items()
+        }
 
     def why_not(self, in_features: int, out_features: int, group_size: int) -> str | None:
         """Why a linear of this shape cannot be stored in this format, or None."""
@@ -65,7 +83,8 @@ class Format:
 def transposed(matrix: Tensor) -> Tensor:
     """Transposed copy with the strides of a fresh tensor.
 
-    `.t().contiguous()` of one row copies nothing and keeps odd strides, which a view as bytes refuses.
+    `.t().contiguous()` of one row copies nothing and keeps odd strides, which a view as bytes
+    refuses.
     """
     return matrix.t().clone(memory_format=torch.contiguous_format)
 

@@ -1,4 +1,5 @@
-"""gemm, the format that everything reads: words run along the outputs, columns in the order 0 2 4 6 1 3 5 7.
+"""gemm, the format that everything reads: words run along the outputs, columns in the order 0 2 4 6
+1 3 5 7.
 
 qweight int32 [in, out/8], qzeros int32 [groups, out/8], scales float16 [groups, out].
 """
@@ -14,8 +15,9 @@ from awq.core.weight import QuantizedWeight
 from awq.formats.base import Format, Shapes, transposed
 
 
-# Column 4a + 2b + c of a run of eight lies in byte 2c + a of its word, in the low half for b = 0, else the high one. Whole
-# rows are moved as bytes, never single nibbles, which makes a 4096 × 4096 matrix some ten times faster.
+# Column 4a + 2b + c of a run of eight lies in byte 2c + a of its word, in the low half for b = 0,
+# else the high one. Whole rows are moved as bytes, never single nibbles, which makes a 4096 × 4096
+# matrix some ten times faster.
 def _pack_columns(values: Tensor) -> Tensor:
     """uint8 [out, n] of 0 … 15 → int32 [n, out/8]."""
     out, n = values.shape
@@ -27,7 +29,8 @@ def _pack_columns(values: Tensor) -> Tensor:
 def _unpack_columns(words: Tensor) -> Tensor:
     """int32 [n, out/8] → uint8 [out, n]; inverse of `_pack_columns`."""
     n, width = words.shape
-    data = transposed(words).view(torch.uint8).view(width, n, 2, 2).permute(0, 3, 2, 1).contiguous()  # [word, a, c, n]
+    # [word, a, c, n]
+    data = transposed(words).view(torch.uint8).view(width, n, 2, 2).permute(0, 3, 2, 1).contiguous()
     return torch.stack((data & 15, data >> 4), 2).view(8 * width, n)
 
 
@@ -39,7 +42,9 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-def _decode(tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int) -> QuantizedWeight:
+def _decode(
+    tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int
+) -> QuantizedWeight:
     codes, zeros = _unpack_columns(tensors["qweight"]), _unpack_columns(tensors["qzeros"])
     return QuantizedWeight(codes, transposed(tensors["scales"]), zeros)
 

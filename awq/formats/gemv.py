@@ -1,7 +1,7 @@
 """gemv: words run along the inputs, nibbles in natural order; scales and zeros padded with zeros.
 
-qweight int32 [out, in/8], qzeros int32 [out, ZW], scales float16 [out, 8·ZW] with ZW = ceil(groups / 8), rounded up to a
-multiple of 2 for groups of 64 and of 4 for groups of 32.
+qweight int32 [out, in/8], qzeros int32 [out, ZW], scales float16 [out, 8·ZW] with ZW = ceil(groups
+/ 8), rounded up to a multiple of 2 for groups of 64 and of 4 for groups of 32.
 """
 
 from __future__ import annotations
@@ -33,10 +33,14 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-def _decode(tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int) -> QuantizedWeight:
+def _decode(
+    tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int
+) -> QuantizedWeight:
     groups = in_features // group_size
     zeros = unpack_words(tensors["qzeros"])[:, :groups].contiguous()
-    return QuantizedWeight(unpack_words(tensors["qweight"]), tensors["scales"][:, :groups].contiguous(), zeros)
+    return QuantizedWeight(
+        unpack_words(tensors["qweight"]), tensors["scales"][:, :groups].contiguous(), zeros
+    )
 
 
 def _shapes(in_features: int, out_features: int, group_size: int) -> Shapes:

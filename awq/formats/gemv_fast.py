@@ -1,8 +1,9 @@
-"""gemv_fast: int16 words, four output rows interleaved, inputs permuted inside runs of 32; scaled zeros in float16.
+"""gemv_fast: int16 words, four output rows interleaved, inputs permuted inside runs of 32; scaled
+zeros in float16.
 
-qweight int16 [out/4, in], scales float16 [8·ZW, out], qzeros float16 [8·ZW, out] = −s·z. Inside each run of 32 inputs the
-(4, 4, 2) view is transposed to (1, 0, 2) and each run of eight reordered 0 2 4 6 1 3 5 7; rows are interleaved by 4 with a
-stride of 64 inputs.
+qweight int16 [out/4, in], scales float16 [8·ZW, out], qzeros float16 [8·ZW, out] = −s·z. Inside
+each run of 32 inputs the (4, 4, 2) view is transposed to (1, 0, 2) and each run of eight reordered
+0 2 4 6 1 3 5 7; rows are interleaved by 4 with a stride of 64 inputs.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from awq.formats.gemv import zero_words
 _ROWS, _STRIDE = 4, 64
 
 
-# The two permutations together: input 8k + 2m + d of a run of 32 is stored at 8m + 4d + k, and k = 2i + j makes j the half
-# of a byte. So a code has the axes [out/4, row, in/64, half, i, j, m, d], its byte [out/4, in/64, row, half, m, d, i].
+# The two permutations together: input 8k + 2m + d of a run of 32 is stored at 8m + 4d + k, and k =
+# 2i + j makes j the half of a byte. So a code has the axes [out/4, row, in/64, half, i, j, m, d],
+# its byte [out/4, in/64, row, half, m, d, i].
 def _pack_rows(codes: Tensor) -> Tensor:
     """uint8 [out, in] of 0 … 15 → int16 [out/4, in]."""
     out, width = codes.shape
@@ -45,7 +47,10 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
     scaled = -(weight.scales.float() * weight.zeros.float()).half()
     if scaled.isinf().any():
         largest = weight.scales.max().item()
-        raise ConfigError(f"gemv_fast stores scale · zero in float16, which overflows (largest scale {largest:g}); use gemm.")
+        raise ConfigError(
+            "gemv_fast stores scale · zero in float16, which overflows (largest scale "
+            f"{largest:g}); use gemm."
+        )
     return {
         "qweight": _pack_rows(weight.codes),
         "scales": transposed(F.pad(weight.scales, pad)),
@@ -53,12 +58,16 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-def _decode(tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int) -> QuantizedWeight:
+def _decode(
+    tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int
+) -> QuantizedWeight:
     groups = in_features // group_size
     scales = transposed(tensors["scales"][:groups])
     # A scale of 0 (never ours) would give 0/0; its zero point has no effect.
     ratio = (-tensors["qzeros"][:groups].t().float() / scales.float()).nan_to_num(0.0)
-    return QuantizedWeight(_unpack_rows(tensors["qweight"]), scales, ratio.round().clamp(0, 15).to(torch.uint8))
+    return QuantizedWeight(
+        _unpack_rows(tensors["qweight"]), scales, ratio.round().clamp(0, 15).to(torch.uint8)
+    )
 
 
 def _shapes(in_features: int, out_features: int, group_size: int) -> Shapes:
@@ -73,7 +82,11 @@ def _shapes(in_features: int, out_features: int, group_size: int) -> Shapes:
 def _reason(in_features: int, out_features: int, group_size: int) -> str | None:
     if out_features % _ROWS:
         return f"out_features {out_features} is not a multiple of {_ROWS}"
-    return f"in_features {in_features} is not a multiple of {_STRIDE}" if in_features % _STRIDE else None
+    return (
+        f"in_features {in_features} is not a multiple of {_STRIDE}"
+        if in_features % _STRIDE
+        else None
+    )
 
 
 GEMV_FAST = Format("gemv_fast", _encode, _decode, _shapes, _reason)

@@ -1,4 +1,5 @@
-"""What a decoder is made of, as plain data: found on the model in `read`, proven by `prove`, carried out in `run`.
+"""What a decoder is made of, as plain data: found on the model in `read`, proven by `prove`,
+carried out in `run`.
 
 Plans are frozen: they are made when everything is known, and nobody changes them afterwards.
 """
@@ -21,7 +22,8 @@ class NotFusable(AwqError):
 
 @dataclass(frozen=True)
 class Source:
-    """Sibling linears, by name in the block, whose concatenated outputs hold the wanted channels at `rows` [wanted]."""
+    """Sibling linears, by name in the block, whose concatenated outputs hold the wanted channels at
+    `rows` [wanted]."""
 
     names: tuple[str, ...]
     rows: Tensor
@@ -31,11 +33,12 @@ class Source:
 class BlockPlan:
     """One decoder block.
 
-    qkv: query, key and value channels one after the other, those of a rotated head as two halves. mlp_in: gate then up
-    channels (gated), or the activation's input. parallel: attention and MLP both read the block's input. factor: of both
-    branches before they are added. Norms that a block lacks are None; mlp_norm None with parallel means that the MLP reads
-    what attention reads. mixture: the module that routes tokens to packed experts and adds up what they give, where a block has
-    one instead of an MLP; mlp_in and mlp_out then name it, too.
+    qkv: query, key and value channels one after the other, those of a rotated head as two halves.
+    mlp_in: gate then up channels (gated), or the activation's input. parallel: attention and MLP
+    both read the block's input. factor: of both branches before they are added. Norms that a block
+    lacks are None; mlp_norm None with parallel means that the MLP reads
+    what attention reads. mixture: the module that routes tokens to packed experts and adds up what
+    they give, where a block has one instead of an MLP; mlp_in and mlp_out then name it, too.
     """
 
     attention: Attention
@@ -59,8 +62,9 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """embedding: token ids → vectors; they are multiplied by embedding_factor and, if the model has absolute positions, added
-    to positions [positions, features]. Logits are head(norm(x)) · logits_factor, then soft-capped."""
+    """embedding: token ids → vectors; they are multiplied by embedding_factor and, if the model has
+    absolute positions, added to positions [positions, features]. Logits are head(norm(x)) ·
+    logits_factor, then soft-capped."""
 
     blocks: list[BlockPlan]
     modules: list[nn.Module]

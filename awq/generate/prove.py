@@ -1,9 +1,11 @@
-"""From a transformers model to a `FusedDecoder`, proven block by block and then as a whole, or the reason why not.
+"""From a transformers model to a `FusedDecoder`, proven block by block and then as a whole, or the
+reason why not.
 
-Reading a structure off values is guessing; this is what makes guesses safe. A fused block must give what transformers' block
-gives, in float32 and to 1e-4 of its contribution: at the first positions and at the last ones that the cache will hold, since
-tables and masks may change on the way; as a prompt, and as a prompt followed by a step, since they take different code. Then the
-decoder on the joined weights must give the model's own logits, to what the model's dtype can tell.
+Reading a structure off values is guessing; this is what makes guesses safe. A fused block must give
+what transformers' block gives, in float32 and to 1e-4 of its contribution: at the first positions
+and at the last ones that the cache will hold, since tables and masks may change on the way; as a
+prompt, and as a prompt followed by a step, since they take different code. Then the decoder on the
+joined weights must give the model's own logits, to what the model's dtype can tell.
 """
 
 from __future__ import annotations
@@ -31,19 +33,26 @@ from awq.nn.surgery import device_of, get_weight
 logger = logging.getLogger("awq.generate")
 
 _TOLERANCE = 1e-4  # of a block's contribution, in float32
-_WHOLE, _WHOLE_ROUGH = 1e-2, 0.1  # of the logits' norm, in the model's own dtype; the second in 16 bits
+# of the logits' norm, in the model's own dtype; the second in 16 bits
+_WHOLE, _WHOLE_ROUGH = 1e-2, 0.1
 
 
 def build_decoder(
-    model: Any, max_seq_len: int, batch_size: int = 1, merge: bool = True, quantize_head: bool = False
+    model: Any,
+    max_seq_len: int,
+    batch_size: int = 1,
+    merge: bool = True,
+    quantize_head: bool = False,
 ) -> FusedDecoder:
     """The fused form of a language model, on the same weights. Raises NotFusable with the reason.
 
-    max_seq_len: tokens of a row, prompt included, that the cache holds; fewer when the model itself knows fewer positions and
-    cannot go beyond (the decoder's `max_seq_len` says how many). merge: siblings become one packed product each, and the
-    model's own modules slices of it. quantize_head: decode through a 4-bit copy of the head.
+    max_seq_len: tokens of a row, prompt included, that the cache holds; fewer when the model itself
+    knows fewer positions and cannot go beyond (the decoder's `max_seq_len` says how many). merge:
+    siblings become one packed product each, and the model's own modules slices of it.
+    quantize_head: decode through a 4-bit copy of the head.
 
-    Other threads may run the model meanwhile: it is read and proven on a copy of its modules, and joined as `projection` says.
+    Other threads may run the model meanwhile: it is read and proven on a copy of its modules, and
+    joined as `projection` says.
     """
     # Tensors made in inference mode could not be used by a training step later.
     with lock_of(model), torch.inference_mode(False), torch.no_grad():
@@ -64,11 +73,15 @@ def build_decoder(
 
 
 def _read_and_compute(model: Any, max_seq_len: int) -> tuple[DecoderPlan, Tensor]:
-    """(the model's plan, proven block by block; the model's own logits of `probe_ids` [1, PIECE, vocabulary])."""
+    """(the model's plan, proven block by block; the model's own logits of `probe_ids` [1, PIECE,
+    vocabulary])."""
     try:
         twin = copy_structure(model)
-    except Exception as error:  # someone else's attributes, which may refuse to be copied in any way
-        raise NotFusable(f"its modules cannot be copied: {type(error).__name__}: {error}") from error
+    # someone else's attributes, which may refuse to be copied in any way
+    except Exception as error:
+        raise NotFusable(
+            f"its modules cannot be copied: {type(error).__name__}: {error}"
+        ) from error
     try:
         plan = _read_and_prove(model, twin, max_seq_len)
     except NotFusable as reason:
@@ -76,7 +89,12 @@ def _read_and_compute(model: Any, max_seq_len: int) -> tuple[DecoderPlan, Tensor
         if not isinstance(known, int) or not PIECE <= known < max_seq_len:
             raise
         plan = _read_and_prove(model, twin, known)
-        logger.info("max_seq_len is %d, the positions that the model knows, instead of %d: %s", known, max_seq_len, reason)
+        logger.info(
+            "max_seq_len is %d, the positions that the model knows, instead of %d: %s",
+            known,
+            max_seq_len,
+            reason,
+        )
     ids = probe_ids(plan)
     return plan, twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
@@ -93,14 +111,19 @@ def probe_ids(plan: DecoderPlan) -> Tensor:
 def prove_whole(decoder: FusedDecoder, expected: Tensor) -> None:
     """Logits of a prompt and of a step beside the model's own of `probe_ids`. Raises NotFusable.
 
-    Blocks are proven more sharply one by one; this is for what surrounds them. A model whose own logits are not finite, as
-    where float16 cannot hold its activations, has nothing to be compared with: a warning says so.
+    Blocks are proven more sharply one by one; this is for what surrounds them. A model whose own
+    logits are not finite, as where float16 cannot hold its activations, has nothing to be compared
+    with: a warning says so.
     """
     ids = probe_ids(decoder.plan)
     length = ids.shape[1]
     theirs = expected[0].float()
     if not bool(theirs[-2:].isfinite().all()):
-        logger.warning("the model's own logits are not finite in %s; its fused blocks are proven one by one only", decoder.dtype)
+        logger.warning(
+            "the model's own logits are not finite in %s; its fused blocks are proven one by one "
+            "only",
+            decoder.dtype,
+        )
         return
     if length == 1:
         return
@@ -112,22 +135,32 @@ def prove_whole(decoder: FusedDecoder, expected: Tensor) -> None:
     for logits, own, what in zip((prompt, step), theirs[-2:], ("a prompt", "a step")):
         error = float((logits[0] - own).norm() / own.norm().clamp(min=1e-30))
         if not error <= tolerance:
-            raise NotFusable(f"the fused model's logits differ from transformers' by {error:.1e} after {what}")
+            raise NotFusable(
+                f"the fused model's logits differ from transformers' by {error:.1e} after {what}"
+            )
     decoder.cache = []
 
 
 def _read_and_prove(model: Any, twin: Any, max_seq_len: int) -> DecoderPlan:
-    """twin: a copy of the model's modules, to look at; the plan names modules of the model itself."""
+    """twin: a copy of the model's modules, to look at; the plan names modules of the model
+    itself."""
     around = read_model(twin, max_seq_len)
     plans = [read_plan(around, i) for i in range(len(around.blocks))]
     for plan, block, near, far in zip(plans, around.blocks, around.near, around.far):
         prove(plan, block, probe(around.width, device_of(block)), (near, far), max_seq_len)
     blocks: Any = model.get_submodule(around.name)
     return DecoderPlan(
-        plans, list(blocks), model.get_input_embeddings(), around.embedding_factor,
-        around.positions, around.norm, model.get_output_embeddings(),
-        around.logits_factor, around.logits_softcap, max_seq_len,
-    )  # fmt: skip
+        plans,
+        list(blocks),
+        model.get_input_embeddings(),
+        around.embedding_factor,
+        around.positions,
+        around.norm,
+        model.get_output_embeddings(),
+        around.logits_factor,
+        around.logits_softcap,
+        max_seq_len,
+    )
 
 
 def read_plan(around: ModelFrame, index: int) -> BlockPlan:
@@ -142,8 +175,11 @@ def read_plan(around: ModelFrame, index: int) -> BlockPlan:
     return replace(plan, cos=cos, sin=sin)
 
 
-def _whole_tables(cos: Tensor, call: BlockCall, tables: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(cos, sin) over all positions, of the columns that were recognized in the table of the first ones."""
+def _whole_tables(
+    cos: Tensor, call: BlockCall, tables: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) over all positions, of the columns that were recognized in the table of the first
+    ones."""
     columns = cos.shape[-1]
     for name, (short, _) in rotary_tables(call).items():
         short = short.reshape(-1, *short.shape[-2:])[:1].float()
@@ -161,11 +197,18 @@ def probe(width: int, device: torch.device) -> Tensor:
     return torch.randn(2, PIECE, width, generator=generator, dtype=torch.float32).to(device)
 
 
-def prove(plan: BlockPlan, block: nn.Module, hidden: Tensor, calls: tuple[BlockCall, BlockCall], max_seq_len: int) -> None:
-    """The fused block gives what transformers' block gives, in float32, at the first positions and at the last.
+def prove(
+    plan: BlockPlan,
+    block: nn.Module,
+    hidden: Tensor,
+    calls: tuple[BlockCall, BlockCall],
+    max_seq_len: int,
+) -> None:
+    """The fused block gives what transformers' block gives, in float32, at the first positions and
+    at the last.
 
-    As a prompt, and as a prompt followed by a step through the cache. calls: how the block is called at either end.
-    Raises NotFusable.
+    As a prompt, and as a prompt followed by a step through the cache. calls: how the block is
+    called at either end. Raises NotFusable.
     """
     copy = float_copy(block)
     last = max(0, -(-max_seq_len // PIECE) * PIECE - PIECE)
@@ -176,14 +219,21 @@ def prove(plan: BlockPlan, block: nn.Module, hidden: Tensor, calls: tuple[BlockC
         whole = _contribution(fused, hidden, cache, Prompt(0))
         lengths = torch.full((2,), PIECE - 1, dtype=torch.int32, device=hidden.device)
         step = _contribution(fused, hidden[:, -1:], cache, Step(lengths, PIECE - 1))
-        for ours, theirs, what in ((whole, expected, "a prompt"), (step, expected[:, -1:], "one token")):
+        for ours, theirs, what in (
+            (whole, expected, "a prompt"),
+            (step, expected[:, -1:], "one token"),
+        ):
             error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
             if not error <= _TOLERANCE:
-                raise NotFusable(f"the fused block differs from transformers' by {error:.1e} on {what} at position {start}")
+                raise NotFusable(
+                    f"the fused block differs from transformers' by {error:.1e} on {what} at "
+                    f"position {start}"
+                )
 
 
 def _moved(plan: BlockPlan, start: int, max_seq_len: int) -> BlockPlan:
-    """The plan with the rotary tables of PIECE places from `start` on, so that a cache of a few places will do."""
+    """The plan with the rotary tables of PIECE places from `start` on, so that a cache of a few
+    places will do."""
     if plan.cos is None or plan.sin is None:
         return plan
     places = _places(start, max_seq_len, plan.cos.device)

@@ -1,4 +1,5 @@
-"""Doors into other packages. Each file imports its own optional dependency; nothing else in the house does.
+"""Doors into other packages. Each file imports its own optional dependency; nothing else in the
+house does.
 
 A host with its own `BaseModelLoader` needs three lines:
 

@@ -1,8 +1,10 @@
-"""`AutoAWQLoader`: quantized encoders for embedding servers that load models through `emb_model_provider`'s `BaseModelLoader`.
+"""`AutoAWQLoader`: quantized encoders for embedding servers that load models through
+`emb_model_provider`'s `BaseModelLoader`.
 
-The host's base class is used when its package is installed, an equal one of our own when not. Only its constructor, its
-abstract methods and `cleanup` are relied on; everything else that the host calls is answered here, because a count of
-`parameters()` would miss packed weights, which are buffers.
+The host's base class is used when its package is installed, an equal one of our own when not. Only
+its constructor, its abstract methods and `cleanup` are relied on; everything else that the host
+calls is answered here, because a count of `parameters()` would miss packed weights, which are
+buffers.
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ logger = logging.getLogger("awq.integrations")
 class AutoAWQLoader(BaseModelLoader):
     """Loads an AWQ checkpoint as a plain transformers model, whose call gives `last_hidden_state`.
 
-    model_name: local directory or hub id. model_path: local directory, preferred when given. device: "auto" (a GPU if there
-    is one), "cpu", "cuda" or "cuda:N". dtype: of everything that is not packed; "auto" is what the checkpoint was saved in.
-    cache_dir, revision, token, local_files_only: for the hub. Other keyword arguments go to the host's base class.
-    Raises ConfigError for arguments that cannot work, before anything is loaded.
+    model_name: local directory or hub id. model_path: local directory, preferred when given.
+    device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". dtype: of everything that is
+    not packed; "auto" is what the checkpoint was saved in. cache_dir, revision, token,
+    local_files_only: for the hub. Other keyword arguments go to the host's base class. Raises
+    ConfigError for arguments that cannot work, before anything is loaded.
     """
 
     def __init__(
@@ -56,11 +59,23 @@ class AutoAWQLoader(BaseModelLoader):
     ) -> None:
         given = model_path if model_path is not None else model_name
         if not isinstance(given, (str, Path)) or not str(given).strip():
-            raise ConfigError(f"model_name is {model_name!r} and model_path {model_path!r}; give a local directory or a hub id.")
+            raise ConfigError(
+                f"model_name is {model_name!r} and model_path {model_path!r}; give a local "
+                "directory or a hub id."
+            )
         # By keyword: older hosts have cache_dir before trust_remote_code.
-        super().__init__(model_name=model_name, model_path=model_path, trust_remote_code=trust_remote_code, **kwargs)
+        super().__init__(
+            model_name=model_name,
+            model_path=model_path,
+            trust_remote_code=trust_remote_code,
+            **kwargs,
+        )
         self._source, self._trust, self._dtype = str(given), trust_remote_code, dtype
-        self._hub = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only") if kwargs.get(k) is not None}
+        self._hub = {
+            k: kwargs[k]
+            for k in ("cache_dir", "revision", "token", "local_files_only")
+            if kwargs.get(k) is not None
+        }
         self._device = device
         self._model: Any = None
         self._tokenizer: Any = None
@@ -69,7 +84,8 @@ class AutoAWQLoader(BaseModelLoader):
         self.get_device()
 
     def get_device(self, device: str | None = None) -> str:
-        """The device that `device` (None: the loader's own) means on this machine. Raises ConfigError when it has none such."""
+        """The device that `device` (None: the loader's own) means on this machine. Raises
+        ConfigError when it has none such."""
         wanted = str(device if device is not None else self._device)
         if wanted == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,16 +93,20 @@ class AutoAWQLoader(BaseModelLoader):
         if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
             raise ConfigError(f'device is {wanted!r}; use "auto", "cpu", "cuda" or "cuda:N".')
         if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-            raise ConfigError(f'device is {wanted!r}, but torch sees {torch.cuda.device_count()} GPUs; use "auto" or "cpu".')
+            raise ConfigError(
+                f"device is {wanted!r}, but torch sees {torch.cuda.device_count()} GPUs; use "
+                '"auto" or "cpu".'
+            )
         return wanted
 
     def load_model(self) -> tuple[Any, Any]:
         """(model in evaluation mode on its device, tokenizer); the same pair when called again.
 
-        Raises ModelError when there is no such model or tokenizer, CheckpointError when its files are broken, ConfigError
-        when it is not quantized.
+        Raises ModelError when there is no such model or tokenizer, CheckpointError when its files
+        are broken, ConfigError when it is not quantized.
         """
-        with lock_of(self):  # several requests may be the first: one loads, the others wait and get the same pair
+        # several requests may be the first: one loads, the others wait and get the same pair
+        with lock_of(self):
             if self._model is None:
                 self._load()
             return self._model, self._tokenizer
@@ -94,16 +114,20 @@ class AutoAWQLoader(BaseModelLoader):
     def _load(self) -> None:
         if not self._is_quantized():
             raise ConfigError(
-                f"{self._source} is not an AWQ checkpoint: its config has no such quantization_config; quantize it first "
-                f"(awq quantize {self._source} OUTPUT) or use the host's loader for full-precision models."
+                f"{self._source} is not an AWQ checkpoint: its config has no such "
+                "quantization_config; quantize it first "
+                f"(awq quantize {self._source} OUTPUT) or use the host's loader for "
+                "full-precision models."
             )
         tokenizer = load_tokenizer(self._source, self._trust, **self._hub)
         model = load_model(self._source, self._dtype, self._trust, AutoModel, **self._hub)
         self._model, self._tokenizer = model.to(self.get_device()), tokenizer
-        self.model, self.tokenizer = self._model, self._tokenizer  # where a host's own methods look for them
+        # where a host's own methods look for them
+        self.model, self.tokenizer = self._model, self._tokenizer
 
     def is_model_available(self) -> bool:
-        """Whether an AWQ checkpoint with readable files is there; the reason is logged when it is not."""
+        """Whether an AWQ checkpoint with readable files is there; the reason is logged when it is
+        not."""
         try:
             return self._is_quantized()
         except AwqError as error:
@@ -111,21 +135,36 @@ class AutoAWQLoader(BaseModelLoader):
             return False
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the host shows of a model; sizes are None as long as the model's config cannot be read."""
+        """What the host shows of a model; sizes are None as long as the model's config cannot be
+        read."""
         info = {
-            "model_name": self.model_name, "model_path": self._source, "device": self.get_device(),
-            "loaded": self._model is not None, "loader": type(self).__name__,
+            "model_name": self.model_name,
+            "model_path": self._source,
+            "device": self.get_device(),
+            "loaded": self._model is not None,
+            "loader": type(self).__name__,
             "source": "local" if Path(self._source).is_dir() else "huggingface",
-            "max_context_length": None, "embedding_dimension": None, "vocab_size": None, "model_type": None,
-        }  # fmt: skip
+            "max_context_length": None,
+            "embedding_dimension": None,
+            "vocab_size": None,
+            "model_type": None,
+        }
         try:
             config = self._config()
             tokenizer = self._tokenizer or load_tokenizer(self._source, self._trust, **self._hub)
         except AwqError as error:
             return info | {"error": str(error)}
         length = longest_input(config, tokenizer, sentence_settings(self._source))
-        sizes = {"embedding_dimension": config.hidden_size, "vocab_size": config.vocab_size, "model_type": config.model_type}
-        return info | sizes | {"max_context_length": length, "parameters": self.get_model_size() or None}
+        sizes = {
+            "embedding_dimension": config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "model_type": config.model_type,
+        }
+        return (
+            info
+            | sizes
+            | {"max_context_length": length, "parameters": self.get_model_size() or None}
+        )
 
     def get_model_size(self) -> int:
         """Number of parameters of the loaded model, packed ones included; 0 before `load_model`."""
@@ -133,7 +172,8 @@ class AutoAWQLoader(BaseModelLoader):
 
     @torch.no_grad()
     def validate_model(self) -> bool:
-        """Whether the model, loaded if need be, gives finite hidden states for a sentence; the reason is logged when not."""
+        """Whether the model, loaded if need be, gives finite hidden states for a sentence; the
+        reason is logged when not."""
         try:
             model, tokenizer = self.load_model()
             tokens = tokenizer("Hello, world!", return_tensors="pt").to(model.device)
@@ -167,12 +207,19 @@ class AutoAWQLoader(BaseModelLoader):
 
     def _is_quantized(self) -> bool:
         found = getattr(self._config(), "quantization_config", None)
-        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+        method = (
+            found.get("quant_method")
+            if isinstance(found, dict)
+            else getattr(found, "quant_method", None)
+        )
         return str(getattr(method, "value", method)) == "awq"
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters of a model as before quantization: a packed linear counts in_features × out_features, and its bias."""
+    """Parameters of a model as before quantization: a packed linear counts in_features ×
+    out_features, and its bias."""
     dense = sum(p.numel() for p in model.parameters())
     packed = [m for m in model.modules() if isinstance(m, WQLinear)]
-    return dense + sum(m.in_features * m.out_features + (0 if m.bias is None else m.bias.numel()) for m in packed)
+    return dense + sum(
+        m.in_features * m.out_features + (0 if m.bias is None else m.bias.numel()) for m in packed
+    )

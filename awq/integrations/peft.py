@@ -1,13 +1,17 @@
-"""LoRA adapters of PEFT on packed linears: `get_peft_model(quantized_model, LoraConfig(...))` after `import awq`.
+"""LoRA adapters of PEFT on packed linears: `get_peft_model(quantized_model, LoraConfig(...))` after
+`import awq`.
 
-PEFT builds an adapter around a linear by asking a list of dispatch functions, one for each kind of quantized linear that it
-knows. Its function for AWQ asks for another package's classes, and "all-linear" looks for `nn.Linear`; a `WQLinear` is
-neither. `register` puts our answer before theirs, in the one module where PEFT looks the functions up, so every entry
-(`get_peft_model`, `add_adapter`, `PeftModel.from_pretrained`, Trainer, TRL) finds it. PEFT's own AWQ layer does the work:
-the packed linear, plus the adapter's product beside it. A fused model is no exception: each of its slices gives way
-to the linear it stands for, and the fused blocks, which know of no adapter, are not used any more.
+PEFT builds an adapter around a linear by asking a list of dispatch functions, one for each kind of
+quantized linear that it knows. Its function for AWQ asks for another package's classes, and
+"all-linear" looks for `nn.Linear`; a `WQLinear` is neither. `register` puts our answer before
+theirs, in the one module where PEFT looks the functions up, so every entry (`get_peft_model`,
+`add_adapter`, `PeftModel.from_pretrained`, Trainer, TRL) finds it. PEFT's own AWQ layer does the
+work: the packed linear, plus the adapter's product beside it. A fused model is no exception: each
+of its slices gives way to the linear it stands for, and the fused blocks, which know of no adapter,
+are not used any more.
 
-`awq._register` calls `register` when PEFT is imported, so that `import awq` imports no PEFT. Tested with PEFT 0.18 and 0.21.
+`awq._register` calls `register` when PEFT is imported, so that `import awq` imports no PEFT. Tested
+with PEFT 0.18 and 0.21.
 """
 
 from __future__ import annotations
@@ -26,8 +30,10 @@ from awq.generate.run.projection import Slice
 from awq.nn.linear import WQLinear
 
 _MERGE = (
-    "an adapter cannot be merged into 4-bit weights. Save it (save_pretrained), load the quantized model again, make it dense "
-    "(model.dequantize()) and load the adapter there: PeftModel.from_pretrained(model, adapter).merge_and_unload()."
+    "an adapter cannot be merged into 4-bit weights. Save it (save_pretrained), load the "
+    "quantized model again, make it dense "
+    "(model.dequantize()) and load the adapter there: PeftModel.from_pretrained(model, "
+    "adapter).merge_and_unload()."
 )
 
 
@@ -43,11 +49,14 @@ class PackedLoraLinear(AwqLoraLinear):
 
 
 def register(lora_model: Any) -> None:
-    """Teaches PEFT about `WQLinear`. lora_model: the module `peft.tuners.lora.model`; calling again is harmless."""
+    """Teaches PEFT about `WQLinear`. lora_model: the module `peft.tuners.lora.model`; calling again
+    is harmless."""
     if getattr(lora_model.dispatch_awq, "knows_packed_linears", False):
         return
     lora_model.dispatch_awq = _dispatcher(lora_model.dispatch_awq)
-    tuners_utils._maybe_include_all_linear_layers = _with_packed(tuners_utils._maybe_include_all_linear_layers)
+    tuners_utils._maybe_include_all_linear_layers = _with_packed(
+        tuners_utils._maybe_include_all_linear_layers
+    )
 
 
 def _dispatcher(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,10 +64,12 @@ def _dispatcher(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def dispatch(target: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         get_base: Any = getattr(target, "get_base_layer", None)
         base = target if get_base is None else get_base()
-        if isinstance(base, Slice) and base is target:  # of a fused model: the adapter gets a linear of its own
+        # of a fused model: the adapter gets a linear of its own
+        if isinstance(base, Slice) and base is target:
             target = base = base.part()
         if isinstance(base, WQLinear):
-            with warnings.catch_warnings():  # PEFT does not know the class and says so, though it reads the sizes rightly
+            # PEFT does not know the class and says so, though it reads the sizes rightly
+            with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Unsupported layer type")
                 return PackedLoraLinear(target, adapter_name, *args, **kwargs)
         return theirs(target, adapter_name, *args, **kwargs)

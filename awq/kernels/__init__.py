@@ -1,6 +1,8 @@
-"""Products with 4-bit weights: `torch.library` ops over a table of backends; the reference is the specification.
+"""Products with 4-bit weights: `torch.library` ops over a table of backends; the reference is the
+specification.
 
-`quantized_linear` is one linear; `moe_linear` the linears of a mixture of experts, of which each token takes its own few.
+`quantized_linear` is one linear; `moe_linear` the linears of a mixture of experts, of which each
+token takes its own few.
 """
 
 from awq.backends import choose, explain, layout_for, reasons, use_backend
@@ -9,6 +11,14 @@ from awq.kernels.op import quantized_linear
 from awq.kernels.packed import Packed, Shape
 
 __all__ = [
-    "Packed", "Shape", "choose", "explain", "layout_for", "moe_linear", "quantized_linear", "reasons", "stack_experts",
+    "Packed",
+    "Shape",
+    "choose",
+    "explain",
+    "layout_for",
+    "moe_linear",
+    "quantized_linear",
+    "reasons",
+    "stack_experts",
     "use_backend",
-]  # fmt: skip
+]

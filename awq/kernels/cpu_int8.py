@@ -1,7 +1,9 @@
-"""The CPU backend with activations of 8 bits: up to twice as fast for many tokens, off by 0.5 % per product.
+"""The CPU backend with activations of 8 bits: up to twice as fast for many tokens, off by 0.5 % per
+product.
 
 What llama.cpp and onnxruntime compute with. It is never chosen by itself; `AWQ_BACKEND=cpu_int8` or
-`awq.kernels.use_backend("cpu_int8")` asks for it. The weights are in the layout of `cpu`, so it can be switched at any time.
+`awq.kernels.use_backend("cpu_int8")` asks for it. The weights are in the layout of `cpu`, so it can
+be switched at any time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""`awq::moe_linear`: the products of a mixture of experts as one operator, differentiable in x and in the experts' weights.
+"""`awq::moe_linear`: the products of a mixture of experts as one operator, differentiable in x and
+in the experts' weights.
 
-The packed tensors of all experts are stacked along a leading axis: any layout of `awq.formats` with `[experts, …]` in front. A
-backend may bring its own `moe_linear(x, packed, bias, experts, weights)`; the others serve expert after expert, which asks the
-device how the tokens are spread and so cannot be captured in a CUDA graph.
+The packed tensors of all experts are stacked along a leading axis: any layout of `awq.formats` with
+`[experts, …]` in front. A backend may bring its own `moe_linear(x, packed, bias, experts,
+weights)`; the others serve expert after expert, which asks the device how the tokens are spread and
+so cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,61 +24,104 @@ from awq.kernels.packed import Packed
 _WEIGHT = "Tensor qweight, Tensor qzeros, Tensor scales"
 _SHAPE = "int in_features, int out_features, int group_size, str format"
 LIBRARY.define(
-    f"moe_linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor experts, Tensor? weights, {_SHAPE}) -> Tensor",
+    f"moe_linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor experts, Tensor? weights, {_SHAPE}) -> "
+    "Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
-    f"moe_linear_input_grad(Tensor grad, {_WEIGHT}, Tensor experts, {_SHAPE}) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+    f"moe_linear_input_grad(Tensor grad, {_WEIGHT}, Tensor experts, {_SHAPE}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 def stack_experts(experts: Sequence[Packed]) -> Packed:
-    """The packed weights of all experts with a leading expert axis; `shape` stays that of one expert.
+    """The packed weights of all experts with a leading expert axis; `shape` stays that of one
+    expert.
 
     Raises ConfigError when shapes or layouts differ.
     """
     if len({(e.shape, e.layout) for e in experts}) != 1:
-        raise ConfigError("experts can be stacked when there are some, and their shapes and layouts are the same.")
+        raise ConfigError(
+            "experts can be stacked when there are some, and their shapes and layouts are the same."
+        )
     qweight, qzeros, scales = (torch.stack(tensors) for tensors in zip(*(e[:3] for e in experts)))
     return Packed(qweight, qzeros, scales, experts[0].shape, experts[0].layout)
 
 
 def expert_of(packed: Packed, number: int) -> Packed:
     """One expert's weight out of a stack, without a copy."""
-    return Packed(packed.qweight[number], packed.qzeros[number], packed.scales[number], packed.shape, packed.layout)
+    return Packed(
+        packed.qweight[number],
+        packed.qzeros[number],
+        packed.scales[number],
+        packed.shape,
+        packed.layout,
+    )
 
 
-def moe_linear(x: Tensor, packed: Packed, experts: Tensor, weights: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def moe_linear(
+    x: Tensor,
+    packed: Packed,
+    experts: Tensor,
+    weights: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Every token through its experts' linears, in x's dtype.
 
-    x: [tokens, in], or [tokens, top_k, in] when each expert of a token reads its own row (a second projection).
-    packed: a stack of experts (`stack_experts`) in the layout of the backend that is to serve, or any other.
+    x: [tokens, in], or [tokens, top_k, in] when each expert of a token reads its own row (a second
+    projection).
+    packed: a stack of experts (`stack_experts`) in the layout of the backend that is to serve, or
+    any other.
     experts: int64 or int32 [tokens, top_k], values 0 … experts − 1; a GPU does not check them.
-    weights: float [tokens, top_k]; with them a token's outputs are weighted in float32 and added up.
+    weights: float [tokens, top_k]; with them a token's outputs are weighted in float32 and added
+    up.
     bias: [experts, out].
 
     Returns [tokens, top_k, out], or [tokens, out] with weights. Raises ConfigError when sizes do
     not fit together.
     """
-    if experts.dim() != 2 or (x.shape[:-1] != experts.shape[: x.dim() - 1]) or x.dim() not in (2, 3):
+    if (
+        experts.dim() != 2
+        or (x.shape[:-1] != experts.shape[: x.dim() - 1])
+        or x.dim() not in (2, 3)
+    ):
         raise ConfigError(
-            f"x of {list(x.shape)} does not fit experts of {list(experts.shape)}: they are [tokens, in] or [tokens, top_k, in], "
+            f"x of {list(x.shape)} does not fit experts of {list(experts.shape)}: they are "
+            "[tokens, in] or [tokens, top_k, in], "
             "and [tokens, top_k]."
         )
     if x.shape[-1] != packed.shape.in_features:
-        raise ConfigError(f"x has {x.shape[-1]} inputs, and the experts take {packed.shape.in_features}.")
+        raise ConfigError(
+            f"x has {x.shape[-1]} inputs, and the experts take {packed.shape.in_features}."
+        )
     if weights is not None and weights.shape != experts.shape:
         raise ConfigError(
-            f"weights of {list(weights.shape)} do not fit experts of {list(experts.shape)}: both are [tokens, top_k]."
+            f"weights of {list(weights.shape)} do not fit experts of {list(experts.shape)}: both "
+            "are [tokens, top_k]."
         )
-    return _op(x, packed.qweight, packed.qzeros, packed.scales, bias, experts, weights, *packed.shape, packed.layout)
+    return _op(
+        x,
+        packed.qweight,
+        packed.qzeros,
+        packed.scales,
+        bias,
+        experts,
+        weights,
+        *packed.shape,
+        packed.layout,
+    )
 
 
 def one_by_one(
-    x: Tensor, packed: Packed, bias: Tensor | None, experts: Tensor, weights: Tensor | None,
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    experts: Tensor,
+    weights: Tensor | None,
     linear: Callable[[Tensor, Packed, Tensor | None], Tensor],
-) -> Tensor:  # fmt: skip
-    """`moe_linear` expert after expert through a backend's `linear`: what every other implementation must equal."""
+) -> Tensor:
+    """`moe_linear` expert after expert through a backend's `linear`: what every other
+    implementation must equal."""
     tokens, top = experts.shape
     y = x.new_empty((tokens * top, packed.shape.out_features))
     source = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -95,9 +140,18 @@ def _rows_by_expert(experts: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _moe_linear(
-    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, experts: Tensor, weights: Tensor | None,
-    in_features: int, out_features: int, group_size: int, format: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    experts: Tensor,
+    weights: Tensor | None,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    format: str,
+) -> Tensor:
     wanted = weight_of(in_features, out_features, group_size, format)
     shape = wanted.shape
     check_input(x, in_features, qweight)
@@ -115,9 +169,16 @@ def _moe_linear(
 
 
 def _input_grad(
-    grad: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, experts: Tensor,
-    in_features: int, out_features: int, group_size: int, format: str,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    experts: Tensor,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    format: str,
+) -> Tensor:
     """grad [tokens, top_k, out] times each row's dense weight [out, in]: [tokens, top_k, in]."""
     wanted = weight_of(in_features, out_features, group_size, format)
     shape = wanted.shape
@@ -140,7 +201,19 @@ LIBRARY.impl("moe_linear_input_grad", _input_grad, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("awq::moe_linear")
-def _(x, qweight, qzeros, scales, bias, experts, weights, in_features, out_features, group_size, format):
+def _(
+    x,
+    qweight,
+    qzeros,
+    scales,
+    bias,
+    experts,
+    weights,
+    in_features,
+    out_features,
+    group_size,
+    format,
+):
     check_input(x, in_features, qweight)
     check_experts(experts, weights, None, qweight.device)
     return x.new_empty(*experts.shape[: 2 if weights is None else 1], out_features)
@@ -153,7 +226,9 @@ def _(grad, qweight, qzeros, scales, experts, in_features, out_features, group_s
 
 def _setup_context(ctx, inputs, output) -> None:
     x, qweight, qzeros, scales, bias, experts, weights, *shape = inputs
-    ctx.save_for_backward(x if weights is not None else None, qweight, qzeros, scales, bias, experts, weights)
+    ctx.save_for_backward(
+        x if weights is not None else None, qweight, qzeros, scales, bias, experts, weights
+    )
     ctx.shape, ctx.shared_rows = shape, x.dim() == 2
 
 
@@ -163,11 +238,15 @@ def _backward(ctx, grad: Tensor):
     grad_x = grad_weights = None
     if weights is not None:
         if ctx.needs_input_grad[6]:
-            y = torch.ops.awq.moe_linear(x, qweight, qzeros, scales, bias, experts, None, *ctx.shape)
+            y = torch.ops.awq.moe_linear(
+                x, qweight, qzeros, scales, bias, experts, None, *ctx.shape
+            )
             grad_weights = (y.float() * grad.float().unsqueeze(1)).sum(-1).to(weights.dtype)
         grad = (grad.float().unsqueeze(1) * weights.float().unsqueeze(-1)).to(grad.dtype)
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.awq.moe_linear_input_grad(grad, qweight, qzeros, scales, experts, *ctx.shape)
+        grad_x = torch.ops.awq.moe_linear_input_grad(
+            grad, qweight, qzeros, scales, experts, *ctx.shape
+        )
         grad_x = grad_x.sum(1) if ctx.shared_rows else grad_x
     return grad_x, None, None, None, None, None, grad_weights, None, None, None, None
 

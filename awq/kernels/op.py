@@ -1,7 +1,9 @@
-"""`awq::linear`, the one operator behind every quantized linear: visible to torch.compile, differentiable in x.
+"""`awq::linear`, the one operator behind every quantized linear: visible to torch.compile,
+differentiable in x.
 
-Its backward is an operator too (`awq::linear_input_grad`), so that a compiled backward does not trace into a backend. Both are
-defined through `torch.library.Library`, which costs half the host time of `torch.library.custom_op` per call.
+Its backward is an operator too (`awq::linear_input_grad`), so that a compiled backward does not
+trace into a backend. Both are defined through `torch.library.Library`, which costs half the host
+time of `torch.library.custom_op` per call.
 """
 
 from __future__ import annotations
@@ -17,14 +19,27 @@ from awq.kernels.packed import Packed
 _WEIGHT = "Tensor qweight, Tensor qzeros, Tensor scales"
 _SHAPE = "int in_features, int out_features, int group_size, str format"
 LIBRARY = torch.library.Library("awq", "DEF")
-LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_SHAPE}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-LIBRARY.define(f"linear_input_grad(Tensor grad, {_WEIGHT}, {_SHAPE}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+LIBRARY.define(
+    f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_SHAPE}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define(
+    f"linear_input_grad(Tensor grad, {_WEIGHT}, {_SHAPE}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 def _linear(
-    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None,
-    in_features: int, out_features: int, group_size: int, format: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    format: str,
+) -> Tensor:
     wanted = weight_of(in_features, out_features, group_size, format)
     shape = wanted.shape
     check_input(x, in_features, qweight)
@@ -36,9 +51,15 @@ def _linear(
 
 
 def _input_grad(
-    grad: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor,
-    in_features: int, out_features: int, group_size: int, format: str,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    format: str,
+) -> Tensor:
     """grad [..., out] times the dense weight [out, in]."""
     wanted = weight_of(in_features, out_features, group_size, format)
     shape = wanted.shape
@@ -46,7 +67,9 @@ def _input_grad(
     check_weight(qweight, qzeros, scales, wanted)
     backend = backend_for(grad.device, grad.dtype, shape, format)
     dequantize = getattr(backend, "dequantize", reference.dequantize)
-    return reference.product(grad, dequantize(Packed(qweight, qzeros, scales, shape, format), grad.dtype).t(), None)
+    return reference.product(
+        grad, dequantize(Packed(qweight, qzeros, scales, shape, format), grad.dtype).t(), None
+    )
 
 
 LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
@@ -73,10 +96,18 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    """Gradient of x (for LoRA on top of frozen weights) and of the bias; the packed weight has none."""
-    needs_x, needs_bias = ctx.needs_input_grad[0], ctx.bias_dtype is not None and ctx.needs_input_grad[4]
-    grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype) if needs_bias else None
-    grad_x = torch.ops.awq.linear_input_grad(grad, *ctx.saved_tensors, *ctx.shape) if needs_x else None
+    """Gradient of x (for LoRA on top of frozen weights) and of the bias; the packed weight has
+    none."""
+    needs_x, needs_bias = (
+        ctx.needs_input_grad[0],
+        ctx.bias_dtype is not None and ctx.needs_input_grad[4],
+    )
+    grad_bias = (
+        grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype) if needs_bias else None
+    )
+    grad_x = (
+        torch.ops.awq.linear_input_grad(grad, *ctx.saved_tensors, *ctx.shape) if needs_x else None
+    )
     return grad_x, None, None, None, grad_bias, None, None, None, None
 
 
@@ -85,10 +116,18 @@ _op = torch.ops.awq.linear.default
 
 
 def quantized_linear(
-    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None,
-    in_features: int, out_features: int, group_size: int, format: str,
-) -> Tensor:  # fmt: skip
-    """x [..., in] → [..., out] in x's dtype, through packed weights of `format` (or layout); any rank is kept.
+    x: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    format: str,
+) -> Tensor:
+    """x [..., in] → [..., out] in x's dtype, through packed weights of `format` (or layout); any
+    rank is kept.
 
     Raises ConfigError when widths, dtypes or devices do not fit.
     """

@@ -11,7 +11,8 @@ from awq.formats import get_layout
 
 
 class Shape(NamedTuple):
-    """A linear's numbers of inputs and outputs, and of inputs per group (−1 is written out as `in_features`)."""
+    """A linear's numbers of inputs and outputs, and of inputs per group (−1 is written out as
+    `in_features`)."""
 
     in_features: int
     out_features: int
@@ -19,7 +20,8 @@ class Shape(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Packed tensors of `layout`: an on-disk format or a backend's own in-memory layout (see `awq.formats`)."""
+    """Packed tensors of `layout`: an on-disk format or a backend's own in-memory layout (see
+    `awq.formats`)."""
 
     qweight: Tensor
     qzeros: Tensor

@@ -13,7 +13,8 @@ WIDEST_HEAD = 256  # channels of a head that the kernels hold
 class Norm:
     """y = x̂ · weight + bias in float32, rounded once to x's dtype.
 
-    mean: True for LayerNorm (x̂ = (x − mean)/√(var + eps)), False for RMSNorm (x̂ = x/√(mean x² + eps)).
+    mean: True for LayerNorm (x̂ = (x − mean)/√(var + eps)), False for RMSNorm (x̂ = x/√(mean x² +
+    eps)).
     weight, bias: float32 [features] or None (ones, zeros).
     """
 
@@ -25,9 +26,11 @@ class Norm:
 
 @dataclass
 class Attention:
-    """heads: query heads. kv_heads: key and value heads, each shared by heads/kv_heads neighbours. scaling: of q·k.
+    """heads: query heads. kv_heads: key and value heads, each shared by heads/kv_heads neighbours.
+    scaling: of q·k.
 
-    softcap: c in c·tanh(score/c), or None. window: how many of the last tokens are seen, the present one included, or None.
+    softcap: c in c·tanh(score/c), or None. window: how many of the last tokens are seen, the
+    present one included, or None.
     q_norm, k_norm: over each head (`norm_heads`) or over all heads together, before the rotation.
     rotary: how many of the first channels of a head are rotated (0: no rotation), as two halves.
     """
@@ -68,7 +71,8 @@ class Attention:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     def why_no_kernel(self) -> str | None:
-        """Why only the reference computes it, or None. Kernels norm each head, by a weight and without a bias."""
+        """Why only the reference computes it, or None. Kernels norm each head, by a weight and
+        without a bias."""
         if self.head_dim > WIDEST_HEAD:
             return f"heads of {self.head_dim} channels are wider than {WIDEST_HEAD}"
         if self.heads % self.kv_heads:

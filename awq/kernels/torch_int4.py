@@ -1,9 +1,10 @@
-"""torch's own 4-bit product on x86: what a 16-bit model gets on a CPU without llvmlite. It computes in bfloat16.
+"""torch's own 4-bit product on x86: what a 16-bit model gets on a CPU without llvmlite. It computes
+in bfloat16.
 
 A float32 model is not served: float32 means float32, and the reference gives it, slowly.
 
-Few tokens: `_weight_int4pack_mm_for_cpu`, whose time grows with each token. Many: dense bfloat16 weights, some rows at a time,
-and an ordinary product.
+Few tokens: `_weight_int4pack_mm_for_cpu`, whose time grows with each token. Many: dense bfloat16
+weights, some rows at a time, and an ordinary product.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | Non
     if dtype not in _DTYPES:
         return f"activations are {dtype}; it computes in bfloat16, and takes float16 and bfloat16"
     if shape.group_size not in _GROUPS:
-        return f"group_size is {shape.group_size}, and torch's product takes {', '.join(map(str, _GROUPS))}"
+        return (
+            f"group_size is {shape.group_size}, and torch's product takes "
+            f"{', '.join(map(str, _GROUPS))}"
+        )
     return problem()
 
 
@@ -44,7 +48,9 @@ def problem() -> str | None:
     if not capability.startswith("AVX"):
         return f"torch has fast code for AVX2 and AVX-512 only, and this CPU is {capability}"
     try:
-        error = trial_error(lambda x, packed: linear(x, packed, None), LAYOUT, torch.bfloat16, (1, 7, MANY))
+        error = trial_error(
+            lambda x, packed: linear(x, packed, None), LAYOUT, torch.bfloat16, (1, 7, MANY)
+        )
     except Exception as failure:  # an operator without a promise to stay
         return f"torch's product failed: {type(failure).__name__} {str(failure).split(chr(10))[0]}"
     return None if error < 2e-2 else f"a trial product was wrong by {error:.3g}"
@@ -73,8 +79,14 @@ def _dense_product(x: Tensor, packed: Packed) -> Tensor:
     inputs, group = packed.shape.in_features, packed.shape.group_size
     order = row_order()
     width, data = len(order), packed.qweight.view(-1, inputs, len(order) // 2)
-    grid = packed.scales.view(-1, len(data), width, 2)[:, :, order].permute(3, 1, 0, 2).unsqueeze(3).contiguous()
-    scales, offsets = grid  # [block, groups, 1, B]; contiguous, or the product below takes 100 times as long
+    grid = (
+        packed.scales.view(-1, len(data), width, 2)[:, :, order]
+        .permute(3, 1, 0, 2)
+        .unsqueeze(3)
+        .contiguous()
+    )
+    # [block, groups, 1, B]; contiguous, or the product below takes 100 times as long
+    scales, offsets = grid
     out = x.new_empty(len(x), len(data), width)
     step = max(1, _PIECE // (inputs * width))
     for first in range(0, len(data), step):

@@ -1,4 +1,5 @@
-"""A small product with a known result, for backends that stand on a library: some pairs of library and CPU compute wrong."""
+"""A small product with a known result, for backends that stand on a library: some pairs of library
+and CPU compute wrong."""
 
 from __future__ import annotations
 
@@ -13,10 +14,17 @@ from awq.kernels import reference
 from awq.kernels.packed import Packed, Shape
 
 
-def trial_error(product: Callable[[Tensor, Packed], Tensor], layout: str, dtype: torch.dtype, tokens: Iterable[int]) -> float:
-    """Largest relative error of `product(x [tokens, in], packed in `layout`)` on the CPU, over numbers of tokens.
+def trial_error(
+    product: Callable[[Tensor, Packed], Tensor],
+    layout: str,
+    dtype: torch.dtype,
+    tokens: Iterable[int],
+) -> float:
+    """Largest relative error of `product(x [tokens, in], packed in `layout`)` on the CPU, over
+    numbers of tokens.
 
-    The weight has every code and zero point, an odd number of blocks of rows, and several groups. Not a number is infinite.
+    The weight has every code and zero point, an odd number of blocks of rows, and several groups.
+    Not a number is infinite.
     """
     generator, shape = torch.Generator().manual_seed(0), Shape(256, 72, 64)
     codes = torch.randint(0, 16, (72, 256), generator=generator, dtype=torch.uint8)

@@ -4,4 +4,10 @@ from awq.models.auto import AutoAWQForCausalLM, AutoAWQForEmbedding
 from awq.models.base import AwqModel, BaseAWQForCausalLM
 from awq.models.embedding import AwqEmbeddingModel
 
-__all__ = ["AutoAWQForCausalLM", "AutoAWQForEmbedding", "AwqEmbeddingModel", "AwqModel", "BaseAWQForCausalLM"]
+__all__ = [
+    "AutoAWQForCausalLM",
+    "AutoAWQForEmbedding",
+    "AwqEmbeddingModel",
+    "AwqModel",
+    "BaseAWQForCausalLM",
+]

@@ -1,4 +1,5 @@
-"""`AutoAWQForCausalLM`, with AutoAWQ's arguments, for language models, encoders and embedding models alike."""
+"""`AutoAWQForCausalLM`, with AutoAWQ's arguments, for language models, encoders and embedding
+models alike."""
 
 from __future__ import annotations
 
@@ -20,12 +21,15 @@ logger = logging.getLogger("awq.models")
 
 
 def _dtype(value: Any) -> torch.dtype | str:
-    """torch.dtype of a name like "bfloat16" or "torch.bfloat16"; "auto" stays, None becomes "auto"."""
+    """torch.dtype of a name like "bfloat16" or "torch.bfloat16"; "auto" stays, None becomes
+    "auto"."""
     if value is None or value == "auto" or isinstance(value, torch.dtype):
         return "auto" if value is None else value
     found = getattr(torch, str(value).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
-        raise ConfigError(f'torch_dtype is {value!r}; use "auto", "bfloat16", "float16" or "float32".')
+        raise ConfigError(
+            f'torch_dtype is {value!r}; use "auto", "bfloat16", "float16" or "float32".'
+        )
     return found
 
 
@@ -36,7 +40,8 @@ class AutoAWQForCausalLM:
 
     @classmethod
     def _wrapper_of(cls, source: Source) -> Any:
-        """A sentence-transformers directory holds an embedding model, whichever factory is asked: one path, one set of defaults."""
+        """A sentence-transformers directory holds an embedding model, whichever factory is asked:
+        one path, one set of defaults."""
         return AwqEmbeddingModel if source.is_embedder else cls._wrapper
 
     def __init__(self) -> None:
@@ -55,11 +60,13 @@ class AutoAWQForCausalLM:
         use_cache: bool = False,
         **model_init_kwargs: Any,
     ) -> Any:
-        """A full-precision model to quantize, from a local directory or hub id. `dtype` is understood like `torch_dtype`.
+        """A full-precision model to quantize, from a local directory or hub id. `dtype` is
+        understood like `torch_dtype`.
 
-        safetensors, low_cpu_mem_usage and use_cache are accepted for compatibility: weights are read from safetensors only,
-        loading is always lean, and the cache is off while calibrating without changing the saved config.
-        Raises ModelError or CheckpointError when there is no such model or its files are broken.
+        safetensors, low_cpu_mem_usage and use_cache are accepted for compatibility: weights are
+        read from safetensors only, loading is always lean, and the cache is off while calibrating
+        without changing the saved config. Raises ModelError or CheckpointError when there is no
+        such model or its files are broken.
         """
         dtype = _dtype(model_init_kwargs.pop("dtype", torch_dtype))
         if not safetensors:
@@ -97,33 +104,50 @@ class AutoAWQForCausalLM:
     ) -> Any:
         """A quantized model ready to use; `.tokenizer` is the one saved beside it, or None.
 
-        device: one device for the whole model; device_map: transformers' spreading over several. The GPU is taken when neither
-        is given and there is one. fuse_layers: generation runs on fused blocks with a cache of `max_seq_len` tokens for each of
-        `batch_size` rows (more rows make it grow), proven at the first `generate`; False: plain transformers.
-        quantize_lm_head: generate through a 4-bit copy of the head. capture_unfused: as for `fuse_layers`. The use_… switches
-        are accepted for compatibility.
+        device: one device for the whole model; device_map: transformers' spreading over several.
+        The GPU is taken when neither
+        is given and there is one. fuse_layers: generation runs on fused blocks with a cache of
+        `max_seq_len` tokens for each of `batch_size` rows (more rows make it grow), proven at the
+        first `generate`; False: plain transformers.
+        quantize_lm_head: generate through a 4-bit copy of the head. capture_unfused: as for
+        `fuse_layers`. The use_… switches are accepted for compatibility.
         """
         dtype = _dtype(config_kwargs.pop("dtype", config_kwargs.pop("torch_dtype", "auto")))
         if device is not None:
             usable_device(device)  # before anything is read or fetched
-        max_seq_len = config_kwargs.pop("max_new_tokens", None) or max_seq_len  # AutoAWQ's older name
-        source = Source.open(quant_path, trust_remote_code, **hub_arguments({**(download_kwargs or {}), **config_kwargs}))
+        # AutoAWQ's older name
+        max_seq_len = config_kwargs.pop("max_new_tokens", None) or max_seq_len
+        source = Source.open(
+            quant_path,
+            trust_remote_code,
+            **hub_arguments({**(download_kwargs or {}), **config_kwargs}),
+        )
         stored = source.settings
         _note_unused(
-            quant_filename=quant_filename, use_exllama=use_exllama, use_exllama_v2=use_exllama_v2, use_ipex=use_ipex,
+            quant_filename=quant_filename,
+            use_exllama=use_exllama,
+            use_exllama_v2=use_exllama_v2,
+            use_ipex=use_ipex,
             use_qbits=config_kwargs.pop("use_qbits", False),
-        )  # fmt: skip
+        )
         placement = {"max_memory": max_memory, "offload_folder": offload_folder}
-        kwargs = {k: v for k, v in placement.items() if v is not None} | (download_kwargs or {}) | config_kwargs
+        kwargs = (
+            {k: v for k, v in placement.items() if v is not None}
+            | (download_kwargs or {})
+            | config_kwargs
+        )
         if device_map is not None and device is None:
             kwargs["device_map"] = device_map
         elif "device_map" not in kwargs:
             target = usable_device(device)
-            if target.type != "cpu":  # straight there: weights are moved to their kernels' layout where they land
+            # straight there: weights are moved to their kernels' layout where they land
+            if target.type != "cpu":
                 kwargs["device_map"] = {"": target}
         model = load_model(source, dtype, kind=cls._class_of(source), **kwargs)
         tokenizer = find_tokenizer(source.location, trust_remote_code)
-        loaded = cls._wrapper_of(source)(model, str(quant_path), stored, tokenizer, trust_remote_code)
+        loaded = cls._wrapper_of(source)(
+            model, str(quant_path), stored, tokenizer, trust_remote_code
+        )
         if fuse_layers and isinstance(loaded, BaseAWQForCausalLM) and loaded.can_generate():
             loaded.fuse_layers(max_seq_len, batch_size, quantize_lm_head, capture_unfused)
         return loaded
@@ -135,9 +159,14 @@ class AutoAWQForCausalLM:
 
 
 def _root_of(folder: str) -> str:
-    """The sentence-transformers directory that a transformer's folder belongs to (`0_Transformer`), or that folder itself."""
+    """The sentence-transformers directory that a transformer's folder belongs to (`0_Transformer`),
+    or that folder itself."""
     path = Path(folder)
-    inside = bool(folder) and not (path / "modules.json").exists() and (path.parent / "modules.json").exists()
+    inside = (
+        bool(folder)
+        and not (path / "modules.json").exists()
+        and (path.parent / "modules.json").exists()
+    )
     return str(path.parent) if inside and path.is_dir() else folder
 
 
@@ -145,15 +174,18 @@ def _note_unused(**given: Any) -> None:
     named = [name for name, value in given.items() if value]
     if named:
         logger.info(
-            "%s: accepted, without effect here: transformers' own layers are used, and the backend is chosen by device.",
+            "%s: accepted, without effect here: transformers' own layers are used, and the "
+            "backend is chosen by device.",
             ", ".join(named),
         )
 
 
 class AutoAWQForEmbedding(AutoAWQForCausalLM):
-    """The same for embedding models: always the body (`AutoModel`), whose call gives `last_hidden_state`.
+    """The same for embedding models: always the body (`AutoModel`), whose call gives
+    `last_hidden_state`.
 
-    What it returns is an `AwqEmbeddingModel`, whose `quantize` takes texts and whose `encode` gives embeddings.
+    What it returns is an `AwqEmbeddingModel`, whose `quantize` takes texts and whose `encode` gives
+    embeddings.
     """
 
     _wrapper = AwqEmbeddingModel
@@ -164,12 +196,17 @@ class AutoAWQForEmbedding(AutoAWQForCausalLM):
 
     @classmethod
     def from_sentence_transformer(cls, model: Any) -> AwqEmbeddingModel:
-        """Around a live `SentenceTransformer` that came from a directory or the hub; `quantize` then changes it in place.
+        """Around a live `SentenceTransformer` that came from a directory or the hub; `quantize`
+        then changes it in place.
 
-        `save_quantized` writes the files of that source beside the weights. Raises ModelError when there is no source.
+        `save_quantized` writes the files of that source beside the weights. Raises ModelError when
+        there is no source.
         """
         body = getattr(model[0], "auto_model", None)
         source = _root_of(getattr(getattr(body, "config", None), "_name_or_path", ""))
         if body is None or not source:
-            raise ModelError("this SentenceTransformer does not begin with a transformer that was loaded; save and load it.")
+            raise ModelError(
+                "this SentenceTransformer does not begin with a transformer that was loaded; save "
+                "and load it."
+            )
         return AwqEmbeddingModel(body, str(source), tokenizer=model.tokenizer)

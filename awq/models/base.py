@@ -1,4 +1,5 @@
-"""`AwqModel` and `BaseAWQForCausalLM`: the objects AutoAWQ users hold, around a plain transformers model."""
+"""`AwqModel` and `BaseAWQForCausalLM`: the objects AutoAWQ users hold, around a plain transformers
+model."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ logger = logging.getLogger("awq.models")
 class AwqModel(nn.Module):
     """A transformers model (`.model`) that can be quantized, packed and saved.
 
-    Attributes it does not have itself are the transformers model's. What it can do beyond that is a matter of its kind:
-    `BaseAWQForCausalLM` generates, `AwqEmbeddingModel` embeds.
+    Attributes it does not have itself are the transformers model's. What it can do beyond that is a
+    matter of its kind: `BaseAWQForCausalLM` generates, `AwqEmbeddingModel` embeds.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class AwqModel(nn.Module):
         self._tokenizer = tokenizer
         self._tokenizer_known = self.is_quantized
         self._trust_remote_code = trust_remote_code
-        self._waiting: dict[str, WQLinear] = {}  # packed linears of an export_compatible run, until pack()
+        # packed linears of an export_compatible run, until pack()
+        self._waiting: dict[str, WQLinear] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -93,7 +95,8 @@ class AwqModel(nn.Module):
         self._tokenizer, self._tokenizer_known = value, True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The transformers model's own forward: `.logits` of a language model, `.last_hidden_state` of an encoder."""
+        """The transformers model's own forward: `.logits` of a language model, `.last_hidden_state`
+        of an encoder."""
         return self.model(*args, **kwargs)
 
     def _quantize(
@@ -110,13 +113,19 @@ class AwqModel(nn.Module):
         general_texts: bool = False,
         **options: Any,
     ) -> QuantReport:
-        """What `quantize` of every kind of model does; arguments are those of `BaseAWQForCausalLM.quantize`."""
+        """What `quantize` of every kind of model does; arguments are those of
+        `BaseAWQForCausalLM.quantize`."""
         self._check_whole()
         if self.is_quantized or self._waiting:
-            raise ConfigError(f"the model from {self.path} is quantized already; start from the full-precision model.")
+            raise ConfigError(
+                f"the model from {self.path} is quantized already; start from the full-precision "
+                "model."
+            )
         if not self._is_decoder() and options.get("correction") is None:
             options["correction"] = ENCODER_CORRECTION
-        config, chosen = self._checked(quant_config, max_calib_samples, max_calib_seq_len, export_compatible, **options)
+        config, chosen = self._checked(
+            quant_config, max_calib_samples, max_calib_seq_len, export_compatible, **options
+        )
         general = general_texts and chosen.rounding == "feedback"
         batches = self._calibration(
             tokenizer, calib_data, split, text_column, max_calib_samples, max_calib_seq_len, general
@@ -132,7 +141,8 @@ class AwqModel(nn.Module):
         return report
 
     def _check_whole(self) -> None:
-        """Refuses a model whose quantization was interrupted: some of its blocks are quantized, and one may be neither."""
+        """Refuses a model whose quantization was interrupted: some of its blocks are quantized, and
+        one may be neither."""
         check_finished(self.model, self.path)
 
     def _checked(
@@ -143,22 +153,38 @@ class AwqModel(nn.Module):
         export_compatible: bool = False,
         **options: Any,
     ) -> tuple[AwqConfig, QuantizeOptions]:
-        """Settings that fit this model. Raises ConfigError before any text is fetched, tokenized or embedded."""
-        config = quant_config if isinstance(quant_config, AwqConfig) else AwqConfig.from_dict(quant_config)
+        """Settings that fit this model. Raises ConfigError before any text is fetched, tokenized or
+        embedded."""
+        config = (
+            quant_config
+            if isinstance(quant_config, AwqConfig)
+            else AwqConfig.from_dict(quant_config)
+        )
         chosen = _options(options)
         for name, value in (("max_calib_samples", samples), ("max_calib_seq_len", tokens)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
                 raise ConfigError(f"{name} is {value!r}; use a whole number of at least 1.")
         if chosen.device is not None:
             usable_device(chosen.device)
         check_quantizable(self.model, config, self.path)
         if not fused_experts(self.model):  # experts are made linears later, and count in the plan
             with suppress(ModelError):  # a model without blocks is judged later
-                make_plan(self.model, find_block_lists(self.model), config, packed=not export_compatible)
+                make_plan(
+                    self.model, find_block_lists(self.model), config, packed=not export_compatible
+                )
         return config, chosen
 
     def _calibration(
-        self, first: Any, data: Any, split: str, text_column: str, samples: int | None, tokens: int, general: bool
+        self,
+        first: Any,
+        data: Any,
+        split: str,
+        text_column: str,
+        samples: int | None,
+        tokens: int,
+        general: bool,
     ) -> list:
         decoder = self._is_decoder()
         data, tokenizer = tell_apart(first, data)
@@ -166,26 +192,45 @@ class AwqModel(nn.Module):
             self.tokenizer = tokenizer
         pad_id = self._pad_id() if tokenizer is None else getattr(tokenizer, "pad_token_id", None)
         request = read_request(
-            data, split=split, text_column=text_column, text_per_line=not decoder, pad_id=pad_id, limit=(samples or _SAMPLES) * 8
+            data,
+            split=split,
+            text_column=text_column,
+            text_per_line=not decoder,
+            pad_id=pad_id,
+            limit=(samples or _SAMPLES) * 8,
         )
         if tokenizer is not None or request.kind != "ids":
             request = request.with_tokenizer(self.tokenizer if tokenizer is None else tokenizer)
-        if samples is None:  # token ids are the caller's own choice of samples: all of them are used
+        # token ids are the caller's own choice of samples: all of them are used
+        if samples is None:
             samples = max(_SAMPLES, len(request.rows))
         batches = load_calibration(
-            request, request.tokenizer, max_samples=samples, max_length=self._limit(tokens), mode="pack" if decoder else "rows",
+            request,
+            request.tokenizer,
+            max_samples=samples,
+            max_length=self._limit(tokens),
+            mode="pack" if decoder else "rows",
             pad_id=pad_id,
-        )  # fmt: skip
+        )
         if decoder and general and request.own and request.kind != "ids":
             batches += general_rows(batches, request.tokenizer)
-        accepted = inspect.signature(getattr(self.model, "base_model", self.model).forward).parameters
+        accepted = inspect.signature(
+            getattr(self.model, "base_model", self.model).forward
+        ).parameters
         # A tokenizer may tell the texts of a pair apart for a model that does not.
-        return [b._replace(extra={k: v for k, v in b.extra.items() if k in accepted}) for b in batches]
+        return [
+            b._replace(extra={k: v for k, v in b.extra.items() if k in accepted}) for b in batches
+        ]
 
-    def _quantize_dense(self, batches: list, config: AwqConfig, options: QuantizeOptions) -> QuantReport:
-        """Leaves ordinary linears with quantized values; 4-bit ones can be packed afterwards, exactly."""
+    def _quantize_dense(
+        self, batches: list, config: AwqConfig, options: QuantizeOptions
+    ) -> QuantReport:
+        """Leaves ordinary linears with quantized values; 4-bit ones can be packed afterwards,
+        exactly."""
         if config.bits != 4:
-            return quantize_model(self.model, batches, config, options.with_(export_compatible=True))
+            return quantize_model(
+                self.model, batches, config, options.with_(export_compatible=True)
+            )
         dense, dtype = named_linears(self.model), self.model.dtype
         report = quantize_model(self.model, batches, config, options)
         report.options["export_compatible"] = True
@@ -204,13 +249,17 @@ class AwqModel(nn.Module):
             logger.info("pack: the weights are packed already.")
             return
         if not self._waiting:
-            raise ConfigError("pack() needs quantize(..., export_compatible=True) with w_bit 4 before it.")
+            raise ConfigError(
+                "pack() needs quantize(..., export_compatible=True) with w_bit 4 before it."
+            )
         for name, packed in self._waiting.items():
             replace_module(self.model, name, packed.to(self.device))
         self._waiting, self.is_quantized = {}, True
         mark_quantized(self.model, self.awq_config)
 
-    def save_quantized(self, save_dir: str | Path, safetensors: bool = True, shard_size: str | int = "5GB") -> None:
+    def save_quantized(
+        self, save_dir: str | Path, safetensors: bool = True, shard_size: str | int = "5GB"
+    ) -> None:
         """Saves the model with its tokenizer and companion files, a report and a model card.
 
         Raises ConfigError when nothing was quantized, CheckpointError when writing fails.
@@ -232,32 +281,41 @@ class AwqModel(nn.Module):
         )
 
     def _as_saved(self) -> Any:
-        """What a save reads: the model's tensors in modules of its own, so that calls may go on while it is written."""
+        """What a save reads: the model's tensors in modules of its own, so that calls may go on
+        while it is written."""
         if any(tensor.is_meta for tensor in (*self.model.parameters(), *self.model.buffers())):
-            return self.model  # offloaded: accelerate's hooks know where the weights are, and nothing is fused
+            # offloaded: accelerate's hooks know where the weights are, and nothing is fused
+            return self.model
         with lock_of(self.model):
             model = copy_structure(self.model)
         restore(model)
         return model
 
     def _is_decoder(self) -> bool:
-        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        head = (
+            self.model.get_output_embeddings()
+            if hasattr(self.model, "get_output_embeddings")
+            else None
+        )
         return head is not None and getattr(self.model, "can_generate", lambda: False)()
 
     def _limit(self, tokens: int) -> int:
         longest = position_limit(self.config)
-        # RoBERTa numbers its positions from pad_token_id + 1, so its table is a little longer than its inputs may be.
+        # RoBERTa numbers its positions from pad_token_id + 1, so its table is a little longer than
+        # its inputs may be.
         return min(tokens, longest - 2) if longest is not None and longest > 2 else tokens
 
     def _pad_id(self) -> int | None:
         return getattr(self.config, "pad_token_id", None) if not self._is_decoder() else None
 
 
-ENCODER_CORRECTION = 0.75  # of the input's error: encoders bear more than the presets' 0.5, made for language models
+# of the input's error: encoders bear more than the presets' 0.5, made for language models
+ENCODER_CORRECTION = 0.75
 
 
 class BaseAWQForCausalLM(FusedGeneration, AwqModel):
-    """A transformers model (`.model`) with AutoAWQ's `quantize`, `save_quantized`, `pack` and `generate`."""
+    """A transformers model (`.model`) with AutoAWQ's `quantize`, `save_quantized`, `pack` and
+    `generate`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -284,13 +342,16 @@ class BaseAWQForCausalLM(FusedGeneration, AwqModel):
     ) -> QuantReport:
         """Quantizes the model in place and returns the report.
 
-        tokenizer: a tokenizer (None: the one beside the model), or calibration data itself: token ids ([samples, tokens]
-        tensor, or a list of id tensors of any lengths), a tokenizer's output, or texts.
-        quant_config: {"zero_point", "q_group_size", "w_bit", "version", "modules_to_not_convert"}. The other arguments are
-        AutoAWQ's; n_parallel_calib_samples, max_chunk_memory and quantizer_cls are accepted and not needed. general_texts: rows
-        of the bundled text, half as many as there are of yours, join texts that calibrate a language model's error feedback,
-        so that it does not follow their domain alone (docs/notes/quality.md); token ids stay alone. options: fields
-        of `QuantizeOptions`. Raises ConfigError, CalibrationError or ModelError before any weight is touched.
+        tokenizer: a tokenizer (None: the one beside the model), or calibration data itself: token
+        ids ([samples, tokens] tensor, or a list of id tensors of any lengths), a tokenizer's
+        output, or texts.
+        quant_config: {"zero_point", "q_group_size", "w_bit", "version", "modules_to_not_convert"}.
+        The other arguments are AutoAWQ's; n_parallel_calib_samples, max_chunk_memory and
+        quantizer_cls are accepted and not needed. general_texts: rows of the bundled text, half as
+        many as there are of yours, join texts that calibrate a language model's error feedback, so
+        that it does not follow their domain alone (docs/notes/quality.md); token ids stay alone.
+        options: fields of `QuantizeOptions`. Raises ConfigError, CalibrationError or ModelError
+        before any weight is touched.
         """
         return self._quantize(
             tokenizer,
@@ -316,5 +377,7 @@ def _options(given: dict[str, Any]) -> QuantizeOptions:
     unknown = sorted(set(given) - set(QuantizeOptions.__dataclass_fields__))
     if unknown:
         known = ", ".join(QuantizeOptions.__dataclass_fields__)
-        raise ConfigError(f"quantize() does not know {', '.join(unknown)}; further options are {known}.")
+        raise ConfigError(
+            f"quantize() does not know {', '.join(unknown)}; further options are {known}."
+        )
     return QuantizeOptions(**given)

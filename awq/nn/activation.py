@@ -1,4 +1,5 @@
-"""An activation whose output is divided per channel: AutoAWQ's fold where a GELU stands between two linears."""
+"""An activation whose output is divided per channel: AutoAWQ's fold where a GELU stands between two
+linears."""
 
 from __future__ import annotations
 

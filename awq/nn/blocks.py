@@ -1,8 +1,9 @@
 """Finding a model's repeated blocks and running them one at a time.
 
-A transformers model calls each block with its own arguments (masks, rotary tables: some models give every layer different
-ones). They are recorded in a *skeleton pass*: every block is replaced by a stub that notes its arguments and hands its
-hidden states on unchanged, so recording costs an embedding lookup, not a forward.
+A transformers model calls each block with its own arguments (masks, rotary tables: some models give
+every layer different ones). They are recorded in a *skeleton pass*: every block is replaced by a
+stub that notes its arguments and hands its hidden states on unchanged, so recording costs an
+embedding lookup, not a forward.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from awq.nn.surgery import is_linear
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "past", "cache_params")
 _FLAGS = {"use_cache": False, "output_attentions": False}
 
-_TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # [rows, tokens]; a decoder's, too
+# [rows, tokens]; a decoder's, too
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _SHORT_TOKENS = 16  # of a true pass that only shows what runs, and what it returns
 
 BlockList = tuple[str, nn.ModuleList]
@@ -36,26 +38,38 @@ def hidden_of(output: Any) -> Tensor:
 
 
 def find_block_lists(model: nn.Module) -> list[BlockList]:
-    """(name, blocks) of the outermost module lists whose elements contain linears, in registration order.
+    """(name, blocks) of the outermost module lists whose elements contain linears, in registration
+    order.
 
     Raises ModelError when the model has none.
     """
     found: list[BlockList] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if not inside and isinstance(module, nn.ModuleList) and len(module) and all(map(_has_products, module)):
+        if (
+            not inside
+            and isinstance(module, nn.ModuleList)
+            and len(module)
+            and all(map(_has_products, module))
+        ):
             found.append((name, module))
     if not found:
-        raise ModelError(f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing to quantize.")
+        raise ModelError(
+            f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing "
+            "to quantize."
+        )
     return found
 
 
 @torch.no_grad()
-def reached_lists(model: nn.Module, lists: Sequence[BlockList], item: dict[str, Tensor]) -> list[BlockList]:
-    """The lists whose blocks all run when the model is called with `item`, in the order in which they begin.
+def reached_lists(
+    model: nn.Module, lists: Sequence[BlockList], item: dict[str, Tensor]
+) -> list[BlockList]:
+    """The lists whose blocks all run when the model is called with `item`, in the order in which
+    they begin.
 
-    A vision tower does not run on text. An encoder begins before its decoder, wherever it is registered.
-    Raises ModelError when the model's forward fails.
+    A vision tower does not run on text. An encoder begins before its decoder, wherever it is
+    registered. Raises ModelError when the model's forward fails.
     """
     order: dict[str, int] = {}
     names = [f"{prefix}.{j}" for prefix, blocks in lists for j in range(len(blocks))]
@@ -65,7 +79,11 @@ def reached_lists(model: nn.Module, lists: Sequence[BlockList], item: dict[str, 
 
     with hooked(model, names, before=note):
         _forward(model, _short(item))
-    reached = [(prefix, blocks) for prefix, blocks in lists if all(f"{prefix}.{j}" in order for j in range(len(blocks)))]
+    reached = [
+        (prefix, blocks)
+        for prefix, blocks in lists
+        if all(f"{prefix}.{j}" in order for j in range(len(blocks)))
+    ]
     return sorted(reached, key=lambda entry: order[f"{entry[0]}.0"])
 
 
@@ -100,7 +118,8 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
 class BlockCall:
     """Arguments of one call of one block without its hidden states.
 
-    where: key of the hidden states among the keyword arguments; None when they are the first positional argument.
+    where: key of the hidden states among the keyword arguments; None when they are the first
+    positional argument.
     """
 
     args: tuple
@@ -117,22 +136,28 @@ class BlockCall:
         """The same call with tensors on `device`, floating ones as `dtype`."""
 
         def move(t: Tensor) -> Tensor:
-            return t.to(device, dtype) if dtype is not None and t.is_floating_point() else t.to(device)
+            return (
+                t.to(device, dtype) if dtype is not None and t.is_floating_point() else t.to(device)
+            )
 
         return BlockCall(map_tensors(self.args, move), map_tensors(self.kwargs, move), self.where)
 
 
 @dataclass
 class BlockCalls:
-    """calls[list][input][block] and hidden[list][input]: what enters the first block of each list."""
+    """calls[list][input][block] and hidden[list][input]: what enters the first block of each
+    list."""
 
     calls: list[list[list[BlockCall]]]
     hidden: list[list[Tensor]]
 
 
 def split_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
-    """Separates the hidden states [batch, tokens, features] from a block's other arguments, and drops caches."""
-    kept = {key: value for key, value in kwargs.items() if key not in _CACHES and not _is_cache(value)}
+    """Separates the hidden states [batch, tokens, features] from a block's other arguments, and
+    drops caches."""
+    kept = {
+        key: value for key, value in kwargs.items() if key not in _CACHES and not _is_cache(value)
+    }
     kept |= {flag: value for flag, value in _FLAGS.items() if flag in kwargs}
     args = tuple(None if _is_cache(a) else a for a in args)
     if args and isinstance(args[0], Tensor):
@@ -159,13 +184,16 @@ def record_block_calls(
     inputs: Sequence[dict[str, Tensor]],
     run: Callable[[nn.Module, dict[str, Tensor]], Any] | None = None,
 ) -> BlockCalls:
-    """Records how the model calls every block for each input (keyword arguments of the model's forward).
+    """Records how the model calls every block for each input (keyword arguments of the model's
+    forward).
 
     run: calls the model; default: its body, for the head is not needed.
 
     Raises ModelError when the model's own forward fails on an input, or never calls a block.
     """
-    blocks = {(i, j): block for i, (_, members) in enumerate(lists) for j, block in enumerate(members)}
+    blocks = {
+        (i, j): block for i, (_, members) in enumerate(lists) for j, block in enumerate(members)
+    }
     wraps = _output_structures(model, lists, inputs[0])
     recorded: list[list[list[BlockCall]]] = [[] for _ in lists]
     entering: list[list[Tensor]] = [[] for _ in lists]
@@ -177,7 +205,10 @@ def record_block_calls(
         for i, (name, members) in enumerate(lists):
             missing = [j for j in range(len(members)) if (i, j) not in seen]
             if missing:
-                raise ModelError(f"{name}.{missing[0]} is never called by the model's forward; it cannot be calibrated.")
+                raise ModelError(
+                    f"{name}.{missing[0]} is never called by the model's forward; it cannot be "
+                    "calibrated."
+                )
             entering[i].append(seen[i, 0][0].detach())
             recorded[i].append([seen[i, j][1] for j in range(len(members))])
     return BlockCalls(recorded, entering)
@@ -197,11 +228,16 @@ def _stub(seen: dict, key: tuple[int, int], wrap: Callable[[Tensor], Any]) -> Ca
 def _output_structures(
     model: nn.Module, lists: Sequence[BlockList], item: dict[str, Tensor]
 ) -> dict[tuple[int, int], Callable[[Tensor], Any]]:
-    """For every block, a function that puts hidden states into the structure of the block's own output.
+    """For every block, a function that puts hidden states into the structure of the block's own
+    output.
 
     Learnt from one true pass over the beginning of one row.
     """
-    keys = {f"{prefix}.{j}": (i, j) for i, (prefix, blocks) in enumerate(lists) for j in range(len(blocks))}
+    keys = {
+        f"{prefix}.{j}": (i, j)
+        for i, (prefix, blocks) in enumerate(lists)
+        for j in range(len(blocks))
+    }
     wraps: dict[tuple[int, int], Callable[[Tensor], Any]] = dict.fromkeys(keys.values(), _as_it_is)
 
     def learn(name: str, output: Any) -> None:
@@ -236,15 +272,29 @@ def _forward(model: nn.Module, item: dict[str, Tensor]) -> None:
     flags = {"use_cache": False} if getattr(config, "use_cache", None) is not None else {}
     try:
         body(**item, **flags)
-    except (TypeError, ValueError, LookupError, RuntimeError, AttributeError, AssertionError) as error:
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        RuntimeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         shapes = {k: tuple(v.shape) for k, v in item.items()}
-        raise ModelError(f"the model's forward fails on calibration inputs of shapes {shapes}: {error}") from error
+        raise ModelError(
+            f"the model's forward fails on calibration inputs of shapes {shapes}: {error}"
+        ) from error
 
 
 @contextmanager
 def replaced_forwards(replacements: dict[nn.Module, Any]) -> Iterator[None]:
-    """Gives modules another `forward` for a while. One set on the instance before (accelerate's hooks) comes back."""
-    own = {module: module.__dict__["forward"] for module in replacements if "forward" in module.__dict__}
+    """Gives modules another `forward` for a while. One set on the instance before (accelerate's
+    hooks) comes back."""
+    own = {
+        module: module.__dict__["forward"]
+        for module in replacements
+        if "forward" in module.__dict__
+    }
     try:
         for module, forward in replacements.items():
             module.forward = forward

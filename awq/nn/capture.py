@@ -1,16 +1,18 @@
 """Other people's forwards inside CUDA graphs.
 
-A CUDA graph is a recording of kernels that the GPU replays by itself, so it pays where starting kernels one by one takes the
-host longer than running them takes the GPU. While a stream is recorded the host cannot learn anything from the GPU and cannot
-send it numbers: no `.item()`, no `if mask.all()`, no `torch.tensor(0.5, device=gpu)`. Models written for eager torch do all
-three. There are two ways to meet them here:
+A CUDA graph is a recording of kernels that the GPU replays by itself, so it pays where starting
+kernels one by one takes the host longer than running them takes the GPU. While a stream is recorded
+the host cannot learn anything from the GPU and cannot
+send it numbers: no `.item()`, no `if mask.all()`, no `torch.tensor(0.5, device=gpu)`. Models
+written for eager torch do all three. There are two ways to meet them here:
 
 - `NothingFromTheHost` rewrites the few idioms that have an equal form without the host's numbers.
-- `no_waiting` finds the others in a trial run and raises. That matters because a capture that fails half-way leaves torch's
-  allocator and random state in disorder, while a trial run that fails leaves nothing behind.
+- `no_waiting` finds the others in a trial run and raises. That matters because a capture that fails
+  half-way leaves torch's allocator and random state in disorder, while a trial run that fails
+  leaves nothing behind.
 
-Both are modes of the calling thread alone, and `capture` records in CUDA's thread-local mode: requests that other threads serve
-meanwhile neither fail nor end up in the recording.
+Both are modes of the calling thread alone, and `capture` records in CUDA's thread-local mode:
+requests that other threads serve meanwhile neither fail nor end up in the recording.
 """
 
 from __future__ import annotations
@@ -28,23 +30,38 @@ Result = TypeVar("Result")
 
 # Operators whose result, or the size of it, the host must know.
 _ASKING = {
-    "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select",
-    "aten::unique_dim", "aten::_unique2", "aten::unique_consecutive", "aten::bincount",
-}  # fmt: skip
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::unique_dim",
+    "aten::_unique2",
+    "aten::unique_consecutive",
+    "aten::bincount",
+}
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
 
 class NothingFromTheHost(TorchFunctionMode):
-    """What models write that copies a number from the host, which no capture can, done without: the results are the same.
+    """What models write that copies a number from the host, which no capture can, done without: the
+    results are the same.
 
-    `torch.tensor(number, device=gpu)`, as masks are made with, becomes `full`; an index of one number in a list, a slice.
+    `torch.tensor(number, device=gpu)`, as masks are made with, becomes `full`; an index of one
+    number in a list, a slice.
     """
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if function is torch.tensor and len(args) == 1 and isinstance(args[0], (bool, int, float)):
             return torch.full((), *args, **kwargs)
-        if function is Tensor.__getitem__ and isinstance(args[1], tuple) and sum(map(_is_list, args[1])) == 1:
+        if (
+            function is Tensor.__getitem__
+            and isinstance(args[1], tuple)
+            and sum(map(_is_list, args[1])) == 1
+        ):
             args = (args[0], tuple(_one_wide(i) for i in args[1]))
         return function(*args, **kwargs)
 
@@ -67,7 +84,9 @@ class NoWaiting(TorchDispatchMode):
         super().__init__()
         self.device_type = device_type
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self._waits(function, args, kwargs):
             raise RuntimeError(f"{function} makes the host wait for the device")
@@ -82,11 +101,14 @@ class NoWaiting(TorchDispatchMode):
         if name == "aten::_to_copy":
             return self._copies(args[0], kwargs.get("device"), kwargs.get("non_blocking"))
         if name == "aten::copy_":
-            return self._copies(args[1], args[0].device, kwargs.get("non_blocking", args[2:3] == (True,)))
+            return self._copies(
+                args[1], args[0].device, kwargs.get("non_blocking", args[2:3] == (True,))
+            )
         if name in _INDEXING:
             return self._is_there(args[0]) and any(_is_mask(index) for index in args[1])
         if name == "aten::repeat_interleave":
-            counted = function._overloadname != "self_int"  # one number of repeats is known to the host
+            # one number of repeats is known to the host
+            counted = function._overloadname != "self_int"
             return counted and self._is_there(args[0]) and kwargs.get("output_size") is None
         return False
 
@@ -108,14 +130,16 @@ def _is_mask(index: Any) -> bool:
 def no_waiting() -> NoWaiting:
     """Inside, whatever makes the host wait for the GPU raises RuntimeError, in this thread alone.
 
-    torch's own `set_sync_debug_mode` belongs to the process: with it, requests in other threads would fail too.
+    torch's own `set_sync_debug_mode` belongs to the process: with it, requests in other threads
+    would fail too.
     """
     return NoWaiting()
 
 
 @contextmanager
 def on_stream(stream: Any) -> Iterator[None]:
-    """Work inside goes to `stream`, after what the current stream has done so far; the current one then waits for it."""
+    """Work inside goes to `stream`, after what the current stream has done so far; the current one
+    then waits for it."""
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -123,11 +147,14 @@ def on_stream(stream: Any) -> Iterator[None]:
     current.wait_stream(stream)
 
 
-def capture(function: Callable[[], Result], stream: Any = None, pool: Any = None) -> tuple[Any, Result]:
+def capture(
+    function: Callable[[], Result], stream: Any = None, pool: Any = None
+) -> tuple[Any, Result]:
     """(a CUDA graph of what `function` does, its result), which every `graph.replay()` overwrites.
 
-    function: has run before, so that nothing is compiled or allocated for good inside. stream: to record on (None: torch's own
-    for captures); pool: memory shared with other graphs that never run at once.
+    function: has run before, so that nothing is compiled or allocated for good inside. stream: to
+    record on (None: torch's own for captures); pool: memory shared with other graphs that never run
+    at once.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):

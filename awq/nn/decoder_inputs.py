@@ -1,8 +1,9 @@
 """What an encoder-decoder needs beside a text: something for its decoder to read.
 
-Calibration data holds texts, and most users have no pairs of a source and its target. The decoder then reads the text itself,
-shifted by its start token, as it would when it is trained to repeat its input. That is natural text behind a natural
-cross-attention; pairs of the user's own task are better, and stay as they are.
+Calibration data holds texts, and most users have no pairs of a source and its target. The decoder
+then reads the text itself, shifted by its start token, as it would when it is trained to repeat its
+input. That is natural text behind a natural cross-attention; pairs of the user's own task are
+better, and stay as they are.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 
 
 def with_decoder_inputs(model: nn.Module, item: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's inputs with `decoder_input_ids` and `decoder_attention_mask`, where it takes them and they are lacking.
+    """A model's inputs with `decoder_input_ids` and `decoder_attention_mask`, where it takes them
+    and they are lacking.
 
-    item: `input_ids` and `attention_mask` [rows, tokens], and others. The decoder's rows are one token shorter, so that the
-    mask of either side can be told by its shape; rows of a single token stay what they are, as probes want them.
+    item: `input_ids` and `attention_mask` [rows, tokens], and others. The decoder's rows are one
+    token shorter, so that the mask of either side can be told by its shape; rows of a single token
+    stay what they are, as probes want them.
     """
     if not takes_decoder_inputs(model) or "decoder_input_ids" in item:
         return item

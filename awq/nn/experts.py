@@ -1,15 +1,18 @@
 """Experts of a mixture as ordinary linears, and back: `ExpertLinears`.
 
-transformers 5 holds all experts of a layer in two 3-D parameters (`gate_up_proj` and `down_proj`) behind one contract:
-`forward(hidden_states [tokens, hidden], top_k_index [tokens, top_k], top_k_weights [tokens, top_k])`. Quantization works on
-linears: it looks for what reads one tensor, proves folds, gathers a Gram matrix for each input. So before it begins,
-`expose_experts` puts an `ExpertLinears` in the place of every such module. Its children are one small module per expert with
-`gate`, `up` and `down` linears, whose weights are views of the 3-D parameters. `conceal_experts` puts the original back.
+transformers 5 holds all experts of a layer in two 3-D parameters (`gate_up_proj` and `down_proj`)
+behind one contract: `forward(hidden_states [tokens, hidden], top_k_index [tokens, top_k],
+top_k_weights [tokens, top_k])`. Quantization works on
+linears: it looks for what reads one tensor, proves folds, gathers a Gram matrix for each input. So
+before it begins, `expose_experts` puts an `ExpertLinears` in the place of every such module. Its
+children are one small module per expert with `gate`, `up` and `down` linears, whose weights are
+views of the 3-D parameters. `conceal_experts` puts the original back.
 
-What the class of experts does between its products (clamped gates, interleaved rows, a norm behind the expert) stays that
-class's own code: the emptied original module is kept and its `_apply_gate`, `act_fn` and `post_expert_norm` are called.
-Nothing here knows a model by name; `expose_experts` compares the outputs of both modules on random tokens and leaves a
-module alone whose outputs differ.
+What the class of experts does between its products (clamped gates, interleaved rows, a norm behind
+the expert) stays that class's own code: the emptied original module is kept and its `_apply_gate`,
+`act_fn` and `post_expert_norm` are called. Nothing here knows a model by name; `expose_experts`
+compares the outputs of both modules on random tokens and leaves a module alone whose outputs
+differ.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ _TOLERANCE_16_BIT = 0.03
 
 
 class ExpertNames(NamedTuple):
-    """What the three linears of an expert are called, below the expert's number ("w1", "w3", "w2")."""
+    """What the three linears of an expert are called, below the expert's number ("w1", "w3",
+    "w2")."""
 
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -44,8 +48,10 @@ class ExpertNames(NamedTuple):
 class ExpertShape:
     """How a class of experts stores its weights.
 
-    has_gate: gate and up share one parameter; interleaved: their rows alternate instead of following each other;
-    transposed: weights are [experts, in, out]; has_bias: there are biases [experts, out] beside them.
+    has_gate: gate and up share one parameter; interleaved: their rows alternate instead of
+    following each other;
+    transposed: weights are [experts, in, out]; has_bias: there are biases [experts, out] beside
+    them.
     """
 
     num_experts: int
@@ -76,7 +82,8 @@ class ExpertShape:
 
 
 def shape_of_experts(module: nn.Module) -> ExpertShape | None:
-    """The shape of a module that holds experts as 3-D parameters behind transformers' contract, or None."""
+    """The shape of a module that holds experts as 3-D parameters behind transformers' contract, or
+    None."""
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
     if not all(hasattr(module, flag) for flag in flags):
         return None
@@ -91,14 +98,22 @@ def shape_of_experts(module: nn.Module) -> ExpertShape | None:
     if rows != (2 * inner if has_gate else inner):
         return None
     return ExpertShape(
-        down.shape[0], hidden, inner, has_gate, not module.is_concatenated, transposed, bool(module.has_bias)
-    )  # fmt: skip
+        down.shape[0],
+        hidden,
+        inner,
+        has_gate,
+        not module.is_concatenated,
+        transposed,
+        bool(module.has_bias),
+    )
 
 
 class ExpertRules(nn.Module):
-    """What `ExpertLinears` and the packed experts share: the contract of the class whose weights they hold.
+    """What `ExpertLinears` and the packed experts share: the contract of the class whose weights
+    they hold.
 
-    The original module, without its weights, answers for every attribute that is asked of its successor.
+    The original module, without its weights, answers for every attribute that is asked of its
+    successor.
     """
 
     def __init__(self, original: nn.Module, shape: ExpertShape, names: ExpertNames) -> None:
@@ -109,7 +124,8 @@ class ExpertRules(nn.Module):
             self.add_module(name, child)
         for name, parameter in original.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        self._original = (original,)  # in a tuple: not a child, so that its parts are not counted twice
+        # in a tuple: not a child, so that its parts are not counted twice
+        self._original = (original,)
         self.shape, self.names = shape, names
 
     @property
@@ -118,7 +134,8 @@ class ExpertRules(nn.Module):
         return self._original[0]
 
     def activate(self, joined: Tensor) -> Tensor:
-        """From the first product's outputs [..., 2 · inner] (or [..., inner]) to the second's inputs [..., inner]."""
+        """From the first product's outputs [..., 2 · inner] (or [..., inner]) to the second's
+        inputs [..., inner]."""
         original: Any = self.original
         return original._apply_gate(joined) if self.shape.has_gate else original.act_fn(joined)
 
@@ -148,12 +165,15 @@ def _weight_names(shape: ExpertShape) -> list[str]:
 class ExpertLinears(ExpertRules):
     """The experts of one layer as children "0", "1", …, each with linears of the given names.
 
-    every_token: all experts run on all tokens and what is not routed is weighted by zero, so that they read *one* tensor and
-    none is left out; for discovery and proof of folds. watch: called as `watch(expert, tokens, weights)` before an expert
-    runs on its routed tokens (int64 [n] and float [n]).
+    every_token: all experts run on all tokens and what is not routed is weighted by zero, so that
+    they read *one* tensor and none is left out; for discovery and proof of folds. watch: called as
+    `watch(expert, tokens, weights)` before an expert runs on its routed tokens (int64 [n] and float
+    [n]).
     """
 
-    def __init__(self, original: nn.Module, shape: ExpertShape, names: ExpertNames | None = None) -> None:
+    def __init__(
+        self, original: nn.Module, shape: ExpertShape, names: ExpertNames | None = None
+    ) -> None:
         weights = {name: original._parameters.get(name) for name in _weight_names(shape)}
         super().__init__(original, shape, names or ExpertNames())
         self.every_token = False
@@ -191,12 +211,16 @@ class ExpertLinears(ExpertRules):
             weight = top_k_weights[tokens, slots]
             if self.watch is not None:
                 self.watch(number, tokens, weight)
-            part = self.run_expert(number, hidden_states[tokens]).float() * weight.float().unsqueeze(-1)
+            part = self.run_expert(
+                number, hidden_states[tokens]
+            ).float() * weight.float().unsqueeze(-1)
             total = total.index_add(0, tokens, part)
         return total.to(hidden_states.dtype)
 
 
-def _expert(weights: Mapping[str, Tensor | None], number: int, shape: ExpertShape, names: ExpertNames) -> nn.Module:
+def _expert(
+    weights: Mapping[str, Tensor | None], number: int, shape: ExpertShape, names: ExpertNames
+) -> nn.Module:
     """One expert's linears, as views of the 3-D weights."""
     first = "gate_up_proj" if shape.has_gate else "up_proj"
     expert = nn.Module()
@@ -217,11 +241,13 @@ def _expert(weights: Mapping[str, Tensor | None], number: int, shape: ExpertShap
 
 def _matrix(
     weights: Mapping[str, Tensor | None], name: str, number: int, shape: ExpertShape
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """(weight [out, in], bias [out] or None) of one expert, as views."""
     weight = cast(Tensor, weights[name]).data[number]
     bias = weights.get(f"{name}_bias")
-    return (weight.t() if shape.transposed else weight), (None if bias is None else bias.data[number])
+    return (weight.t() if shape.transposed else weight), (
+        None if bias is None else bias.data[number]
+    )
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -244,21 +270,27 @@ def _put(root: nn.Module, name: str, module: nn.Module) -> None:
 
 def named_experts(model: nn.Module) -> dict[str, ExpertLinears]:
     """Name → exposed experts, of a whole model or of one block."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertLinears)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, ExpertLinears)
+    }
 
 
 def fused_experts(model: nn.Module) -> dict[str, ExpertShape]:
-    """Name → shape of every module that holds experts as 3-D parameters behind transformers' contract."""
+    """Name → shape of every module that holds experts as 3-D parameters behind transformers'
+    contract."""
     shapes = {name: shape_of_experts(module) for name, module in model.named_modules()}
     return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 @torch.no_grad()
-def expose_experts(model: nn.Module, names: Mapping[str, ExpertNames] | None = None) -> dict[str, str]:
-    """Puts an `ExpertLinears` in the place of every module of fused experts; returns module name → why it was left alone.
+def expose_experts(
+    model: nn.Module, names: Mapping[str, ExpertNames] | None = None
+) -> dict[str, str]:
+    """Puts an `ExpertLinears` in the place of every module of fused experts; returns module name →
+    why it was left alone.
 
-    names: what each module's linears are called in checkpoints; only modules named here are exposed, None means all. The first
-    module of every class is tried on random tokens.
+    names: what each module's linears are called in checkpoints; only modules named here are
+    exposed, None means all. The first module of every class is tried on random tokens.
     """
     left: dict[str, str] = {}
     verdicts: dict[Any, str | None] = {}
@@ -307,9 +339,15 @@ def _why_not_expose(original: nn.Module, shape: ExpertShape) -> str | None:
 
 @torch.no_grad()
 def conceal_experts(model: nn.Module) -> None:
-    """Puts the original module back where all of an `ExpertLinears` is dense still; weights are copied into one tensor."""
+    """Puts the original module back where all of an `ExpertLinears` is dense still; weights are
+    copied into one tensor."""
     for name, experts in named_experts(model).items():
-        linears = [linear for n in range(experts.shape.num_experts) for linear in experts.linears(n) if linear is not None]
+        linears = [
+            linear
+            for n in range(experts.shape.num_experts)
+            for linear in experts.linears(n)
+            if linear is not None
+        ]
         if all(isinstance(linear, nn.Linear) for linear in linears):
             replace_module(model, name, _fused(experts))
 
@@ -317,14 +355,20 @@ def conceal_experts(model: nn.Module) -> None:
 def _fused(experts: ExpertLinears) -> nn.Module:
     shape = experts.shape
     triples = [experts.linears(number) for number in range(shape.num_experts)]
-    weights = [[None if m is None else cast(Tensor, m.weight) for m in triple] for triple in triples]
+    weights = [
+        [None if m is None else cast(Tensor, m.weight) for m in triple] for triple in triples
+    ]
     biases = None
     if shape.has_bias:
-        biases = [[None if m is None else cast(Tensor, m.bias) for m in triple] for triple in triples]
+        biases = [
+            [None if m is None else cast(Tensor, m.bias) for m in triple] for triple in triples
+        ]
     return restore_original(experts, weights, biases)
 
 
-def restore_original(rules: ExpertRules, weights: list[list[Tensor | None]], biases: list[list[Tensor | None]] | None) -> nn.Module:
+def restore_original(
+    rules: ExpertRules, weights: list[list[Tensor | None]], biases: list[list[Tensor | None]] | None
+) -> nn.Module:
     """The module of transformers with dense weights again.
 
     weights: for every expert [gate or None, up, down], each [out, in]; biases likewise, each [out].
@@ -361,7 +405,8 @@ def every_token(root: nn.Module) -> Iterator[None]:
 
 
 def expert_of(block: nn.Module, name: str) -> tuple[str, int] | None:
-    """(name of the exposed experts, expert's number) that the linear `name` of a block belongs to, or None."""
+    """(name of the exposed experts, expert's number) that the linear `name` of a block belongs to,
+    or None."""
     for owner in named_experts(block):
         prefix = f"{owner}." if owner else ""
         if name.startswith(prefix):

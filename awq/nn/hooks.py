@@ -1,8 +1,9 @@
 """Looking into a running model: hooks that are always taken off again.
 
-`hooked` is the one way in which this package listens to other people's modules. It registers a function on named modules
-and removes it when its `with` block ends, whatever happens inside. `input_of` runs a forward only as far as the module
-whose input is wanted, because the rest of the block would be computed for nothing.
+`hooked` is the one way in which this package listens to other people's modules. It registers a
+function on named modules and removes it when its `with` block ends, whatever happens inside.
+`input_of` runs a forward only as far as the module whose input is wanted, because the rest of the
+block would be computed for nothing.
 
 >>> import torch
 >>> block = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU())
@@ -28,10 +29,14 @@ class _Reached(Exception):
 
 
 @contextmanager
-def hooked(root: nn.Module, names: Iterable[str], before: Before | None = None, after: After | None = None) -> Iterator[None]:
-    """While open, calls `before(name, positional arguments)` and `after(name, output)` around the named modules' forwards.
+def hooked(
+    root: nn.Module, names: Iterable[str], before: Before | None = None, after: After | None = None
+) -> Iterator[None]:
+    """While open, calls `before(name, positional arguments)` and `after(name, output)` around the
+    named modules' forwards.
 
-    names: of modules below `root`; "" is `root` itself. What `after` returns replaces the output, unless it is None.
+    names: of modules below `root`; "" is `root` itself. What `after` returns replaces the output,
+    unless it is None.
     """
     handles = []
     try:
@@ -62,7 +67,8 @@ def _after(listen: After, name: str) -> Callable[[nn.Module, tuple, Any], Any]:
 
 
 def input_of(root: nn.Module, name: str, run: Callable[[], Any]) -> Tensor | None:
-    """The first argument with which `run()` calls the module `name`; the forward ends there. None when it never does."""
+    """The first argument with which `run()` calls the module `name`; the forward ends there. None
+    when it never does."""
     inputs: list[Tensor] = []
 
     def catch(_name: str, args: tuple) -> None:

@@ -1,4 +1,5 @@
-"""Moving the packed weights of a whole model to the layout of their device's backend, and joining siblings."""
+"""Moving the packed weights of a whole model to the layout of their device's backend, and joining
+siblings."""
 
 from __future__ import annotations
 
@@ -17,12 +18,13 @@ logger = logging.getLogger("awq.nn")
 
 
 def prepare(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Moves every `WQLinear` and every stack of experts to the layout that serves activations of `dtype` on its device.
-    Returns how many there are.
+    """Moves every `WQLinear` and every stack of experts to the layout that serves activations of
+    `dtype` on its device. Returns how many there are.
 
-    dtype: None takes the model's own floating dtype (of its first parameter, float16 if it has none). A linear that is moved
-    to another device later settles again at its first forward; call this before capturing a CUDA graph or compiling, where
-    no linear settles and every layout still computes, but slowly.
+    dtype: None takes the model's own floating dtype (of its first parameter, float16 if it has
+    none). A linear that is moved to another device later settles again at its first forward; call
+    this before capturing a CUDA graph or compiling, where no linear settles and every layout still
+    computes, but slowly.
     """
     if dtype is None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float16)
@@ -40,16 +42,22 @@ def _note_without_llvmlite(linear: WQLinear | ExpertStack, dtype: torch.dtype) -
         return
     if linear.layout == "int4pack":
         if dtype != torch.bfloat16:
-            logger.warning("4-bit linears compute in bfloat16 on this CPU, not in %s: the kernels need llvmlite.", dtype)
+            logger.warning(
+                "4-bit linears compute in bfloat16 on this CPU, not in %s: the kernels need "
+                "llvmlite.",
+                dtype,
+            )
         return
     logger.warning(
-        "4-bit linears are made dense again at every call on this CPU, which is slow: the kernels need llvmlite "
+        "4-bit linears are made dense again at every call on this CPU, which is slow: the kernels "
+        "need llvmlite "
         "(pip install llvmlite); awq.kernels.explain(linear) says why others do not serve."
     )
 
 
 def restore(model: nn.Module) -> None:
-    """Moves every `WQLinear` back to the layout of its checkpoint. The next forward outside of compilation undoes it."""
+    """Moves every `WQLinear` back to the layout of its checkpoint. The next forward outside of
+    compilation undoes it."""
     for module in model.modules():
         if isinstance(module, (WQLinear, ExpertStack)):
             module.set_layout(module.format)
@@ -57,14 +65,18 @@ def restore(model: nn.Module) -> None:
 
 @torch.no_grad()
 def concatenate_outputs(linears: Sequence[WQLinear]) -> WQLinear:
-    """One linear for siblings that read the same input (q, k, v; gate, up): their outputs one after the other.
+    """One linear for siblings that read the same input (q, k, v; gate, up): their outputs one after
+    the other.
 
-    The result copies the weights; replace the siblings with it to free them. Raises ConfigError when the numbers of inputs or
-    the group sizes differ.
+    The result copies the weights; replace the siblings with it to free them. Raises ConfigError
+    when the numbers of inputs or the group sizes differ.
     """
     if len({(m.in_features, m.group_size) for m in linears}) != 1:
         found = ", ".join(f"{m.in_features} inputs in groups of {m.group_size}" for m in linears)
-        raise ConfigError(f"linears can be joined along their outputs when inputs and groups are the same, not with {found}.")
+        raise ConfigError(
+            "linears can be joined along their outputs when inputs and groups are the same, not "
+            f"with {found}."
+        )
     parts = [m.quantized() for m in linears]
     codes, scales, zeros = (torch.cat(tensors) for tensors in zip(*(part[:3] for part in parts)))
     weight = QuantizedWeight(codes, scales, zeros)
@@ -72,20 +84,30 @@ def concatenate_outputs(linears: Sequence[WQLinear]) -> WQLinear:
     dtype = next((b.dtype for b in biases if b is not None), None)
     bias: Tensor | None = None
     if dtype is not None:
-        bias = torch.cat([weight.scales.new_zeros(m.out_features, dtype=dtype) if m.bias is None else m.bias for m in linears])
+        bias = torch.cat(
+            [
+                weight.scales.new_zeros(m.out_features, dtype=dtype) if m.bias is None else m.bias
+                for m in linears
+            ]
+        )
     layout = linears[0].layout if len({m.layout for m in linears}) == 1 else None
     return WQLinear.from_quantized(weight, bias, linears[0].format, layout, linears[0].dtype)
 
 
 @torch.no_grad()
 def split_outputs(linear: WQLinear, sizes: Sequence[int]) -> list[WQLinear]:
-    """Inverse of `concatenate_outputs`: linears of `sizes` outputs each. Raises ConfigError when they do not add up."""
+    """Inverse of `concatenate_outputs`: linears of `sizes` outputs each. Raises ConfigError when
+    they do not add up."""
     if sum(sizes) != linear.out_features:
-        raise ConfigError(f"a linear of {linear.out_features} outputs cannot be split into {list(sizes)}.")
+        raise ConfigError(
+            f"a linear of {linear.out_features} outputs cannot be split into {list(sizes)}."
+        )
     parts = zip(*(tensor.split(list(sizes)) for tensor in linear.quantized()[:3]))
     biases = linear.bias.split(list(sizes)) if linear.bias is not None else [None] * len(sizes)
     return [
-        WQLinear.from_quantized(QuantizedWeight(*part), bias, linear.format, linear.layout, linear.dtype)
+        WQLinear.from_quantized(
+            QuantizedWeight(*part), bias, linear.format, linear.layout, linear.dtype
+        )
         for part, bias in zip(parts, biases)
     ]
 
@@ -96,4 +118,6 @@ def take_outputs(linear: WQLinear, rows: Tensor) -> WQLinear:
     weight = linear.quantized()
     codes, scales, zeros = (tensor[rows.to(tensor.device)] for tensor in weight[:3])
     bias = None if linear.bias is None else linear.bias[rows.to(linear.bias.device)]
-    return WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros), bias, linear.format, linear.layout, linear.dtype)
+    return WQLinear.from_quantized(
+        QuantizedWeight(codes, scales, zeros), bias, linear.format, linear.layout, linear.dtype
+    )

@@ -1,14 +1,16 @@
 """`WQLinear`: a linear that holds only packed buffers and calls one operator.
 
-Scales stay float16 whatever the model is cast to: they are part of the integer weight, and a cast to bfloat16 would lose
-three of their bits for good.
+Scales stay float16 whatever the model is cast to: they are part of the integer weight, and a cast
+to bfloat16 would lose three of their bits for good.
 
-The buffers hold either the checkpoint's layout (`format`) or the one that the backend of their device computes on
-(`layout`); never both. `settle` moves them, at load (`awq.nn.layout.prepare`) or at the first forward on a new device;
-`state_dict` and `load_state_dict` always speak the checkpoint's layout, byte for byte.
+The buffers hold either the checkpoint's layout (`format`) or the one that the backend of their
+device computes on (`layout`); never both. `settle` moves them, at load (`awq.nn.layout.prepare`) or
+at the first forward on a new device; `state_dict` and `load_state_dict` always speak the
+checkpoint's layout, byte for byte.
 
-Threads may call one linear at once, the first time too: a forward reads its tensors and their layout from one immutable
-`Packed`, so that a layout that changes meanwhile is seen as a whole or not at all. Changes take turns.
+Threads may call one linear at once, the first time too: a forward reads its tensors and their
+layout from one immutable `Packed`, so that a layout that changes meanwhile is seen as a whole or
+not at all. Changes take turns.
 """
 
 from __future__ import annotations
@@ -34,14 +36,19 @@ _changing = RLock()  # held while the layout of any linear changes: rare, and sh
 
 
 def _no_weight() -> None:
-    raise ModelError("the model computes with the weight of a packed linear, which has none; dequantize() gives it.")
+    raise ModelError(
+        "the model computes with the weight of a packed linear, which has none; dequantize() "
+        "gives it."
+    )
 
 
 class WQLinear(nn.Module):
-    """A 4-bit linear. Buffers `qweight`, `qzeros`, `scales` in `layout`, and `bias` [out] in the model's dtype.
+    """A 4-bit linear. Buffers `qweight`, `qzeros`, `scales` in `layout`, and `bias` [out] in the
+    model's dtype.
 
     dtype: the model's, as far as is known; what is asked of `weight` is answered with it.
-    format: the layout in checkpoints. layout: the one in memory now: `format`, or what the device's backend computes on.
+    format: the layout in checkpoints. layout: the one in memory now: `format`, or what the device's
+    backend computes on.
 
     Raises ConfigError for a shape that the format cannot hold.
     """
@@ -68,27 +75,38 @@ class WQLinear(nn.Module):
         self.format = self.layout = codec.name
         self.dtype = dtype or torch.float16
         self._settled: Packed | None = None  # None until a layout was chosen for the device
-        self._kept: dict[str, Tensor] = {}  # tensors of the checkpoint that packing again would not give back bit for bit
+        # tensors of the checkpoint that packing again would not give back bit for bit
+        self._kept: dict[str, Tensor] = {}
         problem = codec.why_not(in_features, out_features, self.group_size)
         if problem:
-            raise ConfigError(f"{codec.name} cannot store a linear of {in_features} inputs and {out_features} outputs: {problem}")
+            raise ConfigError(
+                f"{codec.name} cannot store a linear of {in_features} inputs and {out_features} "
+                f"outputs: {problem}"
+            )
         for name, tensor in codec.empty(in_features, out_features, self.group_size, device).items():
             self.register_buffer(name, tensor)
-        self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
+        self.register_buffer(
+            "bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        )
 
     @classmethod
     def from_quantized(
-        cls, weight: QuantizedWeight, bias: Tensor | None = None, format: str = "gemm", layout: str | None = None,
+        cls,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        format: str = "gemm",
+        layout: str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> WQLinear:  # fmt: skip
-        """From a canonical weight [out, in]. layout: in memory, instead of the format's. dtype: of the model.
+    ) -> WQLinear:
+        """From a canonical weight [out, in]. layout: in memory, instead of the format's. dtype: of
+        the model.
 
         Raises ConfigError when the format cannot hold its shape.
         """
         out_features, in_features = weight.codes.shape
-        return cls(in_features, out_features, bias is not None, weight.group_size, format, "meta", dtype)._hold(
-            weight, bias, layout
-        )
+        return cls(
+            in_features, out_features, bias is not None, weight.group_size, format, "meta", dtype
+        )._hold(weight, bias, layout)
 
     def _hold(self, weight: QuantizedWeight, bias: Tensor | None, layout: str | None) -> Self:
         """Itself, with a weight and bias of its shape in place of its empty buffers."""
@@ -140,20 +158,27 @@ class WQLinear(nn.Module):
         else:
             codec = get_format(self.format)
             weight = codec.unpack(before, self.in_features, self.out_features, self.group_size)
-            after, again = get_layout(layout).pack(weight), before if codec.bijective else codec.pack(weight)
-            # Padding that is not zero, or scaled zeros rounded otherwise: rare, small, and needed to save the same bytes.
+            after, again = (
+                get_layout(layout).pack(weight),
+                before if codec.bijective else codec.pack(weight),
+            )
+            # Padding that is not zero, or scaled zeros rounded otherwise: rare, small, and needed
+            # to save the same bytes.
             self._kept = {
                 n: t.cpu()
                 for n, t in before.items()
-                if t is not again[n] and not torch.equal(t.view(torch.uint8), again[n].view(torch.uint8))
+                if t is not again[n]
+                and not torch.equal(t.view(torch.uint8), again[n].view(torch.uint8))
             }
         self._buffers.update(after)
         self.layout = layout
 
     def settle(self, dtype: torch.dtype) -> Packed:
-        """Moves the weight to the layout that the backend for its device and for activations of `dtype` computes on.
+        """Moves the weight to the layout that the backend for its device and for activations of
+        `dtype` computes on.
 
-        Returns the tensors to compute with. On the meta device and inside a CUDA graph capture nothing moves.
+        Returns the tensors to compute with. On the meta device and inside a CUDA graph capture
+        nothing moves.
         """
         with _changing:
             qweight = self._buffers["qweight"]
@@ -168,30 +193,50 @@ class WQLinear(nn.Module):
             return self._settled
 
     def _recognize(self, qweight: Tensor) -> None:
-        """Hooks that offload weights put tensors of the checkpoint's layout back behind the module's back."""
-        shape, dtype = get_format(self.format).shapes(self.in_features, self.out_features, self.group_size)["qweight"]
+        """Hooks that offload weights put tensors of the checkpoint's layout back behind the
+        module's back."""
+        shape, dtype = get_format(self.format).shapes(
+            self.in_features, self.out_features, self.group_size
+        )["qweight"]
         if self.layout != self.format and tuple(qweight.shape) == shape and qweight.dtype == dtype:
             self.layout = self.format
 
     def forward(self, x: Tensor) -> Tensor:
-        # From the dict: an attribute of a module that is a buffer costs half a microsecond, and a decode step has thousands.
+        # From the dict: an attribute of a module that is a buffer costs half a microsecond, and a
+        # decode step has thousands.
         t: Any = self._buffers
         qweight, qzeros, scales, layout = t["qweight"], t["qzeros"], t["scales"], self.layout
         if not torch.compiler.is_compiling():
             settled = self._settled
-            if settled is None or qweight is not settled[0] or qzeros is not settled[1] or scales is not settled[2]:
+            if (
+                settled is None
+                or qweight is not settled[0]
+                or qzeros is not settled[1]
+                or scales is not settled[2]
+            ):
                 settled = self.settle(x.dtype)
             qweight, qzeros, scales, _, layout = settled
         return quantized_linear(
-            x, qweight, qzeros, scales, t["bias"], self.in_features, self.out_features, self.group_size, layout,
-        )  # fmt: skip
+            x,
+            qweight,
+            qzeros,
+            scales,
+            t["bias"],
+            self.in_features,
+            self.out_features,
+            self.group_size,
+            layout,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: tensors and the layout that they have, even while another thread changes it."""
+        """For copies and pickles: tensors and the layout that they have, even while another thread
+        changes it."""
         with _changing:
             return self.__dict__ | {"_buffers": dict(self._buffers), "_settled": None}
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         tensors = self.checkpoint_tensors()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in tensors.items():
@@ -205,7 +250,11 @@ class WQLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WQLinear:
-        kept = {name: t for name, t in self._buffers.items() if name != "bias" and t is not None and t.is_floating_point()}
+        kept = {
+            name: t
+            for name, t in self._buffers.items()
+            if name != "bias" and t is not None and t.is_floating_point()
+        }
         self._settled = None  # it would keep the old tensors alive
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -216,16 +265,20 @@ class WQLinear(nn.Module):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        # Models ask linears for their weight's dtype, device or shape (T5's MLP does); there is none to compute with.
+        # Models ask linears for their weight's dtype, device or shape (T5's MLP does); there is
+        # none to compute with.
         if name == "weight" and "_buffers" in self.__dict__:
             qweight = self._buffers["qweight"]
             assert qweight is not None
-            nothing = torch.empty((), device=qweight.device, dtype=self.dtype).expand(self.out_features, self.in_features)
+            nothing = torch.empty((), device=qweight.device, dtype=self.dtype).expand(
+                self.out_features, self.in_features
+            )
             return metadata_view(nothing, _no_weight)
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, "
             f"group_size={self.group_size}, format={self.format}, layout={self.layout}"
         )

@@ -15,10 +15,12 @@ _SUFFIX = ".safetensors"
 
 @torch.no_grad()
 def leave_files(model: nn.Module) -> int:
-    """Copies every parameter and buffer that still lies in a memory-mapped checkpoint; returns how many bytes.
+    """Copies every parameter and buffer that still lies in a memory-mapped checkpoint; returns how
+    many bytes.
 
-    A file stays mapped, with all pages that were ever read, as long as one tensor of it is in use: without this the packed
-    weights of the file stay resident beside those in the kernels' layout. Linux only; elsewhere nothing is done.
+    A file stays mapped, with all pages that were ever read, as long as one tensor of it is in use:
+    without this the packed weights of the file stay resident beside those in the kernels' layout.
+    Linux only; elsewhere nothing is done.
     """
     ranges, copied = _mapped_files(), 0
     starts = [start for start, _ in ranges]
@@ -34,7 +36,8 @@ def leave_files(model: nn.Module) -> int:
 
 
 def trim() -> None:
-    """Hands free memory of the C library's heap back to the system: it keeps hundreds of MB after weights were moved."""
+    """Hands free memory of the C library's heap back to the system: it keeps hundreds of MB after
+    weights were moved."""
     if sys.platform.startswith("linux"):
         release = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
         if release is not None:
@@ -47,5 +50,7 @@ def _mapped_files() -> list[tuple[int, int]]:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    found = [line.split(maxsplit=1)[0].split("-") for line in lines if line.rstrip().endswith(_SUFFIX)]
+    found = [
+        line.split(maxsplit=1)[0].split("-") for line in lines if line.rstrip().endswith(_SUFFIX)
+    ]
     return sorted((int(start, 16), int(stop, 16)) for start, stop in found)

@@ -1,12 +1,15 @@
-"""`AwqExperts`: all experts of a layer, packed, in one module behind transformers' contract for experts.
+"""`AwqExperts`: all experts of a layer, packed, in one module behind transformers' contract for
+experts.
 
-The weights of all experts are stacked along a leading axis, gate and up joined as the class's activation takes them, and
-computed by `awq::moe_linear`: one call for the first product, one for the second with its weighted sum. A checkpoint never
-shows the stacks. `state_dict` speaks of one packed linear per expert (`3.w1.qweight`), as every reader expects, and is made
-from the canonical weight, so that saving what was loaded gives the same bytes.
+The weights of all experts are stacked along a leading axis, gate and up joined as the class's
+activation takes them, and computed by `awq::moe_linear`: one call for the first product, one for
+the second with its weighted sum. A checkpoint never shows the stacks. `state_dict` speaks of one
+packed linear per expert (`3.w1.qweight`), as every reader expects, and is made from the canonical
+weight, so that saving what was loaded gives the same bytes.
 
-Checkpoints are loaded into an `ExpertLinears` of packed linears, of the names that the files have, and `pack_experts` makes
-one `AwqExperts` of each afterwards, layer by layer: nothing dense exists on the way.
+Checkpoints are loaded into an `ExpertLinears` of packed linears, of the names that the files have,
+and `pack_experts` makes one `AwqExperts` of each afterwards, layer by layer: nothing dense exists
+on the way.
 """
 
 from __future__ import annotations
@@ -21,7 +24,14 @@ from awq.core.weight import QuantizedWeight
 from awq.formats import get_format, get_layout
 from awq.kernels import Packed, Shape, layout_for
 from awq.kernels.moe import expert_of, moe_linear
-from awq.nn.experts import ExpertLinears, ExpertNames, ExpertRules, ExpertShape, named_experts, restore_original
+from awq.nn.experts import (
+    ExpertLinears,
+    ExpertNames,
+    ExpertRules,
+    ExpertShape,
+    named_experts,
+    restore_original,
+)
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import replace_module
 
@@ -29,7 +39,8 @@ _KINDS = ("qweight", "qzeros", "scales")
 
 
 class ExpertStack(nn.Module):
-    """One product of all experts: buffers `qweight`, `qzeros`, `scales` [experts, …] in `layout`, and `bias` [experts, out].
+    """One product of all experts: buffers `qweight`, `qzeros`, `scales` [experts, …] in `layout`,
+    and `bias` [experts, out].
 
     format: the layout of the checkpoint, kept for saving.
     """
@@ -39,16 +50,25 @@ class ExpertStack(nn.Module):
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor] | None, format: str, layout: str) -> None:
+    def __init__(
+        self,
+        weights: Sequence[QuantizedWeight],
+        biases: Sequence[Tensor] | None,
+        format: str,
+        layout: str,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weights[0].codes.shape
         self.group_size, self.num_experts = weights[0].group_size, len(weights)
         self.format, self.layout = format, layout
         self._settled: Tensor | None = None
-        # Not persistent: a checkpoint shows each expert by itself (`AwqExperts.checkpoint_tensors`).
+        # Not persistent: a checkpoint shows each expert by itself
+        # (`AwqExperts.checkpoint_tensors`).
         for kind in _KINDS:
             self.register_buffer(kind, None, persistent=False)
-        self.register_buffer("bias", None if biases is None else torch.stack(list(biases)), persistent=False)
+        self.register_buffer(
+            "bias", None if biases is None else torch.stack(list(biases)), persistent=False
+        )
         self._hold(list(weights), layout)
 
     def _hold(self, weights: list[QuantizedWeight], layout: str) -> None:
@@ -82,7 +102,8 @@ class ExpertStack(nn.Module):
             self._hold([self.weight_of(number) for number in range(self.num_experts)], layout)
 
     def settle(self, dtype: torch.dtype) -> None:
-        """Moves the weights to the layout that the backend for their device and for activations of `dtype` computes on."""
+        """Moves the weights to the layout that the backend for their device and for activations of
+        `dtype` computes on."""
         qweight = self.qweight
         if qweight.is_meta or (qweight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
@@ -97,7 +118,11 @@ class ExpertStack(nn.Module):
         return moe_linear(x, self.packed, experts, weights, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStack:
-        scales = {name: tensor for name, tensor in self._buffers.items() if name in _KINDS and tensor is not None}
+        scales = {
+            name: tensor
+            for name, tensor in self._buffers.items()
+            if name in _KINDS and tensor is not None
+        }
         super()._apply(fn, recurse)
         for name, old in scales.items():
             new = self._buffers[name]
@@ -107,7 +132,8 @@ class ExpertStack(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, "
+            f"experts={self.num_experts}, in_features={self.in_features}, "
+            f"out_features={self.out_features}, "
             f"group_size={self.group_size}, bias={self.bias is not None}, layout={self.layout}"
         )
 
@@ -116,8 +142,13 @@ class AwqExperts(ExpertRules):
     """The packed experts of one layer: `first` (gate and up joined, or up) and `second` (down)."""
 
     def __init__(
-        self, original: nn.Module, shape: ExpertShape, names: ExpertNames, first: ExpertStack, second: ExpertStack
-    ) -> None:  # fmt: skip
+        self,
+        original: nn.Module,
+        shape: ExpertShape,
+        names: ExpertNames,
+        first: ExpertStack,
+        second: ExpertStack,
+    ) -> None:
         """original: transformers' module, which loses its weights."""
         super().__init__(original, shape, names)
         self.first, self.second = first, second
@@ -126,12 +157,16 @@ class AwqExperts(ExpertRules):
     def from_linears(cls, linears: ExpertLinears) -> AwqExperts:
         """From exposed experts whose linears are all packed, alike; these are emptied."""
         triples = [linears.linears(number) for number in range(linears.shape.num_experts)]
-        first, second = _first_stack(linears, triples), _stack([cast(WQLinear, down) for _, _, down in triples])
+        first, second = (
+            _first_stack(linears, triples),
+            _stack([cast(WQLinear, down) for _, _, down in triples]),
+        )
         made = cls(linears.original, linears.shape, linears.names, first, second)
         return made.train(linears.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[tokens, hidden] → [tokens, hidden]. top_k_index: int [tokens, top_k]; top_k_weights: float [tokens, top_k]."""
+        """[tokens, hidden] → [tokens, hidden]. top_k_index: int [tokens, top_k]; top_k_weights:
+        float [tokens, top_k]."""
         inner = self.activate(self.first(hidden_states, top_k_index))
         if not self.has_norm:
             return self.second(inner, top_k_index, top_k_weights)
@@ -139,7 +174,8 @@ class AwqExperts(ExpertRules):
         return (output.float() * top_k_weights.float().unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
     def weights_of(self, number: int) -> dict[str, tuple[QuantizedWeight, Tensor | None]]:
-        """Name ("w1") → (canonical weight, bias) of one expert's linears, as a checkpoint holds them."""
+        """Name ("w1") → (canonical weight, bias) of one expert's linears, as a checkpoint holds
+        them."""
         first, bias = self.first.weight_of(number), self.first.bias_of(number)
         found: dict[str, tuple[QuantizedWeight, Tensor | None]] = {}
         if self.shape.has_gate:
@@ -173,20 +209,36 @@ class AwqExperts(ExpertRules):
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
         """The module of transformers with dense weights."""
         parts = [self.weights_of(number) for number in range(self.shape.num_experts)]
-        order = ([self.names.gate] if self.shape.has_gate else []) + [self.names.up, self.names.down]
+        order = ([self.names.gate] if self.shape.has_gate else []) + [
+            self.names.up,
+            self.names.down,
+        ]
         missing: list[Tensor | None] = [] if self.shape.has_gate else [None]
         weights = [missing + [part[name][0].dequantize(dtype) for name in order] for part in parts]
         if not self.shape.has_bias:
             return restore_original(self, weights, None)
-        biases = [missing + [cast(Tensor, part[name][1]).to(dtype) for name in order] for part in parts]
+        biases = [
+            missing + [cast(Tensor, part[name][1]).to(dtype) for name in order] for part in parts
+        ]
         return restore_original(self, weights, biases)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: tensor for name, tensor in self.checkpoint_tensors().items()})
+        destination.update(
+            {prefix + name: tensor for name, tensor in self.checkpoint_tensors().items()}
+        )
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list, unexpected: list, errors: list
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list,
+        unexpected: list,
+        errors: list,
     ) -> None:
         ours = {prefix + name: tensor for name, tensor in self.checkpoint_tensors().items()}
         given = {name: state_dict[name] for name in ours if name in state_dict}
@@ -209,7 +261,11 @@ class AwqExperts(ExpertRules):
             if self.shape.has_gate:
                 gate, gate_bias = self._linear_of(tensors, number, self.names.gate)
                 up = _joined(self.shape, gate, up)
-                up_bias = None if gate_bias is None or up_bias is None else self.shape.join(gate_bias, up_bias, 0)
+                up_bias = (
+                    None
+                    if gate_bias is None or up_bias is None
+                    else self.shape.join(gate_bias, up_bias, 0)
+                )
             firsts.append(up)
             seconds.append(down)
             if up_bias is not None and down_bias is not None:
@@ -218,7 +274,9 @@ class AwqExperts(ExpertRules):
         self.first.load(firsts, first_biases)
         self.second.load(seconds, second_biases)
 
-    def _linear_of(self, tensors: dict[str, Tensor], number: int, name: str) -> tuple[QuantizedWeight, Tensor | None]:
+    def _linear_of(
+        self, tensors: dict[str, Tensor], number: int, name: str
+    ) -> tuple[QuantizedWeight, Tensor | None]:
         """(canonical weight, bias) of one expert's linear, out of checkpoint tensors."""
         down = name == self.names.down
         inputs = self.second.in_features if down else self.first.in_features
@@ -248,12 +306,18 @@ def _first_stack(linears: ExpertLinears, triples: list[tuple[Any, Any, Any]]) ->
 
 def _stack(linears: list[WQLinear]) -> ExpertStack:
     biases = [linear.bias for linear in linears if linear.bias is not None]
-    return ExpertStack([linear.quantized() for linear in linears], biases or None, linears[0].format, linears[0].format)
+    return ExpertStack(
+        [linear.quantized() for linear in linears],
+        biases or None,
+        linears[0].format,
+        linears[0].format,
+    )
 
 
 @torch.no_grad()
 def pack_experts(model: nn.Module) -> int:
-    """Makes one `AwqExperts` of every `ExpertLinears` whose linears are all packed, in place; returns how many there are."""
+    """Makes one `AwqExperts` of every `ExpertLinears` whose linears are all packed, in place;
+    returns how many there are."""
     made = 0
     for name, linears in named_experts(model).items():
         triples = [linears.linears(number) for number in range(linears.shape.num_experts)]

@@ -1,4 +1,5 @@
-"""Looking at and swapping linears of a model. GPT-2's `Conv1D` is a linear whose weight is stored transposed."""
+"""Looking at and swapping linears of a model. GPT-2's `Conv1D` is a linear whose weight is stored
+transposed."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ _acts_as_linear: dict[type, bool] = {}  # of subclasses with a forward of their 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a dense linear this package can quantize.
 
-    A subclass with a forward of its own may be one (falcon's), or a router that gives its choice, or a grouped product: it is
-    one when it gives x Wᵀ + b.
+    A subclass with a forward of its own may be one (falcon's), or a router that gives its choice,
+    or a grouped product: it is one when it gives x Wᵀ + b.
     """
     if not isinstance(module, LINEARS):
         return False
@@ -38,7 +39,11 @@ def is_linear(module: nn.Module) -> bool:
 def _gives_product(module: nn.Module) -> bool:
     """On two rows of numbers; by shape alone on the meta device. Hooks are passed by."""
     weight, bias = get_weight(module), cast("Tensor | None", module.bias)
-    x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(2, -1).to(weight.dtype)
+    x = (
+        torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device)
+        .view(2, -1)
+        .to(weight.dtype)
+    )
     try:
         y = type(module).forward(module, x)
         expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
@@ -67,19 +72,26 @@ def named_linears(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def usable_device(wanted: Any = None) -> torch.device:
-    """The device that `wanted` names ("cpu", "cuda", "cuda:1", a torch.device); None means the GPU if there is one.
+    """The device that `wanted` names ("cpu", "cuda", "cuda:1", a torch.device); None means the GPU
+    if there is one.
 
-    A GPU comes with its number. Raises ConfigError for what is no device and for a GPU that torch does not see.
+    A GPU comes with its number. Raises ConfigError for what is no device and for a GPU that torch
+    does not see.
     """
     try:
-        device = torch.device(wanted if wanted is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(
+            wanted if wanted is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        )
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f'device is {wanted!r}; use "cpu", "cuda" or "cuda:N".') from error
     if device.type != "cuda":
         return device
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) >= count:
-        raise ConfigError(f'device is {str(wanted)!r}, but torch sees {count} GPUs; use "cpu", or install torch for GPUs.')
+        raise ConfigError(
+            f'device is {str(wanted)!r}, but torch sees {count} GPUs; use "cpu", or install torch '
+            "for GPUs."
+        )
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 

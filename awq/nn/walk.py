@@ -1,21 +1,21 @@
 """Walking through a model block by block with the inputs that each block gets.
 
-Whoever looks at blocks one at a time walks the same way: the quantizer, `awq folds` and the table of folds. A walk carries
-up to three sets of inputs from block to block:
+Whoever looks at blocks one at a time walks the same way: the quantizer, `awq folds` and the table
+of folds. A walk carries up to three sets of inputs from block to block:
 
 - many-token probes: a few short rows, on which folds are proven;
-- one-token probes: rows of a single token, in which attention has nothing to mix, so that a row of a value projection
-  can be followed to the channel that it feeds;
-- calibration: all the batches, if the caller has any. The caller moves these past a block when it is done with it, because
-  a quantizer hands on what the *quantized* block computes.
+- one-token probes: rows of a single token, in which attention has nothing to mix, so that a row of
+  a value projection can be followed to the channel that it feeds;
+- calibration: all the batches, if the caller has any. The caller moves these past a block when it
+  is done with it, because a quantizer hands on what the *quantized* block computes.
 
-A model may have several lists that run one after the other: an encoder and its decoder. The second list's inputs are recorded
-again when the walk comes to it, with the first as the caller left it, so that a decoder's cross-attention reads what the
-quantized encoder gives.
+A model may have several lists that run one after the other: an encoder and its decoder. The second
+list's inputs are recorded again when the walk comes to it, with the first as the caller left it, so
+that a decoder's cross-attention reads what the quantized encoder gives.
 
-A visited block lies on the work device in float32, whatever the model's dtype: folding in 16 bits costs accuracy before
-quantization has begun, and float16 products are a hundred times slower on a CPU. Afterwards every tensor has its own dtype
-and device again.
+A visited block lies on the work device in float32, whatever the model's dtype: folding in 16 bits
+costs accuracy before quantization has begun, and float16 products are a hundred times slower on a
+CPU. Afterwards every tensor has its own dtype and device again.
 """
 
 from __future__ import annotations
@@ -40,16 +40,20 @@ PROBE_ROWS = 2
 PROBE_TOKENS = 32  # in each row of the many-token probe
 ONE_TOKEN_ROWS = 64
 
-Calls = list[tuple[BlockCall, Tensor]]  # arguments and hidden states [batch, tokens, features] of one block, batch by batch
+# arguments and hidden states [batch, tokens, features] of one block, batch by batch
+Calls = list[tuple[BlockCall, Tensor]]
 ModelInputs = dict[str, Tensor]  # keyword arguments of the model's forward
 
 
 @dataclass
 class BlockInputs:
-    """What the blocks of one list read: their arguments, and the hidden states that have come as far as the present block.
+    """What the blocks of one list read: their arguments, and the hidden states that have come as
+    far as the present block.
 
-    calls: [batch][block]. hidden: one tensor [rows, tokens, features] a batch. masks: bool [rows, tokens] of real tokens, or
-    None when all are. encoder_masks: the same for a decoder's other input, the tokens of its encoder; else None.
+    calls: [batch][block]. hidden: one tensor [rows, tokens, features] a batch. masks: bool [rows,
+    tokens] of real tokens, or
+    None when all are. encoder_masks: the same for a decoder's other input, the tokens of its
+    encoder; else None.
     """
 
     calls: list[list[BlockCall]]
@@ -71,7 +75,8 @@ class BlockInputs:
 class BlockVisit:
     """One block in float32 on `device`, and its inputs.
 
-    name: full name in the model; index: place in its list; dtypes: of the block's tensors, by name, outside this visit.
+    name: full name in the model; index: place in its list; dtypes: of the block's tensors, by name,
+    outside this visit.
     """
 
     name: str
@@ -96,7 +101,10 @@ class BlockVisit:
     def encoder_masks(self) -> list[Tensor | None]:
         """The masks of what a decoder's cross-attention reads, on the visit's device."""
         assert self.calibration is not None
-        return [None if mask is None else mask.to(self.device) for mask in self.calibration.encoder_masks]
+        return [
+            None if mask is None else mask.to(self.device)
+            for mask in self.calibration.encoder_masks
+        ]
 
     def advance(self) -> None:
         """Moves the calibration inputs past the block as it is now."""
@@ -105,12 +113,15 @@ class BlockVisit:
 
 
 class BlockWalk:
-    """Iterates over all blocks of `lists` in order. The first list's inputs are recorded when the walk is made.
+    """Iterates over all blocks of `lists` in order. The first list's inputs are recorded when the
+    walk is made.
 
     lists: in the order in which they run (`reached_lists`).
-    inputs: at least one model input with `input_ids` and `attention_mask` [rows, tokens], of which the probes are cut.
-    calibration: whether all of `inputs` walk along, too. device: where blocks are visited; default: where the model is.
-    Raises ModelError when the model's forward fails on the inputs, or does not call a block.
+    inputs: at least one model input with `input_ids` and `attention_mask` [rows, tokens], of which
+    the probes are cut.
+    calibration: whether all of `inputs` walk along, too. device: where blocks are visited; default:
+    where the model is. Raises ModelError when the model's forward fails on the inputs, or does not
+    call a block.
     """
 
     def __init__(
@@ -129,14 +140,16 @@ class BlockWalk:
         self._first = self._record(0)
 
     def _record(self, number: int) -> tuple[BlockInputs | None, BlockInputs, BlockInputs]:
-        """(calibration, many-token probe, one-token probe) of one list. The lists before it run as they are now."""
+        """(calibration, many-token probe, one-token probe) of one list. The lists before it run as
+        they are now."""
         lists = self.lists[number:]
         many, single = self._probes
         calibration = None if self._inputs is None else _record(self.model, lists, self._inputs)
         return calibration, _record(self.model, lists, [many]), self._record_single(lists, single)
 
     def _record_single(self, lists: Sequence[BlockList], single: ModelInputs) -> BlockInputs:
-        """Without calls where the model cannot run on single tokens (it pools them): then no fold into a linear is found."""
+        """Without calls where the model cannot run on single tokens (it pools them): then no fold
+        into a linear is found."""
         try:
             return _record(self.model, lists, [single])
         except ModelError as error:
@@ -161,21 +174,25 @@ class BlockWalk:
                         single=single.at(index, self.device),
                         calibration=calibration,
                     )
-                    # Before the caller changes the block: probes show the function of the original model.
+                    # Before the caller changes the block: probes show the function of the original
+                    # model.
                     many.advance(block, index, self.device)
                     single.advance(block, index, self.device)
                     yield visit
 
 
 def probe_inputs(inputs: Sequence[ModelInputs]) -> tuple[ModelInputs, ModelInputs]:
-    """(many-token probe [PROBE_ROWS, up to PROBE_TOKENS], one-token probe [up to ONE_TOKEN_ROWS, 1]), without padding."""
+    """(many-token probe [PROBE_ROWS, up to PROBE_TOKENS], one-token probe [up to ONE_TOKEN_ROWS,
+    1]), without padding."""
     longest = max(inputs, key=lambda item: int(item["attention_mask"].sum(1).max()))
     rows = longest["attention_mask"].sum(1).argsort(descending=True, stable=True)[:PROBE_ROWS]
     ids, mask = longest["input_ids"][rows], longest["attention_mask"][rows].bool()
     length = max(1, min(PROBE_TOKENS, int(mask.sum(1).min())))
     many = torch.stack([row[keep][:length] for row, keep in zip(ids, mask)])
 
-    tokens = torch.cat([item["input_ids"][item["attention_mask"].bool()] for item in inputs[:8]]).unique()
+    tokens = torch.cat(
+        [item["input_ids"][item["attention_mask"].bool()] for item in inputs[:8]]
+    ).unique()
     spread = torch.linspace(0, len(tokens) - 1, min(ONE_TOKEN_ROWS, len(tokens))).long()
     single = tokens[spread.to(tokens.device)].unsqueeze(1)
     return _without_padding(many), _without_padding(single)
@@ -185,16 +202,22 @@ def _without_padding(ids: Tensor) -> ModelInputs:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _record(model: nn.Module, lists: Sequence[BlockList], inputs: Sequence[ModelInputs]) -> BlockInputs:
+def _record(
+    model: nn.Module, lists: Sequence[BlockList], inputs: Sequence[ModelInputs]
+) -> BlockInputs:
     """The inputs of the first of `lists`. The others do nothing."""
     home = device_of(model)
     items = [with_decoder_inputs(model, item) for item in inputs]
-    recorded = record_block_calls(model, lists, [{k: v.to(home) for k, v in item.items()} for item in items])
+    recorded = record_block_calls(
+        model, lists, [{k: v.to(home) for k, v in item.items()} for item in items]
+    )
     hidden = recorded.hidden[0]
     masks, encoder_masks = [], []
     for item, entering in zip(items, hidden):
         mask, decoder_mask = item["attention_mask"], item.get("decoder_attention_mask")
-        in_decoder = decoder_mask is not None and decoder_mask.shape == entering.shape[:2] != mask.shape
+        in_decoder = (
+            decoder_mask is not None and decoder_mask.shape == entering.shape[:2] != mask.shape
+        )
         masks.append(_mask(decoder_mask if in_decoder and decoder_mask is not None else mask))
         encoder_masks.append(_mask(mask) if in_decoder else None)
     return BlockInputs(recorded.calls[0], hidden, masks, encoder_masks)
@@ -214,7 +237,8 @@ def in_float32(block: nn.Module, device: torch.device) -> Iterator[dict[str, tor
         yield dtypes
     finally:
         block.to(home)
-        for name, tensor in _tensors(block):  # each as it was: some models keep norms or tables in float32
+        # each as it was: some models keep norms or tables in float32
+        for name, tensor in _tensors(block):
             if name in dtypes and tensor.dtype != dtypes[name]:
                 tensor.data = tensor.data.to(dtypes[name])
 

@@ -1,13 +1,16 @@
-"""Detects layers whose weight is used without calling the layer, which a packed linear cannot stand in for.
+"""Detects layers whose weight is used without calling the layer, which a packed linear cannot stand
+in for.
 
-Most models call their linears. Some compute with `linear.weight` themselves: mamba's mixer does so with `dt_proj`, and
-`nn.MultiheadAttention` with `out_proj`. A packed linear has no such weight, so these layers must stay dense. Other models
-ask a weight only for its dtype or device (T5 asks its `wo`), which a packed linear can tell.
+Most models call their linears. Some compute with `linear.weight` themselves: mamba's mixer does so
+with `dt_proj`, and `nn.MultiheadAttention` with `out_proj`. A packed linear has no such weight, so
+these layers must stay dense. Other models ask a weight only for its dtype or device (T5 asks its
+`wo`), which a packed linear can tell.
 
-`watched_weights` gives every watched linear a weight that notices the difference: a tensor subclass that answers questions
-*about* itself (dtype, device, shape) and takes note of any computation *with* it. The layer's own forward is let through.
-The packed linear answers `weight` with the same kind of tensor, `metadata_view`, and raises an error that says what to do
-when somebody computes with it after all.
+`watched_weights` gives every watched linear a weight that notices the difference: a tensor subclass
+that answers questions *about* itself (dtype, device, shape) and takes note of any computation
+*with* it. The layer's own forward is let through. The packed linear answers `weight` with the same
+kind of tensor, `metadata_view`, and raises an error that says what to do when somebody computes
+with it after all.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ class _MetadataView(Tensor):
     """Calls its `used` when something is computed with it."""
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if function not in _METADATA:
             for value in _flat((*args, *kwargs.values())):
@@ -60,7 +65,8 @@ def _flat(values: tuple) -> Iterator[Any]:
 
 
 def metadata_view(tensor: Tensor, used: Callable[[], None]) -> Tensor:
-    """A view that tells dtype, device and shape, and calls `used` first when it is computed with."""
+    """A view that tells dtype, device and shape, and calls `used` first when it is computed
+    with."""
     view = tensor.detach().as_subclass(_MetadataView)
     view.__dict__["used"] = used
     return view
@@ -68,7 +74,8 @@ def metadata_view(tensor: Tensor, used: Callable[[], None]) -> Tensor:
 
 @contextmanager
 def watched_weights(model: nn.Module, names: Collection[str]) -> Iterator[set[str]]:
-    """While open, fills the yielded set with those of the linears `names` whose weight somebody else computes with."""
+    """While open, fills the yielded set with those of the linears `names` whose weight somebody
+    else computes with."""
     read: set[str] = set()
     watches = []
     try:
@@ -84,7 +91,8 @@ def watched_weights(model: nn.Module, names: Collection[str]) -> Iterator[set[st
 
 
 class _Watch:
-    """Gives one module a `weight` that notes accesses from outside its own forward, by way of a subclass of its class."""
+    """Gives one module a `weight` that notes accesses from outside its own forward, by way of a
+    subclass of its class."""
 
     def __init__(self, module: nn.Module, note: Callable[[], Any]) -> None:
         self.module, self.kind, self.note = module, type(module), note
@@ -93,7 +101,9 @@ class _Watch:
             module.register_forward_pre_hook(lambda *_: self._enter()),
             module.register_forward_hook(lambda *_: self._leave(), always_call=True),
         ]
-        module.__class__ = type(self.kind.__name__, (self.kind,), {"weight": property(lambda _module: self._weight())})
+        module.__class__ = type(
+            self.kind.__name__, (self.kind,), {"weight": property(lambda _module: self._weight())}
+        )
 
     def _enter(self) -> None:
         self.depth += 1

@@ -1,4 +1,5 @@
-"""`BlockQuantizer`: the steps that quantize one block, in the order in which `pipeline` calls them."""
+"""`BlockQuantizer`: the steps that quantize one block, in the order in which `pipeline` calls
+them."""
 
 from __future__ import annotations
 
@@ -17,8 +18,19 @@ from awq.nn.experts import every_token, expert_of, named_experts
 from awq.nn.hooks import input_of
 from awq.nn.surgery import get_weight, linear_shape
 from awq.nn.walk import BlockVisit
-from awq.quantize.experts import RoundingPart, collect_experts, complete_experts, rounding_parts, statistics_name
-from awq.quantize.group import QuantizedLinear, choose_scale, quantize_group, round_to_nearest_losses
+from awq.quantize.experts import (
+    RoundingPart,
+    collect_experts,
+    complete_experts,
+    rounding_parts,
+    statistics_name,
+)
+from awq.quantize.group import (
+    QuantizedLinear,
+    choose_scale,
+    quantize_group,
+    round_to_nearest_losses,
+)
 from awq.quantize.input_error import InputErrorStatistics, OriginalInputs
 from awq.quantize.run import QuantizeRun
 from awq.quantize.statistics import InputStatistics, MaskHolder, collect_inputs, fitting_mask
@@ -29,14 +41,20 @@ logger = logging.getLogger("awq.quantize")
 class BlockQuantizer:
     """One block in float32, and what is known about it so far.
 
-    groups: linears that share an input, those with something to quantize. parts: what of them is rounded together.
-    statistics: by `RoundingPart.statistics`, in order of first calls. choices: the scale that was folded for each group.
+    groups: linears that share an input, those with something to quantize. parts: what of them is
+    rounded together.
+    statistics: by `RoundingPart.statistics`, in order of first calls. choices: the scale that was
+    folded for each group.
     """
 
     def __init__(self, run: QuantizeRun, visit: BlockVisit) -> None:
         self.run, self.visit = run, visit
         self.block: nn.Module = visit.block
-        self.targets = {name.removeprefix(f"{visit.name}.") for name in run.plan.targets if name.startswith(f"{visit.name}.")}
+        self.targets = {
+            name.removeprefix(f"{visit.name}.")
+            for name in run.plan.targets
+            if name.startswith(f"{visit.name}.")
+        }
         self.groups: list[InputGroup] = []
         self.parts: list[RoundingPart] = []
         self.statistics: dict[str, InputStatistics] = {}
@@ -48,7 +66,8 @@ class BlockQuantizer:
     # 1. Which scales can move where
 
     def find_folds(self) -> None:
-        """Input groups with proven folds: discovered once per structure of blocks, proven on every block."""
+        """Input groups with proven folds: discovered once per structure of blocks, proven on every
+        block."""
         with every_token(self.block):
             groups = [self._within_one_block(group) for group in self._proven_groups()]
         self.groups = [group for group in groups if self.targets.intersection(group.consumers)]
@@ -67,11 +86,17 @@ class BlockQuantizer:
         self.run.known_folds[structure] = groups
         for group in groups:
             if group.fold is None:
-                logger.info("%s: %s keeps scale 1: %s", self.visit.name, ", ".join(group.consumers), group.reason)
+                logger.info(
+                    "%s: %s keeps scale 1: %s",
+                    self.visit.name,
+                    ", ".join(group.consumers),
+                    group.reason,
+                )
         return groups
 
     def _within_one_block(self, group: InputGroup) -> InputGroup:
-        """Without a fold that touches weights which other blocks use, too: those have neighbours of their own."""
+        """Without a fold that touches weights which other blocks use, too: those have neighbours of
+        their own."""
         fold = group.fold
         if fold is None:
             return group
@@ -83,7 +108,8 @@ class BlockQuantizer:
     # 2. What the linears read
 
     def gather_statistics(self) -> None:
-        """The Gram matrix of each distinct linear input, in one forward over the calibration tokens."""
+        """The Gram matrix of each distinct linear input, in one forward over the calibration
+        tokens."""
         holder = MaskHolder()
         everything = {name for group in self.groups for name in group.consumers}
         readers = [part.statistics for part in rounding_parts(self.block, self.groups, everything)]
@@ -95,24 +121,33 @@ class BlockQuantizer:
             collect_inputs(self.block, [*shared, *layers], holder) as statistics,
             collect_experts(self.block, routed, holder, statistics, routed_tokens),
         ):
-            for (call, hidden), *masks in zip(self.visit.calls(), self.visit.masks(), self.visit.encoder_masks()):
+            for (call, hidden), *masks in zip(
+                self.visit.calls(), self.visit.masks(), self.visit.encoder_masks()
+            ):
                 holder.mask, holder.encoder = masks
                 call.run(self.block, hidden)
         for group in self.groups:
             if not expert_of(self.block, group.consumers[0]):
-                statistics.setdefault(group.consumers[0], InputStatistics(group.in_features, self.visit.device))
-        for owner, tokens in complete_experts(self.block, statistics, routed, routed_tokens).items():
+                statistics.setdefault(
+                    group.consumers[0], InputStatistics(group.in_features, self.visit.device)
+                )
+        for owner, tokens in complete_experts(
+            self.block, statistics, routed, routed_tokens
+        ).items():
             self.run.report.experts[f"{self.visit.name}.{owner}"] = tokens
         for name, found in statistics.items():
             if found.dropped:
-                self._warn(f"{name}: {found.dropped} tokens with non-finite activations were left out.")
+                self._warn(
+                    f"{name}: {found.dropped} tokens with non-finite activations were left out."
+                )
             found.shrink_to_diagonal()
         self.statistics = statistics
 
     # 3. Activation-aware scales
 
     def fold_scales(self) -> None:
-        """Chooses every group's scale for the block as it is, then folds them all: the function stays the same."""
+        """Chooses every group's scale for the block as it is, then folds them all: the function
+        stays the same."""
         run = self.run
         for group in self.groups:
             statistics = self.statistics[statistics_name(self.block, group)]
@@ -122,7 +157,9 @@ class BlockQuantizer:
             self.choices.append(choice)
         for part in self.parts:
             statistics = self.statistics[part.statistics]
-            self.losses_rtn |= round_to_nearest_losses(self.block, part.group, part.names, statistics, run.config)
+            self.losses_rtn |= round_to_nearest_losses(
+                self.block, part.group, part.names, statistics, run.config
+            )
         for group, choice in zip(self.groups, self.choices):
             if group.fold is not None and choice.kind != "identity":
                 apply_fold(self.block, group.fold, choice.scale)
@@ -130,7 +167,8 @@ class BlockQuantizer:
     # 4. Ranges and codes
 
     def note_original_inputs(self) -> None:
-        """Keeps what the block's linears read in the original model; the block is copied, folded and not yet quantized."""
+        """Keeps what the block's linears read in the original model; the block is copied, folded
+        and not yet quantized."""
         if not self.run.corrects_inputs:
             return
         assert self.visit.calibration is not None
@@ -143,7 +181,8 @@ class BlockQuantizer:
         self.original = OriginalInputs(deepcopy(self.block), names, calls, hidden, self.run.judges)
 
     def round_weights(self) -> None:
-        """Quantizes the parts in the order of their first calls: a linear's input changes with those before it."""
+        """Quantizes the parts in the order of their first calls: a linear's input changes with
+        those before it."""
         order = list(self.statistics)
         for part in sorted(self.parts, key=lambda part: order.index(part.statistics)):
             self._round_part(part)
@@ -156,7 +195,9 @@ class BlockQuantizer:
             statistics = self.statistics[part.statistics].divided_by(choice.scale)
         with self.run.phase("rounding"):
             config, options = self.run.config, self.run.options
-            results = quantize_group(self.block, part.group, statistics, choice, part.names, config, options)
+            results = quantize_group(
+                self.block, part.group, statistics, choice, part.names, config, options
+            )
             for result in results:
                 self._write(result)
         self.results += results
@@ -176,7 +217,8 @@ class BlockQuantizer:
     # 5. On to the next block
 
     def advance(self) -> None:
-        """The next block gets the *quantized* block's outputs, so that its error feedback corrects what this one did."""
+        """The next block gets the *quantized* block's outputs, so that its error feedback corrects
+        what this one did."""
         if self.original is not None:
             self.run.original_hidden = self.original.outputs()
         self.visit.advance()
@@ -206,26 +248,39 @@ def _no_finite_loss(choice: ScaleChoice) -> bool:
 
 
 def once_per_token(statistics: InputStatistics, visit: BlockVisit) -> bool:
-    """Whether an input comes once for every token: an expert's cannot be compared between two models."""
+    """Whether an input comes once for every token: an expert's cannot be compared between two
+    models."""
     assert visit.calibration is not None
     inputs = visit.calibration
-    own = sum(h.shape[0] * h.shape[1] if mask is None else int(mask.sum()) for h, mask in zip(inputs.hidden, inputs.masks))
+    own = sum(
+        h.shape[0] * h.shape[1] if mask is None else int(mask.sum())
+        for h, mask in zip(inputs.hidden, inputs.masks)
+    )
     encoder = sum(0 if mask is None else int(mask.sum()) for mask in inputs.encoder_masks)
     seen = statistics.tokens + statistics.dropped
-    return statistics.calls == len(inputs.hidden) and statistics.tokens > 0 and seen in (own, encoder)
+    return (
+        statistics.calls == len(inputs.hidden) and statistics.tokens > 0 and seen in (own, encoder)
+    )
 
 
 def input_error(
-    block: nn.Module, name: str, original: OriginalInputs, visit: BlockVisit, unused: frozenset[int] = frozenset()
+    block: nn.Module,
+    name: str,
+    original: OriginalInputs,
+    visit: BlockVisit,
+    unused: frozenset[int] = frozenset(),
 ) -> InputErrorStatistics | None:
-    """Statistics of the input of the linear `name` now and in the original block; None when they cannot be compared.
+    """Statistics of the input of the linear `name` now and in the original block; None when they
+    cannot be compared.
 
     unused: batches that are left out.
     """
     if name not in original.names:
         return None
     found = InputErrorStatistics(linear_shape(block.get_submodule(name))[0], visit.device)
-    for index, ((call, hidden), *masks) in enumerate(zip(visit.calls(), visit.masks(), visit.encoder_masks())):
+    for index, ((call, hidden), *masks) in enumerate(
+        zip(visit.calls(), visit.masks(), visit.encoder_masks())
+    ):
         if index not in unused:
             now = input_of(block, name, partial(call.run, block, hidden))
             assert now is not None

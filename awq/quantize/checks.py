@@ -1,4 +1,5 @@
-"""What can be known to be wrong with a model or its settings before any work: asked once, by every door that quantizes."""
+"""What can be known to be wrong with a model or its settings before any work: asked once, by every
+door that quantizes."""
 
 from __future__ import annotations
 
@@ -19,25 +20,39 @@ def check_quantizable(model: nn.Module, config: AwqConfig, path: Any = "the mode
     Raises ModelError or ConfigError, with names; no weight was touched then.
     """
     check_exclusions(model, config.modules_to_not_convert)
-    offloaded = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
+    offloaded = [
+        name
+        for name, tensor in chain(model.named_parameters(), model.named_buffers())
+        if tensor.is_meta
+    ]
     if offloaded:
         raise ModelError(
-            f"{offloaded[0]} and {len(offloaded) - 1} more tensors of {path} are offloaded (device_map); load the model on the "
+            f"{offloaded[0]} and {len(offloaded) - 1} more tensors of {path} are offloaded "
+            "(device_map); load the model on the "
             "CPU to quantize it: blocks are moved to the GPU one at a time."
         )
     check_finite(model, path, ModelError)
 
 
 def check_exclusions(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Raises ConfigError for a name in `modules_to_not_convert` that is no module of the model, with names like it."""
+    """Raises ConfigError for a name in `modules_to_not_convert` that is no module of the model,
+    with names like it."""
     modules = [name for name, _ in model.named_modules() if name]
     for name in names:
         if any(f".{name}." in f".{module}." for module in modules):
             continue
-        parts = sorted({part for module in modules for part in module.split(".") if not part.isdigit()})
-        near = get_close_matches(name.strip("*.").rpartition(".")[2], parts, n=3, cutoff=0.5) or parts[:5]
-        pattern = " Patterns are not understood." if any(sign in name for sign in "*:\\^$?[") else ""
+        parts = sorted(
+            {part for module in modules for part in module.split(".") if not part.isdigit()}
+        )
+        near = (
+            get_close_matches(name.strip("*.").rpartition(".")[2], parts, n=3, cutoff=0.5)
+            or parts[:5]
+        )
+        pattern = (
+            " Patterns are not understood." if any(sign in name for sign in "*:\\^$?[") else ""
+        )
         raise ConfigError(
-            f"modules_to_not_convert: {name!r} is no module of the model.{pattern} Give a module's full name or a part of it "
+            f"modules_to_not_convert: {name!r} is no module of the model.{pattern} Give a "
+            "module's full name or a part of it "
             f"between dots, such as {', '.join(near)}."
         )

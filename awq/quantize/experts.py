@@ -1,12 +1,15 @@
-"""Mixtures of experts in the pipeline: groups by expert, and statistics for experts that few tokens reach.
+"""Mixtures of experts in the pipeline: groups by expert, and statistics for experts that few tokens
+reach.
 
-All experts of a layer read the same hidden states, so one fold feeds them all, and their scale is searched for the layer. But
-each expert sees its own tokens only, and its codes are chosen for these: an `InputStatistics` of its own, in which a token
-counts with the router's weight, since that is how its error reaches the output.
+All experts of a layer read the same hidden states, so one fold feeds them all, and their scale is
+searched for the layer. But each expert sees its own tokens only, and its codes are chosen for
+these: an `InputStatistics` of its own, in which a token counts with the router's weight, since that
+is how its error reaches the output.
 
-An expert that few tokens reach would be rounded for next to nothing. It borrows from the layer: as many tokens as it lacks to
-TOKENS_PER_CHANNEL for each input, and at most all that there are. Gate and up borrow the layer's own Gram matrix, which is
-there already; down needs its expert to run on the borrowed tokens. Why this rule: docs/experts.md.
+An expert that few tokens reach would be rounded for next to nothing. It borrows from the layer: as
+many tokens as it lacks to TOKENS_PER_CHANNEL for each input, and at most all that there are. Gate
+and up borrow the layer's own Gram matrix, which is there already; down needs its expert to run on
+the borrowed tokens. Why this rule: docs/experts.md.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from awq.quantize.plan import Plan
 from awq.quantize.statistics import InputStatistics, MaskHolder
 
 WEIGHT_POWER = 1.0  # of the router's weight, with which a token counts in its expert's statistics
-# Serving engines multiply this projection of multi-head latent attention out when they load it: 4 bits there only cost quality.
+# Serving engines multiply this projection of multi-head latent attention out when they load it: 4
+# bits there only cost quality.
 DEQUANTIZED_BY_ENGINES = "kv_b_proj"
 
 
@@ -64,7 +68,8 @@ class RoutedStatistics(InputStatistics):
         return self.missing_tokens
 
     def borrow(self, layer: InputStatistics) -> int:
-        """Adds what the layer's tokens would, as many as are wanted and there are; returns how many."""
+        """Adds what the layer's tokens would, as many as are wanted and there are; returns how
+        many."""
         amount = min(self.wanted, layer.tokens)
         if amount > 0:
             share = amount / layer.tokens
@@ -79,7 +84,8 @@ class RoutedStatistics(InputStatistics):
 class RoundingPart:
     """Linears that are rounded together: those of a group that see the same tokens.
 
-    source: index of the group whose scale they take; statistics: the name their input's statistics are filed under.
+    source: index of the group whose scale they take; statistics: the name their input's statistics
+    are filed under.
     """
 
     group: InputGroup
@@ -89,7 +95,8 @@ class RoundingPart:
 
 
 def statistics_name(block: nn.Module, group: InputGroup) -> str:
-    """Under which name the input of a whole group is found: its first linear, or the module of experts that hands it out."""
+    """Under which name the input of a whole group is found: its first linear, or the module of
+    experts that hands it out."""
     for name in group.consumers:
         if expert_of(block, name) is None:
             return name
@@ -98,8 +105,11 @@ def statistics_name(block: nn.Module, group: InputGroup) -> str:
     return group.consumers[0] if alone else owner
 
 
-def rounding_parts(block: nn.Module, groups: Sequence[InputGroup], chosen: Collection[str]) -> list[RoundingPart]:
-    """The groups, split into what is in no expert and what is in each. chosen: names of the block's linears to quantize."""
+def rounding_parts(
+    block: nn.Module, groups: Sequence[InputGroup], chosen: Collection[str]
+) -> list[RoundingPart]:
+    """The groups, split into what is in no expert and what is in each. chosen: names of the block's
+    linears to quantize."""
     parts = []
     for source, group in enumerate(groups):
         by_expert: dict[tuple[str, int] | None, list[str]] = {}
@@ -108,7 +118,11 @@ def rounding_parts(block: nn.Module, groups: Sequence[InputGroup], chosen: Colle
         for consumers in by_expert.values():
             names = [name for name in consumers if name in chosen]
             if names:
-                parts.append(RoundingPart(replace(group, consumers=tuple(consumers)), source, consumers[0], names))
+                parts.append(
+                    RoundingPart(
+                        replace(group, consumers=tuple(consumers)), source, consumers[0], names
+                    )
+                )
     return parts
 
 
@@ -122,12 +136,17 @@ class ExpertTokens:
 
 @contextmanager
 def collect_experts(
-    block: nn.Module, names: Collection[str], holder: MaskHolder, statistics: dict[str, InputStatistics],
+    block: nn.Module,
+    names: Collection[str],
+    holder: MaskHolder,
+    statistics: dict[str, InputStatistics],
     hidden: dict[str, list[Tensor]],
-) -> Iterator[None]:  # fmt: skip
-    """While open, every forward of `block` adds the inputs of linears in experts to `statistics`, by the linear's name.
+) -> Iterator[None]:
+    """While open, every forward of `block` adds the inputs of linears in experts to `statistics`,
+    by the linear's name.
 
-    hidden: name of the experts → a list that gets their inputs [tokens, hidden], batch by batch, without padding.
+    hidden: name of the experts → a list that gets their inputs [tokens, hidden], batch by batch,
+    without padding.
     """
     handles: list[Any] = []
     now: dict[str, tuple[Tensor, Tensor]] = {}
@@ -145,13 +164,17 @@ def collect_experts(
             if name not in statistics:
                 statistics[name] = RoutedStatistics(args[0].shape[-1], args[0].device)
             found: Any = statistics[name]
-            found.add_routed(args[0], None if holder.mask is None else holder.mask.reshape(-1)[tokens], weights)
+            found.add_routed(
+                args[0], None if holder.mask is None else holder.mask.reshape(-1)[tokens], weights
+            )
 
         return hook
 
     def keep_for(owner: str):
         def keep(_module: nn.Module, args: tuple) -> None:
-            hidden[owner].append(args[0] if holder.mask is None else args[0][holder.mask.reshape(-1)])
+            hidden[owner].append(
+                args[0] if holder.mask is None else args[0][holder.mask.reshape(-1)]
+            )
 
         return keep
 
@@ -161,7 +184,9 @@ def collect_experts(
     for name in names:
         place = expert_of(block, name)
         assert place is not None
-        handles.append(block.get_submodule(name).register_forward_pre_hook(hook_for(name, place[0])))
+        handles.append(
+            block.get_submodule(name).register_forward_pre_hook(hook_for(name, place[0]))
+        )
     try:
         yield
     finally:
@@ -172,17 +197,23 @@ def collect_experts(
 
 
 def complete_experts(
-    block: nn.Module, statistics: dict[str, InputStatistics], names: Collection[str], hidden: dict[str, list[Tensor]]
+    block: nn.Module,
+    statistics: dict[str, InputStatistics],
+    names: Collection[str],
+    hidden: dict[str, list[Tensor]],
 ) -> dict[str, ExpertTokens]:
-    """Normalizes the experts' statistics and lets those with few tokens borrow; returns each layer of experts' tokens.
+    """Normalizes the experts' statistics and lets those with few tokens borrow; returns each layer
+    of experts' tokens.
 
-    statistics: of the experts' linears `names`, and of the layer's input under the name of the experts. hidden: name of the
-    experts → their inputs [tokens, hidden] (padding left out), batch by batch.
+    statistics: of the experts' linears `names`, and of the layer's input under the name of the
+    experts. hidden: name of the experts → their inputs [tokens, hidden] (padding left out), batch
+    by batch.
     """
     report = {}
     for owner, experts in named_experts(block).items():
         device = device_of(experts)
-        layer = statistics.setdefault(owner, InputStatistics(experts.shape.hidden, device))  # never called: of no tokens
+        # never called: of no tokens
+        layer = statistics.setdefault(owner, InputStatistics(experts.shape.hidden, device))
         tokens = ExpertTokens([0] * experts.shape.num_experts, [0] * experts.shape.num_experts)
         for name in names:
             place = expert_of(block, name)
@@ -190,7 +221,9 @@ def complete_experts(
                 continue
             number = place[1]
             linear: Any = block.get_submodule(name)
-            found: Any = statistics.setdefault(name, RoutedStatistics(linear.weight.shape[1], layer.gram.device))
+            found: Any = statistics.setdefault(
+                name, RoutedStatistics(linear.weight.shape[1], layer.gram.device)
+            )
             tokens.routed[number] = found.tokens
             found.normalize()
             if name.endswith(f".{experts.names.down}"):
@@ -201,7 +234,9 @@ def complete_experts(
     return report
 
 
-def _borrow_inner(experts: ExpertLinears, number: int, found: RoutedStatistics, hidden: list[Tensor]) -> int:
+def _borrow_inner(
+    experts: ExpertLinears, number: int, found: RoutedStatistics, hidden: list[Tensor]
+) -> int:
     """For the second product: its expert runs on as many of the layer's tokens as are lacking."""
     if found.wanted <= 0:
         return 0
@@ -217,18 +252,23 @@ def _borrow_inner(experts: ExpertLinears, number: int, found: RoutedStatistics, 
 
 
 def skip_in_mixtures(plan: Plan, model: nn.Module) -> None:
-    """Takes out of the plan what must stay dense in models with experts: routers, and what engines dequantize at load.
+    """Takes out of the plan what must stay dense in models with experts: routers, and what engines
+    dequantize at load.
 
     Experts of a layer are packed all or none, as every engine wants them.
     """
     plan_routers = router_names(model) & plan.targets
     if plan_routers:
-        plan.skip(plan_routers, "a router: a changed choice of experts costs more than its few weights")
+        plan.skip(
+            plan_routers, "a router: a changed choice of experts costs more than its few weights"
+        )
     latent = {name for name in plan.targets if name.rpartition(".")[2] == DEQUANTIZED_BY_ENGINES}
     if latent:
         plan.skip(latent, "serving engines dequantize it when they load it")
     for owner in named_experts(model):
-        members = {name for name in plan.targets | set(plan.skipped) if name.startswith(f"{owner}.")}
+        members = {
+            name for name in plan.targets | set(plan.skipped) if name.startswith(f"{owner}.")
+        }
         if members & set(plan.skipped):
             plan.skip(members & plan.targets, "another linear of its experts cannot be packed")
 

@@ -1,7 +1,9 @@
-"""Quantizing the linears that share one input: scale, then range, then rounding; never worse than round-to-nearest.
+"""Quantizing the linears that share one input: scale, then range, then rounding; never worse than
+round-to-nearest.
 
-The order matters: scales are folded first (the function stays the same), ranges are found for the folded weights, and codes
-last. Each step is kept for a row only if its output error on the calibration inputs is not above the step before.
+The order matters: scales are folded first (the function stays the same), ranges are found for the
+folded weights, and codes last. Each step is kept for a row only if its output error on the
+calibration inputs is not above the step before.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ from awq.core.ranges import search_range
 from awq.core.refinement import refine
 from awq.core.rounding import feedback_factor, round_with_feedback
 from awq.core.scales import ScaleChoice, gram_loss, row_losses, search_scale
-from awq.core.weight import QuantizedWeight, group_range, quantize_nearest, round_to_nearest, scale_and_zero
+from awq.core.weight import (
+    QuantizedWeight,
+    group_range,
+    quantize_nearest,
+    round_to_nearest,
+    scale_and_zero,
+)
 from awq.folds import InputGroup
 from awq.nn.surgery import get_weight
 from awq.quantize.input_error import InputErrorStatistics, corrected
@@ -31,7 +39,8 @@ _LEAST_ENERGY = 1e-30  # below the energy of any output that is not zero
 
 @dataclass
 class QuantizedLinear:
-    """A linear's canonical weight and its report line (name relative to the block). bias_change: float32 [out], or None."""
+    """A linear's canonical weight and its report line (name relative to the block). bias_change:
+    float32 [out], or None."""
 
     name: str
     weight: QuantizedWeight
@@ -40,7 +49,11 @@ class QuantizedLinear:
 
 
 def choose_scale(
-    block: nn.Module, group: InputGroup, statistics: InputStatistics, config: AwqConfig, options: QuantizeOptions
+    block: nn.Module,
+    group: InputGroup,
+    statistics: InputStatistics,
+    config: AwqConfig,
+    options: QuantizeOptions,
 ) -> ScaleChoice:
     """The group's best scale [in]; identity when it cannot be folded or was never active."""
     fold = group.fold
@@ -60,14 +73,20 @@ def choose_scale(
 
 
 def round_to_nearest_losses(
-    block: nn.Module, group: InputGroup, names: list[str], statistics: InputStatistics, config: AwqConfig
+    block: nn.Module,
+    group: InputGroup,
+    names: list[str],
+    statistics: InputStatistics,
+    config: AwqConfig,
 ) -> dict[str, float]:
     """Relative output error of plain round-to-nearest for each untouched linear of a group."""
     size = config.group_size_of(group.in_features, group.consumers[0])
     losses = {}
     for name in names:
         weight = get_weight(block.get_submodule(name)).detach().float()
-        delta = round_to_nearest(weight, size, config.bits, config.zero_point).dequantize().sub_(weight)
+        delta = (
+            round_to_nearest(weight, size, config.bits, config.zero_point).dequantize().sub_(weight)
+        )
         energy = gram_loss(weight, statistics.gram).clamp(min=_LEAST_ENERGY)
         losses[name] = float(gram_loss(delta, statistics.gram) / energy)
     return losses
@@ -82,11 +101,13 @@ def quantize_group(
     config: AwqConfig,
     options: QuantizeOptions,
 ) -> list[QuantizedLinear]:
-    """Quantizes the linears `names` of a group whose scales (and those of every other group) are folded already.
+    """Quantizes the linears `names` of a group whose scales (and those of every other group) are
+    folded already.
 
-    They are worked on together, as rows of one weight, because they share the Gram matrix and its factorization. The
-    statistics are those of the input *behind* the folded scale; with `InputErrorStatistics`, the rows aim at the original
-    model's outputs. `loss_rtn` is filled by the caller, who saw the untouched weights. Biases are changed by the caller, too.
+    They are worked on together, as rows of one weight, because they share the Gram matrix and its
+    factorization. The statistics are those of the input *behind* the folded scale; with
+    `InputErrorStatistics`, the rows aim at the original model's outputs. `loss_rtn` is filled by
+    the caller, who saw the untouched weights. Biases are changed by the caller, too.
     """
     start = time.perf_counter()
     size = config.group_size_of(group.in_features, group.consumers[0])
@@ -106,7 +127,10 @@ def quantize_group(
 
     results = []
     lengths = [len(get_weight(block.get_submodule(name))) for name in names]
-    for name, part in zip(names, _parts(lengths, *rows.weight[:3], rows.loss, rows.feedback, rows.narrowed, energies, shift)):
+    for name, part in zip(
+        names,
+        _parts(lengths, *rows.weight[:3], rows.loss, rows.feedback, rows.narrowed, energies, shift),
+    ):
         codes, scales, zeros, loss, feedback, narrowed, energy, bias_change = part
         report = LinearReport(
             name=name,
@@ -142,14 +166,18 @@ def _have_bias(block: nn.Module, names: list[str]) -> bool:
     return all(getattr(block.get_submodule(name), "bias", None) is not None for name in names)
 
 
-def _judging_gram(block: nn.Module, names: list[str], statistics: InputStatistics, options: QuantizeOptions) -> Tensor:
-    """The Gram matrix that judges these linears: the centred one when all have a bias that takes the mean of the error."""
+def _judging_gram(
+    block: nn.Module, names: list[str], statistics: InputStatistics, options: QuantizeOptions
+) -> Tensor:
+    """The Gram matrix that judges these linears: the centred one when all have a bias that takes
+    the mean of the error."""
     centred = options.bias_correction and _have_bias(block, names)
     return statistics.centred_gram if centred else statistics.gram
 
 
 class QuantizedRows(NamedTuple):
-    """weight; and for each row: loss diag(Δ G Δᵀ), feedback (bool), narrowed (share of groups with a narrowed range)."""
+    """weight; and for each row: loss diag(Δ G Δᵀ), feedback (bool), narrowed (share of groups with
+    a narrowed range)."""
 
     weight: QuantizedWeight
     loss: Tensor
@@ -165,20 +193,27 @@ def quantize_rows(
     options: QuantizeOptions,
     factor: tuple[Tensor, Tensor] | None,
 ) -> QuantizedRows:
-    """Codes for a weight [out, in]: for each row the best of min/max nearest, searched range nearest, and error feedback.
+    """Codes for a weight [out, in]: for each row the best of min/max nearest, searched range
+    nearest, and error feedback.
 
     factor: of the Gram matrix, by `feedback_factor`; None: no feedback.
     """
     bits = config.bits
-    full = scale_and_zero(*group_range(weight, group_size, config.zero_point), bits, config.zero_point)
+    full = scale_and_zero(
+        *group_range(weight, group_size, config.zero_point), bits, config.zero_point
+    )
     nearest = quantize_nearest(weight, *full, bits)
     nothing = torch.zeros(len(weight), device=weight.device)
-    best = QuantizedRows(nearest, row_losses(nearest.dequantize().sub_(weight), gram), nothing.bool(), nothing)
+    best = QuantizedRows(
+        nearest, row_losses(nearest.dequantize().sub_(weight), gram), nothing.bool(), nothing
+    )
     ranges = full
     if options.clip:
         searched = search_range(weight, gram, group_size, bits, config.zero_point)
         narrowed = (searched[0] != full[0]).float().mean(1)
-        best = _better_rows(best, quantize_nearest(weight, *searched, bits), weight, gram, False, narrowed)
+        best = _better_rows(
+            best, quantize_nearest(weight, *searched, bits), weight, gram, False, narrowed
+        )
         ranges = best.weight.scales.float(), best.weight.zeros.float()
     if factor is not None:
         codes = round_with_feedback(weight, *factor, *ranges, bits)
@@ -188,12 +223,19 @@ def quantize_rows(
 
 
 def _better_rows(
-    old: QuantizedRows, new: QuantizedWeight, weight: Tensor, gram: Tensor, feedback: bool, narrowed: Tensor
+    old: QuantizedRows,
+    new: QuantizedWeight,
+    weight: Tensor,
+    gram: Tensor,
+    feedback: bool,
+    narrowed: Tensor,
 ) -> QuantizedRows:
     """The rows of `new` where its loss is not above the old one's, the old rows elsewhere."""
     loss = row_losses(new.dequantize().sub_(weight), gram)
     better = loss <= old.loss
-    codes, scales, zeros = (torch.where(better.unsqueeze(-1), a, b) for a, b in zip(new[:3], old.weight[:3]))
+    codes, scales, zeros = (
+        torch.where(better.unsqueeze(-1), a, b) for a, b in zip(new[:3], old.weight[:3])
+    )
     return QuantizedRows(
         weight=QuantizedWeight(codes, scales, zeros, new.bits),
         loss=torch.where(better, loss, old.loss),

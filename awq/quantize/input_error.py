@@ -1,9 +1,12 @@
-"""Asymmetric correction: weights that make up for part of what quantized predecessors changed in a linear's input.
+"""Asymmetric correction: weights that make up for part of what quantized predecessors changed in a
+linear's input.
 
-Error feedback minimises ‖(Ŵ − W) X̂‖ on the inputs X̂ that the linear gets now. The output that it should give is W X, with the
-inputs X of the original model (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). The part of the difference that is linear in X̂
-moves into the target of rounding: W + α W E Ĝ⁻¹, with E = (X − X̂) X̂ᵀ and Ĝ = X̂ X̂ᵀ. α = 1 follows the calibration tokens fully, and
-less of it carries over to other text (measured: docs/notes/quality.md).
+Error feedback minimises ‖(Ŵ − W) X̂‖ on the inputs X̂ that the linear gets now. The output that it
+should give is W X, with the inputs X of the original model (GPTAQ, arXiv 2504.02692; Qronos, arXiv
+2505.11695). The part of the difference that is linear in X̂
+moves into the target of rounding: W + α W E Ĝ⁻¹, with E = (X − X̂) X̂ᵀ and Ĝ = X̂ X̂ᵀ. α = 1
+follows the calibration tokens fully, and less of it carries over to other text (measured:
+docs/notes/quality.md).
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ MAX_KEPT_VALUES = 1 << 29  # of inputs that are kept rather than computed again:
 class InputErrorStatistics(InputStatistics):
     """Sums over tokens of x̂, a linear's input now, and of x, its input in the original model.
 
-    error: float32 [in, in] = Σ (x − x̂) x̂ᵀ; error_sum: float32 [in] = Σ (x − x̂). gram and sum are of x̂; |x̂| is not summed.
+    error: float32 [in, in] = Σ (x − x̂) x̂ᵀ; error_sum: float32 [in] = Σ (x − x̂). gram and sum are
+    of x̂; |x̂| is not summed.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -33,7 +37,8 @@ class InputErrorStatistics(InputStatistics):
         self.error_sum = torch.zeros(in_features, device=device)
 
     def add_pair(self, now: Tensor, original: Tensor, mask: Tensor | None) -> None:
-        """Both [batch, tokens, in]; mask: bool [batch, tokens] of real tokens. A token that is not finite in either is dropped."""
+        """Both [batch, tokens, in]; mask: bool [batch, tokens] of real tokens. A token that is not
+        finite in either is dropped."""
         rows = self._keep(torch.cat([now, original], -1).float().flatten(0, -2), mask)
         now, original = rows.chunk(2, -1)
         error = original - now
@@ -54,9 +59,11 @@ class InputErrorStatistics(InputStatistics):
 
 
 class OriginalInputs:
-    """What linears of the original block read, batch by batch, while the block beside it is quantized.
+    """What linears of the original block read, batch by batch, while the block beside it is
+    quantized.
 
-    One forward notes the inputs of all of them where these fit into memory; else each comes from a forward that stops there.
+    One forward notes the inputs of all of them where these fit into memory; else each comes from a
+    forward that stops there.
     """
 
     def __init__(
@@ -67,7 +74,8 @@ class OriginalInputs:
         hidden: list[Tensor],
         unused: Collection[int] = (),
     ) -> None:
-        """hidden: float32 [batch, tokens, features] before the block; unused: batches that nobody asks for."""
+        """hidden: float32 [batch, tokens, features] before the block; unused: batches that nobody
+        asks for."""
         self.block, self.names, self.calls, self.hidden = block, names, calls, hidden
         self._kept: list[dict[str, Tensor]] | None = None
         self._outputs: list[Tensor] = []
@@ -110,7 +118,8 @@ class OriginalInputs:
 def _inputs_and_output(
     block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor
 ) -> tuple[dict[str, Tensor], Tensor, bool]:
-    """(inputs of the named linears, output of the block, whether the inputs are still what they were when they were read)."""
+    """(inputs of the named linears, output of the block, whether the inputs are still what they
+    were when they were read)."""
     inputs: dict[str, Tensor] = {}
     versions: dict[str, int] = {}
 
@@ -126,7 +135,8 @@ def _inputs_and_output(
 def corrected(weight: Tensor, error: Tensor, order: Tensor, factor: Tensor, share: float) -> Tensor:
     """weight + share · weight · error · Ĝ⁻¹, float32 [out, in].
 
-    weight [out, in]; error [in, in] of `InputErrorStatistics`; order [in] and factor [in, in] as `feedback_factor` gives
+    weight [out, in]; error [in, in] of `InputErrorStatistics`; order [in] and factor [in, in] as
+    `feedback_factor` gives
     them: Ĝ⁻¹ = UᵀU with columns in `order`.
     """
     change = (weight @ error[:, order]) @ factor.t() @ factor

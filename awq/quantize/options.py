@@ -1,4 +1,5 @@
-"""`QuantizeOptions`: how scales, ranges and codes are found. What is stored is `AwqConfig`'s business."""
+"""`QuantizeOptions`: how scales, ranges and codes are found. What is stored is `AwqConfig`'s
+business."""
 
 from __future__ import annotations
 
@@ -26,19 +27,26 @@ MAX_SEED = 2**63 - 1
 class QuantizeOptions:
     """Switches of the quantizer.
 
-    preset: "fast" (AWQ scales and ranges, nearest rounding), "balanced" (the same, then error-feedback rounding and
-        coordinate descent) or "best" (more of it, then the packed weights' scales are tuned on the whole model's output).
+    preset: "fast" (AWQ scales and ranges, nearest rounding), "balanced" (the same, then
+        error-feedback rounding and coordinate descent) or "best" (more of it, then the packed
+        weights' scales are tuned on the whole model's output).
     rounding: "nearest" or "feedback"; None takes the preset's.
-    refinement: rounds of coordinate descent and least-squares scales after feedback; None takes the preset's.
-    correction: share, 0 to 1, of what quantized predecessors changed in a linear's input that its codes make up for
-        (`awq.quantize.input_error`; with rounding "feedback"); None takes the preset's.
-    tuning: epochs of end-to-end tuning of the scales; needs memory for gradients of the whole model; None takes the preset's.
-    scaling: search and fold activation-aware scales; duo_scaling adds the candidates that look at the weights too.
+    refinement: rounds of coordinate descent and least-squares scales after feedback; None takes the
+    preset's.
+    correction: share, 0 to 1, of what quantized predecessors changed in a linear's input that its
+        codes make up for (`awq.quantize.input_error`; with rounding "feedback"); None takes the
+        preset's.
+    tuning: epochs of end-to-end tuning of the scales; needs memory for gradients of the whole
+    model; None takes the preset's.
+    scaling: search and fold activation-aware scales; duo_scaling adds the candidates that look at
+    the weights too.
     clip: search each group's range; False keeps min/max.
-    bias_correction: the mean of the output error on the calibration tokens goes into the bias of linears that have one (Nagel
-        et al., arXiv 1906.04721), and codes are chosen for what is left.
+    bias_correction: the mean of the output error on the calibration tokens goes into the bias of
+        linears that have one (Nagel et al., arXiv 1906.04721), and codes are chosen for what is
+        left.
     export_compatible: write quantized values back into ordinary linears instead of packing them.
-    device: where a block is worked on; None takes the model's own device, or the GPU when the model is on the CPU.
+    device: where a block is worked on; None takes the model's own device, or the GPU when the model
+    is on the CPU.
     seed: of the random scales in the proof of folds.
     progress: show a progress bar; None means when stderr is a terminal.
 
@@ -68,7 +76,9 @@ class QuantizeOptions:
             _check_whole_number(name, getattr(self, name), MAX_ROUNDS, optional=True)
         _check_whole_number("seed", self.seed, MAX_SEED)
         share = self.correction
-        if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1):
+        if share is not None and (
+            isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1
+        ):
             raise ConfigError(f"correction is {share!r}; use a share from 0 to 1.")
         for name in _SWITCHES:
             value = getattr(self, name)
@@ -76,7 +86,8 @@ class QuantizeOptions:
                 raise ConfigError(f"{name} is {value!r}; use True or False.")
         if self.device is not None:
             usable_device(self.device)
-            object.__setattr__(self, "device", str(self.device))  # torch.device too; a report is written as JSON
+            # torch.device too; a report is written as JSON
+            object.__setattr__(self, "device", str(self.device))
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

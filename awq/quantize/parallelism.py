@@ -1,10 +1,12 @@
-"""How far a quantized model can be split by tensor parallelism: known from its shapes before any work.
+"""How far a quantized model can be split by tensor parallelism: known from its shapes before any
+work.
 
-An engine that spreads a model over T GPUs splits the inputs of every linear that writes into the residual stream (attention's
-output, `down_proj`, the experts' `down_proj`) into T equal parts. A group of weights shares one scale and lies along the
-inputs, so each part has to hold whole groups: inputs / T must be a multiple of the group size. Linears that read the residual
-stream are split by their outputs, where groups do not matter. Experts are narrow, and so it is they that set the limit: those
-of Qwen3-30B-A3B have 768 inner features, which at group size 128 end at T = 2.
+An engine that spreads a model over T GPUs splits the inputs of every linear that writes into the
+residual stream (attention's output, `down_proj`, the experts' `down_proj`) into T equal parts. A
+group of weights shares one scale and lies along the inputs, so each part has to hold whole groups:
+inputs / T must be a multiple of the group size. Linears that read the residual stream are split by
+their outputs, where groups do not matter. Experts are narrow, and so it is they that set the limit:
+those of Qwen3-30B-A3B have 768 inner features, which at group size 128 end at T = 2.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ ENOUGH = 4  # GPUs; a plan that ends below is worth a word
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """size: the largest number of GPUs; limit: name of the linear that allows no more, None where nothing limits it.
+    """size: the largest number of GPUs; limit: name of the linear that allows no more, None where
+    nothing limits it.
 
     finer: group size → the number it would allow, for smaller group sizes that allow more.
     """
@@ -72,10 +75,12 @@ def _largest(split_inputs: Mapping[str, int], group_size: int) -> tuple[int, str
 
 
 def split_inputs(model: nn.Module, targets: Collection[str]) -> dict[str, int]:
-    """Name → in_features of the linears among `targets` whose inputs engines split, and of all fused experts' `down_proj`.
+    """Name → in_features of the linears among `targets` whose inputs engines split, and of all
+    fused experts' `down_proj`.
 
-    These are the linears that write as many features as the model's hidden states have. (A query projection of the same
-    width counts too; the output projection beside it then has just as many inputs, so that nothing changes.)
+    These are the linears that write as many features as the model's hidden states have. (A query
+    projection of the same width counts too; the output projection beside it then has just as many
+    inputs, so that nothing changes.)
     """
     config = getattr(model, "config", None)
     hidden = None if config is None else getattr(config.get_text_config(), "hidden_size", None)

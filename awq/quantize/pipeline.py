@@ -1,9 +1,10 @@
 """The block-by-block pipeline: only one block's activations and statistics are in memory at a time.
 
-For every block: prove its folds on a few tokens, gather the Gram matrix of each distinct linear input in one forward over the
-calibration tokens, choose and fold scales, quantize, and hand the *quantized* block's outputs to the next one, so that error
-feedback corrects what its predecessors did (measured: docs/notes/quality.md). The steps are in `block`, what they share in
-`run`, and the way from block to block in `awq.nn.walk`.
+For every block: prove its folds on a few tokens, gather the Gram matrix of each distinct linear
+input in one forward over the calibration tokens, choose and fold scales, quantize, and hand the
+*quantized* block's outputs to the next one, so that error feedback corrects what its predecessors
+did (measured: docs/notes/quality.md). The steps are in `block`, what they share in `run`, and the
+way from block to block in `awq.nn.walk`.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ def quantize_model(
 ) -> QuantReport:
     """Quantizes every linear in the model's repeated blocks, in place.
 
-    model: a transformers model on one device. batches: token ids and masks [batch, tokens]; padding never enters a
-    statistic. Linears become `WQLinear`, or stay dense with quantized values when `options.export_compatible`.
-    Raises ConfigError, CalibrationError or ModelError before any weight is touched. A model that an error or Ctrl-C leaves
-    half done is marked (`awq.nn.unfinished`): nobody quantizes, saves or serves it by mistake.
+    model: a transformers model on one device. batches: token ids and masks [batch, tokens]; padding
+    never enters a statistic. Linears become `WQLinear`, or stay dense with quantized values when
+    `options.export_compatible`. Raises ConfigError, CalibrationError or ModelError before any
+    weight is touched. A model that an error or Ctrl-C leaves half done is marked
+    (`awq.nn.unfinished`): nobody quantizes, saves or serves it by mistake.
     """
     start = time.perf_counter()
     config, options = config or AwqConfig(), options or QuantizeOptions()
@@ -64,18 +66,25 @@ def quantize_model(
                     quantize_block(run, visit)
                     bar.set_postfix(loss=f"{run.report.loss:.4f}", rtn=f"{run.report.loss_rtn:.4f}")
                     # The bar is for terminals; log files get one line a block.
-                    logger.info("a block done, %.0f s in all, loss %.4f", time.perf_counter() - start, run.report.loss)
+                    logger.info(
+                        "a block done, %.0f s in all, loss %.4f",
+                        time.perf_counter() - start,
+                        run.report.loss,
+                    )
             if match is not None:
                 with unfinished(model):
                     tune(run, match)
-    run.report.warnings += [f"{name} stays dense: {reason}." for name, reason in dense_experts.items()]
+    run.report.warnings += [
+        f"{name} stays dense: {reason}." for name, reason in dense_experts.items()
+    ]
     run.report.seconds = time.perf_counter() - start
     return run.report
 
 
 @contextmanager
 def experts_as_linears(model: nn.Module) -> Iterator[dict[str, str]]:
-    """Experts that a layer holds in 3-D parameters are linears inside; packed ones share one module afterwards.
+    """Experts that a layer holds in 3-D parameters are linears inside; packed ones share one module
+    afterwards.
 
     Yields name → reason for the layers of experts that cannot be shown as linears.
     """
@@ -106,10 +115,13 @@ def quantize_block(run: QuantizeRun, visit: BlockVisit) -> None:
 
 
 def tune(run: QuantizeRun, match: OutputMatch) -> None:
-    """Tunes the scales of all quantized linears on the whole model's output, and installs what was found."""
+    """Tunes the scales of all quantized linears on the whole model's output, and installs what was
+    found."""
     options = run.options
     with run.phase("tuning"), tensor_cores(device_of(run.model)):
-        weights, tuning = tune_scales(run.model, run.weights, match, options.tuning or 0, options.seed, options.progress)
+        weights, tuning = tune_scales(
+            run.model, run.weights, match, options.tuning or 0, options.seed, options.progress
+        )
         for name, weight in weights.items():
             run.install(run.model, name, weight)
     run.report.tuning = asdict(tuning)

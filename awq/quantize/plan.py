@@ -13,12 +13,15 @@ from awq.formats import get_format
 from awq.nn.blocks import BlockList
 from awq.nn.surgery import LINEARS, is_linear, linear_shape
 
-MAX_ODD_SHARE = 0.1  # of the blocks' weights in linears that the group size does not divide: more is a mistaken group size
+# of the blocks' weights in linears that the group size does not divide: more is a mistaken group
+# size
+MAX_ODD_SHARE = 0.1
 
 
 @dataclass
 class Plan:
-    """targets: full names of linears to quantize; skipped: full name → reason for the linears that stay as they are."""
+    """targets: full names of linears to quantize; skipped: full name → reason for the linears that
+    stay as they are."""
 
     targets: set[str] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -29,34 +32,44 @@ class Plan:
         self.targets -= names
         self.skipped |= dict.fromkeys(sorted(names), reason)
         if not self.targets:
-            raise ModelError(f"no linear is left to quantize; skipped: {self.skipped or 'none found'}.")
+            raise ModelError(
+                f"no linear is left to quantize; skipped: {self.skipped or 'none found'}."
+            )
 
 
 def excluded_by(name: str, patterns: tuple[str, ...]) -> str | None:
-    """The first pattern that names this module or a module around it, in whole name parts ("mlp.gate", "layers.1")."""
+    """The first pattern that names this module or a module around it, in whole name parts
+    ("mlp.gate", "layers.1")."""
     return next((p for p in patterns if f".{p}." in f".{name}."), None)
 
 
 def make_plan(
-    model: nn.Module, lists: Sequence[BlockList], config: AwqConfig, packed: bool = True, unreached: Sequence[str] = ()
+    model: nn.Module,
+    lists: Sequence[BlockList],
+    config: AwqConfig,
+    packed: bool = True,
+    unreached: Sequence[str] = (),
 ) -> Plan:
     """Decides for every linear of the model.
 
-    lists: the repeated blocks to quantize; unreached: names of lists of blocks that the calibration inputs do not reach.
-    Linears whose input the group size does not divide stay dense and are named. Raises ConfigError when they hold more than a
-    tenth of the weights, naming the first and a group size that fits, or when packed weights are asked for in other than 4
-    bits; ModelError when nothing is left to quantize.
+    lists: the repeated blocks to quantize; unreached: names of lists of blocks that the calibration
+    inputs do not reach. Linears whose input the group size does not divide stay dense and are
+    named. Raises ConfigError when they hold more than a tenth of the weights, naming the first and
+    a group size that fits, or when packed weights are asked for in other than 4 bits; ModelError
+    when nothing is left to quantize.
     """
     if packed and config.bits != 4:
         raise ConfigError(
-            f"bits is {config.bits}: packed formats hold 4 bits; use w_bit 4, or export_compatible=True for dense weights."
+            f"bits is {config.bits}: packed formats hold 4 bits; use w_bit 4, or "
+            "export_compatible=True for dense weights."
         )
     plan = Plan()
     odd: dict[str, str] = {}
     weights: dict[str, int] = {}
     for name, module in model.named_modules():
         if not is_linear(module):
-            if isinstance(module, LINEARS):  # named in the checkpoint, for readers who take every such module for a linear
+            # named in the checkpoint, for readers who take every such module for a linear
+            if isinstance(module, LINEARS):
                 plan.skipped[name] = f"{type(module).__name__} does more than a linear"
             continue
         reason = _why_dense(name, lists, config, unreached)
@@ -70,7 +83,9 @@ def make_plan(
         except ConfigError as error:
             odd[name] = str(error)
             continue
-        reason = get_format(config.format).why_not(in_features, out_features, size) if packed else None
+        reason = (
+            get_format(config.format).why_not(in_features, out_features, size) if packed else None
+        )
         if reason:
             plan.skipped[name] = reason
         else:
@@ -79,7 +94,9 @@ def make_plan(
     return plan
 
 
-def _why_dense(name: str, lists: Sequence[BlockList], config: AwqConfig, unreached: Sequence[str]) -> str | None:
+def _why_dense(
+    name: str, lists: Sequence[BlockList], config: AwqConfig, unreached: Sequence[str]
+) -> str | None:
     """Why a linear stays dense whatever its shape."""
     tower = next((prefix for prefix in unreached if name.startswith(f"{prefix}.")), None)
     if tower is not None:
@@ -91,7 +108,8 @@ def _why_dense(name: str, lists: Sequence[BlockList], config: AwqConfig, unreach
 
 
 def _skip_odd(plan: Plan, odd: dict[str, str], weights: dict[str, int]) -> None:
-    """Takes out linears that the group size does not divide. odd: name → error; weights: their number in every linear."""
+    """Takes out linears that the group size does not divide. odd: name → error; weights: their
+    number in every linear."""
     share = sum(weights[name] for name in odd) / max(1, sum(weights.values()))
     if share > MAX_ODD_SHARE:
         more = f" ({len(odd) - 1} more linears have the same problem)" if len(odd) > 1 else ""
@@ -99,6 +117,7 @@ def _skip_odd(plan: Plan, odd: dict[str, str], weights: dict[str, int]) -> None:
     plan.skip(set(odd), "the group size does not divide its in_features")
     if odd:
         plan.warnings.append(
-            f"{len(odd)} linears with {share:.1%} of the blocks' weights stay dense, for the group size does not divide their "
+            f"{len(odd)} linears with {share:.1%} of the blocks' weights stay dense, for the "
+            "group size does not divide their "
             f"inputs; the first: {next(iter(odd.values()))}"
         )

@@ -1,4 +1,5 @@
-"""AutoAWQ's import path `awq.quantize.quantizer.AwqQuantizer`: its constructor in front of `quantize_model`."""
+"""AutoAWQ's import path `awq.quantize.quantizer.AwqQuantizer`: its constructor in front of
+`quantize_model`."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from awq.nn.surgery import get_weight
 
 
 class AwqQuantizer:
-    """The quantizer of AutoAWQ's signature. `quantize_model` does the work; as `quantizer_cls` the name is accepted only."""
+    """The quantizer of AutoAWQ's signature. `quantize_model` does the work; as `quantizer_cls` the
+    name is accepted only."""
 
     def __init__(
         self,
@@ -32,8 +34,15 @@ class AwqQuantizer:
         **options: Any,
     ) -> None:
         self.awq_model, self.model, self.tokenizer = awq_model, model, tokenizer
-        self.w_bit, self.group_size, self.zero_point, self.version = w_bit, group_size, zero_point, version
-        self.config = AwqConfig(w_bit, group_size, zero_point, version, tuple(modules_to_not_convert or ()))
+        self.w_bit, self.group_size, self.zero_point, self.version = (
+            w_bit,
+            group_size,
+            zero_point,
+            version,
+        )
+        self.config = AwqConfig(
+            w_bit, group_size, zero_point, version, tuple(modules_to_not_convert or ())
+        )
         options |= {"split": split, "text_column": text_column, "duo_scaling": duo_scaling}
         self._call = {"calib_data": calib_data, **options}
 
@@ -45,14 +54,18 @@ class AwqQuantizer:
         self.awq_model.pack()
 
     def pseudo_quantize_tensor(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Nearest representable values of a weight [out, in] in its dtype, with scales and zeros [out, groups]."""
+        """Nearest representable values of a weight [out, in] in its dtype, with scales and zeros
+        [out, groups]."""
         found = round_to_nearest(w, self.group_size, self.w_bit, self.zero_point)
         zeros = found.zeros.to(w.dtype) if self.zero_point else None
         return found.dequantize(w.dtype), found.scales.to(w.dtype), zeros
 
     @staticmethod
-    def pseudo_dequantize_tensor(w: nn.Linear, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-        """Weight values of a linear whose weight holds codes [out, in], with scales and zeros [out, groups]."""
+    def pseudo_dequantize_tensor(
+        w: nn.Linear, scales: Tensor, zeros: Tensor | None = None
+    ) -> Tensor:
+        """Weight values of a linear whose weight holds codes [out, in], with scales and zeros [out,
+        groups]."""
         codes = get_weight(w)
         size = codes.shape[1] // scales.shape[1]
         offset = torch.zeros_like(scales) if zeros is None else zeros

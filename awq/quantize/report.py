@@ -1,4 +1,5 @@
-"""`QuantReport`: what the quantizer did to every linear, for people (`summary`) and machines (`to_dict`)."""
+"""`QuantReport`: what the quantizer did to every linear, for people (`summary`) and machines
+(`to_dict`)."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from typing import Any
 class LinearReport:
     """One quantized linear.
 
-    loss, loss_rtn: output error relative to the output's energy, tr(Δ G Δᵀ) / tr(W G Wᵀ), after all steps and for plain
-    round-to-nearest. clip_fraction: share of groups whose range was narrowed. producer: the module that took 1/s, if any.
+    loss, loss_rtn: output error relative to the output's energy, tr(Δ G Δᵀ) / tr(W G Wᵀ), after all
+    steps and for plain round-to-nearest. clip_fraction: share of groups whose range was narrowed.
+    producer: the module that took 1/s, if any.
     """
 
     name: str
@@ -38,13 +40,16 @@ class QuantReport:
     linears: list[LinearReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    tuning: dict[str, Any] | None = None  # of the scales, end to end (`tuning.TuningReport`); None when it did not run
+    # of the scales, end to end (`tuning.TuningReport`); None when it did not run
+    tuning: dict[str, Any] | None = None
     tokens: int = 0
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
-    experts: dict[str, Any] = field(default_factory=dict)  # name → tokens that each expert got (`experts.ExpertTokens`)
+    # name → tokens that each expert got (`experts.ExpertTokens`)
+    experts: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    evaluation: Any = None  # figures before and after, a dataclass with `summary()`, e.g. `evals.similarity.EmbeddingDrift`
+    # figures before and after, a dataclass with `summary()`, e.g. `evals.similarity.EmbeddingDrift`
+    evaluation: Any = None
 
     @property
     def loss(self) -> float:
@@ -63,20 +68,25 @@ class QuantReport:
         return asdict(self) | {"loss": self.loss, "loss_rtn": self.loss_rtn}
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(path).write_text(
+            json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
     def summary(self) -> str:
         """A few lines for a terminal or a model card."""
         scaled = sum(1 for r in self.linears if r.kind != "identity")
         lines = [
-            f"{len(self.linears)} linears quantized in {self.seconds:.1f} s on {self.tokens} calibration tokens",
+            f"{len(self.linears)} linears quantized in {self.seconds:.1f} s on {self.tokens} "
+            "calibration tokens",
             f"relative output error {self.loss:.4f} (round to nearest {self.loss_rtn:.4f})",
-            f"{scaled} linears with activation-aware scales, {len(self.skipped)} linears left in full precision",
+            f"{scaled} linears with activation-aware scales, {len(self.skipped)} linears left in "
+            "full precision",
         ]
         if self.tuning:
             t = self.tuning
             lines.append(
-                f"scales tuned: held-out {t['kind']} {t['loss_before']:.5f} -> {t['loss_after']:.5f}, epoch {t['best_epoch']}"
+                f"scales tuned: held-out {t['kind']} {t['loss_before']:.5f} -> "
+                f"{t['loss_after']:.5f}, epoch {t['best_epoch']}"
             )
         if self.evaluation is not None:
             lines.append(self.evaluation.summary())

@@ -1,4 +1,5 @@
-"""`QuantizeRun`: what the steps of one quantization share, and the checks that come before any weight is touched."""
+"""`QuantizeRun`: what the steps of one quantization share, and the checks that come before any
+weight is touched."""
 
 from __future__ import annotations
 
@@ -35,17 +36,21 @@ from awq.quantize.tuning import OutputMatch, held_out, micro_batches
 
 logger = logging.getLogger("awq.quantize")
 
-# Values of the widest input in one forward on a GPU, 128 MiB. With fewer, narrow blocks wait for the host.
+# Values of the widest input in one forward on a GPU, 128 MiB. With fewer, narrow blocks wait for
+# the host.
 GPU_BATCH_VALUES = 2**25
 
 
 @dataclass
 class QuantizeRun:
-    """batches: as they are worked on. device: where blocks are. judges: batches held out for the tuning, if there is any.
+    """batches: as they are worked on. device: where blocks are. judges: batches held out for the
+    tuning, if there is any.
 
-    shared: full names of modules whose weights have another name. known_folds: structure of a block → its folds.
+    shared: full names of modules whose weights have another name. known_folds: structure of a block
+    → its folds.
     weights: full name → weight, kept when scales are tuned later.
-    original_hidden: the hidden states of the original model before the present block, where they are needed.
+    original_hidden: the hidden states of the original model before the present block, where they
+    are needed.
     """
 
     model: nn.Module
@@ -64,7 +69,11 @@ class QuantizeRun:
 
     @classmethod
     def start(
-        cls, model: nn.Module, batches: Sequence[CalibrationBatch], config: AwqConfig, options: QuantizeOptions
+        cls,
+        model: nn.Module,
+        batches: Sequence[CalibrationBatch],
+        config: AwqConfig,
+        options: QuantizeOptions,
     ) -> QuantizeRun:
         """Raises ConfigError, CalibrationError or ModelError for what cannot be quantized."""
         if not batches or not any(int(b.attention_mask.sum()) for b in batches):
@@ -72,7 +81,9 @@ class QuantizeRun:
         lists = find_block_lists(model)
         reached = reached_lists(model, lists, _model_inputs(model, batches[0]))
         unreached = [prefix for prefix, _ in lists if prefix not in dict(reached)]
-        plan = make_plan(model, reached, config, packed=not options.export_compatible, unreached=unreached)
+        plan = make_plan(
+            model, reached, config, packed=not options.export_compatible, unreached=unreached
+        )
         skip_in_mixtures(plan, model)
         widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.targets)
         device = _work_device(device_of(model), options)
@@ -80,16 +91,30 @@ class QuantizeRun:
         if options.tuning:
             batches = micro_batches(batches)
         batches = [_complete(model, batch) for batch in batches]
-        report = QuantReport(config.to_dict(), asdict(options), skipped=plan.skipped, versions=_versions())
+        report = QuantReport(
+            config.to_dict(), asdict(options), skipped=plan.skipped, versions=_versions()
+        )
         report.tokens = sum(int(b.attention_mask.sum()) for b in batches)
         _warn_of_few_tokens(report, widest)
         report.warnings += plan.warnings
         judges = held_out(len(batches)) if options.tuning else frozenset[int]()
-        return cls(model, reached, batches, config, options, plan, report, device, judges, _shared_modules(model))
+        return cls(
+            model,
+            reached,
+            batches,
+            config,
+            options,
+            plan,
+            report,
+            device,
+            judges,
+            _shared_modules(model),
+        )
 
     @property
     def corrects_inputs(self) -> bool:
-        """Whether codes make up for the error of a linear's input, so that the original model's inputs are needed."""
+        """Whether codes make up for the error of a linear's input, so that the original model's
+        inputs are needed."""
         return bool(self.options.correction) and self.options.rounding == "feedback"
 
     @contextmanager
@@ -104,15 +129,19 @@ class QuantizeRun:
         return OutputMatch(self.model, self.batches, self.judges) if self.options.tuning else None
 
     def walk(self) -> BlockWalk:
-        """Over all blocks, with calibration inputs. Linears whose weight the model reads itself leave the plan."""
+        """Over all blocks, with calibration inputs. Linears whose weight the model reads itself
+        leave the plan."""
         inputs = [batch.model_inputs() for batch in self.batches]
         with watched_weights(self.model, self.plan.targets) as read:
             walk = BlockWalk(self.model, self.lists, inputs, calibration=True, device=self.device)
         self.plan.skip(read, "its weight is read past its forward")
         return walk
 
-    def install(self, root: nn.Module, name: str, weight: QuantizedWeight, dtype: torch.dtype | None = None) -> None:
-        """Puts a quantized weight into the model: packed, or as the values of the ordinary linear `root.<name>`.
+    def install(
+        self, root: nn.Module, name: str, weight: QuantizedWeight, dtype: torch.dtype | None = None
+    ) -> None:
+        """Puts a quantized weight into the model: packed, or as the values of the ordinary linear
+        `root.<name>`.
 
         dtype: of the model, where the linear's is another one for now.
         """
@@ -121,12 +150,15 @@ class QuantizeRun:
             get_weight(linear).copy_(weight.dequantize())
             return
         bias = getattr(linear, "bias", None)
-        packed = WQLinear.from_quantized(weight, bias, self.config.format, dtype=dtype or linear.weight.dtype)
+        packed = WQLinear.from_quantized(
+            weight, bias, self.config.format, dtype=dtype or linear.weight.dtype
+        )
         replace_module(root, name, packed)
 
 
 def _shared_modules(model: nn.Module) -> frozenset[str]:
-    """Names of modules whose weights have another name, too: the module stands in two places, or its parameters are tied."""
+    """Names of modules whose weights have another name, too: the module stands in two places, or
+    its parameters are tied."""
     owners: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter, []).append(name.rpartition(".")[0])
@@ -135,7 +167,8 @@ def _shared_modules(model: nn.Module) -> frozenset[str]:
 
 @contextmanager
 def moved_to(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The whole model on `device` for a while, where it fits: tuning sends gradients through all of it."""
+    """The whole model on `device` for a while, where it fits: tuning sends gradients through all of
+    it."""
     home = device_of(model)
     if home == device:
         yield
@@ -143,7 +176,9 @@ def moved_to(model: nn.Module, device: torch.device) -> Iterator[None]:
     try:
         model.to(device)
     except torch.OutOfMemoryError:
-        logger.warning("the model does not fit on %s: scales are tuned on %s, which takes long.", device, home)
+        logger.warning(
+            "the model does not fit on %s: scales are tuned on %s, which takes long.", device, home
+        )
         model.to(home)
     try:
         yield
@@ -153,7 +188,8 @@ def moved_to(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def tensor_cores(device: torch.device) -> Iterator[None]:
-    """float32 products in TF32 on a GPU, several times faster: losses move by 1e-4. Proofs of folds stay outside."""
+    """float32 products in TF32 on a GPU, several times faster: losses move by 1e-4. Proofs of folds
+    stay outside."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -177,13 +213,20 @@ def _batch_tokens(device: torch.device, widest: int) -> int:
 
 
 def _model_inputs(model: nn.Module, batch: CalibrationBatch) -> dict[str, Tensor]:
-    return {name: tensor.to(device_of(model)) for name, tensor in _complete(model, batch).model_inputs().items()}
+    return {
+        name: tensor.to(device_of(model))
+        for name, tensor in _complete(model, batch).model_inputs().items()
+    }
 
 
 def _complete(model: nn.Module, batch: CalibrationBatch) -> CalibrationBatch:
     """The batch with what an encoder-decoder needs."""
     inputs = with_decoder_inputs(model, batch.model_inputs())
-    extra = {name: tensor for name, tensor in inputs.items() if name not in ("input_ids", "attention_mask")}
+    extra = {
+        name: tensor
+        for name, tensor in inputs.items()
+        if name not in ("input_ids", "attention_mask")
+    }
     return batch._replace(extra=extra)
 
 
@@ -191,10 +234,15 @@ def _warn_of_few_tokens(report: QuantReport, widest: int) -> None:
     enough = TOKENS_PER_CHANNEL * widest
     if report.tokens < enough:
         report.warnings.append(
-            f"{report.tokens} calibration tokens are few for linears with {widest} inputs: codes are chosen more cautiously; "
+            f"{report.tokens} calibration tokens are few for linears with {widest} inputs: codes "
+            "are chosen more cautiously; "
             f"{enough} or more would be better."
         )
 
 
 def _versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,4 +1,5 @@
-"""Streaming statistics of linear inputs: one Gram matrix and the means of x and |x| per input, never the inputs themselves."""
+"""Streaming statistics of linear inputs: one Gram matrix and the means of x and |x| per input,
+never the inputs themselves."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _RELIABLE_TOKENS = 16  # from which a channel's own energy outweighs the mean of
 class InputStatistics:
     """Sums over tokens of one input. gram: float32 [in, in] = Σ x xᵀ; sum, abs_sum: float32 [in].
 
-    tokens: how many were added; dropped: how many were not finite; pseudo_tokens: how many `shrink_to_diagonal` added;
+    tokens: how many were added; dropped: how many were not finite; pseudo_tokens: how many
+    `shrink_to_diagonal` added;
     calls: of the linear.
     """
 
@@ -27,12 +29,14 @@ class InputStatistics:
         self.gram = torch.zeros(in_features, in_features, device=device)
         self.sum = torch.zeros(in_features, device=device)
         self.abs_sum = torch.zeros(in_features, device=device)
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # read at the end: a GPU would be waited for
+        # read at the end: a GPU would be waited for
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
         self.pseudo_tokens = 0
         self.calls = 0
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
-        """x: [..., in]; mask: bool [batch, tokens] of real tokens. Rows that are not finite are dropped and counted."""
+        """x: [..., in]; mask: bool [batch, tokens] of real tokens. Rows that are not finite are
+        dropped and counted."""
         rows = self._keep(x.detach().reshape(-1, x.shape[-1]).float(), mask)
         self.gram.addmm_(rows.t(), rows)
         self.sum += rows.sum(0)
@@ -64,11 +68,13 @@ class InputStatistics:
         return found
 
     def shrink_to_diagonal(self) -> None:
-        """Adds pseudo-tokens with independent channels: a share of the true ones, and up to TOKENS_PER_CHANNEL per channel.
+        """Adds pseudo-tokens with independent channels: a share of the true ones, and up to
+        TOKENS_PER_CHANNEL per channel.
 
-        Few tokens leave directions in which no error is seen, and codes chosen for them are far worse than the nearest ones
-        on any other text; and any text leaves directions that another one uses. The channels' means and energies come from the
-        tokens there are, drawn towards 0 and towards the mean energy when those are few.
+        Few tokens leave directions in which no error is seen, and codes chosen for them are far
+        worse than the nearest ones on any other text; and any text leaves directions that another
+        one uses. The channels' means and energies come from the tokens there are, drawn towards 0
+        and towards the mean energy when those are few.
         """
         if self.tokens == 0:
             return
@@ -99,33 +105,42 @@ class InputStatistics:
 
     @property
     def centred_gram(self) -> Tensor:
-        """Σ (x − mean)(x − mean)ᵀ, float32 [in, in]: what is left of the error when a bias makes up for its mean."""
-        gram = torch.addr(self.gram, self.sum, self.sum, alpha=-1 / max(1, self.tokens + self.pseudo_tokens))
+        """Σ (x − mean)(x − mean)ᵀ, float32 [in, in]: what is left of the error when a bias makes up
+        for its mean."""
+        gram = torch.addr(
+            self.gram, self.sum, self.sum, alpha=-1 / max(1, self.tokens + self.pseudo_tokens)
+        )
         gram.diagonal().clamp_(min=0)  # a constant channel's difference of two equal numbers
         return gram
 
 
 class MaskHolder:
-    """The token masks of the batch that is running; hooks read them. encoder: of the other input of a decoder's blocks."""
+    """The token masks of the batch that is running; hooks read them. encoder: of the other input of
+    a decoder's blocks."""
 
     mask: Tensor | None = None
     encoder: Tensor | None = None
 
     def of(self, x: Tensor) -> Tensor | None:
-        """The mask of an input [batch, tokens, in]: the encoder's where that alone has its number of tokens."""
+        """The mask of an input [batch, tokens, in]: the encoder's where that alone has its number
+        of tokens."""
         return fitting_mask(x, self.mask, self.encoder)
 
 
 def fitting_mask(x: Tensor, mask: Tensor | None, encoder: Tensor | None) -> Tensor | None:
-    """Of a block's mask and its encoder's, bool [batch, tokens] or None, the one for x [batch, tokens, in]."""
+    """Of a block's mask and its encoder's, bool [batch, tokens] or None, the one for x [batch,
+    tokens, in]."""
     if encoder is not None and x.shape[:-1] == encoder.shape:
         return encoder
     return mask
 
 
 @contextmanager
-def collect_inputs(block: nn.Module, names: Iterable[str], holder: MaskHolder) -> Iterator[dict[str, InputStatistics]]:
-    """While open, every forward of `block` adds the inputs of the named linears to the yielded statistics."""
+def collect_inputs(
+    block: nn.Module, names: Iterable[str], holder: MaskHolder
+) -> Iterator[dict[str, InputStatistics]]:
+    """While open, every forward of `block` adds the inputs of the named linears to the yielded
+    statistics."""
     statistics: dict[str, InputStatistics] = {}
 
     def add(name: str, args: tuple) -> None:

@@ -1,10 +1,12 @@
 """End-to-end tuning of the scales: the last step of the preset "best".
 
-Codes and zeros stay; each group's scale becomes s·(1 + d), and d is trained so that the quantized model's output matches the
-original's on the calibration tokens: the Kullback–Leibler divergence of the next-token distributions for a language model
-(distillation, arXiv 1503.02531; scales only, as in EfficientQAT's second phase, arXiv 2407.11062), the relative squared
-error of the last hidden states for an encoder. Part of the tokens is held out, and the epoch that is best on them is kept:
-no tuning at all is one of the choices. Only float16 scales change, so the file format and its cost at run time do not.
+Codes and zeros stay; each group's scale becomes s·(1 + d), and d is trained so that the quantized
+model's output matches the original's on the calibration tokens: the Kullback–Leibler divergence of
+the next-token distributions for a language model (distillation, arXiv 1503.02531; scales only, as
+in EfficientQAT's second phase, arXiv 2407.11062), the relative squared error of the last hidden
+states for an encoder. Part of the tokens is held out, and the epoch that is best on them is kept:
+no tuning at all is one of the choices. Only float16 scales change, so the file format and its cost
+at run time do not.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ LEARNING_RATE = 2e-3  # of the relative change of a scale, Adam with a cosine sc
 _STEP_TOKENS, _STEP_ROWS = 2048, 32  # largest micro-batch
 _HELD_OUT = 8  # one batch in eight judges
 _WARM_UP = 10
-_LARGE = 1 << 29  # quantized weights above which the blocks' activations are computed twice instead of kept
+# quantized weights above which the blocks' activations are computed twice instead of kept
+_LARGE = 1 << 29
 
 
 @dataclass
 class TuningReport:
-    """kind: "kl" (nats per token) or "mse" (relative to the energy of the hidden states); losses on held-out tokens.
+    """kind: "kl" (nats per token) or "mse" (relative to the energy of the hidden states); losses on
+    held-out tokens.
 
     best_epoch 0 means that the scales stayed as they were.
     """
@@ -50,7 +54,8 @@ class TuningReport:
 
 
 class _Product(torch.autograd.Function):
-    """x [..., in] times dequantized weightᵀ with a gradient for the scales; the dense weight is never kept for backward."""
+    """x [..., in] times dequantized weightᵀ with a gradient for the scales; the dense weight is
+    never kept for backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, steps: Tensor) -> Tensor:
@@ -63,7 +68,9 @@ class _Product(torch.autograd.Function):
         grad = grads[0]
         grad_x = grad @ _dense(steps, scale, x.dtype) if ctx.needs_input_grad[0] else None
         weight_grad = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-        grad_scale = (weight_grad.view(*scale.shape, -1).float() * steps.view(*scale.shape, -1)).sum(-1)
+        grad_scale = (
+            weight_grad.view(*scale.shape, -1).float() * steps.view(*scale.shape, -1)
+        ).sum(-1)
         return grad_x, grad_scale, None
 
 
@@ -93,27 +100,36 @@ class TunedLinear(nn.Module):
 def held_out(count: int) -> frozenset[int]:
     """Batches that judge the tuning, of `count`. Fewer than eight have none to spare.
 
-    Correction of drift must not see them either: its own gain on tokens that it has seen is more than tuning can gain.
+    Correction of drift must not see them either: its own gain on tokens that it has seen is more
+    than tuning can gain.
     """
     return frozenset(range(_HELD_OUT - 1, count, _HELD_OUT))
 
 
 class OutputMatch:
-    """The original model's last hidden states on the calibration tokens, and the distance of another model's output to them.
+    """The original model's last hidden states on the calibration tokens, and the distance of
+    another model's output to them.
 
-    Made before quantization begins, of `micro_batches`. Needs tokens × features values of memory in the model's dtype.
+    Made before quantization begins, of `micro_batches`. Needs tokens × features values of memory in
+    the model's dtype.
     held_out: which of the batches judge, by `held_out`; with none, all of them train and judge.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[CalibrationBatch], held_out: Collection[int] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Sequence[CalibrationBatch], held_out: Collection[int] = ()
+    ) -> None:
         self.model: Any = model
         self.body: Any = getattr(model, "base_model", model)
         find_head = getattr(self.model, "get_output_embeddings", None)
         head = find_head() if find_head is not None else None
         self.kind = "kl" if head is not None and self.body is not model else "mse"
-        self.output: Any = BaseModelOutputWithPast  # what the body returns: heads read other fields of it
+        # what the body returns: heads read other fields of it
+        self.output: Any = BaseModelOutputWithPast
         device = next(model.parameters()).device
-        self.batches = [CalibrationBatch(*map_tensors(tuple(batch), lambda t: t.to(device))) for batch in batches]
+        self.batches = [
+            CalibrationBatch(*map_tensors(tuple(batch), lambda t: t.to(device)))
+            for batch in batches
+        ]
         self.training = [i for i in range(len(batches)) if i not in held_out]
         self.judging = sorted(held_out) or self.training
         with torch.no_grad(), _float32_on_cpu(model):
@@ -121,28 +137,36 @@ class OutputMatch:
 
     def _hidden(self, batch: CalibrationBatch) -> Tensor:
         output = self.body(**self._inputs(batch))
-        self.output = type(output) if hasattr(output, "last_hidden_state") else BaseModelOutputWithPast
-        return output.last_hidden_state if hasattr(output, "last_hidden_state") else hidden_of(output)
+        self.output = (
+            type(output) if hasattr(output, "last_hidden_state") else BaseModelOutputWithPast
+        )
+        return (
+            output.last_hidden_state if hasattr(output, "last_hidden_state") else hidden_of(output)
+        )
 
     def _inputs(self, batch: CalibrationBatch) -> dict[str, Any]:
         cached = getattr(getattr(self.model, "config", None), "use_cache", None) is not None
         return batch.model_inputs() | ({"use_cache": False} if cached else {})
 
     def _logits(self, batch: CalibrationBatch, hidden: Tensor) -> Tensor:
-        """What the model makes of its body's hidden states: its own head, with whatever caps and factors it applies."""
+        """What the model makes of its body's hidden states: its own head, with whatever caps and
+        factors it applies."""
         output = self.output(last_hidden_state=hidden)
         with replaced_forwards({self.body: lambda *args, **kwargs: output}):
             return self.model(**self._inputs(batch)).logits
 
     def distance(self, index: int) -> tuple[Tensor, int]:
-        """Summed distance of the model's present output to the original one on micro-batch `index`, and its weight."""
+        """Summed distance of the model's present output to the original one on micro-batch `index`,
+        and its weight."""
         batch, target = self.batches[index], self.targets[index]
         mask = batch.attention_mask.bool()
         hidden = self._hidden(batch)
         if self.kind == "mse":
             energy = target[mask].float().pow(2).sum().clamp(min=1e-30)
             tokens = int(mask.sum())
-            return (hidden[mask].float() - target[mask].float()).pow(2).sum() / energy * tokens, tokens
+            return (hidden[mask].float() - target[mask].float()).pow(
+                2
+            ).sum() / energy * tokens, tokens
         with torch.no_grad():
             wanted = F.log_softmax(self._logits(batch, target)[mask].float(), -1)
         found = F.log_softmax(self._logits(batch, hidden)[mask].float(), -1)
@@ -163,20 +187,32 @@ def tune_scales(
     """
     device = next(model.parameters()).device
     tuned = {
-        name: TunedLinear(weight, getattr(model.get_submodule(name), "bias", None), device) for name, weight in weights.items()
+        name: TunedLinear(weight, getattr(model.get_submodule(name), "bias", None), device)
+        for name, weight in weights.items()
     }
     training, judging = match.training, match.judging
     with _tuning(model, tuned), _float32_on_cpu(model):
         best_loss = before = _mean_distance(match, judging)
         best, best_epoch = _state(tuned), 0
         steps = epochs * len(training)
-        optimizer = torch.optim.Adam([linear.change for linear in tuned.values()], lr=LEARNING_RATE, betas=(0.9, 0.99))
+        optimizer = torch.optim.Adam(
+            [linear.change for linear in tuned.values()], lr=LEARNING_RATE, betas=(0.9, 0.99)
+        )
         generator = torch.Generator().manual_seed(seed)
         step = 0
-        with tqdm(total=steps, desc="AWQ tuning", unit="step", disable=None if progress is None else not progress) as bar:
+        with tqdm(
+            total=steps,
+            desc="AWQ tuning",
+            unit="step",
+            disable=None if progress is None else not progress,
+        ) as bar:
             for epoch in range(1, epochs + 1):
                 for choice in torch.randperm(len(training), generator=generator).tolist():
-                    rate = min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    rate = (
+                        min(1.0, (step + 1) / _WARM_UP)
+                        * 0.5
+                        * (1 + math.cos(math.pi * step / steps))
+                    )
                     optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
                     with torch.enable_grad():
                         total, tokens = match.distance(training[choice])
@@ -189,7 +225,10 @@ def tune_scales(
                 bar.set_postfix({match.kind: f"{loss:.5f}", "before": f"{before:.5f}"})
                 if loss < best_loss:
                     best, best_loss, best_epoch = _state(tuned), loss, epoch
-    scales = {name: storable_scale(best[name]).half().to(weight.scales.device) for name, weight in weights.items()}
+    scales = {
+        name: storable_scale(best[name]).half().to(weight.scales.device)
+        for name, weight in weights.items()
+    }
     report = TuningReport(match.kind, epochs, best_epoch, before, best_loss)
     return {name: weight._replace(scales=scales[name]) for name, weight in weights.items()}, report
 
@@ -218,10 +257,14 @@ def _mean_distance(match: OutputMatch, indices: Sequence[int]) -> float:
 
 @contextmanager
 def _tuning(model: nn.Module, tuned: dict[str, TunedLinear]) -> Iterator[None]:
-    """The tuned linears in their places, nothing else trainable, deterministic gradients; everything is put back after."""
+    """The tuned linears in their places, nothing else trainable, deterministic gradients;
+    everything is put back after."""
     before = {name: model.get_submodule(name) for name in tuned}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     for parameter in trainable:
         parameter.requires_grad_(False)
     for name, linear in tuned.items():
@@ -231,7 +274,11 @@ def _tuning(model: nn.Module, tuned: dict[str, TunedLinear]) -> Iterator[None]:
         # On a GPU only the plain attention has a gradient that is the same twice.
         with (
             sdpa_kernel(SDPBackend.MATH),
-            replaced_forwards(_checkpointed(model) if sum(t.steps.numel() for t in tuned.values()) > _LARGE else {}),
+            replaced_forwards(
+                _checkpointed(model)
+                if sum(t.steps.numel() for t in tuned.values()) > _LARGE
+                else {}
+            ),
         ):
             yield
     finally:
@@ -243,17 +290,21 @@ def _tuning(model: nn.Module, tuned: dict[str, TunedLinear]) -> Iterator[None]:
 
 
 def _checkpointed(model: nn.Module) -> dict[nn.Module, Any]:
-    """Forwards of the blocks that keep only their inputs for backward and compute the rest again."""
+    """Forwards of the blocks that keep only their inputs for backward and compute the rest
+    again."""
 
     def again(forward):
         return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    return {block: again(block.forward) for _, blocks in find_block_lists(model) for block in blocks}
+    return {
+        block: again(block.forward) for _, blocks in find_block_lists(model) for block in blocks
+    }
 
 
 @contextmanager
 def _float32_on_cpu(model: nn.Module) -> Iterator[None]:
-    """float16 parameters in float32 for a while on a CPU, whose float16 products are a hundred times slower; exact both ways."""
+    """float16 parameters in float32 for a while on a CPU, whose float16 products are a hundred
+    times slower; exact both ways."""
     changed = [p for p in model.parameters() if p.dtype == torch.float16 and p.device.type == "cpu"]
     for parameter in changed:
         parameter.data = parameter.data.float()

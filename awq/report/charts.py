@@ -1,7 +1,7 @@
 """Charts as inline SVG: they need no script, no font and no network.
 
-Colours come from the page's CSS classes, so that one drawing serves light and dark. Every mark has a `<title>`, which
-browsers show as a tooltip and screen readers read.
+Colours come from the page's CSS classes, so that one drawing serves light and dark. Every mark has
+a `<title>`, which browsers show as a tooltip and screen readers read.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ LEFT, RIGHT, TOP, BOTTOM = 84, 12, 12, 36
 
 
 def error_chart(points: Sequence[tuple[str, float, float]], height: int = 240) -> str:
-    """Errors of linears in the order of the model: nearest rounding above, this run below, a stem between them.
+    """Errors of linears in the order of the model: nearest rounding above, this run below, a stem
+    between them.
 
-    points: (name, error, error of nearest rounding), relative. The vertical axis is logarithmic: errors of one model
-    span three decades.
+    points: (name, error, error of nearest rounding), relative. The vertical axis is logarithmic:
+    errors of one model span three decades.
     """
     values = [value for _, ours, nearest in points for value in (ours, nearest) if value > 0]
     if not values:
@@ -39,12 +40,24 @@ def error_chart(points: Sequence[tuple[str, float, float]], height: int = 240) -
     for index, (name, ours, nearest) in enumerate(points):
         x = x_of(index)
         tip = f"<title>{escape(name)}: {ours:.2g}, nearest {nearest:.2g}</title>"
-        marks.append(f'<line class="stem" x1="{x:.1f}" x2="{x:.1f}" y1="{y_of(nearest):.1f}" y2="{y_of(ours):.1f}"/>')
-        marks.append(f'<circle class="before" cx="{x:.1f}" cy="{y_of(nearest):.1f}" r="2.6">{tip}</circle>')
-        marks.append(f'<circle class="after" cx="{x:.1f}" cy="{y_of(ours):.1f}" r="3.2">{tip}</circle>')
+        marks.append(
+            f'<line class="stem" x1="{x:.1f}" x2="{x:.1f}" y1="{y_of(nearest):.1f}" '
+            f'y2="{y_of(ours):.1f}"/>'
+        )
+        marks.append(
+            f'<circle class="before" cx="{x:.1f}" cy="{y_of(nearest):.1f}" r="2.6">{tip}</circle>'
+        )
+        marks.append(
+            f'<circle class="after" cx="{x:.1f}" cy="{y_of(ours):.1f}" r="3.2">{tip}</circle>'
+        )
     middle = (LEFT + WIDTH - RIGHT) / 2
-    marks.append(f'<text class="axis" x="{middle}" y="{height - 8}" text-anchor="middle">first block → last block</text>')
-    return _svg(marks, height, "Relative output error of every linear, nearest rounding and this run")
+    marks.append(
+        f'<text class="axis" x="{middle}" y="{height - 8}" text-anchor="middle">first block → '
+        "last block</text>"
+    )
+    return _svg(
+        marks, height, "Relative output error of every linear, nearest rounding and this run"
+    )
 
 
 def bar_chart(rows: Sequence[tuple[str, float, str]], label: str) -> str:
@@ -57,9 +70,16 @@ def bar_chart(rows: Sequence[tuple[str, float, str]], label: str) -> str:
     for index, (name, value, text) in enumerate(rows):
         y = index * step + 4
         width = max(1.0, (WIDTH - names - end) * value / longest)
-        marks.append(f'<text class="axis" x="{names - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
-        marks.append(f'<rect class="bar" x="{names}" y="{y}" width="{width:.1f}" height="16" rx="3"/>')
-        marks.append(f'<text class="axis" x="{names + width + 8:.1f}" y="{y + 13}">{escape(text)}</text>')
+        marks.append(
+            f'<text class="axis" x="{names - 8}" y="{y + 13}" '
+            f'text-anchor="end">{escape(name)}</text>'
+        )
+        marks.append(
+            f'<rect class="bar" x="{names}" y="{y}" width="{width:.1f}" height="16" rx="3"/>'
+        )
+        marks.append(
+            f'<text class="axis" x="{names + width + 8:.1f}" y="{y + 13}">{escape(text)}</text>'
+        )
     return _svg(marks, len(rows) * step + 6, label)
 
 
@@ -74,11 +94,17 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], label: str) -> str:
     marks = []
     for row, (name, values) in enumerate(rows):
         y = row * step
-        marks.append(f'<text class="axis" x="{names - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
+        marks.append(
+            f'<text class="axis" x="{names - 8}" y="{y + 13}" '
+            f'text-anchor="end">{escape(name)}</text>'
+        )
         for column, value in enumerate(values):
             strength = 0.06 + 0.94 * value / most
             tip = f"<title>{escape(name)}, expert {column}: {value:,.0f} tokens</title>"
-            place = f'x="{names + column * width:.1f}" y="{y + 1}" width="{max(1.0, width - 1):.1f}" height="{step - 2}"'
+            place = (
+                f'x="{names + column * width:.1f}" y="{y + 1}" '
+                f'width="{max(1.0, width - 1):.1f}" height="{step - 2}"'
+            )
             marks.append(f'<rect class="bar" {place} fill-opacity="{strength:.2f}">{tip}</rect>')
     return _svg(marks, len(rows) * step + 4, label)
 
@@ -88,7 +114,10 @@ def _decades(low: float, high: float, y_of) -> Iterable[str]:
     for power in range(round(math.log10(low)), round(math.log10(high)) + 1):
         y = y_of(10.0**power)
         yield f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text class="axis" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_percent(10.0**power)}</text>'
+        yield (
+            f'<text class="axis" x="{LEFT - 8}" y="{y + 4:.1f}" '
+            f'text-anchor="end">{_percent(10.0**power)}</text>'
+        )
 
 
 def _percent(value: float) -> str:
@@ -97,4 +126,7 @@ def _percent(value: float) -> str:
 
 def _svg(marks: Iterable[str], height: int, label: str) -> str:
     body = "\n".join(marks)
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">\n{body}\n</svg>'
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escape(label)}">\n{body}\n</svg>'
+    )

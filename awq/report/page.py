@@ -1,7 +1,8 @@
 """The report as one HTML page that opens offline: no script, no font, no request.
 
-A section stands for a question a user asks after quantizing: Is it good? Where was error lost? What stayed dense, and
-why? Which experts saw too few tokens? Where did the time go? A section without data is left out.
+A section stands for a question a user asks after quantizing: Is it good? Where was error lost? What
+stayed dense, and why? Which experts saw too few tokens? Where did the time go? A section without
+data is left out.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 from awq.report.charts import bar_chart, error_chart, heat_map
 from awq.report.read import Linear, ReportView
 
-MAX_POINTS = 400  # marks in the chart of errors; larger models are drawn by their worst linears per bin
-
+# marks in the chart of errors; larger models are drawn by their worst linears per bin
+MAX_POINTS = 400
 
 
 def render_page(view: ReportView) -> str:
@@ -38,7 +39,8 @@ def render_page(view: ReportView) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(view.title)}: quantization report</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<title>{escape(view.title)}: quantization "
+        f"report</title>\n<style>\n{style}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
@@ -52,9 +54,17 @@ def _head(view: ReportView) -> str:
         (f"{int(view.raw.get('tokens') or 0):,}", "calibration tokens"),
         (_duration(float(view.raw.get("seconds") or 0.0)), "to quantize"),
     ]
-    drawn = "\n".join(f'<div class="tile"><b>{value}</b><span>{label}</span></div>' for value, label in tiles)
-    lead = f"Output error {view.loss:.4f}, rounding to nearest {view.loss_nearest:.4f} (relative, mean over linears)."
-    return f'<h1>{escape(view.title)}</h1>\n<p class="lead">{lead}</p>\n<div class="tiles">\n{drawn}\n</div>'
+    drawn = "\n".join(
+        f'<div class="tile"><b>{value}</b><span>{label}</span></div>' for value, label in tiles
+    )
+    lead = (
+        f"Output error {view.loss:.4f}, rounding to nearest {view.loss_nearest:.4f} (relative, "
+        "mean over linears)."
+    )
+    return (
+        f'<h1>{escape(view.title)}</h1>\n<p class="lead">{lead}</p>\n<div '
+        f'class="tiles">\n{drawn}\n</div>'
+    )
 
 
 def _warnings(view: ReportView) -> str:
@@ -63,16 +73,23 @@ def _warnings(view: ReportView) -> str:
 
 
 def _evaluation(view: ReportView) -> str:
-    """Figures before and after, whatever was measured: cosines of embeddings, KL divergence, perplexity."""
+    """Figures before and after, whatever was measured: cosines of embeddings, KL divergence,
+    perplexity."""
     measured = view.raw.get("evaluation") or {}
-    rows = [(name.replace("_", " "), _figure(value)) for name, value in _flat(measured) if value is not None]
+    rows = [
+        (name.replace("_", " "), _figure(value))
+        for name, value in _flat(measured)
+        if value is not None
+    ]
     if not rows:
         return ""
     return f"<h2>Measured before and after</h2>\n{_table(['figure', 'value'], rows, numeric={1})}"
 
 
 def _errors(view: ReportView) -> str:
-    chart = error_chart([(item.name, item.loss, item.loss_nearest) for item in _thinned(view.linears)])
+    chart = error_chart(
+        [(item.name, item.loss, item.loss_nearest) for item in _thinned(view.linears)]
+    )
     if not chart:
         return ""
     key = '<p class="key"><i class="k1"></i>rounded to nearest<i class="k2"></i>this run</p>'
@@ -102,7 +119,16 @@ def _roles(view: ReportView) -> str:
         scaled = sum(m.kind != "identity" for m in members)
         narrowed = _mean([m.clip_fraction for m in members])
         left = f"{100 * loss / nearest:.0f} %" if nearest else "–"
-        rows.append((role, f"{loss:.4f}", f"{nearest:.4f}", left, f"{scaled} of {len(members)}", f"{100 * narrowed:.0f} %"))
+        rows.append(
+            (
+                role,
+                f"{loss:.4f}",
+                f"{nearest:.4f}",
+                left,
+                f"{scaled} of {len(members)}",
+                f"{100 * narrowed:.0f} %",
+            )
+        )
     heads = ["linear", "error", "nearest", "left", "scales folded", "groups with a narrower range"]
     return f"<h2>By place in the block</h2>\n{_table(heads, rows, numeric={1, 2, 3, 4, 5})}"
 
@@ -127,7 +153,10 @@ def _dense(view: ReportView) -> str:
     for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         rows.append((reason, str(len(names)), shown))
-    return f"<h2>What stayed dense, and why</h2>\n{_table(['reason', 'linears', 'names'], rows, numeric={1})}"
+    return (
+        "<h2>What stayed dense, and "
+        f"why</h2>\n{_table(['reason', 'linears', 'names'], rows, numeric={1})}"
+    )
 
 
 def _time(view: ReportView) -> str:
@@ -140,7 +169,11 @@ def _time(view: ReportView) -> str:
 def _settings(view: ReportView) -> str:
     rows = []
     for part in ("config", "options", "versions"):
-        rows += [(part, name, _figure(value)) for name, value in (view.raw.get(part) or {}).items() if value is not None]
+        rows += [
+            (part, name, _figure(value))
+            for name, value in (view.raw.get(part) or {}).items()
+            if value is not None
+        ]
     if not rows:
         return ""
     table = _table(["", "setting", "value"], rows)
@@ -150,7 +183,11 @@ def _settings(view: ReportView) -> str:
 def _all_linears(view: ReportView) -> str:
     rows = []
     for linear in view.linears:
-        scale = f"{linear.kind} {linear.ratio:g}, in {linear.producer}" if linear.producer else linear.reason or linear.kind
+        scale = (
+            f"{linear.kind} {linear.ratio:g}, in {linear.producer}"
+            if linear.producer
+            else linear.reason or linear.kind
+        )
         shape = " × ".join(str(size) for size in linear.shape)
         rows.append((linear.name, shape, f"{linear.loss:.5f}", f"{linear.loss_nearest:.5f}", scale))
     table = _table(["linear", "shape", "error", "nearest", "scale"], rows, numeric={2, 3})

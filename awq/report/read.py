@@ -1,7 +1,7 @@
 """Reads `quantization_report.json`, the file that `save_quantized` writes beside the weights.
 
-Reports of older versions, and of runs that measured less, lack keys. A view gives such parts as empty, so that the
-page leaves a section out instead of failing.
+Reports of older versions, and of runs that measured less, lack keys. A view gives such parts as
+empty, so that the page leaves a section out instead of failing.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def read_report(path: str | Path) -> ReportView:
     path = Path(path)
     file = path / REPORT_FILE if path.is_dir() else path
     if not file.is_file():
-        raise CheckpointError(f"{file} does not exist; `save_quantized` writes it into the directory it saves.")
+        raise CheckpointError(
+            f"{file} does not exist; `save_quantized` writes it into the directory it saves."
+        )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         linears = [_linear(entry) for entry in raw["linears"]]
@@ -93,7 +95,9 @@ def read_report(path: str | Path) -> ReportView:
         linears=linears,
         raw=raw,
         skipped=dict(raw.get("skipped") or {}),
-        experts={name: list(tokens["routed"]) for name, tokens in (raw.get("experts") or {}).items()},
+        experts={
+            name: list(tokens["routed"]) for name, tokens in (raw.get("experts") or {}).items()
+        },
     )
 
 

@@ -1,24 +1,30 @@
-"""Reading the structure of a decoder block off its traces, without names and without a table of architectures.
+"""Reading the structure of a decoder block off its traces, without names and without a table of
+architectures.
 
-What a tensor *is* shows in its values. Random hidden states go through a float32 copy of the block, and every module's input and
-output is noted (`trace`). Then:
+What a tensor *is* shows in its values. Random hidden states go through a float32 copy of the block,
+and every module's input and output is noted (`trace`). Then:
 
-- The queries that attention gets are outputs of linears, bit for bit, once rotary tables are those of position 0. So matching
-  channels by value (`channels`) tells which linear and which row makes each, whatever the layout: separate projections, one
-  stacked, or one interleaved per head.
-- How queries differ between that trace and one with true tables tells the rotation: which channels, halves or neighbours.
-- A norm is what its input and output say (`norms`), and an activation what it does to a ramp of numbers.
-- The residual stream is where a norm reads what no module wrote; what was added to it in between is a branch:
+- The queries that attention gets are outputs of linears, bit for bit, once rotary tables are those
+  of position 0. So matching channels by value (`channels`) tells which linear and which row makes
+  each, whatever the layout: separate projections, one stacked, or one interleaved per head.
+- How queries differ between that trace and one with true tables tells the rotation: which channels,
+halves or neighbours.
+- A norm is what its input and output say (`norms`), and an activation what it does to a ramp of
+numbers.
+- The residual stream is where a norm reads what no module wrote; what was added to it in between is
+a branch:
 
-      x ──┬─ norm ─ qkv ─ attention ─ out ─ (norm) ─ ·f ─ + ──┬─ norm ─ gate·up ─ down ─ (norm) ─ ·f ─ + ── y
-          └───────────────────────────────────────────────┘   └──────────────────────────────────────┘
+      x ──┬─ norm ─ qkv ─ attention ─ out ─ (norm) ─ ·f ─ + ──┬─ norm ─ gate·up ─ down ─ (norm) ─ ·f
+          ─ + ── y └───────────────────────────────────────────────┘
+          └──────────────────────────────────────┘
 
   or, in parallel blocks, both branches read x and one addition takes both.
 
-Nothing here has to be certain. Every plan is proven against the block before it is used (`awq.generate.prove`): a wrong guess
-costs speed, because the model then keeps transformers' own loop, and never a token. What is left out, because no common model
-needs it: attention that does not go through transformers' interface exactly once, values that are normalized, more than one
-activation.
+Nothing here has to be certain. Every plan is proven against the block before it is used
+(`awq.generate.prove`): a wrong guess costs speed, because the model then keeps transformers' own
+loop, and never a token. What is left out, because no common model
+needs it: attention that does not go through transformers' interface exactly once, values that are
+normalized, more than one activation.
 """
 
 from __future__ import annotations
@@ -38,21 +44,30 @@ from awq.kernels.reference.decode import ACTIVATIONS
 from awq.nn.blocks import BlockCall, is_product
 
 _READ_SETTINGS = {"scaling", "softcap", "sliding_window"}
-# What attention may also be told in evaluation mode, with a mask and without a cache, and what then changes nothing.
+# What attention may also be told in evaluation mode, with a mask and without a cache, and what then
+# changes nothing.
 _IDLE_SETTINGS = {
-    "dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+    "dropout",
+    "is_causal",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
     "output_router_logits",
-}  # fmt: skip
+}
 
 
 def read_block(neutral: Trace, real: Trace, call: BlockCall) -> BlockPlan:
     """The plan of a block. Raises NotFusable with the reason.
 
-    neutral: a trace with the rotary tables of position 0; real: one with the block's own, which `call` holds. The plan's
-    tables are those of the traced positions.
+    neutral: a trace with the rotary tables of position 0; real: one with the block's own, which
+    `call` holds. The plan's tables are those of the traced positions.
     """
     if neutral.attention is None or neutral.calls != 1 or real.attention is None:
-        raise NotFusable("attention does not go through transformers' attention interface exactly once per block")
+        raise NotFusable(
+            "attention does not go through transformers' attention interface exactly once per block"
+        )
     projections = _read_projections(neutral, neutral.attention)
     rotation = _read_rotation(neutral.attention, real.attention, call)
     attention, qkv = _as_halves(projections, rotation)
@@ -60,16 +75,24 @@ def read_block(neutral: Trace, real: Trace, call: BlockCall) -> BlockPlan:
     mlp = _read_mlp(neutral, qkv, out)
     residuals = _read_residuals(neutral, qkv, mlp, out)
     return BlockPlan(
-        attention=attention, qkv=qkv, attention_out=out.name,
-        mlp_in=mlp.first, mlp_out=mlp.last.name, gated=mlp.gated,
-        activation=mlp.activation, activation_name=mlp.activation_name,
-        parallel=residuals.parallel, factor=residuals.factor,
-        attention_norm=residuals.attention, attention_post_norm=residuals.attention_post,
-        mlp_norm=residuals.mlp, mlp_post_norm=residuals.mlp_post,
+        attention=attention,
+        qkv=qkv,
+        attention_out=out.name,
+        mlp_in=mlp.first,
+        mlp_out=mlp.last.name,
+        gated=mlp.gated,
+        activation=mlp.activation,
+        activation_name=mlp.activation_name,
+        parallel=residuals.parallel,
+        factor=residuals.factor,
+        attention_norm=residuals.attention,
+        attention_post_norm=residuals.attention_post,
+        mlp_norm=residuals.mlp,
+        mlp_post_norm=residuals.mlp_post,
         cos=None if rotation is None else rotation.cos,
         sin=None if rotation is None else rotation.sin,
         mixture=mlp.mixture,
-    )  # fmt: skip
+    )
 
 
 def _output_of_attention(found: Trace, attention: AttentionCall) -> Event:
@@ -85,7 +108,8 @@ def _output_of_attention(found: Trace, attention: AttentionCall) -> Event:
 
 @dataclass(frozen=True)
 class _Projections:
-    """attention: without rotation. names: of the linears. query, key, value: rows of their outputs, side by side."""
+    """attention: without rotation. names: of the linears. query, key, value: rows of their outputs,
+    side by side."""
 
     attention: Attention
     names: tuple[str, ...]
@@ -108,7 +132,10 @@ def _read_projections(found: Trace, call: AttentionCall) -> _Projections:
     if rows is None:  # scaled before, rather than in, attention
         factor = call.q.shape[-1] ** -0.5
         rows = find_channels(flat(heads_last(query)), [flat(event.y) * factor for event in linears])
-    places = [rows] + [find_channels(flat(heads_last(x)), [flat(event.y) for event in linears]) for x in (key, value)]
+    places = [rows] + [
+        find_channels(flat(heads_last(x)), [flat(event.y) for event in linears])
+        for x in (key, value)
+    ]
     for name, place in zip(("query", "key", "value"), places):
         if place is None:
             raise NotFusable(f"{name} vectors are not outputs of linears, rotated or not")
@@ -119,16 +146,27 @@ def _read_projections(found: Trace, call: AttentionCall) -> _Projections:
     if any(not torch.equal(event.x, linears[0].x) for event in linears):
         raise NotFusable("queries, keys and values come from linears with different inputs")
     attention = Attention(
-        heads=call.q.shape[1], kv_heads=call.k.shape[1], head_dim=call.q.shape[-1], scaling=settings["scaling"] * factor,
-        softcap=settings["softcap"], window=settings["window"], rotary=0, q_norm=q_norm, k_norm=k_norm,
+        heads=call.q.shape[1],
+        kv_heads=call.k.shape[1],
+        head_dim=call.q.shape[-1],
+        scaling=settings["scaling"] * factor,
+        softcap=settings["softcap"],
+        window=settings["window"],
+        rotary=0,
+        q_norm=q_norm,
+        k_norm=k_norm,
         norm_heads=q_by_head and k_by_head,
-    )  # fmt: skip
-    return _Projections(attention, tuple(event.name for event in linears), *rows.split([len(place) for place in known]))
+    )
+    return _Projections(
+        attention,
+        tuple(event.name for event in linears),
+        *rows.split([len(place) for place in known]),
+    )
 
 
 def _unnormed(tensor: Tensor, found: Trace) -> tuple[Tensor, Norm | None, bool]:
-    """What was normalized to give q, k or v [batch, heads, tokens, head_dim], if anything, the norm, and whether it is of
-    each head, not of all heads together."""
+    """What was normalized to give q, k or v [batch, heads, tokens, head_dim], if anything, the
+    norm, and whether it is of each head, not of all heads together."""
     for event in found.before:
         if not is_norm(event.module) or event.y.numel() != tensor.numel():
             continue
@@ -137,7 +175,11 @@ def _unnormed(tensor: Tensor, found: Trace) -> tuple[Tensor, Norm | None, bool]:
                 norm = read_norm(event.module, event.x, event.y)
                 if norm is None:
                     raise NotFusable(f"{event.name} is no norm that is known here")
-                return _as_heads(event.x, tensor.shape, by_head), norm, event.x.shape[-1] == tensor.shape[-1]
+                return (
+                    _as_heads(event.x, tensor.shape, by_head),
+                    norm,
+                    event.x.shape[-1] == tensor.shape[-1],
+                )
     return tensor, None, True
 
 
@@ -147,12 +189,21 @@ def _as_heads(x: Tensor, shape: torch.Size, by_head: bool) -> Tensor:
 
 
 def _settings(call: AttentionCall) -> dict:
-    """scaling, softcap and window. Raises NotFusable when attention is told anything that is not known to change nothing."""
+    """scaling, softcap and window. Raises NotFusable when attention is told anything that is not
+    known to change nothing."""
     told = call.settings
-    others = [name for name, value in told.items() if value is not None and name not in _READ_SETTINGS | _IDLE_SETTINGS]
+    others = [
+        name
+        for name, value in told.items()
+        if value is not None and name not in _READ_SETTINGS | _IDLE_SETTINGS
+    ]
     if others:
         raise NotFusable(f"attention takes {', '.join(sorted(others))}")
-    return {"scaling": float(told["scaling"]), "softcap": told.get("softcap"), "window": told.get("sliding_window")}
+    return {
+        "scaling": float(told["scaling"]),
+        "softcap": told.get("softcap"),
+        "window": told.get("sliding_window"),
+    }
 
 
 # Rotation
@@ -160,14 +211,17 @@ def _settings(call: AttentionCall) -> dict:
 
 @dataclass(frozen=True)
 class _Rotation:
-    """order: a head's rotated channels as two halves. cos, sin: float32 [batch or 1, tokens, rotary/2]."""
+    """order: a head's rotated channels as two halves. cos, sin: float32 [batch or 1, tokens,
+    rotary/2]."""
 
     order: Tensor
     cos: Tensor
     sin: Tensor
 
 
-def _read_rotation(neutral: AttentionCall, real: AttentionCall, call: BlockCall) -> _Rotation | None:
+def _read_rotation(
+    neutral: AttentionCall, real: AttentionCall, call: BlockCall
+) -> _Rotation | None:
     """How queries and keys differ between the traces; None where they do not."""
     pairs = ((neutral.q, real.q), (neutral.k, real.k))
     if all(torch.equal(before, after) for before, after in pairs):
@@ -179,19 +233,24 @@ def _read_rotation(neutral: AttentionCall, real: AttentionCall, call: BlockCall)
                 continue
             c, s = cos[..., columns], sin[..., columns]
             for order in _channel_orders(half, cos.device):
-                if all(_rotates(before, after, order, c.unsqueeze(1), s.unsqueeze(1)) for before, after in pairs):
+                if all(
+                    _rotates(before, after, order, c.unsqueeze(1), s.unsqueeze(1))
+                    for before, after in pairs
+                ):
                     return _Rotation(order, c, s)
     raise NotFusable("queries and keys are rotated in a way that is not known here")
 
 
 def _channel_orders(half: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pairs that rotate together, as two halves: they lie half a head apart, or they are neighbours."""
+    """Pairs that rotate together, as two halves: they lie half a head apart, or they are
+    neighbours."""
     together = torch.arange(2 * half, device=device)
     return together, together.view(half, 2).t().flatten()
 
 
 def _table_forms(cos: Tensor) -> list[tuple[int, slice]]:
-    """(r, which columns hold the r frequencies): given twice as halves, twice as neighbours, or once."""
+    """(r, which columns hold the r frequencies): given twice as halves, twice as neighbours, or
+    once."""
     width = cos.shape[-1]
     forms = [(width, slice(None))]
     if width % 2 == 0:
@@ -219,9 +278,11 @@ def _as_halves(found: _Projections, rotation: _Rotation | None) -> tuple[Attenti
     query = found.query.view(attention.heads, dim)[:, within].flatten()
     key = found.key.view(attention.kv_heads, dim)[:, within].flatten()
     attention = replace(
-        attention, rotary=len(order), q_norm=_reordered(attention.q_norm, within, attention),
+        attention,
+        rotary=len(order),
+        q_norm=_reordered(attention.q_norm, within, attention),
         k_norm=_reordered(attention.k_norm, within, attention),
-    )  # fmt: skip
+    )
     return attention, Source(found.names, torch.cat([query, key, found.value]))
 
 
@@ -241,7 +302,8 @@ def _reordered(norm: Norm | None, within: Tensor, attention: Attention) -> Norm 
 
 @dataclass(frozen=True)
 class _MLP:
-    """first: gate then up channels, or the activation's input. last: the linear that ends the branch."""
+    """first: gate then up channels, or the activation's input. last: the linear that ends the
+    branch."""
 
     first: Source
     last: Event
@@ -254,15 +316,22 @@ class _MLP:
 def _read_mlp(found: Trace, qkv: Source, out: Event) -> _MLP:
     mixture = next((event for event in found.after if holds_packed_experts(event.module)), None)
     if mixture is not None:
-        # Routing stays the model's own code; first and last only say what the branch reads and writes.
+        # Routing stays the model's own code; first and last only say what the branch reads and
+        # writes.
         whole = Source((mixture.name,), torch.arange(mixture.x.shape[-1]))
         return _MLP(whole, mixture, False, nn.Identity(), None, mixture.name)
-    linears = [event for event in found.events if is_product(event.module) and event.name not in qkv.names and event is not out]
+    linears = [
+        event
+        for event in found.events
+        if is_product(event.module) and event.name not in qkv.names and event is not out
+    ]
     if len(linears) < 2:
         raise NotFusable(f"the MLP has {len(linears)} linears, not two or three")
     *first, last = linears
     if any(not torch.equal(event.x, first[0].x) for event in first):
-        raise NotFusable("the MLP's first linears do not share one input (a mixture of experts, perhaps)")
+        raise NotFusable(
+            "the MLP's first linears do not share one input (a mixture of experts, perhaps)"
+        )
     outputs = torch.cat([flat(event.y) for event in first], 1)
     for event in found.events:
         rows = _rows_of_activation(event, outputs)
@@ -279,7 +348,8 @@ def _read_mlp(found: Trace, qkv: Source, out: Event) -> _MLP:
 
 
 def _rows_of_activation(event: Event, outputs: Tensor) -> Tensor | None:
-    """Rows of the first linears' outputs [n, total], those that the activation reads first, then the rest; None for others."""
+    """Rows of the first linears' outputs [n, total], those that the activation reads first, then
+    the rest; None for others."""
     if is_product(event.module) or is_norm(event.module) or event.y.shape != event.x.shape:
         return None
     total = outputs.shape[1]
@@ -296,7 +366,8 @@ def _equal_up_to_rounding(a: Tensor, b: Tensor) -> bool:
 
 
 def _activation_name(module: nn.Module, x: Tensor) -> str | None:
-    """The activation's name in `ACTIVATIONS` if it is one of them over the whole range of numbers."""
+    """The activation's name in `ACTIVATIONS` if it is one of them over the whole range of
+    numbers."""
     ramp = torch.linspace(-12, 12, 4001, device=x.device, dtype=torch.float32)
     y = module(ramp)
     for name, function in ACTIVATIONS.items():
@@ -310,7 +381,8 @@ def _activation_name(module: nn.Module, x: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class _Residuals:
-    """Norms before and after each branch, whether both branches read the block's input, and the branches' factor."""
+    """Norms before and after each branch, whether both branches read the block's input, and the
+    branches' factor."""
 
     parallel: bool
     factor: float
@@ -322,7 +394,11 @@ class _Residuals:
 
 def _read_residuals(found: Trace, qkv: Source, mlp: _MLP, out: Event) -> _Residuals:
     """Norms by what they read and write, and whether the branches follow each other."""
-    norms = [event for event in found.events if is_norm(event.module) and event.x.numel() == found.hidden.numel()]
+    norms = [
+        event
+        for event in found.events
+        if is_norm(event.module) and event.x.numel() == found.hidden.numel()
+    ]
     by_name = {event.name: event for event in found.events}
     attention_in, mlp_in = by_name[qkv.names[0]].x, by_name[mlp.first.names[0]].x
 
@@ -336,7 +412,8 @@ def _read_residuals(found: Trace, qkv: Source, mlp: _MLP, out: Event) -> _Residu
     second, parallel, stream = None, True, found.hidden
     if not torch.equal(mlp_in, attention_in):
         second = _that_wrote(mlp_in, norms)
-        stream = (mlp_in if second is None else second.x).view(found.hidden.shape)  # some models flatten the batch here
+        # some models flatten the batch here
+        stream = (mlp_in if second is None else second.x).view(found.hidden.shape)
         parallel = torch.equal(stream, found.hidden)
     if parallel:
         last = (mlp.last.y if mlp_post is None else mlp_post.y).view(found.hidden.shape)
@@ -365,7 +442,9 @@ def _norm_of(event: Event | None) -> Norm | None:
 
 def _factor(sum_: Tensor, branch: Tensor) -> float:
     """f in sum = f · branch; 1 exactly when it is 1 up to rounding."""
-    f = float((sum_.double() * branch.double()).sum() / branch.double().square().sum().clamp(min=1e-30))
+    f = float(
+        (sum_.double() * branch.double()).sum() / branch.double().square().sum().clamp(min=1e-30)
+    )
     if not torch.allclose(sum_, f * branch, rtol=1e-3, atol=1e-4 * float(branch.abs().max())):
         raise NotFusable("the branches are not simply added to the residual stream")
     return 1.0 if abs(f - 1) < 1e-4 else f

@@ -1,4 +1,5 @@
-"""Recognizing channels by their values: which outputs of the linears a tensor deeper in the block consists of."""
+"""Recognizing channels by their values: which outputs of the linears a tensor deeper in the block
+consists of."""
 
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ def heads_last(x: Tensor) -> Tensor:
 
 
 def find_channels(wanted: Tensor, sources: Sequence[Tensor]) -> Tensor | None:
-    """For each channel of wanted [n, c] its place among the channels of the sources [n, …], side by side; bit for bit.
+    """For each channel of wanted [n, c] its place among the channels of the sources [n, …], side by
+    side; bit for bit.
 
-    None when a channel is not among them, or two are the same place (then their values say too little).
+    None when a channel is not among them, or two are the same place (then their values say too
+    little).
     """
     if not sources:
         return None
@@ -36,7 +39,8 @@ def find_channels(wanted: Tensor, sources: Sequence[Tensor]) -> Tensor | None:
 
 
 def owners(places: Tensor, widths: Sequence[int]) -> tuple[list[int], Tensor]:
-    """Which of sources of `widths` channels the places fall into, and the places counted among the channels of those alone."""
+    """Which of sources of `widths` channels the places fall into, and the places counted among the
+    channels of those alone."""
     ends = torch.tensor(list(widths), device=places.device).cumsum(0)
     owner = torch.searchsorted(ends, places, right=True)
     used = owner.unique().tolist()
@@ -49,7 +53,8 @@ def owners(places: Tensor, widths: Sequence[int]) -> tuple[list[int], Tensor]:
 
 
 def _fingerprints(x: Tensor) -> Tensor:
-    """int64 [channels] of the bits of float32 columns; overflow wraps around, which is as good as any other hash."""
+    """int64 [channels] of the bits of float32 columns; overflow wraps around, which is as good as
+    any other hash."""
     bits = (x.float() + 0.0).view(torch.int32).long()  # −0 and 0 are the same value
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**62), 2**62, (len(x), 1), generator=generator).to(x.device) | 1

@@ -11,15 +11,19 @@ _TOLERANCE = 1e-5  # relative, in float32
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module without children could be a norm: its parameters are vectors, or its name says so."""
+    """Whether a module without children could be a norm: its parameters are vectors, or its name
+    says so."""
     if any(True for _ in module.children()) or isinstance(module, nn.Embedding):
         return False
     parameters = list(module.parameters(recurse=False))
-    return all(p.dim() == 1 for p in parameters) and (bool(parameters) or "norm" in type(module).__name__.lower())
+    return all(p.dim() == 1 for p in parameters) and (
+        bool(parameters) or "norm" in type(module).__name__.lower()
+    )
 
 
 def read_norm(module: nn.Module, x: Tensor, y: Tensor) -> Norm | None:
-    """The norm that turns x into y (float32, [..., features]), with the module's own weights; None when it is another function."""
+    """The norm that turns x into y (float32, [..., features]), with the module's own weights; None
+    when it is another function."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     weight = weight.detach().float() if isinstance(weight, Tensor) else None
     bias = bias.detach().float() if isinstance(bias, Tensor) else None
@@ -39,4 +43,6 @@ def read_norm(module: nn.Module, x: Tensor, y: Tensor) -> Norm | None:
 
 def _epsilons(module: nn.Module) -> list[float]:
     named = [getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon")]
-    return list(dict.fromkeys([e for e in named if isinstance(e, float)] + [1e-5, 1e-6, 1e-12, 0.0]))
+    return list(
+        dict.fromkeys([e for e in named if isinstance(e, float)] + [1e-5, 1e-6, 1e-12, 0.0])
+    )

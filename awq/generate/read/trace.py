@@ -1,8 +1,10 @@
-"""Running one block on random hidden states and noting what every module in it, and attention, read and wrote.
+"""Running one block on random hidden states and noting what every module in it, and attention, read
+and wrote.
 
-The block is a float32 copy. Attention is caught at transformers' own interface, where the model says how it scales, caps and
-windows; a block that does not go through it has no `attention` and is not fused. With `neutral`, rotary tables are replaced
-by those of position 0, so that queries and keys reach attention unrotated and can be recognized among the linears' outputs.
+The block is a float32 copy. Attention is caught at transformers' own interface, where the model
+says how it scales, caps and windows; a block that does not go through it has no `attention` and is
+not fused. With `neutral`, rotary tables are replaced by those of position 0, so that queries and
+keys reach attention unrotated and can be recognized among the linears' outputs.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from awq.kernels.reference.attention import attend
 from awq.nn.blocks import BlockCall, hidden_of, is_product
 from awq.nn.packed_experts import AwqExperts
 
-# A name of our own in transformers' table: another model's attention must not be caught, whatever thread it runs in.
+# A name of our own in transformers' table: another model's attention must not be caught, whatever
+# thread it runs in.
 _INTERFACE = "awq_trace"
 _caught: ContextVar[Callable[..., Any]] = ContextVar("awq_trace")
 ALL_ATTENTION_FUNCTIONS[_INTERFACE] = lambda *args, **kwargs: _caught.get()(*args, **kwargs)
@@ -30,7 +33,8 @@ ALL_ATTENTION_FUNCTIONS[_INTERFACE] = lambda *args, **kwargs: _caught.get()(*arg
 
 @dataclass
 class Event:
-    """One call of a module without children, or of a mixture of experts: x and y are its first argument and its result."""
+    """One call of a module without children, or of a mixture of experts: x and y are its first
+    argument and its result."""
 
     name: str
     module: nn.Module
@@ -40,7 +44,8 @@ class Event:
 
 @dataclass
 class AttentionCall:
-    """q [batch, heads, tokens, head_dim], k and v [batch, kv_heads, tokens, head_dim]; settings: what else attention was told."""
+    """q [batch, heads, tokens, head_dim], k and v [batch, kv_heads, tokens, head_dim]; settings:
+    what else attention was told."""
 
     q: Tensor
     k: Tensor
@@ -73,14 +78,18 @@ def trace(block: nn.Module, call: BlockCall, hidden: Tensor, neutral: bool = Fal
         def hook(_module, args, y):
             y = hidden_of(y) if module in mixtures else y
             if args and isinstance(args[0], Tensor) and isinstance(y, Tensor):
-                (found.after if found.attention else found.before).append(Event(name, module, args[0], y))
+                (found.after if found.attention else found.before).append(
+                    Event(name, module, args[0], y)
+                )
 
         return hook
 
     def attention(module, query, key, value, attention_mask=None, scaling=None, **settings):
         found.calls += 1
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        y = attend(query, key, value, scaling, settings.get("softcap"), settings.get("sliding_window"))
+        y = attend(
+            query, key, value, scaling, settings.get("softcap"), settings.get("sliding_window")
+        )
         found.attention = AttentionCall(query, key, value, y, {"scaling": scaling, **settings})
         return y.transpose(1, 2).contiguous(), None
 
@@ -93,7 +102,9 @@ def trace(block: nn.Module, call: BlockCall, hidden: Tensor, neutral: bool = Fal
         with _attention_replaced(block, attention):
             found.out = (neutralized(call) if neutral else call).run(block, hidden)
     except Exception as error:  # someone else's forward, which may fail in any way
-        raise NotFusable(f"the block cannot be run alone: {type(error).__name__}: {error}") from error
+        raise NotFusable(
+            f"the block cannot be run alone: {type(error).__name__}: {error}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -126,7 +137,10 @@ def rotary_tables(call: BlockCall) -> dict[str, tuple[Tensor, Tensor]]:
 
 def neutralized(call: BlockCall) -> BlockCall:
     """The call with the rotary tables of position 0: cos 1, sin 0."""
-    tables = {name: (torch.ones_like(cos), torch.zeros_like(sin)) for name, (cos, sin) in rotary_tables(call).items()}
+    tables = {
+        name: (torch.ones_like(cos), torch.zeros_like(sin))
+        for name, (cos, sin) in rotary_tables(call).items()
+    }
     return replace(call, kwargs={**call.kwargs, **tables})
 
 

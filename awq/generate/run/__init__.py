@@ -1,1 +1,2 @@
-"""Carrying out a plan: prompts and steps through fused blocks, inside transformers' own `generate`."""
+"""Carrying out a plan: prompts and steps through fused blocks, inside transformers' own
+`generate`."""

@@ -23,7 +23,8 @@ class Prompt:
 
 @dataclass
 class Step:
-    """One new token per row. lengths: int32 [batch] on the device, tokens cached so far, which is the new one's position.
+    """One new token per row. lengths: int32 [batch] on the device, tokens cached so far, which is
+    the new one's position.
 
     longest: the largest of them, where the host knows it.
     """
@@ -39,13 +40,19 @@ class FusedBlock(nn.Module):
         super().__init__()
         self.plan = plan
         self.qkv = self._product(block, plan.qkv, merge)
-        self.attention_out, self.mlp_out = block.get_submodule(plan.attention_out), block.get_submodule(plan.mlp_out)
+        self.attention_out, self.mlp_out = (
+            block.get_submodule(plan.attention_out),
+            block.get_submodule(plan.mlp_out),
+        )
         if plan.mixture is None:
             self.interleave, mlp_in = self._interleaved(block) if merge else (0, plan.mlp_in)
             self.mlp_in = self._product(block, mlp_in, merge)
 
-    def forward(self, x: Tensor, branch: Tensor | None, cache: LayerCache, where: Prompt | Step) -> tuple[Tensor, Tensor]:
-        """x [batch, tokens, features] is the residual stream, to which `branch` is still to be added; returns both anew.
+    def forward(
+        self, x: Tensor, branch: Tensor | None, cache: LayerCache, where: Prompt | Step
+    ) -> tuple[Tensor, Tensor]:
+        """x [batch, tokens, features] is the residual stream, to which `branch` is still to be
+        added; returns both anew.
 
         The last addition is left to the next block, which can do it together with its norm.
         """
@@ -61,7 +68,8 @@ class FusedBlock(nn.Module):
         return x, self._mlp(normed)
 
     def _interleaved(self, block: nn.Module) -> tuple[int, Source]:
-        """(n, n channels of the gate and n of up in turn) where product and activation are one kernel; else (0, as they are)."""
+        """(n, n channels of the gate and n of up in turn) where product and activation are one
+        kernel; else (0, as they are)."""
         p, linears = self.plan, [block.get_submodule(name) for name in self.plan.mlp_in.names]
         if not p.gated or p.activation_name is None or not joinable(linears, p.mlp_in):
             return 0, p.mlp_in
@@ -89,7 +97,15 @@ class FusedBlock(nn.Module):
 
     def _attention(self, qkv: Tensor, cache: LayerCache, where: Prompt | Step) -> Tensor:
         if isinstance(where, Step):
-            return ops.attend_step(qkv, self.plan.attention, self.plan.cos, self.plan.sin, cache, where.lengths, where.longest)
+            return ops.attend_step(
+                qkv,
+                self.plan.attention,
+                self.plan.cos,
+                self.plan.sin,
+                cache,
+                where.lengths,
+                where.longest,
+            )
         a, (batch, tokens, _) = self.plan.attention, qkv.shape
         q = ops.cache_prompt(qkv, a, self.plan.cos, self.plan.sin, cache, where.start)
         stop = where.start + tokens

@@ -1,4 +1,5 @@
-"""`FusedDecoder`: prompts in pieces, then one token per row and step, over a cache that was allocated once."""
+"""`FusedDecoder`: prompts in pieces, then one token per row and step, over a cache that was
+allocated once."""
 
 from __future__ import annotations
 
@@ -32,12 +33,15 @@ KEPT_CALLS = 8  # requests for which a GPU keeps a cache that they do not fill
 class FusedDecoder:
     """A language model as embedding, fused blocks, norm and head.
 
-    The weights are those of the transformers model, which keeps working.
-    `prefill` and `step` give logits float32 [batch, vocabulary]; the cache of up to `max_seq_len` tokens a row is allocated at
+    The weights are those of the transformers model, which keeps working. `prefill` and `step` give
+    logits float32 [batch, vocabulary]; the cache of up to `max_seq_len` tokens a row is allocated
+    at
     the first prompt. There is one cache: callers take turns, by `awq.nn.locks.lock_of(model)`.
     """
 
-    def __init__(self, plan: DecoderPlan, model: Any, batch_size: int = 1, merge: bool = True) -> None:
+    def __init__(
+        self, plan: DecoderPlan, model: Any, batch_size: int = 1, merge: bool = True
+    ) -> None:
         self.plan, self.model, self.batch_size = plan, model, batch_size
         self.cache: list[LayerCache] = []
         self.graphs: dict[int, StepGraph] = {}  # by batch
@@ -62,7 +66,8 @@ class FusedDecoder:
         return self.plan.max_seq_len
 
     def fits(self, model: Any) -> bool:
-        """Whether the model is still where and what it was when it was fused: others may have put adapters on its linears."""
+        """Whether the model is still where and what it was when it was fused: others may have put
+        adapters on its linears."""
         moved = model.dtype != self.dtype or get_weight(self.plan.embedding).device != self.device
         return not moved and all(now is then for now, then in zip(self._linears(), self.linears))
 
@@ -82,10 +87,12 @@ class FusedDecoder:
             self.cache = allocate(attentions, batch, self.max_seq_len, self.dtype, self.device)  # type: ignore[arg-type]
 
     def release(self, batch: int) -> None:
-        """Called after a request of `batch` rows: gives memory back that only outsized requests need.
+        """Called after a request of `batch` rows: gives memory back that only outsized requests
+        need.
 
-        Rows beyond `batch_size` go back at once on a CPU. On a GPU, where the next request of that size would capture its
-        step again, they go back when `KEPT_CALLS` requests in a row did without them.
+        Rows beyond `batch_size` go back at once on a CPU. On a GPU, where the next request of that
+        size would capture its step again, they go back when `KEPT_CALLS` requests in a row did
+        without them.
         """
         rows = self.cache[0].k.shape[0] if self.cache else 0
         if rows <= self.batch_size:
@@ -101,12 +108,16 @@ class FusedDecoder:
         self.cache = []
 
     def restore(self) -> None:
-        """Puts separate siblings back into the transformers model; the decoder is of no use afterwards.
+        """Puts separate siblings back into the transformers model; the decoder is of no use
+        afterwards.
 
         Raises ConfigError inside a call of generate, as from a streamer.
         """
         if self.running:
-            raise ConfigError("the model is generating; take it apart (unfuse, cast, move) after generate has returned.")
+            raise ConfigError(
+                "the model is generating; take it apart (unfuse, cast, move) after generate has "
+                "returned."
+            )
         for block in self.plan.modules:
             separate(block)
         self.blocks = []
@@ -114,14 +125,17 @@ class FusedDecoder:
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Caches prompts and returns the logits of the last token of each, float32 [batch, vocabulary].
+        """Caches prompts and returns the logits of the last token of each, float32 [batch,
+        vocabulary].
 
-        ids: int64 [batch, tokens], every row's true tokens first. lengths: how many those are. Raises ConfigError when a
-        prompt is longer than the cache.
+        ids: int64 [batch, tokens], every row's true tokens first. lengths: how many those are.
+        Raises ConfigError when a prompt is longer than the cache.
         """
         batch, tokens = ids.shape
         if tokens > self.max_seq_len:
-            raise ConfigError(f"a prompt of {tokens} tokens does not fit max_seq_len={self.max_seq_len}.")
+            raise ConfigError(
+                f"a prompt of {tokens} tokens does not fit max_seq_len={self.max_seq_len}."
+            )
         self.reserve(batch)
         cache = [layer.rows(batch) for layer in self.cache]
         last = torch.tensor(lengths, device=ids.device) - 1
@@ -133,20 +147,28 @@ class FusedDecoder:
             hidden = self._hidden(part, positions, cache, Prompt(start))
             inside = (last - start).clamp(0, part.shape[1] - 1)
             chosen = hidden[torch.arange(batch, device=ids.device), inside]
-            found = chosen if found is None else torch.where((last >= start).unsqueeze(1), chosen, found)
+            found = (
+                chosen
+                if found is None
+                else torch.where((last >= start).unsqueeze(1), chosen, found)
+            )
         assert found is not None
         return self._logits(found)
 
     @torch.inference_mode()
     def step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
-        """The logits after one more token per row, float32 [batch, vocabulary]; on a GPU overwritten by the next step.
+        """The logits after one more token per row, float32 [batch, vocabulary]; on a GPU
+        overwritten by the next step.
 
-        ids: int64 [batch]; lengths: int32 [batch], tokens cached before. longest: the largest of them.
+        ids: int64 [batch]; lengths: int32 [batch], tokens cached before. longest: the largest of
+        them.
         """
         if self.graphable:
             graph = self.graphs.get(len(ids))
             if graph is None and self._runs_alone(ids, lengths):
-                graph = self.graphs[len(ids)] = StepGraph(self.eager_step, ids, lengths, self.max_seq_len)
+                graph = self.graphs[len(ids)] = StepGraph(
+                    self.eager_step, ids, lengths, self.max_seq_len
+                )
             if graph is not None:
                 return graph(ids, lengths)
             self.graphable = False
@@ -165,7 +187,9 @@ class FusedDecoder:
             with no_waiting():
                 self.eager_step(ids, lengths, last)
         except RuntimeError as reason:
-            logger.warning("decode steps are not captured as CUDA graphs, and slower for it: %s.", reason)
+            logger.warning(
+                "decode steps are not captured as CUDA graphs, and slower for it: %s.", reason
+            )
             return False
         return True
 
@@ -173,11 +197,16 @@ class FusedDecoder:
         """`step` without a CUDA graph."""
         cache = [layer.rows(len(ids)) for layer in self.cache]
         with NothingFromTheHost() if self.routed else nullcontext():
-            hidden = self._hidden(ids.unsqueeze(1), lengths.unsqueeze(1), cache, Step(lengths, longest))
+            hidden = self._hidden(
+                ids.unsqueeze(1), lengths.unsqueeze(1), cache, Step(lengths, longest)
+            )
         return self._logits(hidden[:, 0])
 
-    def _hidden(self, ids: Tensor, positions: Tensor, cache: list[LayerCache], where: Prompt | Step) -> Tensor:
-        """ids [batch, tokens] → the normalized output of the last block [batch, tokens, features]."""
+    def _hidden(
+        self, ids: Tensor, positions: Tensor, cache: list[LayerCache], where: Prompt | Step
+    ) -> Tensor:
+        """ids [batch, tokens] → the normalized output of the last block [batch, tokens,
+        features]."""
         p = self.plan
         x = p.embedding(ids)
         if p.embedding_factor != 1.0:
@@ -198,7 +227,8 @@ class FusedDecoder:
 
 
 def quantized_head(head: nn.Module) -> nn.Module:
-    """A packed copy of the head, rounded to nearest in groups of 128 (or what divides its inputs); itself when packed already."""
+    """A packed copy of the head, rounded to nearest in groups of 128 (or what divides its inputs);
+    itself when packed already."""
     if not is_linear(head):
         return head
     weight, bias = get_weight(head), getattr(head, "bias", None)

@@ -1,8 +1,9 @@
 """The decode loop that takes the place of transformers' own inside `model.generate`.
 
-transformers prepares everything: lengths, logits processors, stopping criteria, special tokens. What it would hand to its
-greedy and sampling loop is handed to `sample` here; beam search and all else keep transformers' loops. On a GPU the next
-step is under way before the host looks at the tokens of the last one, so looking costs no time.
+transformers prepares everything: lengths, logits processors, stopping criteria, special tokens.
+What it would hand to its greedy and sampling loop is handed to `sample` here; beam search and all
+else keep transformers' loops. On a GPU the next step is under way before the host looks at the
+tokens of the last one, so looking costs no time.
 """
 
 from __future__ import annotations
@@ -28,15 +29,32 @@ from awq.nn.locks import lock_of
 logger = logging.getLogger("awq.generate")
 
 _OUR_MODES = ("greedy_search", "sample")
-_THEIRS = ("inputs_embeds", "past_key_values", "position_ids", "token_type_ids", "custom_generate", "cache_implementation",
-           "guidance_scale")  # fmt: skip
-# Keyword arguments of a forward that change nothing here: a fused decoder always caches and computes the last logits.
-_HARMLESS = {"input_ids", "inputs", "attention_mask", "use_cache", "logits_to_keep", "num_logits_to_keep", "cache_position",
-             "tokenizer"}  # fmt: skip
+_THEIRS = (
+    "inputs_embeds",
+    "past_key_values",
+    "position_ids",
+    "token_type_ids",
+    "custom_generate",
+    "cache_implementation",
+    "guidance_scale",
+)
+# Keyword arguments of a forward that change nothing here: a fused decoder always caches and
+# computes the last logits.
+_HARMLESS = {
+    "input_ids",
+    "inputs",
+    "attention_mask",
+    "use_cache",
+    "logits_to_keep",
+    "num_logits_to_keep",
+    "cache_position",
+    "tokenizer",
+}
 
 
 def why_not(model: Any, kwargs: dict[str, Any]) -> str | None:
-    """Why a call of `generate` with these keyword arguments goes through transformers' own loop, or None."""
+    """Why a call of `generate` with these keyword arguments goes through transformers' own loop, or
+    None."""
     config = kwargs.get("generation_config") or model.generation_config
     settings = {k: v for k, v in kwargs.items() if k in config.to_dict()}
     merged = type(config).from_dict({**config.to_dict(), **settings})
@@ -57,18 +75,23 @@ def why_not(model: Any, kwargs: dict[str, Any]) -> str | None:
 
 
 def _model_inputs(kwargs: dict[str, Any], config: Any) -> list[str]:
-    """Names of the keyword arguments that `generate` would hand through to the model's forward, and that matter there."""
+    """Names of the keyword arguments that `generate` would hand through to the model's forward, and
+    that matter there."""
     own = inspect.signature(GenerationMixin.generate).parameters
     known = {*own, *config.to_dict(), *_HARMLESS, *_THEIRS}
     return sorted(name for name, value in kwargs.items() if value is not None and name not in known)
 
 
 def generate_fused(
-    model: Any, decoder: FusedDecoder | StaticDecoder, generator: torch.Generator | None = None, **kwargs: Any
+    model: Any,
+    decoder: FusedDecoder | StaticDecoder,
+    generator: torch.Generator | None = None,
+    **kwargs: Any,
 ) -> Any:
     """`model.generate(**kwargs)` with the decoder's loop in place of transformers' `_sample`.
 
-    Waits for other threads, since the decoder has one cache. generator: source of random numbers for sampling.
+    Waits for other threads, since the decoder has one cache. generator: source of random numbers
+    for sampling.
     """
     loop = make_loop(decoder, generator, kwargs.get("streamer"))
     with lock_of(model):
@@ -90,22 +113,39 @@ def _takes_a_loop() -> bool:
 
 
 def make_loop(
-    decoder: FusedDecoder | StaticDecoder, generator: torch.Generator | None = None, streamer: Any = None
+    decoder: FusedDecoder | StaticDecoder,
+    generator: torch.Generator | None = None,
+    streamer: Any = None,
 ) -> Callable[..., Any]:
-    """The function that transformers' generate calls; generator: source of random numbers for sampling.
+    """The function that transformers' generate calls; generator: source of random numbers for
+    sampling.
 
-    streamer: that of the call; transformers does not hand it to a function given as `custom_generate`.
-    Of the keyword arguments that transformers has prepared for its own loop (caches, positions; every release has others)
+    streamer: that of the call; transformers does not hand it to a function given as
+    `custom_generate`. Of the keyword arguments that transformers has prepared for its own loop
+    (caches, positions; every release has others)
     only the attention mask is read: what the caller gave has been judged by `why_not`.
     """
 
     def loop(
-        model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **model_kwargs: Any
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
     ) -> Any:
-        device = torch.cuda.device(decoder.device) if decoder.device.type == "cuda" else nullcontext()
+        device = (
+            torch.cuda.device(decoder.device) if decoder.device.type == "cuda" else nullcontext()
+        )
         try:
             with device, torch.inference_mode():
-                run = _Run(decoder, input_ids, model_kwargs.get("attention_mask"), generation_config, generator)
+                run = _Run(
+                    decoder,
+                    input_ids,
+                    model_kwargs.get("attention_mask"),
+                    generation_config,
+                    generator,
+                )
                 result = run(logits_processor, stopping_criteria, streamer)
         finally:
             decoder.release(len(input_ids))
@@ -119,7 +159,9 @@ def _ordinary(result: Any) -> Any:
     if isinstance(result, Tensor):
         return result.clone()
     for name, value in result.items():
-        result[name] = tuple(t.clone() for t in value) if isinstance(value, tuple) else value.clone()
+        result[name] = (
+            tuple(t.clone() for t in value) if isinstance(value, tuple) else value.clone()
+        )
     return result
 
 
@@ -127,7 +169,12 @@ class _Run:
     """One call of generate."""
 
     def __init__(
-        self, decoder: FusedDecoder | StaticDecoder, ids: Tensor, mask: Tensor | None, config: Any, generator: Any
+        self,
+        decoder: FusedDecoder | StaticDecoder,
+        ids: Tensor,
+        mask: Tensor | None,
+        config: Any,
+        generator: Any,
     ) -> None:
         self.decoder, self.config, self.generator = decoder, config, generator
         self.ids = ids.to(decoder.device, torch.int64)
@@ -138,10 +185,13 @@ class _Run:
             raise ConfigError("a prompt of the batch is empty: its attention_mask is 0 everywhere.")
         if max(self.lengths) + self.room > decoder.max_seq_len:
             raise ConfigError(
-                f"{max(self.lengths)} prompt tokens and up to {self.room} new ones do not fit max_seq_len={decoder.max_seq_len}; "
-                "ask for fewer (max_new_tokens), or load with a larger max_seq_len or with fuse_layers=False."
+                f"{max(self.lengths)} prompt tokens and up to {self.room} new ones do not fit "
+                f"max_seq_len={decoder.max_seq_len}; "
+                "ask for fewer (max_new_tokens), or load with a larger max_seq_len or with "
+                "fuse_layers=False."
             )
-        order = mask.argsort(dim=1, descending=True, stable=True)  # true tokens first: rows of the cache have no padding
+        # true tokens first: rows of the cache have no padding
+        order = mask.argsort(dim=1, descending=True, stable=True)
         self.prompts = self.ids.gather(1, order)[:, : max(self.lengths)]
 
     def __call__(self, processors: Any, criteria: Any, streamer: Any) -> Any:
@@ -194,8 +244,8 @@ class _Run:
 class _Watch:
     """Writes tokens to the sequences, says which rows go on, and brings both to the host.
 
-    On a GPU the next step is started before the host looks. Rows that have ended get the padding token; what the model makes
-    of them is not looked at.
+    On a GPU the next step is started before the host looks. Rows that have ended get the padding
+    token; what the model makes of them is not looked at.
     """
 
     def __init__(self, criteria: Any, config: Any, ids: Tensor) -> None:
@@ -219,7 +269,9 @@ class _Watch:
         if self.pad is not None:
             token = torch.where(self.going, token, self.pad.to(token.device))
         self.ids[:, place] = token
-        self.going = self.going & ~self.criteria(self.ids[:, : place + 1], scores).to(self.going.device)
+        self.going = self.going & ~self.criteria(self.ids[:, : place + 1], scores).to(
+            self.going.device
+        )
         return torch.cat([token, self.going.any().unsqueeze(0).to(token.dtype)])
 
     def get(self) -> tuple[Tensor, bool]:

@@ -1,6 +1,8 @@
-"""What a fused block does between its products. `awq.backends` says who computes each operator; here its inputs are checked.
+"""What a fused block does between its products. `awq.backends` says who computes each operator;
+here its inputs are checked.
 
-A kernel is given addresses, so what does not fit is refused before: widths, dtypes, devices, and places beyond the cache.
+A kernel is given addresses, so what does not fit is refused before: widths, dtypes, devices, and
+places beyond the cache.
 """
 
 from __future__ import annotations
@@ -29,13 +31,22 @@ def _operator(name: str, x: Tensor) -> Callable[..., Any]:
 
 
 def _refuse(what: str, tensor: Tensor, wanted: str) -> ConfigError:
-    return ConfigError(f"{what} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; it must be {wanted}.")
+    return ConfigError(
+        f"{what} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; it must be {wanted}."
+    )
 
 
-def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None) -> tuple[Tensor, Tensor]:
-    """(x + factor · branch, its norm); all [batch, tokens, features]. Raises ConfigError when they do not fit together."""
-    if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype or branch.device != x.device):
-        raise _refuse("the branch", branch, f"{x.dtype} {list(x.shape)} on {x.device}, as what it is added to")
+def add_norm(
+    x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None
+) -> tuple[Tensor, Tensor]:
+    """(x + factor · branch, its norm); all [batch, tokens, features]. Raises ConfigError when they
+    do not fit together."""
+    if branch is not None and (
+        branch.shape != x.shape or branch.dtype != x.dtype or branch.device != x.device
+    ):
+        raise _refuse(
+            "the branch", branch, f"{x.dtype} {list(x.shape)} on {x.device}, as what it is added to"
+        )
     if norm is not None:
         for vector in (norm.weight, norm.bias):
             if vector is not None:
@@ -56,13 +67,17 @@ def normalize(x: Tensor, norm: Norm | None) -> Tensor:
     return add_norm(x, None, 1.0, norm)[1]
 
 
-def activate(h: Tensor, activation: Callable[[Tensor], Tensor], name: str | None, gated: bool) -> Tensor:
+def activate(
+    h: Tensor, activation: Callable[[Tensor], Tensor], name: str | None, gated: bool
+) -> Tensor:
     """activation(gate) · up for h = [gate, up] along the last axis, or activation(h).
 
     name: of the activation in `ACTIVATIONS`; None for one that no kernel knows.
     """
     if gated and h.shape[-1] % 2:
-        raise ConfigError(f"gate and up have {h.shape[-1]} channels together, which is an odd number.")
+        raise ConfigError(
+            f"gate and up have {h.shape[-1]} channels together, which is an odd number."
+        )
     if name is not None:
         return _operator("activate", h)(h, name, gated)
     if not gated:
@@ -72,12 +87,16 @@ def activate(h: Tensor, activation: Callable[[Tensor], Tensor], name: str | None
 
 
 def gate_interleave(linear: WQLinear) -> int:
-    """How many channels of the gate and of up are to be in turn, so that `gated` is one kernel on the linear's device; or 0."""
-    return _operator("gate_interleave", torch.empty(0, dtype=torch.float16, device=linear.qweight.device))()
+    """How many channels of the gate and of up are to be in turn, so that `gated` is one kernel on
+    the linear's device; or 0."""
+    return _operator(
+        "gate_interleave", torch.empty(0, dtype=torch.float16, device=linear.qweight.device)
+    )()
 
 
 def gated(x: Tensor, linear: WQLinear, name: str, interleave: int) -> Tensor:
-    """act(gate) · up for a linear whose outputs are `interleave` channels of the gate and as many of up in turn.
+    """act(gate) · up for a linear whose outputs are `interleave` channels of the gate and as many
+    of up in turn.
 
     x [batch, tokens, in]. Raises ConfigError when x has another width than the linear.
     """
@@ -87,8 +106,11 @@ def gated(x: Tensor, linear: WQLinear, name: str, interleave: int) -> Tensor:
     return _operator("gated", x)(x, packed, linear.bias, name, interleave)
 
 
-def cache_prompt(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, start: int) -> Tensor:
-    """Queries [batch, heads, tokens, head_dim] of a piece of the prompts, whose keys and values go into the cache at `start`.
+def cache_prompt(
+    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, start: int
+) -> Tensor:
+    """Queries [batch, heads, tokens, head_dim] of a piece of the prompts, whose keys and values go
+    into the cache at `start`.
 
     Raises ConfigError when they do not fit the cache or the rotary tables.
     """
@@ -98,28 +120,56 @@ def cache_prompt(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | No
 
 
 def attend_step(
-    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, lengths: Tensor, longest: int
+    qkv: Tensor,
+    a: Attention,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cache: LayerCache,
+    lengths: Tensor,
+    longest: int,
 ) -> Tensor:
-    """Attention of one new token per row over its row of the cache, into which its key and value go.
+    """Attention of one new token per row over its row of the cache, into which its key and value
+    go.
 
-    qkv [batch, 1, channels] → [batch, 1, heads · head_dim]. lengths int32 [batch]: tokens cached so far, at most `longest`.
-    Raises ConfigError when they do not fit the cache or the rotary tables.
+    qkv [batch, 1, channels] → [batch, 1, heads · head_dim]. lengths int32 [batch]: tokens cached so
+    far, at most `longest`. Raises ConfigError when they do not fit the cache or the rotary tables.
     """
     _check_attention(qkv, a, cos, sin, cache, longest + 1)
-    if lengths.dtype != torch.int32 or lengths.shape != qkv.shape[:1] or lengths.device != qkv.device:
+    if (
+        lengths.dtype != torch.int32
+        or lengths.shape != qkv.shape[:1]
+        or lengths.device != qkv.device
+    ):
         raise _refuse("lengths", lengths, f"int32 [{len(qkv)}] on {qkv.device}")
     compute = plain.attend if a.why_no_kernel() else _operator("attend", qkv)
     return compute(qkv[:, 0], a, cos, sin, lengths, cache.k, cache.v, longest).unsqueeze(1)
 
 
-def _check_attention(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, places: int) -> None:
+def _check_attention(
+    qkv: Tensor,
+    a: Attention,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cache: LayerCache,
+    places: int,
+) -> None:
     """places: how many positions of the cache and of the rotary tables are read or written."""
     batch, _, channels = qkv.shape
     if channels != a.channels:
-        raise _refuse("the product of queries, keys and values", qkv, f"[batch, tokens, {a.channels}]")
+        raise _refuse(
+            "the product of queries, keys and values", qkv, f"[batch, tokens, {a.channels}]"
+        )
     for kept in (cache.k, cache.v):
-        if kept.shape[:2] != (batch, a.kv_heads) or kept.shape[2] < places or kept.shape[3] != a.head_dim:
-            raise _refuse("the cache", kept, f"[{batch}, {a.kv_heads}, {places} positions or more, {a.head_dim}]")
+        if (
+            kept.shape[:2] != (batch, a.kv_heads)
+            or kept.shape[2] < places
+            or kept.shape[3] != a.head_dim
+        ):
+            raise _refuse(
+                "the cache",
+                kept,
+                f"[{batch}, {a.kv_heads}, {places} positions or more, {a.head_dim}]",
+            )
         if kept.dtype != qkv.dtype or kept.device != qkv.device or not kept.is_contiguous():
             raise _refuse("the cache", kept, f"{qkv.dtype} on {qkv.device} in one piece")
     for table in (cos, sin):
@@ -128,13 +178,27 @@ def _check_attention(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor 
 
 
 def _check_table(table: Tensor, a: Attention, places: int, device: torch.device) -> None:
-    if table.shape[0] < places or table.shape[1] * 2 != a.rotary or table.dtype != torch.float32 or table.device != device:
-        raise _refuse("a rotary table", table, f"float32 [{places} positions or more, {a.rotary // 2}] on {device}")
+    if (
+        table.shape[0] < places
+        or table.shape[1] * 2 != a.rotary
+        or table.dtype != torch.float32
+        or table.device != device
+    ):
+        raise _refuse(
+            "a rotary table",
+            table,
+            f"float32 [{places} positions or more, {a.rotary // 2}] on {device}",
+        )
 
 
 def head(x: Tensor, module: nn.Module) -> Tensor:
     """Logits float32 [batch, vocabulary] of x [batch, features]."""
-    if x.device.type == "cpu" and type(module) is nn.Linear and module.bias is None and len(x) <= MOST_HEAD_ROWS:
+    if (
+        x.device.type == "cpu"
+        and type(module) is nn.Linear
+        and module.bias is None
+        and len(x) <= MOST_HEAD_ROWS
+    ):
         weight = module.weight
         if weight.is_contiguous() and weight.dtype == x.dtype and weight.shape[1] == x.shape[1]:
             return _operator("dense", x)(x, weight)

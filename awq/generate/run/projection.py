@@ -1,7 +1,10 @@
-"""Sibling linears as one product, and the modules that stand in their places in the transformers model.
+"""Sibling linears as one product, and the modules that stand in their places in the transformers
+model.
 
-A live model may be running in other threads while its siblings are joined or separated. Each module is therefore replaced by
-one of equal values, in one assignment: whatever mixture of old and new modules a running forward meets, it computes the same.
+A live model may be running in other threads while its siblings are joined or separated. Each module
+is therefore replaced by
+one of equal values, in one assignment: whatever mixture of old and new modules a running forward
+meets, it computes the same.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ class Projection(nn.Module):
 
     def __init__(self, block: nn.Module, source: Source) -> None:
         super().__init__()
-        self.linears = [block.get_submodule(name) for name in source.names]  # a plain list: they belong to the block
+        # a plain list: they belong to the block
+        self.linears = [block.get_submodule(name) for name in source.names]
         self.rows = None if _in_order(source.rows) else source.rows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +49,8 @@ class _Product:
 
 
 class Shared:
-    """A joined linear, and the last product of each thread, of which every sibling asks for its part in turn."""
+    """A joined linear, and the last product of each thread, of which every sibling asks for its
+    part in turn."""
 
     def __init__(self, linear: WQLinear, siblings: int) -> None:
         self.linear, self.siblings = linear, siblings
@@ -56,7 +61,12 @@ class Shared:
         if torch.compiler.is_compiling():
             return self.linear(x)  # the compiler sees that the siblings compute the same
         last: _Product | None = getattr(self._threads, "last", None)
-        if last is None or last.x is not x or sibling not in last.waiting or last.state != _state_of(x):
+        if (
+            last is None
+            or last.x is not x
+            or sibling not in last.waiting
+            or last.state != _state_of(x)
+        ):
             last = _Product(x, self.linear(x), _state_of(x), set(range(self.siblings)))
         last.waiting.discard(sibling)
         self._threads.last = last if last.waiting else None  # kept no longer than needed
@@ -64,15 +74,18 @@ class Shared:
 
 
 def _state_of(x: Tensor) -> tuple:
-    """What tells a product of the same tensor apart: the tensor changed in place, or gradients are wanted now."""
+    """What tells a product of the same tensor apart: the tensor changed in place, or gradients are
+    wanted now."""
     version = None if x.is_inference() else x._version
     return version, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 class Slice(nn.Module):
-    """Stands for one of several siblings whose weights were joined: outputs `rows` of the shared product.
+    """Stands for one of several siblings whose weights were joined: outputs `rows` of the shared
+    product.
 
-    It moves with the model, its state is that of the linear it stands for, and copies and pickles of it are that linear.
+    It moves with the model, its state is that of the linear it stands for, and copies and pickles
+    of it are that linear.
     """
 
     def __init__(self, shared: Shared, sibling: int, rows: Tensor, stands_for: WQLinear) -> None:
@@ -82,15 +95,24 @@ class Slice(nn.Module):
         self.joined = shared.linear  # registered, so that `.to` reaches it
         self.in_features, self.out_features = stands_for.in_features, len(rows)
         first = int(rows[0])
-        self.first = first if torch.equal(rows, torch.arange(first, first + len(rows), device=rows.device)) else None
+        self.first = (
+            first
+            if torch.equal(rows, torch.arange(first, first + len(rows), device=rows.device))
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.shared(self.sibling, x)
-        return y[..., self.rows.to(y.device)] if self.first is None else y.narrow(-1, self.first, self.out_features)
+        return (
+            y[..., self.rows.to(y.device)]
+            if self.first is None
+            else y.narrow(-1, self.first, self.out_features)
+        )
 
     @property
     def qweight(self) -> Tensor:
-        """The joined linear's, for those who ask a packed linear where its weight is, as PEFT does."""
+        """The joined linear's, for those who ask a packed linear where its weight is, as PEFT
+        does."""
         return self.joined.qweight
 
     def part(self) -> WQLinear:
@@ -102,8 +124,12 @@ class Slice(nn.Module):
             linear.register_buffer("bias", None)
         return linear
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        return self.part().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+    def state_dict(
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        return self.part().state_dict(
+            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
+        )
 
     def __deepcopy__(self, memo: dict) -> WQLinear:
         return self.part()
@@ -117,7 +143,8 @@ def _itself(linear: WQLinear) -> WQLinear:
 
 
 def join(block: nn.Module, source: Source) -> WQLinear | None:
-    """Replaces sibling linears by slices of one linear whose outputs are the channels of `source`, in their order.
+    """Replaces sibling linears by slices of one linear whose outputs are the channels of `source`,
+    in their order.
 
     Nothing is held twice. None when they cannot be one packed product, or are one in order already.
     """
@@ -137,7 +164,8 @@ def join(block: nn.Module, source: Source) -> WQLinear | None:
 
 
 def separate(block: nn.Module) -> None:
-    """Puts packed linears of their own in the places of all slices, bit for bit as they were loaded."""
+    """Puts packed linears of their own in the places of all slices, bit for bit as they were
+    loaded."""
     slices = [(name, module) for name, module in block.named_modules() if isinstance(module, Slice)]
     for name, module in slices:
         replace_module(block, name, module.part())

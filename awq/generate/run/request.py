@@ -1,7 +1,8 @@
 """What a request to `generate` holds, checked once, before any kernel sees the address of a tensor.
 
-On a CPU a kernel that is handed ids beyond the embedding or a mask of another shape reads and writes memory of others; on a GPU
-an assertion inside a kernel costs the whole process. So the door refuses such requests with one line.
+On a CPU a kernel that is handed ids beyond the embedding or a mask of another shape reads and
+writes memory of others; on a GPU an assertion inside a kernel costs the whole process. So the door
+refuses such requests with one line.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ _ID_TYPES = (torch.int64, torch.int32)
 def check_request(vocabulary: int, kwargs: dict[str, Any]) -> None:
     """Raises ConfigError when ids, mask or the number of new tokens cannot be what is meant.
 
-    vocabulary: rows of the model's embedding. kwargs: of `generate`; ids are int64 or int32 [batch, tokens], the mask the same
-    shape with at least one token that counts in every row. What is not given is not checked.
+    vocabulary: rows of the model's embedding. kwargs: of `generate`; ids are int64 or int32 [batch,
+    tokens], the mask the same shape with at least one token that counts in every row. What is not
+    given is not checked.
     """
     for name in ("max_new_tokens", "max_length", "min_new_tokens", "min_length"):
         _check_count(name, kwargs.get(name))
@@ -44,21 +46,34 @@ def _check_count(name: str, value: Any) -> None:
 def _check_ids(ids: Any, vocabulary: int) -> None:
     if not isinstance(ids, Tensor):
         kind = type(ids).__name__
-        raise ConfigError(f"input_ids are a {kind}; give a tensor [batch, tokens], as tokenizer(text, return_tensors='pt') does.")
+        raise ConfigError(
+            f"input_ids are a {kind}; give a tensor [batch, tokens], as tokenizer(text, "
+            "return_tensors='pt') does."
+        )
     if ids.dim() != 2 or ids.dtype not in _ID_TYPES:
-        raise ConfigError(f"input_ids are {ids.dtype} of shape {tuple(ids.shape)}; give int64 ids [batch, tokens].")
+        raise ConfigError(
+            f"input_ids are {ids.dtype} of shape {tuple(ids.shape)}; give int64 ids [batch, "
+            "tokens]."
+        )
     if ids.numel() == 0:
-        raise ConfigError(f"input_ids of shape {tuple(ids.shape)} hold no token; give at least one for each row.")
+        raise ConfigError(
+            f"input_ids of shape {tuple(ids.shape)} hold no token; give at least one for each row."
+        )
     low, high = torch.stack(ids.aminmax()).tolist()
     if low < 0 or high >= vocabulary:
         wrong = low if low < 0 else high
         known = f"the model knows the ids 0 to {vocabulary - 1}"
-        raise ConfigError(f"input_ids hold {wrong}; {known}. Are they of another model's tokenizer?")
+        raise ConfigError(
+            f"input_ids hold {wrong}; {known}. Are they of another model's tokenizer?"
+        )
 
 
 def _check_mask(mask: Any, ids: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ConfigError(f"attention_mask is {found} for input_ids {tuple(ids.shape)}; give a tensor of the same shape.")
+        raise ConfigError(
+            f"attention_mask is {found} for input_ids {tuple(ids.shape)}; give a tensor of the "
+            "same shape."
+        )
     if not bool((mask != 0).any(dim=1).all()):
         raise ConfigError("a prompt of the batch is empty: its attention_mask is 0 everywhere.")

@@ -1,12 +1,14 @@
-"""The CPU backend: kernels generated for the CPU at hand, by llvmlite, with no compiler on the machine (`autoawq[cpu]`).
+"""The CPU backend: kernels generated for the CPU at hand, by llvmlite, with no compiler on the
+machine (`autoawq[cpu]`).
 
-Weights stay nibbles; activations become integers, per group of inputs, in planes of int8; products are exact integers, and
-everything else is float32. Two planes (16 bits) serve bfloat16 and float16, three (24 bits) float32: each comes out as exact as
-its own dtype is. At one token the planes are nearly free, since memory is what limits. `cpu_int8` is the same with one plane,
+Weights stay nibbles; activations become integers, per group of inputs, in planes of int8; products
+are exact integers, and everything else is float32. Two planes (16 bits) serve bfloat16 and float16,
+three (24 bits) float32: each comes out as exact as its own dtype is. At one token the planes are
+nearly free, since memory is what limits. `cpu_int8` is the same with one plane,
 as llama.cpp and onnxruntime compute: twice as fast for many tokens, and off by 0.5 %.
 
-Kernels: `products`, `decoding`, and `dense` for many bfloat16 tokens where the CPU has a matrix unit; what each kind of CPU has:
-`targets`; compiling and threads: `engine`.
+Kernels: `products`, `decoding`, and `dense` for many bfloat16 tokens where the CPU has a matrix
+unit; what each kind of CPU has: `targets`; compiling and threads: `engine`.
 """
 
 from __future__ import annotations
@@ -21,16 +23,21 @@ from awq.kernels.packed import Packed, Shape
 from awq.kernels.trial import trial_error
 
 LAYOUT = "rows16"
-OPERATORS = dict.fromkeys(("add_norm", "activate", "attend", "dense"), "awq.kernels.cpu.decode_launch")
+OPERATORS = dict.fromkeys(
+    ("add_norm", "activate", "attend", "dense"), "awq.kernels.cpu.decode_launch"
+)
 MATRIX_UNIT_MIN_TOKENS = 128  # fewer are not worth a dense weight
 PLANES = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
-_TOLERANCE = {1: 2e-2, 2: 2e-4, 3: 1e-6}  # of the trial product by planes, beside the rounding of its dtype
+# of the trial product by planes, beside the rounding of its dtype
+_TOLERANCE = {1: 2e-2, 2: 2e-4, 3: 1e-6}
 MAX_CHUNK_INPUTS = 256  # that share one step of the activations
 MAX_SERIAL_VALUES = 1 << 16  # activations that one thread makes bytes of sooner than two
 MAX_CACHED_BYTES = 1 << 19  # of activations that a core keeps near
 
 
-def why_not(device: torch.device, dtype: torch.dtype, shape: Shape | None, planes: int | None = None) -> str | None:
+def why_not(
+    device: torch.device, dtype: torch.dtype, shape: Shape | None, planes: int | None = None
+) -> str | None:
     """Why these kernels cannot serve this linear; see `awq.backends`."""
     if device.type != "cpu":
         return f"it runs on CPUs, and the weights are on {device.type}"
@@ -43,17 +50,23 @@ def why_not(device: torch.device, dtype: torch.dtype, shape: Shape | None, plane
 
 @cache
 def problem(dtype: torch.dtype, planes: int) -> str | None:
-    """Why the kernels cannot be trusted in this process: nothing to compile with, an unknown CPU, or wrong results."""
+    """Why the kernels cannot be trusted in this process: nothing to compile with, an unknown CPU,
+    or wrong results."""
     try:
         binding()
         if host_target() is None:
             return "the CPU has no AVX2, AVX-512 or Arm dot products"
         kernel = compiled(dtype, planes)
-        error = trial_error(lambda x, packed: run(kernel, x, packed, None, planes), LAYOUT, dtype, (1, 7))
+        error = trial_error(
+            lambda x, packed: run(kernel, x, packed, None, planes), LAYOUT, dtype, (1, 7)
+        )
     except ImportError as failure:
         return str(failure)
     except Exception as failure:  # LLVM refuses in many ways, and a linear must still be computed
-        return f"llvmlite cannot compile for this CPU: {type(failure).__name__} {str(failure).split(chr(10))[0]}"
+        return (
+            f"llvmlite cannot compile for this CPU: {type(failure).__name__} "
+            f"{str(failure).split(chr(10))[0]}"
+        )
     allowed = _TOLERANCE[planes] + torch.finfo(dtype).eps
     return None if error < allowed else f"a trial product was wrong by {error:.3g}"
 
@@ -67,7 +80,11 @@ def compiled(dtype: torch.dtype, planes: int) -> Program:
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """x [..., in] → [..., out] in x's dtype."""
-    if x.dtype == torch.bfloat16 and has_matrix_unit() and x.numel() >= MATRIX_UNIT_MIN_TOKENS * packed.shape.in_features:
+    if (
+        x.dtype == torch.bfloat16
+        and has_matrix_unit()
+        and x.numel() >= MATRIX_UNIT_MIN_TOKENS * packed.shape.in_features
+    ):
         from awq.kernels.cpu import dense
 
         return dense.linear(x, packed, bias)
@@ -84,13 +101,19 @@ def has_matrix_unit() -> bool:
 
     try:
         tokens = (MATRIX_UNIT_MIN_TOKENS,)
-        return trial_error(lambda x, packed: dense.linear(x, packed, None), LAYOUT, torch.bfloat16, tokens) < 1e-2
+        return (
+            trial_error(
+                lambda x, packed: dense.linear(x, packed, None), LAYOUT, torch.bfloat16, tokens
+            )
+            < 1e-2
+        )
     except Exception:  # as in `problem`; the other kernels serve
         return False
 
 
 def run(kernel: Program, x: Tensor, packed: Packed, bias: Tensor | None, planes: int) -> Tensor:
-    """x [..., in] times the packed weight, in the threads that torch uses; `kernel` is `compiled` for x's dtype and `planes`."""
+    """x [..., in] times the packed weight, in the threads that torch uses; `kernel` is `compiled`
+    for x's dtype and `planes`."""
     from awq.kernels.cpu.products import PRODUCT
 
     inputs, outputs, group = packed.shape
@@ -130,7 +153,8 @@ def run(kernel: Program, x: Tensor, packed: Packed, bias: Tensor | None, planes:
 
 @cache
 def chunk_of(group: int) -> int:
-    """Inputs that share one step of the activations: the group, or the largest even part of it, by eights, up to 256."""
+    """Inputs that share one step of the activations: the group, or the largest even part of it, by
+    eights, up to 256."""
     return group if group <= MAX_CHUNK_INPUTS else _largest_part(group)
 
 

@@ -19,10 +19,13 @@ from awq.kernels.cpu.engine import program
 from awq.kernels.reference import decode as reference
 from awq.kernels.specs import Attention, Norm
 
-MAX_SERIAL_WORK = 1 << 15  # elements, or products of attention, that one thread does sooner than two
+# elements, or products of attention, that one thread does sooner than two
+MAX_SERIAL_WORK = 1 << 15
 
 
-def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None
+) -> tuple[Tensor, Tensor]:
     """See `awq.kernels.reference.decode.add_norm`."""
     if norm is None:
         total = x if branch is None else x + (branch if factor == 1.0 else factor * branch)
@@ -31,7 +34,9 @@ def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None)
     total = x if branch is None else torch.empty_like(x)
     y, width = torch.empty_like(x), x.shape[-1]
     weight, bias, eps = norm.weight, norm.bias, norm.eps
-    kernel = program(emit_add_norm, x.dtype, branch is not None, norm.mean, weight is not None, bias is not None)
+    kernel = program(
+        emit_add_norm, x.dtype, branch is not None, norm.mean, weight is not None, bias is not None
+    )
     branch = None if branch is None else branch.contiguous()
     task = ADD_NORM.pack(
         threads=_threads(x.numel()),
@@ -57,15 +62,23 @@ def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
     h = h.contiguous()
     width = h.shape[-1] // (2 if gated else 1)
     y = h.new_empty((*h.shape[:-1], width))
-    task = ACTIVATE.pack(threads=_threads(4 * y.numel()), h=h, y=y, rows=y.numel() // width, width=width)
+    task = ACTIVATE.pack(
+        threads=_threads(4 * y.numel()), h=h, y=y, rows=y.numel() // width, width=width
+    )
     program(emit_activate, h.dtype, name, gated)(task)
     return y
 
 
 def attend(
-    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, lengths: Tensor, k_cache: Tensor, v_cache: Tensor,
+    qkv: Tensor,
+    a: Attention,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    lengths: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
     longest: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """See `awq.kernels.reference.decode.attend`; of what `Attention.why_no_kernel` lets through."""
     qkv, batch = qkv.contiguous(), qkv.shape[0]
     out = qkv.new_empty((batch, a.heads * a.head_dim))
@@ -103,12 +116,19 @@ def attend(
 
 
 def dense(x: Tensor, weight: Tensor) -> Tensor:
-    """x [rows, in] · weightᵀ (contiguous [out, in], float16, bfloat16 or float32) in float32 [rows, out]."""
+    """x [rows, in] · weightᵀ (contiguous [out, in], float16, bfloat16 or float32) in float32 [rows,
+    out]."""
     x = x.float().contiguous()
     outputs, inputs = weight.shape
     y = x.new_empty(len(x), outputs)
     task = DENSE.pack(
-        threads=_threads(weight.numel()), x=x, weight=weight, y=y, rows=len(x), inputs=inputs, outputs=outputs
+        threads=_threads(weight.numel()),
+        x=x,
+        weight=weight,
+        y=y,
+        rows=len(x),
+        inputs=inputs,
+        outputs=outputs,
     )
     program(emit_dense, weight.dtype)(task)
     return y

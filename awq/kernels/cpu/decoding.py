@@ -1,8 +1,9 @@
-"""CPU kernels between the products of a decode step, as LLVM IR: residual + norm, activation, attention of one new token, and a
-dense product for few tokens (the output head).
+"""CPU kernels between the products of a decode step, as LLVM IR: residual + norm, activation,
+attention of one new token, and a dense product for few tokens (the output head).
 
-A step of a small model has a hundred and more of these operations on a few thousand numbers each; in plain operators they take
-as long as the products. Each function here returns the kernel's one part. Arithmetic is float32 throughout.
+A step of a small model has a hundred and more of these operations on a few thousand numbers each;
+in plain operators they take as long as the products. Each function here returns the kernel's one
+part. Arithmetic is float32 throughout.
 """
 
 from __future__ import annotations
@@ -54,15 +55,25 @@ ATTEND = Task(
     k_eps=FLOAT,
     longest=COUNT,
 )
-DENSE = Task(threads=COUNT, x=Array(F32), weight=Array(ELEMENT), y=Array(F32), rows=COUNT, inputs=COUNT, outputs=COUNT)
+DENSE = Task(
+    threads=COUNT,
+    x=Array(F32),
+    weight=Array(ELEMENT),
+    y=Array(F32),
+    rows=COUNT,
+    inputs=COUNT,
+    outputs=COUNT,
+)
 
 
 def emit_add_norm(
     module: ir.Module, element: ir.Type, add: bool, mean: bool, weight: bool, bias: bool
 ) -> list[ir.Function]:
-    """total = x + factor · branch (add; else total is x), y = norm(total), rows of `width`; mean: LayerNorm, else RMSNorm.
+    """total = x + factor · branch (add; else total is x), y = norm(total), rows of `width`; mean:
+    LayerNorm, else RMSNorm.
 
-    y = F.layer_norm(total, [width], weight, bias, eps), or F.rms_norm(total, [width], weight, eps) + bias
+    y = F.layer_norm(total, [width], weight, bias, eps), or F.rms_norm(total, [width], weight, eps)
+    + bias
     """
     b, task, index, count = Emitter.define_part(module, "add_norm")
     t = ADD_NORM.reader(b, task, element)
@@ -98,7 +109,9 @@ def emit_add_norm(
     return [b.finish()]
 
 
-def _moments(b: Emitter, source: Pointer, width: Value, eps: Value, mean: bool) -> tuple[Value, Value | None]:
+def _moments(
+    b: Emitter, source: Pointer, width: Value, eps: Value, mean: bool
+) -> tuple[Value, Value | None]:
     """(1/√(mean square + eps), mean or None) of `width` values."""
     size = b.signed_to_float(width, F32)
     center = b.total(width, source.floats) / size if mean else None
@@ -137,10 +150,12 @@ def emit_activate(module: ir.Module, element: ir.Type, name: str, gated: bool) -
 def emit_attend(
     module: ir.Module, element: ir.Type, rotated: bool, normed: bool, mean: bool, capped: bool
 ) -> list[ir.Function]:
-    """One new token per row: norm and rotation of q and k, k and v into the cache, attention over the row's cache.
+    """One new token per row: norm and rotation of q and k, k and v into the cache, attention over
+    the row's cache.
 
-    qkv [rows, (heads + 2·kv_heads)·dim]; cos, sin float32 [positions, rotary]; lengths int32 [rows], tokens cached before;
-    k_cache, v_cache [rows, kv_heads, positions, dim]; out [rows, heads·dim]; scratch float32 [threads, dim + longest + 1].
+    qkv [rows, (heads + 2·kv_heads)·dim]; cos, sin float32 [positions, rotary]; lengths int32
+    [rows], tokens cached before; k_cache, v_cache [rows, kv_heads, positions, dim]; out [rows,
+    heads·dim]; scratch float32 [threads, dim + longest + 1].
 
     out = softmax(q @ k.mT * scaling) @ v over the last `window` tokens (0: all of them)
     """
@@ -217,7 +232,13 @@ def emit_attend(
 
 
 def _copy_head(
-    b: Emitter, source: Pointer, q: Pointer, dim: Value, weights: Pointer | None, eps: Value, mean: bool
+    b: Emitter,
+    source: Pointer,
+    q: Pointer,
+    dim: Value,
+    weights: Pointer | None,
+    eps: Value,
+    mean: bool,
 ) -> None:
     """q = source as float32; with weights: its norm, rounded to source's type."""
     if weights is None:
@@ -248,7 +269,8 @@ def _rotate(b: Emitter, q: Pointer, rotary: Value, cos: Pointer, sin: Pointer) -
 
 
 def emit_dense(module: ir.Module, element: ir.Type) -> list[ir.Function]:
-    """y float32 [rows, outputs] = x float32 [rows, inputs] @ weight [outputs, inputs].T, one output after the other."""
+    """y float32 [rows, outputs] = x float32 [rows, inputs] @ weight [outputs, inputs].T, one output
+    after the other."""
     b, task, index, count = Emitter.define_part(module, "dense")
     t = DENSE.reader(b, task, element)
     x, weight, y, rows, inputs, outputs = t.x, t.weight, t.y, t.rows, t.inputs, t.outputs

@@ -1,7 +1,9 @@
-"""Many tokens in bfloat16 on CPUs with matrix units (AMX): the weight is made dense, some rows at a time, for torch's own product.
+"""Many tokens in bfloat16 on CPUs with matrix units (AMX): the weight is made dense, some rows at a
+time, for torch's own product.
 
-Those units multiply bfloat16 several times as fast as vectors multiply bytes, and know no nibbles. The dense weight is rounded to
-bfloat16, which moves a product by 0.1 %, as rounding it to bfloat16 does anyway.
+Those units multiply bfloat16 several times as fast as vectors multiply bytes, and know no nibbles.
+The dense weight is rounded to bfloat16, which moves a product by 0.1 %, as rounding it to bfloat16
+does anyway.
 """
 
 from __future__ import annotations
@@ -72,13 +74,22 @@ def dequantized(packed: Packed, start: int, stop: int) -> Tensor:
 
 
 def emit_dequantize(module: ir.Module, element: ir.Type) -> list[ir.Function]:
-    """dequantize(task, i, n): the i-th of n parts of the blocks of 16 rows, from layout rows16 to y [outputs, inputs].
+    """dequantize(task, i, n): the i-th of n parts of the blocks of 16 rows, from layout rows16 to y
+    [outputs, inputs].
 
     y = (codes - zeros) * scales
     """
     b, task, index, count = Emitter.define_part(module, "dequantize")
     t = DEQUANTIZE.reader(b, task, element)
-    y, codes, scales, zeros, outputs, inputs, group = t.y, t.codes, t.scales, t.zeros, t.outputs, t.inputs, t.group
+    y, codes, scales, zeros, outputs, inputs, group = (
+        t.y,
+        t.codes,
+        t.scales,
+        t.zeros,
+        t.outputs,
+        t.inputs,
+        t.group,
+    )
     groups = inputs // group
     with b.loop(*b.part(t.blocks, index, count)) as block:
         first = block * ROWS

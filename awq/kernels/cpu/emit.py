@@ -1,7 +1,9 @@
-"""`Emitter`: builds one function of LLVM IR, with variables, loops, vectors, and floats of three kinds.
+"""`Emitter`: builds one function of LLVM IR, with variables, loops, vectors, and floats of three
+kinds.
 
-A kernel takes a `Task` and consists of parts: `part(task, i, n)` does the i-th of n shares of the work. All shares of one
-part are done before the next part begins. `values` has the numbers and pointers that emitters compute with.
+A kernel takes a `Task` and consists of parts: `part(task, i, n)` does the i-th of n shares of the
+work. All shares of one part are done before the next part begins. `values` has the numbers and
+pointers that emitters compute with.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ _LOG2_E = 1.4426950408889634
 
 
 class Emitter:
-    """Appends instructions to one function. `builder` is llvmlite's own, for what is missing here."""
+    """Appends instructions to one function. `builder` is llvmlite's own, for what is missing
+    here."""
 
     def __init__(self, function: ir.Function) -> None:
         self.function = function
@@ -34,7 +37,8 @@ class Emitter:
     def define(
         cls, module: ir.Module, name: str, arguments: Sequence[ir.Type], internal: bool = False
     ) -> tuple[Emitter, list[Any]]:
-        """(emitter at the start of a new function without result, its arguments). A pointer argument points to int64."""
+        """(emitter at the start of a new function without result, its arguments). A pointer
+        argument points to int64."""
         function = ir.Function(module, ir.FunctionType(VOID, arguments), name)
         if internal:
             function.linkage = "internal"
@@ -84,7 +88,8 @@ class Emitter:
 
     @contextmanager
     def loop(self, start: Number, stop: Number, step: int = 1) -> Iterator[Value]:
-        """`for i in range(start, stop, step)` on int64; yields i. No turn is made when start ≥ stop."""
+        """`for i in range(start, stop, step)` on int64; yields i. No turn is made when start ≥
+        stop."""
         builder = self.builder
         index = self.variable(I64, start)
         head, body, end = (builder.append_basic_block(name) for name in ("head", "body", "end"))
@@ -133,7 +138,9 @@ class Emitter:
 
     def fma(self, a: Value, factor: Value, addend: Number) -> Value:
         """a · factor + addend, rounded once."""
-        return self.math("fma", a, factor, addend if isinstance(addend, Value) else self.const(a.type, addend))
+        return self.math(
+            "fma", a, factor, addend if isinstance(addend, Value) else self.const(a.type, addend)
+        )
 
     def maximum(self, a: Value, b: Number) -> Value:
         """The larger one; NaN when either is NaN."""
@@ -236,13 +243,23 @@ class Emitter:
     def splat(self, value: Value, lanes: int = LANES) -> Value:
         """A vector with the same number in every lane."""
         type = vec(value.type, lanes)
-        first = self.builder.insert_element(ir.Constant(type, ir.Undefined), value.ir, const(I32, 0))
-        return Value(self, self.builder.shuffle_vector(first, ir.Constant(type, ir.Undefined), const(vec(I32, lanes), 0)))
+        first = self.builder.insert_element(
+            ir.Constant(type, ir.Undefined), value.ir, const(I32, 0)
+        )
+        return Value(
+            self,
+            self.builder.shuffle_vector(
+                first, ir.Constant(type, ir.Undefined), const(vec(I32, lanes), 0)
+            ),
+        )
 
     def slice(self, value: Value, start: int, count: int) -> Value:
         """Lanes start … start + count."""
         lanes = ir.Constant(vec(I32, count), list(range(start, start + count)))
-        return Value(self, self.builder.shuffle_vector(value.ir, ir.Constant(value.type, ir.Undefined), lanes))
+        return Value(
+            self,
+            self.builder.shuffle_vector(value.ir, ir.Constant(value.type, ir.Undefined), lanes),
+        )
 
     def joined(self, parts: Sequence[Value]) -> Value:
         """Vectors of the same length, a power of two of them, one after the other."""
@@ -250,7 +267,9 @@ class Emitter:
         while len(vectors) > 1:
             lanes = 2 * vectors[0].type.count
             both = ir.Constant(vec(I32, lanes), list(range(lanes)))
-            vectors = [self.builder.shuffle_vector(a, b, both) for a, b in zip(vectors[::2], vectors[1::2])]
+            vectors = [
+                self.builder.shuffle_vector(a, b, both) for a, b in zip(vectors[::2], vectors[1::2])
+            ]
         return Value(self, vectors[0])
 
     def lane(self, value: Value, index: int) -> Value:
@@ -262,15 +281,20 @@ class Emitter:
             return self.lane(value, 0)
         name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
         function = self.declared(name, F32, [F32, value.type])
-        return Value(self, self.builder.call(function, [const(F32, 0.0), value.ir], fastmath=("reassoc",)))
+        return Value(
+            self, self.builder.call(function, [const(F32, 0.0), value.ir], fastmath=("reassoc",))
+        )
 
     def largest(self, value: Value) -> Value:
         """The largest of a vector's lanes, none of them NaN."""
-        function = self.declared(f"llvm.vector.reduce.fmax.v{value.type.count}f32", F32, [value.type])
+        function = self.declared(
+            f"llvm.vector.reduce.fmax.v{value.type.count}f32", F32, [value.type]
+        )
         return Value(self, self.builder.call(function, [value.ir], fastmath=("nnan",)))
 
     def strip(self, count: Value, body: Callable[[Value, int], None]) -> None:
-        """body(i, lanes) over range(count): 16 at a time, then one by one. It loads vectors of `lanes`."""
+        """body(i, lanes) over range(count): 16 at a time, then one by one. It loads vectors of
+        `lanes`."""
         whole = count & -LANES
         with self.loop(0, whole, LANES) as i:
             body(i, LANES)
@@ -305,7 +329,8 @@ class Emitter:
 
 
 def emit_entry(module: ir.Module, parts: Sequence[ir.Function]) -> None:
-    """`run(task)`: the parts one after the other, the i-th in as many OpenMP threads as the task's i-th field says."""
+    """`run(task)`: the parts one after the other, the i-th in as many OpenMP threads as the task's
+    i-th field says."""
     number = ir.Function(module, ir.FunctionType(I32, []), "omp_get_thread_num")
     size = ir.Function(module, ir.FunctionType(I32, []), "omp_get_num_threads")
     fork = ir.Function(module, ir.FunctionType(VOID, [PTR, PTR, I32, I32]), "GOMP_parallel")

@@ -1,24 +1,28 @@
-"""A whole encoder as one native program: token ids in, sentence embeddings out, no framework operator in between.
+"""A whole encoder as one native program: token ids in, sentence embeddings out, no framework
+operator in between.
 
-Texts are packed one after the other without padding; `starts` says where each begins. The program is a list of phases, each of
-them a number of independent items: tokens, pairs of blocks of outputs, or heads of a text. Workers take items until none is
-left, then the next phase begins:
+Texts are packed one after the other without padding; `starts` says where each begins. The program
+is a list of phases, each of
+them a number of independent items: tokens, pairs of blocks of outputs, or heads of a text. Workers
+take items until none is left, then the next phase begins:
 
-    embed                word + position + type, norm, integers                            one item a token
-    for each layer:
-      qkv                product of integers and nibbles, plus bias                        one item 32 outputs
-      attend             softmax(q · kᵀ · scaling + bias) · v                              one item a head of a text
-      quantize           context to integers                                               one item a token
-      o                  product
-      add_norm           hidden + branch, norm, integers                                   one item a token
-      up                 product; gate and up one after the other where the MLP is gated
+    embed                word + position + type, norm, integers                            one item
+    a token for each layer:
+      qkv                product of integers and nibbles, plus bias                        one item
+      32 outputs attend             softmax(q · kᵀ · scaling + bias) · v
+      one item a head of a text quantize           context to integers
+      one item a token o                  product
+      add_norm           hidden + branch, norm, integers                                   one item
+      a token up                 product; gate and up one after the other where the MLP is gated
       activate           activation, integers
       down               product
       add_norm           as above, with the next layer's norm where norms come first
-    pool                 mean, first or last token of a text, norm 1                       one item a text
+    pool                 mean, first or last token of a text, norm 1                       one item
+    a text
 
-An item's result does not depend on who computes it, so any number of workers gives the same bits. Everything that is the same
-for all texts (`EncoderSpec`) is a constant of the machine code. The arithmetic is float32, but for the products: see `products`.
+An item's result does not depend on who computes it, so any number of workers gives the same bits.
+Everything that is the same for all texts (`EncoderSpec`) is a constant of the machine code. The
+arithmetic is float32, but for the products: see `products`.
 """
 
 from __future__ import annotations
@@ -47,9 +51,11 @@ NO_WINDOW = 1 << 30
 
 
 class EncoderSpec(NamedTuple):
-    """What is the same for every text. Widths in features; `planes`: int8 digits of an activation, 1 or 2.
+    """What is the same for every text. Widths in features; `planes`: int8 digits of an activation,
+    1 or 2.
 
-    pre_norm: norms come before attention and MLP instead of after the residual sum. pooling: mean, cls or lasttoken.
+    pre_norm: norms come before attention and MLP instead of after the residual sum. pooling: mean,
+    cls or lasttoken.
     """
 
     hidden: int
@@ -99,7 +105,8 @@ def _linear_fields(name: str) -> dict[str, Array]:
     }
 
 
-# Weights of one layer. The norms are those that follow attention and MLP, wherever the model itself says that they belong.
+# Weights of one layer. The norms are those that follow attention and MLP, wherever the model itself
+# says that they belong.
 LAYER = Task(
     **_linear_fields("qkv"),
     **_linear_fields("o"),
@@ -154,7 +161,8 @@ _Item = Callable[["_Phase", Value], None]
 
 
 class _Phase(NamedTuple):
-    """What an item's emitter works with. t: the job; layer: the layer's weights; worker: who computes, from 0."""
+    """What an item's emitter works with. t: the job; layer: the layer's weights; worker: who
+    computes, from 0."""
 
     b: Emitter
     t: Reader
@@ -163,23 +171,31 @@ class _Phase(NamedTuple):
     spec: EncoderSpec
 
 
-def emit_encoder(module: ir.Module, element: ir.Type, target: Target, spec: EncoderSpec) -> list[ir.Function]:
+def emit_encoder(
+    module: ir.Module, element: ir.Type, target: Target, spec: EncoderSpec
+) -> list[ir.Function]:
     """forward(job, worker), and serve(pool) and call(pool, job) for its threads."""
     forward = _emit_forward(module, element, target, spec)
     return [forward, _emit_serve(module, forward), _emit_call(module, forward)]
 
 
-def _emit_forward(module: ir.Module, element: ir.Type, target: Target, spec: EncoderSpec) -> ir.Function:
+def _emit_forward(
+    module: ir.Module, element: ir.Type, target: Target, spec: EncoderSpec
+) -> ir.Function:
     tiles = _emit_tiles(module, target, spec)
 
     def define(name: str, item: _Item) -> ir.Function:
-        b, (job, layer, worker, index) = Emitter.define(module, name, [PTR, PTR, I64, I64], internal=True)
+        b, (job, layer, worker, index) = Emitter.define(
+            module, name, [PTR, PTR, I64, I64], internal=True
+        )
         t = JOB.reader(b, job, element)
         item(_Phase(b, t, LAYER.reader(b, layer, element), worker, spec), index)
         return b.finish()
 
     def product(name: str, inputs: int, outputs: int, output: str) -> ir.Function:
-        return define(name, lambda p, index: _product(p, index, tiles, name, inputs, outputs, output))
+        return define(
+            name, lambda p, index: _product(p, index, tiles, name, inputs, outputs, output)
+        )
 
     inner_channels = spec.inner * (2 if spec.gated else 1)
     embed = define("embed", _embed)
@@ -204,7 +220,9 @@ def _emit_forward(module: ir.Module, element: ir.Type, target: Target, spec: Enc
     sizes = {"tokens": tokens, "heads": texts * spec.heads}
 
     def run(function: ir.Function, items: Value, phase: Value, layer: Pointer) -> None:
-        _run_phase(b, function, items, counters + phase * COUNTERS_PER_PHASE, job, layer, worker, workers)
+        _run_phase(
+            b, function, items, counters + phase * COUNTERS_PER_PHASE, job, layer, worker, workers
+        )
 
     run(embed, tokens, b.const(I64, 0), layers)
     with b.loop(0, spec.layers) as n:
@@ -229,8 +247,8 @@ def _run_phase(
     worker: Value,
     workers: Value,
 ) -> None:
-    """All items of a phase. Worker 0 takes them from the front, the others from the back: each meets the same weights again
-    in the next call, and finds them in its own cache."""
+    """All items of a phase. Worker 0 takes them from the front, the others from the back: each
+    meets the same weights again in the next call, and finds them in its own cache."""
     with b.builder.if_else(workers.equals(1).ir) as (alone, together):
         with alone, b.loop(0, items) as item:
             b.call(function, [job, layer, worker, item])
@@ -276,7 +294,8 @@ class _endless:
 
 
 def _wait(b: Emitter, counter: Pointer, value: Value) -> None:
-    """Until a counter has reached a value: a short spin, then the core is offered to others again and again."""
+    """Until a counter has reached a value: a short spin, then the core is offered to others again
+    and again."""
     spins = b.variable(I64, 0)
     give_way = b.declared("sched_yield", I32, [])
     with _endless(b) as leave:
@@ -287,20 +306,25 @@ def _wait(b: Emitter, counter: Pointer, value: Value) -> None:
             b.builder.call(give_way, [])
 
 
-# A pool is int64s: the job, tickets for helpers, helpers that came back, whether to stop; then a semaphore.
+# A pool is int64s: the job, tickets for helpers, helpers that came back, whether to stop; then a
+# semaphore.
 POOL_JOB, POOL_TICKETS, POOL_BACK, POOL_STOP, POOL_SEMAPHORE = 0, 8, 16, 17, 24
 POOL_FIELDS = 40
 
 
 def _emit_serve(module: ir.Module, forward: ir.Function) -> ir.Function:
-    """serve(pool): a helper's life. It sleeps until it is called, and takes a ticket or sleeps on."""
+    """serve(pool): a helper's life. It sleeps until it is called, and takes a ticket or sleeps
+    on."""
     b, (pool,) = Emitter.define(module, "serve", [PTR])
     sleep = b.declared("sem_wait", I32, [PTR])
     with _endless(b) as leave:
         b.builder.call(sleep, [(pool + POOL_SEMAPHORE).ir])
         leave(b.atomic_load(pool + POOL_STOP).differs(0))
         ticket = b.atomic_load(pool + POOL_TICKETS)
-        with b.when(ticket > 0), b.when(b.compare_and_swap(pool + POOL_TICKETS, ticket, ticket - 1)):
+        with (
+            b.when(ticket > 0),
+            b.when(b.compare_and_swap(pool + POOL_TICKETS, ticket, ticket - 1)),
+        ):
             job = b.pointer(pool[POOL_JOB], I64)
             b.call(forward, [job, ticket])
             b.fetch_add(pool + POOL_BACK, 1)
@@ -325,20 +349,26 @@ def _emit_call(module: ir.Module, forward: ir.Function) -> ir.Function:
 # Products
 
 
-def _emit_tiles(module: ir.Module, target: Target, spec: EncoderSpec) -> dict[tuple[int, int], ir.Function]:
+def _emit_tiles(
+    module: ir.Module, target: Target, spec: EncoderSpec
+) -> dict[tuple[int, int], ir.Function]:
     widths = [w for w in (8, 4, 2, 1) if 2 * w * spec.planes <= target.sums]
     return {(rows, w): _emit_tile(module, target, spec, rows, w) for rows in (2, 1) for w in widths}
 
 
-def _emit_tile(module: ir.Module, target: Target, spec: EncoderSpec, rows: int, tokens: int) -> ir.Function:
-    """tile(codes, scales, zeros, bias, planes, steps, sums, y, inputs, outputs): `rows` blocks × `tokens` tokens.
+def _emit_tile(
+    module: ir.Module, target: Target, spec: EncoderSpec, rows: int, tokens: int
+) -> ir.Function:
+    """tile(codes, scales, zeros, bias, planes, steps, sums, y, inputs, outputs): `rows` blocks ×
+    `tokens` tokens.
 
     Every pointer is that of the first block or token. Inputs are a multiple of the group.
     """
     name, group, planes = f"tile_{rows}x{tokens}", spec.group, spec.planes
     b, arguments = Emitter.define(module, name, [PTR] * 8 + [I64, I64], internal=True)
     codes, scales, zeros, bias, data, steps, sums, y = (
-        b.as_type(pointer, kind) for pointer, kind in zip(arguments, (I8, F16, I8, F32, I8, F32, F32, F32))
+        b.as_type(pointer, kind)
+        for pointer, kind in zip(arguments, (I8, F16, I8, F32, I8, F32, F32, F32))
     )
     inputs, outputs = arguments[8:]
     groups = inputs // group
@@ -414,7 +444,16 @@ def _product(
             with b.loop(place, stop, width) as token:
                 data = planes + token * (inputs * spec.planes)
                 at = token * groups
-                pointers = [codes, scales, zeros, bias, data, steps + at, sums + at, y + token * outputs]
+                pointers = [
+                    codes,
+                    scales,
+                    zeros,
+                    bias,
+                    data,
+                    steps + at,
+                    sums + at,
+                    y + token * outputs,
+                ]
                 b.call(tiles[rows, width], [*pointers, b.const(I64, inputs), b.const(I64, outputs)])
             place = stop
 
@@ -432,7 +471,8 @@ def _product(
 
 
 def _quantize(p: _Phase, row: Pointer, token: Value, width: int) -> None:
-    """A row of float32 [width] to the planes, steps and sums of a token; one step for each group."""
+    """A row of float32 [width] to the planes, steps and sums of a token; one step for each
+    group."""
     b, spec = p.b, p.spec
     groups = width // spec.group
     planes = p.t.planes + token * (width * spec.planes)
@@ -454,11 +494,14 @@ def _quantize(p: _Phase, row: Pointer, token: Value, width: int) -> None:
                 planes[k + plane * width] = byte
                 v = (v - b.sext(byte, vec(I32))) >> 8
         steps[g] = largest / limit
-        sums[g] = b.signed_to_float(b.intrinsic("llvm.vector.reduce.add.v16i32", I32, [total.value]), F32)
+        sums[g] = b.signed_to_float(
+            b.intrinsic("llvm.vector.reduce.add.v16i32", I32, [total.value]), F32
+        )
 
 
 def _norm(p: _Phase, source: Pointer, target: Pointer, weight: Pointer, bias: Pointer) -> None:
-    """target = norm(source) · weight + bias over the hidden width; a weight that is not given means no norm."""
+    """target = norm(source) · weight + bias over the hidden width; a weight that is not given means
+    no norm."""
     b, spec = p.b, p.spec
     width = b.const(I64, spec.hidden)
     with b.builder.if_else(weight.is_given().ir) as (normed, plain):
@@ -474,7 +517,9 @@ def _norm(p: _Phase, source: Pointer, target: Pointer, weight: Pointer, bias: Po
             target[i] = source.vector(i, LANES)
 
 
-def _moments(b: Emitter, source: Pointer, width: int, eps: float, centered: bool) -> tuple[Value, Value | None]:
+def _moments(
+    b: Emitter, source: Pointer, width: int, eps: float, centered: bool
+) -> tuple[Value, Value | None]:
     """(1/√(mean square + eps), mean or None) of a row."""
     center = None
     if centered:
@@ -492,7 +537,8 @@ def _moments(b: Emitter, source: Pointer, width: int, eps: float, centered: bool
 
 
 def _embed(p: _Phase, token: Value) -> None:
-    """hidden = norm(word + position + type); norms that come first then make what the first layer reads."""
+    """hidden = norm(word + position + type); norms that come first then make what the first layer
+    reads."""
     b, spec = p.b, p.spec
     row = p.t.hidden + token * spec.hidden
     word = p.t.words + b.sext(p.t.ids[token], I64) * spec.hidden
@@ -517,7 +563,8 @@ def _embed(p: _Phase, token: Value) -> None:
 
 
 def _add_norm(p: _Phase, token: Value, name: str) -> None:
-    """hidden = hidden + branch, its norm to integers. Where norms come last, or at the end, hidden becomes the norm."""
+    """hidden = hidden + branch, its norm to integers. Where norms come last, or at the end, hidden
+    becomes the norm."""
     b, spec = p.b, p.spec
     row, branch = p.t.hidden + token * spec.hidden, p.t.branch + token * spec.hidden
     weight, bias = getattr(p.layer, f"{name}_weight"), getattr(p.layer, f"{name}_bias")
@@ -573,12 +620,20 @@ def _attend(p: _Phase, index: Value) -> None:
 
     def block(first: Value, count: int) -> None:
         for r in range(count):
-            _prepare_head(p, queries + (first + r) * spec.channels, q + r * spec.dim, first + r, p.layer.q_norm)
+            _prepare_head(
+                p,
+                queries + (first + r) * spec.channels,
+                q + r * spec.dim,
+                first + r,
+                p.layer.q_norm,
+            )
             with b.loop(0, spec.dim, LANES) as i:
                 place = i + r * spec.dim
                 q[place] = q.vector(place, LANES) * b.const(vec(F32), spec.scaling)
         tops = _scores(p, transposed, scores, q, head, first, count, length, padded)
-        inverses = [_softmax(b, scores + padded * r, top, length, padded) for r, top in enumerate(tops)]
+        inverses = [
+            _softmax(b, scores + padded * r, top, length, padded) for r, top in enumerate(tops)
+        ]
         _gather(p, scores, values, context + first * spec.context, inverses, length, padded)
 
     whole = length // QUERIES * QUERIES
@@ -588,7 +643,9 @@ def _attend(p: _Phase, index: Value) -> None:
         block(first, 1)
 
 
-def _prepare_head(p: _Phase, source: Pointer, target: Pointer, position: Value, norm: Pointer) -> None:
+def _prepare_head(
+    p: _Phase, source: Pointer, target: Pointer, position: Value, norm: Pointer
+) -> None:
     """A head's channels, normalized and rotated where the model does so."""
     b, spec = p.b, p.spec
     if spec.qk_norm:
@@ -637,7 +694,8 @@ def _scores(
     length: Value,
     padded: Value,
 ) -> list[Value]:
-    """scores [count, padded] of queries from `first` on; what a query may not see is −∞. Returns each row's largest one."""
+    """scores [count, padded] of queries from `first` on; what a query may not see is −∞. Returns
+    each row's largest one."""
     b, spec = p.b, p.spec
     counting = Value(b, ir.Constant(vec(I32), list(range(LANES))))
     last = b.splat(b.trunc(length, I32))
@@ -703,7 +761,8 @@ def _gather(
 
 
 def _pool(p: _Phase, text: Value) -> None:
-    """out [texts, hidden]: the mean over a text's tokens without its prompt, its first or its last token; norm 1 if asked."""
+    """out [texts, hidden]: the mean over a text's tokens without its prompt, its first or its last
+    token; norm 1 if asked."""
     b, spec = p.b, p.spec
     begin = b.sext(p.t.starts[text], I64)
     end = b.sext(p.t.starts[text + 1], I64)

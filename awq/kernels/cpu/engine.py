@@ -1,10 +1,11 @@
 """Turns the kernels into machine code for this CPU, and runs them.
 
-llvmlite carries LLVM in its wheel: no compiler, no header and no file is needed on the machine. A kernel is compiled once
-per process and dtype, in a few tenths of a second, when it is asked for.
+llvmlite carries LLVM in its wheel: no compiler, no header and no file is needed on the machine. A
+kernel is compiled once per process and dtype, in a few tenths of a second, when it is asked for.
 
-Threads are those of the OpenMP library that torch runs on, so that both share one pool: two pools that spin take turns of
-milliseconds. Where torch has none that speaks GNU's interface (macOS, Windows), Python threads take the parts.
+Threads are those of the OpenMP library that torch runs on, so that both share one pool: two pools
+that spin take turns of milliseconds. Where torch has none that speaks GNU's interface (macOS,
+Windows), Python threads take the parts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ MINIMUM = (0, 45)  # of llvmlite: the first with LLVM 20, hence with opaque poin
 
 @cache
 def binding() -> Any:
-    """llvmlite's binding, ready to compile. Raises ImportError, with what to do, when llvmlite is missing or too old."""
+    """llvmlite's binding, ready to compile. Raises ImportError, with what to do, when llvmlite is
+    missing or too old."""
     try:
         import llvmlite
         from llvmlite import binding
@@ -36,7 +38,9 @@ def binding() -> Any:
         raise ImportError("llvmlite is not installed; pip install 'autoawq[cpu]'") from error
     version = tuple(int(part) for part in llvmlite.__version__.split(".")[:2])
     if version < MINIMUM:
-        raise ImportError(f"llvmlite {llvmlite.__version__} is older than 0.45; pip install -U 'autoawq[cpu]'")
+        raise ImportError(
+            f"llvmlite {llvmlite.__version__} is older than 0.45; pip install -U 'autoawq[cpu]'"
+        )
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     return binding
@@ -46,12 +50,15 @@ def binding() -> Any:
 def host_target() -> Target | None:
     """How this CPU multiplies bytes; None when it has no instruction for it."""
     features = binding().get_host_cpu_features()
-    return next((target for target in TARGETS if all(features.get(name) for name in target.features)), None)
+    return next(
+        (target for target in TARGETS if all(features.get(name) for name in target.features)), None
+    )
 
 
 @cache
 def openmp() -> dict[str, int]:
-    """Addresses of the OpenMP functions of the library that this process has loaded; empty when there is none."""
+    """Addresses of the OpenMP functions of the library that this process has loaded; empty when
+    there is none."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -61,10 +68,14 @@ def openmp() -> dict[str, int]:
         for line in lines
         if any(name in line.rpartition("/")[-1] for name in _LIBRARIES)
     }
-    for path in sorted(paths, key=lambda path: "torch" not in path):  # torch's own before other packages' copies
+    # torch's own before other packages' copies
+    for path in sorted(paths, key=lambda path: "torch" not in path):
         try:
             library = ctypes.CDLL(path)
-            return {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _OPENMP}
+            return {
+                name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+                for name in _OPENMP
+            }
         except (OSError, AttributeError):
             continue
     return {}
@@ -83,23 +94,30 @@ def machine_code(module: Any, machine: Any) -> Any:
 class Program:
     """A compiled kernel. Calling it with a packed `Task` does the task.
 
-    emit: (llvmlite module, element type, *settings) → the kernel's parts; dtype: of the activations; cpu: another CPU than
-    this one, by LLVM's name. Raises what llvmlite raises when it cannot compile.
+    emit: (llvmlite module, element type, *settings) → the kernel's parts; dtype: of the
+    activations; cpu: another CPU than this one, by LLVM's name. Raises what llvmlite raises when it
+    cannot compile.
     """
 
-    def __init__(self, emit: Callable[..., Any], dtype: torch.dtype, *settings: Any, cpu: str | None = None) -> None:
+    def __init__(
+        self, emit: Callable[..., Any], dtype: torch.dtype, *settings: Any, cpu: str | None = None
+    ) -> None:
         b, features, addresses = binding(), None, openmp()
         for name, address in addresses.items():
             b.add_symbol(name, address)
         if cpu is None:
             cpu, features = b.get_host_cpu_name(), b.get_host_cpu_features().flatten()
-        machine = b.Target.from_default_triple().create_target_machine(cpu=cpu, features=features or "", opt=3, jit=True)
+        machine = b.Target.from_default_triple().create_target_machine(
+            cpu=cpu, features=features or "", opt=3, jit=True
+        )
         module, parts = kernel_module(emit, dtype, settings, bool(addresses))
         self._engine = b.create_mcjit_compiler(machine_code(module, machine), machine)
         self._engine.finalize_object()
         address = self._engine.get_function_address
         if addresses:
-            self._run: Callable[[bytes], None] = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address("run"))
+            self._run: Callable[[bytes], None] = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
+                address("run")
+            )
         else:
             kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
             self._run = _in_python_threads([kind(address(name)) for name in parts])
@@ -109,13 +127,16 @@ class Program:
 
 
 class NativeModule:
-    """Several functions compiled together for this CPU, with their addresses. Raises what llvmlite raises."""
+    """Several functions compiled together for this CPU, with their addresses. Raises what llvmlite
+    raises."""
 
     def __init__(self, emit: Callable[..., Any], dtype: torch.dtype, *settings: Any) -> None:
         b = binding()
         features = b.get_host_cpu_features().flatten()
         target = b.Target.from_default_triple()
-        machine = target.create_target_machine(cpu=b.get_host_cpu_name(), features=features, opt=3, jit=True)
+        machine = target.create_target_machine(
+            cpu=b.get_host_cpu_name(), features=features, opt=3, jit=True
+        )
         module, self.names = kernel_module(emit, dtype, settings, openmp=False)
         self._engine = b.create_mcjit_compiler(machine_code(module, machine), machine)
         self._engine.finalize_object()
@@ -136,7 +157,9 @@ def program(emit: Callable[..., Any], dtype: torch.dtype, *settings: Any) -> Pro
     return Program(emit, dtype, *settings)
 
 
-def kernel_module(emit: Callable[..., Any], dtype: torch.dtype, settings: tuple, openmp: bool) -> tuple[Any, list[str]]:
+def kernel_module(
+    emit: Callable[..., Any], dtype: torch.dtype, settings: tuple, openmp: bool
+) -> tuple[Any, list[str]]:
     """(the kernel as an `ir.Module`, the names of its parts)."""
     from llvmlite import ir
 
@@ -156,7 +179,11 @@ def _in_python_threads(parts: list[Any]) -> Callable[[bytes], None]:
             if threads == 1:
                 part(task, 0, 1)
             else:  # ctypes lets go of the interpreter's lock while a part runs
-                list(_pool(threads).map(lambda i, part=part, n=threads: part(task, i, n), range(threads)))
+                list(
+                    _pool(threads).map(
+                        lambda i, part=part, n=threads: part(task, i, n), range(threads)
+                    )
+                )
 
     return run
 

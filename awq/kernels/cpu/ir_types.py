@@ -12,7 +12,8 @@ F32 = ir.FloatType()
 PTR = ir.PointerType()
 VOID = ir.VoidType()
 
-# The types of activations by torch's names. LLVM's own bfloat16 is not used: half of the CPUs have no instruction for it.
+# The types of activations by torch's names. LLVM's own bfloat16 is not used: half of the CPUs have
+# no instruction for it.
 ELEMENTS = {"float32": F32, "float16": F16, "bfloat16": I16}
 
 

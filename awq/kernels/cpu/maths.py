@@ -1,7 +1,8 @@
 """Activation functions on float32 vectors.
 
-`activation` is exact to float32. `quick_activation` and `quick_exp` are for values that become 16-bit integers right after:
-they are off by 5e-5 at most, take a third of the instructions, and do not keep NaN.
+`activation` is exact to float32. `quick_activation` and `quick_exp` are for values that become
+16-bit integers right after: they are off by 5e-5 at most, take a third of the instructions, and do
+not keep NaN.
 """
 
 from __future__ import annotations
@@ -10,15 +11,33 @@ from awq.kernels.cpu.emit import Emitter
 from awq.kernels.cpu.ir_types import I32, lanes_of, vec
 from awq.kernels.cpu.values import Number, Value
 
-# erf(x / √2) ≈ x · P(x²) for |x| ≤ 4.2, fitted at Chebyshev nodes; off by 2e-5 at most, and beyond it is ±1.
+# erf(x / √2) ≈ x · P(x²) for |x| ≤ 4.2, fitted at Chebyshev nodes; off by 2e-5 at most, and beyond
+# it is ±1.
 _ERF_LIMIT = 4.2
 _ERF = (
-    0.79788185, -0.13296633, 0.0199243386, -0.00235793278, 0.000223954519, -1.71044616e-05, 1.02567704e-06, -4.59972907e-08,
-    1.43031719e-09, -2.71781362e-11, 2.35623124e-13,
-)  # fmt: skip
+    0.79788185,
+    -0.13296633,
+    0.0199243386,
+    -0.00235793278,
+    0.000223954519,
+    -1.71044616e-05,
+    1.02567704e-06,
+    -4.59972907e-08,
+    1.43031719e-09,
+    -2.71781362e-11,
+    2.35623124e-13,
+)
 _LOG2_E = 1.4426950408889634
 # 2^r for |r| ≤ ½: ln2^k / k!
-_POWERS = (1.0, 0.693147181, 0.240226507, 0.0555041087, 0.00961812911, 0.00133335581, 0.000154035304)
+_POWERS = (
+    1.0,
+    0.693147181,
+    0.240226507,
+    0.0555041087,
+    0.00961812911,
+    0.00133335581,
+    0.000154035304,
+)
 # Adding 1.5 · 2^23 to a small float leaves its nearest integer in the lowest bits.
 _ROUNDER = 12582912.0
 _ROUNDER_BITS = 0x4B400000

@@ -1,11 +1,13 @@
 """Threads that help a caller and otherwise sleep.
 
-The caller of a program works itself; helpers wake up, take what is left and go to sleep again. A helper that the system does
-not let run in time is not waited for: its ticket is taken back. One caller at a time has the helpers; another one that comes
-meanwhile works alone, which is what many callers on few cores should do.
+The caller of a program works itself; helpers wake up, take what is left and go to sleep again. A
+helper that the system does
+not let run in time is not waited for: its ticket is taken back. One caller at a time has the
+helpers; another one that comes meanwhile works alone, which is what many callers on few cores
+should do.
 
-How many cores there are to use is asked of the system: the affinity mask, and the quota of the control group, which says 2
-where 64 cores are seen.
+How many cores there are to use is asked of the system: the affinity mask, and the quota of the
+control group, which says 2 where 64 cores are seen.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ CGROUPS = (
 
 
 def usable_cores() -> int:
-    """Cores that this process may use at once: its affinity mask, bounded by the quota of its control group."""
+    """Cores that this process may use at once: its affinity mask, bounded by the quota of its
+    control group."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -47,7 +50,8 @@ def _quota() -> float:
 
 
 class Pool:
-    """Helpers of one native program: `serve` is a helper's life, `call(pool, job, helpers)` a job with them."""
+    """Helpers of one native program: `serve` is a helper's life, `call(pool, job, helpers)` a job
+    with them."""
 
     def __init__(self, serve: int, call: int, helpers: int, fields: int, semaphore: int) -> None:
         self._memory = (ctypes.c_int64 * (fields + 8))()
@@ -63,8 +67,11 @@ class Pool:
         if libc.sem_init(ctypes.c_void_p(self._address + 8 * semaphore), 0, 0) != 0:
             self.helpers = 0
             return
-        for i in range(helpers):  # daemons: they hold nothing that the end of a process should wait for
-            threading.Thread(target=self._serve, args=(self._address,), name=f"awq-{i}", daemon=True).start()
+        # daemons: they hold nothing that the end of a process should wait for
+        for i in range(helpers):
+            threading.Thread(
+                target=self._serve, args=(self._address,), name=f"awq-{i}", daemon=True
+            ).start()
 
     def run(self, job: int, helpers: int) -> bool:
         """The job with helpers; False when another caller has them."""

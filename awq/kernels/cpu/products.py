@@ -1,7 +1,8 @@
 """The CPU kernels, as LLVM IR: activations to bytes, then products of nibbles and bytes.
 
-A row of activations is cut into chunks (a group of the weight, or a part of one). A chunk becomes integers v = x / step, which
-are the digits of a number to the base 256, one int8 for each plane: |v| is at most 127, 127 · 256 or 127 · 256². For a chunk
+A row of activations is cut into chunks (a group of the weight, or a part of one). A chunk becomes
+integers v = x / step, which are the digits of a number to the base 256, one int8 for each plane:
+|v| is at most 127, 127 · 256 or 127 · 256². For a chunk
 
     Σ (q − z) · s · x  =  s · step · (Σ q · v − z · Σ v)
 
@@ -46,9 +47,11 @@ PREFETCH_BYTES = 4096  # between what is read and what is fetched into the cache
 
 
 def emit_quantize(module: ir.Module, element: ir.Type, planes: int) -> ir.Function:
-    """quantize(task, i, n): rows of x [tokens, inputs] to planes int8 [tokens, planes, inputs], steps and sums [tokens, chunks].
+    """quantize(task, i, n): rows of x [tokens, inputs] to planes int8 [tokens, planes, inputs],
+    steps and sums [tokens, chunks].
 
-    For one plane: step = x.abs().amax(-1) / 127; planes = (x / step).round(); sums = planes.sum(-1), by chunks of a row.
+    For one plane: step = x.abs().amax(-1) / 127; planes = (x / step).round(); sums =
+    planes.sum(-1), by chunks of a row.
     """
     b, task, index, count = Emitter.define_part(module, "quantize")
     t = PRODUCT.reader(b, task, element)
@@ -86,7 +89,8 @@ def emit_quantize(module: ir.Module, element: ir.Type, planes: int) -> ir.Functi
 
 
 class _Tile(NamedTuple):
-    """What a tile computes: `rows` blocks of 16 outputs × `tokens` tokens, with activations in `planes`.
+    """What a tile computes: `rows` blocks of 16 outputs × `tokens` tokens, with activations in
+    `planes`.
 
     split: independent sums per output, where few sums would wait for each other.
     """
@@ -104,11 +108,17 @@ class _Tile(NamedTuple):
 
     def sums(self) -> list[tuple[int, int, int, int]]:
         """(row block, token, plane, half) of every sum of integers."""
-        return [(r, i, p, s) for r, i in self.pairs() for p in range(self.planes) for s in range(self.split)]
+        return [
+            (r, i, p, s)
+            for r, i in self.pairs()
+            for p in range(self.planes)
+            for s in range(self.split)
+        ]
 
 
 def emit_tile(module: ir.Module, target: Target, element: ir.Type, tile: _Tile) -> ir.Function:
-    """tile(task, block, token): `rows` blocks of 16 outputs from `block`, for `tokens` tokens from `token`."""
+    """tile(task, block, token): `rows` blocks of 16 outputs from `block`, for `tokens` tokens from
+    `token`."""
     name = f"tile_{tile.rows}x{tile.tokens}"
     b, (task, block, token) = Emitter.define(module, name, [PTR, I64, I64], internal=True)
     t = PRODUCT.reader(b, task, element)
@@ -118,7 +128,9 @@ def emit_tile(module: ir.Module, target: Target, element: ir.Type, tile: _Tile) 
     codes = [t.codes + n * (inputs * (ROWS // 2)) for n in blocks]
     grids = [n * (groups * ROWS) for n in blocks]
     tokens = [token + i for i in range(tile.tokens)]
-    planes = [[t.planes + (n * tile.planes + p) * inputs for p in range(tile.planes)] for n in tokens]
+    planes = [
+        [t.planes + (n * tile.planes + p) * inputs for p in range(tile.planes)] for n in tokens
+    ]
     all_steps, all_sums = t.steps, t.sums
     steps = [all_steps + n * chunks for n in tokens]
     sums = [all_sums + n * chunks for n in tokens]
@@ -170,7 +182,9 @@ def _add_products(
                     place.value = target.dot(b, place.value, half, values)
 
 
-def _combined(b: Emitter, tile: _Tile, r: int, i: int, integers: dict[tuple[int, int, int, int], Variable]) -> Value:
+def _combined(
+    b: Emitter, tile: _Tile, r: int, i: int, integers: dict[tuple[int, int, int, int], Variable]
+) -> Value:
     """The digits of one sum put together, as float32."""
     parts = []
     for p in range(tile.planes):
@@ -211,10 +225,11 @@ def _store(
 
 
 def emit_products(module: ir.Module, target: Target, element: ir.Type, planes: int) -> ir.Function:
-    """products(task, i, n): the i-th of n parts of the outputs, all tokens; `cached` tokens at a time stay in a core's cache.
+    """products(task, i, n): the i-th of n parts of the outputs, all tokens; `cached` tokens at a
+    time stay in a core's cache.
 
-    y = x @ ((codes - zeros) * scales).T + bias. One token takes one block of outputs after the other, which reads memory in one
-    stream; more share what is unpacked.
+    y = x @ ((codes - zeros) * scales).T + bias. One token takes one block of outputs after the
+    other, which reads memory in one stream; more share what is unpacked.
     """
     widths = [w for w in (8, 4, 2, 1) if target.rows * w * planes <= target.sums]
     tiles = {}
@@ -251,6 +266,8 @@ def emit_products(module: ir.Module, target: Target, element: ir.Type, planes: i
     return b.finish()
 
 
-def emit_linear(module: ir.Module, element: ir.Type, target: Target, planes: int) -> list[ir.Function]:
+def emit_linear(
+    module: ir.Module, element: ir.Type, target: Target, planes: int
+) -> list[ir.Function]:
     """The two parts of a product, one after the other."""
     return [emit_quantize(module, element, planes), emit_products(module, target, element, planes)]

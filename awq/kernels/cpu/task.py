@@ -2,9 +2,10 @@
 
     TASK = Task(threads=COUNT, x=Array(ELEMENT), y=Array(F32), rows=COUNT, eps=FLOAT)
 
-The caller fills it by keyword, `TASK.pack(threads=1, x=x, y=y, rows=4, eps=1e-6)`, and a field that is missing or unknown is
-an error before anything runs. The emitter reads it as `t = TASK.reader(b, task, element)`: `t.x` is a `Pointer`, `t.rows` an
-int64, `t.eps` a float32. Every field takes eight bytes, in the order of the declaration.
+The caller fills it by keyword, `TASK.pack(threads=1, x=x, y=y, rows=4, eps=1e-6)`, and a field that
+is missing or unknown is an error before anything runs. The emitter reads it as `t = TASK.reader(b,
+task, element)`: `t.x` is a `Pointer`, `t.rows` an int64, `t.eps` a float32. Every field takes eight
+bytes, in the order of the declaration.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class Array(NamedTuple):
-    """A tensor, or None for a null pointer. element: an LLVM type, or ELEMENT for the type that the kernel is compiled for."""
+    """A tensor, or None for a null pointer. element: an LLVM type, or ELEMENT for the type that the
+    kernel is compiled for."""
 
     element: Any
 
@@ -40,16 +42,21 @@ class Task:
         self._struct = struct.Struct("<" + "".join(letters))
 
     def pack(self, **values: Any) -> bytes:
-        """The task as bytes. An array's value is a tensor, an address or None. Raises TypeError for wrong names."""
+        """The task as bytes. An array's value is a tensor, an address or None. Raises TypeError for
+        wrong names."""
         if values.keys() != self.fields.keys():
             wrong = sorted(values.keys() ^ self.fields.keys())
-            raise TypeError(f"a task's fields are {', '.join(self._names)}; missing or unknown: {', '.join(wrong)}.")
+            raise TypeError(
+                f"a task's fields are {', '.join(self._names)}; missing or unknown: "
+                f"{', '.join(wrong)}."
+            )
         for name in self._arrays:
             values[name] = _address(values[name])
         return self._struct.pack(*[values[name] for name in self._names])
 
     def reader(self, b: Emitter, task: Pointer, element: Any) -> Reader:
-        """The fields for an emitter. task: the kernel's argument; element: the LLVM type of the activations."""
+        """The fields for an emitter. task: the kernel's argument; element: the LLVM type of the
+        activations."""
         return Reader(b, task, self.fields, element)
 
 

@@ -1,15 +1,18 @@
 """`Value` and `Pointer`: what kernels compute with, so that they read like the arithmetic they do.
 
-A `Value` is a number, or a vector of numbers, that exists when the kernel runs. Its operators append instructions to the
-kernel: `(first + p) * width` is an `add` and a `mul`. Python's numbers may stand on either side. Integers are signed.
+A `Value` is a number, or a vector of numbers, that exists when the kernel runs. Its operators
+append instructions to the
+kernel: `(first + p) * width` is an `add` and a `mul`. Python's numbers may stand on either side.
+Integers are signed.
 
     +  -  *        on integers and floats
     //  %  <<  &   on integers;  >> keeps the sign, `shift_right` brings zeros in
     /              on floats
     <  <=  >  >=   give an int1; `equals` and `differs` too, since Python needs == for itself
 
-A `Pointer` knows the type it points to. `p[i]` reads, `p[i] = v` writes, `p + i` is the pointer that many elements further,
-`p.vector(i, lanes)` reads neighbours. Nothing is checked when a kernel runs: an index beyond the end is a segmentation fault.
+A `Pointer` knows the type it points to. `p[i]` reads, `p[i] = v` writes, `p + i` is the pointer
+that many elements further, `p.vector(i, lanes)` reads neighbours. Nothing is checked when a kernel
+runs: an index beyond the end is a segmentation fault.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ Number = Union["Value", int, float]
 
 
 class Value:
-    """A number or a vector of them at run time. b: the `Emitter` that its operators append to; ir: llvmlite's value."""
+    """A number or a vector of them at run time. b: the `Emitter` that its operators append to; ir:
+    llvmlite's value."""
 
     __slots__ = ("b", "ir")
 
@@ -43,7 +47,9 @@ class Value:
         name = for_floats if is_float(self.type) else for_ints
         if name is None:
             raise TypeError(f"this operator is not for values of type {self.type}")
-        operands = [side.ir if isinstance(side, Value) else const(self.type, side) for side in (left, right)]
+        operands = [
+            side.ir if isinstance(side, Value) else const(self.type, side) for side in (left, right)
+        ]
         return Value(self.b, getattr(self.b.builder, name)(*operands))
 
     def __add__(self, other: Number) -> Value:
@@ -133,7 +139,9 @@ class Pointer:
 
     def __add__(self, index: Number) -> Pointer:
         offset = index.ir if isinstance(index, Value) else const(I64, index)
-        return Pointer(self.b, self.b.builder.gep(self.ir, [offset], source_etype=self.element), self.element)
+        return Pointer(
+            self.b, self.b.builder.gep(self.ir, [offset], source_etype=self.element), self.element
+        )
 
     def __getitem__(self, index: Number) -> Value:
         return self.load(index)
@@ -151,7 +159,9 @@ class Pointer:
 
     def vector(self, index: Number, lanes: int) -> Value:
         """`lanes` neighbours from index on."""
-        return Value(self.b, self.b.builder.load((self + index).ir, typ=vec(self.element, lanes), align=1))
+        return Value(
+            self.b, self.b.builder.load((self + index).ir, typ=vec(self.element, lanes), align=1)
+        )
 
     def floats(self, index: Number, lanes: int) -> Value:
         """`lanes` neighbours from index on, as float32."""
@@ -167,7 +177,8 @@ class Pointer:
 
 
 class Variable:
-    """A place that is written more than once; LLVM keeps it in a register. Read and write its `value`."""
+    """A place that is written more than once; LLVM keeps it in a register. Read and write its
+    `value`."""
 
     __slots__ = ("_address", "_b", "_type")
 

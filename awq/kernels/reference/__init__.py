@@ -1,7 +1,8 @@
-"""The reference backend: dequantize, then an ordinary product. It is the specification that every other backend must equal.
+"""The reference backend: dequantize, then an ordinary product. It is the specification that every
+other backend must equal.
 
-It takes every layout and keeps no dense copy, so each call dequantizes anew: a 4096 × 4096 weight costs tens of
-milliseconds on a CPU.
+It takes every layout and keeps no dense copy, so each call dequantizes anew: a 4096 × 4096 weight
+costs tens of milliseconds on a CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in] times weightᵀ ([out, in], any float dtype) in x's dtype; float16 on a CPU in float32, 100 times faster."""
+    """x [..., in] times weightᵀ ([out, in], any float dtype) in x's dtype; float16 on a CPU in
+    float32, 100 times faster."""
     dtype = torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
     out = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return out.to(x.dtype)

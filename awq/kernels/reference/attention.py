@@ -1,5 +1,6 @@
-"""Causal attention in plain operators: of a prompt (or a piece of it) over itself and what is cached before it, and of one
-new token per sequence. What the kernels are tested against, and what runs without a GPU."""
+"""Causal attention in plain operators: of a prompt (or a piece of it) over itself and what is
+cached before it, and of one new token per sequence. What the kernels are tested against, and what
+runs without a GPU."""
 
 from __future__ import annotations
 
@@ -9,13 +10,20 @@ from torch import Tensor
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None = None, window: int | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    window: int | None = None,
     mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """[batch, heads, tokens, head_dim] for q of that shape and k, v [batch, kv_heads, keys, head_dim] (keys ≥ tokens).
+) -> Tensor:
+    """[batch, heads, tokens, head_dim] for q of that shape and k, v [batch, kv_heads, keys,
+    head_dim] (keys ≥ tokens).
 
-    The last query sees the last key, the one before it the last but one, and so on, at most `window` keys each. mask (bool,
-    True where seen, broadcast to [batch, 1, tokens, keys]) replaces that rule.
+    The last query sees the last key, the one before it the last but one, and so on, at most
+    `window` keys each. mask (bool, True where seen, broadcast to [batch, 1, tokens, keys]) replaces
+    that rule.
     """
     tokens, keys = q.shape[2], k.shape[2]
     plain = mask is None and (window is None or keys <= window)
@@ -23,7 +31,13 @@ def attend(
         mask = causal_mask(tokens, keys, window, q.device)
     if softcap is None:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and tokens > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and tokens > 1,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
     if mask is None:
         mask = causal_mask(tokens, keys, window, q.device)
@@ -32,7 +46,11 @@ def attend(
     scores = torch.einsum("bkgtd,bksd->bkgts", q.float(), k.float()) * scaling
     scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~mask.unsqueeze(-3), -torch.inf).softmax(-1)
-    return torch.einsum("bkgts,bksd->bkgtd", weights, v.float()).reshape(batch, heads, tokens, dim).to(q.dtype)
+    return (
+        torch.einsum("bkgts,bksd->bkgtd", weights, v.float())
+        .reshape(batch, heads, tokens, dim)
+        .to(q.dtype)
+    )
 
 
 def causal_mask(tokens: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -44,7 +62,8 @@ def causal_mask(tokens: int, keys: int, window: int | None, device: torch.device
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of the first 2·r channels, as two halves; the others pass.
+    """Rotary embedding (arXiv 2104.09864) of the first 2·r channels, as two halves; the others
+    pass.
 
     x [..., head_dim]; cos, sin float32 [..., r], broadcast against x.
     """

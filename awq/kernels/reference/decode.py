@@ -1,9 +1,12 @@
-"""The operators of a decode step in plain torch: the specification of the kernels, and what runs where there are none.
+"""The operators of a decode step in plain torch: the specification of the kernels, and what runs
+where there are none.
 
-A backend that offers one of these (see `awq.backends`) has the same signature and gives the same values, up to rounding.
-Between them an operator does all there is to do between two products of a decoder block:
+A backend that offers one of these (see `awq.backends`) has the same signature and gives the same
+values, up to rounding. Between them an operator does all there is to do between two products of a
+decoder block:
 
-    x, branch → add_norm → (product) → attend or split → (product) → add_norm → (product) → activate → (product) → branch
+    x, branch → add_norm → (product) → attend or split → (product) → add_norm → (product) → activate
+    → (product) → branch
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ def apply_norm(x: Tensor, norm: Norm) -> Tensor:
     return y.to(x.dtype)
 
 
-def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None
+) -> tuple[Tensor, Tensor]:
     """(x + factor · branch, its norm) for x, branch [..., width]; without a norm the sum twice."""
     if branch is not None:
         x = x + (branch if factor == 1.0 else factor * branch)
@@ -51,7 +56,8 @@ def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None)
 def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
     """act(gate) · up for h [..., gate and up], or act(h) for h [..., width].
 
-    interleave: so many channels of the gate, then as many of up, in turn; 0: all of the gate, then all of up.
+    interleave: so many channels of the gate, then as many of up, in turn; 0: all of the gate, then
+    all of up.
     """
     function = ACTIVATIONS[name]
     if not gated:
@@ -64,20 +70,27 @@ def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
 
 
 def gated(x: Tensor, packed: Packed, bias: Tensor | None, name: str, interleave: int) -> Tensor:
-    """x [..., in] → act(gate) · up [..., out/2], for a weight whose outputs are gate and up in turn (see `activate`)."""
+    """x [..., in] → act(gate) · up [..., out/2], for a weight whose outputs are gate and up in turn
+    (see `activate`)."""
     from awq.kernels.op import quantized_linear
 
-    h = quantized_linear(x, packed.qweight, packed.qzeros, packed.scales, bias, *packed.shape, packed.layout)
+    h = quantized_linear(
+        x, packed.qweight, packed.qzeros, packed.scales, bias, *packed.shape, packed.layout
+    )
     return activate(h, name, True, interleave)
 
 
 def gate_interleave() -> int:
-    """How many channels of the gate and of up `gated` wants in turn in the weight; 0: it wants none, as two kernels do."""
+    """How many channels of the gate and of up `gated` wants in turn in the weight; 0: it wants
+    none, as two kernels do."""
     return 0
 
 
-def split_heads(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """[batch, tokens, channels] → normalized and rotated q, k and v, each [batch, heads, tokens, head_dim].
+def split_heads(
+    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[batch, tokens, channels] → normalized and rotated q, k and v, each [batch, heads, tokens,
+    head_dim].
 
     cos, sin: float32, broadcast against [batch, heads, tokens, rotary/2].
     """
@@ -92,7 +105,8 @@ def split_heads(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | Non
 
 
 def _norm_of(x: Tensor, norm: Norm | None, each_head: bool) -> Tensor:
-    """x [batch, tokens, heads, head_dim], normalized over each head or over all of them together."""
+    """x [batch, tokens, heads, head_dim], normalized over each head or over all of them
+    together."""
     if norm is None:
         return x
     if each_head:
@@ -101,12 +115,19 @@ def _norm_of(x: Tensor, norm: Norm | None, each_head: bool) -> Tensor:
 
 
 def split(
-    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, start: int, k_cache: Tensor, v_cache: Tensor
+    qkv: Tensor,
+    a: Attention,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    start: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
 ) -> Tensor:
-    """Queries [batch, heads, tokens, head_dim] of a piece of the prompts; its keys and values go into the cache at `start`.
+    """Queries [batch, heads, tokens, head_dim] of a piece of the prompts; its keys and values go
+    into the cache at `start`.
 
-    qkv [batch, tokens, channels]; cos, sin float32 [positions, rotary/2] or None; k_cache, v_cache [batch, kv_heads,
-    positions, head_dim].
+    qkv [batch, tokens, channels]; cos, sin float32 [positions, rotary/2] or None; k_cache, v_cache
+    [batch, kv_heads, positions, head_dim].
     """
     stop = start + qkv.shape[1]
     if cos is not None and sin is not None:
@@ -118,13 +139,20 @@ def split(
 
 
 def attend(
-    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, lengths: Tensor, k_cache: Tensor, v_cache: Tensor,
+    qkv: Tensor,
+    a: Attention,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    lengths: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
     longest: int,
-) -> Tensor:  # fmt: skip
-    """Attention of one new token per row over its row of the cache, into which its key and value go.
+) -> Tensor:
+    """Attention of one new token per row over its row of the cache, into which its key and value
+    go.
 
-    qkv [batch, channels] → [batch, heads · head_dim]. lengths int32 [batch]: tokens cached so far, of which `longest` is the
-    largest. cos, sin and the caches are as for `split`.
+    qkv [batch, channels] → [batch, heads · head_dim]. lengths int32 [batch]: tokens cached so far,
+    of which `longest` is the largest. cos, sin and the caches are as for `split`.
     """
     batch, index = qkv.shape[0], lengths.long()
     if cos is not None and sin is not None:

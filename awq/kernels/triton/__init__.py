@@ -1,7 +1,9 @@
-"""The Triton backend: GPUs of NVIDIA (compute capability 8.0 and up) and AMD, with no compiled extension to install.
+"""The Triton backend: GPUs of NVIDIA (compute capability 8.0 and up) and AMD, with no compiled
+extension to install.
 
-Triton is an optional dependency; it is imported at the first use only. Kernels: `matmul`, `decoding`, `experts`, `search`
-and `rounding`, each started by its `…_launch` through the one `launcher`. `configs`: which configuration for which shape and GPU.
+Triton is an optional dependency; it is imported at the first use only. Kernels: `matmul`,
+`decoding`, `experts`, `search` and `rounding`, each started by its `…_launch` through the one
+`launcher`. `configs`: which configuration for which shape and GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from awq.kernels.packed import Packed, Shape
 LAYOUT = "planar"
 _DECODE = ("add_norm", "activate", "gated", "split", "attend", "gate_interleave")
 _SEARCH = ("best_range", "scaled_losses", "round_block", "descend_block")
-OPERATORS = dict.fromkeys(_DECODE, "awq.kernels.triton.decode_launch") | dict.fromkeys(_SEARCH, "awq.kernels.triton.search_launch")
+OPERATORS = dict.fromkeys(_DECODE, "awq.kernels.triton.decode_launch") | dict.fromkeys(
+    _SEARCH, "awq.kernels.triton.search_launch"
+)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -31,17 +35,25 @@ def why_not(device: torch.device, dtype: torch.dtype, shape: Shape | None) -> st
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """x [..., in] → [..., out] in x's dtype: a fused product for few tokens, a dense weight and cuBLAS or rocBLAS for many."""
+    """x [..., in] → [..., out] in x's dtype: a fused product for few tokens, a dense weight and
+    cuBLAS or rocBLAS for many."""
     from awq.kernels.triton import matmul_launch
 
     return matmul_launch.linear(x, packed, bias)
 
 
-def moe_linear(x: Tensor, packed: Packed, bias: Tensor | None, experts: Tensor, weights: Tensor | None) -> Tensor | None:
-    """See `awq.kernels.moe`; None for float32, which goes expert by expert, like the dense product it is."""
+def moe_linear(
+    x: Tensor, packed: Packed, bias: Tensor | None, experts: Tensor, weights: Tensor | None
+) -> Tensor | None:
+    """See `awq.kernels.moe`; None for float32, which goes expert by expert, like the dense product
+    it is."""
     from awq.kernels.triton import expert_launch
 
-    return None if x.dtype == torch.float32 else expert_launch.moe_linear(x, packed, bias, experts, weights)
+    return (
+        None
+        if x.dtype == torch.float32
+        else expert_launch.moe_linear(x, packed, bias, experts, weights)
+    )
 
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:

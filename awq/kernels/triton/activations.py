@@ -1,4 +1,5 @@
-"""Activations of an MLP inside Triton kernels, and where gate and up are when one product makes both."""
+"""Activations of an MLP inside Triton kernels, and where gate and up are when one product makes
+both."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ def activation(v, NAME: tl.constexpr):
     elif NAME == "gelu":
         y = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     elif NAME == "gelu_tanh":
-        u = 1.5957691216057308 * (v + 0.044715 * v * v * v)  # 0.5·(1 + tanh(u/2)) is the logistic function of u
+        # 0.5·(1 + tanh(u/2)) is the logistic function of u
+        u = 1.5957691216057308 * (v + 0.044715 * v * v * v)
         y = v / (1.0 + tl.exp(-u))
     elif NAME == "relu":
         y = tl.maximum(v, 0.0)
@@ -26,7 +28,8 @@ def activation(v, NAME: tl.constexpr):
 
 @triton.jit
 def columns(i, WIDTH: tl.constexpr, INTERLEAVE: tl.constexpr):
-    """Where channels i of the gate and of up are among 2·WIDTH: INTERLEAVE of each in turn, or (0) all of one, then the other."""
+    """Where channels i of the gate and of up are among 2·WIDTH: INTERLEAVE of each in turn, or (0)
+    all of one, then the other."""
     if INTERLEAVE == 0:
         gate, up = i, i + WIDTH
     else:

@@ -1,9 +1,12 @@
-"""Launch configurations: tables measured per GPU architecture, and a rule for shapes and GPUs that are not in them.
+"""Launch configurations: tables measured per GPU architecture, and a rule for shapes and GPUs that
+are not in them.
 
-`<architecture>.json` holds "shapes": {"N x K": {"M": [BM, BN, split, scale_weight, warps, stages] or null}}: the best configuration
-measured for up to M tokens, null where a dense weight was faster; and "bfloat16", the same where that dtype wants another.
-The shipped tables are in `tables/`. Those of the user come before them, entry by entry: `awq tune` writes them to the folder that
-the variable AWQ_KERNEL_TABLES names, or else to `awq/kernels` in the user's cache folder. Nothing is ever tuned while a model runs.
+`<architecture>.json` holds "shapes": {"N x K": {"M": [BM, BN, split, scale_weight, warps, stages]
+or null}}: the best configuration measured for up to M tokens, null where a dense weight was faster;
+and "bfloat16", the same where that dtype wants another. The shipped tables are in `tables/`. Those
+of the user come before them, entry by entry: `awq tune` writes them to the folder that the variable
+AWQ_KERNEL_TABLES names, or else to `awq/kernels` in the user's cache folder. Nothing is ever tuned
+while a model runs.
 """
 
 from __future__ import annotations
@@ -22,15 +25,18 @@ from awq.kernels.packed import Shape
 TABLES = Path(__file__).parent / "tables"
 VARIABLE = "AWQ_KERNEL_TABLES"
 SECTIONS = ("shapes", "bfloat16")
-GATE_INTERLEAVE = 16  # channels of a gate, then as many of up, in turn: every tile of a product holds both
-BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens; more go through a dense weight unless the table says otherwise
+# channels of a gate, then as many of up, in turn: every tile of a product holds both
+GATE_INTERLEAVE = 16
+# tokens; more go through a dense weight unless the table says otherwise
+BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class Config(NamedTuple):
     """How one product is launched.
 
-    bm: tokens per program. bn: outputs per program. split: programs that share the inputs of one tile. scale_weight: whether
-    the scale multiplies the weights (rounding them once, as a dense weight is) instead of the float32 sums.
+    bm: tokens per program. bn: outputs per program. split: programs that share the inputs of one
+    tile. scale_weight: whether the scale multiplies the weights (rounding them once, as a dense
+    weight is) instead of the float32 sums.
     """
 
     bm: int
@@ -41,7 +47,8 @@ class Config(NamedTuple):
     stages: int
 
     def ahead(self, in_features: int) -> int:
-        """Steps whose weights are fetched before the kernel in front has ended: at most 8, and not more than there are."""
+        """Steps whose weights are fetched before the kernel in front has ended: at most 8, and not
+        more than there are."""
         blocks = -(-in_features // 128)
         return min(8, 1 << ((-(-blocks // self.split)).bit_length() - 1))
 
@@ -63,8 +70,11 @@ def size_of(shape: Shape) -> str:
 
 
 @cache
-def table(architecture: str, dtype: torch.dtype = torch.float16) -> dict[str, dict[int, Config | None]]:
-    """Configurations of an architecture ("sm90", "gfx942") by "N x K" and tokens; empty when it was never measured.
+def table(
+    architecture: str, dtype: torch.dtype = torch.float16
+) -> dict[str, dict[int, Config | None]]:
+    """Configurations of an architecture ("sm90", "gfx942") by "N x K" and tokens; empty when it was
+    never measured.
 
     Raises ConfigError when a table of the user's cannot be read.
     """
@@ -83,25 +93,36 @@ def _read(path: Path) -> dict[str, dict[str, dict[int, Config | None]]]:
             return {}
         parts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return {
-            name: {size: {int(m): row and _checked(*row) for m, row in rows.items()} for size, rows in parts.get(name, {}).items()}
+            name: {
+                size: {int(m): row and _checked(*row) for m, row in rows.items()}
+                for size, rows in parts.get(name, {}).items()
+            }
             for name in SECTIONS
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{path} is no table of launch configurations ({type(error).__name__}: {error}); delete it, or write it anew with "
+            f"{path} is no table of launch configurations ({type(error).__name__}: {error}); "
+            "delete it, or write it anew with "
             "`awq tune`."
         ) from error
 
 
 def _checked(bm: int, bn: int, split: int, scale_weight: bool, warps: int, stages: int) -> Config:
     config = Config(bm, bn, split, scale_weight, warps, stages)
-    if not all(isinstance(value, int) and value >= 0 for value in config) or min(bm, bn, split, warps, stages) < 1:
+    if (
+        not all(isinstance(value, int) and value >= 0 for value in config)
+        or min(bm, bn, split, warps, stages) < 1
+    ):
         raise ValueError(f"{list(config)} is no configuration")
     return config
 
 
 def config_for(
-    architecture: str, multiprocessors: int, shape: Shape, tokens: int, dtype: torch.dtype = torch.float16
+    architecture: str,
+    multiprocessors: int,
+    shape: Shape,
+    tokens: int,
+    dtype: torch.dtype = torch.float16,
 ) -> Config | None:
     """The configuration for a product of `tokens` rows; None when a dense weight is better."""
     measured = table(architecture, dtype).get(size_of(shape), {})
@@ -112,43 +133,66 @@ def config_for(
 
 
 def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> Config | None:
-    """What the measured tables have in common: tiles as small as the tokens allow, and two programs or more per processor."""
+    """What the measured tables have in common: tiles as small as the tokens allow, and two programs
+    or more per processor."""
     bucket = next((b for b in BUCKETS if b >= tokens), None)
     if bucket is None or bucket > 256:
         return None
-    bm, (bn, warps, stages) = min(bucket, 128), (128, 8, 3) if bucket >= 128 else (64, 4, 4) if bucket > 8 else (64, 2, 4)
+    bm, (bn, warps, stages) = (
+        min(bucket, 128),
+        (128, 8, 3) if bucket >= 128 else (64, 4, 4) if bucket > 8 else (64, 2, 4),
+    )
     if architecture.startswith("gfx"):
-        # AMD's matrix instructions take 16 tokens and more; CDNA 3 has room for two stages. RDNA spills with larger tiles.
+        # AMD's matrix instructions take 16 tokens and more; CDNA 3 has room for two stages. RDNA
+        # spills with larger tiles.
         bm, stages = max(bm, 16), 2
         if not architecture.startswith("gfx9"):
             bm, (bn, warps) = min(bm, 32), (32, 4)
     elif architecture in ("sm100", "sm103") and bm <= 16:
-        bn, warps = 32, 2  # fewer rows than the tensor memory path of these GPUs takes, which costs 2.5 times the instructions
+        # fewer rows than the tensor memory path of these GPUs takes, which costs 2.5 times the
+        # instructions
+        bn, warps = 32, 2
     bm = max(bm, 8)
     tiles = -(-shape.out_features // bn) * -(-tokens // bm)
     steps = -(-shape.in_features // 128)
-    split, most = 1, 16 if bm < 64 else 8 if bm < 128 else 4  # more sums of large tiles do not fit the registers at the end
-    while tiles * split < (2 if bm >= 64 else 4) * multiprocessors and split < most and steps // (2 * split) >= 2:
+    # more sums of large tiles do not fit the registers at the end
+    split, most = 1, 16 if bm < 64 else 8 if bm < 128 else 4
+    while (
+        tiles * split < (2 if bm >= 64 else 4) * multiprocessors
+        and split < most
+        and steps // (2 * split) >= 2
+    ):
         split *= 2
     return Config(bm, bn, split, bm >= 128, warps, stages)
 
 
-def config_for_experts(architecture: str, multiprocessors: int, shape: Shape, rows: int, experts: int) -> Config:
-    """The configuration for `rows` pairs of a token and an expert, spread over `experts` weights of `shape`.
+def config_for_experts(
+    architecture: str, multiprocessors: int, shape: Shape, rows: int, experts: int
+) -> Config:
+    """The configuration for `rows` pairs of a token and an expert, spread over `experts` weights of
+    `shape`.
 
-    Blocks hold the mean number of rows of an expert that has any. Experts with more take several, which read the same weights
-    out of the L2 cache; larger blocks, mostly empty, were slower.
+    Blocks hold the mean number of rows of an expert that has any. Experts with more take several,
+    which read the same weights out of the L2 cache; larger blocks, mostly empty, were slower.
     """
     active = min(experts, rows)
     mean = rows / active
     bm = 128 if mean >= 128 else 64 if mean > 32 else next(b for b in BUCKETS[1:] if b >= mean)
     outputs, steps = shape.out_features * active, -(-shape.in_features // 128)
     if architecture.startswith("gfx") or architecture in ("sm100", "sm103"):
-        config = rule(architecture, multiprocessors, Shape(shape.in_features, outputs, shape.group_size), bm)
+        config = rule(
+            architecture, multiprocessors, Shape(shape.in_features, outputs, shape.group_size), bm
+        )
         assert config is not None
         return config
     split = 1
-    while bm <= 32 and -(-outputs // 128) * split < 3 * multiprocessors and split < 16 and steps // (2 * split) >= 2:
+    while (
+        bm <= 32
+        and -(-outputs // 128) * split < 3 * multiprocessors
+        and split < 16
+        and steps // (2 * split) >= 2
+    ):
         split *= 2
-    warps = 8 if bm == 128 and architecture != "sm90" else 4  # without Hopper's instructions, 4 warps have too few registers
+    # without Hopper's instructions, 4 warps have too few registers
+    warps = 8 if bm == 128 and architecture != "sm90" else 4
     return Config(bm, 128, split, bm >= 64, warps, 6 if bm == 8 else 3)

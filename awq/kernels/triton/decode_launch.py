@@ -1,6 +1,8 @@
-"""The operators of a decode step on a GPU: sizes, constants and scratch memory of the kernels in `decoding`.
+"""The operators of a decode step on a GPU: sizes, constants and scratch memory of the kernels in
+`decoding`.
 
-Each does what the function of its name in `awq.kernels.reference.decode` says, where shapes and errors are told.
+Each does what the function of its name in `awq.kernels.reference.decode` says, where shapes and
+errors are told.
 """
 
 from __future__ import annotations
@@ -17,7 +19,13 @@ from awq.kernels.reference import decode as reference
 from awq.kernels.specs import Attention, Norm
 from awq.kernels.triton import decoding
 from awq.kernels.triton.configs import GATE_INTERLEAVE
-from awq.kernels.triton.launcher import Launcher, architecture, counters, has_dependent_launch, on_device
+from awq.kernels.triton.launcher import (
+    Launcher,
+    architecture,
+    counters,
+    has_dependent_launch,
+    on_device,
+)
 from awq.kernels.triton.matmul_launch import config_of, fused, through_dense
 
 FEW_ROWS = 64  # fewer leave multiprocessors idle, so blocks are small
@@ -28,12 +36,16 @@ MAX_KEY_SPLIT = 64  # programs that share the keys of one row and head
 
 
 @cache
-def _launcher(kernel: Any, index: int | None, dtype: torch.dtype, constants: tuple, warps: int) -> Launcher:
+def _launcher(
+    kernel: Any, index: int | None, dtype: torch.dtype, constants: tuple, warps: int
+) -> Launcher:
     """dtype: of the activations, which is among what Triton compiles for."""
     return Launcher(kernel, index, (*constants, has_dependent_launch(index)), num_warps=warps)
 
 
-def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None
+) -> tuple[Tensor, Tensor]:
     """(x + factor · branch, its norm)."""
     x = x.contiguous()
     width = x.shape[-1]
@@ -48,7 +60,15 @@ def add_norm(x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None)
         weight, bias, eps, mean = norm.weight, norm.bias, norm.eps, norm.mean
     block = triton.next_power_of_2(width)
     warps = min(16, max(1, block // 512))
-    constants = (width, block, branch is not None, norm is not None, mean, weight is not None, bias is not None)
+    constants = (
+        width,
+        block,
+        branch is not None,
+        norm is not None,
+        mean,
+        weight is not None,
+        bias is not None,
+    )
     kernel = _launcher(decoding.add_norm_kernel, x.device.index, x.dtype, constants, warps)
     second = x if branch is None else branch.contiguous()
     tensors = (x, second, x if weight is None else weight, x if bias is None else bias, total, y)
@@ -92,7 +112,13 @@ def gated(x: Tensor, packed: Packed, bias: Tensor | None, name: str, interleave:
 
 
 def split(
-    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, start: int, k_cache: Tensor, v_cache: Tensor
+    qkv: Tensor,
+    a: Attention,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    start: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
 ) -> Tensor:
     """Queries of a piece of the prompts; keys and values go into the cache."""
     batch, tokens, _ = qkv.shape
@@ -113,15 +139,27 @@ def split(
     tables, q_eps, k_eps = _tables(qkv, a, cos, sin)
     with on_device(qkv.device):
         kernel(
-            (tokens, batch, 1), (qkv, *tables, q, k_cache, v_cache), q_eps, k_eps, tokens, start, k_cache.shape[2]
+            (tokens, batch, 1),
+            (qkv, *tables, q, k_cache, v_cache),
+            q_eps,
+            k_eps,
+            tokens,
+            start,
+            k_cache.shape[2],
         )
     return q
 
 
 def attend(
-    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, lengths: Tensor, k_cache: Tensor, v_cache: Tensor,
+    qkv: Tensor,
+    a: Attention,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    lengths: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
     longest: int = 0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attention of one new token per row. `longest` is not needed: the kernel reads `lengths`."""
     batch, device = qkv.shape[0], qkv.device
     qkv = qkv.contiguous()
@@ -137,12 +175,20 @@ def attend(
         arrived = counters(device).take(batch * a.kv_heads)
         tensors = (qkv, *tables, lengths, k_cache, v_cache, out, sums, peaks, arrived)
         kernel(
-            (a.kv_heads, parts, batch), tensors, a.scaling, a.softcap or 0.0, q_eps, k_eps, k_cache.shape[2]
+            (a.kv_heads, parts, batch),
+            tensors,
+            a.scaling,
+            a.softcap or 0.0,
+            q_eps,
+            k_eps,
+            k_cache.shape[2],
         )
     return out
 
 
-def _attend_launcher(a: Attention, index: int | None, dtype: torch.dtype, element_bytes: int, parts: int) -> Launcher:
+def _attend_launcher(
+    a: Attention, index: int | None, dtype: torch.dtype, element_bytes: int, parts: int
+) -> Launcher:
     dim = _power(a.head_dim)
     block, warps = (16, 4) if dtype == torch.float32 else _tile(dim)
     real_group = _power(a.heads // a.kv_heads, 1)
@@ -167,8 +213,11 @@ def _attend_launcher(a: Attention, index: int | None, dtype: torch.dtype, elemen
     return _launcher(decoding.attend_kernel, index, dtype, constants, warps)
 
 
-def _tables(qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None) -> tuple[tuple[Tensor, ...], float, float]:
-    """Rotary tables and weights of norms, qkv itself in place of what there is not; and the norms' eps."""
+def _tables(
+    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None
+) -> tuple[tuple[Tensor, ...], float, float]:
+    """Rotary tables and weights of norms, qkv itself in place of what there is not; and the norms'
+    eps."""
     (q_weight, q_eps), (k_weight, k_eps) = a.q_scale, a.k_scale
     tables = tuple(qkv if t is None else t for t in (cos, sin, q_weight, k_weight))
     return tables, q_eps, k_eps
@@ -184,7 +233,8 @@ def _tile(dim: int) -> tuple[int, int]:
 
 
 def _key_split(rows: int, multiprocessors: int) -> int:
-    """Programs that share the keys of one row and head: two for every multiprocessor in all, 64 at most."""
+    """Programs that share the keys of one row and head: two for every multiprocessor in all, 64 at
+    most."""
     split = 1
     while rows * split < 2 * multiprocessors and split < MAX_KEY_SPLIT:
         split *= 2

@@ -1,8 +1,10 @@
-"""Triton kernels between the products of a decode step: residual + norm, activation, and attention of one new token.
+"""Triton kernels between the products of a decode step: residual + norm, activation, and attention
+of one new token.
 
-Few launches matter more than few bytes here: a step of a 7B model has 32 blocks, and every kernel costs a microsecond or two
-however little it does. So each of the three does all there is to do between two products. They wait for the kernel in front
-as the products do (programmatic dependent launch), and one that is waited for costs less.
+Few launches matter more than few bytes here: a step of a 7B model has 32 blocks, and every kernel
+costs a microsecond or two however little it does. So each of the three does all there is to do
+between two products. They wait for the kernel in front as the products do (programmatic dependent
+launch), and one that is waited for costs less.
 """
 
 from __future__ import annotations
@@ -16,11 +18,25 @@ from awq.kernels.triton.activations import activation, columns
 
 @triton.jit
 def add_norm_kernel(
-    x, branch, weight, bias, total, y, factor, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, MEAN: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """total = x + factor · branch (ADD), y = norm(total) (NORM), rows of WIDTH. Grid: (rows,). Sums and norm in float32."""
+    x,
+    branch,
+    weight,
+    bias,
+    total,
+    y,
+    factor,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    NORM: tl.constexpr,
+    MEAN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """total = x + factor · branch (ADD), y = norm(total) (NORM), rows of WIDTH. Grid: (rows,). Sums
+    and norm in float32."""
     row = tl.program_id(0).to(tl.int64) * WIDTH
     i = tl.arange(0, BLOCK)
     inside = i < WIDTH
@@ -32,7 +48,10 @@ def add_norm_kernel(
         gdc_wait()
     value = tl.load(x + row + i, mask=inside, other=0.0)
     if ADD:
-        value = (value.to(tl.float32) + factor * tl.load(branch + row + i, mask=inside, other=0.0).to(tl.float32)).to(value.dtype)
+        value = (
+            value.to(tl.float32)
+            + factor * tl.load(branch + row + i, mask=inside, other=0.0).to(tl.float32)
+        ).to(value.dtype)
         tl.store(total + row + i, value, mask=inside)
     if NORM:
         v = value.to(tl.float32)
@@ -48,10 +67,17 @@ def add_norm_kernel(
 
 @triton.jit
 def activate_kernel(
-    h, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NAME: tl.constexpr, GATED: tl.constexpr,
-    INTERLEAVE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """y [rows, WIDTH] = act(h), or (GATED) act(gate) · up of h [rows, 2·WIDTH], see `columns`. Grid: (⌈WIDTH/BLOCK⌉, rows)."""
+    h,
+    y,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NAME: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y [rows, WIDTH] = act(h), or (GATED) act(gate) · up of h [rows, 2·WIDTH], see `columns`.
+    Grid: (⌈WIDTH/BLOCK⌉, rows)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     inside = i < WIDTH
@@ -60,8 +86,12 @@ def activate_kernel(
         gdc_wait()
     if GATED:
         gate, up = columns(i, WIDTH, INTERLEAVE)
-        v = activation(tl.load(h + row * (2 * WIDTH) + gate, mask=inside, other=0.0).to(tl.float32), NAME)
-        v = v.to(h.dtype.element_ty).to(tl.float32) * tl.load(h + row * (2 * WIDTH) + up, mask=inside, other=0.0).to(tl.float32)
+        v = activation(
+            tl.load(h + row * (2 * WIDTH) + gate, mask=inside, other=0.0).to(tl.float32), NAME
+        )
+        v = v.to(h.dtype.element_ty).to(tl.float32) * tl.load(
+            h + row * (2 * WIDTH) + up, mask=inside, other=0.0
+        ).to(tl.float32)
     else:
         v = activation(tl.load(h + row * WIDTH + i, mask=inside, other=0.0).to(tl.float32), NAME)
     tl.store(y + row * WIDTH + i, v.to(y.dtype.element_ty), mask=inside)
@@ -69,16 +99,30 @@ def activate_kernel(
 
 @triton.jit
 def _head(
-    base, g, GROUP: tl.constexpr, weight, eps, cos, sin, position,
-    DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NORMED: tl.constexpr, MEAN: tl.constexpr,
-):  # fmt: skip
-    """Rows `g` of heads [GROUP, DIM] at `base`, normalized and rotated: float32 [rows, D], zeros beyond DIM and GROUP."""
+    base,
+    g,
+    GROUP: tl.constexpr,
+    weight,
+    eps,
+    cos,
+    sin,
+    position,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    NORMED: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """Rows `g` of heads [GROUP, DIM] at `base`, normalized and rotated: float32 [rows, D], zeros
+    beyond DIM and GROUP."""
     d = tl.arange(0, D)
     inside = (g[:, None] < GROUP) & (d[None, :] < DIM)
     v = tl.load(base + g[:, None] * DIM + d[None, :], mask=inside, other=0.0).to(tl.float32)
     if R > 0:
         partner = tl.where(d < R, d + R, tl.where(d < 2 * R, d - R, d))
-        u = tl.load(base + g[:, None] * DIM + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(base + g[:, None] * DIM + partner[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
     if NORMED:
         if MEAN:
             mean = tl.sum(v, 1)[:, None] / DIM
@@ -87,9 +131,17 @@ def _head(
                 u = u - mean
         inverse = tl.rsqrt(tl.sum(v * v, 1) / DIM + eps)[:, None]
         dtype = base.dtype.element_ty
-        v = (v * inverse * tl.load(weight + d, mask=d < DIM, other=0.0)[None, :]).to(dtype).to(tl.float32)
+        v = (
+            (v * inverse * tl.load(weight + d, mask=d < DIM, other=0.0)[None, :])
+            .to(dtype)
+            .to(tl.float32)
+        )
         if R > 0:
-            u = (u * inverse * tl.load(weight + partner, mask=d < DIM, other=0.0)[None, :]).to(dtype).to(tl.float32)
+            u = (
+                (u * inverse * tl.load(weight + partner, mask=d < DIM, other=0.0)[None, :])
+                .to(dtype)
+                .to(tl.float32)
+            )
     if R > 0:
         f = tl.where(d < R, d, d - R)
         rotated = d < 2 * R
@@ -101,13 +153,35 @@ def _head(
 
 @triton.jit(do_not_specialize=["tokens", "start", "positions"])
 def split_kernel(
-    qkv, cos, sin, q_weight, k_weight, q, k_cache, v_cache, q_eps, k_eps, tokens, start, positions,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    HEADS2: tl.constexpr, KV2: tl.constexpr, NORMED: tl.constexpr, MEAN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A piece of the prompts: norm and rotation of q and k, q to [batch, HEADS, tokens, DIM], k and v into the cache.
+    qkv,
+    cos,
+    sin,
+    q_weight,
+    k_weight,
+    q,
+    k_cache,
+    v_cache,
+    q_eps,
+    k_eps,
+    tokens,
+    start,
+    positions,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    HEADS2: tl.constexpr,
+    KV2: tl.constexpr,
+    NORMED: tl.constexpr,
+    MEAN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A piece of the prompts: norm and rotation of q and k, q to [batch, HEADS, tokens, DIM], k and
+    v into the cache.
 
-    qkv [batch, tokens, (HEADS + 2·KV_HEADS)·DIM]; the tokens are positions start, start + 1, … of the cache, which has
+    qkv [batch, tokens, (HEADS + 2·KV_HEADS)·DIM]; the tokens are positions start, start + 1, … of
+    the cache, which has
     `positions`. HEADS2, KV2: powers of two from HEADS and KV_HEADS up. Grid: (tokens, batch).
     """
     token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -120,21 +194,50 @@ def split_kernel(
     position = start + token
     value = _head(channels, h, HEADS, q_weight, q_eps, cos, sin, position, DIM, D, R, NORMED, MEAN)
     at = (row * HEADS + h[:, None]) * tokens.to(tl.int64) + token
-    tl.store(q + at * DIM + d[None, :], value.to(dtype), mask=(h[:, None] < HEADS) & (d[None, :] < DIM))
-    value = _head(channels + HEADS * DIM, kv, KV_HEADS, k_weight, k_eps, cos, sin, position, DIM, D, R, NORMED, MEAN)
+    tl.store(
+        q + at * DIM + d[None, :], value.to(dtype), mask=(h[:, None] < HEADS) & (d[None, :] < DIM)
+    )
+    value = _head(
+        channels + HEADS * DIM,
+        kv,
+        KV_HEADS,
+        k_weight,
+        k_eps,
+        cos,
+        sin,
+        position,
+        DIM,
+        D,
+        R,
+        NORMED,
+        MEAN,
+    )
     at = (row * KV_HEADS + kv[:, None]) * positions.to(tl.int64) + position
     inside = (kv[:, None] < KV_HEADS) & (d[None, :] < DIM)
     tl.store(k_cache + at * DIM + d[None, :], value.to(dtype), mask=inside)
-    value = tl.load(channels + (HEADS + KV_HEADS) * DIM + kv[:, None] * DIM + d[None, :], mask=inside, other=0.0)
+    value = tl.load(
+        channels + (HEADS + KV_HEADS) * DIM + kv[:, None] * DIM + d[None, :], mask=inside, other=0.0
+    )
     tl.store(v_cache + at * DIM + d[None, :], value, mask=inside)
 
 
 @triton.jit
 def _combine(
-    sums, peaks, place, active, out, DIM: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    SPLIT: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """Adds what `active` programs have written from `place` on, in order, and stores heads [GROUP, DIM] at `out`."""
+    sums,
+    peaks,
+    place,
+    active,
+    out,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """Adds what `active` programs have written from `place` on, in order, and stores heads [GROUP,
+    DIM] at `out`."""
     g, d, every = tl.arange(0, GP), tl.arange(0, D), tl.arange(0, SPLIT)
     at = peaks + (place + every[:, None]) * (2 * G) + g[None, :]
     there = (every[:, None] < active) & (g[None, :] < G)
@@ -146,30 +249,74 @@ def _combine(
     for s in range(0, active, TOGETHER):  # several at once, or each would wait for the one before
         some = s + tl.arange(0, TOGETHER)
         from_peaks = peaks + (place + some[:, None]) * (2 * G) + g[None, :]
-        peak = tl.load(from_peaks, mask=(some[:, None] < active) & (g[None, :] < G), other=-float("inf"), cache_modifier=".cg")
-        from_sums = sums + (place + some[:, None, None]) * (G * D) + g[None, :, None] * D + d[None, None, :]
-        inside = (some[:, None, None] < active) & (g[None, :, None] < GROUP) & (d[None, None, :] < DIM)
+        peak = tl.load(
+            from_peaks,
+            mask=(some[:, None] < active) & (g[None, :] < G),
+            other=-float("inf"),
+            cache_modifier=".cg",
+        )
+        from_sums = (
+            sums + (place + some[:, None, None]) * (G * D) + g[None, :, None] * D + d[None, None, :]
+        )
+        inside = (
+            (some[:, None, None] < active) & (g[None, :, None] < GROUP) & (d[None, None, :] < DIM)
+        )
         part = tl.load(from_sums, mask=inside, other=0.0, cache_modifier=".cg")
         acc += tl.sum(part * tl.exp(peak - highest[None, :])[:, :, None], 0)
     acc = acc / total[:, None]
-    tl.store(out + g[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=(g[:, None] < GROUP) & (d[None, :] < DIM))
+    tl.store(
+        out + g[:, None] * DIM + d[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=(g[:, None] < GROUP) & (d[None, :] < DIM),
+    )
 
 
 @triton.jit(do_not_specialize=["positions"])
 def attend_kernel(
-    qkv, cos, sin, q_weight, k_weight, lengths, k_cache, v_cache, out, sums, peaks, arrived,
-    scaling, softcap, q_eps, k_eps, positions,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
-    GP: tl.constexpr, SPLIT: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr, MEAN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One new token per row: norm and rotation of q and k, k and v into the cache, attention. Grid: (KV_HEADS, SPLIT, batch).
+    qkv,
+    cos,
+    sin,
+    q_weight,
+    k_weight,
+    lengths,
+    k_cache,
+    v_cache,
+    out,
+    sums,
+    peaks,
+    arrived,
+    scaling,
+    softcap,
+    q_eps,
+    k_eps,
+    positions,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LINES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    NORMED: tl.constexpr,
+    MEAN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One new token per row: norm and rotation of q and k, k and v into the cache, attention. Grid:
+    (KV_HEADS, SPLIT, batch).
 
-    qkv [batch, (HEADS + 2·KV_HEADS)·DIM]; cos, sin float32 [positions, R]; lengths int32 [batch], tokens cached before;
-    k_cache, v_cache [batch, KV_HEADS, positions, DIM]; out [batch, HEADS·DIM].
-    The keys of a row are shared among as many of the SPLIT programs as have BLOCK of them to do; each writes its float32 sums
-    to `sums` [batch, KV_HEADS, SPLIT, G, D] and `peaks` [batch, KV_HEADS, SPLIT, 2, G], and the last to arrive adds them up in
-    order. D, G: powers of two from DIM and HEADS/KV_HEADS up, at least 16; GP: that without the least; TOGETHER: programs whose
+    qkv [batch, (HEADS + 2·KV_HEADS)·DIM]; cos, sin float32 [positions, R]; lengths int32 [batch],
+    tokens cached before; k_cache, v_cache [batch, KV_HEADS, positions, DIM]; out [batch,
+    HEADS·DIM]. The keys of a row are shared among as many of the SPLIT programs as have BLOCK of
+    them to do; each writes its float32 sums to `sums` [batch, KV_HEADS, SPLIT, G, D] and `peaks`
+    [batch, KV_HEADS, SPLIT, 2, G], and the last to arrive adds them up in
+    order. D, G: powers of two from DIM and HEADS/KV_HEADS up, at least 16; GP: that without the
+    least; TOGETHER: programs whose
     sums are added at once. LINES: cache lines of 128 bytes in a head, a power of two.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -188,28 +335,57 @@ def attend_kernel(
     end = tl.minimum(begin + share, length + 1)
     if PDL:
         gdc_launch_dependents()
-        # What is cached, and how much, was written before this step began, so it may be fetched before the wait.
+        # What is cached, and how much, was written before this step began, so it may be fetched
+        # before the wait.
         for t in range(begin, end, BLOCK):
-            at = tl.minimum(t + tl.arange(0, BLOCK), end - 1).to(tl.int64)[:, None] * DIM + tl.arange(0, LINES)[None, :] * (
-                DIM // LINES
+            at = tl.minimum(t + tl.arange(0, BLOCK), end - 1).to(tl.int64)[
+                :, None
+            ] * DIM + tl.arange(0, LINES)[None, :] * (DIM // LINES)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+                "=r,l",
+                [keys + at],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
             )
             tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [keys + at], dtype=tl.int32, is_pure=False, pack=1
-            )
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [values + at], dtype=tl.int32, is_pure=False, pack=1
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+                "=r,l",
+                [values + at],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
             )
         gdc_wait()
     if slice < active:
         g, d = tl.arange(0, G), tl.arange(0, D)
         channels = qkv + row * ((HEADS + 2 * KV_HEADS) * DIM)
-        q = _head(channels + head * (GROUP * DIM), g, GROUP, q_weight, q_eps, cos, sin, length, DIM, D, R, NORMED, MEAN).to(dtype)
+        q = _head(
+            channels + head * (GROUP * DIM),
+            g,
+            GROUP,
+            q_weight,
+            q_eps,
+            cos,
+            sin,
+            length,
+            DIM,
+            D,
+            R,
+            NORMED,
+            MEAN,
+        ).to(dtype)
         if end == length + 1:  # the new token is this program's
             one = tl.arange(0, 1)
             own = channels + (HEADS + head) * DIM
             k_new = _head(own, one, 1, k_weight, k_eps, cos, sin, length, DIM, D, R, NORMED, MEAN)
             v_new = tl.load(own + KV_HEADS * DIM + d, mask=d < DIM, other=0.0)
-            tl.store(keys + length.to(tl.int64) * DIM + d[None, :], k_new.to(dtype), mask=d[None, :] < DIM)
+            tl.store(
+                keys + length.to(tl.int64) * DIM + d[None, :],
+                k_new.to(dtype),
+                mask=d[None, :] < DIM,
+            )
             tl.store(values + length.to(tl.int64) * DIM + d, v_new, mask=d < DIM)
             tl.debug_barrier()  # read below by other threads of this program
         peak = tl.full((G,), -float("inf"), tl.float32)
@@ -237,12 +413,16 @@ def attend_kernel(
         if active == 1:
             tl.store(result, (acc / weight[:, None]).to(dtype), mask=wanted)
         else:
-            tl.store(sums + (place + slice) * (G * D) + g[:, None] * D + d[None, :], acc, mask=wanted)
+            tl.store(
+                sums + (place + slice) * (G * D) + g[:, None] * D + d[None, :], acc, mask=wanted
+            )
             tl.store(peaks + (place + slice) * (2 * G) + g, peak)
             tl.store(peaks + (place + slice) * (2 * G) + G + g, weight)
             tl.debug_barrier()
             counter = arrived + row * KV_HEADS + head
             if tl.atomic_add(counter, 1, sem="acq_rel") == active - 1:
                 first_head = out + row * (HEADS * DIM) + head * (GROUP * DIM)
-                _combine(sums, peaks, place, active, first_head, DIM, D, GROUP, G, GP, SPLIT, TOGETHER)
+                _combine(
+                    sums, peaks, place, active, first_head, DIM, D, GROUP, G, GP, SPLIT, TOGETHER
+                )
                 tl.store(counter, 0)

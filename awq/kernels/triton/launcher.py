@@ -1,8 +1,10 @@
-"""How every Triton kernel is started: on its device, with the options of its GPU, and with little host time.
+"""How every Triton kernel is started: on its device, with the options of its GPU, and with little
+host time.
 
-A decode step starts hundreds of kernels, so host time counts. Triton's own launch looks at the type and value of every
-argument each time, at a cost of tens of microseconds. A `Launcher` calls what Triton compiled directly from the second time
-on. `launch` goes through Triton each time: for the searches of the quantizer, whose kernels run for milliseconds.
+A decode step starts hundreds of kernels, so host time counts. Triton's own launch looks at the type
+and value of every argument each time, at a cost of tens of microseconds. A `Launcher` calls what
+Triton compiled directly from the second time on. `launch` goes through Triton each time: for the
+searches of the quantizer, whose kernels run for milliseconds.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from torch import Tensor
 
 ARENA_COUNTERS = 1 << 20  # kept for CUDA graphs
 MIN_COUNTERS = 8192  # of one stream
-FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}  # said outright: releases of Triton differ in what they do unasked
+# said outright: releases of Triton differ in what they do unasked
+FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}
 POINTER_ALIGNMENT = 16  # bytes; Triton compiles other code for pointers that are not aligned so
 
 
@@ -38,7 +41,8 @@ def has_assembly(index: int | None) -> bool:
 
 @cache
 def has_dependent_launch(index: int | None) -> bool:
-    """Whether a kernel may start before the one in front of it has ended (compute capability 9.0 and up)."""
+    """Whether a kernel may start before the one in front of it has ended (compute capability 9.0
+    and up)."""
     return has_assembly(index) and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
@@ -59,15 +63,17 @@ def on_device(device: torch.device) -> Any:
 
 
 def current_stream(index: Any) -> int:
-    """The address of the current stream, as Inductor's code asks for it; a `Stream` object costs microseconds."""
+    """The address of the current stream, as Inductor's code asks for it; a `Stream` object costs
+    microseconds."""
     return torch._C._cuda_getCurrentRawStream(index)
 
 
 class Launcher:
     """A kernel with its compile-time constants, on one GPU and for one set of dtypes.
 
-    constants: the kernel's last arguments. options: of its compilation (num_warps …). The caller keeps one for each set of
-    dtypes and constants, since those are what Triton compiles for; integers among the arguments must not be specialized.
+    constants: the kernel's last arguments. options: of its compilation (num_warps …). The caller
+    keeps one for each set of dtypes and constants, since those are what Triton compiles for;
+    integers among the arguments must not be specialized.
     """
 
     def __init__(self, kernel: Any, index: int | None, constants: tuple, **options: Any) -> None:
@@ -79,18 +85,31 @@ class Launcher:
             self.options["launch_pdl"] = True
         self.compiled: Any = None
 
-    def __call__(self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], *numbers: float) -> None:
-        """Starts the kernel on the current device and stream. numbers: the arguments between tensors and constants."""
-        aligned = self.index is not None and not any(t.data_ptr() % POINTER_ALIGNMENT for t in tensors)
+    def __call__(
+        self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], *numbers: float
+    ) -> None:
+        """Starts the kernel on the current device and stream. numbers: the arguments between
+        tensors and constants."""
+        aligned = self.index is not None and not any(
+            t.data_ptr() % POINTER_ALIGNMENT for t in tensors
+        )
         if self.compiled is not None and aligned:
-            self.compiled[grid](*tensors, *numbers, *self.constants, stream=current_stream(self.index))
+            self.compiled[grid](
+                *tensors, *numbers, *self.constants, stream=current_stream(self.index)
+            )
             return
         compiled = self.kernel[grid](*tensors, *numbers, *self.constants, **self.options)
         if aligned:
             self.compiled = compiled
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants_and_options: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    *arguments: Any,
+    **constants_and_options: Any,
+) -> None:
     """Starts a kernel through Triton's own launch, on `device`."""
     with on_device(device):
         kernel[grid](*arguments, **constants_and_options, **FUSED_MULTIPLY_ADD)
@@ -99,8 +118,9 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
 class Counters:
     """Zeroed int32 counters that kernels leave zeroed.
 
-    Kernels that run at the same time must not share them. Eager calls take those of their stream, whose kernels run one after
-    the other. Each call in a CUDA graph gets its own, for graphs may be replayed on any stream.
+    Kernels that run at the same time must not share them. Eager calls take those of their stream,
+    whose kernels run one after the other. Each call in a CUDA graph gets its own, for graphs may be
+    replayed on any stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -127,13 +147,15 @@ class Counters:
         return self.arenas[-1][self.used - count : self.used]
 
     def _prepare_for_graphs(self) -> None:
-        """A new arena when less than half of the last one is left, since none can be made during a capture."""
+        """A new arena when less than half of the last one is left, since none can be made during a
+        capture."""
         if self.arenas and self.used <= ARENA_COUNTERS // 2:
             return
         self.arenas.append(self._zeros(ARENA_COUNTERS))
         self.used = 0
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # graphs may run on other streams; this happens once
+            # graphs may run on other streams; this happens once
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _zeros(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=self.device)

@@ -1,23 +1,29 @@
-"""Triton kernels on the planar layout (`awq.formats.planar`): the product for few tokens, the reduction of its split sums
-included, and the dense weight for many tokens.
+"""Triton kernels on the planar layout (`awq.formats.planar`): the product for few tokens, the
+reduction of its split sums included, and the dense weight for many tokens.
 
 What decides their speed (figures: docs/kernels.md):
 
-- Issue slots, not bytes. Codes become floats by their bits: a nibble or-ed into the mantissa of a power of two B is exactly
-  B + q (B = 1024 for float16, 128 for bfloat16), and one fused multiply-add takes B + z away, exactly. In float16 the high
-  nibble of a byte needs no shift: B + 16·q times 1/16 is B/16 + q (bfloat16 has too few bits for it). So a 32-bit word with
-  8 weights costs 4 `lop3`, 1 shift (3) and 4 multiply-adds of two weights each. Without inline assembly plain operators do
-  the same.
-- The weight is the left operand of the tensor cores, which may come from registers; tokens are the right one.
-- The scale multiplies the float32 sum of a group, not its weights; with many tokens (SCALE_WEIGHT) it is the other way round.
-- Scale and zero share one word of 32 bits, the shortest that an asynchronous copy takes: else every step would wait for them.
-- On GPUs with programmatic dependent launch (PDL) a kernel starts while the one before it ends, and fetches its first
-  weights into the L2 cache, which is safe whatever that kernel writes, before it waits for the activations.
-- K is split among SPLIT programs to fill the GPU. Each writes its float32 sum to `partial`; the last to arrive, by the
-  `arrived` counter of its tile, adds all of them in the order of K, so the result does not depend on the order of arrival,
-  and sets the counter back to 0.
+- Issue slots, not bytes. Codes become floats by their bits: a nibble or-ed into the mantissa of a
+  power of two B is exactly B + q (B = 1024 for float16, 128 for bfloat16), and one fused
+  multiply-add takes B + z away, exactly. In float16 the high
+  nibble of a byte needs no shift: B + 16·q times 1/16 is B/16 + q (bfloat16 has too few bits for
+  it). So a 32-bit word with 8 weights costs 4 `lop3`, 1 shift (3) and 4 multiply-adds of two
+  weights each. Without inline assembly plain operators do the same.
+- The weight is the left operand of the tensor cores, which may come from registers; tokens are the
+right one.
+- The scale multiplies the float32 sum of a group, not its weights; with many tokens (SCALE_WEIGHT)
+it is the other way round.
+- Scale and zero share one word of 32 bits, the shortest that an asynchronous copy takes: else every
+step would wait for them.
+- On GPUs with programmatic dependent launch (PDL) a kernel starts while the one before it ends, and
+  fetches its first weights into the L2 cache, which is safe whatever that kernel writes, before it
+  waits for the activations.
+- K is split among SPLIT programs to fill the GPU. Each writes its float32 sum to `partial`; the
+  last to arrive, by the `arrived` counter of its tile, adds all of them in the order of K, so the
+  result does not depend on the order of arrival, and sets the counter back to 0.
 
-Sizes are compile-time constants: they make loads 128 bits wide and masks vanish where there is no tail.
+Sizes are compile-time constants: they make loads 128 bits wide and masks vanish where there is no
+tail.
 """
 
 from __future__ import annotations
@@ -31,12 +37,14 @@ from awq.kernels.triton.activations import activation
 
 @triton.jit
 def _planes(words, zeros, ASM: tl.constexpr, BF16: tl.constexpr):
-    """int16 words [rows, 32] and zeros (int16) [rows, 1] → four planes q − z [rows, 32] of float16 or bfloat16, exact."""
+    """int16 words [rows, 32] and zeros (int16) [rows, 1] → four planes q − z [rows, 32] of float16
+    or bfloat16, exact."""
     dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
     BITS: tl.constexpr = 0x4300 if BF16 else 0x6400  # the power of two B
     B: tl.constexpr = 128.0 if BF16 else 1024.0
     if ASM:
-        low = tl.broadcast_to((zeros | (BITS - 0x8000)).to(dtype, bitcast=True), words.shape)  # −(B + z)
+        # −(B + z)
+        low = tl.broadcast_to((zeros | (BITS - 0x8000)).to(dtype, bitcast=True), words.shape)
         if BF16:
             p0, p1, p2, p3 = tl.inline_asm_elementwise(
                 """{.reg .b32 s4, s8, s12, one;
@@ -50,9 +58,12 @@ def _planes(words, zeros, ASM: tl.constexpr, BF16: tl.constexpr):
                 fma.rn.bf16x2 $1, $1, one, $5;
                 fma.rn.bf16x2 $2, $2, one, $5;
                 fma.rn.bf16x2 $3, $3, one, $5;}""",
-                "=&r,=&r,=&r,=&r,r,r", [words, low],
-                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-            )  # fmt: skip
+                "=&r,=&r,=&r,=&r,r,r",
+                [words, low],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=2,
+            )
         else:
             high = low + (B - B / 16)  # −(B/16 + z)
             p0, p1, p2, p3 = tl.inline_asm_elementwise(
@@ -67,9 +78,12 @@ def _planes(words, zeros, ASM: tl.constexpr, BF16: tl.constexpr):
                 fma.rn.f16x2 $1, $1, part, $6;
                 fma.rn.f16x2 $2, $2, one, $5;
                 fma.rn.f16x2 $3, $3, part, $6;}""",
-                "=&r,=&r,=&r,=&r,r,r,r", [words, low, high],
-                dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
-            )  # fmt: skip
+                "=&r,=&r,=&r,=&r,r,r,r",
+                [words, low, high],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                is_pure=True,
+                pack=2,
+            )
     else:
         offset = (zeros | BITS).to(dtype, bitcast=True)
         p0 = ((words & 15) | BITS).to(dtype, bitcast=True) - offset
@@ -107,19 +121,36 @@ def _tokens(x, m, k, M, K: tl.constexpr, TAIL: tl.constexpr):
 
 @triton.jit
 def sum_of_slice(
-    x, m, M, qweight, grid, row, slice, i,
-    K: tl.constexpr, GROUP: tl.constexpr, NP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-    SCALE_WEIGHT: tl.constexpr, ASM: tl.constexpr, BF16: tl.constexpr,
-):  # fmt: skip
-    """float32 [BN, BM]: rows `row` of the weight times rows m of x [M, K] (0 where m ≥ M) over one of SPLIT slices of K.
+    x,
+    m,
+    M,
+    qweight,
+    grid,
+    row,
+    slice,
+    i,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    NP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SCALE_WEIGHT: tl.constexpr,
+    ASM: tl.constexpr,
+    BF16: tl.constexpr,
+):
+    """float32 [BN, BM]: rows `row` of the weight times rows m of x [M, K] (0 where m ≥ M) over one
+    of SPLIT slices of K.
 
-    i: 0 … 31, made by the caller: behind its wait for the kernel in front, the compiler would keep it apart.
+    i: 0 … 31, made by the caller: behind its wait for the kernel in front, the compiler would keep
+    it apart.
     """
     STEPS: tl.constexpr = (K + 128 - 1) // 128
     PER: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
     TAIL: tl.constexpr = K % 128 != 0 or STEPS % SPLIT != 0
     ONE_GROUP: tl.constexpr = GROUP >= K
-    PARTS: tl.constexpr = 1 if GROUP % 128 == 0 or ONE_GROUP else 4  # scales looked up per block of 128
+    # scales looked up per block of 128
+    PARTS: tl.constexpr = 1 if GROUP % 128 == 0 or ONE_GROUP else 4
     acc = tl.zeros((BN, BM), tl.float32)
     for step in range(PER):
         t = slice * PER + step
@@ -164,10 +195,22 @@ def sum_of_slice(
 
 @triton.jit
 def _store(
-    y, total, bias, first, n, m, M,
-    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, INTERLEAVE: tl.constexpr,
-):  # fmt: skip
-    """y at outputs n = first … of tokens m = float32 total [BN, BM] + bias; with GATED act(gate) · up of it, half as many."""
+    y,
+    total,
+    bias,
+    first,
+    n,
+    m,
+    M,
+    N: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
+):
+    """y at outputs n = first … of tokens m = float32 total [BN, BM] + bias; with GATED act(gate) ·
+    up of it, half as many."""
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     dtype: tl.constexpr = y.dtype.element_ty
@@ -175,27 +218,51 @@ def _store(
         inside = (m[None, :] < M) & (n[:, None] < N)
         tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], total.to(dtype), mask=inside)
     else:
-        halves = tl.permute(total.to(dtype).to(tl.float32).reshape(BN // (2 * INTERLEAVE), 2, INTERLEAVE, BM), (0, 2, 3, 1))
+        halves = tl.permute(
+            total.to(dtype).to(tl.float32).reshape(BN // (2 * INTERLEAVE), 2, INTERLEAVE, BM),
+            (0, 2, 3, 1),
+        )
         gate, up = tl.split(halves)  # rounded to y's dtype, as they would be stored
         value = (activation(gate, GATED).to(dtype).to(tl.float32) * up).reshape(BN // 2, BM)
         half = first // 2 + tl.arange(0, BN // 2)
         inside = (m[None, :] < M) & (half[:, None] < N // 2)
-        tl.store(y + m[None, :].to(tl.int64) * (N // 2) + half[:, None], value.to(dtype), mask=inside)
+        tl.store(
+            y + m[None, :].to(tl.int64) * (N // 2) + half[:, None], value.to(dtype), mask=inside
+        )
 
 
 @triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
-    x, qweight, grid, bias, y, partial, arrived, M,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, NP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SCALE_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, GATED: tl.constexpr,
+    x,
+    qweight,
+    grid,
+    bias,
+    y,
+    partial,
+    arrived,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    NP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SCALE_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+    PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
+    GATED: tl.constexpr,
     INTERLEAVE: tl.constexpr,
-):  # fmt: skip
-    """y [M, N] = x [M, K] · weightᵀ + bias. NP: rows of the padded weight. Grid: (⌈N/BN⌉, SPLIT, ⌈M/BM⌉).
+):
+    """y [M, N] = x [M, K] · weightᵀ + bias. NP: rows of the padded weight. Grid: (⌈N/BN⌉, SPLIT,
+    ⌈M/BM⌉).
 
-    GATED: an activation's name, or "". With one, y [M, N/2] = act(gate) · up, for a weight with INTERLEAVE rows of the gate and
-    INTERLEAVE of up in turn.
-    AHEAD: steps whose weights are fetched into the L2 cache before the wait for the kernel in front (a power of two, or 0).
+    GATED: an activation's name, or "". With one, y [M, N/2] = act(gate) · up, for a weight with
+    INTERLEAVE rows of the gate and INTERLEAVE of up in turn.
+    AHEAD: steps whose weights are fetched into the L2 cache before the wait for the kernel in front
+    (a power of two, or 0).
 
     partial float32 [SPLIT, M, N] and arrived int32 [⌈M/BM⌉ · ⌈N/BN⌉] are used when SPLIT > 1.
     """
@@ -215,12 +282,21 @@ def matmul_kernel(
             steps = tl.minimum(slice * PER + tl.arange(0, AHEAD), STEPS - 1).to(tl.int64)
             lines = tl.minimum(tile * BN * 64 + tl.arange(0, BN // 2) * 128, NP * 64 - 128)
             tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
-                [qweight.to(tl.pointer_type(tl.int8)) + steps[:, None] * (NP * 64) + lines[None, :]],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+                "=r,l",
+                [
+                    qweight.to(tl.pointer_type(tl.int8))
+                    + steps[:, None] * (NP * 64)
+                    + lines[None, :]
+                ],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
         gdc_wait()
-    acc = sum_of_slice(x, m, M, qweight, grid, row, slice, i, K, GROUP, NP, BM, BN, SPLIT, SCALE_WEIGHT, ASM, BF16)
+    acc = sum_of_slice(
+        x, m, M, qweight, grid, row, slice, i, K, GROUP, NP, BM, BN, SPLIT, SCALE_WEIGHT, ASM, BF16
+    )
     if SPLIT > 1:
         inside = (m[None, :] < M) & (n[:, None] < N)
         where = m[None, :].to(tl.int64) * N + n[:, None]
@@ -231,7 +307,9 @@ def matmul_kernel(
         if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:
             total = tl.zeros((BN, BM), tl.float32)
             for s in tl.static_range(SPLIT):
-                total += tl.load(partial + s * plane + where, mask=inside, other=0.0, cache_modifier=".cg")
+                total += tl.load(
+                    partial + s * plane + where, mask=inside, other=0.0, cache_modifier=".cg"
+                )
             _store(y, total, bias, tile * BN, n, m, M, N, BM, BN, HAS_BIAS, GATED, INTERLEAVE)
             tl.store(counter, 0)
     else:
@@ -240,10 +318,19 @@ def matmul_kernel(
 
 @triton.jit(do_not_specialize=["first", "N"])
 def dequantize_kernel(
-    qweight, grid, dense, first, N,
-    K: tl.constexpr, GROUP: tl.constexpr, NP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """dense [N − first, K] (any float dtype) = rows first … N of the weight, rounded once. Grid: (⌈(N − first)/BN⌉, ⌈K/128⌉)."""
+    qweight,
+    grid,
+    dense,
+    first,
+    N,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    NP: tl.constexpr,
+    BN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """dense [N − first, K] (any float dtype) = rows first … N of the weight, rounded once. Grid:
+    (⌈(N − first)/BN⌉, ⌈K/128⌉)."""
     tile, t = tl.program_id(0), tl.program_id(1)
     local = tile * BN + tl.arange(0, BN)
     n = first + local
@@ -260,4 +347,8 @@ def dequantize_kernel(
         if K % 128 != 0:
             mask = mask & (k[None, :] < K)
         value = step.to(tl.float32) * scale.to(tl.float32)[:, None]
-        tl.store(dense + local[:, None].to(tl.int64) * K + k[None, :], value.to(dense.dtype.element_ty), mask=mask)
+        tl.store(
+            dense + local[:, None].to(tl.int64) * K + k[None, :],
+            value.to(dense.dtype.element_ty),
+            mask=mask,
+        )

@@ -1,4 +1,5 @@
-"""Products with 4-bit weights on a GPU: a fused kernel for few tokens, a dense weight and cuBLAS or rocBLAS for many."""
+"""Products with 4-bit weights on a GPU: a fused kernel for few tokens, a dense weight and cuBLAS or
+rocBLAS for many."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from awq.kernels.triton.launcher import (
 
 MAX_FUSED_TOKENS = 4096
 DEQUANTIZED_ROWS = 64  # of a weight, by one program
-MAX_DENSE_BYTES = 512 << 20  # made at a time. Pieces that fit the L2 cache were slower: their products are too small.
+# made at a time. Pieces that fit the L2 cache were slower: their products are too small.
+MAX_DENSE_BYTES = 512 << 20
 
 
 @cache
@@ -32,7 +34,8 @@ def _config(index: int | None, shape: Shape, tokens: int, dtype: torch.dtype) ->
 
 
 def config_of(x: Tensor, shape: Shape, tokens: int) -> Config | None:
-    """The configuration of a product for so many rows of x's dtype on its GPU; None: a dense weight is better."""
+    """The configuration of a product for so many rows of x's dtype on its GPU; None: a dense weight
+    is better."""
     if x.dtype == torch.float32 or tokens > MAX_FUSED_TOKENS:
         return None
     return _config(x.device.index, shape, tokens, x.dtype)
@@ -52,9 +55,15 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 @cache
 def _matmul(
-    index: int | None, dtype: torch.dtype, shape: Shape, config: Config, bias: torch.dtype | None, gated: str
+    index: int | None,
+    dtype: torch.dtype,
+    shape: Shape,
+    config: Config,
+    bias: torch.dtype | None,
+    gated: str,
 ) -> Launcher:
-    """One per kernel that Triton compiles: dtypes of x and of the bias are among what it compiles for."""
+    """One per kernel that Triton compiles: dtypes of x and of the bias are among what it compiles
+    for."""
     constants = (
         shape.out_features,
         shape.in_features,
@@ -71,34 +80,50 @@ def _matmul(
         gated,
         GATE_INTERLEAVE,
     )
-    return Launcher(matmul.matmul_kernel, index, constants, num_warps=config.warps, num_stages=config.stages)
+    return Launcher(
+        matmul.matmul_kernel, index, constants, num_warps=config.warps, num_stages=config.stages
+    )
 
 
 @cache
 def _dequantize(index: int | None, dtype: torch.dtype, shape: Shape) -> Launcher:
     rows = padded(*shape[:2])[1]
-    constants = (shape.in_features, shape.group_size, rows, DEQUANTIZED_ROWS, has_dependent_launch(index))
+    constants = (
+        shape.in_features,
+        shape.group_size,
+        rows,
+        DEQUANTIZED_ROWS,
+        has_dependent_launch(index),
+    )
     return Launcher(matmul.dequantize_kernel, index, constants, num_warps=4)
 
 
-def fused(x: Tensor, packed: Packed, bias: Tensor | None, config: Config, gated: str = "") -> Tensor:
+def fused(
+    x: Tensor, packed: Packed, bias: Tensor | None, config: Config, gated: str = ""
+) -> Tensor:
     """x [tokens, in] (float16 or bfloat16) → [tokens, out] without a dense weight.
 
-    gated: the name of an activation, for a weight whose outputs are gate and up in turn, `GATE_INTERLEAVE` of each: the
-    result is act(gate) · up [tokens, out/2].
+    gated: the name of an activation, for a weight whose outputs are gate and up in turn,
+    `GATE_INTERLEAVE` of each: the result is act(gate) · up [tokens, out/2].
     """
     shape, device = packed.shape, x.device
     x = x.contiguous()
     tokens = x.shape[0]
     y = x.new_empty((tokens, shape.out_features // (2 if gated else 1)))
-    kernel = _matmul(device.index, x.dtype, shape, config, None if bias is None else bias.dtype, gated)
+    kernel = _matmul(
+        device.index, x.dtype, shape, config, None if bias is None else bias.dtype, gated
+    )
     grid = (-(-shape.out_features // config.bn), config.split, -(-tokens // config.bm))
     partial = arrived = y
     with on_device(device):
         if config.split > 1:
             partial = x.new_empty((config.split, tokens, shape.out_features), dtype=torch.float32)
             arrived = counters(device).take(grid[0] * grid[2])
-        kernel(grid, (x, packed.qweight, packed.scales, y if bias is None else bias, y, partial, arrived), tokens)
+        kernel(
+            grid,
+            (x, packed.qweight, packed.scales, y if bias is None else bias, y, partial, arrived),
+            tokens,
+        )
     return y
 
 

@@ -1,6 +1,8 @@
-"""The searches of the quantizer on a GPU: `best_range`, `scaled_losses`, `round_block` and `descend_block`.
+"""The searches of the quantizer on a GPU: `best_range`, `scaled_losses`, `round_block` and
+`descend_block`.
 
-Their plain code, which they must equal, is in `awq.core`: `ranges`, `scales`, `rounding` and `refinement`.
+Their plain code, which they must equal, is in `awq.core`: `ranges`, `scales`, `rounding` and
+`refinement`.
 """
 
 from __future__ import annotations
@@ -27,16 +29,20 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _code_range(bits: int, zero_point: bool) -> tuple[float, float, float]:
-    """The highest code; steps of a range and their inverse, as `search._scale_and_zero` takes them."""
+    """The highest code; steps of a range and their inverse, as `search._scale_and_zero` takes
+    them."""
     steps = 2**bits - 1 if zero_point else 2 ** (bits - 1) - 1
     return float(2**bits - 1), float(steps), 1 / steps
 
 
-def best_range(weight: Tensor, blocks: Tensor, shrink: Tensor, bits: int, zero_point: bool) -> Tensor | None:
-    """The best candidate of every group, uint8 [out, groups]: high factor · len(shrink) + low factor, or one factor for both.
+def best_range(
+    weight: Tensor, blocks: Tensor, shrink: Tensor, bits: int, zero_point: bool
+) -> Tensor | None:
+    """The best candidate of every group, uint8 [out, groups]: high factor · len(shrink) + low
+    factor, or one factor for both.
 
-    weight: float32 [out, in], contiguous; blocks: float32 [groups, size, size]; shrink: float32 factors. None for groups of
-    more than `MAX_RANGE_GROUP` channels.
+    weight: float32 [out, in], contiguous; blocks: float32 [groups, size, size]; shrink: float32
+    factors. None for groups of more than `MAX_RANGE_GROUP` channels.
     """
     out, width = weight.shape
     groups, size, _ = blocks.shape
@@ -69,9 +75,11 @@ def best_range(weight: Tensor, blocks: Tensor, shrink: Tensor, bits: int, zero_p
 def scaled_losses(
     weight: Tensor, upper: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool
 ) -> Tensor | None:
-    """tr(Δ G Δᵀ) [n], Δ = Q(W s)/s − W, for several s [n, in]; None for groups of more than `MAX_SCALE_GROUP` channels.
+    """tr(Δ G Δᵀ) [n], Δ = Q(W s)/s − W, for several s [n, in]; None for groups of more than
+    `MAX_SCALE_GROUP` channels.
 
-    weight: float32 [out, in], contiguous; upper: bfloat16 [in, in], the diagonal of G and twice what is above it, zeros below.
+    weight: float32 [out, in], contiguous; upper: bfloat16 [in, in], the diagonal of G and twice
+    what is above it, zeros below.
     Sums are made in one order: two calls give the same bits.
     """
     if group_size > MAX_SCALE_GROUP:
@@ -128,10 +136,19 @@ def _scaled_deltas(
 
 
 def round_block(
-    rest: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, codes: Tensor, errors: Tensor,
-    start: int, stop: int, top: int,
-) -> None:  # fmt: skip
-    """As `awq.core.rounding._round_block`: rest, codes [in, out]; scales, zeros [groups, out]; all contiguous."""
+    rest: Tensor,
+    factor: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group_of: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    start: int,
+    stop: int,
+    top: int,
+) -> None:
+    """As `awq.core.rounding._round_block`: rest, codes [in, out]; scales, zeros [groups, out]; all
+    contiguous."""
     width, out = rest.shape
     launch(
         rounding.round_block_kernel,
@@ -156,10 +173,19 @@ def round_block(
 
 
 def descend_block(
-    slope: Tensor, gram: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, new_codes: Tensor, moves: Tensor,
-    start: int, stop: int, top: int,
-) -> None:  # fmt: skip
-    """As `awq.core.refinement._descend_block`: slope, codes [in, out]; scales, zeros [groups, out]; all contiguous."""
+    slope: Tensor,
+    gram: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    codes: Tensor,
+    new_codes: Tensor,
+    moves: Tensor,
+    start: int,
+    stop: int,
+    top: int,
+) -> None:
+    """As `awq.core.refinement._descend_block`: slope, codes [in, out]; scales, zeros [groups, out];
+    all contiguous."""
     width, out = slope.shape
     launch(
         rounding.descend_block_kernel,

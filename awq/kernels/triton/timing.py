@@ -1,4 +1,5 @@
-"""Microseconds of a GPU call, as a model meets it: in a replayed CUDA graph, on weights that are not in the L2 cache."""
+"""Microseconds of a GPU call, as a model meets it: in a replayed CUDA graph, on weights that are
+not in the L2 cache."""
 
 from __future__ import annotations
 
@@ -17,9 +18,11 @@ L2 = 200e6  # bytes that the copies of one weight must exceed
 
 
 def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 9, warm: float = 0.03) -> float:
-    """Median microseconds of one call; `calls` are replayed in order, 40 or more per replay, so that its start counts little.
+    """Median microseconds of one call; `calls` are replayed in order, 40 or more per replay, so
+    that its start counts little.
 
-    warm: seconds of replays before: what ran last (an allocation, nothing, or a product that drew all the power) still shows.
+    warm: seconds of replays before: what ran last (an allocation, nothing, or a product that drew
+    all the power) still shows.
     """
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -65,6 +68,8 @@ def random_packed(n: int, k: int, group: int = 128) -> Packed:
     shape = Shape(k, n, group)
     sizes = get_layout("planar").shapes(k, n, group)
     words = torch.randint(-(2**15), 2**15, sizes["qweight"][0], dtype=torch.int16, device="cuda")
-    scales = (torch.rand(sizes["scales"][0], device="cuda") * 0.02 + 1e-3).half().view(torch.int16).int()
+    scales = (
+        (torch.rand(sizes["scales"][0], device="cuda") * 0.02 + 1e-3).half().view(torch.int16).int()
+    )
     grid = scales + (torch.randint(0, 16, scales.shape, dtype=torch.int32, device="cuda") << 16)
     return Packed(words, words.new_empty(0, dtype=torch.uint8), grid, shape, "planar")

@@ -1,4 +1,5 @@
-"""Finding the fastest launch configurations on the GPU at hand, and writing them as a table of `configs`.
+"""Finding the fastest launch configurations on the GPU at hand, and writing them as a table of
+`configs`.
 
 Never runs while a model does: `awq tune` and `benchmarks/kernels.py --tune` call it.
 """
@@ -39,7 +40,9 @@ def candidates(shape: Shape, tokens: int, processors: int) -> list[Config]:
     elif m > 64:
         bms, scaled, splits, forms = [64, 128], [True], (1, 2, 4), [(128, 4), (128, 8), (256, 8)]
     found = []
-    for (bn, warps), bm, split, flag, stages in itertools.product(forms, bms, splits, scaled, loads):
+    for (bn, warps), bm, split, flag, stages in itertools.product(
+        forms, bms, splits, scaled, loads
+    ):
         tiles, steps = -(-n // bn) * -(-m // bm), -(-k // 128)
         waves, most = tiles * split / processors, 7 if m <= 16 else 5 if m <= 64 else 3
         if split > 1 and (waves > most or steps / split < 2):
@@ -48,7 +51,9 @@ def candidates(shape: Shape, tokens: int, processors: int) -> list[Config]:
             continue  # idle processors
         if (flag and bm == 32) or bn * bm > 128 * 32 * warps:
             continue  # more sums than registers
-        if (flag or bn * bm <= 64 * 32 * warps) and (stages - (bm < 256)) * (bn * 68 + bm * 256) < 225_000:
+        if (flag or bn * bm <= 64 * 32 * warps) and (stages - (bm < 256)) * (
+            bn * 68 + bm * 256
+        ) < 225_000:
             found.append(Config(bm, bn, split, flag, warps, stages))
     return found
 
@@ -78,16 +83,25 @@ def tune(
 ) -> dict[tuple[Shape, torch.dtype, int], list[Timing]]:
     """Times of all candidates by shape, dtype and bucket of tokens, the fastest first.
 
-    tokens: which buckets, by dtype. seconds: at most so long for the timing. workers: processes that compile before.
+    tokens: which buckets, by dtype. seconds: at most so long for the timing. workers: processes
+    that compile before.
     """
     shapes, processors = list(shapes), torch.cuda.get_device_properties(0).multi_processor_count
     jobs = [
         Job(shape, dtype, m, config)
-        for shape in shapes for dtype, ms in tokens.items() for m in ms for config in candidates(shape, m, processors)
-    ]  # fmt: skip
+        for shape in shapes
+        for dtype, ms in tokens.items()
+        for m in ms
+        for config in candidates(shape, m, processors)
+    ]
     start = time.perf_counter()
-    refused = {job: reason for job, reason in zip(jobs, in_processes(compile_job, jobs, workers)) if reason}
-    say(f"{len(jobs)} configurations compiled in {time.perf_counter() - start:.0f} s, {len(refused)} refused")
+    refused = {
+        job: reason for job, reason in zip(jobs, in_processes(compile_job, jobs, workers)) if reason
+    }
+    say(
+        f"{len(jobs)} configurations compiled in {time.perf_counter() - start:.0f} s, "
+        f"{len(refused)} refused"
+    )
     for reason in sorted(set(refused.values()))[:5]:
         say(f"  refused: {reason}")
     warm_up()
@@ -96,11 +110,17 @@ def tune(
         n, k, group = shape.out_features, shape.in_features, shape.group_size
         weights = [random_packed(n, k, group) for _ in range(copies_of(n, k, 4.25))]
         for dtype, m in ((dtype, m) for dtype, ms in tokens.items() for m in ms):
-            ready = [job.config for job in jobs if job[:3] == (shape, dtype, m) and job not in refused]
-            rows = _time(weights, torch.randn(m, shape.in_features, device="cuda", dtype=dtype), ready, stop)
+            ready = [
+                job.config for job in jobs if job[:3] == (shape, dtype, m) and job not in refused
+            ]
+            rows = _time(
+                weights, torch.randn(m, shape.in_features, device="cuda", dtype=dtype), ready, stop
+            )
             if rows:
                 found[shape, dtype, m] = rows
-                best = ", ".join(f"{t:.1f} {'dense' if c is None else tuple(map(int, c))}" for t, c in rows[:3])
+                best = ", ".join(
+                    f"{t:.1f} {'dense' if c is None else tuple(map(int, c))}" for t, c in rows[:3]
+                )
                 say(f"{n}x{k} {str(dtype)[6:]} {m}: {best}")
         del weights
     return found
@@ -133,24 +153,40 @@ def compile_job(job: Job) -> str | None:
     shape = job.shape
     x = torch.zeros(job.tokens, shape.in_features, device="cuda", dtype=job.dtype)
     try:
-        matmul_launch.fused(x, random_packed(shape.out_features, shape.in_features, shape.group_size), None, job.config)
+        matmul_launch.fused(
+            x,
+            random_packed(shape.out_features, shape.in_features, shape.group_size),
+            None,
+            job.config,
+        )
     except Exception as error:  # whatever Triton raises, it is no candidate
         return f"{type(error).__name__}: {str(error)[:120]}"
     return None
 
 
-def write_table(path: Path, gpu: str, found: dict[tuple[Shape, torch.dtype, int], list[Timing]]) -> None:
-    """Adds the best configurations to the table at `path` ("shapes" for float16, "bfloat16" where that differs)."""
+def write_table(
+    path: Path, gpu: str, found: dict[tuple[Shape, torch.dtype, int], list[Timing]]
+) -> None:
+    """Adds the best configurations to the table at `path` ("shapes" for float16, "bfloat16" where
+    that differs)."""
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for (shape, dtype, tokens), rows in found.items():
         part = table.setdefault(configs.section(dtype), {})
         size = configs.size_of(shape)
-        part[size] = dict(sorted((part.get(size, {}) | {str(tokens): rows[0].config}).items(), key=lambda item: int(item[0])))
+        part[size] = dict(
+            sorted(
+                (part.get(size, {}) | {str(tokens): rows[0].config}).items(),
+                key=lambda item: int(item[0]),
+            )
+        )
     table["measured_on"] = gpu
     parts = [f'"measured_on": {json.dumps(gpu)}']
     for name in configs.SECTIONS:
         if name in table:
-            lines = ",\n".join(f"  {json.dumps(size)}: {json.dumps(rows, default=list)}" for size, rows in table[name].items())
+            lines = ",\n".join(
+                f"  {json.dumps(size)}: {json.dumps(rows, default=list)}"
+                for size, rows in table[name].items()
+            )
             parts.append(f'"{name}": {{\n{lines}\n}}')
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{" + ", ".join(parts) + "}\n", encoding="utf-8")
