@@ -50,6 +50,7 @@ soak: $(VENV)/.done
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy awq
 
 clean:
