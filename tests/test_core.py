@@ -15,6 +15,7 @@ from awq.core.weight import (
     round_to_nearest,
     scale_and_zero,
 )
+from awq.errors import ConfigError, ModelError
 
 
 def layer(out=48, width=64, tokens=200, seed=0):
@@ -141,6 +142,21 @@ def test_feedback_survives_rank_deficient_statistics(tokens):
         .isfinite()
         .all()
     )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [(0, 0), (0, 5)])
+def test_a_matrix_that_cannot_be_factorized_is_refused(value, place):
+    gram = torch.eye(16)
+    gram[place] = gram[place[::-1]] = value
+    with pytest.raises(ModelError, match="16 inputs cannot be factorized"):
+        feedback_factor(gram)
+
+
+@pytest.mark.parametrize("damping", [-1.0, 0.0, float("nan"), float("inf")])
+def test_damping_is_a_number_above_zero(damping):
+    with pytest.raises(ConfigError, match="damping"):
+        feedback_factor(torch.eye(4), damping)
 
 
 def test_feedback_without_correlation_is_nearest():

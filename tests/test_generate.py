@@ -237,7 +237,10 @@ def test_step_over_a_static_cache(family):
     if isinstance(why_not_static(model), str):
         pytest.skip(f"transformers has no static step: {why_not_static(model)}")
     wrapper = wrapped(model, 80)
-    assert wrapper.fuse() is None and wrapper.fusion.state != "pending"
+    if wrapper.fuse() is not None:
+        # from 5.24 GPT-J uses the attention interface
+        pytest.skip(f"transformers has no {family} that is not fused")
+    assert wrapper.fusion.state != "pending"
     wrapper._capture()
     for rows, new in ((1, 64), (4, 64), (3, 9), (4, 30), (1, 12)):
         theirs, ours = both(

@@ -313,6 +313,30 @@ def test_non_finite_activations_do_not_end_the_run():
     assert all(r.loss == r.loss for r in report.linears)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "feedback"])
+def test_activations_whose_squares_overflow_do_not_end_the_run(rounding):
+    """A norm's weight times 1e19 and its consumers' by 1e-19: what the model says is finite, the
+    squares inside are not."""
+    model = zoo.tiny_model("llama")
+    block = model.model.layers[1]
+    block.post_attention_layernorm.weight.data *= 1e19
+    for linear in (block.mlp.gate_proj, block.mlp.up_proj):
+        linear.weight.data *= 1e-19
+    report = quantize_model(
+        model, batches(), CONFIG, QuantizeOptions(rounding=rounding, correction=0.0)
+    )
+    assert any("outsized" in w for w in report.warnings)
+    assert all(r.loss == r.loss for r in report.linears)
+
+
+def test_a_model_whose_tokens_are_all_infinite_is_refused():
+    model = zoo.tiny_model("llama")
+    hook = model.model.embed_tokens.register_forward_hook(lambda _module, _args, y: y * torch.inf)
+    with pytest.raises(ModelError, match="no calibration token has finite activations"):
+        quantize_model(model, batches(), CONFIG)
+    hook.remove()
+
+
 def test_modules_to_not_convert_matches_whole_name_parts():
     model, report = quantized(
         config=AwqConfig(group_size=16, modules_to_not_convert=("layers.1", "mlp.gate"))

@@ -20,6 +20,7 @@ from awq import (
 from awq.checkpoint import save_checkpoint
 from awq.errors import CalibrationError, CheckpointError, ConfigError, ModelError
 from awq.models import AwqEmbeddingModel, AwqModel, BaseAWQForCausalLM
+from awq.quantize import progress
 
 CONFIG = {"q_group_size": 16}
 IDS = torch.arange(4, 16).view(2, 6)
@@ -90,13 +91,14 @@ class Interruption(logging.Handler):
         self.left = blocks
 
     def emit(self, record):
-        self.left -= "a block done" in record.getMessage()
+        self.left -= record.getMessage().startswith("block ")
         if not self.left:
             raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("door", ["wrapper", "function"])
-def test_an_interrupted_model_says_so(llama_dir, texts, tmp_path, door):
+def test_an_interrupted_model_says_so(llama_dir, texts, tmp_path, door, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)  # a line after every block
     model = AutoAWQForCausalLM.from_pretrained(str(llama_dir))
     logger, handler = logging.getLogger("awq.quantize"), Interruption(blocks=2)
     before = logger.level

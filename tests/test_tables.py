@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from awq.cli import main
-from awq.errors import ConfigError
 from awq.kernels import Shape
 from awq.kernels.triton import configs
 
@@ -21,14 +20,19 @@ ENTRY = [16, 64, 2, False, 4, 3]
 def folder(tmp_path, monkeypatch):
     """An empty folder of user tables, which is the one in use."""
     monkeypatch.setenv(configs.VARIABLE, str(tmp_path))
-    configs.table.cache_clear()
+    forget()
     yield tmp_path
+    forget()
+
+
+def forget():
     configs.table.cache_clear()
+    configs._users.cache_clear()
 
 
 def write(folder, architecture, **parts):
     (folder / f"{architecture}.json").write_text(json.dumps({"measured_on": "a GPU"} | parts))
-    configs.table.cache_clear()
+    forget()
 
 
 def test_the_users_entries_come_first(folder):
@@ -60,18 +64,45 @@ def test_few_entries_do_not_serve_other_numbers_of_tokens(folder):
 BROKEN = [
     "",
     "[1]",
+    "[" * 100_000,
     '{"shapes": {"72x256": [1]}}',
     '{"shapes": {"72x256": {"8": [1, 2]}}}',
     '{"shapes": {"72x256": {"8": [16, 64, 0, false, 4, 3]}}}',
+    '{"shapes": {"72x256": {"8": [1000000000, 64, 1, false, 4, 3]}}}',
+    '{"shapes": {"72x256": {"8": [24, 64, 1, false, 4, 3]}}}',
+    '{"shapes": {"72x256": {"8": [16, 64, 1, 7, 4, 3]}}}',
     '{"shapes": {"1x1": {"x": null}}}',
 ]
 
 
 @pytest.mark.parametrize("text", BROKEN)
-def test_a_broken_table_is_named(folder, text):
-    (folder / "sm120.json").write_text(text)
-    with pytest.raises(ConfigError, match="sm120.json"):
-        configs.config_for("sm120", 100, Shape(256, 72, 128), 8)
+def test_a_broken_table_is_one_warning(folder, text, caplog):
+    """An optional file never stops inference: the shipped table and the rule serve, and the user
+    hears of it once."""
+    shape = Shape(4096, 4096, 128)
+    dtypes = (torch.float16, torch.bfloat16)
+    shipped = [configs.config_for("sm90", 132, shape, 16, dtype) for dtype in dtypes]
+    forget()
+    (folder / "sm90.json").write_text(text)
+    assert [configs.config_for("sm90", 132, shape, 16, dtype) for dtype in dtypes] == shipped
+    assert [record.levelname for record in caplog.records] == [
+        "WARNING"
+    ] and "sm90.json" in caplog.text
+
+
+def test_a_user_without_a_home(monkeypatch, caplog):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in (configs.VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    forget()
+    assert configs.config_for("sm120", 100, Shape(256, 72, 128), 8) == configs.rule(
+        "sm120", 100, Shape(256, 72, 128), 8
+    )
+    assert "set AWQ_KERNEL_TABLES" in caplog.text
+    forget()
 
 
 def test_default_folder(monkeypatch, tmp_path):

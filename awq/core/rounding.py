@@ -8,13 +8,18 @@ is an ordinary AWQ weight in natural order.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from awq.backends import operator
 from awq.core.weight import QuantizedWeight
+from awq.errors import ConfigError, ModelError
 
 DAMPING = 0.01
+# tenfold each: beyond 1e10 of the mean, every matrix of finite numbers is its diagonal
+MAX_DAMPINGS = 12
 BLOCK = 128  # columns between two products with all the rest
 
 
@@ -22,10 +27,14 @@ def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Ten
     """Column order [in] and U [in, in] (float32, upper), UᵀU the inverse of the damped, ordered
     Gram matrix.
 
-    Computed in float64; damping (a fraction of the mean diagonal) grows tenfold until the
+    Computed in float64; damping (a fraction of the mean diagonal, above 0) grows tenfold until the
     factorization succeeds. U is the inverse of R where G = R Rᵀ with R upper: one Cholesky
     factorization of the reversed matrix, and one triangular inverse.
+    Raises ModelError when no damping helps: the matrix holds numbers that are not finite, or is
+    none of squares.
     """
+    if not 0 < damping < math.inf:
+        raise ConfigError(f"damping is {damping!r}; give a finite number above 0.")
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
     backwards = order.flip(0)
@@ -34,16 +43,33 @@ def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Ten
     # others.
     H.diagonal()[H.diagonal() == 0] = 1.0
     mean = float(H.diagonal().mean())
-    info = 1
-    while info:
-        H.diagonal().add_(damping * mean)
-        lower, status = torch.linalg.cholesky_ex(H)
-        info, damping = int(status), damping * 10
+    lower = _damped_cholesky(H, damping * mean)
+    if lower is None:
+        raise ModelError(
+            f"the Gram matrix of {len(order)} inputs cannot be factorized (mean square of an "
+            f"input: {mean:g}); its activations "
+            'are too large for float32. Quantize with rounding="nearest", or look for a norm with '
+            "outsized weights."
+        )
     del H  # 1.6 GB each for 14,336 inputs
     identity = torch.eye(len(order), dtype=torch.float64, device=gram.device)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     del lower, identity
     return order, inverse.float().flip(0, 1).contiguous()
+
+
+def _damped_cholesky(H: Tensor, damping: float) -> Tensor | None:
+    """The lower factor of H + d·1 for the first d of damping, 10·damping, … that has one; None
+    where none has. Changes H."""
+    if not bool(H.isfinite().all()):
+        return None
+    for _ in range(MAX_DAMPINGS):
+        H.diagonal().add_(damping)
+        lower, status = torch.linalg.cholesky_ex(H)
+        if not int(status):
+            return lower
+        damping *= 10
+    return None
 
 
 def round_with_feedback(

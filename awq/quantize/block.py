@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.core.scales import ScaleChoice
+from awq.errors import ModelError
 from awq.folds import InputGroup, apply_fold, discover, prove
 from awq.nn.experts import every_token, expert_of, named_experts
 from awq.nn.hooks import input_of
@@ -135,10 +136,17 @@ class BlockQuantizer:
             self.block, statistics, routed, routed_tokens
         ).items():
             self.run.report.experts[f"{self.visit.name}.{owner}"] = tokens
+        found_any = any(found.tokens for found in statistics.values())
+        if not found_any and any(found.dropped for found in statistics.values()):
+            raise ModelError(
+                f"{self.visit.name}: no calibration token has finite activations; use another "
+                "dtype or other texts."
+            )
         for name, found in statistics.items():
             if found.dropped:
                 self._warn(
-                    f"{name}: {found.dropped} tokens with non-finite activations were left out."
+                    f"{name}: {found.dropped} tokens with non-finite or outsized activations were "
+                    "left out."
                 )
             found.shrink_to_diagonal()
         self.statistics = statistics

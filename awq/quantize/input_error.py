@@ -37,8 +37,8 @@ class InputErrorStatistics(InputStatistics):
         self.error_sum = torch.zeros(in_features, device=device)
 
     def add_pair(self, now: Tensor, original: Tensor, mask: Tensor | None) -> None:
-        """Both [batch, tokens, in]; mask: bool [batch, tokens] of real tokens. A token that is not
-        finite in either is dropped."""
+        """Both [batch, tokens, in]; mask: bool [batch, tokens] of real tokens. What cannot be
+        summed in either is dropped."""
         rows = self._keep(torch.cat([now, original], -1).float().flatten(0, -2), mask)
         now, original = rows.chunk(2, -1)
         error = original - now

@@ -9,7 +9,6 @@ way from block to block in `awq.nn.walk`.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,11 +28,10 @@ from awq.nn.unfinished import check_finished, unfinished
 from awq.nn.walk import BlockVisit
 from awq.quantize.block import BlockQuantizer
 from awq.quantize.options import QuantizeOptions
+from awq.quantize.progress import ProgressLines
 from awq.quantize.report import QuantReport
 from awq.quantize.run import QuantizeRun, moved_to, tensor_cores
 from awq.quantize.tuning import OutputMatch, tune_scales
-
-logger = logging.getLogger("awq.quantize")
 
 
 @torch.no_grad()
@@ -61,16 +59,12 @@ def quantize_model(
                 match = run.output_match()
                 walk = run.walk()
             hide = None if options.progress is None else not options.progress
+            lines = ProgressLines("block", len(walk))
             with unfinished(model), tqdm(walk, desc="AWQ", unit="block", disable=hide) as bar:
-                for visit in bar:
+                for done, visit in enumerate(bar, 1):
                     quantize_block(run, visit)
                     bar.set_postfix(loss=f"{run.report.loss:.4f}", rtn=f"{run.report.loss_rtn:.4f}")
-                    # The bar is for terminals; log files get one line a block.
-                    logger.info(
-                        "a block done, %.0f s in all, loss %.4f",
-                        time.perf_counter() - start,
-                        run.report.loss,
-                    )
+                    lines.done(done, f"loss {run.report.loss:.4f}")
             if match is not None:
                 with unfinished(model):
                     tune(run, match)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from awq.nn.hooks import hooked
 
 TOKENS_PER_CHANNEL = 4  # that a Gram matrix should stand for
+# larger ones' squares, summed over some million tokens, are more than float32 holds
+MAX_ACTIVATION = 1e16
 SHRINKAGE = 1 / 9  # pseudo-tokens for each true one, however many there are: a tenth of the whole
 _RELIABLE_TOKENS = 16  # from which a channel's own energy outweighs the mean of all
 
@@ -20,9 +22,8 @@ _RELIABLE_TOKENS = 16  # from which a channel's own energy outweighs the mean of
 class InputStatistics:
     """Sums over tokens of one input. gram: float32 [in, in] = Σ x xᵀ; sum, abs_sum: float32 [in].
 
-    tokens: how many were added; dropped: how many were not finite; pseudo_tokens: how many
-    `shrink_to_diagonal` added;
-    calls: of the linear.
+    tokens: how many were added; dropped: how many were not finite or above `MAX_ACTIVATION`;
+    pseudo_tokens: how many `shrink_to_diagonal` added; calls: of the linear.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -35,7 +36,7 @@ class InputStatistics:
         self.calls = 0
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
-        """x: [..., in]; mask: bool [batch, tokens] of real tokens. Rows that are not finite are
+        """x: [..., in]; mask: bool [batch, tokens] of real tokens. Rows that cannot be summed are
         dropped and counted."""
         rows = self._keep(x.detach().reshape(-1, x.shape[-1]).float(), mask)
         self.gram.addmm_(rows.t(), rows)
@@ -45,11 +46,11 @@ class InputStatistics:
 
     def _keep(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         """rows [n, any] with zeros in those that do not count; counts the others."""
-        finite = keep = rows.isfinite().all(-1)
+        usable = keep = (rows.abs() <= MAX_ACTIVATION).all(-1)  # no NaN is
         if mask is not None and mask.numel() == len(rows):
-            keep = finite & mask.reshape(-1)
-            finite = finite | ~mask.reshape(-1)
-        self._counts += torch.stack([keep.sum(), (~finite).sum()])
+            keep = usable & mask.reshape(-1)
+            usable = usable | ~mask.reshape(-1)
+        self._counts += torch.stack([keep.sum(), (~usable).sum()])
         return rows.where(keep.unsqueeze(-1), 0.0)
 
     @property

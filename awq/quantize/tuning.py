@@ -29,6 +29,7 @@ from awq.calibration import CalibrationBatch
 from awq.core.weight import QuantizedWeight, storable_scale
 from awq.nn.blocks import find_block_lists, hidden_of, map_tensors, replaced_forwards
 from awq.nn.surgery import replace_module
+from awq.quantize.progress import ProgressLines
 
 LEARNING_RATE = 2e-3  # of the relative change of a scale, Adam with a cosine schedule
 _STEP_TOKENS, _STEP_ROWS = 2048, 32  # largest micro-batch
@@ -199,7 +200,7 @@ def tune_scales(
             [linear.change for linear in tuned.values()], lr=LEARNING_RATE, betas=(0.9, 0.99)
         )
         generator = torch.Generator().manual_seed(seed)
-        step = 0
+        step, lines = 0, ProgressLines("tuning step", steps)
         with tqdm(
             total=steps,
             desc="AWQ tuning",
@@ -221,6 +222,7 @@ def tune_scales(
                     optimizer.zero_grad()
                     step += 1
                     bar.update()
+                    lines.done(step, f"{match.kind} {best_loss:.5f}")
                 loss = _mean_distance(match, judging)
                 bar.set_postfix({match.kind: f"{loss:.5f}", "before": f"{before:.5f}"})
                 if loss < best_loss:

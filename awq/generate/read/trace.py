@@ -122,26 +122,42 @@ def holds_packed_experts(module: nn.Module) -> bool:
 
 
 def rotary_tables(call: BlockCall) -> dict[str, tuple[Tensor, Tensor]]:
-    """Keyword → (cos, sin) for every pair of tables that a block is given."""
-    found = {}
-    for name, value in call.kwargs.items():
-        if (
-            isinstance(value, (tuple, list))
-            and len(value) == 2
-            and all(isinstance(t, Tensor) and t.is_floating_point() for t in value)
-        ):
-            if value[0].shape == value[1].shape and value[0].dim() >= 2:
-                found[name] = (value[0], value[1])
-    return found
+    """Keyword → (cos, sin) for every pair of tables that a block is given, in whichever order the
+    block takes them.
+
+    call: one whose first token has position 0.
+    """
+    return {
+        name: (second, first) if _sine_first(first) else (first, second)
+        for name, (first, second) in _pairs(call).items()
+    }
 
 
 def neutralized(call: BlockCall) -> BlockCall:
     """The call with the rotary tables of position 0: cos 1, sin 0."""
-    tables = {
-        name: (torch.ones_like(cos), torch.zeros_like(sin))
-        for name, (cos, sin) in rotary_tables(call).items()
-    }
+    tables = {}
+    for name, (first, second) in _pairs(call).items():
+        sine_first = _sine_first(first)
+        tables[name] = (torch.full_like(first, not sine_first), torch.full_like(second, sine_first))
     return replace(call, kwargs={**call.kwargs, **tables})
+
+
+def _pairs(call: BlockCall) -> dict[str, tuple[Tensor, Tensor]]:
+    """Keyword → two tables of one shape [..., tokens, r], as the block is given them."""
+    found = {}
+    for name, value in call.kwargs.items():
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            continue
+        if not all(isinstance(t, Tensor) and t.is_floating_point() for t in value):
+            continue
+        if value[0].shape == value[1].shape and value[0].dim() >= 2:
+            found[name] = (value[0], value[1])
+    return found
+
+
+def _sine_first(table: Tensor) -> bool:
+    """Whether the first table of a pair holds sines (GPT-J's does): at position 0 they are 0."""
+    return not bool(table.reshape(-1, table.shape[-1])[0].any())
 
 
 @contextmanager

@@ -12,6 +12,7 @@ while a model runs.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from functools import cache
 from pathlib import Path
@@ -25,10 +26,16 @@ from awq.kernels.packed import Shape
 TABLES = Path(__file__).parent / "tables"
 VARIABLE = "AWQ_KERNEL_TABLES"
 SECTIONS = ("shapes", "bfloat16")
+MAX_TABLE_BYTES = 10_000_000
+# beyond them no GPU has the registers or the memory
+MOST = {"bm": 256, "bn": 512, "split": 64, "warps": 16, "stages": 8}
 # channels of a gate, then as many of up, in turn: every tile of a product holds both
 GATE_INTERLEAVE = 16
 # tokens; more go through a dense weight unless the table says otherwise
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+logger = logging.getLogger("awq.kernels")
 
 
 class Config(NamedTuple):
@@ -54,9 +61,18 @@ class Config(NamedTuple):
 
 
 def user_tables() -> Path:
-    """The folder of the user's own tables."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "awq" / "kernels"
-    return Path(os.environ.get(VARIABLE) or default)
+    """The folder of the user's own tables. Raises ConfigError where neither a variable nor the
+    user's home names one."""
+    named, cache_folder = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(named)
+    try:
+        return Path(cache_folder or Path.home() / ".cache") / "awq" / "kernels"
+    except RuntimeError as error:  # no HOME, and a user whom the system does not know
+        raise ConfigError(
+            f"the user has no home folder for tables of kernels ({error}); set {VARIABLE} to a "
+            "folder."
+        ) from error
 
 
 def section(dtype: torch.dtype) -> str:
@@ -76,21 +92,35 @@ def table(
     """Configurations of an architecture ("sm90", "gfx942") by "N x K" and tokens; empty when it was
     never measured.
 
-    Raises ConfigError when a table of the user's cannot be read.
+    A table of the user's that cannot be read is one warning: it may only make products faster, so
+    they go on without it.
     """
     found: dict[str, dict[int, Config | None]] = {}
-    for folder in (TABLES, user_tables()):
-        parts = _read(folder / f"{architecture}.json")
+    for parts in (_read(TABLES / f"{architecture}.json"), _users(architecture)):
         for name in ("shapes", section(dtype)):
             for size, rows in parts.get(name, {}).items():
                 found.setdefault(size, {}).update(rows)
     return found
 
 
+@cache
+def _users(architecture: str) -> dict[str, dict[str, dict[int, Config | None]]]:
+    """The user's own table; empty, with a warning, when something is wrong with it."""
+    try:
+        return _read(user_tables() / f"{architecture}.json")
+    except ConfigError as error:
+        logger.warning("%s The configurations that ship with the package serve.", error)
+        return {}
+
+
 def _read(path: Path) -> dict[str, dict[str, dict[int, Config | None]]]:
+    """The parts of a table, empty where there is no file. Raises ConfigError when it is none, with
+    the reason."""
     try:
         if not path.is_file():
             return {}
+        if path.stat().st_size > MAX_TABLE_BYTES:
+            raise ValueError(f"more than {MAX_TABLE_BYTES:,} bytes")
         parts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return {
             name: {
@@ -99,7 +129,7 @@ def _read(path: Path) -> dict[str, dict[str, dict[int, Config | None]]]:
             }
             for name in SECTIONS
         }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path} is no table of launch configurations ({type(error).__name__}: {error}); "
             "delete it, or write it anew with "
@@ -109,9 +139,14 @@ def _read(path: Path) -> dict[str, dict[str, dict[int, Config | None]]]:
 
 def _checked(bm: int, bn: int, split: int, scale_weight: bool, warps: int, stages: int) -> Config:
     config = Config(bm, bn, split, scale_weight, warps, stages)
+    sizes = {name: value for name, value in config._asdict().items() if name != "scale_weight"}
+    within = all(
+        isinstance(value, int) and 1 <= value <= MOST[name] for name, value in sizes.items()
+    )
     if (
-        not all(isinstance(value, int) and value >= 0 for value in config)
-        or min(bm, bn, split, warps, stages) < 1
+        not within
+        or scale_weight not in (False, True)
+        or any(value & (value - 1) for value in (bm, bn, warps))
     ):
         raise ValueError(f"{list(config)} is no configuration")
     return config
