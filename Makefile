@@ -28,7 +28,7 @@ demo: $(VENV)/.done
 
 # Two processes of one thread each: most tests are too small for two threads of torch.
 test: $(VENV)/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
 # A pin can hide what breaks for everybody who installs today. TESTS=tests runs all of them.
 NEWEST := .venv-newest
