@@ -18,6 +18,8 @@ from awq.errors import ConfigError
 logger = logging.getLogger("awq")
 
 FORMATS = ("gemm", "gemv", "gemv_fast")
+# The tensors of a packed linear, in every format and layout.
+PACKED_TENSORS = ("qweight", "qzeros", "scales")
 _FORMAT_ALIASES = {"gemvfast": "gemv_fast", "gemv-fast": "gemv_fast"}
 # Names of kernels that older writers put where the layout's name belongs; all of them read the gemm
 # layout.

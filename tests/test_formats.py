@@ -38,6 +38,7 @@ def test_unpack_inverts_pack(name, shape):
     tensors = codec.pack(weight)
     for key, (size, dtype) in codec.shapes(*shape).items():
         assert tuple(tensors[key].shape) == size and tensors[key].dtype == dtype
+    assert codec.features_of(tensors["qweight"]) == shape[:2]
     # Tensors of a file have other strides than fresh ones where a dimension is 1, and slices have
     # strides of their own.
     from_file = {k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}

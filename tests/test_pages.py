@@ -1,5 +1,6 @@
 """Pages in two languages say the same thing, and no link of any page leads nowhere."""
 
+import ast
 import re
 import types
 from pathlib import Path
@@ -53,7 +54,9 @@ def test_places_that_newcomers_are_sent_to_exist(page):
     assert not [
         place
         for place in places
-        if not (ROOT / place).exists() and place not in made_by_the_example
+        if not (ROOT / place).exists()
+        and place not in made_by_the_example
+        and not place.endswith("NAME.py")
     ]
 
 
@@ -75,3 +78,21 @@ def test_the_worked_example_is_a_backend():
     assert backend.LAYOUT is None
     assert backend.why_not(x.device, x.dtype, packed.shape) is None
     torch.testing.assert_close(backend.linear(x, packed, bias), reference.linear(x, packed, bias))
+
+
+def test_the_page_on_the_house_names_rooms_that_exist():
+    """Each error it quotes is raised in the file it names, and every folder it lists is there."""
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)` \| `(awq/[\w/]+\.py)` \|", page, re.MULTILINE)
+    assert len(quoted) >= 9
+    for words, room in quoted:
+        constants = [
+            node.value
+            for node in ast.walk(ast.parse((ROOT / room).read_text(encoding="utf-8")))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        assert any(words in text for text in constants), f"{room} does not say {words!r}"
+    folders = re.findall(r"^\| \d \| `(\w+)/`", page, re.MULTILINE)
+    assert {path.name for path in (ROOT / "awq").iterdir() if path.is_dir()} - {
+        "__pycache__"
+    } <= set(folders) | {"utils"}

@@ -15,7 +15,6 @@ from awq.checkpoint.companions import copy_files
 from awq.checkpoint.directory import complete_directory
 from awq.checkpoint.files import (
     INDEX_FILE,
-    PACKED_KINDS,
     PackedTensors,
     check_complete,
     read_json,
@@ -24,7 +23,7 @@ from awq.checkpoint.files import (
 from awq.checkpoint.match import fits_dtype
 from awq.checkpoint.modules import body_directory
 from awq.checkpoint.source import Source
-from awq.config import AwqConfig, normalize_format
+from awq.config import PACKED_TENSORS, AwqConfig, normalize_format
 from awq.core.weight import QuantizedWeight
 from awq.errors import CheckpointError, ConfigError
 from awq.formats import get_format
@@ -72,7 +71,7 @@ def _write_weights(
             tensors = {
                 n: file.get_tensor(n)
                 for n in names
-                if n.rpartition(".")[2] not in PACKED_KINDS or n.rpartition(".")[0] not in packed
+                if n.rpartition(".")[2] not in PACKED_TENSORS or n.rpartition(".")[0] not in packed
             }
             metadata = file.metadata() or {"format": "pt"}
         # A linear is written whole into the file that holds its qweight: shards cut between any two
@@ -114,7 +113,7 @@ def read_packed(
     """
     check_complete(name, entries)
     parts = {}
-    for kind in PACKED_KINDS:
+    for kind in PACKED_TENSORS:
         with safe_open(entries[kind]["file"], "pt") as file:
             parts[kind] = file.get_tensor(f"{name}.{kind}")
     if config.bits != 4:
@@ -126,17 +125,13 @@ def read_packed(
         raise CheckpointError(
             f"{name}: qweight has shape {list(parts['qweight'].shape)}, not two axes."
         )
-    rows, columns = parts["qweight"].shape
-    in_features, out_features = {
-        "gemm": (rows, columns * 8),
-        "gemv": (columns * 8, rows),
-        "gemv_fast": (columns, rows * 4),
-    }[config.format]
+    packed_format = get_format(config.format)
+    in_features, out_features = packed_format.features_of(parts["qweight"])
     size = config.group_size_of(in_features, name)
-    shapes = get_format(config.format).shapes(in_features, out_features, size)
-    wrong = [kind for kind in PACKED_KINDS if tuple(parts[kind].shape) != shapes[kind][0]]
+    shapes = packed_format.shapes(in_features, out_features, size)
+    wrong = [kind for kind in PACKED_TENSORS if tuple(parts[kind].shape) != shapes[kind][0]]
     strange = [
-        kind for kind in PACKED_KINDS if not fits_dtype(entries[kind]["dtype"], shapes[kind][1])
+        kind for kind in PACKED_TENSORS if not fits_dtype(entries[kind]["dtype"], shapes[kind][1])
     ]
     if strange:
         raise CheckpointError(
@@ -155,6 +150,6 @@ def read_packed(
             "quantization_config in config.json."
         )
     try:
-        return get_format(config.format).unpack(parts, in_features, out_features, size)
+        return packed_format.unpack(parts, in_features, out_features, size)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error

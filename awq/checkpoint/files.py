@@ -18,12 +18,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from awq.config import PACKED_TENSORS
 from awq.errors import CheckpointError
 
 PackedTensors = dict[str, dict[str, dict[str, Any]]]
 """Module name → "qweight" | "qzeros" | "scales" → {dtype, shape, file}."""
 
-PACKED_KINDS = ("qweight", "qzeros", "scales")
 FLOATS = ("F16", "BF16", "F32")
 PACKED_DTYPES = ("I32", "I16", *FLOATS)
 INDEX_FILE = "model.safetensors.index.json"
@@ -165,14 +165,14 @@ def packed_among(headers: dict[str, dict[str, Any]]) -> PackedTensors:
     modules: PackedTensors = {}
     for name, entry in headers.items():
         module, _, kind = name.rpartition(".")
-        if kind in PACKED_KINDS:
+        if kind in PACKED_TENSORS:
             modules.setdefault(module, {})[kind] = entry
     return {module: tensors for module, tensors in modules.items() if "qweight" in tensors}
 
 
 def check_complete(name: str, tensors: Mapping[str, Any]) -> None:
     """Refuses a packed linear that lacks one of its tensors."""
-    missing = [kind for kind in PACKED_KINDS if kind not in tensors]
+    missing = [kind for kind in PACKED_TENSORS if kind not in tensors]
     if missing:
         raise CheckpointError(
             f"{name}: the checkpoint lacks {', '.join(missing)}; the file is incomplete, save it "
@@ -185,7 +185,7 @@ def check_packed(packed: PackedTensors) -> None:
     of the formats has."""
     for name, tensors in packed.items():
         check_complete(name, tensors)
-        strange = [kind for kind in PACKED_KINDS if tensors[kind]["dtype"] not in PACKED_DTYPES]
+        strange = [kind for kind in PACKED_TENSORS if tensors[kind]["dtype"] not in PACKED_DTYPES]
         if strange:
             dtype = tensors[strange[0]]["dtype"]
             raise CheckpointError(

@@ -18,12 +18,14 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 class Format:
     """One on-disk layout.
 
-    encode: QuantizedWeight → {"qweight", "qzeros", "scales"}; decode: the inverse, with (in, out,
-    group_size).
-    shapes: (in, out, group_size) → shape and dtype of each tensor. reason: why a shape cannot be
-    stored, or None.
+    name: as `config.json` spells it, in lower case.
+    encode: QuantizedWeight → {"qweight", "qzeros", "scales"}.
+    decode: the inverse, with (in, out, group_size).
+    shapes: (in, out, group_size) → shape and dtype of each tensor.
+    reason: why a shape cannot be stored, or None.
+    features: the two sizes of a stored qweight → (in, out). None for layouts that no file holds.
     bijective: every content of the tensors is some weight, so that packing what was unpacked gives
-    the same bytes.
+        the same bytes.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Format:
     decode: Callable[[Mapping[str, Tensor], int, int, int], QuantizedWeight]
     shapes: Callable[[int, int, int], Shapes]
     reason: Callable[[int, int, int], str | None]
+    features: Callable[[int, int], tuple[int, int]] | None = None
     bijective: bool = False
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -58,6 +61,13 @@ class Format:
     ) -> QuantizedWeight:
         """Inverse of `pack`: exact, tensor for tensor."""
         return self.decode(tensors, in_features, out_features, group_size)
+
+    def features_of(self, qweight: Tensor) -> tuple[int, int]:
+        """(in, out) of the linear whose packed codes a checkpoint holds in `qweight`, two axes."""
+        if self.features is None:
+            raise ConfigError(f"{self.name} is a layout in memory; no checkpoint holds it.")
+        rows, columns = qweight.shape
+        return self.features(rows, columns)
 
     def empty(
         self,

@@ -62,4 +62,8 @@ def _reason(in_features: int, out_features: int, group_size: int) -> str | None:
     return f"out_features {out_features} is not a multiple of 8" if out_features % 8 else None
 
 
-GEMM = Format("gemm", _encode, _decode, _shapes, _reason, bijective=True)
+def _features(rows: int, columns: int) -> tuple[int, int]:
+    return rows, columns * 8
+
+
+GEMM = Format("gemm", _encode, _decode, _shapes, _reason, _features, bijective=True)

@@ -56,4 +56,8 @@ def _reason(in_features: int, out_features: int, group_size: int) -> str | None:
     return f"in_features {in_features} is not a multiple of 8" if in_features % 8 else None
 
 
-GEMV = Format("gemv", _encode, _decode, _shapes, _reason)
+def _features(rows: int, columns: int) -> tuple[int, int]:
+    return columns * 8, rows
+
+
+GEMV = Format("gemv", _encode, _decode, _shapes, _reason, _features)

@@ -89,4 +89,8 @@ def _reason(in_features: int, out_features: int, group_size: int) -> str | None:
     )
 
 
-GEMV_FAST = Format("gemv_fast", _encode, _decode, _shapes, _reason)
+def _features(rows: int, columns: int) -> tuple[int, int]:
+    return columns, rows * _ROWS
+
+
+GEMV_FAST = Format("gemv_fast", _encode, _decode, _shapes, _reason, _features)

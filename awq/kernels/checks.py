@@ -14,6 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from awq.config import PACKED_TENSORS
 from awq.errors import ConfigError
 from awq.formats import get_layout
 from awq.kernels.packed import Shape
@@ -27,7 +28,7 @@ class Weight:
 
     def __init__(self, shape: Shape, layout: str) -> None:
         tensors = get_layout(layout).shapes(*shape)
-        each = [tensors[name] for name in ("qweight", "qzeros", "scales")]
+        each = [tensors[name] for name in PACKED_TENSORS]
         self.shape = shape
         self.layout = layout
         self.sizes = [size for size, _ in each]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from awq.config import PACKED_TENSORS
 from awq.core.weight import QuantizedWeight
 from awq.errors import ConfigError, ModelError
 from awq.formats import get_format, get_layout
@@ -31,7 +32,6 @@ from awq.nn.weight_access import metadata_view
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_TENSORS = ("qweight", "qzeros", "scales")
 _changing = RLock()  # held while the layout of any linear changes: rare, and short
 
 
@@ -243,7 +243,7 @@ class WQLinear(nn.Module):
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if any(prefix + name in state_dict for name in _TENSORS):
+        if any(prefix + name in state_dict for name in PACKED_TENSORS):
             with _changing:
                 self.set_layout(self.format)
                 self._settled = None

@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from awq.config import PACKED_TENSORS
 from awq.core.weight import QuantizedWeight
 from awq.formats import get_format, get_layout
 from awq.kernels import Packed, Shape, layout_for
@@ -34,8 +35,6 @@ from awq.nn.experts import (
 )
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import replace_module
-
-_KINDS = ("qweight", "qzeros", "scales")
 
 
 class ExpertStack(nn.Module):
@@ -64,7 +63,7 @@ class ExpertStack(nn.Module):
         self._settled: Tensor | None = None
         # Not persistent: a checkpoint shows each expert by itself
         # (`AwqExperts.checkpoint_tensors`).
-        for kind in _KINDS:
+        for kind in PACKED_TENSORS:
             self.register_buffer(kind, None, persistent=False)
         self.register_buffer(
             "bias", None if biases is None else torch.stack(list(biases)), persistent=False
@@ -73,7 +72,7 @@ class ExpertStack(nn.Module):
 
     def _hold(self, weights: list[QuantizedWeight], layout: str) -> None:
         packed = [get_layout(layout).pack(weight) for weight in weights]
-        for kind in _KINDS:
+        for kind in PACKED_TENSORS:
             self._buffers[kind] = torch.stack([tensors[kind] for tensors in packed])
         self.layout = layout
 
@@ -121,7 +120,7 @@ class ExpertStack(nn.Module):
         scales = {
             name: tensor
             for name, tensor in self._buffers.items()
-            if name in _KINDS and tensor is not None
+            if name in PACKED_TENSORS and tensor is not None
         }
         super()._apply(fn, recurse)
         for name, old in scales.items():
@@ -201,7 +200,7 @@ class AwqExperts(ExpertRules):
         for number in range(self.shape.num_experts):
             for name, (weight, bias) in self.weights_of(number).items():
                 packed = codec.pack(weight)
-                tensors |= {f"{number}.{name}.{kind}": packed[kind] for kind in _KINDS}
+                tensors |= {f"{number}.{name}.{kind}": packed[kind] for kind in PACKED_TENSORS}
                 if bias is not None:
                     tensors[f"{number}.{name}.bias"] = bias.contiguous()
         return tensors
@@ -282,7 +281,7 @@ class AwqExperts(ExpertRules):
         inputs = self.second.in_features if down else self.first.in_features
         outputs = self.second.out_features if down else self.shape.inner
         device, size = self.first.qweight.device, (self.second if down else self.first).group_size
-        parts = {kind: tensors[f"{number}.{name}.{kind}"].to(device) for kind in _KINDS}
+        parts = {kind: tensors[f"{number}.{name}.{kind}"].to(device) for kind in PACKED_TENSORS}
         weight = get_format(self.first.format).unpack(parts, inputs, outputs, size)
         return weight, tensors.get(f"{number}.{name}.bias")
 
