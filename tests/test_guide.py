@@ -212,11 +212,9 @@ def tokenizer():
     )
 
 
-@pytest.fixture(scope="module")
-def models(tokenizer, tmp_path_factory):
+def make_models(root, tokenizer, positions):
     """{"llama": directory, "bert": directory}: tiny random models whose widths divide by the
     guide's group size."""
-    root = tmp_path_factory.mktemp("guide")
     torch.manual_seed(0)
     shape = dict(
         vocab_size=320,
@@ -224,7 +222,7 @@ def models(tokenizer, tmp_path_factory):
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -237,6 +235,18 @@ def models(tokenizer, tmp_path_factory):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return {name: root / name for name in made}
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer, tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("guide"), tokenizer, positions=512)
+
+
+@pytest.fixture(scope="module")
+def short_models(tokenizer, tmp_path_factory):
+    """The same with 96 positions, for pages that quantize many times: the rows of calibration are
+    as short."""
+    return make_models(tmp_path_factory.mktemp("short"), tokenizer, positions=96)
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +445,7 @@ def test_loader_of_an_embedding_server(models, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
-def test_code_blocks_of_our_pages(page, models, tmp_path, monkeypatch):
+def test_code_blocks_of_our_pages(page, short_models, tmp_path, monkeypatch):
     """Blocks of one page run in order and share their names; a page may use the names given
     here."""
     monkeypatch.chdir(tmp_path)
@@ -443,9 +453,9 @@ def test_code_blocks_of_our_pages(page, models, tmp_path, monkeypatch):
         "\n".join(json.dumps({"body": t}) for t in bundled_texts())
     )
     space = {
-        "model_path": str(models["llama"]),
+        "model_path": str(short_models["llama"]),
         "quant_path": str(tmp_path / "llama-awq"),
-        "encoder_path": str(models["bert"]),
+        "encoder_path": str(short_models["bert"]),
         "encoder_quant_path": str(tmp_path / "bert-awq"),
         "texts": ["The river is cold.", "Hills are old and rivers are young."],
     }
@@ -457,21 +467,22 @@ def test_code_blocks_of_our_pages(page, models, tmp_path, monkeypatch):
         exec(compile(block, page, "exec"), space)
 
 
-def test_commands_of_our_guide(models, tmp_path, monkeypatch, capsys):
-    """The `awq` lines of docs/guide.md, with its directories in place."""
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_commands_of_our_pages(page, short_models, tmp_path, monkeypatch, capsys):
+    """The `awq` lines of a page, with its directories in place; the guide names every verb."""
     import shlex
 
     from awq.cli import main
 
     monkeypatch.chdir(tmp_path)
-    for name, local in (("my-model", models["llama"]), ("my-encoder", models["bert"])):
+    for name, local in (("my-model", short_models["llama"]), ("my-encoder", short_models["bert"])):
         Path(name).symlink_to(local)
     Path("texts.txt").write_text("\n\n".join(bundled_texts()), encoding="utf-8")
-    blocks = re.findall(
-        r"```bash\n(.*?)```", (ROOT / "docs/guide.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("awq ")]
-    assert {line.split()[1] for line in lines} == set(awq.cli.VERBS)
+    assert lines
+    if page == "docs/guide.md":
+        assert {line.split()[1] for line in lines} == set(awq.cli.VERBS)
     for line in lines:
         monkeypatch.setattr("sys.stdin", io.StringIO("Where are you?\n/exit\n"))
         needs_gpu = line.startswith("awq tune") and not torch.cuda.is_available()
