@@ -22,7 +22,7 @@ FIGURES = ROOT / "docs/figures"
 
 WIDTH, HEIGHT = 880, 330
 STYLE = """
-text { font: 13px system-ui, -apple-system, "Segoe UI", "Noto Sans CJK SC", sans-serif; fill: #1f2328; }
+text { font: 13px system-ui, -apple-system, "Noto Sans CJK SC", sans-serif; fill: #1f2328; }
 .title { font-size: 15px; font-weight: 600; }
 .note { fill: #59636e; font-size: 12px; }
 .axis { stroke: #d1d9e0; }
