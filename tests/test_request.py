@@ -162,6 +162,34 @@ def test_a_template_that_fails(tokenizer):
         read_request(CHATS, tokenizer=broken)
 
 
+ENDLESS = (
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{{ a }}"
+    "{% endfor %}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_template_that_does_not_end(monkeypatch):
+    """It is stopped in any thread, and the debugger's or coverage's tracing is as before."""
+    import sys
+    from concurrent.futures import ThreadPoolExecutor
+
+    from conftest import make_tokenizer
+
+    from awq.calibration import templates
+    from awq.calibration.batches import rendered_chats
+
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ENDLESS
+    before = sys.gettrace()
+    with ThreadPoolExecutor(1) as other:
+        for run in (lambda work: work(), lambda work: other.submit(work).result()):
+            with pytest.raises(CalibrationError, match="did not end within 0.2 s"):
+                run(lambda: read_request(CHATS, tokenizer=tokenizer))
+    assert rendered_chats(tokenizer) == []
+    assert sys.gettrace() is before
+
+
 def test_pairs_and_prompts():
     assert read_request(PAIRS).pairs == read_request([list(p) for p in PAIRS]).pairs == PAIRS
     request = read_request({"query": TEXTS, "document": np.array(["red"]), "pair": PAIRS})

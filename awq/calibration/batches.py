@@ -13,6 +13,7 @@ from torch import Tensor
 
 from awq.calibration.request import CalibrationRequest, chat_text, is_tokenizer, read_request
 from awq.calibration.sources import bundled_chats, bundled_texts
+from awq.calibration.templates import TemplateTimeout
 from awq.calibration.tokens import Row, tokenize
 from awq.errors import CalibrationError
 
@@ -234,6 +235,9 @@ def rendered_chats(tokenizer: Any) -> list[str]:
     for chat in bundled_chats():
         try:
             texts.append(chat_text(chat, tokenizer))
+        except TemplateTimeout as error:
+            logger.warning("no bundled chats join the calibration text: %s", error)
+            return []
         except CalibrationError as error:  # some templates know no system role
             logger.debug("a bundled chat is left out: %s", error)
     return texts

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from awq.calibration.sources import CHAT_COLUMNS, first_line, named_samples
+from awq.calibration.templates import TemplateTimeout, apply_chat_template
 from awq.calibration.tokens import Row, as_row
 from awq.errors import CalibrationError
 
@@ -348,7 +349,7 @@ def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
     """A chat as the model reads it: through the tokenizer's own template.
 
     messages: {"role": …, "content": …}.
-    Raises CalibrationError when there is no template.
+    Raises CalibrationError when there is no template, or when it fails or does not end.
     """
     if getattr(tokenizer, "chat_template", None) is None or not hasattr(
         tokenizer, "apply_chat_template"
@@ -359,11 +360,10 @@ def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
             "give the model's own tokenizer, or texts."
         )
     try:
-        return repaired(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, **_fixed_date(tokenizer.chat_template)
-            )
-        )
+        dates = _fixed_date(tokenizer.chat_template)
+        return repaired(apply_chat_template(tokenizer, messages, tokenize=False, **dates))
+    except TemplateTimeout:
+        raise
     # a template is a program of the model's author: it may raise anything
     except Exception as error:
         reason = first_line(error)

@@ -158,12 +158,18 @@ class Conversation:
 
         Raises ConfigError when the last message alone does not fit.
         """
+        from awq.calibration.templates import apply_chat_template
+
         longest = self.arguments.max_seq_len - min(
             self.arguments.max_new_tokens, self.arguments.max_seq_len // 4
         )
         while True:
-            inputs = self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            inputs = apply_chat_template(
+                self.tokenizer,
+                self.messages,
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
             )
             length = inputs["input_ids"].shape[1]
             if length <= longest:

@@ -21,6 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from awq import AutoAWQForCausalLM
+    from awq.calibration.templates import apply_chat_template
     from awq.cli.output import show
     from awq.errors import ModelError
 
@@ -30,9 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ModelError(f"{arguments.model} has no tokenizer.")
     prompt = arguments.prompt
     if arguments.chat:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        chat = [{"role": "user", "content": prompt}]
+        prompt = apply_chat_template(tokenizer, chat, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     streamer = (
         None
