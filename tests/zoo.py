@@ -4,7 +4,7 @@ and zeros hide errors."""
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 TINY = dict(
     hidden_size=32,
@@ -84,7 +84,8 @@ def build(family: str, settings: dict, seed: int = 0) -> torch.nn.Module:
             else [kinds[0], next(k for k in kinds if k != kinds[0]), kinds[0]]
         )
     torch.manual_seed(seed)
-    auto = AutoModelForCausalLM if family not in ENCODERS else AutoModel
+    is_encoder = family in ENCODERS or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModel if is_encoder else AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager").float().eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:

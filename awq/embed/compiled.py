@@ -21,11 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awq.embed.structure import EncoderPlan, NormPlan, NotReadable, read_encoder
+from awq.embed.attention import AttentionPlan
+from awq.embed.observe import NormPlan, NotReadable
+from awq.embed.structure import EncoderPlan, read_encoder
 from awq.nn.linear import WQLinear
 
 PLANES = {"exact": 2, "int8": 1}  # bytes of an activation
 PROOF_LENGTHS = (1, 7, 16, 33, 70)
+MAX_PROVEN_WINDOW = 256  # wider ones would need long texts to prove
 # Relative error of embeddings. What transformers rounds to 16 bits in every layer, the program
 # keeps in float32.
 PROOF_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -33,6 +36,7 @@ PROOF_ERROR_OF_BYTES = 0.12  # a cosine of 0.993 of the rarest texts, random wor
 LINE = 64  # bytes of a cache line
 HUGE_PAGE = 14  # MADV_HUGEPAGE
 MAX_KEPT_ARENAS = 4
+MAX_GROUP = 256  # inputs whose integer sums fit 32 bits
 
 
 @dataclass(frozen=True)
@@ -206,8 +210,10 @@ def prove(compiled: CompiledEncoder, model: Any) -> float:
     generator = torch.Generator().manual_seed(0)
     vocabulary = len(compiled.plan.words)
     low = min(5, vocabulary - 1)
-    lengths = sorted({min(n, compiled.plan.longest) for n in PROOF_LENGTHS})
-    rows = [torch.randint(low, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    rows = [
+        torch.randint(low, vocabulary, (n,), generator=generator).tolist()
+        for n in _proof_lengths(compiled.plan)
+    ]
     together = compiled(rows)
     worst = 0.0
     for row, found in zip(rows, together):
@@ -231,6 +237,15 @@ def prove(compiled: CompiledEncoder, model: Any) -> float:
     return worst
 
 
+def _proof_lengths(plan: EncoderPlan) -> list[int]:
+    """Tokens of the texts of a proof, one of them beyond every narrow window."""
+    windows = [b.attention.window for b in plan.blocks]
+    beyond = [
+        2 * window + 9 for window in windows if window is not None and window <= MAX_PROVEN_WINDOW
+    ]
+    return sorted({min(length, plan.longest) for length in (*PROOF_LENGTHS, *beyond)})
+
+
 def _pooled(hidden: Tensor, pooling: str) -> Tensor:
     return {"mean": hidden.mean(0), "cls": hidden[0], "lasttoken": hidden[-1]}[pooling]
 
@@ -240,54 +255,91 @@ def _spec(plan: EncoderPlan, pooling: str, normalize: bool, planes: int) -> Any:
 
     block = plan.blocks[0]
     hidden = plan.words.shape[1]
-    linears = [linear for b in plan.blocks for linear in (*b.qkv, b.o, *b.up, b.down)]
-    groups = {linear.group_size for linear in linears}
-    if len(groups) != 1:
-        raise NotReadable(f"its linears have groups of {', '.join(map(str, sorted(groups)))}")
-    group = groups.pop()
-    kv_width = block.qkv[1].out_features
-    context = block.qkv[0].out_features
-    dim = context // plan.heads
-    sizes = {
-        "group": group,
-        "dimension of a head": dim,
-        "hidden width": hidden,
-        "width of k and v": kv_width,
-    }
-    wrong = [f"its {name} is {size}" for name, size in sizes.items() if size % 16]
-    if wrong or group > 256:
-        raise NotReadable(
-            f"{wrong[0] if wrong else f'its group is {group}'}; multiples of 16, groups up to "
-            "256, are possible"
-        )
+    attention = block.attention
+    group = _group_size(plan)
+    pairs = 0 if attention.rotary is None else attention.rotary[0].shape[1]
+    _check_multiples(
+        {
+            "the group": (group, 16),
+            "a head's dimension": (attention.dim, 16),
+            "the hidden width": (hidden, 16),
+            "the number of pairs that rotate": (pairs, 8),
+        }
+    )
     norms = [n for b in plan.blocks for n in (b.attention_norm, b.mlp_norm) if n is not None]
     norms += [n for n in (plan.norm, plan.final_norm) if n is not None]
     if len({(n.eps, n.centered) for n in norms}) != 1:
         raise NotReadable("its norms are of several kinds")
+    if len({_kind(b.attention) for b in plan.blocks}) != 1:
+        raise NotReadable("its blocks attend in several ways")
+    head_norm = attention.q_norm
     return EncoderSpec(
         hidden=hidden,
         inner=block.down.in_features,
         heads=plan.heads,
-        kv_heads=kv_width // dim,
-        dim=dim,
+        kv_heads=attention.kv_heads,
+        dim=attention.dim,
         layers=len(plan.blocks),
         group=group,
         planes=planes,
         eps=norms[0].eps,
-        scaling=block.scaling,
+        scaling=attention.scaling,
         activation=block.activation,
         gated=block.gated,
         centered=norms[0].centered,
         pre_norm=block.pre_norm,
         embedding_norm=plan.norm is not None,
-        rotary=0,
+        rotary=pairs,
         relative=plan.relative is not None,
-        causal=False,
-        windowed=any(b.window is not None for b in plan.blocks),
-        qk_norm=False,
-        qk_eps=0.0,
+        causal=attention.causal,
+        windowed=any(b.attention.window is not None for b in plan.blocks),
+        qk_norm=head_norm is not None,
+        qk_eps=0.0 if head_norm is None else head_norm.eps,
         pooling=pooling,
         normalize=normalize,
+    )
+
+
+def _group_size(plan: EncoderPlan) -> int:
+    """Of all linears. Raises NotReadable."""
+    found: set[int] = set()
+    for block in plan.blocks:
+        linears = (*block.attention.qkv, block.o, *block.up, block.down)
+        found |= {linear.group_size for linear in linears}
+    if len(found) != 1 or max(found) > MAX_GROUP:
+        groups = ", ".join(map(str, sorted(found)))
+        raise NotReadable(f"its linears have groups of {groups}; one size up to 256 is possible")
+    return found.pop()
+
+
+def _check_multiples(sizes: dict[str, tuple[int, int]]) -> None:
+    """sizes: name → (size, what it must be a multiple of). Raises NotReadable."""
+    for name, (size, factor) in sizes.items():
+        if size % factor:
+            raise NotReadable(f"{name} is {size}; multiples of {factor} are possible")
+
+
+def _kind(attention: AttentionPlan) -> tuple:
+    """What must be the same in all blocks.
+
+    Raises NotReadable for norms of heads that are not computed here.
+    """
+    norms = (attention.q_norm, attention.k_norm)
+    given = [n for n in norms if n is not None]
+    if (
+        len(given) == 1
+        or any(n.centered or n.bias.any() for n in given)
+        or len({n.eps for n in given}) > 1
+    ):
+        raise NotReadable("its queries and keys have norms of another kind than RMSNorm")
+    pairs = 0 if attention.rotary is None else attention.rotary[0].shape[1]
+    return (
+        attention.kv_heads,
+        attention.dim,
+        attention.scaling,
+        attention.causal,
+        pairs,
+        bool(given),
     )
 
 
@@ -295,7 +347,7 @@ class _Weights:
     """All weights in one piece of memory, in the order in which the program reads them."""
 
     def __init__(self, plan: EncoderPlan, spec: Any) -> None:
-        from awq.kernels.cpu.encoder_kernels import LAYER, NO_WINDOW
+        from awq.kernels.cpu.encoder_kernels import LAYER
 
         self._kept: list[Tensor] = []
         self._pending: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -310,7 +362,7 @@ class _Weights:
         for i, block in enumerate(plan.blocks):
             fields: dict[str, Any] = dict.fromkeys(LAYER.fields)
             for name, linears in (
-                ("qkv", block.qkv),
+                ("qkv", block.attention.qkv),
                 ("o", (block.o,)),
                 ("up", block.up),
                 ("down", (block.down,)),
@@ -324,8 +376,8 @@ class _Weights:
                 after_mlp = plan.final_norm if last else plan.blocks[i + 1].attention_norm
             self._norm(fields, "norm1", after_attention)
             self._norm(fields, "norm2", after_mlp)
-            window = NO_WINDOW if block.window is None else block.window
-            fields |= dict(relative=relative, window=window, keep_norm2=int(last))
+            fields |= self._attention(block.attention)
+            fields |= dict(relative=relative, keep_norm2=int(last))
             layers.append(fields)
         self._settle()
         packed = b"".join(LAYER.pack(**fields) for fields in layers)
@@ -340,6 +392,19 @@ class _Weights:
             return None
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
+
+    def _attention(self, attention: AttentionPlan) -> dict[str, Any]:
+        from awq.kernels.cpu.encoder_kernels import NO_WINDOW
+
+        cos, sin = attention.rotary or (None, None)
+        q_norm, k_norm = attention.q_norm, attention.k_norm
+        return dict(
+            cos=self._keep(cos),
+            sin=self._keep(sin),
+            q_norm=self._keep(None if q_norm is None else q_norm.weight),
+            k_norm=self._keep(None if k_norm is None else k_norm.weight),
+            window=NO_WINDOW if attention.window is None else attention.window,
+        )
 
     def _norm(self, fields: dict[str, Any], name: str, norm: NormPlan | None) -> None:
         fields[f"{name}_weight"] = self._keep(None if norm is None else norm.weight)

@@ -26,8 +26,8 @@ from awq.embed.compiled import CompiledEncoder, CompiledState, compile_encoder
 from awq.embed.directory import SentenceSettings, longest_input, sentence_settings
 from awq.embed.graphs import EncoderGraphs
 from awq.embed.heads import Normalize, Pooling, read_head
+from awq.embed.observe import NotReadable
 from awq.embed.request import check_arguments, checked_texts
-from awq.embed.structure import NotReadable
 from awq.errors import ConfigError, ModelError
 from awq.nn.locks import lock_of
 from awq.nn.surgery import usable_device

@@ -620,27 +620,27 @@ def _attend(p: _Phase, index: Value) -> None:
 
     def block(first: Value, count: int) -> None:
         for r in range(count):
-            _prepare_head(
-                p,
-                queries + (first + r) * spec.channels,
-                q + r * spec.dim,
-                first + r,
-                p.layer.q_norm,
-            )
-            with b.loop(0, spec.dim, LANES) as i:
-                place = i + r * spec.dim
-                q[place] = q.vector(place, LANES) * b.const(vec(F32), spec.scaling)
-        tops = _scores(p, transposed, scores, q, head, first, count, length, padded)
-        inverses = [
-            _softmax(b, scores + padded * r, top, length, padded) for r, top in enumerate(tops)
-        ]
-        _gather(p, scores, values, context + first * spec.context, inverses, length, padded)
+            position = first + r
+            _prepare_query(p, queries + position * spec.channels, q + r * spec.dim, position)
+        sight = _sight(p, first, count, length, padded)
+        tops = _scores(p, transposed, scores, q, head, first, count, sight)
+        inverses = [_softmax(b, scores + padded * r, top, sight) for r, top in enumerate(tops)]
+        _gather(p, scores, values, context + first * spec.context, inverses, sight)
 
     whole = length // QUERIES * QUERIES
     with b.loop(0, whole, QUERIES) as first:
         block(first, QUERIES)
     with b.loop(whole, length) as first:
         block(first, 1)
+
+
+def _prepare_query(p: _Phase, source: Pointer, target: Pointer, position: Value) -> None:
+    """A head's channels of a query, times the scaling."""
+    b, spec = p.b, p.spec
+    _prepare_head(p, source, target, position, p.layer.q_norm)
+    scaling = b.const(vec(F32), spec.scaling)
+    with b.loop(0, spec.dim, LANES) as i:
+        target[i] = target.vector(i, LANES) * scaling
 
 
 def _prepare_head(
@@ -683,6 +683,32 @@ def _transpose_keys(
         transposed[d * padded + j] = b.const(F32, 0.0)
 
 
+class _Sight(NamedTuple):
+    """Which keys a few queries see: from `start` up to `stop`, both multiples of 16.
+
+    A text has `length` of them, and up to a multiple of 16 `padded`.
+    """
+
+    start: Value
+    stop: Value
+    length: Value
+    padded: Value
+
+
+def _sight(p: _Phase, first: Value, count: int, length: Value, padded: Value) -> _Sight:
+    """Of `count` queries from `first` on."""
+    b, spec = p.b, p.spec
+    start, ahead = b.const(I64, 0), padded
+    if spec.windowed:
+        before = first - p.layer.window
+        start = b.select(before > 0, before & -LANES, 0)
+        ahead = p.layer.window
+    if spec.causal:
+        ahead = b.const(I64, 0)
+    stop = (first + (count + LANES - 1) + ahead) & -LANES
+    return _Sight(start, b.smaller(stop, padded), length, padded)
+
+
 def _scores(
     p: _Phase,
     transposed: Pointer,
@@ -691,17 +717,17 @@ def _scores(
     head: Value,
     first: Value,
     count: int,
-    length: Value,
-    padded: Value,
+    sight: _Sight,
 ) -> list[Value]:
     """scores [count, padded] of queries from `first` on; what a query may not see is −∞. Returns
     each row's largest one."""
     b, spec = p.b, p.spec
+    padded = sight.padded
     counting = Value(b, ir.Constant(vec(I32), list(range(LANES))))
-    last = b.splat(b.trunc(length, I32))
+    last = b.splat(b.trunc(sight.length, I32))
     tops = [b.variable(vec(F32), float("-inf")) for _ in range(count)]
     window = b.splat(b.trunc(p.layer.window, I32)) if spec.windowed else None
-    with b.loop(0, padded, LANES) as j:
+    with b.loop(sight.start, sight.stop, LANES) as j:
         sums = [b.variable(vec(F32), 0.0) for _ in range(count)]
         with b.loop(0, spec.dim) as d:
             key = transposed.vector(d * padded + j, LANES)
@@ -726,10 +752,10 @@ def _scores(
     return [b.largest(top.value) for top in tops]
 
 
-def _softmax(b: Emitter, row: Pointer, top: Value, length: Value, padded: Value) -> Value:
+def _softmax(b: Emitter, row: Pointer, top: Value, sight: _Sight) -> Value:
     """row = e^(row − top); returns 1 / its sum."""
     total = b.variable(vec(F32), 0.0)
-    with b.loop(0, padded, LANES) as j:
+    with b.loop(sight.start, sight.stop, LANES) as j:
         weight = quick_exp(b, row.vector(j, LANES) - b.splat(top))
         row[j] = weight
         total.value = total.value + weight
@@ -742,17 +768,17 @@ def _gather(
     values: Pointer,
     context: Pointer,
     inverses: list[Value],
-    length: Value,
-    padded: Value,
+    sight: _Sight,
 ) -> None:
     """context rows = weights · values."""
     b, spec = p.b, p.spec
+    stop = b.smaller(sight.stop, sight.length)
     with b.loop(0, spec.dim, LANES) as i:
         sums = [b.variable(vec(F32), 0.0) for _ in inverses]
-        with b.loop(0, length) as j:
+        with b.loop(sight.start, stop) as j:
             value = values.vector(j * spec.channels + i, LANES)
             for r, place in enumerate(sums):
-                place.value = b.fma(b.splat(scores[padded * r + j]), value, place.value)
+                place.value = b.fma(b.splat(scores[sight.padded * r + j]), value, place.value)
         for r, (place, inverse) in enumerate(zip(sums, inverses)):
             context[i + r * spec.context] = place.value * b.splat(inverse)
 
