@@ -46,8 +46,15 @@ LIMITS = {"fold": 1e-3, "reload_awq": 1e-4, "reload_hf": 1e-4}  # of the output'
 NEAREST_MARGIN = 1.05
 # of the text weights in 4 bits; what is left are low ranks and mixers that a full model hardly sees
 FULL_SHARE = 0.9
-# reasons to stay dense that are not a lack
-ON_PURPOSE = ("serving engines dequantize", "outside the repeated blocks")
+# Reasons to stay dense that are not a lack: what engines dequantize, heads, and weights that a
+# forward reads without a linear.
+ON_PURPOSE = (
+    "serving engines dequantize",
+    "outside the repeated blocks",
+    "its weight is read past its forward",
+)
+# a lack where they are experts, which people expect in 4 bits
+BARE = "holds its weights in tensors of its own"
 MAX_TIE = 1e-4  # in standard deviations of the logits: greedy search may take either
 
 _TOWERS = re.compile(
@@ -112,9 +119,11 @@ class Result:
 
     def whole_share(self) -> float:
         """The share in 4 bits and what is dense on purpose."""
-        return self.share + sum(
-            share for reason, share in self.left.items() if reason.startswith(ON_PURPOSE)
-        )
+        return self.share + sum(share for reason, share in self.left.items() if _on_purpose(reason))
+
+
+def _on_purpose(reason: str) -> bool:
+    return reason.startswith(ON_PURPOSE) or (BARE in reason and "expert" not in reason.lower())
 
 
 def check(
@@ -234,7 +243,9 @@ class _Examination:
         self.result.folds = (sum(line.producer is not None for line in lines), len(lines))
         left: Counter[str] = Counter()
         for name, count in weights.items():
-            reason = report.skipped.get(name.removesuffix(".weight"))
+            reason = report.skipped.get(
+                name.removesuffix(".weight"), report.skipped.get(name.rpartition(".")[0])
+            )
             if reason is not None:
                 left[reason] += count
         for warning in report.warnings:

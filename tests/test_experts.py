@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 
 from awq import AutoAWQForCausalLM
 from awq.calibration import CalibrationBatch
 from awq.checkpoint import save_checkpoint
 from awq.config import AwqConfig
+from awq.core.weight import round_to_nearest
+from awq.errors import ConfigError
 from awq.quantize import QuantizeOptions, quantize_model
 
 pytest.importorskip(
@@ -31,7 +33,9 @@ from awq.nn.experts import (
     named_experts,
 )
 from awq.nn.layout import prepare
-from awq.nn.packed_experts import AwqExperts
+from awq.nn.linear import WQLinear
+from awq.nn.packed_experts import AwqExperts, pack_experts
+from awq.nn.surgery import replace_module
 
 SMALL = dict(
     hidden_size=64,
@@ -192,3 +196,136 @@ def test_packed_experts_load_their_own_state_dict():
         quantize_model(model, [batch_of(5)], CONFIG)
     second.load_state_dict(first.state_dict())
     assert torch.equal(logits(second, ids), logits(first, ids))
+
+
+class SortedExperts(torch.nn.Module):
+    """Llama 4's form: each expert has a row for every token, zero where the token is not routed to
+    it."""
+
+    def __init__(self, experts=4, hidden=64, inner=32):
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(torch.randn(experts, hidden, 2 * inner) / 8)
+        self.down_proj = torch.nn.Parameter(torch.randn(experts, inner, hidden) / 6)
+        self.act_fn = torch.nn.SiLU()
+
+    def forward(self, hidden_states):
+        rows = hidden_states.view(len(self.down_proj), -1, hidden_states.shape[-1])
+        gate, up = torch.bmm(rows, self.gate_up_proj).chunk(2, -1)
+        return torch.bmm(up * self.act_fn(gate), self.down_proj).flatten(0, 1)
+
+
+class SomeIdentities(torch.nn.Module):
+    """LongCat's form: experts from number 3 on have no weights and hand tokens on."""
+
+    def __init__(self, experts=3, identities=2, hidden=64, inner=32):
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(
+            torch.randn(experts + identities, 2 * inner, hidden) / 8
+        )
+        self.down_proj = torch.nn.Parameter(torch.randn(experts, hidden, inner) / 6)
+        self.act_fn = torch.nn.SiLU()
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        output = torch.zeros_like(hidden_states)
+        for token, (chosen, weights) in enumerate(zip(top_k_index, top_k_weights)):
+            for number, weight in zip(chosen, weights):
+                x = hidden_states[token]
+                if number < len(self.down_proj):
+                    gate, up = (self.gate_up_proj[number] @ x).chunk(2)
+                    x = self.down_proj[number] @ (self.act_fn(gate) * up)
+                output[token] += weight * x
+        return output
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [SortedExperts, SomeIdentities])
+def test_experts_without_the_flags_of_the_contract(kind):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"experts": kind()})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    arguments = (torch.randn(24, 64),)
+    if kind is SomeIdentities:
+        arguments = (torch.randn(6, 64), torch.rand(6, 5).argsort(-1)[:, :2], torch.rand(6, 2))
+    expected = model["experts"](*arguments)
+    assert expose_experts(model) == {} and len(named_experts(model)) == 1
+    torch.testing.assert_close(model["experts"](*arguments), expected, rtol=1e-4, atol=1e-5)
+    with every_token(model):
+        torch.testing.assert_close(model["experts"](*arguments), expected, rtol=1e-4, atol=1e-5)
+    conceal_experts(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+    expose_experts(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            weight = round_to_nearest(module.weight.data, 32)
+            module.weight.data = weight.dequantize(torch.float32)
+            replace_module(model, name, WQLinear.from_quantized(weight, None, dtype=torch.float32))
+    assert pack_experts(model) == 1
+    dense = model["experts"].dequantized(torch.float32)
+    torch.testing.assert_close(
+        model["experts"](*arguments), dense(*arguments), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_experts_in_an_unknown_form_are_named_with_their_share():
+    config = AutoConfig.for_model(
+        "jetmoe",
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=16,
+        vocab_size=128,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    report = quantize_model(model, [batch_of(3)], CONFIG, QuantizeOptions(preset="fast"))
+    [warning] = [text for text in report.warnings if "JetMoeParallelExperts" in text]
+    share = float(warning.split("%")[0]) / 100
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    dense = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.dim() == 3)
+    quantized = sum(line.shape[0] * line.shape[1] for line in report.linears)
+    assert share == pytest.approx(dense / (blocks + quantized), abs=1e-3)
+    assert "model.layers.1.mlp.input_linear" in report.skipped and warning in report.summary()
+
+
+def stored_in_mxfp4(directory):
+    """A tiny GPT-OSS whose experts are stored as in the hub's checkpoints: pairs of 4-bit floats, a
+    scale for each 32."""
+    model = mixture("gpt_oss")
+    model.save_pretrained(directory, save_original_format=False)
+    tensors = load_file(directory / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(
+            0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8
+        )
+        tensors[f"{name}_scales"] = torch.randint(
+            120, 124, (experts, outputs, inputs // 32), dtype=torch.uint8
+        )
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    settings = json.loads((directory / "config.json").read_text())
+    settings["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["lm_head"],
+    }
+    (directory / "config.json").write_text(json.dumps(settings))
+
+
+def test_what_is_stored_in_mxfp4_is_refused_or_dequantized_first(tmp_path):
+    source = tmp_path / "mxfp4"
+    stored_in_mxfp4(source)
+    with pytest.raises(
+        ConfigError, match=r"stored in mxfp4 already.*Mxfp4Config\(dequantize=True\)"
+    ):
+        AutoAWQForCausalLM.from_pretrained(source)
+    wrapper = AutoAWQForCausalLM.from_pretrained(
+        source, dtype="float32", quantization_config=Mxfp4Config(dequantize=True)
+    )
+    report = wrapper.quantize(ids_of(3), quant_config={"q_group_size": 32}, preset="fast")
+    assert sum(".experts." in line.name for line in report.linears) == 2 * 4 * 3
+    wrapper.save_quantized(tmp_path / "awq")
+    loaded = AutoAWQForCausalLM.from_quantized(tmp_path / "awq", device="cpu")
+    assert torch.equal(logits(loaded.model, ids_of(4)), logits(wrapper.model, ids_of(4)))

@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from awq import AutoAWQForCausalLM, AwqConfig, QuantizeOptions, quantize_model
 from awq.calibration import CalibrationBatch
 from awq.errors import ModelError
 from awq.nn.blocks import find_block_lists, reached_lists
 from awq.nn.decoder_inputs import with_decoder_inputs
+from awq.nn.linear import WQLinear
 from awq.nn.walk import BlockWalk
 
 TEXT = dict(
@@ -248,3 +250,45 @@ def test_state_space_models(tmp_path):
     }
     assert "backbone.layers.0.mixer.dt_proj" in wrapper.report.skipped
     assert torch.equal(loaded.model(**inputs()).logits, wrapper.model(**inputs()).logits)
+
+
+def test_a_block_that_runs_in_two_places_is_stored_once(tmp_path):
+    layers = ["mamba", "hybrid", "mamba", "hybrid"]
+    config = transformers.ZambaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        vocab_size=64,
+        num_key_value_heads=4,
+        n_mamba_heads=2,
+        mamba_d_state=8,
+        mamba_dt_rank=16,
+        layer_types=layers,
+        layers_block_type=layers,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        use_mamba_kernels=False,
+    )
+    config.architectures = ["ZambaForCausalLM"]
+    wrapper, loaded = saved_and_loaded(built(config), tmp_path)
+    dense, packed = (
+        set(load_file(tmp_path / kind / "model.safetensors")) for kind in ("dense", "quantized")
+    )
+    assert {
+        name.replace(".qweight", ".weight")
+        for name in packed
+        if not name.endswith((".qzeros", ".scales"))
+    } == dense
+    first, second = (
+        loaded.model.model.layers[i].shared_transf.feed_forward.up_proj for i in (1, 3)
+    )
+    assert first is second and type(first) is WQLinear
+    assert torch.equal(loaded.model(**inputs()).logits, wrapper.model(**inputs()).logits)
+    loaded.save_quantized(tmp_path / "again")
+    again = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again == (tmp_path / "quantized" / "model.safetensors").read_bytes()

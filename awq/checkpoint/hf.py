@@ -100,6 +100,8 @@ class AwqHfQuantizer(HfQuantizer):
         self.matched: dict[str, str] = {}
         self.packed: PackedTensors = {}
         self.stored: list[str] = []  # names of all tensors in the files
+        # module name → the packed one that stands in this place, too
+        self.shared: dict[str, str] = {}
         self.scaled: list[str] = []  # names of the activations whose output is divided by scales
 
     @property
@@ -131,7 +133,10 @@ class AwqHfQuantizer(HfQuantizer):
         self.scaled = place_activation_scales(model, headers)
         expose_experts(model, names_in_files(model, self.packed))
         self.matched = replace_linears(model, self.settings, self.packed)
-        untie_packed(model, self.matched)
+        self.shared = stored_elsewhere(model, self.matched)
+        for name in self.shared:
+            replace_module(model, name, nn.Identity())  # which has no tensors that could be missing
+        untie_packed(model, [*self.matched, *self.shared])
         for name in self.matched:
             # Some models initialise their linears' `weight` by name after loading, which passes
             # over what is marked as loaded.
@@ -150,6 +155,8 @@ class AwqHfQuantizer(HfQuantizer):
         if self.stored:
             check_blocks(model, self.stored, self.matched)
         check_packed_finite(model, [*self.matched, *self.scaled])
+        for name, source in self.shared.items():
+            replace_module(model, name, model.get_submodule(source))
         pack_experts(model)
         prepare(model)
         leave_files(model)
@@ -219,6 +226,18 @@ def replace_linears(
             WQLinear(in_features, out_features, bias, size, config.format, place, dtype),
         )
     return matched
+
+
+def stored_elsewhere(model: Any, matched: Iterable[str]) -> dict[str, str]:
+    """Linear that the files do not hold → the packed linear whose weight it shares: blocks that a
+    model runs twice (zamba)."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    packed, found = set(matched), {}
+    for target, source in tied.items():
+        name, other = target.removesuffix(".weight"), source.removesuffix(".weight")
+        if name not in packed and other in packed and name in named_linears(model):
+            found[name] = other
+    return found
 
 
 def untie_packed(model: Any, matched: Iterable[str]) -> None:

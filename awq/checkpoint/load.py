@@ -24,6 +24,7 @@ from awq.checkpoint.account import (
     check_stored_floats,
 )
 from awq.checkpoint.hf import register
+from awq.checkpoint.match import conversions_of
 from awq.checkpoint.source import Source, first_line, hub_arguments
 from awq.errors import AwqError, CheckpointError, ModelError
 
@@ -135,12 +136,21 @@ def load_model(
     }
     with _one_at_a_time:
         model, report = _from_pretrained(chosen, source, arguments)
+    if source.is_quantized and not source.packed:
+        _forget_storage(model)
     check_report(model, report, source.name, body_only=chosen is AutoModel or kind is not None)
     check_float_parameters(model, source.name)
     if getattr(source.config, "quantization_config", None) is None or source.packed:
         check_stored_floats(model, source.headers, source.name)
     check_finite(model, source.name)
     return model.eval()
+
+
+def _forget_storage(model: Any) -> None:
+    """Of a model that was dequantized while it was loaded: else transformers would save it under
+    the names of that format."""
+    if getattr(model, "_weight_conversions", None) is not None:
+        model._weight_conversions = conversions_of(model)
 
 
 def _from_pretrained(

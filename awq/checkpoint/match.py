@@ -100,7 +100,7 @@ def current_keys(model: Any, stored: Iterable[str]) -> dict[str, str]:
     Tensors that transformers would join into one (a model's experts) keep the name of the joined
     tensor; the last one wins.
     """
-    steps = _conversions(model)
+    steps = conversions_of(model)
     renamings = [step for step in steps if not hasattr(step, "operations")]
     joinings = [step for step in steps if hasattr(step, "operations")]
     stored = list(stored)
@@ -121,7 +121,7 @@ def merged_on_disk(model: Any, packed: Iterable[str]) -> list[str]:
     """Packed linears that transformers 5 would glue together, as dense weights, in its "original
     format" on disk."""
     joinings = [
-        step.reverse_transform() for step in _conversions(model) if hasattr(step, "operations")
+        step.reverse_transform() for step in conversions_of(model) if hasattr(step, "operations")
     ]
     keys = {name: (f"{name}.weight", f"{name}.qweight") for name in packed}
     return [
@@ -131,7 +131,9 @@ def merged_on_disk(model: Any, packed: Iterable[str]) -> list[str]:
     ]
 
 
-def _conversions(model: Any) -> list[Any]:
+def conversions_of(model: Any) -> list[Any]:
+    """How transformers turns tensors of a hub checkpoint of this type into the model's: renamings
+    and converters, in order."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:  # transformers 4

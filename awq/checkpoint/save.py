@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from awq.checkpoint.card import write_card
 from awq.checkpoint.companions import copy_companions, source_directory
 from awq.checkpoint.directory import complete_directory
@@ -58,7 +60,9 @@ def save_checkpoint(
         body = work / inner
         body.mkdir(parents=True, exist_ok=True)
         with _config_of(model, settings):
-            model.save_pretrained(body, max_shard_size=shard_size, **_names_on_disk(model))
+            model.save_pretrained(
+                body, max_shard_size=shard_size, **_names_on_disk(model), **_stored_once(model)
+            )
         if origin is not None:
             copy_companions(origin, work)
         if tokenizer is not None and not (body / "tokenizer_config.json").exists():
@@ -98,6 +102,27 @@ def _names_on_disk(model: Any) -> dict[str, bool]:
         merged[0],
     )
     return {"save_original_format": False}
+
+
+def _stored_once(model: Any) -> dict[str, dict[str, Tensor]]:
+    """Argument of save_pretrained: tensors without those of packed linears under their second name,
+    where there are any.
+
+    transformers stores tied weights once by a list of their names, which packed tensors are not on.
+    """
+    seen: set[nn.Module] = set()
+    again = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (WQLinear, AwqExperts)):
+            again += [f"{name}."] if module in seen else []
+            seen.add(module)
+    if not again:
+        return {}
+    return {
+        "state_dict": {
+            name: t for name, t in model.state_dict().items() if not name.startswith(tuple(again))
+        }
+    }
 
 
 def _is_quantized(origin: Path | None) -> bool:

@@ -19,6 +19,9 @@ from awq.nn.surgery import usable_device
 
 logger = logging.getLogger("awq.models")
 
+# storage → the config of transformers that undoes it
+_DEQUANTIZING = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+
 
 def _dtype(value: Any) -> torch.dtype | str:
     """torch.dtype of a name like "bfloat16" or "torch.bfloat16"; "auto" stays, None becomes
@@ -65,8 +68,10 @@ class AutoAWQForCausalLM:
 
         safetensors, low_cpu_mem_usage and use_cache are accepted for compatibility: weights are
         read from safetensors only, loading is always lean, and the cache is off while calibrating
-        without changing the saved config. Raises ModelError or CheckpointError when there is no
-        such model or its files are broken.
+        without changing the saved config. A model that is stored in another format (GPT-OSS in
+        MXFP4, DeepSeek-V3 in FP8) is dequantized when `quantization_config` asks for it, e.g.
+        `transformers.Mxfp4Config(dequantize=True)`.
+        Raises ModelError or CheckpointError when there is no such model or its files are broken.
         """
         dtype = _dtype(model_init_kwargs.pop("dtype", torch_dtype))
         if not safetensors:
@@ -76,7 +81,7 @@ class AutoAWQForCausalLM:
             kwargs["device_map"] = device_map
         source = Source.open(model_path, trust_remote_code, **hub_arguments(kwargs))
         if source.is_quantized:
-            raise ConfigError(f"{model_path} is quantized already; load it with from_quantized.")
+            _check_dequantizes(source, kwargs.get("quantization_config"))
         model = load_model(source, dtype, kind=cls._class_of(source), **kwargs)
         return cls._wrapper_of(source)(model, str(model_path), trust_remote_code=trust_remote_code)
 
@@ -156,6 +161,31 @@ class AutoAWQForCausalLM:
     def _class_of(cls, source: Source) -> Any:
         """The transformers class to load, or None for what the checkpoint names."""
         return None
+
+
+def _check_dequantizes(source: Source, wanted: Any) -> None:
+    """Refuses a checkpoint of packed weights, unless `wanted`, a config of transformers, asks for
+    dense ones."""
+    if bool(getattr(wanted, "dequantize", False)):
+        return
+    stored = source.config.quantization_config
+    method = (
+        stored.get("quant_method")
+        if isinstance(stored, dict)
+        else getattr(stored, "quant_method", None)
+    )
+    method = str(getattr(method, "value", method)).lower()
+    if method == "awq":
+        raise ConfigError(f"{source.name} is quantized already; load it with from_quantized.")
+    advice = "start from the full-precision model"
+    if method in _DEQUANTIZING:
+        advice += (
+            f", or pass quantization_config=transformers.{_DEQUANTIZING[method]}(dequantize=True)"
+        )
+    raise ConfigError(
+        f"{source.name} is stored in {method} already, whose error would add to that of 4 bits; "
+        f"{advice}."
+    )
 
 
 def _root_of(folder: str) -> str:

@@ -235,12 +235,12 @@ class AwqModel(nn.Module):
         report = quantize_model(self.model, batches, config, options)
         report.options["export_compatible"] = True
         with unfinished(self.model):
-            for line in report.linears:
-                packed, linear = self.model.get_submodule(line.name), dense[line.name]
+            for name, linear in dense.items():  # two of them may have become one packed linear
+                packed = self.model.get_submodule(name)
                 if isinstance(packed, WQLinear):
                     get_weight(linear).copy_(packed.dequantize())
-                    replace_module(self.model, line.name, linear.to(self.device, dtype))
-                    self._waiting[line.name] = packed
+                    replace_module(self.model, name, linear.to(self.device, dtype))
+                    self._waiting[name] = packed
         return report
 
     def pack(self) -> None:

@@ -13,10 +13,16 @@ the expert) stays that class's own code: the emptied original module is kept and
 `act_fn` and `post_expert_norm` are called. Nothing here knows a model by name; `expose_experts`
 compares the outputs of both modules on random tokens and leaves a module alone whose outputs
 differ.
+
+A few classes keep the parameters without the flags of transformers' contract. Their flags are read
+off shapes and signature. Llama 4's takes *sorted rows* in one argument, `forward(hidden_states
+[experts · tokens, hidden])`: every expert has a row for every token, weighted by the router
+beforehand, and zero where the token is not routed to it.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +36,7 @@ from awq.nn.surgery import replace_module
 
 logger = logging.getLogger("awq.nn")
 
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # of transformers' contract
 _TRIAL_TOKENS = 16
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _TOLERANCE_16_BIT = 0.03
@@ -51,7 +58,8 @@ class ExpertShape:
     has_gate: gate and up share one parameter; interleaved: their rows alternate instead of
     following each other;
     transposed: weights are [experts, in, out]; has_bias: there are biases [experts, out] beside
-    them.
+    them; sorted_rows: the forward takes every expert's rows in turn, and no choice of experts;
+    identities: numbers from `num_experts` on that hand a token on as it is.
     """
 
     num_experts: int
@@ -61,6 +69,8 @@ class ExpertShape:
     interleaved: bool = False
     transposed: bool = False
     has_bias: bool = False
+    sorted_rows: bool = False
+    identities: int = 0
 
     def join(self, gate: Tensor, up: Tensor, dim: int) -> Tensor:
         """Gate and up beside each other along `dim`, as the class's activation takes them."""
@@ -82,30 +92,55 @@ class ExpertShape:
 
 
 def shape_of_experts(module: nn.Module) -> ExpertShape | None:
-    """The shape of a module that holds experts as 3-D parameters behind transformers' contract, or
-    None."""
-    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-    if not all(hasattr(module, flag) for flag in flags):
-        return None
-    has_gate = bool(module.has_gate)
+    """The shape of a module that holds experts as 3-D parameters behind a contract that is known
+    here, or None."""
+    has_gate = bool(getattr(module, "has_gate", "gate_up_proj" in module._parameters))
     up = module._parameters.get("gate_up_proj" if has_gate else "up_proj")
     down = module._parameters.get("down_proj")
-    if up is None or down is None or up.dim() != 3 or down.dim() != 3:
+    if up is None or down is None or up.dim() != 3 or down.dim() != 3 or len(up) < len(down):
         return None
-    transposed = bool(module.is_transposed)
+    sorted_rows = _takes_sorted_rows(module)
+    if sorted_rows is None:
+        return None
+    parts = 2 if has_gate else 1
+    # [experts, parts · inner, hidden] beside [experts, hidden, inner], or the last two axes of both
+    # exchanged
+    transposed = bool(
+        getattr(
+            module,
+            "is_transposed",
+            up.shape[2] == parts * down.shape[1] and up.shape[1] == down.shape[2],
+        )
+    )
     inner, hidden = (down.shape[1], down.shape[2]) if transposed else (down.shape[2], down.shape[1])
     rows = up.shape[2] if transposed else up.shape[1]
-    if rows != (2 * inner if has_gate else inner):
+    if rows != parts * inner:
         return None
+    interleaved = not getattr(module, "is_concatenated", True)
+    has_bias = bool(getattr(module, "has_bias", "down_proj_bias" in module._parameters))
+    identities = len(up) - len(down)
     return ExpertShape(
-        down.shape[0],
+        len(down),
         hidden,
         inner,
         has_gate,
-        not module.is_concatenated,
+        interleaved,
         transposed,
-        bool(module.has_bias),
+        has_bias,
+        sorted_rows,
+        identities,
     )
+
+
+def _takes_sorted_rows(module: nn.Module) -> bool | None:
+    """Whether the forward takes rows sorted by expert; False: tokens and their choice of experts;
+    None: something else."""
+    if all(hasattr(module, flag) for flag in _FLAGS):
+        return False
+    given = list(inspect.signature(type(module).forward).parameters)[1:]
+    if given[:3] == ["hidden_states", "top_k_index", "top_k_weights"]:
+        return False
+    return True if given == ["hidden_states"] else None
 
 
 class ExpertRules(nn.Module):
@@ -118,6 +153,13 @@ class ExpertRules(nn.Module):
 
     def __init__(self, original: nn.Module, shape: ExpertShape, names: ExpertNames) -> None:
         super().__init__()
+        first = original._parameters.get(_weight_names(shape)[0])
+        # Rows that stand for experts without weights are never read; they go back as they were.
+        self._unread = (
+            first.data[shape.num_experts :].clone()
+            if shape.identities and first is not None
+            else None
+        )
         for name in _weight_names(shape):
             original._parameters.pop(name, None)
         for name, child in original.named_children():
@@ -137,7 +179,18 @@ class ExpertRules(nn.Module):
         """From the first product's outputs [..., 2 · inner] (or [..., inner]) to the second's
         inputs [..., inner]."""
         original: Any = self.original
-        return original._apply_gate(joined) if self.shape.has_gate else original.act_fn(joined)
+        if not self.shape.has_gate:
+            return original.act_fn(joined)
+        if hasattr(original, "_apply_gate"):
+            return original._apply_gate(joined)
+        gate, up = self.shape.split(joined, -1)
+        return original.act_fn(gate) * up
+
+    def handed_on(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """What experts without weights add to the output: x [tokens, hidden] times their share,
+        float32."""
+        share = (weights * (index >= self.shape.num_experts)).sum(-1, keepdim=True)
+        return x.float() * share.float()
 
     def finish(self, output: Tensor) -> Tensor:
         """What the class does with an expert's output before it is weighted."""
@@ -196,8 +249,16 @@ class ExpertLinears(ExpertRules):
         first = up(x) if gate is None else self.shape.join(gate(x), up(x), -1)
         return self.finish(down(self.activate(first)))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[tokens, hidden] → [tokens, hidden]; weighted and added up in float32."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+    ) -> Tensor:
+        """[tokens, hidden] → [tokens, hidden]; weighted and added up in float32. Without a choice:
+        of sorted rows."""
+        if top_k_index is None or top_k_weights is None:
+            return self._of_sorted_rows(hidden_states)
         total = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
         for number in range(self.shape.num_experts):
             chosen = top_k_index == number
@@ -215,7 +276,38 @@ class ExpertLinears(ExpertRules):
                 number, hidden_states[tokens]
             ).float() * weight.float().unsqueeze(-1)
             total = total.index_add(0, tokens, part)
+        if self.shape.identities:
+            total = total + self.handed_on(hidden_states, top_k_index, top_k_weights)
         return total.to(hidden_states.dtype)
+
+    def _of_sorted_rows(self, hidden_states: Tensor) -> Tensor:
+        """[experts · tokens, hidden] → the same; what is not routed to an expert is a row of zeros
+        there, and stays one."""
+        parts = hidden_states.view(self.shape.num_experts, -1, self.shape.hidden)
+        output = torch.zeros_like(parts)
+        for number, rows in enumerate(parts):
+            if self.every_token:
+                output[number] = self.run_expert(number, rows)
+                continue
+            tokens = rows.any(-1).nonzero().squeeze(-1)
+            if self.watch is not None:
+                self.watch(number, tokens, torch.ones_like(tokens, dtype=torch.float32))
+            if len(tokens):
+                output[number, tokens] = self.run_expert(number, rows[tokens])
+        return output.view(-1, self.shape.hidden)
+
+    def layer_inputs(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What all experts of the layer read [n, hidden], and which of it are real tokens, bool [n]
+        or None.
+
+        x: the argument of `forward`; mask: bool [batch, tokens] of real tokens.
+        """
+        if not self.shape.sorted_rows:
+            return x, mask
+        real = x.any(-1)
+        if mask is not None:
+            real = real & mask.reshape(-1).repeat(self.shape.num_experts)
+        return x[real], None
 
 
 def _expert(
@@ -276,8 +368,8 @@ def named_experts(model: nn.Module) -> dict[str, ExpertLinears]:
 
 
 def fused_experts(model: nn.Module) -> dict[str, ExpertShape]:
-    """Name → shape of every module that holds experts as 3-D parameters behind transformers'
-    contract."""
+    """Name → shape of every module that holds experts as 3-D parameters behind a contract that is
+    known here."""
     shapes = {name: shape_of_experts(module) for name, module in model.named_modules()}
     return {name: shape for name, shape in shapes.items() if shape is not None}
 
@@ -314,27 +406,37 @@ def _why_not_expose(original: nn.Module, shape: ExpertShape) -> str | None:
     example = next(original.parameters())
     if example.is_meta:
         return None
-    generator = torch.Generator().manual_seed(0)
-    top_k = min(2, shape.num_experts)
-    # Of the model's own kind: a small head of residual norms is what experts read.
-    first = original._parameters["gate_up_proj" if shape.has_gate else "up_proj"]
-    width = cast(Tensor, first).shape[1 if shape.transposed else 2]
-    x = torch.randn(_TRIAL_TOKENS, width, generator=generator)
-    order = torch.rand(_TRIAL_TOKENS, shape.num_experts, generator=generator).argsort(-1)
-    index = order[:, :top_k].to(example.device)
-    weights = torch.rand(_TRIAL_TOKENS, top_k, generator=generator).to(example.device)
-    x = x.to(example.device, example.dtype)
-    expected = original(x, index, weights.to(example.dtype)).float()
+    trial = _trial_inputs(shape, example)
     kept = dict(original._parameters)
     try:
-        found = ExpertLinears(original, shape)(x, index, weights.to(example.dtype)).float()
+        expected = original(*trial).float()
+        found = ExpertLinears(original, shape)(*trial).float()
+    except Exception as error:  # someone else's forward: what it wants more is not known here
+        return f"its experts cannot be tried: {type(error).__name__}: {error}"
     finally:
         original._parameters.clear()
         original._parameters.update(kept)
-    error = float((found - expected).norm() / expected.norm().clamp(min=1e-20))
-    if error <= _TOLERANCE.get(example.dtype, _TOLERANCE_16_BIT):
+    change = float((found - expected).norm() / expected.norm().clamp(min=1e-20))
+    if change <= _TOLERANCE.get(example.dtype, _TOLERANCE_16_BIT):
         return None
-    return f"its experts as linears differ from {type(original).__name__} by {error:.1e}"
+    return f"its experts as linears differ from {type(original).__name__} by {change:.1e}"
+
+
+def _trial_inputs(shape: ExpertShape, example: Tensor) -> tuple[Tensor, ...]:
+    """Arguments of a forward over a few random tokens, in the dtype and on the device of
+    `example`."""
+    generator = torch.Generator().manual_seed(0)
+    if shape.sorted_rows:
+        x = torch.randn(_TRIAL_TOKENS * shape.num_experts, shape.hidden, generator=generator)
+        return (x.to(example.device, example.dtype),)
+    top_k = min(2, shape.num_experts)
+    x = torch.randn(_TRIAL_TOKENS, shape.hidden, generator=generator)
+    order = torch.rand(
+        _TRIAL_TOKENS, shape.num_experts + shape.identities, generator=generator
+    ).argsort(-1)
+    weights = torch.rand(_TRIAL_TOKENS, top_k, generator=generator)
+    x, weights = (tensor.to(example.device, example.dtype) for tensor in (x, weights))
+    return x, order[:, :top_k].to(example.device), weights
 
 
 @torch.no_grad()
@@ -385,6 +487,8 @@ def restore_original(
             downs.append(down)
         for name, tensors in ((first, joined), ("down_proj", downs)):
             stacked = torch.stack(tensors)
+            if name == first and rules._unread is not None and not ending:
+                stacked = torch.cat([stacked, rules._unread.to(stacked)])
             if shape.transposed and not ending:
                 stacked = stacked.transpose(1, 2).contiguous()
             original.register_parameter(name + ending, nn.Parameter(stacked, requires_grad=False))

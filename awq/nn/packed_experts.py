@@ -163,14 +163,39 @@ class AwqExperts(ExpertRules):
         made = cls(linears.original, linears.shape, linears.names, first, second)
         return made.train(linears.training)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+    ) -> Tensor:
         """[tokens, hidden] → [tokens, hidden]. top_k_index: int [tokens, top_k]; top_k_weights:
-        float [tokens, top_k]."""
+        float [tokens, top_k].
+
+        Without a choice of experts: of rows sorted by expert, [experts · tokens, hidden].
+        """
+        if top_k_index is None or top_k_weights is None:
+            owners = torch.arange(self.shape.num_experts, device=hidden_states.device)
+            owner = owners.repeat_interleave(
+                len(hidden_states) // self.shape.num_experts
+            ).unsqueeze(1)
+            inner = self.activate(self.first(hidden_states, owner))
+            return self.finish(self.second(inner, owner)).squeeze(1)
+        if self.shape.identities:
+            return self._with_identities(hidden_states, top_k_index, top_k_weights)
         inner = self.activate(self.first(hidden_states, top_k_index))
         if not self.has_norm:
             return self.second(inner, top_k_index, top_k_weights)
         output = self.finish(self.second(inner, top_k_index))
         return (output.float() * top_k_weights.float().unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+    def _with_identities(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """`forward` where some of the chosen experts have no weights: any other runs in their
+        place, weighted by zero."""
+        known = index.clamp(max=self.shape.num_experts - 1)
+        inner = self.activate(self.first(x, known))
+        output = self.second(inner, known, weights * (index < self.shape.num_experts))
+        return (output.float() + self.handed_on(x, index, weights)).to(x.dtype)
 
     def weights_of(self, number: int) -> dict[str, tuple[QuantizedWeight, Tensor | None]]:
         """Name ("w1") → (canonical weight, bias) of one expert's linears, as a checkpoint holds

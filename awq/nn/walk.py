@@ -239,7 +239,8 @@ def in_float32(block: nn.Module, device: torch.device) -> Iterator[dict[str, tor
         block.to(home)
         # each as it was: some models keep norms or tables in float32
         for name, tensor in _tensors(block):
-            if name in dtypes and tensor.dtype != dtypes[name]:
+            # Codes of what is packed already are in whatever layout computes now.
+            if name in dtypes and tensor.is_floating_point() and tensor.dtype != dtypes[name]:
                 tensor.data = tensor.data.to(dtypes[name])
 
 

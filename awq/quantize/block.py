@@ -119,7 +119,7 @@ class BlockQuantizer:
         layers = list(named_experts(self.block))
         routed_tokens: dict[str, list[Tensor]] = {name: [] for name in layers}
         with (
-            collect_inputs(self.block, [*shared, *layers], holder) as statistics,
+            collect_inputs(self.block, shared, holder) as statistics,
             collect_experts(self.block, routed, holder, statistics, routed_tokens),
         ):
             for (call, hidden), *masks in zip(
@@ -236,7 +236,7 @@ class BlockQuantizer:
         for result in self.results:
             full_name = f"{self.visit.name}.{result.name}"
             dtype = self.visit.dtypes[f"{result.name}.weight"]
-            self.run.install(self.block, result.name, result.weight, dtype)
+            self.run.install(self.block, result.name, full_name, result.weight, dtype)
             if self.run.options.tuning:
                 self.run.weights[full_name] = result.weight
             result.report.loss_rtn = self.losses_rtn[result.name]

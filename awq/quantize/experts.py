@@ -145,6 +145,7 @@ def collect_experts(
     """While open, every forward of `block` adds the inputs of linears in experts to `statistics`,
     by the linear's name.
 
+    What a layer's experts read together is added under the name of the module of experts.
     hidden: name of the experts → a list that gets their inputs [tokens, hidden], batch by batch,
     without padding.
     """
@@ -170,17 +171,17 @@ def collect_experts(
 
         return hook
 
-    def keep_for(owner: str):
+    def keep_for(owner: str, experts: ExpertLinears):
         def keep(_module: nn.Module, args: tuple) -> None:
-            hidden[owner].append(
-                args[0] if holder.mask is None else args[0][holder.mask.reshape(-1)]
-            )
+            x, mask = experts.layer_inputs(args[0], holder.mask)
+            statistics.setdefault(owner, InputStatistics(x.shape[-1], x.device)).add(x, mask)
+            hidden[owner].append(x if mask is None else x[mask.reshape(-1)])
 
         return keep
 
     for owner, experts in owners.items():
         experts.watch = watch_for(owner)
-        handles.append(experts.register_forward_pre_hook(keep_for(owner)))
+        handles.append(experts.register_forward_pre_hook(keep_for(owner, experts)))
     for name in names:
         place = expert_of(block, name)
         assert place is not None
@@ -292,7 +293,7 @@ def router_names(model: nn.Module) -> set[str]:
 
 def _number_of_experts(module: nn.Module) -> int | None:
     if isinstance(module, ExpertLinears):
-        return module.shape.num_experts
+        return module.shape.num_experts + module.shape.identities
     if not isinstance(module, nn.ModuleList) or len(module) < 2:
         return None
     kinds = {type(member) for member in module}

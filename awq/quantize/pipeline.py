@@ -117,5 +117,5 @@ def tune(run: QuantizeRun, match: OutputMatch) -> None:
             run.model, run.weights, match, options.tuning or 0, options.seed, options.progress
         )
         for name, weight in weights.items():
-            run.install(run.model, name, weight)
+            run.install(run.model, name, name, weight)
     run.report.tuning = asdict(tuning)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from awq.config import AwqConfig
 from awq.errors import ConfigError, ModelError
@@ -13,9 +13,12 @@ from awq.formats import get_format
 from awq.nn.blocks import BlockList
 from awq.nn.surgery import LINEARS, is_linear, linear_shape
 
+# of the blocks' weights in tensors that are no linear's: less are norms, tables and gates
+MIN_BARE_SHARE = 0.01
 # of the blocks' weights in linears that the group size does not divide: more is a mistaken group
 # size
 MAX_ODD_SHARE = 0.1
+_NOT_BARE = (*LINEARS, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 
 
 @dataclass
@@ -91,6 +94,7 @@ def make_plan(
         else:
             plan.targets.add(name)
     _skip_odd(plan, odd, weights)
+    _name_bare(plan, model, lists)
     return plan
 
 
@@ -121,3 +125,47 @@ def _skip_odd(plan: Plan, odd: dict[str, str], weights: dict[str, int]) -> None:
             "group size does not divide their "
             f"inputs; the first: {next(iter(odd.values()))}"
         )
+
+
+def _name_bare(plan: Plan, model: nn.Module, lists: Sequence[BlockList]) -> None:
+    """Names the modules of the blocks that multiply by tensors of their own: no linear is there to
+    quantize.
+
+    Experts in a form that is not known here are such modules, and often hold most of a model.
+    """
+    blocks = [module for _, members in lists for module in members]
+    total = sum({id(p): p.numel() for block in blocks for p in block.parameters()}.values())
+    sizes: dict[str, dict[str, int]] = {}  # class → name of a module → its numbers
+    for name, module, count in _bare_weights(model, lists):
+        sizes.setdefault(type(module).__name__, {})[name] = count
+    for kind, members in sizes.items():
+        share = sum(members.values()) / max(1, total)
+        if share < MIN_BARE_SHARE:
+            continue
+        plan.skipped |= dict.fromkeys(
+            sorted(members), f"{kind} holds its weights in tensors of its own, not in linears"
+        )
+        plan.warnings.append(
+            f"{share:.1%} of the blocks' weights stay dense: {kind} holds them in tensors of its "
+            "own, not in linears "
+            f"({len(members)} modules, the first is {next(iter(members))})."
+        )
+
+
+def _bare_weights(
+    model: nn.Module, lists: Sequence[BlockList]
+) -> Iterator[tuple[str, nn.Module, int]]:
+    """(name, module, how many numbers) of the blocks' modules that hold matrices and are no
+    linears, tables or convolutions."""
+    for name, module in model.named_modules():
+        if not name.startswith(tuple(f"{prefix}." for prefix, _ in lists)) or isinstance(
+            module, _NOT_BARE
+        ):
+            continue
+        matrices = [p for p in module.parameters(recurse=False) if _is_matrix(p)]
+        if matrices:
+            yield name, module, sum(p.numel() for p in matrices)
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return parameter.dim() >= 2 and min(parameter.shape[-2:]) > 1

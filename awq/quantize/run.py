@@ -46,8 +46,9 @@ class QuantizeRun:
     """batches: as they are worked on. device: where blocks are. judges: batches held out for the
     tuning, if there is any.
 
-    shared: full names of modules whose weights have another name. known_folds: structure of a block
-    → its folds.
+    shared: full names of modules whose weights have another name. twins: linear → others that share
+    its weight and become
+    the same packed linear. known_folds: structure of a block → its folds.
     weights: full name → weight, kept when scales are tuned later.
     original_hidden: the hidden states of the original model before the present block, where they
     are needed.
@@ -63,6 +64,7 @@ class QuantizeRun:
     device: torch.device
     judges: frozenset[int] = frozenset()
     shared: frozenset[str] = frozenset()
+    twins: dict[str, list[str]] = field(default_factory=dict)
     known_folds: dict[Any, list[InputGroup]] = field(default_factory=dict)
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     original_hidden: list[Tensor] | None = None
@@ -85,6 +87,7 @@ class QuantizeRun:
             model, reached, config, packed=not options.export_compatible, unreached=unreached
         )
         skip_in_mixtures(plan, model)
+        twins = _take_twins(plan, model)
         widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.targets)
         device = _work_device(device_of(model), options)
         batches = rebatched(batches, _batch_tokens(device, widest))
@@ -98,17 +101,9 @@ class QuantizeRun:
         _warn_of_few_tokens(report, widest)
         report.warnings += plan.warnings
         judges = held_out(len(batches)) if options.tuning else frozenset[int]()
+        shared = _shared_modules(model)
         return cls(
-            model,
-            reached,
-            batches,
-            config,
-            options,
-            plan,
-            report,
-            device,
-            judges,
-            _shared_modules(model),
+            model, reached, batches, config, options, plan, report, device, judges, shared, twins
         )
 
     @property
@@ -138,12 +133,18 @@ class QuantizeRun:
         return walk
 
     def install(
-        self, root: nn.Module, name: str, weight: QuantizedWeight, dtype: torch.dtype | None = None
+        self,
+        root: nn.Module,
+        name: str,
+        full_name: str,
+        weight: QuantizedWeight,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Puts a quantized weight into the model: packed, or as the values of the ordinary linear
         `root.<name>`.
 
-        dtype: of the model, where the linear's is another one for now.
+        full_name: of the linear in the model. dtype: of the model, where the linear's is another
+        one for now.
         """
         linear: Any = root.get_submodule(name)
         if self.options.export_compatible:
@@ -154,6 +155,27 @@ class QuantizeRun:
             weight, bias, self.config.format, dtype=dtype or linear.weight.dtype
         )
         replace_module(root, name, packed)
+        for twin in self.twins.get(full_name, ()):
+            replace_module(self.model, twin, packed)
+
+
+def _take_twins(plan: Plan, model: nn.Module) -> dict[str, list[str]]:
+    """Takes linears whose weight an earlier one holds, too, out of the plan (zamba runs one block
+    in several places).
+
+    Returns the earlier one → the others. Quantized each by itself, they would get codes of their
+    own and be stored twice.
+    """
+    owners: dict[tuple[int, int], str] = {}
+    twins: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if name in plan.targets:
+            tensors: Any = module
+            first = owners.setdefault((id(tensors.weight), id(tensors.bias)), name)
+            if first != name:
+                twins.setdefault(first, []).append(name)
+    plan.targets -= {name for names in twins.values() for name in names}
+    return twins
 
 
 def _shared_modules(model: nn.Module) -> frozenset[str]:
