@@ -2,6 +2,8 @@
 # make test  the test suite; the kernels for GPUs run in Triton's interpreter
 # make test-newest  the tests of what other packages ask of this one, on the newest releases that a plain install takes
 # make test-gpu  all of it on this machine's GPU, with the torch that $(PYTHON) has
+# make lint  ruff, mypy and codespell
+# make docs  the pages as a site in site/; a link that leads nowhere fails
 # make soak  two hundred rounds of sixteen threads on one model, about twenty minutes; ROUNDS, SEED and DEVICE can be given
 PYTHON ?= python3
 ROUNDS ?= 200
@@ -13,7 +15,7 @@ SHELL := bash
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-newest test-gpu soak lint clean
+.PHONY: demo test test-newest test-gpu soak lint docs clean
 
 # The torch pin comes first and from pip: on CPU-only machines it decides which build everything else uses.
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -52,6 +54,14 @@ lint: $(VENV)/.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy awq
+	$(BIN)/codespell
+
+$(VENV)/.docs: $(VENV)/.done
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(NEWEST) .cache build *.egg-info
+	rm -rf $(VENV) $(NEWEST) .cache build site *.egg-info

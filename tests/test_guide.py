@@ -1,5 +1,4 @@
-"""The snippets of the AutoAWQ guide and of our own pages run as written; only model paths are
-local.
+"""The snippets of the AutoAWQ guide run as written; only model paths are local.
 
 The guide's comments are left out; `AUTOAWQ_GUIDE=FILE` compares the snippets below with the guide
 itself. Two lines of it
@@ -9,8 +8,6 @@ Its datasets are replaced by local ones with the same columns, since tests reach
 """
 
 import ast
-import io
-import json
 import os
 import re
 from pathlib import Path
@@ -18,22 +15,14 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import (
-    AutoModel,
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    TextStreamer,
-)
+from guide_models import make_models, make_tokenizer
+from transformers import AutoModel, TextStreamer
 
 import awq
 from awq import AutoAWQForCausalLM, prepare_calibration_tokens
 from awq.calibration.sources import bundled_texts
 from awq.nn.linear import WQLinear
 
-ROOT = Path(__file__).parent.parent
 CONFIG = """
 quant_config = {
     "zero_point": True,
@@ -184,69 +173,12 @@ def run(snippet, paths=(), **names):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Byte-level BPE of 320 ids trained on the bundled text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer, inner.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    special = ["<pad>", "<s>", "</s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    inner.train_from_iterator(bundled_texts(), trainer)
-    inner.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        model_max_length=512,
-        chat_template=template,
-    )
-
-
-def make_models(root, tokenizer, positions):
-    """{"llama": directory, "bert": directory}: tiny random models whose widths divide by the
-    guide's group size."""
-    torch.manual_seed(0)
-    shape = dict(
-        vocab_size=320,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=positions,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    made = {
-        "llama": LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2)),
-        "bert": BertModel(BertConfig(**shape)),
-    }
-    for name, model in made.items():
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    return {name: root / name for name in made}
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def models(tokenizer, tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("guide"), tokenizer, positions=512)
-
-
-@pytest.fixture(scope="module")
-def short_models(tokenizer, tmp_path_factory):
-    """The same with 96 positions, for pages that quantize many times: the rows of calibration are
-    as short."""
-    return make_models(tmp_path_factory.mktemp("short"), tokenizer, positions=96)
+    return make_models(tmp_path_factory.mktemp("guide"), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -442,48 +374,3 @@ def test_loader_of_an_embedding_server(models, tokenizer, tmp_path):
     space = run(LOADER, AutoAWQForCausalLM=AutoAWQForCausalLM, BaseModelLoader=BaseModelLoader)
     model, found = space["AutoAWQLoader"]().load_model()
     assert vectors(model, found).shape[-1] == 128
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
-def test_code_blocks_of_our_pages(page, short_models, tmp_path, monkeypatch):
-    """Blocks of one page run in order and share their names; a page may use the names given
-    here."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "texts.jsonl").write_text(
-        "\n".join(json.dumps({"body": t}) for t in bundled_texts())
-    )
-    space = {
-        "model_path": str(short_models["llama"]),
-        "quant_path": str(tmp_path / "llama-awq"),
-        "encoder_path": str(short_models["bert"]),
-        "encoder_quant_path": str(tmp_path / "bert-awq"),
-        "texts": ["The river is cold.", "Hills are old and rivers are young."],
-    }
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL
-    )
-    assert blocks
-    for block in blocks:
-        exec(compile(block, page, "exec"), space)
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
-def test_commands_of_our_pages(page, short_models, tmp_path, monkeypatch, capsys):
-    """The `awq` lines of a page, with its directories in place; the guide names every verb."""
-    import shlex
-
-    from awq.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    for name, local in (("my-model", short_models["llama"]), ("my-encoder", short_models["bert"])):
-        Path(name).symlink_to(local)
-    Path("texts.txt").write_text("\n\n".join(bundled_texts()), encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("awq ")]
-    assert lines
-    if page == "docs/guide.md":
-        assert {line.split()[1] for line in lines} == set(awq.cli.VERBS)
-    for line in lines:
-        monkeypatch.setattr("sys.stdin", io.StringIO("Where are you?\n/exit\n"))
-        needs_gpu = line.startswith("awq tune") and not torch.cuda.is_available()
-        assert main(shlex.split(line, comments=True)[1:]) == (2 if needs_gpu else 0), line
