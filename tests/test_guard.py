@@ -1,0 +1,33 @@
+"""The CPU kernels touch nothing outside their operands: forbidden pages lie beside them."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from awq.kernels.cpu import why_not
+from awq.kernels.packed import Shape
+
+CASES = Path(__file__).parent / "guard_cases.py"
+
+
+def run(*arguments):
+    import torch
+
+    if why_not(torch.device("cpu"), torch.float32, Shape(128, 64, 128)):
+        pytest.skip("needs a CPU with kernels")
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux")
+    return subprocess.run([sys.executable, CASES, *arguments], capture_output=True, text=True)
+
+
+def test_kernels_stay_inside_their_operands():
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith(" cases, 0 wrong\n")
+
+
+def test_the_fence_is_felt():
+    assert run("overrun").returncode == -signal.SIGSEGV
