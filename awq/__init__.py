@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from awq.embed.encoder import Encoder as Encoder
     from awq.models.auto import AutoAWQForCausalLM as AutoAWQForCausalLM
     from awq.models.auto import AutoAWQForEmbedding as AutoAWQForEmbedding
+    from awq.models.streaming import quantize_directory as quantize_directory
     from awq.quantize import QuantizeOptions as QuantizeOptions
     from awq.quantize import QuantReport as QuantReport
     from awq.quantize import quantize_model as quantize_model
@@ -36,6 +37,7 @@ _HOME = {
     "clean_texts": "awq.calibration",
     "load_calibration": "awq.calibration",
     "prepare_calibration_tokens": "awq.calibration",
+    "quantize_directory": "awq.models.streaming",
     "quantize_model": "awq.quantize",
     "register": "awq.checkpoint.hf",
     "unregister": "awq.checkpoint.hf",

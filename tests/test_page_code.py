@@ -21,7 +21,14 @@ from awq.calibration.sources import bundled_texts
 from awq.cli import main
 
 MARKS = ("needs a GPU", "needs the hub", "needs vLLM", "needs a server")
-RUN_HERE = ["README.md", "docs/quickstart.md", "docs/guide.md", "docs/generation.md", "docs/cpu.md"]
+RUN_HERE = [
+    "README.md",
+    "docs/quickstart.md",
+    "docs/guide.md",
+    "docs/generation.md",
+    "docs/large-models.md",
+    "docs/cpu.md",
+]
 RUN_ELSEWHERE = {"docs/embeddings.md": "test_embedding.py", "CONTRIBUTING.md": "test_pages.py"}
 BLOCK = re.compile(r"(?:<!-- (.+?) -->\n)?```(python|bash)\n(.*?)```", re.DOTALL)
 # Lines of a shell that install something, or are run by another test (`test_clients.py`).

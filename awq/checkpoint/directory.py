@@ -170,7 +170,7 @@ def complete_directory(target: str | Path, source: str | Path | None = None) -> 
     try:
         yield work
         _open_modes(work)
-        if _in_place(path):
+        if keeps_its_place(path):
             _flush(work)
             _exchange_files(work, path)
         else:
@@ -256,7 +256,7 @@ def _is_free(folder: Path) -> bool:
         os.close(descriptor)
 
 
-def _in_place(target: Path) -> bool:
+def keeps_its_place(target: Path) -> bool:
     """Whether a directory must keep its place: a mount point, one we stand in, or one whose parent
     is closed to us."""
     if not target.is_dir():
@@ -271,7 +271,7 @@ def _in_place(target: Path) -> bool:
 
 def _make_work(target: Path) -> tuple[Path, int]:
     """A new temporary folder and the lock on it, which it has before others take it for one."""
-    home = target if _in_place(target) else target.parent
+    home = target if keeps_its_place(target) else target.parent
     work = home / f"{_prefix(target)}{secrets.token_hex(4)}.awq-tmp"
     unlocked = work.with_suffix(".new")
     try:

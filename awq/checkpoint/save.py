@@ -4,7 +4,7 @@ there."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from awq.checkpoint.expert_names import router_spellings
 from awq.checkpoint.files import REPORT_FILE, read_json
 from awq.checkpoint.match import merged_on_disk
 from awq.checkpoint.modules import body_directory
+from awq.checkpoint.shards import Parts, join_shards
 from awq.config import AwqConfig
 from awq.nn.linear import WQLinear
 from awq.nn.packed_experts import AwqExperts
@@ -36,6 +37,7 @@ def save_checkpoint(
     tokenizer: Any = None,
     shard_size: str | int = "5GB",
     packed: bool = True,
+    parts: Parts | None = None,
 ) -> None:
     """Saves a quantized transformers model with everything that belongs to it.
 
@@ -43,7 +45,7 @@ def save_checkpoint(
     the original model; its files other than weights (tokenizer, chat template, modules.json,
     pooling …) are carried over. tokenizer: saved when the
     source brings none. shard_size: largest weight file. packed=False writes dense weights without a
-    quantization config.
+    quantization config. parts: of a model that was written block by block; they become shards.
 
     `directory` appears, or changes, only when all of it is written; files of other names in it
     stay. Raises CheckpointError when writing fails; then nothing is left behind.
@@ -60,9 +62,16 @@ def save_checkpoint(
         body = work / inner
         body.mkdir(parents=True, exist_ok=True)
         with _config_of(model, settings):
-            model.save_pretrained(
-                body, max_shard_size=shard_size, **_names_on_disk(model), **_stored_once(model)
-            )
+            if parts is None:
+                names = names_on_disk(model, _packed_names(model))
+                model.save_pretrained(
+                    body, max_shard_size=shard_size, **names, **_stored_once(model)
+                )
+            else:
+                model.save_pretrained(
+                    body, max_shard_size=shard_size, state_dict=parts.rest, **parts.names
+                )
+                join_shards(body, parts.files, model.num_parameters())
         if origin is not None:
             copy_companions(origin, work)
         if tokenizer is not None and not (body / "tokenizer_config.json").exists():
@@ -85,13 +94,21 @@ def unconverted(model: Any) -> tuple[str, ...]:
     return tuple(sorted(names | {name.removeprefix(base) for name in names if base != "."}))
 
 
-def _names_on_disk(model: Any) -> dict[str, bool]:
-    """Argument of save_pretrained: source names, unless packed tensors would have to be glued
-    together for them."""
+def _packed_names(model: Any) -> list[str]:
+    """Full names of the packed linears, those of experts included."""
     packed = [name for name, module in model.named_modules() if isinstance(module, WQLinear)]
     for name, module in model.named_modules():
         if isinstance(module, AwqExperts):
             packed += [f"{name}.{linear}" for linear in module.linear_names()]
+    return packed
+
+
+def names_on_disk(model: Any, packed: Iterable[str]) -> dict[str, bool]:
+    """Argument of save_pretrained: source names, unless packed tensors would have to be glued
+    together for them.
+
+    packed: full names of the packed linears.
+    """
     merged = merged_on_disk(model, packed)
     if not merged:
         return {}
@@ -106,7 +123,14 @@ def _names_on_disk(model: Any) -> dict[str, bool]:
 
 def _stored_once(model: Any) -> dict[str, dict[str, Tensor]]:
     """Argument of save_pretrained: tensors without those of packed linears under their second name,
-    where there are any.
+    where there are any."""
+    tensors = model.state_dict()
+    kept = without_second_names(model, tensors)
+    return {} if len(kept) == len(tensors) else {"state_dict": kept}
+
+
+def without_second_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without the tensors of packed linears that stand in it a second time.
 
     transformers stores tied weights once by a list of their names, which packed tensors are not on.
     """
@@ -116,13 +140,23 @@ def _stored_once(model: Any) -> dict[str, dict[str, Tensor]]:
         if isinstance(module, (WQLinear, AwqExperts)):
             again += [f"{name}."] if module in seen else []
             seen.add(module)
-    if not again:
-        return {}
-    return {
-        "state_dict": {
-            name: t for name, t in model.state_dict().items() if not name.startswith(tuple(again))
-        }
-    }
+    return {name: t for name, t in tensors.items() if not name.startswith(tuple(again))}
+
+
+def tensors_on_disk(
+    model: Any, tensors: dict[str, Tensor], names: dict[str, bool]
+) -> dict[str, Tensor]:
+    """A part of a model's tensors as save_pretrained would write them.
+
+    names: of `names_on_disk`.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    ignored = model._keys_to_ignore_on_save or ()
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    if names.get("save_original_format", True):
+        tensors = revert_weight_conversion(model, tensors)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _is_quantized(origin: Path | None) -> bool:

@@ -70,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-name", help="prompt put before every text of an embedding model, e.g. query"
     )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="hold one block in memory at a time, for models larger than memory (no --evaluate)",
+    )
     add_gates(parser)
 
 
@@ -95,14 +100,80 @@ def _signs_of_life(quiet: bool) -> Iterator[logging.Logger]:
 
 def run(arguments: argparse.Namespace) -> int:
     with _signs_of_life(arguments.quiet) as steps:
-        return _quantize(arguments, steps)
+        return _stream(arguments, steps) if arguments.stream else _quantize(arguments, steps)
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `quantize` that every way of quantizing takes."""
+    settings: dict[str, Any] = {
+        "quant_config": {
+            "q_group_size": arguments.group_size,
+            "version": arguments.version,
+            "modules_to_not_convert": arguments.skip,
+        },
+        "calib_data": arguments.calib_data,
+        "split": arguments.split,
+        "text_column": arguments.text_column,
+        "max_calib_seq_len": arguments.tokens,
+        "preset": arguments.preset,
+    }
+    if arguments.device is not None:
+        settings["device"] = arguments.device
+    if arguments.quiet:
+        settings["progress"] = False
+    if arguments.samples is not None:
+        settings["max_calib_samples"] = arguments.samples
+    if arguments.prompt_name is not None:
+        settings["prompt_name"] = arguments.prompt_name
+    return settings
+
+
+def _tell_settings(arguments: argparse.Namespace, steps: logging.Logger) -> None:
+    steps.info(
+        "quantizing: preset %s, group size %d, texts of %s",
+        arguments.preset,
+        arguments.group_size,
+        arguments.calib_data,
+    )
+
+
+def _show(report: Any, arguments: argparse.Namespace) -> None:
+    from awq.cli.output import show
+
+    show(
+        report.to_dict() | {"output": arguments.output},
+        arguments.json,
+        f"{report.summary()}\nsaved to {arguments.output}",
+    )
+
+
+def _stream(arguments: argparse.Namespace, steps: logging.Logger) -> int:
+    """Block by block, for models larger than memory."""
+    from awq import quantize_directory
+    from awq.cli.output import OK
+    from awq.errors import ConfigError
+
+    if arguments.evaluate is not None or gates_of(arguments).wanted:
+        raise ConfigError(
+            "--evaluate and its gates need the whole model in memory, and --stream holds one block "
+            "of it; use `awq eval` afterwards."
+        )
+    _tell_settings(arguments, steps)
+    report = quantize_directory(
+        arguments.model,
+        arguments.output,
+        torch_dtype=arguments.dtype,
+        **_settings(arguments),
+    )
+    _show(report, arguments)
+    return OK
 
 
 def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
     from awq import AutoAWQForCausalLM, AutoAWQForEmbedding
     from awq.checkpoint.directory import check_target
     from awq.checkpoint.tokenizer import load_tokenizer
-    from awq.cli.output import FAILED_GATE, OK, failed_gates, show
+    from awq.cli.output import FAILED_GATE, OK, failed_gates
     from awq.embed.directory import is_sentence_model
     from awq.errors import ConfigError
 
@@ -116,49 +187,21 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
     gates.check(embedding, arguments.evaluate is not None)
     options: dict[str, Any] = {}
     if embedding:
-        options |= {"prompt_name": arguments.prompt_name, "evaluate": _evaluation(arguments)}
+        options["evaluate"] = _evaluation(arguments)
     elif arguments.evaluate is not None:
         _evaluation_ids(arguments)  # a bad file is said before hours of work
-    if arguments.device is not None:
-        options["device"] = arguments.device
-    if arguments.quiet:
-        options["progress"] = False
-    if arguments.samples is not None:
-        options["max_calib_samples"] = arguments.samples
     steps.info("loading %s", arguments.model)
     door = AutoAWQForEmbedding if embedding else AutoAWQForCausalLM
     model = door.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
     model.tokenizer = load_tokenizer(arguments.model)
-    steps.info(
-        "quantizing: preset %s, group size %d, texts of %s",
-        arguments.preset,
-        arguments.group_size,
-        arguments.calib_data,
-    )
-    report = model.quantize(
-        model.tokenizer,
-        quant_config={
-            "q_group_size": arguments.group_size,
-            "version": arguments.version,
-            "modules_to_not_convert": arguments.skip,
-        },
-        calib_data=arguments.calib_data,
-        split=arguments.split,
-        text_column=arguments.text_column,
-        max_calib_seq_len=arguments.tokens,
-        preset=arguments.preset,
-        **options,
-    )
+    _tell_settings(arguments, steps)
+    report = model.quantize(model.tokenizer, **_settings(arguments), **options)
     if not embedding and arguments.evaluate is not None:
         steps.info("comparing with the original on %s", arguments.evaluate)
         report.evaluation = _moved(arguments, model)
     steps.info("saving to %s", arguments.output)
     model.save_quantized(arguments.output)
-    show(
-        report.to_dict() | {"output": arguments.output},
-        arguments.json,
-        f"{report.summary()}\nsaved to {arguments.output}",
-    )
+    _show(report, arguments)
     figures = report.evaluation.to_dict() if report.evaluation is not None else {}
     return FAILED_GATE if failed_gates("quantize", gates.failures(figures)) else OK
 

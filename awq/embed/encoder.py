@@ -143,7 +143,11 @@ class Encoder(nn.Module):
             )
         body = settings.modules[0][1] if settings.modules else path
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(body, trust_remote_code)
-        return cls(model, tokenizer, heads, settings).to(next(model.parameters()).device)
+        encoder = cls(model, tokenizer, heads, settings)
+        encoder.heads.to(
+            encoder.device
+        )  # the model stays where it is, its weights may be elsewhere
+        return encoder
 
     @property
     def device(self) -> torch.device:

@@ -19,6 +19,7 @@ from awq.calibration.request import read_request, tell_apart
 from awq.checkpoint import save_checkpoint
 from awq.checkpoint.hf import mark_quantized
 from awq.checkpoint.source import position_limit
+from awq.checkpoint.streaming import StreamedBlocks
 from awq.checkpoint.tokenizer import find_tokenizer
 from awq.config import AwqConfig
 from awq.errors import ConfigError, ModelError
@@ -65,6 +66,7 @@ class AwqModel(nn.Module):
         self._tokenizer_known = self.is_quantized
         self._trust_remote_code = trust_remote_code
         # packed linears of an export_compatible run, until pack()
+        self._blocks: StreamedBlocks | None = None  # of a model that is not in memory
         self._waiting: dict[str, WQLinear] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -133,7 +135,7 @@ class AwqModel(nn.Module):
         if export_compatible:
             report = self._quantize_dense(batches, config, chosen)
         else:
-            report = quantize_model(self.model, batches, config, chosen)
+            report = quantize_model(self.model, batches, config, chosen, self._blocks)
         self.report, self.awq_config = report, config
         self.is_quantized = not export_compatible
         if self.is_quantized:
@@ -168,7 +170,9 @@ class AwqModel(nn.Module):
                 raise ConfigError(f"{name} is {value!r}; use a whole number of at least 1.")
         if chosen.device is not None:
             usable_device(chosen.device)
-        check_quantizable(self.model, config, self.path)
+        if self._blocks is not None:
+            _check_streamed(chosen, export_compatible)
+        check_quantizable(self.model, config, self.path, streamed=self._blocks is not None)
         if not fused_experts(self.model):  # experts are made linears later, and count in the plan
             with suppress(ModelError):  # a model without blocks is judged later
                 make_plan(
@@ -278,6 +282,7 @@ class AwqModel(nn.Module):
             self._tokenizer,
             shard_size,
             self.is_quantized,
+            None if self._blocks is None else self._blocks.parts(),
         )
 
     def _as_saved(self) -> Any:
@@ -371,6 +376,20 @@ class BaseAWQForCausalLM(FusedGeneration, AwqModel):
 
 
 _SAMPLES = 128  # rows of text that calibrate, AutoAWQ's number
+
+
+def _check_streamed(options: QuantizeOptions, export_compatible: bool) -> None:
+    """Refuses what needs the whole model in memory."""
+    if options.tuning:
+        raise ConfigError(
+            "tuning (preset 'best') needs the whole model in memory, and it is streamed; use "
+            "preset 'balanced', or quantize it in memory."
+        )
+    if export_compatible:
+        raise ConfigError(
+            "export_compatible keeps the whole model in memory, and it is streamed; use packed "
+            "weights, or quantize it in memory."
+        )
 
 
 def _options(given: dict[str, Any]) -> QuantizeOptions:

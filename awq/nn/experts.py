@@ -374,15 +374,21 @@ def fused_experts(model: nn.Module) -> dict[str, ExpertShape]:
     return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
+Judge = Callable[[str, nn.Module, ExpertShape], "str | None"]
+
+
 @torch.no_grad()
 def expose_experts(
-    model: nn.Module, names: Mapping[str, ExpertNames] | None = None
+    model: nn.Module,
+    names: Mapping[str, ExpertNames] | None = None,
+    judge: Judge | None = None,
 ) -> dict[str, str]:
     """Puts an `ExpertLinears` in the place of every module of fused experts; returns module name →
     why it was left alone.
 
     names: what each module's linears are called in checkpoints; only modules named here are
-    exposed, None means all. The first module of every class is tried on random tokens.
+    exposed, None means all. The first module of every class is tried on random tokens, or asked
+    `judge` for (arguments: name, module, shape), where the weights are elsewhere.
     """
     left: dict[str, str] = {}
     verdicts: dict[Any, str | None] = {}
@@ -392,7 +398,9 @@ def expose_experts(
         original = model.get_submodule(name)
         kind = type(original), shape
         if kind not in verdicts:
-            verdicts[kind] = _why_not_expose(original, shape)
+            verdicts[kind] = (
+                why_not_expose(original, shape) if judge is None else judge(name, original, shape)
+            )
         reason = verdicts[kind]
         if reason is not None:
             left[name] = reason
@@ -401,7 +409,7 @@ def expose_experts(
     return left
 
 
-def _why_not_expose(original: nn.Module, shape: ExpertShape) -> str | None:
+def why_not_expose(original: nn.Module, shape: ExpertShape) -> str | None:
     """None when the experts as linears compute what the original computes."""
     example = next(original.parameters())
     if example.is_meta:

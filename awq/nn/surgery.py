@@ -96,8 +96,13 @@ def usable_device(wanted: Any = None) -> torch.device:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where its tensors are; a module with packed linears may have no parameter."""
-    return next(chain(module.parameters(), module.buffers())).device
+    """Where its tensors are; a module with packed linears may have no parameter.
+
+    The blocks of a model that is larger than memory stand on the meta device: another tensor of it
+    says where it is.
+    """
+    tensors = list(chain(module.parameters(), module.buffers()))
+    return next((tensor for tensor in tensors if not tensor.is_meta), tensors[0]).device
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from awq.errors import ModelError
 from awq.nn.blocks import BlockCall, BlockList, record_block_calls
 from awq.nn.decoder_inputs import with_decoder_inputs
+from awq.nn.presence import BlockStore
 from awq.nn.surgery import device_of
 
 logger = logging.getLogger("awq.nn")
@@ -120,8 +121,8 @@ class BlockWalk:
     inputs: at least one model input with `input_ids` and `attention_mask` [rows, tokens], of which
     the probes are cut.
     calibration: whether all of `inputs` walk along, too. device: where blocks are visited; default:
-    where the model is. Raises ModelError when the model's forward fails on the inputs, or does not
-    call a block.
+    where the model is. store: keeps the blocks' weights; None: the model has them.
+    Raises ModelError when the model's forward fails on the inputs, or does not call a block.
     """
 
     def __init__(
@@ -131,8 +132,10 @@ class BlockWalk:
         inputs: Sequence[ModelInputs],
         calibration: bool = False,
         device: torch.device | None = None,
+        store: BlockStore | None = None,
     ) -> None:
         self.model = model
+        self.store = store
         self.lists = list(lists)
         self.device = device or device_of(model)
         self._inputs = inputs if calibration else None
@@ -163,9 +166,10 @@ class BlockWalk:
         for number, (prefix, blocks) in enumerate(self.lists):
             calibration, many, single = self._first if number == 0 else self._record(number)
             for index, block in enumerate(blocks):
-                with in_float32(block, self.device) as dtypes:
+                name = f"{prefix}.{index}"
+                with self._present(name, block), in_float32(block, self.device) as dtypes:
                     visit = BlockVisit(
-                        name=f"{prefix}.{index}",
+                        name=name,
                         block=block,
                         index=index,
                         device=self.device,
@@ -179,6 +183,9 @@ class BlockWalk:
                     many.advance(block, index, self.device)
                     single.advance(block, index, self.device)
                     yield visit
+
+    def _present(self, name: str, block: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext() if self.store is None else self.store.visited(name, block)
 
 
 def probe_inputs(inputs: Sequence[ModelInputs]) -> tuple[ModelInputs, ModelInputs]:

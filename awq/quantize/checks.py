@@ -14,12 +14,16 @@ from awq.config import AwqConfig
 from awq.errors import ConfigError, ModelError
 
 
-def check_quantizable(model: nn.Module, config: AwqConfig, path: Any = "the model") -> None:
+def check_quantizable(
+    model: nn.Module, config: AwqConfig, path: Any = "the model", streamed: bool = False
+) -> None:
     """Refuses weights that are elsewhere or no numbers, and exclusions that exclude nothing.
 
     Raises ModelError or ConfigError, with names; no weight was touched then.
     """
     check_exclusions(model, config.modules_to_not_convert)
+    if streamed:
+        return  # its blocks are looked at when they are read
     offloaded = [
         name
         for name, tensor in chain(model.named_parameters(), model.named_buffers())

@@ -23,6 +23,7 @@ from awq.checkpoint.expert_names import expert_names
 from awq.config import AwqConfig
 from awq.nn.experts import conceal_experts, expose_experts
 from awq.nn.packed_experts import pack_experts
+from awq.nn.presence import BlockStore
 from awq.nn.surgery import device_of
 from awq.nn.unfinished import check_finished, unfinished
 from awq.nn.walk import BlockVisit
@@ -40,6 +41,7 @@ def quantize_model(
     batches: Sequence[CalibrationBatch],
     config: AwqConfig | None = None,
     options: QuantizeOptions | None = None,
+    store: BlockStore | None = None,
 ) -> QuantReport:
     """Quantizes every linear in the model's repeated blocks, in place.
 
@@ -48,12 +50,14 @@ def quantize_model(
     `options.export_compatible`. Raises ConfigError, CalibrationError or ModelError before any
     weight is touched. A model that an error or Ctrl-C leaves half done is marked
     (`awq.nn.unfinished`): nobody quantizes, saves or serves it by mistake.
+    store: brings each block's weights and takes the result away, for a model that does not hold
+    them (`awq.checkpoint.streaming`).
     """
     start = time.perf_counter()
     config, options = config or AwqConfig(), options or QuantizeOptions()
     check_finished(model)
-    with experts_as_linears(model) as dense_experts:
-        run = QuantizeRun.start(model.eval(), batches, config, options)
+    with experts_as_linears(model, store) as dense_experts:
+        run = QuantizeRun.start(model.eval(), batches, config, options, store)
         with moved_to(model, run.device if options.tuning else device_of(model)):
             with run.phase("inputs"):
                 match = run.output_match()
@@ -76,14 +80,17 @@ def quantize_model(
 
 
 @contextmanager
-def experts_as_linears(model: nn.Module) -> Iterator[dict[str, str]]:
+def experts_as_linears(
+    model: nn.Module, store: BlockStore | None = None
+) -> Iterator[dict[str, str]]:
     """Experts that a layer holds in 3-D parameters are linears inside; packed ones share one module
     afterwards.
 
     Yields name → reason for the layers of experts that cannot be shown as linears.
     """
     try:
-        yield expose_experts(model, expert_names(model))
+        judge = None if store is None else store.why_not_expose
+        yield expose_experts(model, expert_names(model), judge)
     finally:
         pack_experts(model)
         conceal_experts(model)

@@ -24,6 +24,7 @@ from awq.folds import InputGroup
 from awq.nn.blocks import BlockList, find_block_lists, reached_lists
 from awq.nn.decoder_inputs import with_decoder_inputs
 from awq.nn.linear import WQLinear
+from awq.nn.presence import BlockStore
 from awq.nn.surgery import device_of, get_weight, linear_shape, replace_module
 from awq.nn.walk import BlockWalk
 from awq.nn.weight_access import watched_weights
@@ -52,6 +53,7 @@ class QuantizeRun:
     weights: full name → weight, kept when scales are tuned later.
     original_hidden: the hidden states of the original model before the present block, where they
     are needed.
+    store: keeps the blocks' weights; None: the model has them.
     """
 
     model: nn.Module
@@ -68,6 +70,7 @@ class QuantizeRun:
     known_folds: dict[Any, list[InputGroup]] = field(default_factory=dict)
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     original_hidden: list[Tensor] | None = None
+    store: BlockStore | None = None
 
     @classmethod
     def start(
@@ -76,6 +79,7 @@ class QuantizeRun:
         batches: Sequence[CalibrationBatch],
         config: AwqConfig,
         options: QuantizeOptions,
+        store: BlockStore | None = None,
     ) -> QuantizeRun:
         """Raises ConfigError, CalibrationError or ModelError for what cannot be quantized."""
         if not batches or not any(int(b.attention_mask.sum()) for b in batches):
@@ -88,6 +92,8 @@ class QuantizeRun:
         )
         skip_in_mixtures(plan, model)
         twins = _take_twins(plan, model)
+        if store is not None:
+            store.begin(reached, plan.targets)
         widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.targets)
         device = _work_device(device_of(model), options)
         batches = rebatched(batches, _batch_tokens(device, widest))
@@ -103,7 +109,18 @@ class QuantizeRun:
         judges = held_out(len(batches)) if options.tuning else frozenset[int]()
         shared = _shared_modules(model)
         return cls(
-            model, reached, batches, config, options, plan, report, device, judges, shared, twins
+            model,
+            reached,
+            batches,
+            config,
+            options,
+            plan,
+            report,
+            device,
+            judges,
+            shared,
+            twins,
+            store=store,
         )
 
     @property
@@ -128,7 +145,7 @@ class QuantizeRun:
         leave the plan."""
         inputs = [batch.model_inputs() for batch in self.batches]
         with watched_weights(self.model, self.plan.targets) as read:
-            walk = BlockWalk(self.model, self.lists, inputs, calibration=True, device=self.device)
+            walk = BlockWalk(self.model, self.lists, inputs, True, self.device, self.store)
         self.plan.skip(read, "its weight is read past its forward")
         return walk
 

@@ -1,0 +1,313 @@
+"""Models larger than memory: blocks come from their files one at a time and leave into files.
+
+transformers builds the model on the meta device, with every name, shape and dtype that loading
+would give it, and says what is missing or left over; no weight is read for that. What lies outside
+the repeated blocks is then loaded for good. A block's weights are read when it is visited, through
+transformers' own conversions (renamed modules, experts joined into one tensor), so that the block
+is bit for bit the one of a model in memory. When its visit ends, its tensors go into a file of
+their own, under the names that a save would give them, and the block stands on the meta device
+again.
+
+Blocks are also *called* without being visited: to learn which of them a model reaches and what they
+return. Only the structure of the output counts there, so such calls run on the meta device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from awq.checkpoint.account import check_finite
+from awq.checkpoint.load import load_model
+from awq.checkpoint.match import conversions_of
+from awq.checkpoint.save import names_on_disk, tensors_on_disk, without_second_names
+from awq.checkpoint.shards import Parts, write_part
+from awq.checkpoint.source import Source
+from awq.errors import CheckpointError, ConfigError, ModelError
+from awq.nn.blocks import BlockList, find_block_lists, map_tensors
+from awq.nn.copies import copy_structure
+from awq.nn.experts import (
+    ExpertShape,
+    conceal_experts,
+    expose_experts,
+    named_experts,
+    why_not_expose,
+)
+from awq.nn.packed_experts import pack_experts
+from awq.nn.surgery import replace_module
+
+logger = logging.getLogger("awq.checkpoint")
+
+Headers = Mapping[str, Mapping[str, Any]]
+
+
+class StreamedBlocks:
+    """The blocks of a model in their files: a `BlockStore` (`awq.nn.presence`).
+
+    model: on the CPU, its blocks on the meta device. folder: where finished blocks are written,
+    each into a file of its own.
+    """
+
+    def __init__(self, source: Source, folder: Path, dtype: Any = "auto", kind: Any = None) -> None:
+        """source: a full-precision checkpoint; dtype, kind: of `load_model`.
+
+        Raises ConfigError or ModelError for a model that cannot be streamed, and what `load_model`
+        raises.
+        """
+        _check_transformers()
+        self._original: Any = load_model(source, dtype, kind=kind, device_map={"": "meta"})
+        if source.directory is None:  # it has been downloaded meanwhile
+            source = Source.open(source.name, source.trust_remote_code, **source.download)
+        self.path, self._headers = source.name, source.headers
+        self.folder, self._files = folder, list[Path]()
+        self.lists = find_block_lists(self._original)
+        self._names = [f"{prefix}.{i}" for prefix, blocks in self.lists for i in range(len(blocks))]
+        self._known_names = frozenset(self._names)
+        self._check_unshared()
+        self._members = self._members_of_blocks()
+        self._load_outside()
+        self.model: Any = copy_structure(self._original)
+        for name in self._names:
+            self._call_as_shapes(name, self.model.get_submodule(name))
+
+    # What a walk asks for
+
+    def begin(self, lists: Sequence[BlockList], targets: Collection[str]) -> None:
+        """See `BlockStore.begin`."""
+        visited = [f"{prefix}.{i}" for prefix, blocks in lists for i in range(len(blocks))]
+        last = lists[-1][0]
+        # An encoder's quantized blocks run again when the decoder's inputs are recorded.
+        self._run_later = {name for name in visited if not name.startswith(f"{last}.")}
+        self._visited, self._targets = visited, targets
+        for name in self._names:
+            if name not in visited:
+                block = self.model.get_submodule(name)
+                self._fill(name, block)
+                del block.forward
+
+    @contextmanager
+    def visited(self, name: str, block: nn.Module) -> Iterator[None]:
+        """See `BlockStore.visited`."""
+        self._fill(name, block)
+        del block.forward
+        yield
+        stays = name in self._run_later
+        finished = copy_structure(block) if stays else block
+        pack_experts(finished)
+        conceal_experts(finished)
+        state = without_second_names(finished, finished.state_dict())
+        tensors = {f"{name}.{key}": tensor for key, tensor in state.items()}
+        tensors = tensors_on_disk(self.model, tensors, self._names_on_disk)
+        path = self.folder / f"block-{len(self._files):05d}.safetensors"
+        write_part(path, tensors)
+        self._files.append(path)
+        if not stays:
+            block.to("meta")
+            block.forward = partial(_gone, name)
+
+    def why_not_expose(self, name: str, original: nn.Module, shape: ExpertShape) -> str | None:
+        """See `BlockStore.why_not_expose`."""
+        owner = self._owner(name)
+        if owner is None:
+            return why_not_expose(original, shape)
+        experts = self._filled(owner).get_submodule(name.removeprefix(f"{owner}."))
+        return why_not_expose(experts, shape)
+
+    # What a save asks for
+
+    @cached_property
+    def _names_on_disk(self) -> dict[str, bool]:
+        return names_on_disk(self.model, self._targets)
+
+    def parts(self) -> Parts:
+        """The model when all of its blocks were visited."""
+        inside = tuple(f"{name}." for name in self._visited)
+        state = self.model.state_dict()
+        rest = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
+        return Parts(self._files, rest, self._names_on_disk)
+
+    # Reading
+
+    def _fill(self, name: str, block: nn.Module) -> None:
+        """Gives a block of `model` its weights; experts are linears where they are so in it."""
+        filled = self._filled(name)
+        exposed = {inner: experts.names for inner, experts in named_experts(block).items()}
+        expose_experts(filled, exposed, lambda *_: None)  # judged when the model was exposed
+        filled.eval()
+        for content in ("_modules", "_parameters", "_buffers"):
+            block.__dict__[content] = filled.__dict__[content]
+
+    def _filled(self, name: str) -> nn.Module:
+        """The block of the original model, with its weights; the caller may keep it."""
+        spare = copy_structure(self._original.get_submodule(name))
+        self._load(self._members[name])
+        filled = self._original.get_submodule(name)
+        replace_module(self._original, name, spare)
+        lacking = [key for key, tensor in filled.state_dict().items() if tensor.is_meta]
+        if lacking:
+            raise CheckpointError(f"{self.path} lacks {name}.{lacking[0]}; download it again.")
+        check_finite(filled, f"{self.path}, {name},", ModelError)
+        return filled
+
+    def _load(self, names: Iterable[str]) -> set[str]:
+        """Puts stored tensors into the original model; returns which of its own got nothing."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        settings = LoadStateDictConfig(
+            device_map={"": "cpu"},
+            dtype=self._original.dtype,
+            weight_mapping=conversions_of(self._original),
+        )
+        with _no_bars():
+            info, _ = convert_and_load_state_dict_in_model(
+                self._original, _read(self._headers, names), settings
+            )
+        return set(info.missing_keys)
+
+    def _load_outside(self) -> None:
+        """Loads what lies in no block, makes what the files do not hold, and ties what is tied."""
+        model, known = self._original, self._original._weight_conversions
+        inside = tuple(f"{name}." for name in self._names)
+        missing = self._load(self._members[""])
+        model._weight_conversions = known  # of the whole model: a save reverts them
+        outside = {name for name in missing if not name.startswith(inside)}
+        model._move_missing_keys_from_meta_to_device(outside, {"": "cpu"}, None, None)
+        for module in model.modules():
+            module.__dict__.pop("_is_hf_initialized", None)
+        model._initialize_missing_keys(False)
+        model.tie_weights(missing_keys=outside, recompute_mapping=False)
+
+    def _members_of_blocks(self) -> dict[str, list[str]]:
+        """Block → names in the files of what it is made of; "" for all that is in no block."""
+        members: dict[str, list[str]] = {name: [] for name in ["", *self._names]}
+        for stored, name in loaded_names(self._original, self._headers).items():
+            members[self._owner(name) or ""].append(stored)
+        return members
+
+    def _owner(self, name: str) -> str | None:
+        """The block that a module or tensor belongs to."""
+        parts = name.split(".")
+        prefixes = (".".join(parts[:length]) for length in range(1, len(parts)))
+        return next((prefix for prefix in prefixes if prefix in self._known_names), None)
+
+    def _check_unshared(self) -> None:
+        """Refuses blocks that share weights: one that has left could not lend them."""
+        tied = getattr(self._original, "all_tied_weights_keys", None) or {}
+        for name in (*tied, *tied.values()):
+            if self._owner(name) is not None:
+                raise ModelError(
+                    f"{self.path} cannot be streamed: {name} of a block is tied to another weight; "
+                    "quantize it in memory."
+                )
+        owners: dict[nn.Parameter, str | None] = {}
+        for name, parameter in self._original.named_parameters(remove_duplicate=False):
+            owner = self._owner(name)
+            if owners.setdefault(parameter, owner) != owner:
+                raise ModelError(
+                    f"{self.path} cannot be streamed: {name} is shared between blocks; quantize it "
+                    "in memory."
+                )
+
+    # Calls outside visits
+
+    def _call_as_shapes(self, name: str, block: nn.Module) -> None:
+        block.forward = partial(_structure_of_output, block)
+
+
+def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Name in the files → name in the model that transformers loads it into; of tensors that become
+    several, the first."""
+    from transformers.core_model_loading import rename_source_key
+
+    steps = conversions_of(model)
+    joinings = [step for step in steps if hasattr(step, "operations")]
+    renamings = [step for step in steps if not hasattr(step, "operations")]
+    base, state = model.base_model_prefix, model.state_dict()
+    names = {}
+    for name in stored:
+        key, _ = rename_source_key(name, renamings, joinings, base, state)
+        if key not in state and name in state:
+            key, _ = rename_source_key(name, [], [], base, state)
+        names[name] = key
+    return names
+
+
+def _read(headers: Headers, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of the files. The files are mapped as long as one of the tensors lives."""
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        by_file.setdefault(headers[name]["file"], []).append(name)
+    tensors: dict[str, Tensor] = {}
+    for path, members in by_file.items():
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in members}
+    return tensors
+
+
+def _structure_of_output(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Zeros in the structure and shapes of the block's output."""
+    forward = type(block).forward
+    try:
+        on_meta = map_tensors((args, kwargs), lambda tensor: tensor.to("meta"))
+        output = forward(block, *on_meta[0], **on_meta[1])
+    except Exception as error:  # routing by values has none on the meta device
+        logger.debug("%s cannot run without values: %s", type(block).__name__, error)
+        with _zero_weights(block):
+            output = forward(block, *args, **kwargs)
+    return map_tensors(output, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
+
+
+@contextmanager
+def _zero_weights(block: nn.Module) -> Iterator[None]:
+    """Zeros that take no memory in place of the tensors on the meta device."""
+    replaced: list[tuple[Any, str, Tensor]] = []
+    for module in block.modules():
+        held: tuple[Any, ...] = (module._parameters, module._buffers)
+        for tensors in held:
+            for name, tensor in list(tensors.items()):
+                if tensor is not None and tensor.is_meta:
+                    replaced.append((tensors, name, tensor))
+                    zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(zeros, False) if is_parameter else zeros
+    try:
+        yield
+    finally:
+        for tensors, name, tensor in replaced:
+            tensors[name] = tensor
+
+
+def _gone(name: str, *_args: Any, **_kwargs: Any) -> Any:
+    raise ModelError(f"{name} is quantized and written; it cannot be run any more.")
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """None of transformers' progress bars: they would come for every block."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _check_transformers() -> None:
+    try:
+        from transformers import core_model_loading  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "streaming needs transformers 5 or newer; quantize the model in memory."
+        ) from error

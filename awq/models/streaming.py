@@ -1,0 +1,63 @@
+"""`quantize_directory`: from one directory to another, for models that do not fit into memory."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from awq.checkpoint.directory import check_target
+from awq.checkpoint.source import Source, hub_arguments
+from awq.checkpoint.work_folder import work_folder
+from awq.embed.directory import is_sentence_model
+from awq.errors import ConfigError
+from awq.models.auto import AutoAWQForCausalLM, AutoAWQForEmbedding
+from awq.quantize import QuantReport
+
+logger = logging.getLogger("awq.models")
+
+
+def quantize_directory(
+    source: str | Path,
+    output: str | Path,
+    quant_config: Any = None,
+    calib_data: Any = "pileval",
+    *,
+    torch_dtype: Any = "auto",
+    trust_remote_code: bool = False,
+    shard_size: str | int = "5GB",
+    **options: Any,
+) -> QuantReport:
+    """Quantizes the model in `source` into `output` with one block in memory at a time.
+
+    The weights are those that `AutoAWQForCausalLM.from_pretrained(source).quantize(…)` and
+    `save_quantized(output)` give, bit for bit, in shards of one block each; directories of
+    sentence-transformers are calibrated as embedding models, without an evaluation. What is in
+    memory: the embeddings, the head, one block in float32 with its statistics, and the hidden
+    states of the calibration tokens.
+
+    source: directory or hub id of a full-precision model. output: the directory to write; it
+    appears, or changes, when all of it is there. Finished blocks lie in `output`.awq-work
+    meanwhile. torch_dtype, trust_remote_code: of `from_pretrained`. shard_size: largest file of
+    what lies outside the blocks. options: further arguments of `quantize`.
+
+    Raises ConfigError, CalibrationError, ModelError or CheckpointError before any work starts;
+    ConfigError for what needs the whole model in memory: preset "best", `export_compatible`, an
+    evaluation, blocks that share weights, and transformers before 5.
+
+    >>> quantize_directory("big", "big-awq", {"q_group_size": 128}, preset="fast")  # doctest: +SKIP
+    """
+    check_target(output, source)
+    given = {name: options.pop(name) for name in hub_arguments(options)}
+    embedding = is_sentence_model(source)
+    if embedding and options.setdefault("evaluate", False) is not False:
+        raise ConfigError("evaluate needs the whole model in memory; use `awq eval` afterwards.")
+    opened = Source.open(source, trust_remote_code, **given)
+    if opened.is_quantized:
+        raise ConfigError(f"{source} is quantized already; give the full-precision model.")
+    door = AutoAWQForEmbedding if embedding else AutoAWQForCausalLM
+    with work_folder(output) as folder:
+        model = door.streamed(opened, folder, torch_dtype)
+        report = model.quantize(model.tokenizer, quant_config, calib_data, **options)
+        model.save_quantized(output, shard_size=shard_size)
+    return report
