@@ -13,7 +13,8 @@ import json
 import math
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
+
+from svg import document, line, polyline, text
 
 ROOT = Path(__file__).resolve().parent.parent
 QUALITY = ROOT / "benchmarks/results/quality-smollm2-g64-natural-h100.json"
@@ -21,27 +22,6 @@ SPEED = ROOT / "benchmarks/results/generate-h100.json"
 FIGURES = ROOT / "docs/figures"
 
 WIDTH, HEIGHT = 880, 330
-STYLE = """
-text { font: 13px system-ui, -apple-system, "Noto Sans CJK SC", sans-serif; fill: #1f2328; }
-.title { font-size: 15px; font-weight: 600; }
-.note { fill: #59636e; font-size: 12px; }
-.axis { stroke: #d1d9e0; }
-.line { stroke: #0969da; fill: none; stroke-width: 2; }
-.ours { fill: #0969da; }
-.other { fill: #8c959f; }
-.floor { stroke: #bc4c00; stroke-dasharray: 5 4; stroke-width: 1.5; }
-.floor-text { fill: #bc4c00; font-size: 12px; }
-@media (prefers-color-scheme: dark) {
-  text { fill: #e6edf3; }
-  .note { fill: #9198a1; }
-  .axis { stroke: #3d444d; }
-  .line { stroke: #4493f8; }
-  .ours { fill: #4493f8; }
-  .other { fill: #656c76; }
-  .floor { stroke: #f0883e; }
-  .floor-text { fill: #f0883e; }
-}
-"""
 WORDS = {
     "en": {
         "quality": "Perplexity against quantization time",
@@ -70,17 +50,6 @@ WORDS = {
         "floor": "显存带宽允许的上限 {value:.0f}",
     },
 }
-
-
-def text(x: float, y: float, value: str, kind: str = "", anchor: str = "start") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" '
-        f'text-anchor="{anchor}">{escape(value)}</text>'
-    )
-
-
-def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
 def quality_panel(result: dict[str, Any], words: dict[str, str]) -> list[str]:
@@ -112,8 +81,7 @@ def quality_panel(result: dict[str, Any], words: dict[str, str]) -> list[str]:
     out += [text(left + 6, floor - 6, words["full precision"].format(value=full), "floor-text")]
 
     points = [place(row["seconds"], row["perplexity"]) for row in rows]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    out.append(f'<polyline points="{path}" class="line"/>')
+    out.append(polyline(points, "line"))
     for row, (x, y) in zip(rows, points):
         name = words.get(row["name"], row["name"])
         out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="ours"/>')
@@ -160,14 +128,8 @@ def short(device: str) -> str:
 
 
 def draw(quality: dict[str, Any], speed: dict[str, Any], words: dict[str, str]) -> str:
-    title = f"{words['quality']}; {words['decode']}"
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}">'
-    )
-    parts = [head, f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>"]
-    parts += quality_panel(quality, words) + decode_panel(speed, words)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    parts = quality_panel(quality, words) + decode_panel(speed, words)
+    return document(WIDTH, HEIGHT, f"{words['quality']}; {words['decode']}", parts)
 
 
 def main() -> None:

@@ -27,6 +27,9 @@ RUN_HERE = [
     "docs/guide.md",
     "docs/generation.md",
     "docs/large-models.md",
+    "docs/formats.md",
+    "docs/performance.md",
+    "docs/migrate.md",
     "docs/cpu.md",
 ]
 RUN_ELSEWHERE = {"docs/embeddings.md": "test_embedding.py", "CONTRIBUTING.md": "test_pages.py"}

@@ -96,3 +96,39 @@ def test_the_page_on_the_house_names_rooms_that_exist():
     assert {path.name for path in (ROOT / "awq").iterdir() if path.is_dir()} - {
         "__pycache__"
     } <= set(folders) | {"utils"}
+
+
+def messages_of_the_package():
+    """Every text that the package raises or logs, values as …."""
+    found = []
+    for path in (ROOT / "awq").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+                found.append("".join(parts))
+    return found
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_package():
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    ours = page[: page.index("## Messages of other packages")]
+    quoted = re.findall(r"^\| `(.+?)` \|", ours, re.MULTILINE)
+    quoted = [text for text in quoted if not text.endswith("Error")]
+    assert len(quoted) > 30
+    known = messages_of_the_package()
+    missing = []
+    for text in quoted:
+        pattern = ".*".join(re.escape(piece) for piece in text.split("…"))
+        if not any(re.search(pattern, message, re.DOTALL) for message in known):
+            missing.append(text)
+    assert not missing
+
+
+def test_every_class_of_error_is_on_the_troubleshooting_page():
+    from awq import errors
+
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    classes = [name for name, value in vars(errors).items() if isinstance(value, type)]
+    assert all(f"`{name}`" in page or f".{name}`" in page for name in classes)
