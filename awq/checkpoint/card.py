@@ -1,4 +1,8 @@
-"""The model card: what was quantized, how, and with what loss."""
+"""The model card of a quantized directory: what it is made from, what that cost, and how to use it.
+
+Its metadata are the hub's: the original as `base_model` with the relation "quantized", licence and
+languages carried over from the original's own card.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +14,58 @@ from awq.checkpoint.modules import body_directory
 from awq.config import AwqConfig
 
 # What a reader must still be told about the original model: above all its licence.
-_INHERITED = (
-    "license",
-    "license_name",
-    "license_link",
-    "language",
-    "library_name",
-    "pipeline_tag",
-    "base_model",
-)
+_INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
+_VLLM_GROUP_SIZES = (-1, 32, 64, 128)  # what vLLM's AWQ kernels take (0.33)
 
-_PACKED = """{bits}-bit AWQ weights (arXiv 2306.00978), group size {group_size}, version `{format}`.
+_PACKED = "{bits}-bit AWQ weights (arXiv 2306.00978), group size {group_size}, version `{format}`."
+_DENSE = (
+    "Dense weights that hold {bits}-bit AWQ values (arXiv 2306.00978), group size {group_size}: "
+    "any reader loads them, at full size."
+)
+_TRANSFORMERS = """
+With transformers:
 
 ```python
-import awq  # teaches transformers to load this checkpoint
-from transformers import {auto}
+{register}from transformers import {auto}
 
 model = {auto}.from_pretrained("{name}")
 ```
 """
-_DENSE = """Dense weights that hold {bits}-bit AWQ values (arXiv 2306.00978).
-Group size {group_size}; any reader loads them, at full size.
+_SENTENCES = """
+With sentence-transformers:
+
+```python
+{register}from sentence_transformers import SentenceTransformer
+
+vectors = SentenceTransformer("{name}").encode(["A sentence."])
+```
 """
-_FIGURES = """
-## Quantization
+_ENCODER = """
+With this package alone:
 
-```
-{summary}
-```
+```python
+from awq import Encoder
 
-Per linear: `quantization_report.json`.
+vectors = Encoder.from_pretrained("{name}").encode(["A sentence."])
+```
+"""
+_GENERATE = """
+With this package, which fuses the blocks:
+
+```python
+from awq import AutoAWQForCausalLM
+
+model = AutoAWQForCausalLM.from_quantized("{name}", fuse_layers=True)
+tokens = model.tokenizer("Hello", return_tensors="pt").to(model.device)
+print(model.tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0]))
+```
+"""
+_VLLM = """
+With [vLLM](https://github.com/vllm-project/vllm), which needs no other package:
+
+```bash
+vllm serve {name}
+```
 """
 
 
@@ -52,42 +78,131 @@ def write_card(
     name: str | None = None,
 ) -> None:
     """Writes README.md into `directory`, in place of the original model's card, whose licence and
-    language it keeps."""
-    original = Path(str(source)).name if source else "model"
-    body = (_PACKED if packed else _DENSE).format(
-        bits=config.bits,
-        group_size=config.group_size,
-        format=config.format,
-        auto=_auto_name(directory),
-        name=name or f"{original}-awq",
-    )
-    if report is not None:
-        body += _FIGURES.format(summary=report.summary())
+    language it keeps.
+
+    report: a `QuantReport`, for figures and settings. source: directory or hub id of the original.
+    packed: False for dense weights with quantized values. name: of the new model; default: the
+    original's with "-awq".
+    """
+    title = name or f"{Path(str(source)).name if source else 'model'}-awq"
     card = directory / "README.md"
-    text = f"---\n{_metadata(card, source)}---\n\n# {name or f'{original}-awq'}\n\n{body}"
-    card.write_text(text, encoding="utf-8")
+    about = _PACKED if packed else _DENSE
+    parts = [
+        f"---\n{_metadata(card, directory, source)}---\n\n# {title}\n",
+        about.format(bits=config.bits, group_size=config.group_size, format=config.format),
+        _origin(source),
+        "\n## Use\n",
+        *_usage(directory, config, packed, title),
+    ]
+    if report is not None:
+        parts += [*_recovery(report.evaluation), *_making(report)]
+    card.write_text("\n".join(parts), encoding="utf-8")
 
 
-def _metadata(card: Path, source: str | Path | None) -> str:
-    from huggingface_hub import metadata_load
-    from huggingface_hub.utils import yaml_dump
+def hub_id(source: str | Path | None) -> str | None:
+    """The hub's name of the model at `source`, or None for a local directory of unknown origin.
+
+    >>> hub_id("/cache/models--owner--name/snapshots/0a1b"), hub_id("owner/name"), hub_id("/x")
+    ('owner/name', 'owner/name', None)
+    """
+    if not source:
+        return None
+    path = Path(str(source))
+    for part in path.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return None if path.is_absolute() or path.exists() else str(source)
+
+
+def _metadata(card: Path, directory: Path, source: str | Path | None) -> str:
+    from huggingface_hub import ModelCardData, metadata_load
 
     try:
         found = (metadata_load(card) if card.is_file() else None) or {}
     except Exception:  # a broken card of the original must not stop the saving of the new model
         found = {}
-    kept = {key: found[key] for key in _INHERITED if found.get(key)}
-    if source and not Path(str(source)).exists():
-        kept["base_model"] = str(source)
-    return yaml_dump({**kept, "tags": ["awq", "4-bit", "quantized"]})
+    sentences = (directory / "modules.json").exists()
+    fields = {"library_name": "sentence-transformers" if sentences else "transformers"}
+    if sentences:
+        fields["pipeline_tag"] = "sentence-similarity"
+    elif _auto_name(directory) == "AutoModelForCausalLM":
+        fields["pipeline_tag"] = "text-generation"
+    fields |= {key: found[key] for key in _INHERITED if found.get(key)}
+    origin = hub_id(source)
+    if origin is not None:
+        fields |= {"base_model": origin, "base_model_relation": "quantized"}
+    data = ModelCardData(**fields, tags=["awq", "4-bit", "quantized"])
+    return data.to_yaml() + "\n"
+
+
+def _origin(source: str | Path | None) -> str:
+    origin = hub_id(source)
+    if origin is not None:
+        return f"Quantized from [{origin}](https://huggingface.co/{origin})."
+    return f"Quantized from `{Path(str(source)).name}`." if source else ""
+
+
+def _usage(directory: Path, config: AwqConfig, packed: bool, name: str) -> list[str]:
+    """One snippet for each program that reads this directory."""
+    auto = _auto_name(directory)
+    register = "import awq  # teaches transformers to load this checkpoint\n" if packed else ""
+    snippets = [_TRANSFORMERS]
+    if (directory / "modules.json").exists():
+        snippets = [_SENTENCES, _ENCODER, _TRANSFORMERS]
+    elif auto == "AutoModelForCausalLM" and packed:
+        snippets.append(_GENERATE)
+        if config.zero_point and config.format == "gemm" and config.group_size in _VLLM_GROUP_SIZES:
+            snippets.append(_VLLM)
+    return [snippet.strip("\n").format(register=register, auto=auto, name=name) + "\n"
+            for snippet in snippets]  # fmt: skip
+
+
+def _recovery(evaluation: Any) -> list[str]:
+    """A table of what was measured before and after; nothing where nothing was measured."""
+    if evaluation is None:
+        return []
+    found = evaluation.to_dict()
+    rows = ["## Recovery\n", "| figure | original | quantized |", "|---|---|---|"]
+    if "perplexity_before" in found:
+        before, after = found["perplexity_before"], found["perplexity_after"]
+        rows.append(f"| perplexity | {before:.3f} | {after:.3f} |")
+        rows.append(
+            f"| recovery (perplexity of the original ÷ quantized) | | {before / after:.1%} |"
+        )
+        rows.append(f"| KL divergence, nats a token | 0 | {found['mean_kl']:.4f} |")
+        rows.append(f"| same most likely token | 100 % | {100 * found['top1_agreement']:.2f} % |")
+        return [*rows, ""]
+    rows.append(f"| cosine to the original's embeddings, mean | 1 | {found['mean_cosine']:.4f} |")
+    rows.append(f"| … least of {found['texts']} texts | 1 | {found['min_cosine']:.4f} |")
+    rows.append(f"| neighbours that stay, of 10 | 10 | {10 * found['neighbour_overlap']:.2f} |")
+    for key, label in (("spearman", "Spearman ×100, sentence pairs"), ("ndcg", "nDCG@10")):
+        if found.get(f"{key}_before") is not None:
+            rows.append(f"| {label} | {found[f'{key}_before']:.4g} | {found[f'{key}_after']:.4g} |")
+    return [*rows, ""]
+
+
+def _making(report: Any) -> list[str]:
+    """Settings, command and versions."""
+    parts = ["## Quantization\n", f"```\n{report.summary()}\n```\n"]
+    if report.command:
+        parts.append(f"Made by\n\n```bash\n{report.command}\n```\n")
+    settings = report.config | report.options
+    named = ", ".join(f"{key} {value}" for key, value in settings.items() if _is_told(key, value))
+    versions = ", ".join(f"{key} {value}" for key, value in report.versions.items())
+    parts += [f"Settings: {named}.\n"] if named else []
+    parts += [f"Versions: {versions}.\n"] if versions else []
+    return [*parts, "Per linear: `quantization_report.json`.\n"]
+
+
+def _is_told(key: str, value: Any) -> bool:
+    """What a stranger needs to repeat it: not the machine's device or the progress bar."""
+    return value is not None and key not in ("device", "progress", "modules_to_not_convert")
 
 
 def _auto_name(directory: Path) -> str:
-    architecture = (
-        read_json(body_directory(directory) / "config.json").get("architectures") or [""]
-    )[0]
-    if (directory / "modules.json").exists() or not architecture.endswith(
-        ("ForCausalLM", "LMHeadModel")
-    ):
+    config = read_json(body_directory(directory) / "config.json")
+    architecture = (config.get("architectures") or [""])[0]
+    is_decoder = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    if (directory / "modules.json").exists() or not is_decoder:
         return "AutoModel"
     return "AutoModelForCausalLM"

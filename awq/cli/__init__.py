@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns the exit status."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
+    arguments.command_line = ["awq", *(sys.argv[1:] if argv is None else argv)]
     if arguments.verb is None:
         parser.print_help(sys.stderr)
         return ERROR

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -199,6 +200,7 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
     if not embedding and arguments.evaluate is not None:
         steps.info("comparing with the original on %s", arguments.evaluate)
         report.evaluation = _moved(arguments, model)
+    report.command = shlex.join(arguments.command_line)
     steps.info("saving to %s", arguments.output)
     model.save_quantized(arguments.output)
     _show(report, arguments)

@@ -50,6 +50,7 @@ class QuantReport:
     versions: dict[str, str] = field(default_factory=dict)
     # figures before and after, a dataclass with `summary()`, e.g. `evals.similarity.EmbeddingDrift`
     evaluation: Any = None
+    command: str | None = None  # as it was typed, where quantization was one command
 
     @property
     def loss(self) -> float:

@@ -280,7 +280,10 @@ def _warn_of_few_tokens(report: QuantReport, widest: int) -> None:
 
 
 def _versions() -> dict[str, str]:
+    import awq
+
     return {
+        "autoawq": awq.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
