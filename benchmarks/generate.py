@@ -25,7 +25,13 @@ from typing import Any
 import common
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 from transformers.initialization import no_init_weights
 
 from awq.config import AwqConfig
@@ -33,8 +39,10 @@ from awq.core.weight import QuantizedWeight
 from awq.evals.speed import generation_speed, seconds, weight_bytes
 from awq.models.base import BaseAWQForCausalLM
 from awq.models.generation import Fusion
+from awq.nn.experts import ExpertNames, fused_experts
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
+from awq.nn.packed_experts import AwqExperts, ExpertStack
 from awq.nn.surgery import linear_shape, named_linears, replace_module
 
 Note = Callable[[str, dict[str, Any]], None]
@@ -94,18 +102,73 @@ SHAPES: dict[str, tuple[type, dict[str, int]]] = {
             vocab_size=32000,
         ),
     ),
+    "tiny-moe": (
+        MixtralConfig,
+        dict(
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            vocab_size=1000,
+        ),
+    ),
+    "mixtral-8x7b": (
+        MixtralConfig,
+        dict(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            vocab_size=32000,
+        ),
+    ),
+    "qwen3-30b-a3b": (
+        Qwen3MoeConfig,
+        dict(
+            hidden_size=2048,
+            intermediate_size=6144,
+            moe_intermediate_size=768,
+            num_hidden_layers=48,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            head_dim=128,
+            num_experts=128,
+            num_experts_per_tok=8,
+            norm_topk_prob=True,
+            vocab_size=151936,
+        ),
+    ),
 }
 
 
-def random_model(shape: str, dtype: torch.dtype, device: str, quantized: bool) -> Any:
-    """A model of a known shape; linears but the head are packed, group 128, when `quantized`."""
+def config_of(shape: str, layers: int | None = None) -> Any:
+    """The config of a known shape, with all its layers or the first few."""
     kind, settings = SHAPES[shape]
-    config = kind(**settings, max_position_embeddings=8192)
+    given = settings | ({} if layers is None else {"num_hidden_layers": layers})
+    return kind(**given, max_position_embeddings=8192)
+
+
+def random_model(
+    shape: str, dtype: torch.dtype, device: str, quantized: bool, layers: int | None = None
+) -> Any:
+    """A model of a known shape; linears but the head are packed, group 128, when `quantized`.
+
+    layers: so many instead of all.
+    """
+    config = config_of(shape, layers)
     config.sliding_window = None
     config.eos_token_id = None
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator(device).manual_seed(0)
+    if quantized:
+        pack_random_experts(model, dtype, device, generator)
     for name, linear in named_linears(model).items():
         if quantized and name != "lm_head":
             replace_module(model, name, random_linear(*linear_shape(linear), device, generator))
@@ -136,6 +199,42 @@ def random_linear(
     return WQLinear.from_quantized(QuantizedWeight(codes, scales, zeros))
 
 
+def pack_random_experts(
+    model: nn.Module, dtype: torch.dtype, device: str, generator: torch.Generator
+) -> None:
+    """Packed experts in the place of all experts, in place. Those of a layer hold equal numbers,
+    each in memory of its own."""
+
+    def stack(in_features: int, out_features: int, experts: int) -> ExpertStack:
+        linear = random_linear(in_features, out_features, device, generator)
+        made = ExpertStack([linear.quantized()], None, linear.format, linear.format)
+        made.settle(dtype)
+        for name in ("qweight", "qzeros", "scales"):
+            tensor = getattr(made, name)
+            made._buffers[name] = tensor.repeat(experts, *[1] * (tensor.dim() - 1))
+        made.num_experts, made._settled = experts, made.qweight
+        return made
+
+    for name, shape in fused_experts(model).items():
+        rows = shape.inner * (2 if shape.has_gate else 1)
+        first = stack(shape.hidden, rows, shape.num_experts)
+        second = stack(shape.inner, shape.hidden, shape.num_experts)
+        original = model.get_submodule(name)
+        replace_module(model, name, AwqExperts(original, shape, ExpertNames(), first, second))
+
+
+def active_bytes(model: nn.Module, batch: int) -> float:
+    """Bytes of the weights that one step of `batch` rows reads: of each layer's experts, the mean
+    number of different ones that independent choices hit."""
+    size = float(weight_bytes(model))
+    top = getattr(model.config, "num_experts_per_tok", 0)
+    for module in model.modules():
+        if isinstance(module, AwqExperts):
+            idle = (1 - top / module.shape.num_experts) ** batch
+            size -= idle * sum(buffer.nbytes for buffer in module.buffers())
+    return size
+
+
 def profile(model: Any, batch: int, prompt: int, device: str) -> dict[str, float]:
     """Microseconds per kernel and decode step, by name, from the profiler."""
     ids = torch.randint(3, 900, (batch, prompt)).to(device)
@@ -153,7 +252,8 @@ def ours(
 ) -> None:
     """Rows of this package: fused, and (peers) the same packed model in transformers' own loop or
     its step captured."""
-    model = random_model(shape, getattr(torch, arguments.dtype), arguments.device, True)
+    dtype = getattr(torch, arguments.dtype)
+    model = random_model(shape, dtype, arguments.device, True, arguments.layers)
     size, wrapper = weight_bytes(model), BaseAWQForCausalLM(model, shape)
     for quantize_head in (False, True) if arguments.quantize_lm_head else (False,):
         name = "fused, 4-bit head" if quantize_head else "fused"
@@ -170,7 +270,11 @@ def ours(
                     * model.dtype.itemsize
                 )
                 # seconds per step
-                floor = (size + token * batch * (prompt + new / 2)) / arguments.bandwidth / 1e12
+                floor = (
+                    (active_bytes(model, batch) + token * batch * (prompt + new / 2))
+                    / arguments.bandwidth
+                    / 1e12
+                )
                 share = None if quantize_head else floor * speed.decode_tok_s / batch
                 note(
                     shape,
@@ -205,7 +309,8 @@ def peers(
     shape: str, arguments: argparse.Namespace, lengths: list[tuple[int, int]], note: Note
 ) -> None:
     """Rows of transformers with dense weights; at most 64 new tokens, for they take long."""
-    model = random_model(shape, getattr(torch, arguments.dtype), arguments.device, False)
+    dtype = getattr(torch, arguments.dtype)
+    model = random_model(shape, dtype, arguments.device, False, arguments.layers)
     for peer in (p for p in arguments.peers if p in ("eager", "compiled")):
         kwargs = {"cache_implementation": "static"} if peer == "compiled" else {}
         for batch in arguments.batches:
@@ -292,6 +397,7 @@ def main() -> None:
         "--peers", nargs="*", default=[], choices=["unfused", "captured", "eager", "compiled"]
     )
     parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--layers", type=int, help="so many instead of all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--bandwidth", type=float, default=3.0, help="TB/s, for the share of the floor"

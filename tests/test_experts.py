@@ -198,6 +198,24 @@ def test_packed_experts_load_their_own_state_dict():
     assert torch.equal(logits(second, ids), logits(first, ids))
 
 
+@pytest.mark.parametrize("few, many", [(4, 12)])
+def test_discovery_runs_a_block_as_often_as_it_has_experts(few, many):
+    """And not as often as there are pairs of experts: mixtures have hundreds."""
+    counts = []
+    for experts in (few, many):
+        config = AutoConfig.for_model("mixtral", **SMALL, num_local_experts=experts)
+        model = AutoModelForCausalLM.from_config(config).float().eval()
+        expose_experts(model)
+        runs = []
+        for block in model.model.layers:
+            block.register_forward_pre_hook(lambda *_: runs.append(1))
+        with every_token(model):
+            groups = next(iter(find_folds(model)))[1]
+        assert sum(g.fold is not None for g in groups if "down" in g.consumers[0]) == experts
+        counts.append(len(runs))
+    assert counts[1] - counts[0] <= 1.5 * (many - few) / few * counts[0]
+
+
 class SortedExperts(torch.nn.Module):
     """Llama 4's form: each expert has a row for every token, zero where the token is not routed to
     it."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from awq.nn.linear import WQLinear
+from awq.nn.packed_experts import ExpertStack
 
 
 @dataclass
@@ -96,7 +97,8 @@ def weight_bytes(model: Any) -> int:
     head = model.get_output_embeddings()
     table = model.get_input_embeddings().weight
     kept = head is not None and getattr(head, "weight", None) is table
-    packed = (b for m in model.modules() if isinstance(m, WQLinear) for b in m.buffers())
+    kinds = (WQLinear, ExpertStack)
+    packed = (b for m in model.modules() if isinstance(m, kinds) for b in m.buffers())
     tensors = (t for t in (*model.parameters(), *packed) if kept or t is not table)
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from awq.folds.fold import Fold, InputGroup, linear_names, reader_names
 from awq.folds.proof import TOLERANCE, Calls, float_calls, holds
 from awq.nn.blocks import float_copy
+from awq.nn.experts import expert_of
 from awq.nn.hooks import hooked, input_of
 from awq.nn.surgery import get_weight, is_linear, linear_shape
 
@@ -155,6 +156,9 @@ def _linear_fold(
     if reference is None:
         return None
     earlier = order[: order.index(group.consumers[0])]
+    expert = expert_of(block, group.consumers[0])
+    if expert is not None:  # nothing outside an expert feeds its second product
+        earlier = [name for name in earlier if expert_of(block, name) == expert]
     for producer in reversed(earlier):
         if not is_linear(block.get_submodule(producer)):
             continue  # a router: what it gives is a choice

@@ -519,10 +519,10 @@ def every_token(root: nn.Module) -> Iterator[None]:
 def expert_of(block: nn.Module, name: str) -> tuple[str, int] | None:
     """(name of the exposed experts, expert's number) that the linear `name` of a block belongs to,
     or None."""
-    for owner in named_experts(block):
-        prefix = f"{owner}." if owner else ""
-        if name.startswith(prefix):
-            number = name.removeprefix(prefix).split(".")[0]
-            if number.isdigit():
-                return owner, int(number)
+    module: nn.Module | None = block
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if isinstance(module, ExpertLinears):
+            return (".".join(parts[:place]), int(part)) if part.isdigit() else None
+        module = None if module is None else module._modules.get(part)
     return None
