@@ -292,3 +292,43 @@ def test_a_block_that_runs_in_two_places_is_stored_once(tmp_path):
     loaded.save_quantized(tmp_path / "again")
     again = (tmp_path / "again" / "model.safetensors").read_bytes()
     assert again == (tmp_path / "quantized" / "model.safetensors").read_bytes()
+
+
+def stored_otherwise(kind):
+    """Types whose checkpoints hold several of the model's linears as one tensor, or one as
+    several."""
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    ids = dict(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    if kind == "jina_embeddings_v3":
+        config = transformers.AutoConfig.for_model(kind, **small, **ids, max_position_embeddings=64)
+        config.architectures = ["JinaEmbeddingsV3Model"]
+    else:
+        config = transformers.AutoConfig.for_model(kind, **small, **ids, num_key_value_heads=2)
+        config.architectures = ["Molmo2TextModel"]
+    return built(config)
+
+
+@pytest.mark.parametrize("kind", ["jina_embeddings_v3", "molmo2_text"])
+def test_packed_linears_are_cut_as_in_the_source(kind, tmp_path):
+    """One Wqkv with its bias; and queries, keys and values of unequal numbers of heads."""
+    pytest.importorskip(f"transformers.models.{kind.removesuffix('_text')}")
+    model = stored_otherwise(kind)
+    wrapper, loaded = saved_and_loaded(model, tmp_path)
+    dense, packed = (
+        set(load_file(tmp_path / part / "model.safetensors")) for part in ("dense", "quantized")
+    )
+    parts = (".qzeros", ".scales")
+    stored = {name.replace(".qweight", ".weight") for name in packed if not name.endswith(parts)}
+    assert {name.removesuffix(".weight") for name in stored} == {
+        name.removesuffix(".weight") for name in dense
+    }
+    layer = {line.name.rpartition(".")[2] for line in wrapper.report.linears}
+    assert {"q_proj", "k_proj", "v_proj"} <= layer
+    for line in wrapper.report.linears:
+        ours, theirs = (m.model.get_submodule(line.name) for m in (wrapper, loaded))
+        assert torch.equal(ours.quantized().codes, theirs.quantized().codes)
+        assert (ours.bias is None) == (theirs.bias is None)
+        assert ours.bias is None or torch.equal(ours.bias, theirs.bias)
+    loaded.save_quantized(tmp_path / "again")
+    again = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again == (tmp_path / "quantized" / "model.safetensors").read_bytes()

@@ -102,20 +102,26 @@ def _outside(model: nn.Module, name: str) -> bool:
     return top not in dict(model.named_children())
 
 
-def check_blocks(model: nn.Module, stored: Iterable[str], matched: Iterable[str]) -> None:
+def check_blocks(
+    model: nn.Module, stored: Iterable[str], matched: Iterable[str], apart: Iterable[str] = ()
+) -> None:
     """Refuses blocks with packed linears that lack other tensors: they would be random numbers.
 
-    stored: names of all tensors in the files. matched: names of the model's packed linears. Heads
-    and all else outside these blocks may be missing, for `AutoModelFor…` puts new heads on old
-    bodies. Raises CheckpointError.
+    stored: names of all tensors in the files. matched: names of the model's packed linears. apart:
+    of modules that are accounted for elsewhere. Heads and all else outside these blocks may be
+    missing, for `AutoModelFor…` puts new heads on old bodies. Raises CheckpointError.
     """
     blocks = {_block_of(name) for name in matched} - {""}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     endings = {_in_block(name) for name in current_keys(model, stored)}
+    elsewhere = tuple(f"{name}." for name in apart)
     missing = [
         name
         for name in model.state_dict()
-        if _block_of(name) in blocks and name not in tied and _in_block(name) not in endings
+        if _block_of(name) in blocks
+        and name not in tied
+        and _in_block(name) not in endings
+        and not name.startswith(elsewhere)
     ]
     if missing:
         raise CheckpointError(

@@ -28,6 +28,7 @@ from awq.checkpoint.account import (
 )
 from awq.checkpoint.expert_names import names_in_files
 from awq.checkpoint.files import PackedTensors, files_of, packed_among, tensor_headers
+from awq.checkpoint.glued import GluedLinears
 from awq.checkpoint.match import check_shapes, match_names
 from awq.errors import CheckpointError
 from awq.nn.experts import expose_experts
@@ -132,7 +133,9 @@ class AwqHfQuantizer(HfQuantizer):
             )
         self.scaled = place_activation_scales(model, headers)
         expose_experts(model, names_in_files(model, self.packed))
-        self.matched = replace_linears(model, self.settings, self.packed)
+        self.glued = GluedLinears(model, self.packed, self.settings)
+        whole = {name: t for name, t in self.packed.items() if name not in self.glued.rows}
+        self.matched = replace_linears(model, self.settings, whole)
         self.shared = stored_elsewhere(model, self.matched)
         for name in self.shared:
             replace_module(model, name, nn.Identity())  # which has no tensors that could be missing
@@ -153,8 +156,9 @@ class AwqHfQuantizer(HfQuantizer):
         restore_scales(model, self.matched, self.packed)
         check_loaded(model, self.matched, self.packed)
         if self.stored:
-            check_blocks(model, self.stored, self.matched)
-        check_packed_finite(model, [*self.matched, *self.scaled])
+            check_blocks(model, self.stored, self.matched, self.glued.names)
+        self.glued.load(model)
+        check_packed_finite(model, [*self.matched, *self.glued.names, *self.scaled])
         for name, source in self.shared.items():
             replace_module(model, name, model.get_submodule(source))
         pack_experts(model)

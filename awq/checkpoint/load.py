@@ -24,7 +24,7 @@ from awq.checkpoint.account import (
     check_stored_floats,
 )
 from awq.checkpoint.hf import register
-from awq.checkpoint.match import conversions_of
+from awq.checkpoint.match import conversions_for_saving
 from awq.checkpoint.source import Source, first_line, hub_arguments
 from awq.errors import AwqError, CheckpointError, ModelError
 
@@ -150,7 +150,7 @@ def _forget_storage(model: Any) -> None:
     """Of a model that was dequantized while it was loaded: else transformers would save it under
     the names of that format."""
     if getattr(model, "_weight_conversions", None) is not None:
-        model._weight_conversions = conversions_of(model)
+        model._weight_conversions = conversions_for_saving(model)
 
 
 def _from_pretrained(

@@ -7,13 +7,14 @@ without the base prefix, then by their unique ending.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from awq.checkpoint.files import FLOATS, PackedTensors, check_complete
 from awq.config import FORMATS, AwqConfig
@@ -139,6 +140,37 @@ def conversions_of(model: Any) -> list[Any]:
     except ImportError:  # transformers 4
         return []
     return get_model_conversion_mapping(model)
+
+
+def conversions_for_saving(model: Any) -> list[Any]:
+    """The conversions of a model's type that are undone when it is saved.
+
+    transformers forgets those that met no tensor while it loaded, and packed tensors meet few. Of
+    prefixes, only what was found in the files goes back.
+    """
+    from transformers import core_model_loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    prefixes: Any = getattr(core_model_loading, "PrefixChange", ())  # younger than 5.0
+    known = inspect.signature(get_model_conversion_mapping).parameters
+    current: dict[str, Any] = {"add_legacy": False} if "add_legacy" in known else {}
+    used = {repr(step) for step in getattr(model, "_weight_conversions", None) or ()}
+    steps = get_model_conversion_mapping(model, **current)
+    return [step for step in steps if not isinstance(step, prefixes) or repr(step) in used]
+
+
+def as_saved(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model under the names, and in the cut, of the source's files."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    had = model.__dict__.get("_weight_conversions")
+    model._weight_conversions = conversions_for_saving(model) or None
+    try:
+        return revert_weight_conversion(model, tensors)
+    finally:
+        model.__dict__.pop("_weight_conversions", None)
+        if had is not None:
+            model._weight_conversions = had
 
 
 def _by_ending(names: list[str], packed: list[str]) -> dict[str, str]:

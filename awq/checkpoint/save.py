@@ -16,6 +16,7 @@ from awq.checkpoint.companions import copy_companions, source_directory
 from awq.checkpoint.directory import complete_directory
 from awq.checkpoint.expert_names import router_spellings
 from awq.checkpoint.files import REPORT_FILE, read_json
+from awq.checkpoint.glued import in_source_cut
 from awq.checkpoint.match import merged_on_disk
 from awq.checkpoint.modules import body_directory
 from awq.checkpoint.shards import Parts, join_shards
@@ -64,12 +65,14 @@ def save_checkpoint(
         with _config_of(model, settings):
             if parts is None:
                 names = names_on_disk(model, _packed_names(model))
-                model.save_pretrained(
-                    body, max_shard_size=shard_size, **names, **_stored_once(model)
-                )
+                chosen = _stored_once(model)
+                if names:
+                    chosen = {"state_dict": in_source_cut(model, chosen.get("state_dict"))}
+                model.save_pretrained(body, max_shard_size=shard_size, **names, **chosen)
             else:
+                rest = in_source_cut(model, parts.rest) if parts.names else parts.rest
                 model.save_pretrained(
-                    body, max_shard_size=shard_size, state_dict=parts.rest, **parts.names
+                    body, max_shard_size=shard_size, state_dict=rest, **parts.names
                 )
                 join_shards(body, parts.files, model.num_parameters())
         if origin is not None:
@@ -104,21 +107,12 @@ def _packed_names(model: Any) -> list[str]:
 
 
 def names_on_disk(model: Any, packed: Iterable[str]) -> dict[str, bool]:
-    """Argument of save_pretrained: source names, unless packed tensors would have to be glued
-    together for them.
+    """Argument of save_pretrained: it converts tensors by itself, unless packed ones are cut
+    otherwise in the source. Then `in_source_cut` converts them.
 
     packed: full names of the packed linears.
     """
-    merged = merged_on_disk(model, packed)
-    if not merged:
-        return {}
-    logger.warning(
-        "%s: %s … are one tensor in the source, and packed tensors cannot be glued; names of the "
-        "installed transformers are saved.",
-        type(model).__name__,
-        merged[0],
-    )
-    return {"save_original_format": False}
+    return {"save_original_format": False} if merged_on_disk(model, packed) else {}
 
 
 def _stored_once(model: Any) -> dict[str, dict[str, Tensor]]:
@@ -156,6 +150,8 @@ def tensors_on_disk(
     tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
     if names.get("save_original_format", True):
         tensors = revert_weight_conversion(model, tensors)
+    else:
+        tensors = in_source_cut(model, tensors)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
