@@ -37,11 +37,40 @@ def test_full_correction_is_the_least_squares_solution():
     order, factor = feedback_factor(found.gram, 1e-7)
     x, wanted = now.flatten(0, 1).double(), original.flatten(0, 1).double() @ weight.double().t()
     best = torch.linalg.lstsq(x, wanted).solution.t()
+    full, mean = found.lack(weight, 1.0, centred=False)
     torch.testing.assert_close(
-        corrected(weight, found.error, order, factor, 1.0).double(), best, atol=1e-3, rtol=1e-3
+        corrected(weight, full, order, factor).double(), best, atol=1e-3, rtol=1e-3
     )
-    half = corrected(weight, found.error, order, factor, 0.5)
+    torch.testing.assert_close(
+        mean.double(), (wanted - x @ weight.double().t()).mean(0), atol=1e-3, rtol=1e-3
+    )
+    half = corrected(weight, found.lack(weight, 0.5, centred=False)[0], order, factor)
     torch.testing.assert_close(half.double(), (weight.double() + best) / 2, atol=1e-3, rtol=1e-3)
+
+
+def test_what_a_stream_lacks_joins_the_target():
+    """Full correction is the least-squares solution for W X + R, and with a bias for both parts
+    less their means."""
+    now, original = pairs()
+    generator = torch.Generator().manual_seed(2)
+    missing = 0.3 * now[..., :10] + torch.randn(4, 100, 10, generator=generator) + 2
+    weight = torch.randn(10, 24, generator=generator)
+    found = InputErrorStatistics(24, torch.device("cpu"), 10)
+    found.add_pair(now, original, None, missing)
+    x = now.flatten(0, 1).double()
+    wanted = original.flatten(0, 1).double() @ weight.double().t() + missing.flatten(0, 1).double()
+    centred_x, centred_wanted = x - x.mean(0), wanted - wanted.mean(0)
+    for centred, gram, inputs, outputs in (
+        (False, found.gram, x, wanted),
+        (True, found.centred_gram, centred_x, centred_wanted),
+    ):
+        lack, mean = found.lack(weight, 1.0, centred)
+        best = torch.linalg.lstsq(inputs, outputs).solution.t()
+        aimed = corrected(weight, lack, *feedback_factor(gram, 1e-7))
+        torch.testing.assert_close(aimed.double(), best, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(
+            mean.double(), (wanted - x @ weight.double().t()).mean(0), atol=1e-3, rtol=1e-3
+        )
 
 
 def test_sums_leave_out_padding_and_what_is_not_finite():
@@ -108,7 +137,7 @@ def test_original_inputs_are_the_same_kept_or_computed_again(monkeypatch):
     again = OriginalInputs(block, ["0", "2"], calls, hidden, {1})
     assert kept.are_kept and not again.are_kept and not block[0]._forward_pre_hooks
     for name in ("0", "2"):
-        assert torch.equal(kept.of(name, 0), again.of(name, 0))
+        assert torch.equal(kept.of([name], 0)[name], again.of([name], 0)[name])
     assert all(torch.equal(a, b) for a, b in zip(kept.outputs(), again.outputs()))
 
 
@@ -126,7 +155,7 @@ def test_inputs_that_a_block_overwrites_are_computed_again():
     hidden = [torch.randn(2, 3, 4)]
     with torch.no_grad():
         found = OriginalInputs(Overwrites(), ["first"], [BlockCall((), {})], hidden, ())
-        assert not found.are_kept and torch.equal(found.of("first", 0), hidden[0])
+        assert not found.are_kept and torch.equal(found.of(["first"], 0)["first"], hidden[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

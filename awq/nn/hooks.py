@@ -2,8 +2,8 @@
 
 `hooked` is the one way in which this package listens to other people's modules. It registers a
 function on named modules and removes it when its `with` block ends, whatever happens inside.
-`input_of` runs a forward only as far as the module whose input is wanted, because the rest of the
-block would be computed for nothing.
+`inputs_of` runs a forward only as far as the modules whose inputs are wanted, because the rest of
+the block would be computed for nothing.
 
 >>> import torch
 >>> block = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU())
@@ -66,15 +66,25 @@ def _after(listen: After, name: str) -> Callable[[nn.Module, tuple, Any], Any]:
     return hook
 
 
-def input_of(root: nn.Module, name: str, run: Callable[[], Any]) -> Tensor | None:
-    """The first argument with which `run()` calls the module `name`; the forward ends there. None
-    when it never does."""
-    inputs: list[Tensor] = []
+def inputs_of(root: nn.Module, names: Iterable[str], run: Callable[[], Any]) -> dict[str, Tensor]:
+    """The first arguments with which `run()` calls the named modules; the forward ends when it has
+    come to all of them.
 
-    def catch(_name: str, args: tuple) -> None:
-        inputs.append(args[0])
-        raise _Reached
+    Modules that it never calls are left out.
+    """
+    wanted = set(names)
+    inputs: dict[str, Tensor] = {}
 
-    with hooked(root, [name], before=catch), suppress(_Reached):
+    def catch(name: str, args: tuple) -> None:
+        inputs.setdefault(name, args[0])
+        if len(inputs) == len(wanted):
+            raise _Reached
+
+    with hooked(root, sorted(wanted), before=catch), suppress(_Reached):
         run()
-    return inputs[0] if inputs else None
+    return inputs
+
+
+def input_of(root: nn.Module, name: str, run: Callable[[], Any]) -> Tensor | None:
+    """As `inputs_of`, for one module; None when it is never called."""
+    return inputs_of(root, [name], run).get(name)

@@ -16,7 +16,7 @@ from awq.core.scales import ScaleChoice
 from awq.errors import ModelError
 from awq.folds import InputGroup, apply_fold, discover, prove
 from awq.nn.experts import every_token, expert_of, named_experts
-from awq.nn.hooks import input_of
+from awq.nn.hooks import inputs_of
 from awq.nn.surgery import get_weight, linear_shape
 from awq.nn.walk import BlockVisit
 from awq.quantize.experts import (
@@ -35,6 +35,7 @@ from awq.quantize.group import (
 from awq.quantize.input_error import InputErrorStatistics, OriginalInputs
 from awq.quantize.run import QuantizeRun
 from awq.quantize.statistics import InputStatistics, MaskHolder, collect_inputs, fitting_mask
+from awq.quantize.streams import find_streams, stream_error
 
 logger = logging.getLogger("awq.quantize")
 
@@ -186,7 +187,15 @@ class BlockQuantizer:
         names = [name for name in readers if once_per_token(self.statistics[name], self.visit)]
         calls = [call for call, _ in self.visit.calls()]
         hidden = [h.to(self.visit.device).float() for h in self.run.original_hidden or []]
-        self.original = OriginalInputs(deepcopy(self.block), names, calls, hidden, self.run.judges)
+        alone = [
+            part.statistics
+            for part in self.parts
+            if part.names == [part.statistics] and part.statistics in names
+        ]
+        streams = find_streams(self.block, alone, *self.visit.many[0])
+        self.original = OriginalInputs(
+            deepcopy(self.block), names, calls, hidden, self.run.judges, streams
+        )
 
     def round_weights(self) -> None:
         """Quantizes the parts in the order of their first calls: a linear's input changes with
@@ -285,13 +294,22 @@ def input_error(
     """
     if name not in original.names:
         return None
-    found = InputErrorStatistics(linear_shape(block.get_submodule(name))[0], visit.device)
+    stream = original.streams.get(name)
+    width, out = linear_shape(block.get_submodule(name))
+    found = InputErrorStatistics(width, visit.device, 0 if stream is None else out)
+    names = [name] if stream is None else [name, stream.reader]
     for index, ((call, hidden), *masks) in enumerate(
         zip(visit.calls(), visit.masks(), visit.encoder_masks())
     ):
-        if index not in unused:
-            now = input_of(block, name, partial(call.run, block, hidden))
-            assert now is not None
-            found.add_pair(now, original.of(name, index), fitting_mask(now, *masks))
+        if index in unused:
+            continue
+        now, before = (
+            inputs_of(block, names, partial(call.run, block, hidden)),
+            original.of(names, index),
+        )
+        missing = None
+        if stream is not None:
+            missing = stream_error(now[stream.reader], before[stream.reader], stream.factor)
+        found.add_pair(now[name], before[name], fitting_mask(now[name], *masks), missing)
     found.shrink_to_diagonal()
     return found

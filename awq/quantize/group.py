@@ -118,9 +118,8 @@ def quantize_group(
     factor = feedback_factor(gram) if with_feedback else None
     target, mean_change = stacked, torch.zeros(len(stacked), device=gram.device)
     if isinstance(statistics, InputErrorStatistics) and factor is not None:
-        error = statistics.centred_error if with_bias else statistics.error
-        target = corrected(stacked, error, *factor, options.correction or 0.0)
-        mean_change = stacked @ statistics.error_mean
+        lack, mean_change = statistics.lack(stacked, options.correction or 0.0, with_bias)
+        target = corrected(stacked, lack, *factor)
     rows = quantize_rows(target, gram, size, config, options, factor)
     energies = row_losses(stacked, statistics.gram)
     shift = (stacked - rows.weight.dequantize()) @ statistics.mean + mean_change

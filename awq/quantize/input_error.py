@@ -3,23 +3,26 @@ linear's input.
 
 Error feedback minimises ‖(Ŵ − W) X̂‖ on the inputs X̂ that the linear gets now. The output that it
 should give is W X, with the inputs X of the original model (GPTAQ, arXiv 2504.02692; Qronos, arXiv
-2505.11695). The part of the difference that is linear in X̂
-moves into the target of rounding: W + α W E Ĝ⁻¹, with E = (X − X̂) X̂ᵀ and Ĝ = X̂ X̂ᵀ. α = 1
-follows the calibration tokens fully, and less of it carries over to other text (measured:
-docs/notes/quality.md).
+2505.11695). The part of the difference that is linear in X̂ moves into the target of rounding: W +
+α W E Ĝ⁻¹, with E = (X − X̂) X̂ᵀ and Ĝ = X̂ X̂ᵀ. α = 1 follows the calibration tokens fully, and
+less of it carries over to other text (measured: docs/notes/quality.md).
+
+Where the output is added to a residual stream, what counts is the sum: the target gives W X and
+what the stream lacks, R − R̂, too, so its lack (R − R̂) X̂ᵀ stands beside W E.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from awq.nn.blocks import BlockCall
-from awq.nn.hooks import hooked, input_of
+from awq.nn.hooks import hooked, inputs_of
 from awq.nn.surgery import linear_shape
 from awq.quantize.statistics import InputStatistics
+from awq.quantize.streams import Stream
 
 MAX_KEPT_VALUES = 1 << 29  # of inputs that are kept rather than computed again: 2 GiB
 
@@ -28,24 +31,38 @@ class InputErrorStatistics(InputStatistics):
     """Sums over tokens of x̂, a linear's input now, and of x, its input in the original model.
 
     error: float32 [in, in] = Σ (x − x̂) x̂ᵀ; error_sum: float32 [in] = Σ (x − x̂). gram and sum are
-    of x̂; |x̂| is not summed.
+    of x̂; |x̂| is not summed. stream, stream_sum: float32 [out, in] = Σ r x̂ᵀ and [out] = Σ r, with
+    r what the residual stream lacks beside the linear's output; zero without a stream (`out` is 0
+    then).
     """
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
+    def __init__(self, in_features: int, device: torch.device, out_features: int = 0) -> None:
         super().__init__(in_features, device)
         self.error = torch.zeros(in_features, in_features, device=device)
         self.error_sum = torch.zeros(in_features, device=device)
+        self.stream = torch.zeros(out_features, in_features, device=device)
+        self.stream_sum = torch.zeros(out_features, device=device)
 
-    def add_pair(self, now: Tensor, original: Tensor, mask: Tensor | None) -> None:
-        """Both [batch, tokens, in]; mask: bool [batch, tokens] of real tokens. What cannot be
-        summed in either is dropped."""
-        rows = self._keep(torch.cat([now, original], -1).float().flatten(0, -2), mask)
-        now, original = rows.chunk(2, -1)
+    def add_pair(
+        self, now: Tensor, original: Tensor, mask: Tensor | None, missing: Tensor | None = None
+    ) -> None:
+        """Both [batch, tokens, in]; mask: bool [batch, tokens] of real tokens. A token that is not
+        finite in either is dropped.
+
+        missing: [batch, tokens, out], what the stream lacks.
+        """
+        parts = [now, original] if missing is None else [now, original, missing]
+        sizes = [part.shape[-1] for part in parts]
+        rows = self._keep(torch.cat(parts, -1).float().flatten(0, -2), mask)
+        now, original, *rest = rows.split(sizes, -1)
         error = original - now
         self.gram.addmm_(now.t(), now)
         self.sum += now.sum(0)
         self.error.addmm_(error.t(), now)
         self.error_sum += error.sum(0)
+        for lack in rest:
+            self.stream.addmm_(lack.t(), now)
+            self.stream_sum += lack.sum(0)
 
     @property
     def error_mean(self) -> Tensor:
@@ -56,6 +73,24 @@ class InputErrorStatistics(InputStatistics):
     def centred_error(self) -> Tensor:
         """Σ (x − x̂ − its mean)(x̂ − mean)ᵀ, float32 [in, in]."""
         return torch.addr(self.error, self.error_sum, self.mean, alpha=-1)
+
+    def lack(self, weight: Tensor, share: float, centred: bool) -> tuple[Tensor, Tensor]:
+        """What the outputs W x̂ lack, `share` of it: Σ (wanted − W x̂) x̂ᵀ [out, in], and the mean
+        of wanted − W x̂ [out].
+
+        weight: float32 [out, in]. centred: without the means, which a bias makes up for.
+        """
+        product = weight @ (self.centred_error if centred else self.error)
+        mean = weight @ self.error_mean
+        if len(self.stream):
+            stream = (
+                torch.addr(self.stream, self.stream_sum, self.mean, alpha=-1)
+                if centred
+                else self.stream
+            )
+            product += stream
+            mean += self.stream_sum / max(1, self.tokens + self.missing_tokens)
+        return share * product, mean
 
 
 class OriginalInputs:
@@ -73,21 +108,29 @@ class OriginalInputs:
         calls: list[BlockCall],
         hidden: list[Tensor],
         unused: Collection[int] = (),
+        streams: Mapping[str, Stream] | None = None,
     ) -> None:
         """hidden: float32 [batch, tokens, features] before the block; unused: batches that nobody
-        asks for."""
+        asks for.
+
+        streams: linear → the stream to which it adds its output; the readers' inputs are noted,
+        too.
+        """
         self.block, self.names, self.calls, self.hidden = block, names, calls, hidden
+        self.streams = streams or {}
         self._kept: list[dict[str, Tensor]] | None = None
         self._outputs: list[Tensor] = []
         tokens = sum(h.shape[0] * h.shape[1] for h in hidden)
         width = sum(linear_shape(block.get_submodule(name))[0] for name in names)
+        width += sum(linear_shape(block.get_submodule(name))[1] for name in self.streams)
         if tokens * width <= MAX_KEPT_VALUES:
             self._keep(unused)
 
     def _keep(self, unused: Collection[int]) -> None:
         kept = []
         for index, (call, hidden) in enumerate(zip(self.calls, self.hidden)):
-            names = () if index in unused else self.names
+            readers = [stream.reader for stream in self.streams.values()]
+            names = () if index in unused else [*self.names, *readers]
             inputs, output, unchanged = _inputs_and_output(self.block, names, call, hidden)
             if not unchanged:
                 return  # the block overwrites them: they are computed again when they are asked for
@@ -99,14 +142,12 @@ class OriginalInputs:
     def are_kept(self) -> bool:
         return self._kept is not None
 
-    def of(self, name: str, batch: int) -> Tensor:
-        """[batch, tokens, in]."""
+    def of(self, names: Sequence[str], batch: int) -> dict[str, Tensor]:
+        """The inputs [batch, tokens, in] of linears, or of readers of their streams, by name."""
         if self._kept is not None:
-            return self._kept[batch][name]
+            return self._kept[batch]
         call, hidden = self.calls[batch], self.hidden[batch]
-        found = input_of(self.block, name, lambda: call.run(self.block, hidden))
-        assert found is not None
-        return found
+        return inputs_of(self.block, names, lambda: call.run(self.block, hidden))
 
     def outputs(self) -> list[Tensor]:
         """The block's new hidden states, for every batch."""
@@ -126,18 +167,17 @@ def _inputs_and_output(
     def note(name: str, args: tuple) -> None:
         inputs[name], versions[name] = args[0], args[0]._version
 
-    with hooked(block, names, before=note):
+    with hooked(block, dict.fromkeys(names), before=note):
         output = call.run(block, hidden)
     unchanged = all(inputs[name]._version == version for name, version in versions.items())
     return inputs, output, unchanged
 
 
-def corrected(weight: Tensor, error: Tensor, order: Tensor, factor: Tensor, share: float) -> Tensor:
-    """weight + share · weight · error · Ĝ⁻¹, float32 [out, in].
+def corrected(weight: Tensor, lack: Tensor, order: Tensor, factor: Tensor) -> Tensor:
+    """weight + lack · Ĝ⁻¹, float32 [out, in]: the weight whose outputs on x̂ are nearest to those
+    that are wanted.
 
-    weight [out, in]; error [in, in] of `InputErrorStatistics`; order [in] and factor [in, in] as
-    `feedback_factor` gives
-    them: Ĝ⁻¹ = UᵀU with columns in `order`.
+    lack [out, in]: Σ (wanted output − weight · x̂) x̂ᵀ; order [in] and factor [in, in] as
+    `feedback_factor` gives them: Ĝ⁻¹ = UᵀU with columns in `order`.
     """
-    change = (weight @ error[:, order]) @ factor.t() @ factor
-    return weight.index_add(1, order, change, alpha=share)
+    return weight.index_add(1, order, lack[:, order] @ factor.t() @ factor)
