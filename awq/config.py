@@ -56,7 +56,7 @@ def _names(given: Any) -> tuple[str, ...]:
 class AwqConfig:
     """Storage settings of an AWQ checkpoint.
 
-    bits: bits per weight; packed formats hold 4 (others only with `export_compatible=True`).
+    bits: bits per weight: 4, because AWQ's formats hold nothing else.
     group_size: input channels that share one scale and zero; −1 means the whole row.
     zero_point: True for asymmetric groups; False keeps every zero at the middle code (8 for 4
     bits).
@@ -76,10 +76,8 @@ class AwqConfig:
         object.__setattr__(self, "modules_to_not_convert", _names(self.modules_to_not_convert))
         if not isinstance(self.zero_point, bool):
             raise ConfigError(f"zero_point is {self.zero_point!r}; use True or False.")
-        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
-            raise ConfigError(
-                f"bits is {self.bits!r}; use an integer from 2 to 8 (packed checkpoints: 4)."
-            )
+        if isinstance(self.bits, bool) or self.bits != 4:
+            raise ConfigError(f"bits is {self.bits!r}; AWQ's formats hold 4 bits: use 4 (w_bit 4).")
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and size < 8):
             raise ConfigError(

@@ -58,6 +58,26 @@ def test_wrong_settings(llama_dir, tokenizer, texts, config, word):
         )
 
 
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 8])
+@pytest.mark.parametrize("export_compatible", [False, True])
+def test_other_bits_are_refused_at_every_door(llama_dir, tokenizer, texts, bits, export_compatible):
+    """No AWQ format holds them, so dense weights with such values are not offered either."""
+    for make in (
+        AwqConfig,
+        lambda bits: AwqConfig.from_file({"quant_method": "awq", "bits": bits}),
+    ):
+        with pytest.raises(ConfigError, match="4 bits"):
+            make(bits=bits)
+    model = AutoAWQForCausalLM.from_pretrained(str(llama_dir))
+    with pytest.raises(ConfigError, match="4 bits"):
+        model.quantize(
+            tokenizer,
+            {"q_group_size": 16, "w_bit": bits},
+            calib_data=texts,
+            export_compatible=export_compatible,
+        )
+
+
 @pytest.mark.parametrize(
     "data", [[], [""], ["   "], [[]], torch.zeros(0, 4, dtype=torch.long), 3, [1.5], {"a": 1}]
 )

@@ -198,11 +198,6 @@ def check_shapes(name: str, module: nn.Module, tensors: dict[str, dict], config:
     """
     check_complete(name, tensors)
     in_features, out_features = linear_shape(module)
-    if config.bits != 4:
-        raise CheckpointError(
-            f"{name}: config.json says {config.bits} bits; packed weights hold 4. Correct "
-            "config.json."
-        )
     found = {kind: (tuple(entry["shape"]), entry["dtype"]) for kind, entry in tensors.items()}
     if _fits(
         found, in_features, out_features, config.group_size_of(in_features, name), config.format

@@ -229,12 +229,7 @@ class AwqModel(nn.Module):
     def _quantize_dense(
         self, batches: list, config: AwqConfig, options: QuantizeOptions
     ) -> QuantReport:
-        """Leaves ordinary linears with quantized values; 4-bit ones can be packed afterwards,
-        exactly."""
-        if config.bits != 4:
-            return quantize_model(
-                self.model, batches, config, options.with_(export_compatible=True)
-            )
+        """Leaves ordinary linears with quantized values; `pack` can pack them later, exactly."""
         dense, dtype = named_linears(self.model), self.model.dtype
         report = quantize_model(self.model, batches, config, options)
         report.options["export_compatible"] = True
@@ -253,9 +248,7 @@ class AwqModel(nn.Module):
             logger.info("pack: the weights are packed already.")
             return
         if not self._waiting:
-            raise ConfigError(
-                "pack() needs quantize(..., export_compatible=True) with w_bit 4 before it."
-            )
+            raise ConfigError("pack() needs quantize(..., export_compatible=True) before it.")
         for name, packed in self._waiting.items():
             replace_module(self.model, name, packed.to(self.device))
         self._waiting, self.is_quantized = {}, True

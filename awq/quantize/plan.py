@@ -58,14 +58,8 @@ def make_plan(
     lists: the repeated blocks to quantize; unreached: names of lists of blocks that the calibration
     inputs do not reach. Linears whose input the group size does not divide stay dense and are
     named. Raises ConfigError when they hold more than a tenth of the weights, naming the first and
-    a group size that fits, or when packed weights are asked for in other than 4 bits; ModelError
-    when nothing is left to quantize.
+    a group size that fits; ModelError when nothing is left to quantize.
     """
-    if packed and config.bits != 4:
-        raise ConfigError(
-            f"bits is {config.bits}: packed formats hold 4 bits; use w_bit 4, or "
-            "export_compatible=True for dense weights."
-        )
     plan = Plan()
     odd: dict[str, str] = {}
     weights: dict[str, int] = {}
