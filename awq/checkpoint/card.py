@@ -122,7 +122,8 @@ def _metadata(card: Path, directory: Path, source: str | Path | None) -> str:
     except Exception:  # a broken card of the original must not stop the saving of the new model
         found = {}
     sentences = (directory / "modules.json").exists()
-    fields = {"library_name": "sentence-transformers" if sentences else "transformers"}
+    library = "sentence-transformers" if sentences else "transformers"
+    fields: dict[str, Any] = {"library_name": library}
     if sentences:
         fields["pipeline_tag"] = "sentence-similarity"
     elif _auto_name(directory) == "AutoModelForCausalLM":
