@@ -23,7 +23,7 @@ MAY_SKIP = (
     r"needs (an x86 CPU|Linux|a CPU with) ?.*",
     r"transformers has no .+",
     r"this transformers' \w+ looks one way only",
-    r"(mteb|lm_eval|httpx|fastapi|compressed_tensors)\b.* is not installed",
+    r"(mteb|lm_eval|httpx|fastapi|compressed_tensors|shtab)\b.* is not installed",
     r"AUTOAWQ_\w+ (is not set|names no guide)",  # comparisons with AutoAWQ's own files
 )
 

@@ -288,6 +288,7 @@ def test_env_names_versions_and_kernels(capsys):
 
 
 def test_completion_knows_every_verb(capsys):
+    pytest.importorskip("shtab", reason="shtab is not installed")
     from awq.cli import VERBS
 
     script = run_json(capsys, "completion", "bash")["script"]

@@ -67,6 +67,18 @@ def test_what_is_installed_satisfies_it():
     assert importlib.metadata.version("autoawq") == importlib.import_module("awq").__version__
 
 
+def test_one_version_everywhere():
+    """The package's, the project file's and the citation's."""
+    version = importlib.import_module("awq").__version__
+    for name, pattern in (
+        ("pyproject.toml", r'^version = "(.+)"$'),
+        ("CITATION.cff", r"^version: (.+)$"),
+    ):
+        assert re.findall(pattern, (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE) == [
+            version
+        ]
+
+
 def test_a_project_with_the_extra_resolves_without_an_index(source, tmp_path):
     (tmp_path / "pyproject.toml").write_text(PROJECT)
     out = pip("install", "--dry-run", ".[quan]", cwd=tmp_path)
@@ -87,7 +99,10 @@ def test_the_wheel_is_the_newest_that_the_extra_accepts(source, tmp_path):
         "awq/__init__.py",
         "awq/integrations/emb_model_provider.py",
         "awq/calibration/data/passages.txt",
+        "awq/py.typed",
     } <= names
+    assert wheel.stat().st_size < 3_000_000
+    assert not [name for name in names if name.endswith((".so", ".pyd", ".dll"))]
     required = re.findall(r"^Requires-Dist: ([A-Za-z]+)([^;\n]*)$", metadata, re.MULTILINE)
     assert {("torch", ">=2.6"), ("transformers", ">=4.51.3")} <= set(required)
     older = tmp_path / "autoawq-0.2.9-py3-none-any.whl"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from awq.errors import ConfigError
+from awq.nn.surgery import usable_device
 
 
 def language_model_scores(
@@ -49,7 +50,7 @@ def language_model_scores(
         task_manager=manager,
         limit=limit,
         batch_size=batch_size,
-        device=device,
+        device=str(usable_device(device)),  # without one, lm-eval asks for a GPU
         bootstrap_iters=1000,
     )
     return {name: _numbers(values) for name, values in found["results"].items()}
