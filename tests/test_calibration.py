@@ -11,7 +11,15 @@ import torch
 from conftest import make_tokenizer
 
 from awq.calibration import CalibrationBatch, load_calibration, prepare_calibration_tokens
-from awq.calibration.batches import general_rows, general_texts, rendered_chats, spelled_texts
+from awq.calibration.batches import (
+    GENERAL_SHARE,
+    MAX_WEIGHT,
+    general_texts,
+    rebatched,
+    rendered_chats,
+    spelled_texts,
+    with_general_rows,
+)
 from awq.calibration.sources import bundled_chats, bundled_texts, file_texts, named_texts
 from awq.calibration.tokens import tokenize
 from awq.errors import CalibrationError
@@ -347,7 +355,8 @@ def test_no_general_row_holds_a_special_token(find):
     from transformers import AutoTokenizer
 
     real = AutoTokenizer.from_pretrained(folder)
-    rows = real_rows(general_rows(load_calibration([[5] * 64] * 64, mode="rows"), real))
+    own = load_calibration([[5] * 64] * 64, mode="rows")
+    rows = real_rows(with_general_rows(own, real, 64)[len(own) :])
     chats = {
         i
         for text in rendered_chats(real)
@@ -359,6 +368,25 @@ def test_no_general_row_holds_a_special_token(find):
     passages = spelled_texts(bundled_texts(), real)
     ids = {i for text in passages for i in real(text, add_special_tokens=False)["input_ids"]}
     assert len(passages) > 500 and not ids & set(real.all_special_ids)
+
+
+@pytest.mark.parametrize("own_rows", [2, 16, 32, 48])
+def test_general_text_fills_up_what_few_rows_leave(own_rows):
+    """Twice the wanted rows in all, at least as many general ones; weights of mean 1."""
+    own = load_calibration([[5] * 8] * own_rows, mode="rows")
+    joined = with_general_rows(own, make_tokenizer(), 32)
+    counts = [len(batch.input_ids) for batch in joined]
+    general = sum(counts[len(own) :])
+    assert general == max(64 - own_rows, own_rows)
+    assert sum(n * b.weight for n, b in zip(counts, joined)) == pytest.approx(sum(counts))
+    expected = min(MAX_WEIGHT, (1 - GENERAL_SHARE) * sum(counts) / own_rows)
+    assert own_rows == 2 or expected < MAX_WEIGHT
+    weight = joined[0].weight
+    assert weight == pytest.approx(expected) and joined[-1].weight != weight
+    again = rebatched(joined, 64)
+    assert {b.weight for b in again} == {b.weight for b in joined}
+    rows = real_rows([b for b in again if b.weight == weight])
+    assert rows == [[5] * 8] * own_rows, "rows of two weights never share a batch"
 
 
 def test_chats_come_in_the_models_own_template():

@@ -91,6 +91,23 @@ def test_sums_leave_out_padding_and_what_is_not_finite():
     torch.testing.assert_close(found.centred_error.double(), centred, atol=1e-2, rtol=1e-3)
 
 
+def test_a_weight_counts_tokens_several_times():
+    now, original = pairs()
+    once, thrice = (InputErrorStatistics(24, torch.device("cpu"), 24) for _ in range(2))
+    for _ in range(3):
+        once.add_pair(now, original, None, original)
+    thrice.add_pair(now, original, None, original, weight=3.0)
+    plain, weighted = (InputStatistics(24, torch.device("cpu")) for _ in range(2))
+    for _ in range(3):
+        plain.add(now, None)
+    weighted.add(now, None, 3.0)
+    names = ("gram", "sum", "error", "error_sum", "stream", "stream_sum")
+    sums = [(getattr(once, name), getattr(thrice, name)) for name in names]
+    sums += [(getattr(plain, name), getattr(weighted, name)) for name in (*names[:2], "abs_sum")]
+    for expected, found in sums:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+
+
 def test_a_forward_stops_at_the_linear():
     calls = []
     block = torch.nn.Sequential(

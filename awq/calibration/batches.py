@@ -23,6 +23,8 @@ BATCH_TOKENS = 4096
 MAX_COUNT = 1 << 20  # samples, or tokens of a sample
 MAX_TEXTS_PER_ROW = 64  # texts read for each row wanted: empty ones give none
 PASSAGES_PER_CHAT = 8
+GENERAL_SHARE = 0.6  # of the weight of all tokens, where the bundled text joins a caller's texts
+MAX_WEIGHT = 4.0  # of a caller's token: the mean of all is 1
 MIN_SPELLED_SHARE = 0.1  # of the bundled texts
 # no script has so long tokens: more of the text than of it was used is gone
 MIN_CUT_CHARACTERS_PER_TOKEN = 20
@@ -30,11 +32,12 @@ MIN_CUT_CHARACTERS_PER_TOKEN = 20
 
 class CalibrationBatch(NamedTuple):
     """input_ids, attention_mask: int64 [batch, tokens], mask 1 on real tokens. extra: other inputs,
-    as token_type_ids."""
+    as token_type_ids. weight: how much each of its tokens counts in the statistics of inputs."""
 
     input_ids: Tensor
     attention_mask: Tensor
     extra: dict[str, Tensor] = {}
+    weight: float = 1.0
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments for the model's forward."""
@@ -204,13 +207,30 @@ def _padded(rows: list[list[int]], length: int, fill: int) -> Tensor:
     return torch.tensor([row + [fill] * (length - len(row)) for row in rows], dtype=torch.long)
 
 
-def general_rows(batches: Sequence[CalibrationBatch], tokenizer: Any) -> list[CalibrationBatch]:
-    """Batches of the bundled text with as many rows as `batches`, of their longest row's length."""
-    rows = sum(len(b.input_ids) for b in batches)
-    longest = max(b.input_ids.shape[1] for b in batches)
-    return load_calibration(
-        general_texts(tokenizer), tokenizer, max_samples=rows, max_length=longest
+def with_general_rows(
+    own: Sequence[CalibrationBatch], tokenizer: Any, samples: int
+) -> list[CalibrationBatch]:
+    """The caller's batches, and batches of the bundled text of their longest row's length.
+
+    Both together have twice `samples` rows: few rows of one's own leave room for more general ones,
+    since a Gram matrix of few tokens holds for no other. General tokens count `GENERAL_SHARE` of
+    all, but no token of the caller more than `MAX_WEIGHT` times.
+    """
+    rows = _count_rows(own)
+    longest = max(b.input_ids.shape[1] for b in own)
+    wanted = max(rows, 2 * samples - rows)
+    general = load_calibration(
+        general_texts(tokenizer), tokenizer, max_samples=wanted, max_length=longest
     )
+    joined = _count_rows(general)
+    every = rows + joined
+    weight = min(MAX_WEIGHT, (1 - GENERAL_SHARE) * every / rows)
+    rest = (every - weight * rows) / joined
+    return [b._replace(weight=weight) for b in own] + [b._replace(weight=rest) for b in general]
+
+
+def _count_rows(batches: Sequence[CalibrationBatch]) -> int:
+    return sum(len(batch.input_ids) for batch in batches)
 
 
 def general_texts(tokenizer: Any, passages: Sequence[str] | None = None) -> list[str]:
@@ -268,10 +288,10 @@ def rebatched(
     """The same rows in batches of about `tokens`, which depend on the rows alone, not on how they
     were padded or put together.
 
-    Padding at the ends of rows goes, rows are sorted by length (stable) and padded again, on the
-    right. Sums in floating point depend on shapes, so this is what makes quantized weights equal
-    bit for bit with and without padding. Batches stay as they are when `extra` holds something that
-    is not [batch, tokens].
+    Padding at the ends of rows goes, rows of one weight are sorted by length (stable) and padded
+    again, on the right. Sums in floating point depend on shapes, so this is what makes quantized
+    weights equal bit for bit with and without padding. Batches stay as they are when `extra` holds
+    something that is not [batch, tokens].
     """
     if any(
         value.shape != b.input_ids.shape or value.is_floating_point()
@@ -279,13 +299,16 @@ def rebatched(
         for value in b.extra.values()
     ):
         return list(batches)
-    rows: list[Row] = []
+    rows: dict[float, list[Row]] = {}
     for batch in batches:
         for i, mask in enumerate(batch.attention_mask.bool()):
             places = mask.nonzero().flatten().tolist()
             if places:
                 part = slice(places[0], places[-1] + 1)
-                rows.append(
-                    {key: value[i, part].tolist() for key, value in batch.model_inputs().items()}
-                )
-    return _batches(rows, 0, tokens)
+                row = {key: value[i, part].tolist() for key, value in batch.model_inputs().items()}
+                rows.setdefault(batch.weight, []).append(row)
+    return [
+        batch._replace(weight=weight)
+        for weight, alike in rows.items()
+        for batch in _batches(alike, 0, tokens)
+    ]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from awq.calibration import load_calibration
-from awq.calibration.batches import general_rows
+from awq.calibration.batches import with_general_rows
 from awq.calibration.request import read_request, tell_apart
 from awq.checkpoint import save_checkpoint
 from awq.checkpoint.hf import mark_quantized
@@ -217,7 +217,7 @@ class AwqModel(nn.Module):
             pad_id=pad_id,
         )
         if decoder and general and request.own and request.kind != "ids":
-            batches += general_rows(batches, request.tokenizer)
+            batches = with_general_rows(batches, request.tokenizer, samples)
         accepted = inspect.signature(
             getattr(self.model, "base_model", self.model).forward
         ).parameters
@@ -345,9 +345,10 @@ class BaseAWQForCausalLM(FusedGeneration, AwqModel):
         output, or texts.
         quant_config: {"zero_point", "q_group_size", "w_bit", "version", "modules_to_not_convert"}.
         The other arguments are AutoAWQ's; n_parallel_calib_samples, max_chunk_memory and
-        quantizer_cls are accepted and not needed. general_texts: rows of the bundled text, half as
-        many as there are of yours, join texts that calibrate a language model's error feedback, so
-        that it does not follow their domain alone (docs/notes/quality.md); token ids stay alone.
+        quantizer_cls are accepted and not needed. general_texts: rows of the bundled text join
+        texts that calibrate a language model's error feedback, so that it does not follow their
+        domain alone; both are twice `max_calib_samples` rows (docs/calibration.md). Token ids
+        stay alone.
         options: fields of `QuantizeOptions`. Raises ConfigError, CalibrationError or ModelError
         before any weight is touched.
         """

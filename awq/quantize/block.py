@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -123,10 +124,14 @@ class BlockQuantizer:
             collect_inputs(self.block, shared, holder) as statistics,
             collect_experts(self.block, routed, holder, statistics, routed_tokens),
         ):
-            for (call, hidden), *masks in zip(
-                self.visit.calls(), self.visit.masks(), self.visit.encoder_masks()
+            for batch, (call, hidden), *masks in zip(
+                self.run.batches,
+                self.visit.calls(),
+                self.visit.masks(),
+                self.visit.encoder_masks(),
             ):
                 holder.mask, holder.encoder = masks
+                holder.weight = batch.weight
                 call.run(self.block, hidden)
         for group in self.groups:
             if not expert_of(self.block, group.consumers[0]):
@@ -222,7 +227,8 @@ class BlockQuantizer:
     def _input_error(self, name: str) -> InputErrorStatistics | None:
         if self.original is None:
             return None
-        return input_error(self.block, name, self.original, self.visit, self.run.judges)
+        weights = [batch.weight for batch in self.run.batches]
+        return input_error(self.block, name, self.original, self.visit, self.run.judges, weights)
 
     def _write(self, result: QuantizedLinear) -> None:
         """The quantized values go into the ordinary linear, whose output the next groups read."""
@@ -286,11 +292,12 @@ def input_error(
     original: OriginalInputs,
     visit: BlockVisit,
     unused: frozenset[int] = frozenset(),
+    weights: Sequence[float] | None = None,
 ) -> InputErrorStatistics | None:
     """Statistics of the input of the linear `name` now and in the original block; None when they
     cannot be compared.
 
-    unused: batches that are left out.
+    unused: batches that are left out. weights: of the tokens of each batch; None: 1.
     """
     if name not in original.names:
         return None
@@ -303,13 +310,12 @@ def input_error(
     ):
         if index in unused:
             continue
-        now, before = (
-            inputs_of(block, names, partial(call.run, block, hidden)),
-            original.of(names, index),
-        )
+        now = inputs_of(block, names, partial(call.run, block, hidden))
+        before = original.of(names, index)
         missing = None
         if stream is not None:
             missing = stream_error(now[stream.reader], before[stream.reader], stream.factor)
-        found.add_pair(now[name], before[name], fitting_mask(now[name], *masks), missing)
+        mask, weight = fitting_mask(now[name], *masks), 1.0 if weights is None else weights[index]
+        found.add_pair(now[name], before[name], mask, missing, weight)
     found.shrink_to_diagonal()
     return found

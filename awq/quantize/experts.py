@@ -166,7 +166,9 @@ def collect_experts(
                 statistics[name] = RoutedStatistics(args[0].shape[-1], args[0].device)
             found: Any = statistics[name]
             found.add_routed(
-                args[0], None if holder.mask is None else holder.mask.reshape(-1)[tokens], weights
+                args[0],
+                None if holder.mask is None else holder.mask.reshape(-1)[tokens],
+                weights * holder.weight,
             )
 
         return hook
@@ -174,7 +176,9 @@ def collect_experts(
     def keep_for(owner: str, experts: ExpertLinears):
         def keep(_module: nn.Module, args: tuple) -> None:
             x, mask = experts.layer_inputs(args[0], holder.mask)
-            statistics.setdefault(owner, InputStatistics(x.shape[-1], x.device)).add(x, mask)
+            statistics.setdefault(owner, InputStatistics(x.shape[-1], x.device)).add(
+                x, mask, holder.weight
+            )
             hidden[owner].append(x if mask is None else x[mask.reshape(-1)])
 
         return keep

@@ -44,25 +44,30 @@ class InputErrorStatistics(InputStatistics):
         self.stream_sum = torch.zeros(out_features, device=device)
 
     def add_pair(
-        self, now: Tensor, original: Tensor, mask: Tensor | None, missing: Tensor | None = None
+        self,
+        now: Tensor,
+        original: Tensor,
+        mask: Tensor | None,
+        missing: Tensor | None = None,
+        weight: float = 1.0,
     ) -> None:
         """Both [batch, tokens, in]; mask: bool [batch, tokens] of real tokens. A token that is not
         finite in either is dropped.
 
-        missing: [batch, tokens, out], what the stream lacks.
+        missing: [batch, tokens, out], what the stream lacks. weight: of each token.
         """
         parts = [now, original] if missing is None else [now, original, missing]
         sizes = [part.shape[-1] for part in parts]
         rows = self._keep(torch.cat(parts, -1).float().flatten(0, -2), mask)
         now, original, *rest = rows.split(sizes, -1)
         error = original - now
-        self.gram.addmm_(now.t(), now)
-        self.sum += now.sum(0)
-        self.error.addmm_(error.t(), now)
-        self.error_sum += error.sum(0)
+        self.gram.addmm_(now.t(), now, alpha=weight)
+        self.sum.add_(now.sum(0), alpha=weight)
+        self.error.addmm_(error.t(), now, alpha=weight)
+        self.error_sum.add_(error.sum(0), alpha=weight)
         for lack in rest:
-            self.stream.addmm_(lack.t(), now)
-            self.stream_sum += lack.sum(0)
+            self.stream.addmm_(lack.t(), now, alpha=weight)
+            self.stream_sum.add_(lack.sum(0), alpha=weight)
 
     @property
     def error_mean(self) -> Tensor:

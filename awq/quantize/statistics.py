@@ -35,13 +35,13 @@ class InputStatistics:
         self.pseudo_tokens = 0
         self.calls = 0
 
-    def add(self, x: Tensor, mask: Tensor | None) -> None:
-        """x: [..., in]; mask: bool [batch, tokens] of real tokens. Rows that cannot be summed are
-        dropped and counted."""
+    def add(self, x: Tensor, mask: Tensor | None, weight: float = 1.0) -> None:
+        """x: [..., in]; mask: bool [batch, tokens] of real tokens; weight: of each of them. Rows
+        that cannot be summed are dropped and counted."""
         rows = self._keep(x.detach().reshape(-1, x.shape[-1]).float(), mask)
-        self.gram.addmm_(rows.t(), rows)
-        self.sum += rows.sum(0)
-        self.abs_sum += rows.abs().sum(0)
+        self.gram.addmm_(rows.t(), rows, alpha=weight)
+        self.sum.add_(rows.sum(0), alpha=weight)
+        self.abs_sum.add_(rows.abs().sum(0), alpha=weight)
         self.calls += 1
 
     def _keep(self, rows: Tensor, mask: Tensor | None) -> Tensor:
@@ -117,10 +117,11 @@ class InputStatistics:
 
 class MaskHolder:
     """The token masks of the batch that is running; hooks read them. encoder: of the other input of
-    a decoder's blocks."""
+    a decoder's blocks. weight: of the batch's tokens."""
 
     mask: Tensor | None = None
     encoder: Tensor | None = None
+    weight: float = 1.0
 
     def of(self, x: Tensor) -> Tensor | None:
         """The mask of an input [batch, tokens, in]: the encoder's where that alone has its number
@@ -148,7 +149,7 @@ def collect_inputs(
         x = args[0]
         if name not in statistics:
             statistics[name] = InputStatistics(x.shape[-1], x.device)
-        statistics[name].add(x, holder.of(x))
+        statistics[name].add(x, holder.of(x), holder.weight)
 
     with hooked(block, names, before=add):
         yield statistics
