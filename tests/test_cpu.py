@@ -1,10 +1,12 @@
 """The CPU kernels equal the reference on any shape, for any kind of CPU, and step aside where they
 cannot be trusted."""
 
+import math
 import os
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,10 @@ from awq.errors import ConfigError
 from awq.formats import get_layout
 from awq.kernels import Packed, Shape, choose, explain, reference, use_backend
 from awq.kernels import cpu as backend
-from awq.kernels.cpu import dense, engine
+from awq.kernels.cpu import dense, engine, pool
 from awq.kernels.cpu.products import emit_linear
 from awq.kernels.cpu.targets import TARGETS
+from awq.kernels.cpu.team import UNTIL
 from awq.nn.layout import concatenate_outputs, restore, split_outputs
 from awq.nn.linear import WQLinear
 
@@ -144,7 +147,8 @@ def test_strided_input_and_bias_of_another_dtype():
     assert error(backend.linear(x, pack(weight), bias), x, weight, bias) < 1e-6
 
 
-def test_a_token_does_not_depend_on_the_others_nor_on_threads():
+def test_a_token_does_not_depend_on_the_others_nor_on_threads(monkeypatch):
+    monkeypatch.setattr(pool, "_cores_at_start", lambda: 8)
     weight, x = random_weight(1232, 200, 616), torch.randn(70, 1232)
     packed, before = pack(weight), torch.get_num_threads()
     whole = backend.linear(x, packed, None)
@@ -208,6 +212,7 @@ def test_without_openmp_python_threads_compute_the_same(monkeypatch, forget):
     monkeypatch.setattr(engine, "openmp", dict)
     kernel = engine.Program(emit_linear, torch.float32, engine.host_target(), 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(pool, "_cores_at_start", lambda: 8)
     assert torch.equal(backend.run(kernel, x, packed, None, 3), expected)
 
 
@@ -406,3 +411,62 @@ def test_a_task_is_filled_by_name_and_by_nothing_else():
         task.pack(rows=7, x=x, threads=1)
     with pytest.raises(TypeError, match="heads"):
         task.pack(rows=7, eps=0.5, x=None, threads=1, heads=2)
+
+
+def test_a_team_that_is_left_alone_changes_no_bit():
+    linear = WQLinear.from_quantized(random_weight(256, 96, 128))
+    x = torch.randn(3, 256)
+    state = engine._team_state()
+    before = state[UNTIL]
+    try:
+        state[UNTIL] = 0
+        together = linear(x)
+        state[UNTIL] = 2**62  # nanoseconds that never come
+        alone = linear(x)
+    finally:
+        state[UNTIL] = before
+    assert torch.equal(together, alone)
+
+
+def test_torch_on_one_core_is_the_calling_threads_alone():
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), engine.torch_on_one_core():
+        inside = torch.get_num_threads()
+        with ThreadPoolExecutor(1) as other:
+            elsewhere = other.submit(torch.get_num_threads).result()
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before == elsewhere
+    assert inside == (1 if engine.openmp() else before)
+
+
+@pytest.mark.parametrize(
+    "membership, files, cores",
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2),
+        ("0::/a/b", {"a/cpu.max": "100000 100000", "a/b/cpu.max": "400000 100000"}, 1),
+        ("0::/elsewhere", {"cpu.max": "50000 100000"}, 0.5),
+        (
+            "3:cpu,cpuacct:/a\n2:memory:/b",
+            {"cpu,cpuacct/a/cpu.cfs_quota_us": "300000", "cpu,cpuacct/a/cpu.cfs_period_us": "1e5"},
+            math.inf,
+        ),
+        ("1:cpu:/a", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "50000"}, 1),
+        (
+            "1:cpu:/a",
+            {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "50000"},
+            math.inf,
+        ),
+        ("", {}, math.inf),
+    ],
+)
+def test_the_quota_is_the_least_of_all_groups_above(
+    membership, files, cores, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pool, "CGROUPS", tmp_path)
+    monkeypatch.setattr(pool, "MEMBERSHIP", tmp_path / "membership")
+    for name, text in {"membership": membership, **files}.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert pool._quota() == cores

@@ -24,10 +24,12 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from awq.errors import ConfigError
 from awq.generate.run.decoder import FusedDecoder
 from awq.generate.run.static import StaticDecoder
+from awq.kernels.cpu.engine import torch_on_one_core
 from awq.nn.locks import lock_of
 
 logger = logging.getLogger("awq.generate")
 
+FEW_SCORES = 1 << 20  # one core looks at them in less time than a step takes
 _OUR_MODES = ("greedy_search", "sample")
 _THEIRS = (
     "inputs_embeds",
@@ -204,10 +206,11 @@ class _Run:
         logits = decoder.prefill(self.prompts, self.lengths)
         longest = max(self.lengths)
         for step in range(self.room):
-            scores = processors(ids[:, : width + step], logits)
-            self._keep(kept, scores, logits)
-            token = self._choose(scores)
-            watch.put(token, scores, width + step)
+            with torch_on_one_core() if logits.numel() <= FEW_SCORES else nullcontext():
+                scores = processors(ids[:, : width + step], logits)
+                self._keep(kept, scores, logits)
+                token = self._choose(scores)
+                watch.put(token, scores, width + step)
             last = step + 1 == self.room
             if watch.ahead and not last:  # under way before the host looks
                 logits = decoder.step(token, lengths, longest)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from awq.kernels.cpu.engine import Program, binding, host_target, program
+from awq.kernels.cpu.pool import team_size
 from awq.kernels.packed import Packed, Shape
 from awq.kernels.trial import trial_error
 
@@ -127,7 +128,7 @@ def run(kernel: Program, x: Tensor, packed: Packed, bias: Tensor | None, planes:
     step_bytes = tokens * (inputs // chunk) * 4
     scratch = torch.empty(plane_bytes + 2 * step_bytes, dtype=torch.uint8)
     start = scratch.data_ptr()
-    threads = torch.get_num_threads()
+    threads = team_size()
     task = PRODUCT.pack(
         quantize_threads=threads if tokens * inputs > MAX_SERIAL_VALUES else 1,
         threads=threads,

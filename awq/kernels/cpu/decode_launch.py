@@ -16,6 +16,7 @@ from awq.kernels.cpu.decoding import (
     emit_dense,
 )
 from awq.kernels.cpu.engine import program
+from awq.kernels.cpu.pool import team_size
 from awq.kernels.reference import decode as reference
 from awq.kernels.specs import Attention, Norm
 
@@ -135,4 +136,4 @@ def dense(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _threads(work: int) -> int:
-    return 1 if work <= MAX_SERIAL_WORK else torch.get_num_threads()
+    return 1 if work <= MAX_SERIAL_WORK else team_size()

@@ -16,6 +16,7 @@ from torch import Tensor
 from awq.kernels.cpu.emit import Emitter
 from awq.kernels.cpu.engine import program
 from awq.kernels.cpu.ir_types import F16, F32, I8, I32, vec
+from awq.kernels.cpu.pool import team_size
 from awq.kernels.cpu.targets import LANES as ROWS
 from awq.kernels.cpu.task import COUNT, ELEMENT, Array, Task
 from awq.kernels.packed import Packed
@@ -59,7 +60,7 @@ def dequantized(packed: Packed, start: int, stop: int) -> Tensor:
     dense = torch.empty(rows, inputs, dtype=torch.bfloat16)
     first = start // ROWS
     task = DEQUANTIZE.pack(
-        threads=torch.get_num_threads(),
+        threads=team_size(),
         y=dense,
         codes=packed.qweight[first:],
         scales=packed.scales[first:],

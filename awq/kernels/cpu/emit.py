@@ -326,26 +326,3 @@ class Emitter:
             y = self.fma(y, r, c)
         power = (self._saturated(n) + 127) << 23
         return y * self.bitcast(power, type)
-
-
-def emit_entry(module: ir.Module, parts: Sequence[ir.Function]) -> None:
-    """`run(task)`: the parts one after the other, the i-th in as many OpenMP threads as the task's
-    i-th field says."""
-    number = ir.Function(module, ir.FunctionType(I32, []), "omp_get_thread_num")
-    size = ir.Function(module, ir.FunctionType(I32, []), "omp_get_num_threads")
-    fork = ir.Function(module, ir.FunctionType(VOID, [PTR, PTR, I32, I32]), "GOMP_parallel")
-    shares = []
-    for part in parts:
-        b, (task,) = Emitter.define(module, f"{part.name}_share", [PTR], internal=True)
-        index, count = (b.sext(b.call(function, []), I64) for function in (number, size))
-        b.call(part, [task, index, count])
-        shares.append(b.finish())
-    b, (task,) = Emitter.define(module, "run", [PTR])
-    for i, (part, share) in enumerate(zip(parts, shares)):
-        threads = task.load(i, align=8)
-        with b.builder.if_else(threads.equals(1).ir) as (alone, together):
-            with alone:
-                b.call(part, [task, b.const(I64, 0), b.const(I64, 1)])
-            with together:
-                b.builder.call(fork, [share, task.ir, b.trunc(threads, I32).ir, const(I32, 0)])
-    b.finish()

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ import torch
 
 from awq.kernels.cpu.targets import TARGETS, Target
 
-_OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+_OPENMP = (
+    "GOMP_parallel",
+    "omp_get_thread_num",
+    "omp_get_num_threads",
+    "omp_get_max_threads",
+    "omp_set_num_threads",
+)
 _LIBRARIES = ("libgomp", "libiomp5", "libomp")  # their file names begin so
 MINIMUM = (0, 45)  # of llvmlite: the first with LLVM 20, hence with opaque pointers everywhere
 
@@ -81,6 +88,28 @@ def openmp() -> dict[str, int]:
     return {}
 
 
+@contextmanager
+def torch_on_one_core() -> Iterator[None]:
+    """Operators of torch that the calling thread starts inside run in that thread alone.
+
+    For small ones between kernels: beside a busy process their team would wait for a core for
+    milliseconds. Other threads are not touched, nor are the kernels' own teams, which may not be
+    started inside.
+    """
+    functions = openmp()
+    if not functions:
+        yield
+        return
+    get = ctypes.CFUNCTYPE(ctypes.c_int)(functions["omp_get_max_threads"])
+    set = ctypes.CFUNCTYPE(None, ctypes.c_int)(functions["omp_set_num_threads"])
+    before = get()
+    set(1)
+    try:
+        yield
+    finally:
+        set(before)
+
+
 def machine_code(module: Any, machine: Any) -> Any:
     """The checked and optimized LLVM module of an `ir.Module`, for a target machine."""
     parsed = binding().parse_assembly(str(module))
@@ -115,12 +144,11 @@ class Program:
         self._engine.finalize_object()
         address = self._engine.get_function_address
         if addresses:
-            self._run: Callable[[bytes], None] = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
-                address("run")
-            )
+            kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
+            self._run = _with_state(kind(address("run")))
         else:
-            kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-            self._run = _in_python_threads([kind(address(name)) for name in parts])
+            share = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+            self._run = _in_python_threads([share(address(name)) for name in parts])
 
     def __call__(self, task: bytes) -> None:
         self._run(task)
@@ -163,14 +191,27 @@ def kernel_module(
     """(the kernel as an `ir.Module`, the names of its parts)."""
     from llvmlite import ir
 
-    from awq.kernels.cpu.emit import emit_entry
     from awq.kernels.cpu.ir_types import ELEMENTS
+    from awq.kernels.cpu.team import emit_entry
 
     module = ir.Module("awq")
     parts = emit(module, ELEMENTS[str(dtype).removeprefix("torch.")], *settings)
     if openmp:
         emit_entry(module, parts)
     return module, [part.name for part in parts]
+
+
+def _with_state(run: Callable[[bytes, int], None]) -> Callable[[bytes], None]:
+    state = ctypes.addressof(_team_state())
+    return lambda task: run(task, state)
+
+
+@cache
+def _team_state() -> Any:
+    """What all kernels of the process know of how quick the team is."""
+    from awq.kernels.cpu.team import new_state
+
+    return new_state()
 
 
 def _in_python_threads(parts: list[Any]) -> Callable[[bytes], None]:

@@ -19,10 +19,12 @@ import threading
 from functools import cache
 from pathlib import Path
 
-CGROUPS = (
-    ("/sys/fs/cgroup/cpu.max", None),  # version 2: "quota period" in one file
-    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-)
+import torch
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")  # lines "number:controllers:path"
+# What a group's folder says: in version 2 "quota period" in one file, before that two files.
+QUOTA_FILES = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
 
 
 def usable_cores() -> int:
@@ -36,11 +38,32 @@ def usable_cores() -> int:
 
 
 def _quota() -> float:
-    for quota_file, period_file in CGROUPS:
+    """Cores that the process's control groups let it use on average: the least of all above it."""
+    try:
+        lines = MEMBERSHIP.read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return math.inf
+    quotas = [math.inf]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            quotas += map(_quota_of, _upwards(CGROUPS, path))
+        elif "cpu" in controllers.split(","):
+            for mount in {controllers, "cpu"}:
+                quotas += map(_quota_of, _upwards(CGROUPS / mount, path))
+    return min(quotas)
+
+
+def _upwards(mount: Path, path: str) -> list[Path]:
+    """A group's folder and those above it. In a container the mount itself is the process's own."""
+    parts = [part for part in path.split("/") if part]
+    return [mount.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def _quota_of(folder: Path) -> float:
+    for names in QUOTA_FILES:
         try:
-            words = Path(quota_file).read_text(encoding="ascii").split()
-            if period_file is not None:
-                words += Path(period_file).read_text(encoding="ascii").split()
+            words = [word for name in names for word in (folder / name).read_text().split()]
             quota, period = int(words[0]), int(words[1])
         except (OSError, ValueError, IndexError):  # no such file, or "max": no limit
             continue
@@ -88,4 +111,14 @@ class Pool:
 def helpers_for_this_process() -> int:
     """Helpers that a pool should have: every usable core but the caller's own."""
     has_semaphores = os.uname().sysname == "Linux" if hasattr(os, "uname") else False
-    return usable_cores() - 1 if has_semaphores else 0
+    return _cores_at_start() - 1 if has_semaphores else 0
+
+
+@cache
+def _cores_at_start() -> int:
+    return usable_cores()
+
+
+def team_size() -> int:
+    """Threads for a kernel: torch's, but no more than there are cores for."""
+    return min(torch.get_num_threads(), _cores_at_start())
