@@ -323,6 +323,6 @@ def test_weights_that_did_not_arrive_are_an_error(wide, monkeypatch):
     def spoiled(model, matched, packed):
         next(iter(m for m in model.modules() if isinstance(m, WQLinear))).qweight.zero_()
 
-    monkeypatch.setattr(hf, "restore_scales", spoiled)
+    monkeypatch.setattr(hf, "restore_packed", spoiled)
     with pytest.raises(CheckpointError, match="did not load"):
         AutoModelForCausalLM.from_pretrained(wide[1])

@@ -40,6 +40,7 @@ from awq.nn.surgery import linear_shape, named_linears, replace_module
 
 _TABLES: tuple[Any, ...] = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
 _previous: list[Any] = []
+_STORED_DTYPES = (torch.float16, torch.int32, torch.int16)
 
 
 def storage_settings(source: Any) -> settings.AwqConfig:
@@ -153,7 +154,7 @@ class AwqHfQuantizer(HfQuantizer):
         for name in self.matched:
             model.get_submodule(name).__dict__.pop("weight", None)
         check_parameter_shapes(model, self.shapes)
-        restore_scales(model, self.matched, self.packed)
+        restore_packed(model, self.matched, self.packed)
         check_loaded(model, self.matched, self.packed)
         if self.stored:
             check_blocks(model, self.stored, self.matched, self.glued.names)
@@ -264,29 +265,34 @@ def untie_packed(model: Any, matched: Iterable[str]) -> None:
         }
 
 
-def restore_scales(model: Any, matched: dict[str, str], packed: PackedTensors) -> None:
-    """Reads scales again that transformers 4.x has cast to the model's dtype on the way in:
-    bfloat16 loses three of their bits."""
+def restore_packed(model: Any, matched: dict[str, str], packed: PackedTensors) -> None:
+    """Reads tensors again that transformers has cast on the way in.
+
+    4.x casts scales to the model's dtype, and bfloat16 loses three of their bits; 5.0 casts
+    whatever lies in a module that the model keeps in float32 (T5's `wo`), codes included.
+    """
     for name, stored in matched.items():
         module = model.get_submodule(name)
         for kind, buffer in list(module._buffers.items()):
-            if (
-                kind == "bias"
-                or buffer is None
-                or buffer.is_meta
-                or buffer.dtype in (torch.float16, torch.int32, torch.int16)
-            ):
+            if kind == "bias" or buffer is None or buffer.is_meta or buffer.dtype in _STORED_DTYPES:
                 continue
-            if stored not in packed:
-                if buffer.dtype == torch.bfloat16:
-                    raise CheckpointError(
-                        f"{name}: its {kind} were cast to bfloat16 while loading; load in float16 "
-                        "or float32."
-                    )
-                module._buffers[kind] = buffer.half()
-                continue
-            with safe_open(packed[stored][kind]["file"], "pt") as file:
-                module._buffers[kind] = file.get_tensor(f"{stored}.{kind}").half().to(buffer.device)
+            if stored in packed:
+                with safe_open(packed[stored][kind]["file"], "pt") as file:
+                    tensor = file.get_tensor(f"{stored}.{kind}")
+            elif buffer.dtype != torch.bfloat16 and _is_float(kind, module.format):
+                tensor = buffer
+            else:
+                raise CheckpointError(
+                    f"{name}: its {kind} were cast to {buffer.dtype} while loading; load in "
+                    "float16 or float32."
+                )
+            tensor = tensor.half() if tensor.is_floating_point() else tensor
+            module._buffers[kind] = tensor.to(buffer.device)
+
+
+def _is_float(kind: str, format: str) -> bool:
+    """Whether a format keeps float16 in a packed tensor, and not integers."""
+    return kind == "scales" or (kind == "qzeros" and format == "gemv_fast")
 
 
 def check_loaded(model: Any, matched: dict[str, str], packed: PackedTensors) -> None:

@@ -76,19 +76,12 @@ def _read_and_compute(model: Any, max_seq_len: int) -> tuple[DecoderPlan, Tensor
     """(the model's plan, proven block by block; the model's own logits of `probe_ids` [1, PIECE,
     vocabulary])."""
     try:
-        twin = copy_structure(model)
-    # someone else's attributes, which may refuse to be copied in any way
-    except Exception as error:
-        raise NotFusable(
-            f"its modules cannot be copied: {type(error).__name__}: {error}"
-        ) from error
-    try:
-        plan = _read_and_prove(model, twin, max_seq_len)
+        plan = _read_and_prove(model, _twin(model), max_seq_len)
     except NotFusable as reason:
         known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(known, int) or not PIECE <= known < max_seq_len:
             raise
-        plan = _read_and_prove(model, twin, known)
+        plan = _read_and_prove(model, _twin(model), known)
         logger.info(
             "max_seq_len is %d, the positions that the model knows, instead of %d: %s",
             known,
@@ -96,7 +89,20 @@ def _read_and_compute(model: Any, max_seq_len: int) -> tuple[DecoderPlan, Tensor
             reason,
         )
     ids = probe_ids(plan)
+    twin = _twin(model)
     return plan, twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+
+def _twin(model: Any) -> Any:
+    """A copy of the model's modules that nothing has run through: rotary tables that grow with the
+    longest sequence seen may never shrink again (transformers 5.0)."""
+    try:
+        return copy_structure(model)
+    # someone else's attributes, which may refuse to be copied in any way
+    except Exception as error:
+        raise NotFusable(
+            f"its modules cannot be copied: {type(error).__name__}: {error}"
+        ) from error
 
 
 def probe_ids(plan: DecoderPlan) -> Tensor:

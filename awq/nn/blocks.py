@@ -9,6 +9,7 @@ embedding lookup, not a forward.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from awq.nn.hooks import hooked
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import is_linear
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "past", "cache_params")
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "past", "cache", "cache_params")
 _FLAGS = {"use_cache": False, "output_attentions": False}
 
 # [rows, tokens]; a decoder's, too
@@ -268,10 +269,8 @@ def _as_it_is(hidden: Tensor) -> Tensor:
 def _forward(model: nn.Module, item: dict[str, Tensor]) -> None:
     """Runs the model's body (its head is not needed) without a cache."""
     body = getattr(model, "base_model", model)
-    config = getattr(model, "config", None)
-    flags = {"use_cache": False} if getattr(config, "use_cache", None) is not None else {}
     try:
-        body(**item, **flags)
+        body(**item, **no_cache(body))
     except (
         TypeError,
         ValueError,
@@ -284,6 +283,15 @@ def _forward(model: nn.Module, item: dict[str, Tensor]) -> None:
         raise ModelError(
             f"the model's forward fails on calibration inputs of shapes {shapes}: {error}"
         ) from error
+
+
+def no_cache(model: nn.Module) -> dict[str, bool]:
+    """What tells a model's forward to keep no cache; nothing where it knows none, as encoders."""
+    if getattr(getattr(model, "config", None), "use_cache", None) is None:
+        return {}
+    taken = inspect.signature(model.forward).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
+    return {"use_cache": False} if open_ended or "use_cache" in taken else {}
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from awq.calibration import CalibrationBatch
 from awq.core.weight import QuantizedWeight, storable_scale
-from awq.nn.blocks import find_block_lists, hidden_of, map_tensors, replaced_forwards
+from awq.nn.blocks import find_block_lists, hidden_of, map_tensors, no_cache, replaced_forwards
 from awq.nn.surgery import replace_module
 from awq.quantize.progress import ProgressLines
 
@@ -146,8 +146,7 @@ class OutputMatch:
         )
 
     def _inputs(self, batch: CalibrationBatch) -> dict[str, Any]:
-        cached = getattr(getattr(self.model, "config", None), "use_cache", None) is not None
-        return batch.model_inputs() | ({"use_cache": False} if cached else {})
+        return batch.model_inputs() | no_cache(self.model)
 
     def _logits(self, batch: CalibrationBatch, hidden: Tensor) -> Tensor:
         """What the model makes of its body's hidden states: its own head, with whatever caps and
