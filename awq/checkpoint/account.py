@@ -30,6 +30,7 @@ from awq.errors import CheckpointError
 from awq.nn.activation import ScaledActivation
 from awq.nn.surgery import is_linear, linear_shape, replace_module
 
+_WHOLE = ("BOOL", "U8", "I8", "I16", "I32", "I64")
 MAX_NAMES_SHOWN = 3
 _UNUSED_POOLER = re.compile(r"(^|\.)pooler\.")
 _UP_TO_BLOCK_INDEX = re.compile(r"^(.*?\.\d+)\.")
@@ -73,6 +74,22 @@ def check_report(
         raise CheckpointError(
             f"{path} holds tensors of other shapes than {kind} has: {_first(mismatched)}."
         )
+
+
+def settle_dtypes(model: Any, expected: Mapping[str, torch.dtype]) -> None:
+    """Casts parameters that came in the files' dtype instead of the one that was asked for.
+
+    transformers 5.0 casts no tensor of a quantized checkpoint that has another name there (BERT's
+    norms). expected: parameter name → dtype, as the model's class makes it.
+    """
+    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    kept = [part for name in lists for part in getattr(model, name, None) or ()]
+    for name, parameter in model.named_parameters():
+        dtype = expected.get(name, parameter.dtype)
+        if parameter.dtype == dtype or not parameter.is_floating_point():
+            continue
+        if not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -270,6 +287,12 @@ def check_stored_floats(
                 f"{path} holds {name} as {entry['dtype']}; it must be a 16- or 32-bit "
                 "floating-point tensor."
             )
+
+
+def hint_of_dtypes(headers: Mapping[str, Mapping[str, Any]]) -> str:
+    """What to add to another reader's error, which names no tensor: weights of whole numbers."""
+    strange = [n for n, e in headers.items() if n.endswith(".weight") and e["dtype"] in _WHOLE]
+    return f" ({_first(strange)} hold whole numbers)" if strange else ""
 
 
 def check_float_parameters(model: nn.Module, path: str | Path) -> None:

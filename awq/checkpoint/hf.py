@@ -25,6 +25,7 @@ from awq.checkpoint.account import (
     check_parameter_shapes,
     parameter_shapes,
     place_activation_scales,
+    settle_dtypes,
 )
 from awq.checkpoint.expert_names import names_in_files
 from awq.checkpoint.files import PackedTensors, files_of, packed_among, tensor_headers
@@ -148,12 +149,14 @@ class AwqHfQuantizer(HfQuantizer):
             placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
             model.get_submodule(name).weight = placeholder
         self.shapes = parameter_shapes(model)
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for name in self.matched:
             model.get_submodule(name).__dict__.pop("weight", None)
         check_parameter_shapes(model, self.shapes)
+        settle_dtypes(model, self.dtypes)
         restore_packed(model, self.matched, self.packed)
         check_loaded(model, self.matched, self.packed)
         if self.stored:

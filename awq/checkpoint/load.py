@@ -22,6 +22,7 @@ from awq.checkpoint.account import (
     check_float_parameters,
     check_report,
     check_stored_floats,
+    hint_of_dtypes,
 )
 from awq.checkpoint.hf import register
 from awq.checkpoint.match import conversions_for_saving
@@ -164,6 +165,7 @@ def _from_pretrained(
     except Exception as error:  # whatever transformers meets in someone's files
         raise CheckpointError(
             f"{source.name} cannot be loaded as {kind.__name__}: {first_line(error)}"
+            f"{hint_of_dtypes(source.headers)}"
         ) from error
     finally:
         torch.set_default_dtype(before)
