@@ -1,11 +1,13 @@
 """Compiled encoders give what transformers' forward gives, for any texts and from any number of
 threads, or say why not."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoConfig
 from zoo import available, build
 
 from awq.core.weight import round_to_nearest
@@ -81,6 +83,9 @@ def test_families_equal_transformers(family):
     if not available(family):
         pytest.skip(f"transformers has no {family}")
     model = quantized(family)
+    interface = hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+    if family == "modernbert" and not interface:
+        pytest.skip("transformers has no ModernBERT in whose attention queries can be seen")
     pooling = POOLING.get(family, "mean")
     compiled = CompiledEncoder(read_encoder(model), pooling, normalize=pooling != "mean")
     assert prove(compiled, model) < 2e-4
@@ -134,6 +139,8 @@ def test_what_is_not_read_says_why():
         read_encoder(model)
     with pytest.raises(NotReadable, match="training"):
         read_encoder(quantized("bert").train())
+    if not hasattr(AutoConfig.for_model("qwen3"), "rope_parameters"):
+        return  # older releases read other names
     factors = dict(
         short_factor=[1.0] * 16, long_factor=[2.0] * 16, original_max_position_embeddings=64
     )

@@ -1,5 +1,7 @@
 """How many GPUs a group size allows."""
 
+from inspect import signature
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -38,6 +40,12 @@ def test_finer_groups_are_named_where_they_allow_more():
 
 
 def test_what_is_split_is_read_off_the_model_built_without_weights():
+    moe = pytest.importorskip(
+        "transformers.integrations.moe",
+        reason="transformers has no experts as 3-D parameters (before 5)",
+    )
+    if "has_gate" not in signature(moe.use_experts_implementation).parameters:
+        pytest.skip("transformers has no experts that say their form (before 5.3)")
     sizes = dict(
         hidden_size=64,
         num_hidden_layers=2,

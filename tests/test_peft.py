@@ -6,7 +6,9 @@ import sys
 
 import pytest
 import torch
+import transformers.integrations.peft
 import zoo
+from packaging import version
 from transformers import AutoModel, AutoModelForCausalLM
 
 from awq.errors import ModelError
@@ -78,6 +80,9 @@ def test_adapters_by_name_and_through_transformers(quantized):
     layers = [m for m in model.modules() if type(m).__name__ == "PackedLoraLinear"]
     assert len(layers) == 2 * model.config.num_hidden_layers
     plain = AutoModelForCausalLM.from_pretrained(directory)
+    wanted = transformers.integrations.peft.MIN_PEFT_VERSION
+    if version.parse(peft.__version__) < version.parse(wanted):  # 5.24 asks for a version to come
+        pytest.skip("transformers has no add_adapter for the newest PEFT that there is")
     plain.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
     assert any(type(m).__name__ == "PackedLoraLinear" for m in plain.modules())
 

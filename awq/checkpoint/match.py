@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import modeling_utils
 
 from awq.checkpoint.files import FLOATS, PackedTensors, check_complete
 from awq.config import FORMATS, AwqConfig
@@ -137,8 +139,8 @@ def conversions_of(model: Any) -> list[Any]:
     and converters, in order."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:  # transformers 4
-        return []
+    except ImportError:
+        return _renamings_of_transformers_4(model)
     return get_model_conversion_mapping(model)
 
 
@@ -171,6 +173,29 @@ def as_saved(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         model.__dict__.pop("_weight_conversions", None)
         if had is not None:
             model._weight_conversions = had
+
+
+def _renamings_of_transformers_4(model: Any) -> list[Any]:
+    """4.52 to 4.57 rename tensors of the vision-language models that say so, and of no others."""
+    names = [kind.__name__.lower() for kind in type(model).__mro__]
+    if not any(part in name for part in getattr(modeling_utils, "VLMS", ()) for name in names):
+        return []
+    renamings = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    return [_Renamings(renamings)] if renamings else []
+
+
+class _Renamings:
+    """Pattern → replacement, the first that fits, with the interface of transformers 5."""
+
+    def __init__(self, patterns: dict[str, str]) -> None:
+        self.patterns = patterns
+
+    def rename_source_key(self, key: str) -> tuple[str, None]:
+        for pattern, replacement in self.patterns.items():
+            renamed, count = re.subn(pattern, replacement, key)
+            if count:
+                return renamed, None
+        return key, None
 
 
 def _by_ending(names: list[str], packed: list[str]) -> dict[str, str]:
