@@ -18,10 +18,12 @@ from awq.core.weight import round_to_nearest
 from awq.errors import ConfigError
 from awq.quantize import QuantizeOptions, quantize_model
 
-moe = pytest.importorskip(
+pytest.importorskip(
     "transformers.integrations.moe",
     reason="transformers has no experts as 3-D parameters (before 5)",
 )
+from transformers.integrations.moe import use_experts_implementation
+
 from awq.checkpoint.expert_names import expert_names
 from awq.folds.find import find_folds
 from awq.nn.blocks import hidden_of
@@ -39,7 +41,7 @@ from awq.nn.packed_experts import AwqExperts, pack_experts
 from awq.nn.surgery import replace_module
 
 pytestmark = pytest.mark.skipif(
-    "has_gate" not in signature(moe.use_experts_implementation).parameters,
+    "has_gate" not in signature(use_experts_implementation).parameters,
     reason="transformers has no experts that say their form (before 5.3)",
 )
 
