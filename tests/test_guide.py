@@ -276,17 +276,6 @@ def test_texts_of_the_task_on_minilm_itself(minilm, tmp_path, local_datasets):
         == 36
     )
     assert torch.nn.functional.cosine_similarity(full, mine).mean() > 0.98
-
-
-def test_custom_texts_on_minilm_itself(minilm, tmp_path):
-    """Three texts are few: the figure is that of rounding to nearest, the files are complete."""
-    names = {"your-embedding-model": minilm, "your-embedding-model-awq-4bit": tmp_path / "q"}
-    run(CUSTOM_TEXTS, names, prepare_calibration_tokens=prepare_calibration_tokens)
-    texts = bundled_sentences()[:60]
-    full, mine = (
-        awq.Encoder.from_pretrained(d, device="cpu").encode(texts) for d in (minilm, tmp_path / "q")
-    )
-    assert torch.nn.functional.cosine_similarity(full, mine).mean() > 0.9
     assert (tmp_path / "q/modules.json").read_bytes() == (minilm / "modules.json").read_bytes()
 
 
