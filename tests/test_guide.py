@@ -18,7 +18,6 @@ import torch
 from guide_models import make_models, make_tokenizer
 from transformers import AutoModel, TextStreamer
 
-import awq
 from awq import AutoAWQForCausalLM, prepare_calibration_tokens
 from awq.calibration.sources import bundled_texts
 from awq.nn.linear import WQLinear
