@@ -51,10 +51,17 @@ MIXED_TEXTS = 128
 SHAPES = [(batch, tokens) for tokens in (16, 256) for batch in (1, 8, 64)] + [(32, MIXED)]
 
 
+def reader(directory: str, device: str) -> Any:
+    """sentence-transformers where it is installed, else `Encoder`, which gives the same to 1e-5."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        return Encoder.from_pretrained(directory, device=device)
+    return SentenceTransformer(directory, device=device)
+
+
 def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict:
     """One row per preset or variant; the last one's directory stays in `folder`."""
-    from sentence_transformers import SentenceTransformer
-
     pairs = read_pairs(arguments.measure)
     measured = [*pairs[1], *pairs[2]]
     held_out = set(measured)
@@ -62,7 +69,7 @@ def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict:
         s for path in arguments.calibration for part in read_pairs(path)[1:] for s in part
     )
     sentences = [s for s in sentences if s not in held_out]
-    before = embeddings_of(SentenceTransformer(arguments.model, device=arguments.device), measured)
+    before = embeddings_of(reader(arguments.model, arguments.device), measured)
     rows = []
     for name, options in common.jobs(arguments.presets, arguments.variants):
         model = AutoAWQForEmbedding.from_pretrained(arguments.model, torch_dtype="float32")
@@ -76,11 +83,8 @@ def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict:
         )
         seconds = time.perf_counter() - start
         model.save_quantized(folder)
-        drift = judge(
-            before,
-            embeddings_of(SentenceTransformer(str(folder), device=arguments.device), measured),
-            pairs,
-        )
+        after = embeddings_of(reader(str(folder), arguments.device), measured)
+        drift = judge(before, after, pairs)
         rows.append(
             {
                 "name": name,
@@ -89,6 +93,7 @@ def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict:
                 "calibration_tokens": report.tokens,
                 "loss": report.loss,
                 "loss_rtn": report.loss_rtn,
+                "tuning": report.tuning,
                 "options": options,
             }
         )

@@ -28,6 +28,7 @@ from awq.checkpoint.files import packed_tensors, weight_files
 from awq.errors import CalibrationError, ConfigError, ModelError
 from awq.evals.similarity import embeddings_of, judge, mean_cosine
 from awq.nn.linear import WQLinear
+from awq.quantize.tuning import OutputMatch
 
 CONFIG = {"q_group_size": 16}
 PROMPTS = {"prompts": {"query": "the old house ", "passage": "red "}, "default_prompt_name": None}
@@ -85,6 +86,40 @@ def test_clean_texts():
         clean_texts("abc")
     with pytest.raises(CalibrationError, match="int"):
         clean_texts(["a", 3])
+
+
+def test_tuning_aims_at_the_embeddings(sentence_dir, texts):
+    """Its distance is 1 − cosine through the directory's own pooling, dense head and norm."""
+    model = AutoAWQForEmbedding.from_pretrained(str(sentence_dir))
+    batches = load_calibration(texts, model.tokenizer, mode="rows")
+    match = OutputMatch(model.model, batches, embed=model._embedding())
+    before = model.encode(texts)
+    with torch.no_grad():
+        for name, parameter in model.model.named_parameters():
+            if name.endswith("dense.weight"):
+                parameter += 0.1 * torch.randn_like(parameter)
+        found = [match.distance(i) for i in range(len(batches))]
+    assert match.kind == "cosine" and sum(rows for _, rows in found) == len(texts)
+    moved = 1 - mean_cosine(before, model.encode(texts))
+    assert moved > 1e-3
+    assert float(sum(total for total, _ in found)) / len(texts) == pytest.approx(moved, rel=0.01)
+
+
+@pytest.mark.parametrize("door", [AutoAWQForEmbedding, AutoAWQForCausalLM])
+def test_best_brings_embeddings_nearer(sentence_dir, door):
+    words = ["river", "hill", "tree", "stone", "water", "fire", "house", "road"]
+    texts = [f"{a} {b} {c}" for a in words for b in words for c in words]
+    model = door.from_pretrained(str(sentence_dir))
+    model.quantize(
+        texts=texts,
+        quant_config=CONFIG,
+        preset="best",
+        tuning=6,
+        general_texts=False,
+        evaluate=False,
+    )
+    tuning = model.report.tuning
+    assert tuning["kind"] == "cosine" and tuning["loss_after"] < tuning["loss_before"]
 
 
 def test_size_decides_the_number_of_texts(bert_dir):
@@ -368,7 +403,6 @@ def test_pairs_keep_their_token_types(tmp_path, texts):
     """A cross-encoder is calibrated on what it will see: both texts in one row, the second one of
     type 1."""
     from awq.nn.blocks import find_block_lists, record_block_calls
-    from awq.quantize.tuning import OutputMatch
 
     directory = reranker_directory(tmp_path / "m", steps=0)
     model = AutoAWQForCausalLM.from_pretrained(str(directory))

@@ -25,7 +25,7 @@ from awq.checkpoint.tokenizer import load_tokenizer
 from awq.embed.compiled import CompiledEncoder, CompiledState, compile_encoder
 from awq.embed.directory import SentenceSettings, longest_input, sentence_settings
 from awq.embed.graphs import EncoderGraphs
-from awq.embed.heads import Normalize, Pooling, read_head
+from awq.embed.heads import Normalize, Pooling, read_head, through_heads
 from awq.embed.observe import NotReadable
 from awq.embed.request import check_arguments, checked_texts
 from awq.errors import ConfigError, ModelError
@@ -275,12 +275,8 @@ class Encoder(nn.Module):
             for key, value in inputs.items()
             if self._accepted is None or key in self._accepted
         }
-        embeddings = self.heads[0](
-            self.model(**inputs).last_hidden_state, inputs["attention_mask"], prompt_tokens
-        )
-        for head in list(self.heads)[1:]:
-            embeddings = head(embeddings)
-        return embeddings
+        hidden = self.model(**inputs).last_hidden_state
+        return through_heads(self.heads, hidden, inputs["attention_mask"], prompt_tokens)
 
     def prompt_text(self, name: str | None = None) -> str:
         """The text of a prompt; None means the default one, which may be empty. Raises ConfigError

@@ -192,6 +192,17 @@ class Normalize(nn.Module):
         return F.normalize(embeddings, dim=-1)
 
 
+def through_heads(
+    heads: nn.ModuleList, hidden: Tensor, mask: Tensor, prompt_tokens: int = 0
+) -> Tensor:
+    """Embeddings [texts, features] of hidden states [texts, tokens, features], padding on the
+    right: a pooling, then what follows it."""
+    embeddings = heads[0](hidden, mask, prompt_tokens)
+    for head in list(heads)[1:]:
+        embeddings = head(embeddings)
+    return embeddings
+
+
 def read_head(kind: str, folder: Path) -> nn.Module:
     """One module of `modules.json` after the transformer. Raises ModelError for a kind that only
     sentence-transformers knows."""

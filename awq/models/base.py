@@ -35,6 +35,7 @@ from awq.nn.unfinished import check_finished, unfinished
 from awq.quantize import QuantizeOptions, QuantReport, quantize_model
 from awq.quantize.checks import check_quantizable
 from awq.quantize.plan import make_plan
+from awq.quantize.tuning import Embed
 
 logger = logging.getLogger("awq.models")
 
@@ -135,12 +136,19 @@ class AwqModel(nn.Module):
         if export_compatible:
             report = self._quantize_dense(batches, config, chosen)
         else:
-            report = quantize_model(self.model, batches, config, chosen, self._blocks)
+            report = quantize_model(
+                self.model, batches, config, chosen, self._blocks, self._embedding()
+            )
         self.report, self.awq_config = report, config
         self.is_quantized = not export_compatible
         if self.is_quantized:
             mark_quantized(self.model, config)
         return report
+
+    def _embedding(self) -> Embed | None:
+        """What makes embeddings of the model's hidden states; None where hidden states are the
+        result."""
+        return None
 
     def _check_whole(self) -> None:
         """Refuses a model whose quantization was interrupted: some of its blocks are quantized, and
@@ -231,7 +239,7 @@ class AwqModel(nn.Module):
     ) -> QuantReport:
         """Leaves ordinary linears with quantized values; `pack` can pack them later, exactly."""
         dense, dtype = named_linears(self.model), self.model.dtype
-        report = quantize_model(self.model, batches, config, options)
+        report = quantize_model(self.model, batches, config, options, embed=self._embedding())
         report.options["export_compatible"] = True
         with unfinished(self.model):
             for name, linear in dense.items():  # two of them may have become one packed linear

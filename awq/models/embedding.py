@@ -5,6 +5,7 @@ were not calibrated on.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,10 +19,12 @@ from awq.calibration.sources import bundled_texts
 from awq.calibration.tokens import tokenize
 from awq.checkpoint.companions import source_directory
 from awq.embed.encoder import Encoder
+from awq.embed.heads import through_heads
 from awq.errors import CalibrationError, ConfigError
 from awq.evals.similarity import judge
 from awq.models.base import AwqModel
 from awq.quantize import QuantReport
+from awq.quantize.tuning import Embed
 
 # Parameters below which a count of calibration texts is enough: upper ends of the usual advice for
 # small, medium and large.
@@ -148,6 +151,17 @@ class AwqEmbeddingModel(AwqModel):
         if before is not None:
             report.evaluation = judge(before, encoder.encode(held_out, **prompt), pairs)
         return report
+
+    def _embedding(self) -> Embed | None:
+        """The directory's own pooling and heads, on the device of what they are given."""
+        if self.tokenizer is None:
+            return None
+        heads = copy.deepcopy(self.encoder.heads)
+
+        def embed(hidden: Tensor, mask: Tensor) -> Tensor:
+            return through_heads(heads.to(hidden.device), hidden, mask)
+
+        return embed
 
     def _general_sentences(self) -> list[str]:
         """Sentences of the bundled text as the model would be asked with them."""

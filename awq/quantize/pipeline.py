@@ -32,7 +32,7 @@ from awq.quantize.options import QuantizeOptions
 from awq.quantize.progress import ProgressLines
 from awq.quantize.report import QuantReport
 from awq.quantize.run import QuantizeRun, moved_to, tensor_cores
-from awq.quantize.tuning import OutputMatch, tune_scales
+from awq.quantize.tuning import Embed, OutputMatch, tune_scales
 
 
 @torch.no_grad()
@@ -42,6 +42,7 @@ def quantize_model(
     config: AwqConfig | None = None,
     options: QuantizeOptions | None = None,
     store: BlockStore | None = None,
+    embed: Embed | None = None,
 ) -> QuantReport:
     """Quantizes every linear in the model's repeated blocks, in place.
 
@@ -52,6 +53,7 @@ def quantize_model(
     (`awq.nn.unfinished`): nobody quantizes, saves or serves it by mistake.
     store: brings each block's weights and takes the result away, for a model that does not hold
     them (`awq.checkpoint.streaming`).
+    embed: what an embedding model makes of its hidden states; tuning aims at it.
     """
     start = time.perf_counter()
     config, options = config or AwqConfig(), options or QuantizeOptions()
@@ -60,7 +62,7 @@ def quantize_model(
         run = QuantizeRun.start(model.eval(), batches, config, options, store)
         with moved_to(model, run.device if options.tuning else device_of(model)):
             with run.phase("inputs"):
-                match = run.output_match()
+                match = run.output_match(embed)
                 walk = run.walk()
             hide = None if options.progress is None else not options.progress
             lines = ProgressLines("block", len(walk))

@@ -33,7 +33,7 @@ from awq.quantize.options import QuantizeOptions
 from awq.quantize.plan import Plan, make_plan
 from awq.quantize.report import QuantReport
 from awq.quantize.statistics import TOKENS_PER_CHANNEL
-from awq.quantize.tuning import OutputMatch, held_out, micro_batches
+from awq.quantize.tuning import Embed, OutputMatch, held_out, micro_batches
 
 logger = logging.getLogger("awq.quantize")
 
@@ -136,9 +136,11 @@ class QuantizeRun:
         yield
         self.report.phases[name] = self.report.phases.get(name, 0.0) + time.perf_counter() - start
 
-    def output_match(self) -> OutputMatch | None:
+    def output_match(self, embed: Embed | None = None) -> OutputMatch | None:
         """The original model's output, to tune for; None without tuning."""
-        return OutputMatch(self.model, self.batches, self.judges) if self.options.tuning else None
+        if not self.options.tuning:
+            return None
+        return OutputMatch(self.model, self.batches, self.judges, embed)
 
     def walk(self) -> BlockWalk:
         """Over all blocks, with calibration inputs. Linears whose weight the model reads itself

@@ -3,16 +3,16 @@
 Codes and zeros stay; each group's scale becomes s·(1 + d), and d is trained so that the quantized
 model's output matches the original's on the calibration tokens: the Kullback–Leibler divergence of
 the next-token distributions for a language model (distillation, arXiv 1503.02531; scales only, as
-in EfficientQAT's second phase, arXiv 2407.11062), the relative squared error of the last hidden
-states for an encoder. Part of the tokens is held out, and the epoch that is best on them is kept:
-no tuning at all is one of the choices. Only float16 scales change, so the file format and its cost
-at run time do not.
+in EfficientQAT's second phase, arXiv 2407.11062), the cosine of the embeddings for an embedding
+model, the relative squared error of the last hidden states for any other encoder. Part of the
+tokens is held out, and the epoch that is best on them is kept: no tuning at all is one of the
+choices. Only float16 scales change, so the file format and its cost at run time do not.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,9 @@ from awq.nn.blocks import find_block_lists, hidden_of, map_tensors, no_cache, re
 from awq.nn.surgery import replace_module
 from awq.quantize.progress import ProgressLines
 
+# float hidden states [batch, tokens, features] and mask [batch, tokens] → embeddings
+Embed = Callable[[Tensor, Tensor], Tensor]
+
 LEARNING_RATE = 2e-3  # of the relative change of a scale, Adam with a cosine schedule
 _STEP_TOKENS, _STEP_ROWS = 2048, 32  # largest micro-batch
 _HELD_OUT = 8  # one batch in eight judges
@@ -41,8 +44,8 @@ _LARGE = 1 << 29
 
 @dataclass
 class TuningReport:
-    """kind: "kl" (nats per token) or "mse" (relative to the energy of the hidden states); losses on
-    held-out tokens.
+    """kind: "kl" (nats per token), "cosine" (1 − cosine of a text's embeddings) or "mse" (relative
+    to the energy of the hidden states); losses on held-out tokens.
 
     best_epoch 0 means that the scales stayed as they were.
     """
@@ -114,16 +117,24 @@ class OutputMatch:
     Made before quantization begins, of `micro_batches`. Needs tokens × features values of memory in
     the model's dtype.
     held_out: which of the batches judge, by `held_out`; with none, all of them train and judge.
+    embed: what an embedding model makes of its hidden states [batch, tokens, features] and mask.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[CalibrationBatch], held_out: Collection[int] = ()
+        self,
+        model: nn.Module,
+        batches: Sequence[CalibrationBatch],
+        held_out: Collection[int] = (),
+        embed: Embed | None = None,
     ) -> None:
         self.model: Any = model
         self.body: Any = getattr(model, "base_model", model)
         find_head = getattr(self.model, "get_output_embeddings", None)
         head = find_head() if find_head is not None else None
+        self.embed = embed
         self.kind = "kl" if head is not None and self.body is not model else "mse"
+        if embed is not None:
+            self.kind = "cosine"
         # what the body returns: heads read other fields of it
         self.output: Any = BaseModelOutputWithPast
         device = next(model.parameters()).device
@@ -148,6 +159,10 @@ class OutputMatch:
     def _inputs(self, batch: CalibrationBatch) -> dict[str, Any]:
         return batch.model_inputs() | no_cache(self.model)
 
+    def _unit_embedding(self, hidden: Tensor, batch: CalibrationBatch) -> Tensor:
+        assert self.embed is not None
+        return F.normalize(self.embed(hidden.float(), batch.attention_mask).float(), dim=-1)
+
     def _logits(self, batch: CalibrationBatch, hidden: Tensor) -> Tensor:
         """What the model makes of its body's hidden states: its own head, with whatever caps and
         factors it applies."""
@@ -161,6 +176,9 @@ class OutputMatch:
         batch, target = self.batches[index], self.targets[index]
         mask = batch.attention_mask.bool()
         hidden = self._hidden(batch)
+        if self.embed is not None:
+            pair = self._unit_embedding(hidden, batch), self._unit_embedding(target, batch)
+            return (pair[0] - pair[1]).pow(2).sum() / 2, len(hidden)  # of unit vectors: 1 − cosine
         if self.kind == "mse":
             energy = target[mask].float().pow(2).sum().clamp(min=1e-30)
             tokens = int(mask.sum())
@@ -216,7 +234,8 @@ def tune_scales(
                     optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
                     with torch.enable_grad():
                         total, tokens = match.distance(training[choice])
-                        (total / max(1, tokens)).backward()
+                        weight = match.batches[training[choice]].weight
+                        (weight * total / max(1, tokens)).backward()
                     optimizer.step()
                     optimizer.zero_grad()
                     step += 1
@@ -252,8 +271,14 @@ def _state(tuned: dict[str, TunedLinear]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _mean_distance(match: OutputMatch, indices: Sequence[int]) -> float:
-    parts = [match.distance(i) for i in indices]
-    return float(sum(total for total, _ in parts)) / max(1, sum(tokens for _, tokens in parts))
+    """Per token (per text for "cosine"), each with its batch's weight."""
+    total = weights = 0.0
+    for index in indices:
+        distance, count = match.distance(index)
+        weight = match.batches[index].weight
+        total += weight * float(distance)
+        weights += weight * count
+    return total / max(1e-9, weights)
 
 
 @contextmanager
