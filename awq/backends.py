@@ -58,6 +58,11 @@ def use_backend(name: str | None) -> Iterator[None]:
 
     Operators that the backend does not offer, as `torch_int4` has products only, are the
     reference's.
+
+    >>> from awq.kernels.packed import Shape
+    >>> with use_backend("reference"):
+    ...     choose(torch.device("cpu"), torch.float32, Shape(128, 128, 64))
+    'reference'
     """
     token = _forced.set(name)
     try:

@@ -91,6 +91,9 @@ class AwqConfig:
         means nothing is a typo.
 
         Raises ConfigError on such a key, on conflicting spellings and on values that cannot work.
+
+        >>> AwqConfig.from_dict({"w_bit": 4, "q_group_size": 64, "version": "GEMM"}).group_size
+        64
         """
         known = {*cls.__dataclass_fields__, *_SPELLINGS, "quant_method"}
         unknown = [key for key in settings or {} if key not in known]

@@ -35,6 +35,9 @@ def convert_checkpoint(source: str | Path, target: str | Path, version: str) -> 
     One weight file is in memory at a time. Returns the number of converted linears. Raises
     CheckpointError for a broken or unquantized source, ConfigError for a version that cannot hold a
     linear's shape; `target` is then untouched.
+
+    >>> convert_checkpoint("my-model-awq", "my-model-gemv", "gemv")
+    21
     """
     version = normalize_format(version)
     root = Path(source)

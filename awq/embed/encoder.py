@@ -175,6 +175,11 @@ class Encoder(nn.Module):
         every text; prompt: that text itself.
         truncate_dim: keep the first so many features. Raises ConfigError for arguments that cannot
         work.
+
+        >>> from awq import Encoder
+        >>> encoder = Encoder.from_pretrained("my-encoder", device="cpu")
+        >>> encoder.encode(["an old tree", "the red house"], normalize=True).shape
+        torch.Size([2, 32])
         """
         if isinstance(texts, str):
             return self.encode([texts], batch_size, normalize, prompt_name, truncate_dim, prompt)[0]

@@ -44,6 +44,9 @@ def perplexity(
     model: any callable of input_ids [1, n] whose result has `.logits`. input_ids: int64 [tokens].
     Windows of `window` tokens do not overlap; the first token of each is not predicted. limit: use
     only so many tokens. Log likelihoods are float32.
+
+    >>> round(perplexity(uniform_model, torch.arange(32), window=16))  # all 64 tokens alike likely
+    64
     """
     return exp_of(float(token_losses(model, input_ids, window, limit).double().mean()))
 

@@ -26,6 +26,12 @@ def find_folds(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, list[Inpu
 
     model: a full-precision transformers model; it is not changed. The probes have the size of those
     that `quantize_model` proves folds on. Raises ModelError when the model has no repeated blocks.
+
+    >>> name, groups = next(find_folds(model))
+    >>> groups[0].consumers
+    ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj')
+    >>> name, groups[0].fold.producer
+    ('model.layers.0', 'input_layernorm')
     """
     model.eval()
     inputs = _random_inputs(model, seed)

@@ -18,8 +18,13 @@ _LAYOUTS: dict[str, Format] = _FORMATS | {f.name: f for f in (PLANAR, ROWS16, IN
 
 
 def get_format(name: str) -> Format:
-    """The codec of a version, in any spelling ("GEMM", "gemv_fast", "GEMVFast"). Raises ConfigError
-    when unknown."""
+    """The codec of a version, in any spelling ("GEMM", "gemv_fast", "GEMVFast").
+
+    Raises ConfigError when unknown.
+
+    >>> get_format("GEMVFast").shapes(256, 64, 128)["qweight"]  # in, out, group size
+    ((16, 256), torch.int16)
+    """
     return _FORMATS[normalize_format(name)]
 
 

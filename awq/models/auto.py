@@ -124,12 +124,18 @@ class AutoAWQForCausalLM:
         """A quantized model ready to use; `.tokenizer` is the one saved beside it, or None.
 
         device: one device for the whole model; device_map: transformers' spreading over several.
-        The GPU is taken when neither
-        is given and there is one. fuse_layers: generation runs on fused blocks with a cache of
-        `max_seq_len` tokens for each of `batch_size` rows (more rows make it grow), proven at the
-        first `generate`; False: plain transformers.
+        The GPU is taken when neither is given and there is one.
+        fuse_layers: generation runs on fused blocks with a cache of `max_seq_len` tokens for each
+        of `batch_size` rows (more rows make it grow), proven at the first `generate`; False: plain
+        transformers.
         quantize_lm_head: generate through a 4-bit copy of the head. capture_unfused: as for
         `fuse_layers`. The use_… switches are accepted for compatibility.
+
+        >>> from awq import AutoAWQForCausalLM
+        >>> model = AutoAWQForCausalLM.from_quantized("my-model-awq", device="cpu")
+        >>> ids = model.tokenizer("the old house", return_tensors="pt").input_ids
+        >>> model.generate(ids, max_new_tokens=4, min_new_tokens=4).shape[1] - ids.shape[1]
+        4
         """
         dtype = _dtype(config_kwargs.pop("dtype", config_kwargs.pop("torch_dtype", "auto")))
         if device is not None:

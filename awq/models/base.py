@@ -359,6 +359,13 @@ class BaseAWQForCausalLM(FusedGeneration, AwqModel):
         stay alone.
         options: fields of `QuantizeOptions`. Raises ConfigError, CalibrationError or ModelError
         before any weight is touched.
+
+        >>> from awq import AutoAWQForCausalLM
+        >>> model = AutoAWQForCausalLM.from_pretrained("my-model")
+        >>> report = model.quantize(calib_data=texts, quant_config={"q_group_size": 16})
+        >>> report.loss < report.loss_rtn
+        True
+        >>> model.save_quantized("my-model-awq")
         """
         return self._quantize(
             tokenizer,

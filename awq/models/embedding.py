@@ -79,15 +79,19 @@ class AwqEmbeddingModel(AwqModel):
 
         texts (or calib_data, or the first argument): strings, pairs of strings, a file or dataset
         name, or {prompt name: texts}. Each gets its prompt (`prompt_name`, else the model's default
-        one) and is cleaned by `clean_texts`. Token ids
-        are taken as they are. max_calib_samples: None takes 256, 1024 or 2048 by the model's size,
-        spread over the texts.
+        one) and is cleaned by `clean_texts`. Token ids are taken as they are.
+        max_calib_samples: None takes 256, 1024 or 2048 by the model's size, spread over the texts.
         evaluate: texts, or (scores, first, second) of sentence pairs, embedded before and after for
         `report.evaluation`; None takes up to 256 texts that calibration left over, False none.
         general_texts: the bundled text joins the calibration, so that what is embedded later may be
         of other kinds than `texts` (measured: docs/embeddings.md). Other arguments are
         `AutoAWQForCausalLM`'s.
         Raises ConfigError, CalibrationError or ModelError before any weight is touched.
+
+        >>> from awq import AutoAWQForEmbedding
+        >>> model = AutoAWQForEmbedding.from_pretrained("my-encoder", device_map="cpu")
+        >>> report = model.quantize(texts=texts, quant_config={"q_group_size": 16})
+        >>> model.save_quantized("my-encoder-awq")
         """
         data = calib_data if texts is None else texts
         data, given = tell_apart(tokenizer, data)
