@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from awq.models.auto import AutoAWQForCausalLM as AutoAWQForCausalLM
     from awq.models.auto import AutoAWQForEmbedding as AutoAWQForEmbedding
     from awq.models.streaming import quantize_directory as quantize_directory
+    from awq.models.streaming import resume_quantization as resume_quantization
     from awq.quantize import QuantizeOptions as QuantizeOptions
     from awq.quantize import QuantReport as QuantReport
     from awq.quantize import quantize_model as quantize_model
@@ -40,6 +41,7 @@ _HOME = {
     "quantize_directory": "awq.models.streaming",
     "quantize_model": "awq.quantize",
     "register": "awq.checkpoint.hf",
+    "resume_quantization": "awq.models.streaming",
     "unregister": "awq.checkpoint.hf",
 }
 

@@ -1,20 +1,35 @@
 """One block in memory at a time gives what the whole model in memory gives, bit for bit."""
 
 import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import zoo
 from conftest import make_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_encoder import sentence_directory
 from test_experts import mixture
 from test_kinds import encoder_decoder, vision_language
 
-from awq import AutoAWQForCausalLM, AutoAWQForEmbedding, quantize_directory
+from awq import (
+    AutoAWQForCausalLM,
+    AutoAWQForEmbedding,
+    AwqConfig,
+    __version__,
+    quantize_directory,
+)
 from awq.checkpoint.streaming import StreamedBlocks
+from awq.checkpoint.work_folder import WorkFolder, work_folder
 from awq.cli import main
-from awq.errors import ConfigError, ModelError
+from awq.errors import CheckpointError, ConfigError, ModelError
+from awq.models.streaming import resume_quantization
+from awq.quantize import pipeline
 
 pytest.importorskip(
     "transformers.core_model_loading", reason="transformers has no loading by parts before 5"
@@ -32,14 +47,14 @@ def tied():
     return model.bfloat16()
 
 
+# kind → how to make it, and behind how many blocks its quantization is interrupted
 KINDS = {
-    "tied": tied,
-    "conv1d": lambda: zoo.tiny_model("gpt2"),
-    "encoder": lambda: zoo.tiny_model("bert"),
-    "mixture": lambda: mixture("mixtral"),
-    "joined": lambda: zoo.tiny_model("nomic_bert"),
-    "tower": lambda: vision_language("llava"),
-    "encoder_decoder": lambda: encoder_decoder("t5"),
+    "tied": (tied, 0),
+    "encoder": (lambda: zoo.tiny_model("bert"), 2),
+    "mixture": (lambda: mixture("mixtral"), 1),
+    "joined": (lambda: zoo.tiny_model("nomic_bert"), 0),
+    "tower": (lambda: vision_language("llava"), 1),
+    "encoder_decoder": (lambda: encoder_decoder("t5"), 3),
 }
 
 
@@ -74,13 +89,41 @@ def without_times(report):
     return {name: value for name, value in figures.items() if name != "phases"}
 
 
+def interrupted(monkeypatch, blocks, act, *arguments, **options):
+    """Quantizes with `act` called before the block number `blocks` is worked on; returns what was
+    raised."""
+    quantize_block, seen = pipeline.quantize_block, []
+
+    def counted(run, visit):
+        seen.append(visit)
+        if len(seen) == blocks + 1:
+            act()
+        quantize_block(run, visit)
+
+    with monkeypatch.context() as patch, pytest.raises(BaseException) as raised:
+        patch.setattr(pipeline, "quantize_block", counted)
+        quantize_directory(*arguments, **options)
+    return raised.value
+
+
+def press_ctrl_c():
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_as_in_memory(kind, tmp_path):
-    source = saved(KINDS[kind](), tmp_path / "source")
+def test_the_same_as_in_memory(kind, tmp_path, monkeypatch):
+    """Also when Ctrl-C came between: then another call goes on behind the finished blocks."""
+    make, finished = KINDS[kind]
+    source = saved(make(), tmp_path / "source")
     model = AutoAWQForCausalLM.from_pretrained(str(source))
     expected = model.quantize(IDS, quant_config=SETTINGS)
     model.save_quantized(tmp_path / "memory")
-    report = quantize_directory(source, tmp_path / "streamed", SETTINGS, IDS)
+    given = (source, tmp_path / "streamed", SETTINGS, IDS)
+    if finished:
+        error = interrupted(monkeypatch, finished, press_ctrl_c, *given)
+        assert isinstance(error, KeyboardInterrupt)
+        assert not (tmp_path / "streamed").exists() and (tmp_path / "streamed.awq-work").is_dir()
+    report = quantize_directory(*given)
     assert same(tmp_path / "memory", tmp_path / "streamed")
     assert without_times(report) == without_times(expected)
     names = [{p.name for p in (tmp_path / f).iterdir()} for f in ("memory", "streamed")]
@@ -105,8 +148,8 @@ def test_one_block_in_memory(llama_dir, tmp_path):
     """Values are there while a block is visited, and only its own."""
     from awq.checkpoint.source import Source
 
-    blocks = StreamedBlocks(Source.open(llama_dir), tmp_path)
-    blocks.begin(blocks.lists, [])
+    blocks = StreamedBlocks(Source.open(llama_dir), WorkFolder(tmp_path, tmp_path))
+    blocks.begin(blocks.lists, [], AwqConfig())
 
     def present():
         state = blocks.model.state_dict()
@@ -153,3 +196,98 @@ def test_numbers_that_are_not_finite(tmp_path):
     with pytest.raises(ModelError, match=r"layers\.1.*not finite in mlp\.up_proj\.weight"):
         quantize_directory(source, tmp_path / "out", SETTINGS, IDS)
     assert not (tmp_path / "out").exists()
+
+
+# Going on behind the last finished block
+
+
+def weights_and_index(folder):
+    names = [path for path in folder.iterdir() if path.name.startswith(("model", "config"))]
+    return {path.name: path.read_bytes() for path in names}
+
+
+@pytest.fixture
+def unfinished(llama_dir, tmp_path, monkeypatch):
+    """The arguments of a run that ended behind one block, with its texts in a file."""
+    calibration = tmp_path / "texts.txt"
+    calibration.write_text("the cat runs over the red house. " * 40, encoding="utf-8")
+    source = shutil.copytree(llama_dir, tmp_path / "source")
+    given = (source, tmp_path / "out", SETTINGS, str(calibration))
+    options = dict(max_calib_samples=4, max_calib_seq_len=16, general_texts=False)
+    interrupted(monkeypatch, 1, press_ctrl_c, *given, **options)
+    return given, options
+
+
+def test_resumed_by_its_output_alone(unfinished, tmp_path):
+    (source, _, *given), options = unfinished
+    quantize_directory(source, tmp_path / "whole", *given, **options)
+    assert main(["quantize", "--resume", str(tmp_path / "out"), "--quiet"]) == 0
+    assert weights_and_index(tmp_path / "out") == weights_and_index(tmp_path / "whole")
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        resume_quantization(tmp_path / "out")
+
+
+def test_what_changed_is_named(unfinished, tmp_path):
+    given, options = unfinished
+
+    def refusal(*arguments, **changes):
+        with pytest.raises(CheckpointError) as raised:
+            quantize_directory(*arguments, **{**options, **changes})
+        return str(raised.value)
+
+    assert "option rounding was feedback, is nearest" in refusal(*given, preset="fast")
+    finer = (*given[:2], {"q_group_size": 8}, given[3])
+    assert "setting q_group_size was 16, is 8" in refusal(*finer)
+    other = tmp_path / "other.txt"
+    other.write_text("a dog sleeps under the old tree. " * 40, encoding="utf-8")
+    assert "the calibration text changed" in refusal(*given[:3], str(other))
+    state = tmp_path / "out.awq-work" / "run.json"
+    before = state.read_text()
+    key = '"version of autoawq": '
+    state.write_text(before.replace(f'{key}"{__version__}"', f'{key}"0.0"'))
+    assert f"version of autoawq was 0.0, is {__version__}" in refusal(*given)
+    state.write_text(before)
+    weights = load_file(given[0] / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 1
+    save_file(weights, given[0] / "model.safetensors", metadata={"format": "pt"})
+    assert "the weights changed" in refusal(*given)
+
+
+def test_a_second_run_into_one_output_is_refused(unfinished, tmp_path):
+    given, options = unfinished
+    words = "another process is quantizing into"
+    with work_folder(tmp_path / "other"), pytest.raises(CheckpointError, match=words):
+        quantize_directory(given[0], tmp_path / "other", *given[2:], **options)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs Linux or macOS: limits of files")
+def test_a_full_disk_loses_no_finished_block(llama_dir, tmp_path, monkeypatch):
+    given = (llama_dir, tmp_path / "out", SETTINGS, IDS)
+    quantize_directory(llama_dir, tmp_path / "whole", SETTINGS, IDS)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+
+    try:
+        error = interrupted(monkeypatch, 2, fill_the_disk, *given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(error, CheckpointError) and "failed" in str(error)
+    quantize_directory(*given)
+    assert weights_and_index(tmp_path / "out") == weights_and_index(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs Linux or macOS: processes are forked")
+def test_killed_at_random_moments(llama_dir, tmp_path):
+    calibration = tmp_path / "texts.txt"
+    calibration.write_text("the cat runs over the red house. " * 40, encoding="utf-8")
+    script = Path(__file__).parent.parent / "benchmarks" / "resume.py"
+    command = [sys.executable, str(script), str(llama_dir), "--kills", "1"]
+    done = subprocess.run(
+        [*command, "--calib-data", str(calibration)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["kills"] == result["identical"] == 1

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from awq.checkpoint.files import INDEX_FILE, read_header, weight_files
@@ -31,15 +30,6 @@ class Parts:
     files: Sequence[Path]
     rest: dict[str, Tensor]
     names: dict[str, bool]
-
-
-def write_part(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes tensors to a file that is on the disk, whole, when it has its name."""
-    unfinished = path.with_suffix(".unfinished")
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.rename(path)
 
 
 def join_shards(body: Path, parts: Sequence[Path], parameters: int) -> None:

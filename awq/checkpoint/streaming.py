@@ -14,8 +14,9 @@ return. Only the structure of the output counts there, so such calls run on the 
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,8 +30,10 @@ from awq.checkpoint.account import check_finite
 from awq.checkpoint.load import load_model
 from awq.checkpoint.match import conversions_of
 from awq.checkpoint.save import names_on_disk, tensors_on_disk, without_second_names
-from awq.checkpoint.shards import Parts, write_part
+from awq.checkpoint.shards import Parts
 from awq.checkpoint.source import Source
+from awq.checkpoint.work_folder import WorkFolder
+from awq.config import AwqConfig
 from awq.errors import CheckpointError, ConfigError, ModelError
 from awq.nn.blocks import BlockList, find_block_lists, map_tensors
 from awq.nn.copies import copy_structure
@@ -41,22 +44,27 @@ from awq.nn.experts import (
     named_experts,
     why_not_expose,
 )
+from awq.nn.linear import WQLinear
 from awq.nn.packed_experts import pack_experts
-from awq.nn.surgery import replace_module
+from awq.nn.presence import Progress
+from awq.nn.surgery import linear_shape, replace_module
 
 logger = logging.getLogger("awq.checkpoint")
 
 Headers = Mapping[str, Mapping[str, Any]]
+_HASHED_VALUES = 1024
 
 
 class StreamedBlocks:
     """The blocks of a model in their files: a `BlockStore` (`awq.nn.presence`).
 
-    model: on the CPU, its blocks on the meta device. folder: where finished blocks are written,
-    each into a file of its own.
+    model: on the CPU, its blocks on the meta device. work: where finished blocks are written, each
+    into a file of its own, and the progress.
     """
 
-    def __init__(self, source: Source, folder: Path, dtype: Any = "auto", kind: Any = None) -> None:
+    def __init__(
+        self, source: Source, work: WorkFolder, dtype: Any = "auto", kind: Any = None
+    ) -> None:
         """source: a full-precision checkpoint; dtype, kind: of `load_model`.
 
         Raises ConfigError or ModelError for a model that cannot be streamed, and what `load_model`
@@ -67,7 +75,8 @@ class StreamedBlocks:
         if source.directory is None:  # it has been downloaded meanwhile
             source = Source.open(source.name, source.trust_remote_code, **source.download)
         self.path, self._headers = source.name, source.headers
-        self.folder, self._files = folder, list[Path]()
+        self.work = work
+        self._progress: Callable[[], Progress] | None = None
         self.lists = find_block_lists(self._original)
         self._names = [f"{prefix}.{i}" for prefix, blocks in self.lists for i in range(len(blocks))]
         self._known_names = frozenset(self._names)
@@ -80,8 +89,11 @@ class StreamedBlocks:
 
     # What a walk asks for
 
-    def begin(self, lists: Sequence[BlockList], targets: Collection[str]) -> None:
+    def begin(
+        self, lists: Sequence[BlockList], targets: Collection[str], config: AwqConfig
+    ) -> None:
         """See `BlockStore.begin`."""
+        self._config = config
         visited = [f"{prefix}.{i}" for prefix, blocks in lists for i in range(len(blocks))]
         last = lists[-1][0]
         # An encoder's quantized blocks run again when the decoder's inputs are recorded.
@@ -92,6 +104,43 @@ class StreamedBlocks:
                 block = self.model.get_submodule(name)
                 self._fill(name, block)
                 del block.forward
+
+    def go_on(self, settings: dict[str, Any], progress: Callable[[], Progress]) -> Progress | None:
+        """See `BlockStore.go_on`."""
+        weights = {"dtype": str(self.model.dtype), "weights": hash_of_weights(self._headers)}
+        self.work.check_settings(settings | weights)
+        self._progress = progress
+        found = self.work.load_progress()
+        if found is not None:
+            for number, name in enumerate(self._visited[: found.finished]):
+                self._finish_again(number, name, found.quantized)
+        return found
+
+    def _finish_again(self, number: int, name: str, quantized: Sequence[str]) -> None:
+        """Brings a block into the state that it had when an earlier run was done with it."""
+        block = self.model.get_submodule(name)
+        stays = name in self._run_later
+        if stays:
+            self._fill(name, block)
+        for full_name in quantized:
+            if full_name.startswith(f"{name}."):
+                inner = full_name.removeprefix(f"{name}.")
+                replace_module(block, inner, self._packed_like(block.get_submodule(inner)))
+        if stays:
+            block.load_state_dict(self.work.block_that_runs_again(number), assign=True)
+            del block.forward
+        else:
+            pack_experts(block)
+            conceal_experts(block)
+            # Inputs of the list that it belongs to may have to be recorded once more.
+            block.forward = partial(_structure_of_output, self._original.get_submodule(name))
+
+    def _packed_like(self, linear: Any) -> WQLinear:
+        """An empty packed linear in the place of a dense one."""
+        inputs, outputs = linear_shape(linear)
+        bias = getattr(linear, "bias", None) is not None
+        size, form = self._config.group_size_of(inputs), self._config.format
+        return WQLinear(inputs, outputs, bias, size, form, "meta", linear.weight.dtype)
 
     @contextmanager
     def visited(self, name: str, block: nn.Module) -> Iterator[None]:
@@ -106,9 +155,9 @@ class StreamedBlocks:
         state = without_second_names(finished, finished.state_dict())
         tensors = {f"{name}.{key}": tensor for key, tensor in state.items()}
         tensors = tensors_on_disk(self.model, tensors, self._names_on_disk)
-        path = self.folder / f"block-{len(self._files):05d}.safetensors"
-        write_part(path, tensors)
-        self._files.append(path)
+        self.work.add_block(tensors, block.state_dict() if stays else None)
+        if self._progress is not None and self.work.is_due:
+            self.work.save_progress(self._progress())
         if not stays:
             block.to("meta")
             block.forward = partial(_gone, name)
@@ -132,7 +181,7 @@ class StreamedBlocks:
         inside = tuple(f"{name}." for name in self._visited)
         state = self.model.state_dict()
         rest = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
-        return Parts(self._files, rest, self._names_on_disk)
+        return Parts(self.work.blocks, rest, self._names_on_disk)
 
     # Reading
 
@@ -239,6 +288,24 @@ def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
             key, _ = rename_source_key(name, [], [], base, state)
         names[name] = key
     return names
+
+
+def hash_of_weights(headers: Headers) -> str:
+    """Of all names, dtypes and shapes, and of the first values of every tensor: reading all of a
+    large model would take minutes, and no training leaves the beginning of every tensor as it
+    was."""
+    digest = hashlib.sha256()
+    files: dict[Path, list[str]] = {}
+    for name in sorted(headers):
+        files.setdefault(headers[name]["file"], []).append(name)
+    for path, names in files.items():
+        with safe_open(path, "pt") as file:
+            for name in names:
+                part = file.get_slice(name)
+                digest.update(f"{name} {part.get_dtype()} {part.get_shape()}".encode())
+                first = file.get_tensor(name).flatten()[:_HASHED_VALUES]
+                digest.update(first.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(headers: Headers, names: Iterable[str]) -> dict[str, Tensor]:

@@ -24,8 +24,8 @@ from awq.cli.arguments import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="local directory or hub id")
-    parser.add_argument("output", help="directory to write")
+    parser.add_argument("model", nargs="?", help="local directory or hub id")
+    parser.add_argument("output", nargs="?", help="directory to write")
     parser.add_argument(
         "--calib-data",
         default="pileval",
@@ -76,6 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="hold one block in memory at a time, for models larger than memory (no --evaluate)",
     )
+    parser.add_argument(
+        "--resume",
+        metavar="OUTPUT",
+        help="go on with a --stream into OUTPUT that ended early, with all of its options",
+    )
     add_gates(parser)
 
 
@@ -101,7 +106,29 @@ def _signs_of_life(quiet: bool) -> Iterator[logging.Logger]:
 
 def run(arguments: argparse.Namespace) -> int:
     with _signs_of_life(arguments.quiet) as steps:
+        if arguments.resume is not None:
+            return _resume(arguments)
+        _check_names(arguments)
         return _stream(arguments, steps) if arguments.stream else _quantize(arguments, steps)
+
+
+def _check_names(arguments: argparse.Namespace) -> None:
+    from awq.errors import ConfigError
+
+    if arguments.output is None:
+        raise ConfigError("give a model and the directory to write (or --resume OUTPUT alone).")
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from awq.cli.output import OK
+    from awq.errors import ConfigError
+    from awq.models.streaming import resume_quantization
+
+    if arguments.model is not None:
+        raise ConfigError("--resume takes the model and all options from the run that ended early.")
+    arguments.output = arguments.resume
+    _show(resume_quantization(arguments.resume), arguments)
+    return OK
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:

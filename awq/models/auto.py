@@ -13,6 +13,7 @@ from awq.checkpoint.load import body_class, load_model
 from awq.checkpoint.source import Source, hub_arguments
 from awq.checkpoint.streaming import StreamedBlocks
 from awq.checkpoint.tokenizer import find_tokenizer
+from awq.checkpoint.work_folder import WorkFolder
 from awq.errors import ConfigError, ModelError
 from awq.models.base import BaseAWQForCausalLM
 from awq.models.embedding import AwqEmbeddingModel
@@ -87,12 +88,12 @@ class AutoAWQForCausalLM:
         return cls._wrapper_of(source)(model, str(model_path), trust_remote_code=trust_remote_code)
 
     @classmethod
-    def streamed(cls, source: Source, folder: Path, torch_dtype: Any = "auto") -> Any:
+    def streamed(cls, source: Source, work: WorkFolder, torch_dtype: Any = "auto") -> Any:
         """A full-precision model whose blocks stay in their files, for `quantize_directory`.
 
-        folder: where quantized blocks are written.
+        work: where quantized blocks are written.
         """
-        blocks = StreamedBlocks(source, folder, _dtype(torch_dtype), cls._class_of(source))
+        blocks = StreamedBlocks(source, work, _dtype(torch_dtype), cls._class_of(source))
         model = cls._wrapper_of(source)(
             blocks.model, source.name, trust_remote_code=source.trust_remote_code
         )

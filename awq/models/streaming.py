@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import logging
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from awq.checkpoint.directory import check_target
 from awq.checkpoint.source import Source, hub_arguments
-from awq.checkpoint.work_folder import work_folder
+from awq.checkpoint.work_folder import arguments_of, work_folder
+from awq.config import AwqConfig
 from awq.embed.directory import is_sentence_model
 from awq.errors import ConfigError
 from awq.models.auto import AutoAWQForCausalLM, AutoAWQForEmbedding
 from awq.quantize import QuantReport
-
-logger = logging.getLogger("awq.models")
 
 
 def quantize_directory(
@@ -41,6 +41,11 @@ def quantize_directory(
     meanwhile. torch_dtype, trust_remote_code: of `from_pretrained`. shard_size: largest file of
     what lies outside the blocks. options: further arguments of `quantize`.
 
+    A run that ended early is taken up by another call with the same arguments, or by
+    `resume_quantization(output)`, behind the last finished block, and gives the same bytes. With
+    anything that decides about the result changed (weights, options, texts, versions) it is refused
+    by name.
+
     Raises ConfigError, CalibrationError, ModelError or CheckpointError before any work starts;
     ConfigError for what needs the whole model in memory: preset "best", `export_compatible`, an
     evaluation, blocks that share weights, and transformers before 5.
@@ -51,6 +56,16 @@ def quantize_directory(
     >>> report.loss < report.loss_rtn
     True
     """
+    arguments = _as_json(
+        source=_absolute(source),
+        output=_absolute(output),
+        quant_config=asdict(quant_config) if isinstance(quant_config, AwqConfig) else quant_config,
+        calib_data=_absolute(calib_data),
+        torch_dtype=str(torch_dtype).removeprefix("torch."),
+        trust_remote_code=trust_remote_code,
+        shard_size=shard_size,
+        **options,
+    )
     check_target(output, source)
     given = {name: options.pop(name) for name in hub_arguments(options)}
     embedding = is_sentence_model(source)
@@ -60,8 +75,33 @@ def quantize_directory(
     if opened.is_quantized:
         raise ConfigError(f"{source} is quantized already; give the full-precision model.")
     door = AutoAWQForEmbedding if embedding else AutoAWQForCausalLM
-    with work_folder(output) as folder:
-        model = door.streamed(opened, folder, torch_dtype)
+    with work_folder(output, arguments) as work:
+        model = door.streamed(opened, work, torch_dtype)
         report = model.quantize(model.tokenizer, quant_config, calib_data, **options)
         model.save_quantized(output, shard_size=shard_size)
     return report
+
+
+def resume_quantization(output: str | Path) -> QuantReport:
+    """Goes on with a `quantize_directory` into `output` that ended early, with all of its options.
+
+    Raises CheckpointError when there is none, or when it had calibration data in memory.
+    """
+    return quantize_directory(**arguments_of(output))
+
+
+def _absolute(value: Any) -> Any:
+    """A path without the folder that it is seen from; a hub id or other data as it is."""
+    if isinstance(value, Path) or (isinstance(value, str) and Path(value).exists()):
+        return str(Path(value).expanduser().absolute())
+    return value
+
+
+def _as_json(**arguments: Any) -> dict[str, Any] | None:
+    """Arguments as JSON holds them; None when calibration data or another object is among them."""
+    if not isinstance(arguments["calib_data"], (str, type(None))) or "texts" in arguments:
+        return None
+    try:
+        return json.loads(json.dumps(arguments))
+    except TypeError:
+        return None

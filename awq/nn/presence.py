@@ -2,30 +2,58 @@
 
 A model in memory has them all. Of one that is larger than memory, the blocks stand on the meta
 device: they have shapes and no values. A `BlockStore` brings a block's weights for as long as it is
-visited and takes the result away afterwards, so that one block is in memory at a time.
+visited and takes the result away afterwards, so that one block is in memory at a time. It also
+keeps what a later run needs to go on behind the last finished block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
+from awq.config import AwqConfig
 from awq.nn.blocks import BlockList
 from awq.nn.experts import ExpertShape
+
+
+@dataclass
+class Progress:
+    """A quantization between two blocks.
+
+    finished: number of blocks that are done. hidden: name → hidden states [batch, tokens, features]
+    before the next one, batch by batch. quantized: full names of the linears that were quantized.
+    notes: all else, as JSON holds it.
+    """
+
+    finished: int
+    hidden: dict[str, list[Tensor]]
+    quantized: list[str]
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class BlockStore(Protocol):
     """What a walk and the quantizer ask of whoever keeps the blocks of a model."""
 
-    def begin(self, lists: Sequence[BlockList], targets: Collection[str]) -> None:
+    def begin(
+        self, lists: Sequence[BlockList], targets: Collection[str], config: AwqConfig
+    ) -> None:
         """Told once, before any block is visited.
 
         lists: those whose blocks will be visited, in this order. All other blocks get their weights
         now, for calibration may run through them. targets: full names of the linears that will be
-        quantized; it may lose members until the first visit.
+        quantized; it may lose members until the first visit. config: how they will be stored.
+        """
+
+    def go_on(self, settings: dict[str, Any], progress: Callable[[], Progress]) -> Progress | None:
+        """Where an earlier run of the same settings got to, its blocks finished; None: nowhere.
+
+        settings: all that decides about the result, as JSON holds it. progress: asked, each time a
+        visit has ended, for what to keep. Raises CheckpointError when the earlier run had other
+        settings, naming them.
         """
 
     def visited(self, name: str, block: nn.Module) -> AbstractContextManager[None]:

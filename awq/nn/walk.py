@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from awq.errors import ModelError
 from awq.nn.blocks import BlockCall, BlockList, record_block_calls
 from awq.nn.decoder_inputs import with_decoder_inputs
-from awq.nn.presence import BlockStore
+from awq.nn.presence import BlockStore, Progress
 from awq.nn.surgery import device_of
 
 logger = logging.getLogger("awq.nn")
@@ -122,6 +122,7 @@ class BlockWalk:
     the probes are cut.
     calibration: whether all of `inputs` walk along, too. device: where blocks are visited; default:
     where the model is. store: keeps the blocks' weights; None: the model has them.
+    finished: number of blocks whose visits have ended, those of an earlier run included.
     Raises ModelError when the model's forward fails on the inputs, or does not call a block.
     """
 
@@ -140,7 +141,24 @@ class BlockWalk:
         self.device = device or device_of(model)
         self._inputs = inputs if calibration else None
         self._probes = probe_inputs(inputs)
-        self._first = self._record(0)
+        self._inputs_of_list = self._record(0)
+        self.finished, self._kept = 0, dict[str, list[Tensor]]()
+
+    def go_on(self, progress: Progress) -> None:
+        """Begins behind blocks that are finished, with the hidden states of then."""
+        self.finished, self._kept = progress.finished, progress.hidden
+
+    @property
+    def hidden(self) -> dict[str, list[Tensor]]:
+        """The hidden states that go into the next block: of the calibration and of the probes."""
+        calibration, many, single = self._inputs_of_list
+        found = {"many": many.hidden, "single": single.hidden}
+        return found if calibration is None else {**found, "calibration": calibration.hidden}
+
+    def _restore(self) -> None:
+        for inputs, name in zip(self._inputs_of_list, ("calibration", "many", "single")):
+            if inputs is not None:
+                inputs.hidden = self._kept[name]
 
     def _record(self, number: int) -> tuple[BlockInputs | None, BlockInputs, BlockInputs]:
         """(calibration, many-token probe, one-token probe) of one list. The lists before it run as
@@ -160,12 +178,22 @@ class BlockWalk:
             return BlockInputs([], [], [], [])
 
     def __len__(self) -> int:
-        return sum(len(blocks) for _, blocks in self.lists)
+        """How many blocks are still to be visited."""
+        return sum(len(blocks) for _, blocks in self.lists) - self.finished
 
     def __iter__(self) -> Iterator[BlockVisit]:
+        passed = 0
         for number, (prefix, blocks) in enumerate(self.lists):
-            calibration, many, single = self._first if number == 0 else self._record(number)
-            for index, block in enumerate(blocks):
+            first = min(max(self.finished - passed, 0), len(blocks))
+            passed += len(blocks)
+            if first == len(blocks):
+                continue
+            if number > 0:
+                self._inputs_of_list = self._record(number)
+            if first > 0:
+                self._restore()
+            calibration, many, single = self._inputs_of_list
+            for index, block in enumerate(blocks[first:], first):
                 name = f"{prefix}.{index}"
                 with self._present(name, block), in_float32(block, self.device) as dtypes:
                     visit = BlockVisit(
@@ -183,6 +211,7 @@ class BlockWalk:
                     many.advance(block, index, self.device)
                     single.advance(block, index, self.device)
                     yield visit
+                    self.finished += 1
 
     def _present(self, name: str, block: nn.Module) -> AbstractContextManager[None]:
         return nullcontext() if self.store is None else self.store.visited(name, block)

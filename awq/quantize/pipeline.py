@@ -64,6 +64,7 @@ def quantize_model(
             with run.phase("inputs"):
                 match = run.output_match(embed)
                 walk = run.walk()
+                run.go_on(walk)
             hide = None if options.progress is None else not options.progress
             lines = ProgressLines("block", len(walk))
             with unfinished(model), tqdm(walk, desc="AWQ", unit="block", disable=hide) as bar:

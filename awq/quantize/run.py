@@ -32,6 +32,7 @@ from awq.quantize.experts import skip_in_mixtures
 from awq.quantize.options import QuantizeOptions
 from awq.quantize.plan import Plan, make_plan
 from awq.quantize.report import QuantReport
+from awq.quantize.resume import progress_of, restore_progress, settings_of
 from awq.quantize.statistics import TOKENS_PER_CHANNEL
 from awq.quantize.tuning import Embed, OutputMatch, held_out, micro_batches
 
@@ -93,7 +94,7 @@ class QuantizeRun:
         skip_in_mixtures(plan, model)
         twins = _take_twins(plan, model)
         if store is not None:
-            store.begin(reached, plan.targets)
+            store.begin(reached, plan.targets, config)
         widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.targets)
         device = _work_device(device_of(model), options)
         batches = rebatched(batches, _batch_tokens(device, widest))
@@ -150,6 +151,16 @@ class QuantizeRun:
             walk = BlockWalk(self.model, self.lists, inputs, True, self.device, self.store)
         self.plan.skip(read, "its weight is read past its forward")
         return walk
+
+    def go_on(self, walk: BlockWalk) -> None:
+        """Takes up where an earlier run ended, if blocks are kept for that."""
+        if self.store is None:
+            return
+        progress = self.store.go_on(settings_of(self), lambda: progress_of(self, walk))
+        if progress is not None:
+            walk.go_on(progress)
+            restore_progress(self, progress)
+            logger.info("going on behind %d finished blocks", progress.finished)
 
     def install(
         self,

@@ -1,0 +1,126 @@
+"""Kills a streamed quantization at random moments and resumes it: every result must be the bytes of
+an uninterrupted run.
+
+    python benchmarks/resume.py MODEL --kills 30 --group-size 16 --calib-data texts.txt
+
+MODEL: a directory. Each kill is SIGKILL to a process of its own, at a moment drawn over the time
+that an uninterrupted run takes; it is resumed by `awq quantize --resume OUT`, which is killed too
+with a chance of one half. Processes are forked, so that no time goes into imports. Prints JSON:
+kills, where they hit, and how many results are identical.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from awq.cli import main as main_of_awq
+
+
+def start(*arguments: str) -> int:
+    """The id of a new process that runs `awq`; modules are imported already."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            status = main_of_awq([*arguments, "--quiet"])
+        except BaseException:
+            status = 1
+        os._exit(status)
+    return child
+
+
+def finish(child: int) -> None:
+    """Waits for a process that must end well."""
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != 0:
+        raise SystemExit(f"awq ended with status {status}")
+
+
+def killed(child: int, seconds: float) -> bool:
+    """Kills a process after so many seconds; False when it ended before."""
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)  # which reaches an ended process, too, until it is waited for
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """File → hash, of all that an output holds but the times in its report and card."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("quantization_report.json", "README.md")
+    }
+
+
+def finished_blocks(work: Path) -> int | None:
+    """How many blocks a killed run left; None when it left nothing."""
+    state = work / "progress.json"
+    return json.loads(state.read_text())["finished"] if state.exists() else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--group-size", default="16")
+    parser.add_argument("--calib-data", required=True)
+    parser.add_argument("--samples", default="8")
+    parser.add_argument("--tokens", default="32")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    import awq.models.streaming  # noqa: F401  # before processes are forked
+
+    home = Path(tempfile.mkdtemp())
+    options = ["--stream", "--group-size", given.group_size, "--calib-data", given.calib_data]
+    options += ["--samples", given.samples, "--tokens", given.tokens]
+    begun = time.monotonic()
+    finish(start("quantize", str(given.model), str(home / "whole"), *options))
+    seconds = time.monotonic() - begun
+    expected = digest(home / "whole")
+
+    draw = random.Random(given.seed)
+    left, identical, early = [], 0, 0
+    while len(left) < given.kills:
+        output = home / f"killed-{len(left)}"
+        run = start("quantize", str(given.model), str(output), *options)
+        if not killed(run, draw.uniform(0, 1) * seconds):
+            shutil.rmtree(output)
+            continue
+        work = output.with_name(output.name + ".awq-work")
+        left.append(finished_blocks(work))
+        if output.exists():  # killed behind the exchange of directories
+            early += 1
+        if draw.random() < 0.5 and left[-1] is not None:
+            killed(start("quantize", "--resume", str(output)), draw.uniform(0, 1) * seconds)
+        if (work / "run.json").exists():
+            finish(start("quantize", "--resume", str(output)))
+        elif not output.exists():  # nothing was kept: the same command begins anew
+            finish(start("quantize", str(given.model), str(output), *options))
+        identical += digest(output) == expected and not work.exists()
+        shutil.rmtree(output)
+    shutil.rmtree(home)
+    result = {
+        "command": " ".join(sys.argv),
+        "kills": len(left),
+        "finished_blocks_at_kill": left,
+        "killed_after_the_exchange": early,
+        "identical": identical,
+        "seconds_uninterrupted": round(seconds, 1),
+    }
+    print(json.dumps(result))
+    if identical < len(left):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
