@@ -13,9 +13,11 @@ from test_loading import edit_config, packed_model, save
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from awq import AutoAWQForCausalLM, Encoder
+from awq.checkpoint import save_checkpoint
 from awq.checkpoint.convert import convert_checkpoint
 from awq.checkpoint.files import read_header
 from awq.checkpoint.source import Source
+from awq.config import AwqConfig
 from awq.errors import AwqError, CheckpointError
 from awq.nn.activation import ScaledActivation
 from awq.nn.linear import WQLinear
@@ -247,3 +249,46 @@ def test_modules_that_cannot_be(bert_dir, tmp_path, modules):
     (folder / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(CheckpointError, match=r"modules\.json"):
         Encoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["scales", "qzeros"])
+def test_scaled_zeros_that_no_writer_makes(tmp_path, kind):
+    """gemv_fast keeps scale times zero point: of one told as another dtype, zeros are not whole."""
+    model = packed_model("llama", "gemv_fast", hidden_size=64, intermediate_size=128)
+    folder = tmp_path / "q"
+    save_checkpoint(model, folder, AwqConfig(group_size=32, format="gemv_fast"))
+    from_quantized = AutoAWQForCausalLM.from_quantized
+    from_quantized(str(folder), device="cpu", fuse_layers=False)
+    edit(folder, replaced(f"{UP}.{kind}", lambda t: t.view(torch.bfloat16)))
+    for door in (
+        lambda: from_quantized(str(folder), device="cpu", fuse_layers=False),
+        lambda: AutoModelForCausalLM.from_pretrained(folder),
+        lambda: convert_checkpoint(folder, tmp_path / "r", "gemm"),
+    ):
+        with pytest.raises(CheckpointError, match="up_proj"):
+            door()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scaled_zeros_of_any_scale_are_whole(dtype):
+    from awq.formats.gemv_fast import zeros_are_whole
+
+    generator = torch.Generator().manual_seed(0)
+    zeros = torch.randint(0, 16, (64, 512), generator=generator)
+    scales = (10 ** (4 * torch.rand(64, 512, generator=generator) - 4)).to(dtype)
+    scales[0] = 0
+    assert zeros_are_whole(scales, -(scales * zeros))
+    assert zeros_are_whole(scales, -(scales.half() * zeros).half())
+
+
+def test_a_setting_that_is_no_number(folder, tmp_path):
+    """Infinity may be meant, as Mamba's limits of a time step are; NaN is said in one line."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": float("nan")}))
+    for door in (
+        lambda: AutoAWQForCausalLM.from_quantized(str(folder)),
+        lambda: Encoder.from_pretrained(folder),
+        lambda: convert_checkpoint(folder, tmp_path / "r", "gemv"),
+    ):
+        with pytest.raises(AwqError, match="NaN"):
+            door()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from awq import AutoAWQForCausalLM
 from awq.calibration import CalibrationBatch
@@ -22,6 +22,7 @@ pytest.importorskip(
     "transformers.integrations.moe",
     reason="transformers has no experts as 3-D parameters (before 5)",
 )
+from transformers import Mxfp4Config
 from transformers.integrations.moe import use_experts_implementation
 
 from awq.checkpoint.expert_names import expert_names

@@ -316,7 +316,9 @@ def stored_otherwise(kind):
 @pytest.mark.parametrize("kind", ["jina_embeddings_v3", "molmo2_text"])
 def test_packed_linears_are_cut_as_in_the_source(kind, tmp_path):
     """One Wqkv with its bias; and queries, keys and values of unequal numbers of heads."""
-    pytest.importorskip(f"transformers.models.{kind.removesuffix('_text')}")
+    pytest.importorskip(
+        f"transformers.models.{kind.removesuffix('_text')}", reason=f"transformers has no {kind}"
+    )
     model = stored_otherwise(kind)
     wrapper, loaded = saved_and_loaded(model, tmp_path)
     dense, packed = (

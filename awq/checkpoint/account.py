@@ -16,7 +16,7 @@ the weights are loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from awq.checkpoint.files import FLOATS
 from awq.checkpoint.match import current_keys
 from awq.errors import CheckpointError
+from awq.formats.gemv_fast import zeros_are_whole
 from awq.nn.activation import ScaledActivation
 from awq.nn.surgery import is_linear, linear_shape, replace_module
 
@@ -231,7 +232,7 @@ def check_finite(
     model: nn.Module, path: str | Path, error: Callable[[str], Exception] = CheckpointError
 ) -> None:
     """Refuses parameters that hold NaN or infinity, with their names; those of packed linears are
-    `check_packed_finite`'s."""
+    `check_packed_numbers`'s."""
     named = ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
     broken = [name for name, parameter in named if not is_finite(parameter)]
     if broken:
@@ -241,9 +242,9 @@ def check_finite(
         )
 
 
-def check_packed_finite(model: nn.Module, matched: Iterable[str]) -> None:
-    """Refuses packed linears and scaled activations whose scales or biases hold NaN or infinity:
-    all their outputs would."""
+def check_packed_numbers(model: nn.Module, matched: Sequence[str]) -> None:
+    """Refuses packed linears and scaled activations whose scales or biases hold NaN or infinity,
+    as all their outputs would, and zero points that no writer makes."""
     broken = []
     for name in matched:
         module = model.get_submodule(name)
@@ -257,6 +258,18 @@ def check_packed_finite(model: nn.Module, matched: Iterable[str]) -> None:
             f"the checkpoint holds numbers that are not finite in {_first(broken)}; download it "
             "again."
         )
+    uneven = [name for name in matched if _has_uneven_zeros(model.get_submodule(name))]
+    if uneven:
+        raise CheckpointError(
+            f"qzeros are no whole multiples of scales in {_first(uneven)}; download the checkpoint "
+            "again."
+        )
+
+
+def _has_uneven_zeros(module: Any) -> bool:
+    if getattr(module, "format", None) != "gemv_fast" or module.scales.is_meta:
+        return False
+    return not zeros_are_whole(module.scales, module.qzeros)
 
 
 def is_finite(tensor: Tensor) -> bool:

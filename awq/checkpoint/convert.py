@@ -27,6 +27,7 @@ from awq.config import PACKED_TENSORS, AwqConfig, normalize_format
 from awq.core.weight import QuantizedWeight
 from awq.errors import CheckpointError, ConfigError
 from awq.formats import get_format
+from awq.formats.gemv_fast import zeros_are_whole
 
 
 def convert_checkpoint(source: str | Path, target: str | Path, version: str) -> int:
@@ -146,6 +147,10 @@ def read_packed(
             f"{list(shapes[wrong[0]][0])} as version "
             f"{config.format} with group_size {config.group_size} would have; correct "
             "quantization_config in config.json."
+        )
+    if config.format == "gemv_fast" and not zeros_are_whole(parts["scales"], parts["qzeros"]):
+        raise CheckpointError(
+            f"{name}: qzeros are no whole multiples of scales; download the checkpoint again."
         )
     try:
         return packed_format.unpack(parts, in_features, out_features, size)

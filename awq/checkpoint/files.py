@@ -170,13 +170,19 @@ def packed_among(headers: dict[str, dict[str, Any]]) -> PackedTensors:
     return {module: tensors for module, tensors in modules.items() if "qweight" in tensors}
 
 
-def check_complete(name: str, tensors: Mapping[str, Any]) -> None:
-    """Refuses a packed linear that lacks one of its tensors."""
+def check_complete(name: str, tensors: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses a packed linear that lacks one of its tensors, or whose scaled zeros are in another
+    dtype than the scales: both come from one computation."""
     missing = [kind for kind in PACKED_TENSORS if kind not in tensors]
     if missing:
         raise CheckpointError(
             f"{name}: the checkpoint lacks {', '.join(missing)}; the file is incomplete, save it "
             "again."
+        )
+    zeros, scales = tensors["qzeros"]["dtype"], tensors["scales"]["dtype"]
+    if zeros in FLOATS and zeros != scales:
+        raise CheckpointError(
+            f"{name}: qzeros have dtype {zeros} and scales {scales}; the file is broken."
         )
 
 
@@ -212,9 +218,16 @@ def read_any_json(path: Path) -> Any:
             "have."
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is missing or not readable as JSON: {error}.") from error
+
+
+def _constant(name: str) -> float:
+    """Infinity may be meant (Mamba's limits of a time step), a number that is none may not."""
+    if name == "NaN":
+        raise ValueError("it holds NaN where a number belongs")
+    return float(name)
 
 
 def _regular(path: Path) -> os.stat_result:

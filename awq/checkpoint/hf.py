@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from awq import config as settings
 from awq.checkpoint.account import (
     check_blocks,
-    check_packed_finite,
+    check_packed_numbers,
     check_parameter_shapes,
     parameter_shapes,
     place_activation_scales,
@@ -162,7 +162,7 @@ class AwqHfQuantizer(HfQuantizer):
         if self.stored:
             check_blocks(model, self.stored, self.matched, self.glued.names)
         self.glued.load(model)
-        check_packed_finite(model, [*self.matched, *self.glued.names, *self.scaled])
+        check_packed_numbers(model, [*self.matched, *self.glued.names, *self.scaled])
         for name, source in self.shared.items():
             replace_module(model, name, model.get_submodule(source))
         pack_experts(model)

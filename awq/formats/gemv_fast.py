@@ -20,6 +20,8 @@ from awq.formats.base import Format, Shapes, transposed
 from awq.formats.gemv import zero_words
 
 _ROWS, _STRIDE = 4, 64
+_SLACK = 0.25  # bfloat16 scales, too
+_SMALLEST_NORMAL = 2.0**-14  # of float16; below it products lose their bits
 
 
 # The two permutations together: input 8k + 2m + d of a run of 32 is stored at 8m + 4d + k, and k =
@@ -56,6 +58,21 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
         "scales": transposed(F.pad(weight.scales, pad)),
         "qzeros": transposed(F.pad(scaled, pad)),
     }
+
+
+def zeros_are_whole(scales: Tensor, qzeros: Tensor) -> bool:
+    """Whether scaled zeros are scales times 0 … 15; other numbers are those of a broken file.
+
+    Both as stored, [8·ZW, out]. Rounding to 16 bits moves a quotient by less than `_SLACK`, but in
+    the smallest scales; and where it is 0, so is the scaled zero.
+    """
+    ratio = (-qzeros.float() / scales.float()).nan_to_num(torch.inf)
+    whole = ratio.round()
+    near = (ratio - whole).abs() <= _SLACK
+    fits = torch.where(whole == 0, qzeros == 0, near & (whole >= 0) & (whole <= 15))
+    smallest = _SMALLEST_NORMAL if scales.dtype == torch.float16 else 0.0
+    blurred = (scales.abs() < smallest) & (scales != 0)
+    return bool((fits | blurred | ((scales == 0) & (qzeros == 0))).all())
 
 
 def _decode(
