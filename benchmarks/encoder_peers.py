@@ -10,7 +10,7 @@ Peers, each in a process of its own, which imports nothing that it does not need
   `export_dynamic_quantized_onnx_model(…, "avx512_vnni")` asks of optimum, without optimum's Python;
 - `openvino-int8`: NNCF's static int8 for transformers, calibrated on sentences of `--calibrate`;
 - `fastembed`: its own class on the float32 ONNX file;
-- `awq`: `Encoder` on the 4-bit directory, activations of 16 bits.
+- `awq`, `awq-int8`: `Encoder` on the 4-bit directory, activations of 16 and of 8 bits.
 
 A peer whose packages are missing is left out and named. Tokenizing is part of every time. Peers
 take turns, shape by shape, so that the machine's other work meets all of them alike; a call's
@@ -38,7 +38,15 @@ from typing import Any
 
 Encode = Callable[[list[str]], Any]  # texts → array [texts, features]
 
-PEERS = ("st-float32", "st-bfloat16", "onnx-int8", "openvino-int8", "fastembed", "awq")
+PEERS = (
+    "st-float32",
+    "st-bfloat16",
+    "onnx-int8",
+    "openvino-int8",
+    "fastembed",
+    "awq",
+    "awq-int8",
+)
 SHAPES = ("1×16", "8×16", "64×16", "1×256", "8×256", "64×256", "mixed")
 MIXED_TEXTS = 128
 BATCH = 32
@@ -212,11 +220,13 @@ def fast_embed(work: Path) -> Encode:
     return lambda texts: numpy.stack(list(encoder.embed(texts, batch_size=BATCH)))
 
 
-def awq(quantized: str) -> Encode:
+def awq(quantized: str, precision: str) -> Encode:
     sys.path.insert(0, str(ROOT))
     from awq import Encoder
 
-    encoder = Encoder.from_pretrained(quantized, device="cpu", dtype="bfloat16")
+    encoder = Encoder.from_pretrained(
+        quantized, device="cpu", dtype="bfloat16", precision=precision
+    )
     if not encoder.compiled:
         print(f"not compiled: {encoder.compiled.reason}", file=sys.stderr)
     return lambda texts: encoder.encode(texts, batch_size=BATCH).numpy()
@@ -232,7 +242,7 @@ def load(peer: str, arguments: argparse.Namespace) -> Encode:
         return open_vino(arguments.model, work)
     if peer == "fastembed":
         return fast_embed(work)
-    return awq(arguments.quantized)
+    return awq(arguments.quantized, "int8" if peer == "awq-int8" else "exact")
 
 
 # The process of one peer

@@ -13,7 +13,9 @@ from zoo import available, build
 from awq.core.weight import round_to_nearest
 from awq.embed.compiled import CompiledEncoder, prove
 from awq.embed.observe import NotReadable
+from awq.embed.request import check_precision
 from awq.embed.structure import read_encoder
+from awq.errors import ConfigError
 from awq.kernels.cpu.pool import usable_cores
 from awq.nn.blocks import find_block_lists
 from awq.nn.linear import WQLinear
@@ -115,6 +117,25 @@ def test_callers_from_many_threads_get_the_same_bits(bert, helpers):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda row: compiled([row], helpers=helpers), rows))
     assert all(torch.equal(a, b) for a, b in zip(alone, found))
+
+
+def test_activations_of_eight_bits_keep_the_direction(bert):
+    model, exact = bert
+    rows = texts((3, 16, 40))
+    found = CompiledEncoder(read_encoder(model), "mean", False, "int8")(rows)
+    want = exact(rows)
+    errors = (found - want).norm(dim=1) / want.norm(dim=1)
+    assert errors.max() < 1e-2
+    assert errors.min() > 1e-4  # they are eight bits
+
+
+@pytest.mark.parametrize(
+    "precision, device, reason",
+    [("int4", "cpu", "one of exact, int8"), (None, "cpu", "one of"), ("int8", "meta", "for CPUs")],
+)
+def test_a_precision_that_cannot_be(precision, device, reason):
+    with pytest.raises(ConfigError, match=reason):
+        check_precision(precision, torch.device(device))
 
 
 def test_a_prompt_is_left_out_of_the_mean(bert):

@@ -27,7 +27,7 @@ from awq.embed.directory import SentenceSettings, longest_input, sentence_settin
 from awq.embed.graphs import EncoderGraphs
 from awq.embed.heads import Normalize, Pooling, read_head, through_heads
 from awq.embed.observe import NotReadable
-from awq.embed.request import check_arguments, checked_texts
+from awq.embed.request import check_arguments, check_precision, checked_texts
 from awq.errors import ConfigError, ModelError
 from awq.nn.locks import lock_of
 from awq.nn.surgery import usable_device
@@ -80,6 +80,7 @@ class Encoder(nn.Module):
             "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
         }
         self._graphs = EncoderGraphs(self)
+        self._precision = "exact"
         self._native: CompiledEncoder | None = None
         self._native_state: CompiledState | None = None  # None: not tried yet
         accepted = inspect.signature(model.forward).parameters
@@ -94,15 +95,19 @@ class Encoder(nn.Module):
         device: str | None = None,
         dtype: Any = "auto",
         trust_remote_code: bool = False,
+        precision: str = "exact",
     ) -> Encoder:
         """From a sentence-transformers or plain transformers directory, or a hub id, quantized or
         not.
 
         device: None takes the GPU if there is one. A plain directory says nothing about pooling:
-        mean pooling without normalisation is used, with a warning. Raises ModelError or
-        CheckpointError when there is no such model.
+        mean pooling without normalisation is used, with a warning. precision: "int8" gives the
+        compiled program of a CPU activations of 8 bits instead of 16, for speed. Raises ModelError
+        or CheckpointError when there is no such model, ConfigError for a precision that is unknown
+        or not for this device.
         """
         place = usable_device(device)  # before anything is read or fetched
+        check_precision(precision, place)
         root = Path(path)
         if not root.exists() and not str(path).startswith((".", "/", "~")):
             root = _downloaded(str(path))
@@ -120,6 +125,7 @@ class Encoder(nn.Module):
         encoder = cls.around(
             load_model(source, dtype, kind=kind), root, trust_remote_code=trust_remote_code
         )
+        encoder._precision = precision
         return encoder.to(place).eval()
 
     @classmethod
@@ -239,14 +245,16 @@ class Encoder(nn.Module):
             )
         normalize = len(self.heads) > 1 and isinstance(self.heads[1], Normalize)
         try:
-            native = compile_encoder(self.model, pooling.modes[0], normalize)
+            native = compile_encoder(self.model, pooling.modes[0], normalize, self._precision)
         except (NotReadable, ImportError) as error:
             reason = str(error)
         except Exception as error:  # any model may come; transformers' own forward stays
             reason = f"reading it failed: {type(error).__name__} {error}"
         else:
             return native, CompiledState(True)
-        logger.info("The encoder is not compiled: %s.", reason)
+        asked = self._precision != "exact"
+        level = logging.WARNING if asked else logging.INFO
+        logger.log(level, "The encoder is not compiled: %s.", reason)
         return None, CompiledState(False, reason)
 
     def _encode_natively(

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from awq.errors import ConfigError
+
+PRECISIONS = ("exact", "int8")  # of activations in a compiled encoder
 
 
 def checked_texts(texts: Any) -> list[str]:
@@ -34,6 +38,16 @@ def check_arguments(batch_size: Any, truncate_dim: Any, prompt: Any) -> None:
         raise ConfigError(
             f"prompt is {type(prompt).__name__}; give the text itself, or prompt_name."
         )
+
+
+def check_precision(precision: Any, place: torch.device) -> None:
+    """Raises ConfigError for a precision that is unknown, or that this device does not offer."""
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            f"precision is {precision!r:.100}; it must be one of {', '.join(PRECISIONS)}."
+        )
+    if precision == "int8" and place.type != "cpu":
+        raise ConfigError(f'precision="int8" is for CPUs, and the device is {place}; leave it out.')
 
 
 def repaired(text: str) -> str:
