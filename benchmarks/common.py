@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 
-_VERSIONS = ("torch", "transformers", "triton", "sentence-transformers", "onnxruntime")
+_VERSIONS = (
+    "torch",
+    "transformers",
+    "triton",
+    "sentence-transformers",
+    "onnxruntime",
+    "openvino",
+    "fastembed",
+)
 ROUND_TO_NEAREST = {"preset": "fast", "scaling": False, "clip": False, "bias_correction": False}
 
 
