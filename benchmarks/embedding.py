@@ -32,7 +32,8 @@ from typing import Any
 import common
 import torch
 
-from awq import AutoAWQForEmbedding, Encoder, clean_texts
+import awq
+from awq import Encoder, clean_texts
 from awq.evals.similarity import embeddings_of, judge, read_pairs
 
 VARIANTS = (
@@ -72,11 +73,11 @@ def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict:
     before = embeddings_of(reader(arguments.model, arguments.device), measured)
     rows = []
     for name, options in common.jobs(arguments.presets, arguments.variants):
-        model = AutoAWQForEmbedding.from_pretrained(arguments.model, torch_dtype="float32")
+        model = getattr(awq, arguments.door).from_pretrained(arguments.model, torch_dtype="float32")
         start = time.perf_counter()
         report = model.quantize(
-            texts=sentences,
             quant_config={"q_group_size": arguments.group_size},
+            calib_data=sentences,
             max_calib_samples=arguments.samples,
             evaluate=False,
             **options,
@@ -100,6 +101,7 @@ def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict:
         print(f"{name:12s} {drift.summary()}  ({seconds:.1f} s)", flush=True)
     size = {"float32": arguments.model, "quantized": folder}
     return {
+        "door": arguments.door,
         "group_size": arguments.group_size,
         "samples": arguments.samples,
         "measured_on": arguments.measure.name,
@@ -335,6 +337,11 @@ def main() -> None:
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument(
+        "--door",
+        default="AutoAWQForEmbedding",
+        choices=("AutoAWQForEmbedding", "AutoAWQForCausalLM"),
+    )
     parser.add_argument("--presets", nargs="*", default=["rtn", "fast", "balanced"])
     parser.add_argument("--variants", default="[]", help='JSON list of {"name": …, option: …}')
     parser.add_argument("--speed", action="store_true")
