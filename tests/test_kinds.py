@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 from awq import AutoAWQForCausalLM, AwqConfig, QuantizeOptions, quantize_model
 from awq.calibration import CalibrationBatch
 from awq.errors import ModelError
+from awq.folds import apply_fold
+from awq.folds.find import find_folds
 from awq.nn.blocks import find_block_lists, reached_lists
 from awq.nn.decoder_inputs import with_decoder_inputs
+from awq.nn.hooks import hooked
 from awq.nn.linear import WQLinear
 from awq.nn.walk import BlockWalk
 
@@ -339,3 +342,74 @@ def test_packed_linears_are_cut_as_in_the_source(kind, tmp_path):
     loaded.save_quantized(tmp_path / "again")
     again = (tmp_path / "again" / "model.safetensors").read_bytes()
     assert again == (tmp_path / "quantized" / "model.safetensors").read_bytes()
+
+
+def not_a_chain(kind):
+    """XLM has two lists whose blocks take turns; LiLT hands a second stream from block to block;
+    Funnel pools between its lists."""
+    ids = dict(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    if kind == "xlm":
+        config = transformers.XLMConfig(
+            **ids, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=64, n_langs=1
+        )
+        config.architectures = ["XLMModel"]
+    elif kind == "lilt":
+        config = transformers.LiltConfig(
+            **ids, hidden_size=96, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, max_2d_position_embeddings=64,
+        )  # fmt: skip
+        config.architectures = ["LiltModel"]
+    else:
+        config = transformers.FunnelConfig(
+            **ids, block_sizes=[2, 1], d_model=32, n_head=4, d_head=8, d_inner=64,
+            num_decoder_layers=1, max_position_embeddings=64,
+        )  # fmt: skip
+        config.architectures = ["FunnelModel"]
+    return built(config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["xlm", "lilt", "funnel"])
+def test_blocks_read_what_they_read_in_the_model(kind):
+    """Also where that is not just what the block before them gives."""
+    model, item = not_a_chain(kind), inputs(4, 16)
+    lists = find_block_lists(model)
+    names = [f"{prefix}.{i}" for prefix, blocks in lists for i in range(len(blocks))]
+    expected = {}
+    with hooked(model, names, before=lambda name, args: expected.setdefault(name, args)):
+        model(**item)
+    walk = BlockWalk(model, reached_lists(model, lists, item), [item], calibration=True)
+    visited = []
+    for visit in walk:
+        [(call, hidden)] = visit.calls()
+        visited.append(visit.name)
+        given = [hidden, *call.args]
+        pairs = zip(given, expected[visit.name])
+        for ours, true in pairs:
+            if isinstance(true, torch.Tensor) and isinstance(ours, torch.Tensor):
+                torch.testing.assert_close(ours, true)
+        visit.advance()
+    assert visited == list(expected)
+
+
+@torch.no_grad()
+def test_folds_keep_all_that_a_block_hands_on():
+    """LiLT's blocks give a second stream, which folds proven on the first alone would break."""
+    model, item = not_a_chain("lilt"), inputs(padded=False)
+    expected = model(**item).last_hidden_state
+    folded = 0
+    for name, groups in list(find_folds(model)):
+        for group in groups:
+            if group.fold is not None:
+                scale = torch.rand(group.in_features) * 1.5 + 0.5
+                apply_fold(model.get_submodule(name), group.fold, group.fold.tie(scale))
+                folded += 1
+    assert folded
+    torch.testing.assert_close(model(**item).last_hidden_state, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_models_whose_initialisation_asks_for_weights_are_loaded(tmp_path):
+    """Funnel's asks for the shape of every linear's weight."""
+    wrapper, loaded = saved_and_loaded(not_a_chain("funnel"), tmp_path)
+    expected = wrapper.model(**inputs()).last_hidden_state
+    assert torch.equal(loaded.model(**inputs()).last_hidden_state, expected)

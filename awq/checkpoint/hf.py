@@ -32,7 +32,7 @@ from awq.checkpoint.files import PackedTensors, files_of, packed_among, tensor_h
 from awq.checkpoint.glued import GluedLinears
 from awq.checkpoint.match import check_shapes, match_names
 from awq.errors import CheckpointError
-from awq.nn.experts import expose_experts
+from awq.nn.experts import expose_experts, named_experts, weight_names
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
 from awq.nn.memory import leave_files, trim
@@ -145,9 +145,12 @@ class AwqHfQuantizer(HfQuantizer):
         for name in self.matched:
             # Some models initialise their linears' `weight` by name after loading, which passes
             # over what is marked as loaded.
-            placeholder = torch.empty(0)
-            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
-            model.get_submodule(name).weight = placeholder
+            module: Any = model.get_submodule(name)
+            sizes = module.out_features, module.in_features
+            module.weight = _initialised(torch.empty(sizes, device="meta"))
+        for experts in named_experts(model).values():
+            for name in weight_names(experts.shape):
+                object.__setattr__(experts.original, name, _initialised(torch.empty(0)))
         self.shapes = parameter_shapes(model)
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
@@ -155,6 +158,9 @@ class AwqHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for name in self.matched:
             model.get_submodule(name).__dict__.pop("weight", None)
+        for experts in named_experts(model).values():
+            for name in weight_names(experts.shape):
+                experts.original.__dict__.pop(name, None)
         check_parameter_shapes(model, self.shapes)
         settle_dtypes(model, self.dtypes)
         restore_packed(model, self.matched, self.packed)
@@ -197,6 +203,12 @@ class AwqHfQuantizer(HfQuantizer):
                     dense.bias = nn.Parameter(bias.to(dense.weight.dtype))
                 replace_module(model, name, dense)
         return model
+
+
+def _initialised(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that transformers' initialisation passes over."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return tensor
 
 
 def replace_linears(

@@ -47,18 +47,25 @@ def outputs_of(block: nn.Module, names: Sequence[str], calls: Calls) -> Outputs:
 
     with hooked(block, names, after=note):
         for call, hidden in calls:
-            note("", call.run(block, hidden))
+            for value in _floating(call.outputs(block, hidden)):  # some hand on more than one
+                note("", value)
     return outputs
 
 
 def _values(output: Any) -> Tensor:
     """The first floating tensor of an output: routers give several, their logits or weights among
     them."""
+    return next(_floating(output))
+
+
+def _floating(output: Any) -> Iterator[Tensor]:
+    """The floating tensors of an output, nested ones included."""
     if isinstance(output, Tensor):
-        return output
-    return next(
-        value for value in output if isinstance(value, Tensor) and value.is_floating_point()
-    )
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _floating(value)
 
 
 def largest_change(

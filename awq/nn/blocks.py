@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +24,34 @@ from awq.nn.hooks import hooked
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import is_linear
 
+logger = logging.getLogger("awq.nn")
+
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "past", "cache", "cache_params")
 _FLAGS = {"use_cache": False, "output_attentions": False}
 
 # [rows, tokens]; a decoder's, too
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+_SAME = 0.01  # relative, of hidden states in any dtype
 _SHORT_TOKENS = 16  # of a true pass that only shows what runs, and what it returns
 
-BlockList = tuple[str, nn.ModuleList]
+
+class OneBlock(list):
+    """One block of a list, whose inputs are recorded by themselves: it does not read just what the
+    block before it gives. first: its place in the list."""
+
+    def __init__(self, block: nn.Module, first: int) -> None:
+        super().__init__([block])
+        self.first = first
+
+
+BlockList = tuple[str, "nn.ModuleList | OneBlock"]
+
+
+def block_names(entry: BlockList) -> list[str]:
+    """Full names of the blocks of a list."""
+    prefix, blocks = entry
+    first = blocks.first if isinstance(blocks, OneBlock) else 0
+    return [f"{prefix}.{first + i}" for i in range(len(blocks))]
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -52,6 +73,7 @@ def find_block_lists(model: nn.Module) -> list[BlockList]:
             and isinstance(module, nn.ModuleList)
             and len(module)
             and all(map(_has_products, module))
+            and not all(isinstance(member, nn.ModuleList) for member in module)  # lists of lists
         ):
             found.append((name, module))
     if not found:
@@ -70,22 +92,114 @@ def reached_lists(
     they begin.
 
     A vision tower does not run on text. An encoder begins before its decoder, wherever it is
-    registered. Raises ModelError when the model's forward fails.
+    registered. A list whose blocks do not read just what the block before them gives comes as
+    single blocks. Raises ModelError when the model's forward fails.
     """
-    order: dict[str, int] = {}
-    names = [f"{prefix}.{j}" for prefix, blocks in lists for j in range(len(blocks))]
+    short = _short(item)
+    names = [name for entry in lists for name in block_names(entry)]
+    seen = _observed(model, names, short)
+    order = {name: place for place, name in enumerate(seen)}
+    reached: list[BlockList] = []
+    for entry in lists:
+        own = block_names(entry)
+        if not all(name in seen for name in own):
+            continue
+        prefix, blocks = entry
+        if len(blocks) < 2 or _is_chain(model, entry, short, [seen[name] for name in own]):
+            reached.append(entry)
+        else:
+            reached += [(prefix, OneBlock(block, i)) for i, block in enumerate(blocks)]
+    return sorted(reached, key=lambda entry: order[block_names(entry)[0]])
 
-    def note(name: str, _args: tuple) -> None:
-        order.setdefault(name, len(order))
 
-    with hooked(model, names, before=note):
-        _forward(model, _short(item))
-    reached = [
-        (prefix, blocks)
-        for prefix, blocks in lists
-        if all(f"{prefix}.{j}" in order for j in range(len(blocks)))
+@dataclass
+class _Observed:
+    """A block's first call in a true pass: its input, other arguments and output; how many calls
+    there were."""
+
+    hidden: Tensor
+    call: BlockCall
+    output: Any = None
+    calls: int = 1
+
+
+def _observed(
+    model: nn.Module, names: Sequence[str], item: dict[str, Tensor]
+) -> dict[str, _Observed]:
+    """Name → what was seen of a block that runs, in the order of first calls."""
+    seen: dict[str, _Observed] = {}
+    handles = []
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if name in seen:
+                seen[name].calls += 1
+            else:
+                hidden, call = split_call(args, kwargs)
+                seen[name] = _Observed(hidden.clone(), call)
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+            if seen[name].output is None:
+                seen[name].output = map_tensors(hidden_of(output), torch.clone)
+
+        return hook
+
+    try:
+        for name in names:
+            block = model.get_submodule(name)
+            handles.append(block.register_forward_pre_hook(before(name), with_kwargs=True))
+            handles.append(block.register_forward_hook(after(name)))
+        _forward(model, item)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _is_chain(
+    model: nn.Module, entry: BlockList, item: dict[str, Tensor], seen: Sequence[_Observed]
+) -> bool:
+    """Whether each block reads what the one before it gives, and a skeleton pass knows its other
+    arguments.
+
+    Some models put other layers between their blocks (XLM), or hand more than hidden states on from
+    block to block (LiLT, Pegasus-X). Blocks that run several times are not asked.
+    """
+    if seen[0].hidden.is_meta or any(block.calls > 1 for block in seen):
+        return True
+    try:
+        recorded = record_block_calls(model, [entry], [item]).calls[0][0]
+        for i, (block, call, true) in enumerate(zip(entry[1], recorded, seen)):
+            if i and not _close(true.hidden, seen[i - 1].output):
+                return False
+            if not _alike(call, true.call):
+                return False
+            call.run(block, true.hidden)  # may lack what an earlier block would give
+        return True
+    except Exception as error:  # of anybody's block, called without what it needs
+        logger.info("%s: its blocks run one by one: %s", entry[0], error)
+        return False
+
+
+def _close(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
+        return False
+    return float((a - b).float().norm()) <= _SAME * float(b.float().norm())
+
+
+def _alike(call: BlockCall, true: BlockCall) -> bool:
+    """Whether all floating tensors that both calls are given are the same."""
+    pairs = [*zip(call.args, true.args)]
+    pairs += [(value, true.kwargs.get(key)) for key, value in call.kwargs.items()]
+    floating = [
+        (a, b)
+        for a, b in pairs
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point()
     ]
-    return sorted(reached, key=lambda entry: order[f"{entry[0]}.0"])
+    return all(a.shape == b.shape and _close(a.nan_to_num(), b.nan_to_num()) for a, b in floating)
 
 
 def _has_products(block: nn.Module) -> bool:
@@ -129,9 +243,13 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's new hidden states for `hidden` [batch, tokens, features]."""
+        return hidden_of(self.outputs(block, hidden))
+
+    def outputs(self, block: nn.Module, hidden: Tensor) -> Any:
+        """All that the block gives."""
         if self.where is None:
-            return hidden_of(block(hidden, *self.args, **self.kwargs))
-        return hidden_of(block(*self.args, **{self.where: hidden, **self.kwargs}))
+            return block(hidden, *self.args, **self.kwargs)
+        return block(*self.args, **{self.where: hidden, **self.kwargs})
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> BlockCall:
         """The same call with tensors on `device`, floating ones as `dtype`."""
@@ -213,6 +331,35 @@ def record_block_calls(
             entering[i].append(seen[i, 0][0].detach())
             recorded[i].append([seen[i, j][1] for j in range(len(members))])
     return BlockCalls(recorded, entering)
+
+
+@torch.no_grad()
+def record_one_block(
+    model: nn.Module, name: str, inputs: Sequence[dict[str, Tensor]]
+) -> tuple[list[BlockCall], list[Tensor]]:
+    """(arguments, hidden states) of one block's first call for each input; all before it runs.
+
+    Raises ModelError like `record_block_calls`.
+    """
+    calls, entering = [], []
+    for item in inputs:
+        seen: list[tuple[Tensor, BlockCall]] = []
+
+        def note(*args: Any, **kwargs: Any) -> None:
+            seen.append(split_call(args, kwargs))
+            raise _Reached
+
+        with replaced_forwards({model.get_submodule(name): note}), suppress(_Reached):
+            _forward(model, item)
+        if not seen:
+            raise ModelError(f"{name} is never called by the model's forward; it stays unknown.")
+        entering.append(seen[0][0].detach())
+        calls.append(seen[0][1])
+    return calls, entering
+
+
+class _Reached(Exception):
+    """Ends a forward whose rest is of no use."""
 
 
 def _stub(seen: dict, key: tuple[int, int], wrap: Callable[[Tensor], Any]) -> Callable[..., Any]:

@@ -153,14 +153,14 @@ class ExpertRules(nn.Module):
 
     def __init__(self, original: nn.Module, shape: ExpertShape, names: ExpertNames) -> None:
         super().__init__()
-        first = original._parameters.get(_weight_names(shape)[0])
+        first = original._parameters.get(weight_names(shape)[0])
         # Rows that stand for experts without weights are never read; they go back as they were.
         self._unread = (
             first.data[shape.num_experts :].clone()
             if shape.identities and first is not None
             else None
         )
-        for name in _weight_names(shape):
+        for name in weight_names(shape):
             original._parameters.pop(name, None)
         for name, child in original.named_children():
             self.add_module(name, child)
@@ -210,7 +210,8 @@ class ExpertRules(nn.Module):
             return getattr(self.__dict__["_original"][0], name)
 
 
-def _weight_names(shape: ExpertShape) -> list[str]:
+def weight_names(shape: ExpertShape) -> list[str]:
+    """Names of the parameters that hold all experts, gate and up first."""
     names = ["gate_up_proj" if shape.has_gate else "up_proj", "down_proj"]
     return names + [f"{name}_bias" for name in names if shape.has_bias]
 
@@ -227,7 +228,7 @@ class ExpertLinears(ExpertRules):
     def __init__(
         self, original: nn.Module, shape: ExpertShape, names: ExpertNames | None = None
     ) -> None:
-        weights = {name: original._parameters.get(name) for name in _weight_names(shape)}
+        weights = {name: original._parameters.get(name) for name in weight_names(shape)}
         super().__init__(original, shape, names or ExpertNames())
         self.every_token = False
         self.watch: Callable[[int, Tensor, Tensor], None] | None = None

@@ -30,7 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from awq.errors import ModelError
-from awq.nn.blocks import BlockCall, BlockList, record_block_calls
+from awq.nn.blocks import (
+    BlockCall,
+    BlockList,
+    OneBlock,
+    block_names,
+    record_block_calls,
+    record_one_block,
+)
 from awq.nn.decoder_inputs import with_decoder_inputs
 from awq.nn.presence import BlockStore, Progress
 from awq.nn.surgery import device_of
@@ -183,7 +190,8 @@ class BlockWalk:
 
     def __iter__(self) -> Iterator[BlockVisit]:
         passed = 0
-        for number, (prefix, blocks) in enumerate(self.lists):
+        for number, entry in enumerate(self.lists):
+            names, blocks = block_names(entry), entry[1]
             first = min(max(self.finished - passed, 0), len(blocks))
             passed += len(blocks)
             if first == len(blocks):
@@ -194,7 +202,7 @@ class BlockWalk:
                 self._restore()
             calibration, many, single = self._inputs_of_list
             for index, block in enumerate(blocks[first:], first):
-                name = f"{prefix}.{index}"
+                name = names[index]
                 with self._present(name, block), in_float32(block, self.device) as dtypes:
                     visit = BlockVisit(
                         name=name,
@@ -244,10 +252,13 @@ def _record(
     """The inputs of the first of `lists`. The others do nothing."""
     home = device_of(model)
     items = [with_decoder_inputs(model, item) for item in inputs]
-    recorded = record_block_calls(
-        model, lists, [{k: v.to(home) for k, v in item.items()} for item in items]
-    )
-    hidden = recorded.hidden[0]
+    items = [{k: v.to(home) for k, v in item.items()} for item in items]
+    if isinstance(lists[0][1], OneBlock):
+        own, hidden = record_one_block(model, block_names(lists[0])[0], items)
+        calls = [[call] for call in own]
+    else:
+        recorded = record_block_calls(model, lists, items)
+        calls, hidden = recorded.calls[0], recorded.hidden[0]
     masks, encoder_masks = [], []
     for item, entering in zip(items, hidden):
         mask, decoder_mask = item["attention_mask"], item.get("decoder_attention_mask")
@@ -256,7 +267,7 @@ def _record(
         )
         masks.append(_mask(decoder_mask if in_decoder and decoder_mask is not None else mask))
         encoder_masks.append(_mask(mask) if in_decoder else None)
-    return BlockInputs(recorded.calls[0], hidden, masks, encoder_masks)
+    return BlockInputs(calls, hidden, masks, encoder_masks)
 
 
 def _mask(attention_mask: Tensor) -> Tensor | None:
