@@ -180,11 +180,11 @@ def test_proof_puts_parameters_back_even_when_the_block_fails():
     class Breaks(BlockCall):
         runs = 0
 
-        def run(self, block, hidden):
+        def outputs(self, block, hidden):
             Breaks.runs += 1
             if Breaks.runs == 2:
                 raise RuntimeError("out of memory")
-            return super().run(block, hidden)
+            return super().outputs(block, hidden)
 
     call, hidden = many[0]
     with pytest.raises(RuntimeError):
