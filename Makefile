@@ -5,6 +5,7 @@
 # make lint  ruff, mypy and codespell
 # make docs  the pages as a site in site/; a link that leads nowhere fails
 # make fuzz  20,000 broken checkpoints through every door, about forty minutes; MUTANTS and SEED can be given
+# make notebooks  the notebooks of examples/notebooks from top to bottom, about ten minutes
 # make soak  two hundred rounds of sixteen threads on one model, about twenty minutes; ROUNDS, SEED and DEVICE can be given
 PYTHON ?= python3
 ROUNDS ?= 200
@@ -17,7 +18,7 @@ SHELL := bash
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-newest test-gpu soak fuzz lint docs clean
+.PHONY: demo test test-newest test-gpu soak fuzz lint docs notebooks clean
 
 # The torch pin comes first and from pip: on CPU-only machines it decides which build everything else uses.
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -65,6 +66,13 @@ lint: $(VENV)/.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy awq
 	$(BIN)/codespell
+
+$(VENV)/.notebooks: $(VENV)/.done
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[notebooks]'
+	touch $@
+
+notebooks: $(VENV)/.notebooks
+	OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python tests/run_notebooks.py
 
 $(VENV)/.docs: $(VENV)/.done
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'

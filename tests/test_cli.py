@@ -336,7 +336,7 @@ def test_the_group_size_is_judged_before_any_text_is_looked_for(
             "nobody/nothing",
         )
         assert (
-            "--skip" in line and "group_size 24" in line and "16" in line and "nothing" not in line
+            "--skip" in line and "--group-size 24" in line and "16" in line and "nothing" not in line
         )
     with pytest.raises(ConfigError, match="128 or 64 or 32 or 16"):
         AwqConfig(group_size=100).group_size_of(384)
@@ -419,6 +419,14 @@ def test_help_shows_defaults(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for default in ("128", "balanced", "GEMM", "auto", "512", "text", "train", "pileval"):
         assert f"(default: {default})" in text, default
+
+
+def test_every_verb_is_told_in_whole_sentences():
+    from awq.cli import make_parser
+
+    (verbs,) = [action for action in make_parser()._actions if action.dest == "verb"]
+    told = {choice.dest: choice.help for choice in verbs._choices_actions}
+    assert told and not [name for name, text in told.items() if not text.endswith((".", "`."))]
 
 
 def test_a_pipe_that_closes_is_one_line(quantized):

@@ -132,3 +132,13 @@ def test_every_class_of_error_is_on_the_troubleshooting_page():
     page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
     classes = [name for name, value in vars(errors).items() if isinstance(value, type)]
     assert all(f"`{name}`" in page or f".{name}`" in page for name in classes)
+
+
+def test_the_front_page_counts_what_the_zoo_counts():
+    """Model types and quantized ones, summed over the roles of docs/zoo.md."""
+    zoo = (ROOT / "docs/zoo.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| [^|]+ \| (\d+) \| \d+ \| (\d+) \|", zoo, re.MULTILINE)
+    types, quantized = (sum(int(row[column]) for row in table) for column in (0, 1))
+    for page in ("README.md", "README.zh.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert all(re.search(rf"\b{count}\b", text, re.ASCII) for count in (types, quantized)), page

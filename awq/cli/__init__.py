@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -36,6 +37,7 @@ VERBS = (
 )
 # What messages call by its name in Python → what it is called here.
 _FLAGS = {
+    "group_size": "--group-size",
     "modules_to_not_convert": "--skip",
     "max_calib_samples": "--samples",
     "max_calib_seq_len": "--tokens",
@@ -88,9 +90,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name in VERBS:
         module = import_module(f"awq.cli.{name}")
         about = module.__doc__ or name
-        sub = verbs.add_parser(
-            name, help=about.splitlines()[0], description=about, formatter_class=_Help
-        )
+        first = " ".join(about.split("\n\n")[0].split())  # the paragraph, on however many lines
+        sub = verbs.add_parser(name, help=first, description=about, formatter_class=_Help)
         module.add_arguments(sub)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument(
@@ -109,6 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.verb is None:
         parser.print_help(sys.stderr)
         return ERROR
+    if not sys.stderr.isatty():
+        # A pipe or a log file gets no bars. transformers and the hub look when they are imported.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with _silence() if arguments.quiet else nullcontext():
             status = arguments.run(arguments)
@@ -154,7 +158,7 @@ def _one_line(error: Exception) -> str:
 
     text = " ".join(str(error).split())
     for name, flag in _FLAGS.items():
-        text = text.replace(name, flag)
+        text = re.sub(rf"\b{name}\b", flag, text)
     if isinstance(error, AwqError):
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -50,7 +50,10 @@ def _head(view: ReportView) -> str:
     tiles = [
         (f"{100 * share:.0f} %", "of nearest rounding's error is left"),
         (f"{len(view.linears)}", f"linears in {view.raw.get('config', {}).get('w_bit', 4)} bits"),
-        (f"{len(view.skipped)}", "linears kept dense"),
+        (
+            f"{len(view.skipped)}",
+            "linear kept dense" if len(view.skipped) == 1 else "linears kept dense",
+        ),
         (f"{int(view.raw.get('tokens') or 0):,}", "calibration tokens"),
         (_duration(float(view.raw.get("seconds") or 0.0)), "to quantize"),
     ]
