@@ -336,7 +336,10 @@ def test_the_group_size_is_judged_before_any_text_is_looked_for(
             "nobody/nothing",
         )
         assert (
-            "--skip" in line and "--group-size 24" in line and "16" in line and "nothing" not in line
+            "--skip" in line
+            and "--group-size 24" in line
+            and "16" in line
+            and "nothing" not in line
         )
     with pytest.raises(ConfigError, match="128 or 64 or 32 or 16"):
         AwqConfig(group_size=100).group_size_of(384)
