@@ -5,15 +5,12 @@ six.
         --code python_code.txt --quantizers fast balanced awq gptq --json matrix.json
 
 Kinds: prose (the text of `--prose` without WikiText's form), code, chat and mathematics (the
-model's own answers to our
-questions, in its chat template: what a served model reads), languages (bundled passages in other
-languages than English), mix (the bundled text). Each kind has a part to calibrate on and another to
-measure on, and the general rows that join calibration (`general_texts`) come from the bundled
-passages that are never measured.
-Quantizers: presets; "rtn"; "gptq", plain error feedback with min/max ranges; "awq", AutoAWQ's
-algorithm (benchmarks/peers.py). All write 4-bit values of one group size: equal bytes.
-"balanced:own" calibrates without general text, "balanced:chats" with bundled chats in the model's
-template among it, as `quantize` does.
+model's own answers to our questions, in its chat template: what a served model reads), languages
+(bundled passages in other languages than English), mix (the bundled text). Each kind has a part to
+calibrate on and another to measure on, and the general rows that join calibration (`general_texts`)
+come from the bundled passages that are never measured. Quantizers: presets; "rtn"; "gptq", plain
+error feedback with min/max ranges; "awq", AutoAWQ's algorithm (benchmarks/peers.py). All write
+4-bit values of one group size: equal bytes. "balanced:own" calibrates without general text.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from quality import split_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from awq import AwqConfig, QuantizeOptions, load_calibration, quantize_model
-from awq.calibration.batches import general_texts, spelled_texts
+from awq.calibration.batches import with_general_rows
 from awq.calibration.sources import bundled_texts
 from awq.evals.divergence import divergence
 
@@ -134,13 +131,13 @@ def texts_of_kinds(
         "code": (code[: len(code) // 2], code[len(code) // 2 :]),
         "mathematics": measured(answers(model, tokenizer, problems, arguments.answer_tokens)),
         "prose": (prose_seen, prose_rest.split("\n")),
-        "languages": measured([p for p in bundled if not is_english(p)]),
+        "languages": tuple([p for p in part if not is_english(p)] for part in measured(bundled)),
         "mix": measured(bundled),
     }
 
 
 def quantized(
-    name: str, dense: Any, own: list, general: list, chats: list, arguments: argparse.Namespace
+    name: str, dense: Any, own: list, joined: list, arguments: argparse.Namespace
 ) -> tuple[Any, float]:
     """A quantized copy of the model, and the seconds that it took."""
     model = deepcopy(dense)
@@ -150,9 +147,8 @@ def quantized(
     else:
         preset, _, alone = name.partition(":")
         options = QuantizeOptions(**OPTIONS[preset], progress=False)
-        general = chats if alone == "chats" else general
-        joined = options.rounding == "feedback" and preset != "gptq" and alone != "own"
-        batches = own + general if joined else own
+        joins = options.rounding == "feedback" and preset != "gptq" and alone != "own"
+        batches = joined if joins else own
         quantize_model(model, batches, AwqConfig(group_size=arguments.group_size), options)
     return model, time.perf_counter() - start
 
@@ -169,7 +165,7 @@ def main() -> None:
         "--quantizers",
         nargs="*",
         default=["fast", "balanced", "awq", "gptq"],
-        help='also "best", "balanced:own", "balanced:chats"',
+        help='also "best", "balanced:own"',
     )
     parser.add_argument("--calibrated-on", nargs="*", default=list(KINDS), choices=KINDS)
     parser.add_argument("--samples", type=int, default=128)
@@ -221,23 +217,16 @@ def main() -> None:
             )
 
     first = load_calibration([list(range(8))] * 4)
-    model, seconds = quantized("rtn", dense, first, [], [], arguments)
+    model, seconds = quantized("rtn", dense, first, first, arguments)
     record("rtn", "nothing", model, seconds, 0)
     limits = {"max_samples": arguments.samples, "max_length": arguments.tokens}
-    general = spelled_texts(kinds["mix"][0], tokenizer)
-    with_chats = general_texts(tokenizer, kinds["mix"][0])
     for kind in arguments.calibrated_on:
         own = load_calibration(kinds[kind][0], tokenizer, **limits)
-        count = sum(len(batch.input_ids) for batch in own)
-        joining = load_calibration(
-            general, tokenizer, max_samples=count, max_length=arguments.tokens
-        )
-        joining = [] if kind == "mix" else joining
-        chatty = load_calibration(
-            with_chats, tokenizer, max_samples=count, max_length=arguments.tokens
-        )
+        joined = own
+        if kind != "mix":
+            joined = with_general_rows(own, tokenizer, arguments.samples, kinds["mix"][0])
         for name in arguments.quantizers:
-            model, seconds = quantized(name, dense, own, joining, chatty, arguments)
+            model, seconds = quantized(name, dense, own, joined, arguments)
             record(name, kind, model, seconds, sum(int(b.attention_mask.sum()) for b in own))
 
 

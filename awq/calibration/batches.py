@@ -208,19 +208,23 @@ def _padded(rows: list[list[int]], length: int, fill: int) -> Tensor:
 
 
 def with_general_rows(
-    own: Sequence[CalibrationBatch], tokenizer: Any, samples: int
+    own: Sequence[CalibrationBatch],
+    tokenizer: Any,
+    samples: int,
+    passages: Sequence[str] | None = None,
 ) -> list[CalibrationBatch]:
     """The caller's batches, and batches of the bundled text of their longest row's length.
 
     Both together have twice `samples` rows: few rows of one's own leave room for more general ones,
     since a Gram matrix of few tokens holds for no other. General tokens count `GENERAL_SHARE` of
-    all, but no token of the caller more than `MAX_WEIGHT` times.
+    all, but no token of the caller more than `MAX_WEIGHT` times. passages: as `general_texts` takes
+    them.
     """
     rows = _count_rows(own)
     longest = max(b.input_ids.shape[1] for b in own)
     wanted = max(rows, 2 * samples - rows)
     general = load_calibration(
-        general_texts(tokenizer), tokenizer, max_samples=wanted, max_length=longest
+        general_texts(tokenizer, passages), tokenizer, max_samples=wanted, max_length=longest
     )
     joined = _count_rows(general)
     every = rows + joined
