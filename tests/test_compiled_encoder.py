@@ -51,7 +51,11 @@ POOLING = {"modernbert": "cls", "qwen3": "lasttoken"}
 
 def quantized(family, **settings):
     """The body of a tiny random model whose blocks are 4-bit linears, in groups of 32."""
-    model = build(family, SIZES | FAMILIES.get(family, {}) | settings).base_model
+    model = build(family, SIZES | FAMILIES.get(family, {}) | settings)
+    return with_packed_blocks(model.base_model)
+
+
+def with_packed_blocks(model):
     model.set_attn_implementation("sdpa")
     blocks = tuple(f"{name}." for name, _ in find_block_lists(model))
     for name, linear in named_linears(model).items():
@@ -171,8 +175,20 @@ def test_what_is_not_read_says_why():
                 "qwen3", rope_parameters=dict(rope_type="longrope", rope_theta=1e4, **factors)
             )
         )
-    with pytest.raises(NotReadable, match="norms"):
+    with pytest.raises(NotReadable, match="attention is not"):
         read_encoder(quantized("olmo2", num_key_value_heads=4))
+
+
+def test_small_weights_do_not_blur_what_reads_what():
+    """Where blocks add little, what enters and leaves their parts is nearly equal."""
+    model = build("modernbert", SIZES | FAMILIES["modernbert"])
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(1)
+        elif "embed" not in name:
+            parameter.data *= 0.02
+    plan = read_encoder(with_packed_blocks(model))
+    assert all(block.pre_norm and block.gated for block in plan.blocks)
 
 
 def test_a_program_that_is_wrong_is_refused(bert):

@@ -51,7 +51,7 @@ from awq.nn.copies import copy_structure
 from awq.nn.linear import WQLinear
 
 PROBE_TOKENS = 24
-MAX_TOKENS = 8192  # the mask of a longer text would take much memory to read
+MAX_TOKENS = 4096  # the mask of a longer text would take much memory to read
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -130,11 +130,16 @@ def read_encoder(model: Any) -> EncoderPlan:
         longest = min(longest, len(tables["positions"]) - tables["position_offset"])
     relative = _relative_bias(twin, heads)
     around = _surroundings(twin, lists, ids, longest)
-    plans = [
-        _read_block(block, int(heads), own, relative) for block, own in zip(seen.blocks, around)
-    ]
-    if len({(p.pre_norm, p.gated, p.activation) for p in plans}) > 1:
-        raise NotReadable("its blocks differ")
+    linears = [_read_linears(block) for block in seen.blocks]
+    form = _mlp_form(linears)
+    plans = []
+    for block, own, given in zip(seen.blocks, linears, around):
+        attention = read_attention(
+            own.attention, _head_norms(block, own), own.o.x, int(heads), given, relative
+        )
+        plans.append(_read_block(block, own, form, attention))
+    if len({plan.pre_norm for plan in plans}) > 1:
+        raise NotReadable("norms come first in some of its blocks, and last in others")
     final = _final_norm(seen.around, last.made, seen.last, plans[0].pre_norm)
     return EncoderPlan(
         words=words.weight,
@@ -171,96 +176,155 @@ def _identity(call: BlockCall) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _read_block(
-    calls: BlockEvents, heads: int, around: Surroundings, relative: Tensor | None
-) -> BlockPlan:
+@dataclass(frozen=True)
+class _Linears:
+    """The calls of a block's linears. attention: those that read what attention reads."""
+
+    attention: list[Event]
+    o: Event
+    up: list[Event]
+    down: Event
+
+
+_Choice = tuple[bool, tuple[int, ...]]  # gated, order of the first linears
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What an MLP computes. order: of its first linears, gate first."""
+
+    activation: str
+    gated: bool
+    order: tuple[int, ...]
+
+
+def _read_linears(calls: BlockEvents) -> _Linears:
     linears = [e for e in calls.events if is_product(e.module)]
-    norms = [e for e in calls.events if is_norm(e.module)]
     dense = [e for e in linears if not isinstance(e.module, WQLinear)]
     if dense:
         raise NotReadable(f"a linear of {dense[0].module} is not quantized")
-    if len(linears) < 4 or not norms:
-        raise NotReadable(f"a block has {len(linears)} linears and {len(norms)} norms")
+    if len(linears) < 4:
+        raise NotReadable(f"a block has {len(linears)} linears")
     first = linears[0].x
-    attention = [e for e in linears if near(e.x, first)][:3]
+    # Bit for bit: what the MLP reads may be near it, where attention adds little.
+    attention = [e for e in linears if torch.equal(e.x, first)]
     o, *mlp = linears[len(attention) :]
     if len(mlp) < 2:
         raise NotReadable("a block has no MLP of at least two linears")
-    up, down = mlp[:-1], mlp[-1]
-    activation, gated, up = _activation(up, down)
-    of_heads = [e for e in norms if reads_heads(e, attention)]
-    of_rows = [e for e in norms if e not in of_heads]
-    pre_norm, attention_norm, mlp_norm = _norms(of_rows, calls, attention[0], o, up[0], down)
+    return _Linears(attention, o, mlp[:-1], mlp[-1])
+
+
+def _head_norms(calls: BlockEvents, linears: _Linears) -> list[Event]:
+    norms = [e for e in calls.events if is_norm(e.module)]
+    return [e for e in norms if reads_heads(e, linears.attention)]
+
+
+def _read_block(
+    calls: BlockEvents, linears: _Linears, form: _Form, attention: AttentionPlan
+) -> BlockPlan:
+    up = [linears.up[i] for i in form.order]
+    of_heads = _head_norms(calls, linears)
+    norms = [e for e in calls.events if is_norm(e.module) and e not in of_heads]
+    pre_norm, attention_norm, mlp_norm = _norms(norms, calls, linears)
     return BlockPlan(
-        attention=read_attention(attention, of_heads, o.x, heads, around, relative),
-        o=packed(o),
+        attention=attention,
+        o=packed(linears.o),
         up=tuple(packed(e) for e in up),
-        down=packed(down),
+        down=packed(linears.down),
         attention_norm=attention_norm,
         mlp_norm=mlp_norm,
-        activation=activation,
-        gated=gated,
+        activation=form.activation,
+        gated=form.gated,
         pre_norm=pre_norm,
     )
 
 
 def _norms(
-    norms: list[Event], calls: BlockEvents, q: Event, o: Event, up: Event, down: Event
+    norms: list[Event], calls: BlockEvents, linears: _Linears
 ) -> tuple[bool, NormPlan | None, NormPlan]:
-    """(whether norms come first, the norm of attention, that of the MLP)."""
-    given, made = calls.given, calls.made
-    if len(norms) == 2:
-        one, two = norms
-        if (
-            near(q.x, given)
-            and near(one.x, given + o.y)
-            and near(up.x, one.y)
-            and near(two.x, one.y + down.y)
-        ):
-            if not near(made, two.y):
-                raise NotReadable("a block gives something else than its last norm")
-            return False, read_norm(one), read_norm(two)
-        if (
-            near(one.x, given)
-            and near(q.x, one.y)
-            and near(two.x, given + o.y)
-            and near(up.x, two.y)
-        ):
-            if not near(made, two.x + down.y):
-                raise NotReadable("a block gives something else than its residual sum")
-            return True, read_norm(one), read_norm(two)
-    if (
-        len(norms) == 1
-        and near(q.x, given)
-        and near(norms[0].x, given + o.y)
-        and near(up.x, norms[0].y)
-    ):
+    """(whether norms come first, the norm of attention, that of the MLP).
+
+    Who reads whom shows bit for bit; sums may have been rounded in another order.
+    """
+    if len(norms) == 2 and _come_last(norms, calls, linears):
+        return False, read_norm(norms[0]), read_norm(norms[1])
+    if len(norms) == 2 and _come_first(norms, calls, linears):
+        return True, read_norm(norms[0]), read_norm(norms[1])
+    if len(norms) == 1 and _come_first(norms, calls, linears):
         return True, None, read_norm(norms[0])
     raise NotReadable("its norms lie somewhere else than before or after attention and MLP")
 
 
-def _activation(up: list[Event], down: Event) -> tuple[str, bool, list[Event]]:
-    """(name, gated, the linears in the order gate, up).
+def _come_last(norms: list[Event], calls: BlockEvents, linears: _Linears) -> bool:
+    """Whether both norms read a residual sum, and the second makes the block's output."""
+    one, two = norms
+    given, made = calls.given, calls.made
+    first_sum = given + linears.o.y
+    second_sum = one.y + linears.down.y
+    return (
+        torch.equal(linears.attention[0].x, given)
+        and torch.equal(linears.up[0].x, one.y)
+        and torch.equal(two.y, made)
+        and near(one.x, first_sum)
+        and near(two.x, second_sum)
+    )
 
-    The nearest of all is taken: some activations differ little.
+
+def _come_first(norms: list[Event], calls: BlockEvents, linears: _Linears) -> bool:
+    """Whether the norms make what attention and MLP read, that of attention if there is one."""
+    *before, two = norms
+    read = calls.given
+    for one in before:
+        if not torch.equal(one.x, calls.given):
+            return False
+        read = one.y
+    first_sum = calls.given + linears.o.y
+    second_sum = two.x + linears.down.y
+    return (
+        torch.equal(linears.attention[0].x, read)
+        and torch.equal(linears.up[0].x, two.y)
+        and near(two.x, first_sum)
+        and near(calls.made, second_sum)
+    )
+
+
+def _mlp_form(blocks: list[_Linears]) -> _Form:
+    """What the MLPs of all blocks compute.
+
+    The nearest form is taken: some activations differ little, and on small numbers hardly at all,
+    so all blocks have a say. Raises NotReadable.
     """
-    outputs = [e.y.float() for e in up]
-    inputs: dict[tuple[bool, tuple[int, ...]], list[Tensor]] = {}
-    if len(up) == 1:
-        inputs[False, (0,)] = outputs
-        inputs[True, (0,)] = list(outputs[0].chunk(2, -1))
-    if len(up) == 2:
-        inputs[True, (0, 1)] = outputs
-        inputs[True, (1, 0)] = outputs[::-1]
-    found = []
-    for (gated, order), (gate, *value) in inputs.items():
-        for name, act in ACTIVATIONS.items():
-            made = math.prod(value, start=act(gate))
-            found.append((distance(made, down.x.float()), name, gated, order))
-    error, name, gated, order = min(found, default=(math.inf, "", False, ()))
-    if error > READING_ERROR:
+    errors = [_form_errors(block) for block in blocks]
+    shared = [form for form in errors[0] if all(form in others for others in errors)]
+    totals = {form: sum(own[form] for own in errors) for form in shared}
+    best = min(totals, key=lambda form: totals[form], default=None)
+    if best is None or max(own[best] for own in errors) > READING_ERROR:
         raise NotReadable("its MLP has another form than act(up), act(gate) · up with a known act")
-    return name, gated, [up[i] for i in order]
+    return best
+
+
+def _form_errors(block: _Linears) -> dict[_Form, float]:
+    """How far each form is from what the last linear was given."""
+    outputs = [e.y.float() for e in block.up]
+    wanted = block.down.x.float()
+    errors = {}
+    for name, act in ACTIVATIONS.items():
+        for (gated, order), (gate, *value) in _inputs_of_forms(outputs).items():
+            made = math.prod(value, start=act(gate))
+            errors[_Form(name, gated, order)] = distance(made, wanted)
+    return errors
+
+
+def _inputs_of_forms(outputs: list[Tensor]) -> dict[_Choice, list[Tensor]]:
+    """Choice → what an activation may read, and what it may be times."""
+    found: dict[_Choice, list[Tensor]] = {}
+    if len(outputs) == 1:
+        found[False, (0,)] = outputs
+        found[True, (0,)] = list(outputs[0].chunk(2, -1))
+    if len(outputs) == 2:
+        found[True, (0, 1)] = outputs
+        found[True, (1, 0)] = outputs[::-1]
+    return found
 
 
 def _relative_bias(model: Any, heads: int) -> Tensor | None:
