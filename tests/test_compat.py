@@ -158,6 +158,16 @@ def test_first_argument_of_quantize(kind, llama_dir, texts, tokenizer):
         model.quantize(tokenizer)
 
 
+def test_clip_has_two_names(llama_dir, texts):
+    """AutoAWQ's argument, and the field of `QuantizeOptions`."""
+    packed = []
+    for spelled in ({"apply_clip": False}, {"clip": False}, {}):
+        model = AutoAWQForCausalLM.from_pretrained(str(llama_dir), dtype=torch.float32)
+        model.quantize(calib_data=texts[:8], quant_config=QUANT, preset="fast", **spelled)
+        packed.append(model.model.model.layers[1].mlp.up_proj.qweight)
+    assert torch.equal(packed[0], packed[1]) and not torch.equal(packed[0], packed[2])
+
+
 def test_export_compatible_then_pack_is_exact(llama_dir, texts, tmp_path):
     model = AutoAWQForCausalLM.from_pretrained(str(llama_dir))
     model.quantize(calib_data=texts, quant_config=QUANT, export_compatible=True)

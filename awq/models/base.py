@@ -378,9 +378,8 @@ class BaseAWQForCausalLM(FusedGeneration, AwqModel):
             export_compatible=export_compatible,
             general_texts=general_texts,
             duo_scaling=duo_scaling,
-            clip=apply_clip,
             preset=preset,
-            **options,
+            **{"clip": apply_clip, **options},
         )
 
 
