@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import zoo
+from conftest import make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_loading import edit_config, packed_model, save
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
@@ -279,6 +280,17 @@ def test_scaled_zeros_of_any_scale_are_whole(dtype):
     scales[0] = 0
     assert zeros_are_whole(scales, -(scales * zeros))
     assert zeros_are_whole(scales, -(scales.half() * zeros).half())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_biases_of_packed_linears_are_floats(tmp_path, dtype):
+    folder = tmp_path / "bert"
+    save(packed_model("bert", group_size=16), folder, group_size=16)
+    make_tokenizer().save_pretrained(folder)
+    name = "encoder.layer.0.output.dense.bias"
+    edit(folder, replaced(name, lambda t: t.to(dtype)))
+    with pytest.raises(CheckpointError, match=name):
+        Encoder.from_pretrained(folder)
 
 
 def test_a_setting_that_is_no_number(folder, tmp_path):

@@ -308,6 +308,18 @@ def hint_of_dtypes(headers: Mapping[str, Mapping[str, Any]]) -> str:
     return f" ({_first(strange)} hold whole numbers)" if strange else ""
 
 
+def check_stored_biases(packed: Iterable[str], headers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses biases of packed linears that the files hold as anything but floating-point
+    numbers."""
+    for name in packed:
+        dtype = headers.get(f"{name}.bias", {}).get("dtype", "F32")
+        if dtype not in (*FLOATS, "F64"):
+            raise CheckpointError(
+                f"the checkpoint holds {name}.bias as {dtype}; it must be a 16- or 32-bit "
+                "floating-point tensor."
+            )
+
+
 def check_float_parameters(model: nn.Module, path: str | Path) -> None:
     """Refuses whole numbers where the model computes with floating ones."""
     strange = [

@@ -23,6 +23,7 @@ from awq.checkpoint.account import (
     check_blocks,
     check_packed_numbers,
     check_parameter_shapes,
+    check_stored_biases,
     parameter_shapes,
     place_activation_scales,
     settle_dtypes,
@@ -138,6 +139,7 @@ class AwqHfQuantizer(HfQuantizer):
         self.glued = GluedLinears(model, self.packed, self.settings)
         whole = {name: t for name, t in self.packed.items() if name not in self.glued.rows}
         self.matched = replace_linears(model, self.settings, whole)
+        check_stored_biases(self.packed, headers)
         self.shared = stored_elsewhere(model, self.matched)
         for name in self.shared:
             replace_module(model, name, nn.Identity())  # which has no tensors that could be missing
