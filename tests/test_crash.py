@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_loading import packed_model
 
 from awq.checkpoint import directory
 from awq.checkpoint.directory import complete_directory
@@ -109,9 +110,54 @@ def test_killed_at_every_point(tmp_path, monkeypatch, before, one_step):
             assert found in whole, point
         save(target)
         assert tree(target) == whole[1], point
-        assert [p.name for p in home.iterdir() if not p.name.endswith(".new")] == ["q"], point
+        assert [p.name for p in home.iterdir()] == ["q"], point
         point += 1
     assert point > 12
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """What real savers make of one model: name → (how, the files that it makes)."""
+    from awq.checkpoint import convert_checkpoint, save_checkpoint
+    from awq.config import AwqConfig
+
+    home = tmp_path_factory.mktemp("savers")
+    model, config = packed_model("llama", group_size=16), AwqConfig(group_size=16)
+    save_checkpoint(model, home / "source", config)
+    savers = {
+        "save": lambda target: save_checkpoint(model, target, config),
+        "convert": lambda target: convert_checkpoint(home / "source", target, "gemv"),
+    }
+    for name, saver in savers.items():
+        saver(home / name / "q")
+    return {name: (saver, contents(home / name / "q")) for name, saver in savers.items()}
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["save", "convert"])
+def test_real_savers_killed(tmp_path, checkpoints, name):
+    """Over an older checkpoint with the user's files: one of the two is there, whole, and the next
+    save repairs. Every so manieth point; `CRASH_EVERY=1` tries all."""
+    saver, new = checkpoints[name]
+    every = int(os.environ.get("CRASH_EVERY", 12))
+    whole = [{n: t.encode() for n, t in (OLD | MINE).items()}]
+    whole.append(new | {n: t.encode() for n, t in MINE.items()})
+    point, killed, seen = 0, True, []
+    while killed:
+        target = tmp_path / str(point) / "q"
+        write(target, OLD | MINE)
+        killed = dies_at(point, lambda target=target: saver(target))
+        found = contents(target)
+        assert found in whole, point
+        seen.append(whole.index(found))
+        saver(target)
+        assert contents(target) == whole[1], point
+        assert [p.name for p in target.parent.iterdir()] == ["q"], point
+        point += every
+    assert seen == sorted(seen) and {0, 1} == set(seen), "the old one first, then the new one"
 
 
 def test_a_directory_that_keeps_its_place(tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ from awq.errors import AwqError, CheckpointError, ConfigError
 logger = logging.getLogger("awq.checkpoint")
 
 MAX_NAME_BYTES = 255
+MAX_TRIES = 100  # to make a folder that another save does not remove at once
 _EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
 _CURRENT_FOLDER = -100  # AT_FDCWD
 # What readers of models interpret. Everything else in a directory is its user's.
@@ -136,7 +137,7 @@ def _check_apart(target: Path, source: Path) -> None:
 def _check_content(target: Path) -> None:
     """Refuses a directory with parts of a model and no config: what belongs to what could not be
     told."""
-    if not target.is_dir() or (target / "config.json").exists() or _stale(target, inside=True):
+    if not target.is_dir() or (target / "config.json").exists() or _died_inside(target):
         return
     strange = sorted(
         path.name for path in target.iterdir() if path.is_file() and _is_model_file(path.name)
@@ -194,21 +195,26 @@ def complete_directory(target: str | Path, source: str | Path | None = None) -> 
 def recover(target: Path) -> None:
     """Tidies up what runs that died left beside `target`: an older directory is put back,
     unfinished work removed."""
-    for folder in _stale(target):
-        old = folder.name.endswith(".awq-old")
-        if old and not target.exists():
-            logger.warning(
-                "%s: a save died between two renames; the directory it replaced is put back.",
-                target,
-            )
-            folder.rename(target)
-        else:
-            logger.warning("%s: removing %s, left by a save that died.", target, folder.name)
-            _remove_work(folder)
+    for folder in _temporary(target):
+        lock = _take(folder)
+        if lock is None:
+            continue
+        try:
+            if folder.name.endswith(".awq-old") and not target.exists():
+                logger.warning(
+                    "%s: a save died between two renames; the directory it replaced is put back.",
+                    target,
+                )
+                folder.rename(target)
+            else:
+                logger.warning("%s: removing %s, left by a save that died.", target, folder.name)
+                _remove_work(folder)
+        finally:
+            os.close(lock)
 
 
-def _stale(target: Path, inside: bool = False) -> list[Path]:
-    """Temporary folders for this name that no living process holds."""
+def _temporary(target: Path, inside: bool = False) -> list[Path]:
+    """Temporary folders for this name, those of living processes too."""
     places = [target] if inside else [target.parent, target]
     start = _prefix(target)
     folders = [
@@ -218,11 +224,17 @@ def _stale(target: Path, inside: bool = False) -> list[Path]:
         for p in place.glob(f"{start}*")
         if is_temporary(p.name)
     ]
-    return [
-        folder
-        for folder in folders
-        if folder.is_dir() and not folder.is_symlink() and _is_free(folder)
-    ]
+    return [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
+
+
+def _died_inside(target: Path) -> bool:
+    """Whether a save died while it exchanged files in a directory that keeps its place."""
+    for folder in _temporary(target, inside=True):
+        lock = _take(folder)
+        if lock is not None:
+            os.close(lock)
+            return True
+    return False
 
 
 def _prefix(target: Path) -> str:
@@ -231,29 +243,19 @@ def _prefix(target: Path) -> str:
     return f".awq-{hashlib.sha256(target.name.encode()).hexdigest()[:12]}-"
 
 
-def _lock(folder: Path) -> int:
-    """Holds a folder as long as the descriptor is open; the system lets go of it when the process
-    dies."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # file systems without locks: unfinished work is then taken for stale
-        logger.debug("%s cannot be locked: %s", folder, error)
-    return descriptor
-
-
-def _is_free(folder: Path) -> bool:
+def _take(folder: Path) -> int | None:
+    """A lock on a folder that no living process holds, or None; the system lets go of it when it
+    is closed or the process dies."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
-        return False
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
     except OSError:
-        return False
-    finally:
         os.close(descriptor)
+        return None
+    return descriptor
 
 
 def keeps_its_place(target: Path) -> bool:
@@ -270,18 +272,40 @@ def keeps_its_place(target: Path) -> bool:
 
 
 def _make_work(target: Path) -> tuple[Path, int]:
-    """A new temporary folder and the lock on it, which it has before others take it for one."""
+    """A new temporary folder and the lock on it."""
     home = target if keeps_its_place(target) else target.parent
-    work = home / f"{_prefix(target)}{secrets.token_hex(4)}.awq-tmp"
-    unlocked = work.with_suffix(".new")
     try:
         home.mkdir(parents=True, exist_ok=True)
-        unlocked.mkdir()
-        lock = _lock(unlocked)
-        unlocked.rename(work)
+        for _ in range(MAX_TRIES):
+            work = home / f"{_prefix(target)}{secrets.token_hex(4)}.awq-tmp"
+            work.mkdir()
+            lock = _lock_new(work)
+            if lock is not None:
+                return work, lock
     except OSError as error:
         raise CheckpointError(f"cannot write beside {target}: {error}.") from error
-    return work, lock
+    raise CheckpointError(f"cannot write beside {target}: other saves to it remove the work.")
+
+
+def _lock_new(work: Path) -> int | None:
+    """The lock on a folder just made; None when another save took it for a dead one's before it
+    was locked, and removes it."""
+    try:
+        descriptor = os.open(work, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError as error:  # a file system without locks: nobody can take it, either
+        logger.debug("%s cannot be locked: %s", work, error)
+        return descriptor
+    if work.exists():
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _missing_parents(target: Path) -> list[Path]:
