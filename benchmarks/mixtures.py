@@ -142,12 +142,15 @@ def quantize_time(shape: str, layers: int, preset: str, device: str) -> dict[str
     whole = config_of(shape).num_hidden_layers
     mean = sum(later) / len(later)
     return {
-        "preset": preset, "blocks": layers, "seconds_by_block": seconds,
+        "preset": preset,
+        "blocks": layers,
+        "seconds_by_block": seconds,
         "minutes_for_all_blocks": round((seconds[0] + mean * (whole - 1)) / 60, 2),
         "phases": {name: round(value, 2) for name, value in report.phases.items()},
-        "loss": report.loss, "loss_nearest": report.loss_rtn,
+        "loss": report.loss,
+        "loss_nearest": report.loss_rtn,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
-    }  # fmt: skip
+    }
 
 
 @contextmanager

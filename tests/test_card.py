@@ -55,10 +55,15 @@ def test_metadata_are_the_hubs(place):
     }, "the parent of a local original is not what this model is quantized from"
 
 
-@pytest.mark.parametrize("source, wanted", [
-    ("owner/name", "owner/name"), ("/cache/hub/models--owner--name/snapshots/0a", "owner/name"),
-    ("/somewhere/model", None), (None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source, wanted",
+    [
+        ("owner/name", "owner/name"),
+        ("/cache/hub/models--owner--name/snapshots/0a", "owner/name"),
+        ("/somewhere/model", None),
+        (None, None),
+    ],
+)
 def test_relation_to_an_original_of_the_hub(place, tmp_path, source, wanted):
     assert hub_id(source) == wanted
     shutil.copy(place / "llama-awq/config.json", tmp_path)

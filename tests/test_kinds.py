@@ -355,15 +355,26 @@ def not_a_chain(kind):
         config.architectures = ["XLMModel"]
     elif kind == "lilt":
         config = transformers.LiltConfig(
-            **ids, hidden_size=96, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=64, max_2d_position_embeddings=64,
-        )  # fmt: skip
+            **ids,
+            hidden_size=96,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            max_2d_position_embeddings=64,
+        )
         config.architectures = ["LiltModel"]
     else:
         config = transformers.FunnelConfig(
-            **ids, block_sizes=[2, 1], d_model=32, n_head=4, d_head=8, d_inner=64,
-            num_decoder_layers=1, max_position_embeddings=64,
-        )  # fmt: skip
+            **ids,
+            block_sizes=[2, 1],
+            d_model=32,
+            n_head=4,
+            d_head=8,
+            d_inner=64,
+            num_decoder_layers=1,
+            max_position_embeddings=64,
+        )
         config.architectures = ["FunnelModel"]
     return built(config)
 

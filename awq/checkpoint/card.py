@@ -154,8 +154,10 @@ def _usage(directory: Path, config: AwqConfig, packed: bool, name: str) -> list[
         snippets.append(_GENERATE)
         if config.zero_point and config.format == "gemm" and config.group_size in _VLLM_GROUP_SIZES:
             snippets.append(_VLLM)
-    return [snippet.strip("\n").format(register=register, auto=auto, name=name) + "\n"
-            for snippet in snippets]  # fmt: skip
+    return [
+        snippet.strip("\n").format(register=register, auto=auto, name=name) + "\n"
+        for snippet in snippets
+    ]
 
 
 def _recovery(evaluation: Any) -> list[str]:
