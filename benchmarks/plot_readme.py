@@ -17,7 +17,7 @@ from typing import Any
 from svg import document, line, polyline, text
 
 ROOT = Path(__file__).resolve().parent.parent
-QUALITY = ROOT / "benchmarks/results/quality-smollm2-g64-natural-h100.json"
+QUALITY = ROOT / "benchmarks/results/quality-smollm2-g64-natural-h200.json"
 SPEED = ROOT / "benchmarks/results/generate-h100.json"
 FIGURES = ROOT / "docs/figures"
 
@@ -61,7 +61,7 @@ def quality_panel(result: dict[str, Any], words: dict[str, str]) -> list[str]:
     lowest, highest = math.floor(full), math.ceil(max(row["perplexity"] for row in rows))
 
     def place(seconds: float, perplexity: float) -> tuple[float, float]:
-        x = left + math.log(seconds / 2) / math.log(40 / 2) * (right - left)
+        x = left + math.log(seconds) / math.log(40) * (right - left)
         y = bottom - (perplexity - lowest) / (highest - lowest) * (bottom - top)
         return x, y
 
@@ -70,13 +70,13 @@ def quality_panel(result: dict[str, Any], words: dict[str, str]) -> list[str]:
         text(left - 30, 45, words["quality note"].format(device=short(result["device"])), "note")
     )
     for value in range(lowest, highest + 1):
-        _, y = place(2, value)
+        _, y = place(1, value)
         out += [line(left, y, right, y, "axis"), text(left - 8, y + 4, str(value), "note", "end")]
-    for seconds in (2, 5, 10, 20, 40):
+    for seconds in (1, 2, 5, 10, 20, 40):
         x, _ = place(seconds, lowest)
         out.append(text(x, bottom + 20, words["seconds"].format(value=seconds), "note", "middle"))
 
-    _, floor = place(2, full)
+    _, floor = place(1, full)
     out += [line(left, floor, right, floor, "floor")]
     out += [text(left + 6, floor - 6, words["full precision"].format(value=full), "floor-text")]
 
