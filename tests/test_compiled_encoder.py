@@ -32,6 +32,7 @@ SIZES = dict(
 )
 GROUPED = dict(num_key_value_heads=2, head_dim=32)
 ROTARY = dict(hidden_act="silu", activation_function="silu", layer_norm_eps=1e-5)
+BOTH_WAYS = dict(use_bidirectional_attention=True, sliding_window=16, query_pre_attn_scalar=32)
 # Families of one structure share a program: that of bert serves roberta, xlm-roberta and
 # distilbert, that of nomic_bert serves gte.
 FAMILIES = {
@@ -45,6 +46,7 @@ FAMILIES = {
     "gte": ROTARY,
     "qwen3": GROUPED,
     "mistral": GROUPED | dict(sliding_window=40),
+    "gemma3_text": GROUPED | BOTH_WAYS,
 }
 POOLING = {"modernbert": "cls", "qwen3": "lasttoken"}
 

@@ -210,9 +210,7 @@ def _normed(x: Tensor, norms: list[Event], dim: int) -> tuple[Tensor, NormPlan |
     """(heads [heads, tokens, dim] of x [tokens, heads · dim], their norm if one read them)."""
     heads = _by_head(x, dim)
     for event in norms:
-        if event.x.shape[-1] != dim or event.x.numel() != x.numel():
-            continue
-        if near(event.x.reshape(x.shape), x):
+        if event.x.shape[-1] == dim and _reads(event, x):
             norm = read_norm(event)
             return apply_norm(heads, norm), norm
     return heads, None
@@ -220,8 +218,17 @@ def _normed(x: Tensor, norms: list[Event], dim: int) -> tuple[Tensor, NormPlan |
 
 def reads_heads(event: Event, linears: list[Event]) -> bool:
     """Whether a norm reads what one of the linears made, head by head."""
-    made = [e.y for e in linears if e.y.numel() == event.x.numel()]
-    return any(near(event.x.reshape(y.shape), y) for y in made)
+    return any(_reads(event, e.y[0]) for e in linears)
+
+
+def _reads(event: Event, made: Tensor) -> bool:
+    """Whether a norm reads made [tokens, channels], heads before tokens or after them."""
+    if event.x.numel() != made.numel():
+        return False
+    layouts = [event.x]
+    if event.x.dim() == 4:
+        layouts.append(event.x.transpose(1, 2))
+    return any(near(x.reshape(made.shape), made) for x in layouts)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, way: _Way, relative: Tensor | None) -> Tensor:

@@ -268,6 +268,7 @@ def _spec(plan: EncoderPlan, pooling: str, normalize: bool, planes: int) -> Any:
     )
     norms = [n for b in plan.blocks for n in (b.attention_norm, b.mlp_norm) if n is not None]
     norms += [n for n in (plan.norm, plan.final_norm) if n is not None]
+    norms += [n for b in plan.blocks for n in b.post_norms or ()]
     if len({(n.eps, n.centered) for n in norms}) != 1:
         raise NotReadable("its norms are of several kinds")
     if len({_kind(b.attention) for b in plan.blocks}) != 1:
@@ -288,6 +289,8 @@ def _spec(plan: EncoderPlan, pooling: str, normalize: bool, planes: int) -> Any:
         gated=block.gated,
         centered=norms[0].centered,
         pre_norm=block.pre_norm,
+        post_norms=block.post_norms is not None,
+        words_factor=plan.words_factor,
         embedding_norm=plan.norm is not None,
         rotary=pairs,
         relative=plan.relative is not None,
@@ -376,6 +379,8 @@ class _Weights:
                 after_mlp = plan.final_norm if last else plan.blocks[i + 1].attention_norm
             self._norm(fields, "norm1", after_attention)
             self._norm(fields, "norm2", after_mlp)
+            for name, post in zip(("post1", "post2"), block.post_norms or (None, None)):
+                self._norm(fields, name, post)
             fields |= self._attention(block.attention)
             fields |= dict(relative=relative, keep_norm2=int(last))
             layers.append(fields)

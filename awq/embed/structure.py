@@ -64,7 +64,8 @@ ACTIVATIONS = {
 class BlockPlan:
     """up: linears whose outputs are joined in this order, gate first.
 
-    Norms lie after attention and MLP, or before them.
+    Norms lie after attention and MLP, or before them; post_norms: of what both give, before it is
+    added.
     """
 
     attention: AttentionPlan
@@ -73,6 +74,7 @@ class BlockPlan:
     down: WQLinear
     attention_norm: NormPlan | None
     mlp_norm: NormPlan
+    post_norms: tuple[NormPlan, ...] | None
     activation: str
     gated: bool
     pre_norm: bool
@@ -82,11 +84,12 @@ class BlockPlan:
 class EncoderPlan:
     """words, positions, types: tables [entries, hidden], the latter two float32 or None.
 
-    position_offset: index of the first token's row. relative: bias float32 [heads, 2·n − 1] by
-    distance, or None.
+    words_factor: what rows of words are multiplied by. position_offset: index of the first token's
+    row. relative: bias float32 [heads, 2·n − 1] by distance, or None.
     """
 
     words: Tensor
+    words_factor: float
     positions: Tensor | None
     position_offset: int
     types: Tensor | None
@@ -138,8 +141,8 @@ def read_encoder(model: Any) -> EncoderPlan:
             own.attention, _head_norms(block, own), own.o.x, int(heads), given, relative
         )
         plans.append(_read_block(block, own, form, attention))
-    if len({plan.pre_norm for plan in plans}) > 1:
-        raise NotReadable("norms come first in some of its blocks, and last in others")
+    if len({(plan.pre_norm, plan.post_norms is None) for plan in plans}) > 1:
+        raise NotReadable("norms lie elsewhere in some of its blocks than in others")
     final = _final_norm(seen.around, last.made, seen.last, plans[0].pre_norm)
     return EncoderPlan(
         words=words.weight,
@@ -225,34 +228,55 @@ def _read_block(
     up = [linears.up[i] for i in form.order]
     of_heads = _head_norms(calls, linears)
     norms = [e for e in calls.events if is_norm(e.module) and e not in of_heads]
-    pre_norm, attention_norm, mlp_norm = _norms(norms, calls, linears)
+    found = _read_norms(norms, calls, linears)
     return BlockPlan(
         attention=attention,
         o=packed(linears.o),
         up=tuple(packed(e) for e in up),
         down=packed(linears.down),
-        attention_norm=attention_norm,
-        mlp_norm=mlp_norm,
+        attention_norm=found.attention,
+        mlp_norm=found.mlp,
+        post_norms=found.posts,
         activation=form.activation,
         gated=form.gated,
-        pre_norm=pre_norm,
+        pre_norm=found.pre_norm,
     )
 
 
-def _norms(
-    norms: list[Event], calls: BlockEvents, linears: _Linears
-) -> tuple[bool, NormPlan | None, NormPlan]:
-    """(whether norms come first, the norm of attention, that of the MLP).
+@dataclass(frozen=True)
+class _Norms:
+    """Of a block. posts: those of what attention and MLP give, before it is added."""
 
-    Who reads whom shows bit for bit; sums may have been rounded in another order.
-    """
-    if len(norms) == 2 and _come_last(norms, calls, linears):
-        return False, read_norm(norms[0]), read_norm(norms[1])
-    if len(norms) == 2 and _come_first(norms, calls, linears):
-        return True, read_norm(norms[0]), read_norm(norms[1])
-    if len(norms) == 1 and _come_first(norms, calls, linears):
-        return True, None, read_norm(norms[0])
+    pre_norm: bool
+    attention: NormPlan | None
+    mlp: NormPlan
+    posts: tuple[NormPlan, ...] | None = None
+
+
+def _read_norms(norms: list[Event], calls: BlockEvents, linears: _Linears) -> _Norms:
+    """Who reads whom shows bit for bit; sums may have been rounded in another order."""
+    branches = [linears.o.y, linears.down.y]
+    posts = [e for e in norms if _is_one_of(e.x, branches)]
+    around = [e for e in norms if e not in posts]
+    plans = [read_norm(e) for e in around]
+    if not posts and len(around) == 2 and _come_last(around, calls, linears):
+        return _Norms(False, plans[0], plans[1])
+    if posts:
+        branches = [post.y for post in posts]
+    if len(branches) == 2 and _come_first(around, calls, linears, branches):
+        attention = plans[0] if len(plans) == 2 else None
+        after = tuple(read_norm(e) for e in posts)
+        return _Norms(
+            pre_norm=True,
+            attention=attention,
+            mlp=plans[-1],
+            posts=after or None,
+        )
     raise NotReadable("its norms lie somewhere else than before or after attention and MLP")
+
+
+def _is_one_of(x: Tensor, tensors: list[Tensor]) -> bool:
+    return any(torch.equal(x, tensor) for tensor in tensors)
 
 
 def _come_last(norms: list[Event], calls: BlockEvents, linears: _Linears) -> bool:
@@ -270,16 +294,23 @@ def _come_last(norms: list[Event], calls: BlockEvents, linears: _Linears) -> boo
     )
 
 
-def _come_first(norms: list[Event], calls: BlockEvents, linears: _Linears) -> bool:
-    """Whether the norms make what attention and MLP read, that of attention if there is one."""
+def _come_first(
+    norms: list[Event], calls: BlockEvents, linears: _Linears, branches: list[Tensor]
+) -> bool:
+    """Whether the norms make what attention and MLP read, that of attention if there is one.
+
+    branches: what is added to the residual stream after attention and MLP.
+    """
+    if len(norms) not in (1, 2):
+        return False
     *before, two = norms
     read = calls.given
     for one in before:
         if not torch.equal(one.x, calls.given):
             return False
         read = one.y
-    first_sum = calls.given + linears.o.y
-    second_sum = two.x + linears.down.y
+    first_sum = calls.given + branches[0]
+    second_sum = two.x + branches[1]
     return (
         torch.equal(linears.attention[0].x, read)
         and torch.equal(linears.up[0].x, two.y)
@@ -352,6 +383,7 @@ def _read_tables(words: nn.Module, events: list[Event], given: Tensor) -> dict[s
     tables = [e for e in tables if e.module.embedding_dim == words.embedding_dim]  # type: ignore[union-attr]
     first = next(e for e in events if e.module is words)
     total = first.y.float()
+    factor = _words_factor(first)
     positions: Tensor | None = None
     types: Tensor | None = None
     offset = 0
@@ -380,7 +412,24 @@ def _read_tables(words: nn.Module, events: list[Event], given: Tensor) -> dict[s
             raise NotReadable("what its first norm reads is not the sum of its embeddings")
     elif not near(total, given.float()):
         raise NotReadable("what its first block reads is not the sum of its embeddings")
-    return {"positions": positions, "position_offset": offset, "types": types, "norm": norm}
+    return {
+        "words_factor": factor,
+        "positions": positions,
+        "position_offset": offset,
+        "types": types,
+        "norm": norm,
+    }
+
+
+def _words_factor(event: Event) -> float:
+    """What an embedding multiplies its rows by. Raises NotReadable when it does something else."""
+    module: Any = event.module
+    rows = module.weight[event.x].double()
+    made = event.y.double()
+    factor = float((made * rows).sum() / rows.square().sum().clamp(min=1e-30))
+    if not near(factor * rows, made):
+        raise NotReadable("its embedding gives something else than multiples of its rows")
+    return 1.0 if abs(factor - 1) < 1e-3 else factor
 
 
 def _final_norm(events: list[Event], made: Tensor, last: Tensor, pre_norm: bool) -> NormPlan | None:

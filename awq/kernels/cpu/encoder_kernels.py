@@ -2,23 +2,22 @@
 operator in between.
 
 Texts are packed one after the other without padding; `starts` says where each begins. The program
-is a list of phases, each of
-them a number of independent items: tokens, pairs of blocks of outputs, or heads of a text. Workers
-take items until none is left, then the next phase begins:
+is a list of phases, each of them a number of independent items. Workers take items until none is
+left, then the next phase begins:
 
-    embed                word + position + type, norm, integers                            one item
-    a token for each layer:
-      qkv                product of integers and nibbles, plus bias                        one item
-      32 outputs attend             softmax(q · kᵀ · scaling + bias) · v
-      one item a head of a text quantize           context to integers
-      one item a token o                  product
-      add_norm           hidden + branch, norm, integers                                   one item
-      a token up                 product; gate and up one after the other where the MLP is gated
-      activate           activation, integers
-      down               product
-      add_norm           as above, with the next layer's norm where norms come first
-    pool                 mean, first or last token of a text, norm 1                       one item
-    a text
+    phase            what                                                        one item
+    embed            word + position + type, norm, integers                      a token
+    for each layer:
+      qkv            product of integers and nibbles, plus bias                  32 outputs
+      attend         softmax(q · kᵀ · scaling + bias) · v                        a head of a text
+      quantize       context to integers                                         a token
+      o              product                                                     32 outputs
+      add_norm       hidden + branch, norm, integers                             a token
+      up             product; gate and up follow each other where MLPs are gated 32 outputs
+      activate       activation, integers                                        a token
+      down           product                                                     32 outputs
+      add_norm       as above, with the next layer's norm where norms come first a token
+    pool             mean, first or last token of a text, norm 1                 a text
 
 An item's result does not depend on who computes it, so any number of workers gives the same bits.
 Everything that is the same for all texts (`EncoderSpec`) is a constant of the machine code. The
@@ -54,8 +53,9 @@ class EncoderSpec(NamedTuple):
     """What is the same for every text. Widths in features; `planes`: int8 digits of an activation,
     1 or 2.
 
-    pre_norm: norms come before attention and MLP instead of after the residual sum. pooling: mean,
-    cls or lasttoken.
+    pre_norm: norms come before attention and MLP instead of after the residual sum. post_norms:
+    what attention and MLP give is normed before it is added. words_factor: what rows of the
+    embedding table are multiplied by. pooling: mean, cls or lasttoken.
     """
 
     hidden: int
@@ -72,6 +72,8 @@ class EncoderSpec(NamedTuple):
     gated: bool
     centered: bool
     pre_norm: bool
+    post_norms: bool
+    words_factor: float
     embedding_norm: bool
     rotary: int
     relative: bool
@@ -116,6 +118,10 @@ LAYER = Task(
     norm1_bias=Array(F32),
     norm2_weight=Array(F32),
     norm2_bias=Array(F32),
+    post1_weight=Array(F32),
+    post1_bias=Array(F32),
+    post2_weight=Array(F32),
+    post2_bias=Array(F32),
     q_norm=Array(F32),
     k_norm=Array(F32),
     cos=Array(F32),
@@ -205,11 +211,11 @@ def _emit_forward(
         (define("attend", _attend), "heads"),
         (define("quantize_context", _quantize_context), "tokens"),
         (product("o", spec.context, spec.hidden, "branch"), spec.hidden),
-        (define("add_norm1", lambda p, index: _add_norm(p, index, "norm1")), "tokens"),
+        (define("add_norm1", lambda p, index: _add_norm(p, index, 1)), "tokens"),
         (product("up", spec.hidden, inner_channels, "wide"), inner_channels),
         (define("activate", _activate), "tokens"),
         (product("down", spec.inner, spec.hidden, "branch"), spec.hidden),
-        (define("add_norm2", lambda p, index: _add_norm(p, index, "norm2")), "tokens"),
+        (define("add_norm2", lambda p, index: _add_norm(p, index, 2)), "tokens"),
     )
 
     b, (job, worker) = Emitter.define(module, "forward", [PTR, I64])
@@ -549,7 +555,7 @@ def _embed(p: _Phase, token: Value) -> None:
             place.value = b.sext(index[token], I64)
         tables.append((table, place.value * spec.hidden))
     with b.loop(0, spec.hidden, LANES) as i:
-        row[i] = word.floats(i, LANES)
+        row[i] = word.floats(i, LANES) * spec.words_factor
     for table, offset in tables:
         with b.when(table.is_given()), b.loop(0, spec.hidden, LANES) as i:
             row[i] = row.vector(i, LANES) + table.vector(offset + i, LANES)
@@ -562,12 +568,14 @@ def _embed(p: _Phase, token: Value) -> None:
     _quantize(p, row, token, spec.hidden)
 
 
-def _add_norm(p: _Phase, token: Value, name: str) -> None:
+def _add_norm(p: _Phase, token: Value, number: int) -> None:
     """hidden = hidden + branch, its norm to integers. Where norms come last, or at the end, hidden
     becomes the norm."""
     b, spec = p.b, p.spec
     row, branch = p.t.hidden + token * spec.hidden, p.t.branch + token * spec.hidden
-    weight, bias = getattr(p.layer, f"{name}_weight"), getattr(p.layer, f"{name}_bias")
+    weight, bias = _weights_of(p, f"norm{number}")
+    if spec.post_norms:
+        _norm(p, branch, branch, *_weights_of(p, f"post{number}"))
     with b.loop(0, spec.hidden, LANES) as i:
         row[i] = row.vector(i, LANES) + branch.vector(i, LANES)
     if not spec.pre_norm:
@@ -575,10 +583,15 @@ def _add_norm(p: _Phase, token: Value, name: str) -> None:
         _quantize(p, row, token, spec.hidden)
         return
     _norm(p, row, branch, weight, bias)
-    if name == "norm2":
+    if number == 2:
         with b.when(p.layer.keep_norm2.differs(0)), b.loop(0, spec.hidden, LANES) as i:
             row[i] = branch.vector(i, LANES)
     _quantize(p, branch, token, spec.hidden)
+
+
+def _weights_of(p: _Phase, name: str) -> tuple[Pointer, Pointer]:
+    """(weight, bias) of one of the layer's norms."""
+    return getattr(p.layer, f"{name}_weight"), getattr(p.layer, f"{name}_bias")
 
 
 def _quantize_context(p: _Phase, token: Value) -> None:
