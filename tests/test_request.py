@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from awq.calibration import load_calibration
+from awq.calibration import load_calibration, sources
 from awq.calibration.request import CalibrationRequest, read_request, tell_apart
 from awq.errors import CalibrationError
 
@@ -188,6 +188,79 @@ def test_a_template_that_does_not_end(monkeypatch):
                 run(lambda: read_request(CHATS, tokenizer=tokenizer))
     assert rendered_chats(tokenizer) == []
     assert sys.gettrace() is before
+
+
+TABLES = {
+    "dataset": lambda columns: dataset(columns),
+    "dataset that streams": lambda columns: dataset(columns).to_iterable_dataset(),
+    "split of a dataset": lambda columns: {"train": dataset(columns)},
+    "pandas frame": lambda columns: frame(columns),
+    "arrow table": lambda columns: arrow(columns),
+    "list of dicts": lambda columns: rows_of(columns),
+    "tuple of dicts": lambda columns: tuple(rows_of(columns)),
+    "generator of dicts": lambda columns: (row for row in rows_of(columns)),
+}
+COLUMNS = {
+    "text": TEXTS,
+    "body": TEXTS,
+    "input_ids": IDS,
+    "messages": CHATS,
+    "conversations": [shared_gpt(chat) for chat in CHATS],
+}
+
+
+def rows_of(columns):
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("table", TABLES)
+def test_every_column_of_every_table(table, column):
+    """Beside a column that nobody asked for; the text column wins over the others."""
+    from conftest import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    data = TABLES[table]({column: COLUMNS[column], "label": [0, 1]})
+    name = column if column in ("text", "body") else "text"
+    request = read_request(data, tokenizer=tokenizer, text_column=name)
+    if column == "input_ids":
+        assert [row["input_ids"] for row in request.rows] == IDS
+    else:
+        assert request.texts == (TEXTS if column in ("text", "body") else RENDERED)
+
+
+def write_texts(path):
+    """Two texts in a file of the kind that its suffix names."""
+    import json
+
+    rows = rows_of({"text": TEXTS})
+    written = {
+        ".txt": lambda: path.write_text("\n\n".join(TEXTS)),
+        ".md": lambda: path.write_text("\n\n".join(TEXTS)),
+        ".jsonl": lambda: path.write_text("\n".join(map(json.dumps, rows))),
+        ".json": lambda: path.write_text(json.dumps(rows)),
+        ".csv": lambda: path.write_text("\n".join(["text", *TEXTS])),
+        ".tsv": lambda: path.write_text("\n".join(["n\ttext", *[f"1\t{t}" for t in TEXTS]])),
+        ".parquet": lambda: frame({"text": TEXTS}).to_parquet(path),
+    }
+    written[path.suffix]()
+    return path
+
+
+@pytest.mark.parametrize("suffix", sources._SUFFIXES)
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_every_kind_of_file(tmp_path, suffix, kind):
+    request = read_request(kind(write_texts(tmp_path / f"texts{suffix}")))
+    assert (request.kind, request.texts, request.own) == ("texts", TEXTS, True)
+
+
+@pytest.mark.parametrize("nothing", [None, "pileval"])
+def test_nothing_is_the_bundled_text(nothing, monkeypatch):
+    """No data, and the default's name where there is no network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    request = read_request(nothing)
+    assert (request.kind, request.samples, request.own) == ("bundled", [], False)
 
 
 def test_pairs_and_prompts():
