@@ -115,8 +115,7 @@ def _token_rows(
     texts: Sequence[Any] = request.samples
     if request.kind == "bundled":
         logger.warning(
-            "no calibration data given: using the bundled text. Texts of your own task give "
-            "better results."
+            "calibrating on the bundled text; texts of your own task give better results."
         )
         texts = bundled_texts(short=mode == "rows")
         if is_tokenizer(request.tokenizer):

@@ -132,8 +132,7 @@ def _hub_samples(name: str, split: str, column: str, limit: int) -> list[Any] | 
                 "give texts or a local file, or None for the bundled text."
             ) from error
         logger.warning(
-            "calibration dataset %s cannot be loaded (%s); using the bundled text. Texts of your "
-            "own task give better results.",
+            "calibration dataset %s cannot be loaded (%s); the bundled text takes its place.",
             dataset,
             reason,
         )

@@ -69,7 +69,11 @@ def _for_people(result: dict[str, Any]) -> str:
         "version": result["version"],
         "zero points": "yes" if result["zero_point"] else "no",
         "not quantized": shown or "nothing named",
-        "weights": f"{result['weight_bytes'] / 1e6:.1f} MB in {result['weight_files']} files, "
+        "weights": f"{result['weight_bytes'] / 1e6:.1f} MB in {_files(result['weight_files'])}, "
         f"{result['tensors']} tensors",
     }
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"

@@ -77,11 +77,11 @@ class QuantReport:
         """A few lines for a terminal or a model card."""
         scaled = sum(1 for r in self.linears if r.kind != "identity")
         lines = [
-            f"{len(self.linears)} linears quantized in {self.seconds:.1f} s on {self.tokens} "
+            f"{_linears(len(self.linears))} quantized in {self.seconds:.1f} s on {self.tokens} "
             "calibration tokens",
             f"relative output error {self.loss:.4f} (round to nearest {self.loss_rtn:.4f})",
-            f"{scaled} linears with activation-aware scales, {len(self.skipped)} linears left in "
-            "full precision",
+            f"{_linears(scaled)} with activation-aware scales, {_linears(len(self.skipped))} left "
+            "in full precision",
         ]
         if self.tuning:
             t = self.tuning
@@ -92,3 +92,7 @@ class QuantReport:
         if self.evaluation is not None:
             lines.append(self.evaluation.summary())
         return "\n".join(lines + [f"warning: {w}" for w in self.warnings])
+
+
+def _linears(count: int) -> str:
+    return "1 linear" if count == 1 else f"{count} linears"
