@@ -189,17 +189,20 @@ def _making(report: Any) -> list[str]:
     parts = ["## Quantization\n", f"```\n{report.summary()}\n```\n"]
     if report.command:
         parts.append(f"Made by\n\n```bash\n{report.command}\n```\n")
-    settings = report.config | report.options
-    named = ", ".join(f"{key} {value}" for key, value in settings.items() if _is_told(key, value))
-    versions = ", ".join(f"{key} {value}" for key, value in report.versions.items())
-    parts += [f"Settings: {named}.\n"] if named else []
-    parts += [f"Versions: {versions}.\n"] if versions else []
+    settings = _listed(report.config | report.options)
+    versions = _listed(report.versions)
+    if settings:
+        parts.append(f"Settings: {settings}.\n")
+    if versions:
+        parts.append(f"Versions: {versions}.\n")
     return [*parts, "Per linear: `quantization_report.json`.\n"]
 
 
-def _is_told(key: str, value: Any) -> bool:
-    """What a stranger needs to repeat it: not the machine's device or the progress bar."""
-    return value is not None and key not in ("device", "progress", "modules_to_not_convert")
+def _listed(values: dict[str, Any]) -> str:
+    """Like "preset fast, tuning 0": what a stranger needs to repeat it, not the machine's own."""
+    left_out = ("device", "progress", "modules_to_not_convert")
+    told = {key: value for key, value in values.items() if key not in left_out}
+    return ", ".join(f"{key} {value}" for key, value in told.items() if value is not None)
 
 
 def _auto_name(directory: Path) -> str:

@@ -69,11 +69,14 @@ def _for_people(result: dict[str, Any]) -> str:
         "version": result["version"],
         "zero points": "yes" if result["zero_point"] else "no",
         "not quantized": shown or "nothing named",
-        "weights": f"{result['weight_bytes'] / 1e6:.1f} MB in {_files(result['weight_files'])}, "
-        f"{result['tensors']} tensors",
+        "weights": _weights(result),
     }
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
 
 
-def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count} files"
+def _weights(result: dict[str, Any]) -> str:
+    """Their size, in how many files and tensors."""
+    megabytes = result["weight_bytes"] / 1e6
+    files = result["weight_files"]
+    place = "1 file" if files == 1 else f"{files} files"
+    return f"{megabytes:.1f} MB in {place}, {result['tensors']} tensors"
