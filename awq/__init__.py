@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from awq.embed.encoder import Encoder as Encoder
     from awq.models.auto import AutoAWQForCausalLM as AutoAWQForCausalLM
     from awq.models.auto import AutoAWQForEmbedding as AutoAWQForEmbedding
+    from awq.models.planning import plan_quantization as plan_quantization
     from awq.models.streaming import quantize_directory as quantize_directory
     from awq.models.streaming import resume_quantization as resume_quantization
     from awq.quantize import QuantizeOptions as QuantizeOptions
@@ -37,6 +38,7 @@ _HOME = {
     "QuantizeOptions": "awq.quantize",
     "clean_texts": "awq.calibration",
     "load_calibration": "awq.calibration",
+    "plan_quantization": "awq.models.planning",
     "prepare_calibration_tokens": "awq.calibration",
     "quantize_directory": "awq.models.streaming",
     "quantize_model": "awq.quantize",

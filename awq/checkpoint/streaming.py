@@ -63,9 +63,10 @@ class StreamedBlocks:
     """
 
     def __init__(
-        self, source: Source, work: WorkFolder, dtype: Any = "auto", kind: Any = None
+        self, source: Source, work: WorkFolder | None, dtype: Any = "auto", kind: Any = None
     ) -> None:
-        """source: a full-precision checkpoint; dtype, kind: of `load_model`.
+        """source: a full-precision checkpoint; work: None for a model that is only looked at;
+        dtype, kind: of `load_model`.
 
         Raises ConfigError or ModelError for a model that cannot be streamed, and what `load_model`
         raises.
@@ -75,7 +76,7 @@ class StreamedBlocks:
         if source.directory is None:  # it has been downloaded meanwhile
             source = Source.open(source.name, source.trust_remote_code, **source.download)
         self.path, self._headers = source.name, source.headers
-        self.work = work
+        self._work = work
         self._progress: Callable[[], Progress] | None = None
         self.lists = find_block_lists(self._original)
         self._names = [f"{prefix}.{i}" for prefix, blocks in self.lists for i in range(len(blocks))]
@@ -175,6 +176,12 @@ class StreamedBlocks:
     @cached_property
     def _names_on_disk(self) -> dict[str, bool]:
         return names_on_disk(self.model, self._targets)
+
+    @property
+    def work(self) -> WorkFolder:
+        if self._work is None:
+            raise ModelError(f"{self.path} was opened to be looked at; its blocks have no place.")
+        return self._work
 
     def parts(self) -> Parts:
         """The model when all of its blocks were visited."""

@@ -77,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hold one block in memory at a time, for models larger than memory (no --evaluate)",
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only say what would be quantized, the size before and after, and how far engines can "
+        "split the result",
+    )
+    parser.add_argument(
         "--resume",
         metavar="OUTPUT",
         help="go on with a --stream into OUTPUT that ended early, with all of its options",
@@ -108,8 +114,25 @@ def run(arguments: argparse.Namespace) -> int:
     with _signs_of_life(arguments.quiet) as steps:
         if arguments.resume is not None:
             return _resume(arguments)
+        if arguments.dry_run:
+            return _plan(arguments)
         _check_names(arguments)
         return _stream(arguments, steps) if arguments.stream else _quantize(arguments, steps)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from awq import plan_quantization
+    from awq.cli.output import OK, show
+    from awq.errors import ConfigError
+
+    if arguments.model is None:
+        raise ConfigError("give the model to plan for.")
+    settings = _settings(arguments)["quant_config"]
+    plan = plan_quantization(
+        arguments.model, arguments.output, settings, torch_dtype=arguments.dtype
+    )
+    show(plan.to_dict(), arguments.json, plan.summary())
+    return OK
 
 
 def _check_names(arguments: argparse.Namespace) -> None:
