@@ -22,7 +22,7 @@ from awq.kernels import cpu as backend
 from awq.kernels.cpu import dense, engine, pool
 from awq.kernels.cpu.products import emit_linear
 from awq.kernels.cpu.targets import TARGETS
-from awq.kernels.cpu.team import UNTIL
+from awq.kernels.cpu.team import SIZE, UNTIL
 from awq.nn.layout import concatenate_outputs, restore, split_outputs
 from awq.nn.linear import WQLinear
 
@@ -413,19 +413,21 @@ def test_a_task_is_filled_by_name_and_by_nothing_else():
         task.pack(rows=7, eps=0.5, x=None, threads=1, heads=2)
 
 
-def test_a_team_that_is_left_alone_changes_no_bit():
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_smaller_team_changes_no_bit(size, monkeypatch):
+    monkeypatch.setattr(pool, "_cores_at_start", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     linear = WQLinear.from_quantized(random_weight(256, 96, 128))
     x = torch.randn(3, 256)
     state = engine._team_state()
-    before = state[UNTIL]
+    before = list(state)
     try:
         state[UNTIL] = 0
-        together = linear(x)
-        state[UNTIL] = 2**62  # nanoseconds that never come
-        alone = linear(x)
+        whole = linear(x)
+        state[UNTIL], state[SIZE] = 2**62, size  # nanoseconds that never come
+        assert torch.equal(linear(x), whole)
     finally:
-        state[UNTIL] = before
-    assert torch.equal(together, alone)
+        state[:] = before
 
 
 def test_torch_on_one_core_is_the_calling_threads_alone():
