@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from zoo import available, build
 
 from awq.core.weight import round_to_nearest
@@ -58,7 +58,8 @@ def quantized(family, **settings):
 
 
 def with_packed_blocks(model):
-    model.set_attn_implementation("sdpa")
+    if hasattr(model, "set_attn_implementation"):  # not yet in transformers 4.51
+        model.set_attn_implementation("sdpa")
     blocks = tuple(f"{name}." for name, _ in find_block_lists(model))
     for name, linear in named_linears(model).items():
         if name.startswith(blocks):
@@ -90,6 +91,10 @@ def bert():
 def test_families_equal_transformers(family):
     if not available(family):
         pytest.skip(f"transformers has no {family}")
+    if family in ("mistral", "gemma3_text") and not hasattr(
+        PreTrainedModel, "set_attn_implementation"
+    ):
+        pytest.skip(f"transformers has no {family} whose sliding windows a program could follow")
     model = quantized(family)
     interface = hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
     if family == "modernbert" and not interface:

@@ -76,10 +76,13 @@ def observe(model: Any, blocks: list[nn.Module], ids: Tensor) -> Observation:
     watched = [m for m in outside if isinstance(m, nn.Embedding) or is_norm(m)]
     handles += [m.register_forward_hook(_hook(found.around)) for m in watched]
     try:
-        found.last = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     finally:
         for handle in handles:
             handle.remove()
+    if getattr(output, "last_hidden_state", None) is None:
+        raise NotReadable("its forward gives no hidden states")
+    found.last = output.last_hidden_state
     return found
 
 
