@@ -6,12 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import make_tokenizer
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel
 from zoo import available, build
 
 from awq.core.weight import round_to_nearest
 from awq.embed.compiled import CompiledEncoder, prove
+from awq.embed.encoder import Encoder
+from awq.embed.heads import Normalize, Pooling
 from awq.embed.observe import NotReadable
 from awq.embed.request import check_precision
 from awq.embed.structure import read_encoder
@@ -156,6 +159,19 @@ def test_a_prompt_is_left_out_of_the_mean(bert):
     with torch.no_grad():
         want = model(input_ids=ids).last_hidden_state[0, 4:].mean(0)
     assert F.cosine_similarity(compiled([row], prompt_tokens=4)[0], want, dim=0) > 0.9999
+
+
+def test_a_decoder_that_embeds_through_its_encoder():
+    """Its tokenizer pads on the left, and the last token counts: packed texts have no padding."""
+    heads = [Pooling(("lasttoken",)), Normalize()]
+    encoder = Encoder(quantized("qwen3"), make_tokenizer("left"), heads)
+    assert encoder.compiled
+    words = ["the cat sleeps", "old stone", "a quick red dog runs over the river and not under it"]
+    found = encoder.encode(words)
+    for word, embedding in zip(words, found):
+        ids = torch.tensor([encoder.tokenizer(word)["input_ids"]])
+        want = encoder({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]
+        assert (embedding - want).norm() < 2e-4
 
 
 def test_ids_and_lengths_that_cannot_be(bert):
