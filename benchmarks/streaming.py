@@ -1,0 +1,178 @@
+"""Peak memory and time per block of a streamed quantization.
+
+    python benchmarks/streaming.py --shape 13b --layers 2 --limit-gb 8
+    python benchmarks/streaming.py --model DIRECTORY --in-memory
+
+--shape: a random model of that shape, in bfloat16, one shard a layer, written to --home first; with
+fewer --layers than the shape has, the JSON says so and gives the time for all of them by the
+measured time per block. --model: a directory, streamed; with --in-memory it is also quantized in
+memory, each in a process of its own. --limit-gb: of address space (RLIMIT_AS) for the process that
+quantizes. Token ids are random. Peak RSS is the kernel's (`ru_maxrss`), file pages that are mapped
+included. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPES: dict[str, dict[str, int]] = {
+    "1b": dict(
+        hidden_size=2048, intermediate_size=5632, num_attention_heads=32, num_key_value_heads=4,
+        num_hidden_layers=22, vocab_size=32000,
+    ),
+    "13b": dict(
+        hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_key_value_heads=40,
+        num_hidden_layers=40, vocab_size=32000,
+    ),
+    "70b": dict(
+        hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
+        num_hidden_layers=80, vocab_size=128256,
+    ),
+}  # fmt: skip
+GB = 1e9
+
+
+def write_model(shape: str, layers: int, folder: Path) -> None:
+    """A random model of a shape with so many layers, shard by shard: it is never in memory."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    sizes = {**SHAPES[shape], "num_hidden_layers": layers}
+    config = LlamaConfig(**sizes, max_position_embeddings=4096, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    groups: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, parameter in model.named_parameters():
+        found = re.search(r"layers\.(\d+)\.", name)
+        groups.setdefault(found[1] if found else "rest", {})[name] = tuple(parameter.shape)
+    weight_map = {}
+    for number, tensors in enumerate(groups.values(), 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        # The values matter little, and drawing them takes longer than writing them.
+        made = {name: _random(size) * (1 + number / 256) for name, size in tensors.items()}
+        save_file(made, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@lru_cache
+def _random(size: tuple[int, ...]) -> torch.Tensor:
+    if len(size) == 1:
+        return 1 + 0.1 * torch.randn(size).bfloat16()
+    return torch.randn(size, dtype=torch.bfloat16) / size[-1] ** 0.5
+
+
+def quantize(given: argparse.Namespace) -> dict[str, Any]:
+    """In this process: seconds, seconds a block, peak RSS and peak GPU memory in GB."""
+    from awq import AutoAWQForCausalLM, quantize_directory
+
+    if given.limit_gb:
+        limit = int(given.limit_gb * GB)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    ids = torch.randint(3, 1000, (given.samples, given.tokens))
+    settings = {"q_group_size": given.group_size}
+    options = {"preset": given.preset, "progress": False}
+    output = Path(tempfile.mkdtemp(dir=given.home)) / "out"
+    start = time.monotonic()
+    if given.child == "memory":
+        model = AutoAWQForCausalLM.from_pretrained(str(given.model))
+        report = model.quantize(ids, quant_config=settings, **options)
+        model.save_quantized(output)
+    else:
+        report = quantize_directory(given.model, output, settings, ids, **options)
+    seconds = time.monotonic() - start
+    shutil.rmtree(output.parent)
+    blocks = len({re.sub(r"(\.\d+)\..*", r"\1", line.name) for line in report.linears})
+    in_blocks = sum(time for name, time in report.phases.items() if name != "inputs")
+    gpu = torch.cuda.max_memory_allocated() / GB if torch.cuda.is_available() else 0.0
+    return {
+        "seconds": round(seconds, 1),
+        "blocks": blocks,
+        "seconds_a_block_without_reading": round(in_blocks / blocks, 1),
+        "phases": {name: round(value, 1) for name, value in report.phases.items()},
+        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB, 2),
+        "peak_gpu_gb": round(gpu, 2),
+    }
+
+
+def in_a_process(kind: str, given: argparse.Namespace) -> dict[str, Any]:
+    """What `quantize` finds in a process of its own."""
+    command = [sys.executable, __file__, "--child", kind, "--model", str(given.model)]
+    for name in ("home", "samples", "tokens", "group_size", "preset", "limit_gb"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--in-memory", action="store_true")
+    parser.add_argument("--preset", default="fast")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--limit-gb", type=float, default=0.0)
+    parser.add_argument("--home", default=tempfile.gettempdir())
+    parser.add_argument("--child", choices=("streamed", "memory"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
+    if given.child:
+        print(json.dumps(quantize(given)))
+        return
+    import transformers
+
+    on_gpu = torch.cuda.is_available()
+    result: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    made = None
+    if given.shape:
+        layers = given.layers or SHAPES[given.shape]["num_hidden_layers"]
+        made = Path(tempfile.mkdtemp(dir=given.home))
+        given.model = made / given.shape
+        write_model(given.shape, layers, given.model)
+        size = sum(path.stat().st_size for path in given.model.iterdir())
+        whole = SHAPES[given.shape]["num_hidden_layers"]
+        result |= {"shape": given.shape, "layers": layers, "layers_of_shape": whole}
+        result["source_gb"] = round(size / GB, 2)
+    result["streamed"] = in_a_process("streamed", given)
+    if given.in_memory:
+        result["in_memory"] = in_a_process("memory", given)
+        peaks = [result[kind]["peak_rss_gb"] for kind in ("streamed", "in_memory")]
+        result["rss_ratio"] = round(peaks[0] / peaks[1], 3)
+    if made is not None:
+        shutil.rmtree(made)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
