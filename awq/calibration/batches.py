@@ -32,16 +32,21 @@ MIN_CUT_CHARACTERS_PER_TOKEN = 20
 
 class CalibrationBatch(NamedTuple):
     """input_ids, attention_mask: int64 [batch, tokens], mask 1 on real tokens. extra: other inputs,
-    as token_type_ids. weight: how much each of its tokens counts in the statistics of inputs."""
+    as token_type_ids or pixel_values. weight: how much each of its tokens counts in the statistics
+    of inputs. decoder: the ids are what a decoder reads; its encoder reads what is in `extra`, as
+    sound."""
 
     input_ids: Tensor
     attention_mask: Tensor
     extra: dict[str, Tensor] = {}
     weight: float = 1.0
+    decoder: bool = False
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments for the model's forward."""
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.extra}
+        whose = "decoder_" if self.decoder else ""
+        ids, mask = self.input_ids, self.attention_mask
+        return {f"{whose}input_ids": ids, f"{whose}attention_mask": mask, **self.extra}
 
 
 def load_calibration(

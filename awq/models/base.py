@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 from awq.calibration import load_calibration
 from awq.calibration.batches import with_general_rows
 from awq.calibration.request import read_request, tell_apart
+from awq.calibration.samples import media_batches, media_samples, tokenizer_of
 from awq.checkpoint import save_checkpoint
 from awq.checkpoint.hf import mark_quantized
 from awq.checkpoint.source import position_limit
@@ -26,6 +27,7 @@ from awq.errors import ConfigError, ModelError
 from awq.models.generation import FusedGeneration
 from awq.nn.blocks import find_block_lists
 from awq.nn.copies import copy_structure
+from awq.nn.decoder_inputs import start_token
 from awq.nn.experts import fused_experts
 from awq.nn.layout import restore
 from awq.nn.linear import WQLinear
@@ -183,9 +185,9 @@ class AwqModel(nn.Module):
         check_quantizable(self.model, config, self.path, streamed=self._blocks is not None)
         if not fused_experts(self.model):  # experts are made linears later, and count in the plan
             with suppress(ModelError):  # a model without blocks is judged later
-                make_plan(
-                    self.model, find_block_lists(self.model), config, packed=not export_compatible
-                )
+                lists = find_block_lists(self.model)
+                if len(lists) == 1:  # of several, calibration tells which are quantized
+                    make_plan(self.model, lists, config, packed=not export_compatible)
         return config, chosen
 
     def _calibration(
@@ -199,7 +201,13 @@ class AwqModel(nn.Module):
         general: bool,
     ) -> list:
         decoder = self._is_decoder()
-        data, tokenizer = tell_apart(first, data)
+        data, processor = tell_apart(first, data)
+        tokenizer = tokenizer_of(processor)
+        media = media_samples(data)
+        if media is not None:
+            return media_batches(
+                media[: samples or _SAMPLES], processor, self._inputs(), start_token(self.model)
+            )
         if tokenizer is not None and not self._tokenizer_known:
             self.tokenizer = tokenizer
         pad_id = self._pad_id() if tokenizer is None else getattr(tokenizer, "pad_token_id", None)
@@ -226,13 +234,16 @@ class AwqModel(nn.Module):
         )
         if decoder and general and request.own and request.kind != "ids":
             batches = with_general_rows(batches, request.tokenizer, samples)
-        accepted = inspect.signature(
-            getattr(self.model, "base_model", self.model).forward
-        ).parameters
+        accepted = self._inputs()
         # A tokenizer may tell the texts of a pair apart for a model that does not.
         return [
             b._replace(extra={k: v for k, v in b.extra.items() if k in accepted}) for b in batches
         ]
+
+    def _inputs(self) -> Collection[str]:
+        """Names of what the model's body takes."""
+        body = getattr(self.model, "base_model", self.model)
+        return inspect.signature(body.forward).parameters
 
     def _quantize_dense(
         self, batches: list, config: AwqConfig, options: QuantizeOptions

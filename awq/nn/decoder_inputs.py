@@ -1,4 +1,5 @@
-"""What an encoder-decoder needs beside a text: something for its decoder to read.
+"""What models read beside a text: an encoder-decoder's decoder needs something to read, and some
+ids stand for images or sound.
 
 Calibration data holds texts, and most users have no pairs of a source and its target. The decoder
 then reads the text itself, shifted by its start token, as it would when it is trained to repeat its
@@ -9,10 +10,13 @@ better, and stay as they are.
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech|img).*(id|index)$")
 
 
 def with_decoder_inputs(model: nn.Module, item: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -27,7 +31,7 @@ def with_decoder_inputs(model: nn.Module, item: dict[str, Tensor]) -> dict[str, 
         return item
     ids, mask = item["input_ids"], item["attention_mask"]
     if ids.shape[1] > 1:
-        start = torch.full_like(ids[:, :1], _start_token(model))
+        start = torch.full_like(ids[:, :1], start_token(model))
         kept = max(0, ids.shape[1] - 2)
         ids = torch.cat([start, ids[:, :kept]], 1)
         mask = torch.cat([torch.ones_like(start), mask[:, :kept]], 1)
@@ -42,10 +46,24 @@ def takes_decoder_inputs(model: nn.Module) -> bool:
     return "decoder_input_ids" in names and "input_ids" in names
 
 
-def _start_token(model: nn.Module) -> int:
+def start_token(model: nn.Module) -> int:
+    """The id that a decoder begins with."""
     for config in (getattr(model, "generation_config", None), model.config):
         for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
             value: Any = getattr(config, name, None)
             if isinstance(value, int) and value >= 0:
                 return value
     return 0
+
+
+def placeholder_ids(model: Any) -> set[int]:
+    """Token ids that stand for images or sound, by the model's config."""
+    config = getattr(model, "config", None)
+    configs = [c for c in (config, getattr(config, "text_config", None)) if c is not None]
+    found = {
+        value
+        for part in configs
+        for name, value in vars(part).items()
+        if _PLACEHOLDER.search(name) and isinstance(value, int) and not isinstance(value, bool)
+    }
+    return {value for value in found if value >= 0}

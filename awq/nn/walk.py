@@ -21,7 +21,7 @@ CPU. Afterwards every tensor has its own dtype and device again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -38,7 +38,7 @@ from awq.nn.blocks import (
     record_block_calls,
     record_one_block,
 )
-from awq.nn.decoder_inputs import with_decoder_inputs
+from awq.nn.decoder_inputs import placeholder_ids, with_decoder_inputs
 from awq.nn.presence import BlockStore, Progress
 from awq.nn.surgery import device_of
 
@@ -147,7 +147,8 @@ class BlockWalk:
         self.lists = list(lists)
         self.device = device or device_of(model)
         self._inputs = inputs if calibration else None
-        self._probes = probe_inputs(inputs)
+        self._probes = probe_inputs(inputs, placeholder_ids(model))
+        self._whole = inputs[0]
         self._inputs_of_list = self._record(0)
         self.finished, self._kept = 0, dict[str, list[Tensor]]()
 
@@ -173,7 +174,15 @@ class BlockWalk:
         lists = self.lists[number:]
         many, single = self._probes
         calibration = None if self._inputs is None else _record(self.model, lists, self._inputs)
-        return calibration, _record(self.model, lists, [many]), self._record_single(lists, single)
+        try:
+            probe = _record(self.model, lists, [many])
+        except ModelError:  # a tower: text does not reach it
+            return (
+                calibration,
+                _record(self.model, lists, [self._whole]),
+                BlockInputs([], [], [], []),
+            )
+        return calibration, probe, self._record_single(lists, single)
 
     def _record_single(self, lists: Sequence[BlockList], single: ModelInputs) -> BlockInputs:
         """Without calls where the model cannot run on single tokens (it pools them): then no fold
@@ -225,21 +234,46 @@ class BlockWalk:
         return nullcontext() if self.store is None else self.store.visited(name, block)
 
 
-def probe_inputs(inputs: Sequence[ModelInputs]) -> tuple[ModelInputs, ModelInputs]:
+def probe_inputs(
+    inputs: Sequence[ModelInputs], placeholders: Collection[int] = ()
+) -> tuple[ModelInputs, ModelInputs]:
     """(many-token probe [PROBE_ROWS, up to PROBE_TOKENS], one-token probe [up to ONE_TOKEN_ROWS,
-    1]), without padding."""
-    longest = max(inputs, key=lambda item: int(item["attention_mask"].sum(1).max()))
-    rows = longest["attention_mask"].sum(1).argsort(descending=True, stable=True)[:PROBE_ROWS]
-    ids, mask = longest["input_ids"][rows], longest["attention_mask"][rows].bool()
+    1]), without padding, and without tokens that stand for images or sound.
+
+    Of a decoder that reads sound, both keep the sound of their rows.
+    """
+    if "input_ids" not in inputs[0]:
+        return _decoder_probes(inputs[0])
+    real = [(item["input_ids"], _real_tokens(item, placeholders)) for item in inputs]
+    ids, mask = max(real, key=lambda pair: int(pair[1].sum(1).max()))
+    rows = mask.sum(1).argsort(descending=True, stable=True)[:PROBE_ROWS]
+    ids, mask = ids[rows], mask[rows]
     length = max(1, min(PROBE_TOKENS, int(mask.sum(1).min())))
     many = torch.stack([row[keep][:length] for row, keep in zip(ids, mask)])
 
-    tokens = torch.cat(
-        [item["input_ids"][item["attention_mask"].bool()] for item in inputs[:8]]
-    ).unique()
+    tokens = torch.cat([ids[mask] for ids, mask in real[:8]]).unique()
     spread = torch.linspace(0, len(tokens) - 1, min(ONE_TOKEN_ROWS, len(tokens))).long()
     single = tokens[spread.to(tokens.device)].unsqueeze(1)
     return _without_padding(many), _without_padding(single)
+
+
+def _real_tokens(item: ModelInputs, placeholders: Collection[int]) -> Tensor:
+    """bool [rows, tokens]: neither padding nor a placeholder."""
+    ids = item["input_ids"]
+    known = torch.tensor(sorted(placeholders), dtype=ids.dtype, device=ids.device)
+    return item["attention_mask"].bool() & ~torch.isin(ids, known)
+
+
+def _decoder_probes(item: ModelInputs) -> tuple[ModelInputs, ModelInputs]:
+    """A few rows of inputs whose tokens are a decoder's, and the same with one token each."""
+    many = {name: tensor[:PROBE_ROWS] for name, tensor in item.items()}
+    single = {
+        name: tensor[:ONE_TOKEN_ROWS, :1]
+        if name.startswith("decoder_")
+        else tensor[:ONE_TOKEN_ROWS]
+        for name, tensor in item.items()
+    }
+    return many, single
 
 
 def _without_padding(ids: Tensor) -> ModelInputs:
@@ -261,17 +295,19 @@ def _record(
         calls, hidden = recorded.calls[0], recorded.hidden[0]
     masks, encoder_masks = [], []
     for item, entering in zip(items, hidden):
-        mask, decoder_mask = item["attention_mask"], item.get("decoder_attention_mask")
-        in_decoder = (
-            decoder_mask is not None and decoder_mask.shape == entering.shape[:2] != mask.shape
-        )
-        masks.append(_mask(decoder_mask if in_decoder and decoder_mask is not None else mask))
+        mask, decoder_mask = item.get("attention_mask"), item.get("decoder_attention_mask")
+        in_decoder = decoder_mask is not None and decoder_mask.shape == entering.shape[:2]
+        if in_decoder and mask is not None:
+            in_decoder = mask.shape != entering.shape[:2]
+        masks.append(_mask(decoder_mask if in_decoder else mask))
         encoder_masks.append(_mask(mask) if in_decoder else None)
     return BlockInputs(calls, hidden, masks, encoder_masks)
 
 
-def _mask(attention_mask: Tensor) -> Tensor | None:
-    return None if bool(attention_mask.all()) else attention_mask.bool()
+def _mask(attention_mask: Tensor | None) -> Tensor | None:
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask.bool()
 
 
 @contextmanager

@@ -44,6 +44,8 @@ class QuantizeOptions:
     bias_correction: the mean of the output error on the calibration tokens goes into the bias of
         linears that have one (Nagel et al., arXiv 1906.04721), and codes are chosen for what is
         left.
+    towers: vision or audio towers to quantize, too, by a part of their names ("visual");
+        calibration data has to hold images or sound for them. Others stay dense.
     export_compatible: write quantized values back into ordinary linears instead of packing them.
     device: where a block is worked on; None takes the model's own device, or the GPU when the model
     is on the CPU.
@@ -62,6 +64,7 @@ class QuantizeOptions:
     duo_scaling: bool = True
     clip: bool = True
     bias_correction: bool = True
+    towers: tuple[str, ...] = ()
     export_compatible: bool = False
     device: str | None = None
     seed: int = 0
@@ -84,6 +87,7 @@ class QuantizeOptions:
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "progress" and value is None):
                 raise ConfigError(f"{name} is {value!r}; use True or False.")
+        object.__setattr__(self, "towers", _names(self.towers))
         if self.device is not None:
             usable_device(self.device)
             # torch.device too; a report is written as JSON
@@ -94,6 +98,13 @@ class QuantizeOptions:
 
     def with_(self, **changes: Any) -> QuantizeOptions:
         return replace(self, **changes)
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    names = (given,) if isinstance(given, str) else given
+    if isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names):
+        return tuple(names)
+    raise ConfigError(f"towers is {given!r}; give names of modules, as ('visual',).")
 
 
 def _check_whole_number(name: str, value: Any, most: int, optional: bool = False) -> None:

@@ -17,7 +17,7 @@ from awq.nn.surgery import LINEARS, is_linear, linear_shape
 MIN_BARE_SHARE = 0.01
 # of the blocks' weights in linears that the group size does not divide: more is a mistaken group
 # size
-MAX_ODD_SHARE = 0.1
+MAX_ODD_SHARE = 0.5
 _NOT_BARE = (*LINEARS, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 
 
@@ -52,13 +52,15 @@ def make_plan(
     config: AwqConfig,
     packed: bool = True,
     unreached: Sequence[str] = (),
+    towers: Sequence[str] = (),
 ) -> Plan:
     """Decides for every linear of the model.
 
     lists: the repeated blocks to quantize; unreached: names of lists of blocks that the calibration
-    inputs do not reach. Linears whose input the group size does not divide stay dense and are
-    named. Raises ConfigError when they hold more than a tenth of the weights, naming the first and
-    a group size that fits; ModelError when nothing is left to quantize.
+    inputs do not reach; towers: of those that they reach and nobody asked for. Linears whose input
+    the group size does not divide stay dense and are named. Raises ConfigError when they hold more
+    than half of the weights, naming the first and a group size that fits; ModelError when nothing
+    is left to quantize.
     """
     plan = Plan()
     odd: dict[str, str] = {}
@@ -69,7 +71,7 @@ def make_plan(
             if isinstance(module, LINEARS):
                 plan.skipped[name] = f"{type(module).__name__} does more than a linear"
             continue
-        reason = _why_dense(name, lists, config, unreached)
+        reason = _why_dense(name, lists, config, unreached, towers)
         if reason:
             plan.skipped[name] = reason
             continue
@@ -93,12 +95,19 @@ def make_plan(
 
 
 def _why_dense(
-    name: str, lists: Sequence[BlockList], config: AwqConfig, unreached: Sequence[str]
+    name: str,
+    lists: Sequence[BlockList],
+    config: AwqConfig,
+    unreached: Sequence[str],
+    towers: Sequence[str],
 ) -> str | None:
     """Why a linear stays dense whatever its shape."""
     tower = next((prefix for prefix in unreached if name.startswith(f"{prefix}.")), None)
     if tower is not None:
         return f"the calibration inputs do not reach {tower}"
+    tower = next((prefix for prefix in towers if name.startswith(f"{prefix}.")), None)
+    if tower is not None:
+        return f"a tower that was not asked for (towers): {tower}"
     if not name.startswith(tuple(f"{prefix}." for prefix, _ in lists)):
         return "outside the repeated blocks"
     pattern = excluded_by(name, config.modules_to_not_convert)

@@ -21,7 +21,7 @@ from awq.config import AwqConfig
 from awq.core.weight import QuantizedWeight
 from awq.errors import CalibrationError
 from awq.folds import InputGroup
-from awq.nn.blocks import BlockList, find_block_lists, reached_lists
+from awq.nn.blocks import BlockList, find_block_lists
 from awq.nn.decoder_inputs import with_decoder_inputs
 from awq.nn.linear import WQLinear
 from awq.nn.presence import BlockStore
@@ -34,6 +34,7 @@ from awq.quantize.plan import Plan, make_plan
 from awq.quantize.report import QuantReport
 from awq.quantize.resume import progress_of, restore_progress, settings_of
 from awq.quantize.statistics import TOKENS_PER_CHANNEL
+from awq.quantize.towers import chosen_lists
 from awq.quantize.tuning import Embed, OutputMatch, held_out, micro_batches
 
 logger = logging.getLogger("awq.quantize")
@@ -86,10 +87,11 @@ class QuantizeRun:
         if not batches or not any(int(b.attention_mask.sum()) for b in batches):
             raise CalibrationError("the calibration data holds no token; give at least one text.")
         lists = find_block_lists(model)
-        reached = reached_lists(model, lists, _model_inputs(model, batches[0]))
-        unreached = [prefix for prefix, _ in lists if prefix not in dict(reached)]
+        item = _model_inputs(model, batches[0])
+        reached, towers = chosen_lists(model, lists, item, options.towers)
+        unreached = [prefix for prefix, _ in lists if prefix not in {**dict(reached), **towers}]
         plan = make_plan(
-            model, reached, config, packed=not options.export_compatible, unreached=unreached
+            model, reached, config, not options.export_compatible, unreached, list(towers)
         )
         skip_in_mixtures(plan, model)
         twins = _take_twins(plan, model)
@@ -273,6 +275,8 @@ def _model_inputs(model: nn.Module, batch: CalibrationBatch) -> dict[str, Tensor
 
 def _complete(model: nn.Module, batch: CalibrationBatch) -> CalibrationBatch:
     """The batch with what an encoder-decoder needs."""
+    if batch.decoder:
+        return batch
     inputs = with_decoder_inputs(model, batch.model_inputs())
     extra = {
         name: tensor

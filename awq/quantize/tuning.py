@@ -257,6 +257,9 @@ def micro_batches(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]
     """The same rows in pieces small enough for a step of training."""
     pieces = []
     for batch in batches:
+        if any(len(tensor) != len(batch.input_ids) for tensor in batch.extra.values()):
+            pieces.append(batch)  # patches of images: no telling whose they are
+            continue
         rows = min(_STEP_ROWS, max(1, _STEP_TOKENS // batch.input_ids.shape[1]))
         for start in range(0, len(batch.input_ids), rows):
             piece = CalibrationBatch(*map_tensors(tuple(batch), lambda t: t[start : start + rows]))
