@@ -106,6 +106,7 @@ def in_source_cut(model: Any, tensors: Mapping[str, Tensor] | None = None) -> di
     modules = _linears_of(model, rest)
     rows, stuck = stored_rows(model, {name: _outputs_of(m) for name, m in modules.items()})
     cut: dict[str, Tensor] = {}
+    done: set[str] = set()
     for stored, found in rows.items():
         members = [modules[name] for name in found.linears]
         packed = [member for member in members if isinstance(member, WQLinear)]
@@ -113,10 +114,11 @@ def in_source_cut(model: Any, tensors: Mapping[str, Tensor] | None = None) -> di
         if packed and not (alike and len(packed) == len(members)):
             stuck.update(found.linears)
         elif packed:
-            weights = [_packed_out_of(rest, name, modules[name]) for name in found.linears]
+            weights = [_packed_of(rest, name, modules[name]) for name in found.linears]
             whole = _gathered(weights, found.owner, found.row)
             stored_tensors = get_format(packed[0].format).pack(whole)
             cut |= {f"{stored}.{kind}": stored_tensors[kind] for kind in _KINDS}
+            done.update(found.linears)
     if stuck:
         logger.warning(
             "%s: %s … cannot be cut as in the source; they keep the names of the installed "
@@ -124,6 +126,9 @@ def in_source_cut(model: Any, tensors: Mapping[str, Tensor] | None = None) -> di
             type(model).__name__,
             min(stuck),
         )
+    for name in done:  # one linear may be several tensors in the source
+        for kind in _KINDS:
+            del rest[f"{name}.{kind}"]
     kept = {name: rest.pop(name) for name in list(rest) if name.rpartition(".")[0] in stuck}
     return as_saved(model, rest) | kept | cut
 
@@ -145,9 +150,9 @@ def _outputs_of(linear: nn.Module) -> int:
     return linear.out_features if isinstance(linear, WQLinear) else linear_shape(linear)[1]
 
 
-def _packed_out_of(tensors: dict[str, Tensor], name: str, module: WQLinear) -> QuantizedWeight:
-    """Takes a packed weight out of a state dict."""
-    parts = {kind: tensors.pop(f"{name}.{kind}") for kind in _KINDS}
+def _packed_of(tensors: dict[str, Tensor], name: str, module: WQLinear) -> QuantizedWeight:
+    """A packed weight out of a state dict."""
+    parts = {kind: tensors[f"{name}.{kind}"] for kind in _KINDS}
     sizes = module.in_features, module.out_features, module.group_size
     return get_format(module.format).unpack(parts, *sizes)
 
