@@ -25,6 +25,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,14 @@ def _finish(kind: Kind, state: Path, status: int, late: bool) -> None:
     print(line_of(found), flush=True)
 
 
+@cache
+def _commit() -> str:
+    return common.head("cpu")["commit"]
+
+
 def write(state: Path, result: dict[str, Any]) -> None:
+    """Keeps what was found, with the commit of the code: a sweep may go on where one stopped."""
+    result = {**result, "commit": _commit()}
     path = state / f"{result['type']}.{result['role']}.json"
     path.with_suffix(".new").write_text(json.dumps(result, indent=1), encoding="utf-8")
     path.with_suffix(".new").rename(path)
@@ -139,7 +147,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "original's than with weights rounded",
         "to nearest, both ways of loading give the same output, tensors have the source's names "
         "on disk, and generation gives the",
-        "tokens of transformers' own loop. `python benchmarks/zoo.py` makes this page.",
+        "tokens of transformers' own loop. `python benchmarks/zoo.py` makes this page; the commit",
+        "at which a type was checked is in `benchmarks/results/zoo.json`.",
         "",
         *_counts(results),
         "",

@@ -346,7 +346,10 @@ class _Examination:
             ours = fused.generate(**item, **settings)
         finally:
             self.result.fusion = str(fused.fusion)
-        self.result.checks["generate"] = same_tokens(ours, theirs)
+        # Whisper cuts its prompt off, unless it is asked for scores.
+        plain = unfused.model.generate(**item, **settings)
+        same = torch.equal(ours, plain) or same_tokens(ours, theirs)
+        self.result.checks["generate"] = same
 
     def _fold(self) -> None:
         """The function stays where every fold takes a random scale and nothing is rounded."""

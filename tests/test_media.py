@@ -8,6 +8,7 @@ from conftest import make_tokenizer
 from test_kinds import TOWER, built
 
 from awq import AutoAWQForCausalLM
+from awq.checkpoint.source import position_limit
 from awq.errors import CalibrationError, ConfigError
 from awq.models.base import BaseAWQForCausalLM
 
@@ -68,6 +69,14 @@ def test_images_are_seen_and_towers_stay_dense_unless_asked_for(tmp_path):
     loaded = AutoAWQForCausalLM.from_quantized(tmp_path / "quantized", device="cpu")
     item = image_inputs(5)[0]
     assert torch.equal(loaded.model(**item).logits, wrapper.model(**item).logits)
+
+
+def test_texts_are_as_long_as_the_text_part_allows():
+    """Its positions are in a config of its own."""
+    wrapper = BaseAWQForCausalLM(llava(), "llava")
+    report = wrapper.quantize(torch.randint(3, 60, (4, 16)), quant_config=GROUPS, preset="fast")
+    assert report.tokens == 4 * 16
+    assert position_limit(wrapper.config) == TEXT["max_position_embeddings"]
 
 
 def test_towers_that_are_not_there_or_not_reached():

@@ -171,11 +171,14 @@ def first_line(error: BaseException) -> str:
 
 
 def position_limit(config: Any) -> int | None:
-    """Longest input in tokens that a config's positions allow, or None."""
-    for name in POSITION_NAMES:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < UNLIMITED:
-            return value
+    """Longest input in tokens that a config's positions allow, or None; of a model of several
+    parts, those of its text part."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for part in (config, text):
+        for name in POSITION_NAMES:
+            value = getattr(part, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and 0 < value < UNLIMITED:
+                return value
     return None
 
 
