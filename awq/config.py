@@ -9,7 +9,7 @@ compatibility layer, and nowhere else. How the numbers are *found* (search, clip
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,18 @@ _FORMAT_ALIASES = {"gemvfast": "gemv_fast", "gemv-fast": "gemv_fast"}
 # Names of kernels that older writers put where the layout's name belongs; all of them read the gemm
 # layout.
 _GEMM_KERNELS = {"exllama", "ipex", "exllama_v1", "exllama_v2", "gemm_triton"}
+_USUAL_GROUP_SIZES = (128, 64, 32, 16)
 _SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size", "version": "format"}
+
+
+def fitting_group_sizes(widths: Iterable[int]) -> list[int]:
+    """The usual group sizes that divide all these numbers of inputs, largest first.
+
+    >>> fitting_group_sizes([576, 1536])
+    [64, 32, 16]
+    """
+    widths = list(widths)
+    return [size for size in _USUAL_GROUP_SIZES if not any(width % size for width in widths)]
 
 
 def normalize_format(name: str) -> str:
@@ -184,7 +195,7 @@ class AwqConfig:
         """
         size = in_features if self.group_size == -1 else self.group_size
         if in_features % size:
-            fitting = [g for g in (128, 64, 32, 16) if in_features % g == 0]
+            fitting = fitting_group_sizes([in_features])
             hint = (
                 f"use group_size {' or '.join(map(str, fitting))}"
                 if fitting

@@ -293,6 +293,19 @@ def test_group_size_minus_one_and_odd_outputs():
     assert model.model.layers[0].mlp.down_proj.group_size == 48 and report.loss < 1
 
 
+def test_a_width_that_no_group_size_divides_stops_no_model():
+    """40 inputs: no usual group size fits, so those linears stay dense and the rest is packed."""
+    model = zoo.build("llama", {"intermediate_size": 40})
+    batch = zoo.token_batch()
+    report = quantize_model(
+        model, [CalibrationBatch(batch["input_ids"], batch["attention_mask"])], CONFIG
+    )
+    dense = [name for name in report.skipped if name.endswith("down_proj")]
+    assert len(dense) == len(model.model.layers)
+    assert len(report.linears) == 6 * len(model.model.layers)
+    assert any("stay dense" in warning and "down_proj" in warning for warning in report.warnings)
+
+
 def test_dead_channels_and_one_token():
     model = zoo.tiny_model("llama")
     model.model.layers[0].mlp.up_proj.weight.data[3] = 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from awq.config import AwqConfig
+from awq.config import AwqConfig, fitting_group_sizes
 from awq.errors import ConfigError, ModelError
 from awq.formats import get_format
 from awq.nn.blocks import BlockList
@@ -16,8 +16,8 @@ from awq.nn.surgery import LINEARS, is_linear, linear_shape
 # of the blocks' weights in tensors that are no linear's: less are norms, tables and gates
 MIN_BARE_SHARE = 0.01
 # of the blocks' weights in linears that the group size does not divide: more is a mistaken group
-# size
-MAX_ODD_SHARE = 0.5
+# size, where another one fits
+MAX_ODD_SHARE = 0.1
 _NOT_BARE = (*LINEARS, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 
 
@@ -59,12 +59,13 @@ def make_plan(
     lists: the repeated blocks to quantize; unreached: names of lists of blocks that the calibration
     inputs do not reach; towers: of those that they reach and nobody asked for. Linears whose input
     the group size does not divide stay dense and are named. Raises ConfigError when they hold more
-    than half of the weights, naming the first and a group size that fits; ModelError when nothing
-    is left to quantize.
+    than a tenth of the weights and another group size fits them, naming the first and that size;
+    ModelError when nothing is left to quantize.
     """
     plan = Plan()
     odd: dict[str, str] = {}
     weights: dict[str, int] = {}
+    widths: dict[str, int] = {}
     for name, module in model.named_modules():
         if not is_linear(module):
             # named in the checkpoint, for readers who take every such module for a linear
@@ -77,6 +78,7 @@ def make_plan(
             continue
         in_features, out_features = linear_shape(module)
         weights[name] = in_features * out_features
+        widths[name] = in_features
         try:
             size = config.group_size_of(in_features, name)
         except ConfigError as error:
@@ -89,7 +91,7 @@ def make_plan(
             plan.skipped[name] = reason
         else:
             plan.targets.add(name)
-    _skip_odd(plan, odd, weights)
+    _skip_odd(plan, odd, weights, widths)
     _name_bare(plan, model, lists)
     return plan
 
@@ -114,11 +116,16 @@ def _why_dense(
     return None if pattern is None else f"excluded by modules_to_not_convert: {pattern}"
 
 
-def _skip_odd(plan: Plan, odd: dict[str, str], weights: dict[str, int]) -> None:
-    """Takes out linears that the group size does not divide. odd: name → error; weights: their
-    number in every linear."""
+def _skip_odd(
+    plan: Plan, odd: dict[str, str], weights: dict[str, int], widths: dict[str, int]
+) -> None:
+    """Takes out linears that the group size does not divide.
+
+    odd: name → error. weights, widths: number of weights and of inputs of every linear. Where no
+    group size fits them, no setting would help: the rest of the model is quantized.
+    """
     share = sum(weights[name] for name in odd) / max(1, sum(weights.values()))
-    if share > MAX_ODD_SHARE:
+    if share > MAX_ODD_SHARE and fitting_group_sizes(widths[name] for name in odd):
         more = f" ({len(odd) - 1} more linears have the same problem)" if len(odd) > 1 else ""
         raise ConfigError(next(iter(odd.values())) + more)
     plan.skip(set(odd), "the group size does not divide its in_features")
