@@ -295,7 +295,7 @@ def test_group_size_minus_one_and_odd_outputs():
 
 def test_a_width_that_no_group_size_divides_stops_no_model():
     """40 inputs: no usual group size fits, so those linears stay dense and the rest is packed."""
-    model = zoo.build("llama", {"intermediate_size": 40})
+    model = zoo.build("llama", zoo.DECODERS["llama"] | {"intermediate_size": 40})
     batch = zoo.token_batch()
     report = quantize_model(
         model, [CalibrationBatch(batch["input_ids"], batch["attention_mask"])], CONFIG

@@ -86,13 +86,23 @@ def test_activations_beyond_float16(dtype):
         model.model.layers[0].mlp.up_proj.weight.data *= 3000
         model.to(dtype)
 
-    model = zoo.tiny_model("llama")
-    loud(model)
-    report = quantize_model(model, calibration(32, 16), AwqConfig(group_size=16))
-    assert (
-        all(line.loss <= line.loss_rtn * 1.001 for line in report.linears) and not report.warnings
-    )
-    assert all(t.isfinite().all() for t in model.state_dict().values() if t.is_floating_point())
+    def error(**options) -> float:
+        before, model = zoo.tiny_model("llama"), zoo.tiny_model("llama")
+        loud(before)
+        loud(model)
+        report = quantize_model(
+            model, calibration(32, 16), AwqConfig(group_size=16), QuantizeOptions(**options)
+        )
+        assert not report.warnings
+        state = model.state_dict().values()
+        assert all(t.isfinite().all() for t in state if t.is_floating_point())
+        inputs = zoo.token_batch(rows=16, length=24, seed=9)
+        expected, found = (zoo.outputs(m.float(), **inputs) for m in (before, model))
+        return float((found - expected).pow(2).sum() / expected.pow(2).sum())
+
+    # Later linears whisper beside the first one's output, and what they aim at is mostly what the
+    # stream lacks of it. So the outputs are compared, not every linear with its own weight.
+    assert error() < 0.5 * error(**NEAREST)
 
 
 @pytest.mark.parametrize("preset", ["fast", "balanced", "best"])

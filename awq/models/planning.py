@@ -83,7 +83,9 @@ def plan_quantization(
     Raises what quantizing would raise for this model and settings before its work, and
     CheckpointError when the disk lacks space, with the missing amount. Needs transformers 5.
 
-    >>> print(plan_quantization("my-model").summary())  # doctest: +SKIP
+    >>> plan = plan_quantization("my-model", quant_config={"q_group_size": 16})
+    >>> len(plan.linears)
+    21
     """
     place = None if output is None else check_target(output, source)
     opened = Source.open(source, trust_remote_code)
