@@ -179,7 +179,7 @@ def complete_directory(target: str | Path, source: str | Path | None = None) -> 
             _flush(work)
             _exchange_directories(work, path)
         for parent in {path, path.parent, *(folder.parent for folder in made)}:
-            _flush_folder(parent)
+            flush_one(parent)
         saved = True
     except AwqError:
         raise
@@ -294,18 +294,22 @@ def _lock_new(work: Path) -> int | None:
         descriptor = os.open(work, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError as error:  # a file system without locks: nobody can take it, either
-        logger.debug("%s cannot be locked: %s", work, error)
-        return descriptor
-    if work.exists():
+    if try_lock(descriptor, work) and work.exists():
         return descriptor
     os.close(descriptor)
     return None
+
+
+def try_lock(descriptor: int, folder: Path) -> bool:
+    """Locks a folder of ours until the descriptor is closed or the process has died; False when
+    another process holds it. On a file system without locks nobody can take it, either: True."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.debug("%s cannot be locked: %s", folder, error)
+    return True
 
 
 def _missing_parents(target: Path) -> list[Path]:
@@ -375,9 +379,9 @@ def _exchange_directories(work: Path, target: Path) -> None:
         except BaseException:
             old.rename(target)
             raise
-        _flush_folder(target.parent)
+        flush_one(target.parent)
         _remove_work(old)
-    _flush_folder(target.parent)
+    flush_one(target.parent)
 
 
 def _swap_in_one_step(first: Path, second: Path) -> bool:
@@ -417,7 +421,7 @@ def _exchange_files(work: Path, target: Path) -> None:
         for name in new:
             done.append((work / name, target / name))
             (work / name).rename(target / name)
-        _flush_folder(target)
+        flush_one(target)
     except BaseException:
         for before, after in reversed(done):
             if os.path.lexists(after):
@@ -432,11 +436,12 @@ def _flush(folder: Path) -> None:
         for name in files:
             path = Path(place) / name
             if stat.S_ISREG(path.lstat().st_mode) and os.access(path, os.R_OK):
-                _flush_folder(path)
-        _flush_folder(Path(place))
+                flush_one(path)
+        flush_one(Path(place))
 
 
-def _flush_folder(path: Path) -> None:
+def flush_one(path: Path) -> None:
+    """What a file or folder holds, on the disk; where its file system cannot do that, nothing."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from awq.checkpoint.files import PackedTensors
 from awq.checkpoint.match import as_saved, check_shapes, merged_on_disk
-from awq.config import AwqConfig
+from awq.config import PACKED_TENSORS, AwqConfig
 from awq.core.weight import QuantizedWeight
 from awq.formats import get_format
 from awq.nn.linear import WQLinear
@@ -32,7 +32,6 @@ from awq.nn.surgery import is_linear, linear_shape, named_linears, replace_modul
 logger = logging.getLogger("awq.checkpoint")
 
 _COLUMNS = 2  # of a stand-in: rows whose columns differ were not moved as rows
-_KINDS = ("qweight", "qzeros", "scales")
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def in_source_cut(model: Any, tensors: Mapping[str, Tensor] | None = None) -> di
             weights = [_packed_of(rest, name, modules[name]) for name in found.linears]
             whole = _gathered(weights, found.owner, found.row)
             stored_tensors = get_format(packed[0].format).pack(whole)
-            cut |= {f"{stored}.{kind}": stored_tensors[kind] for kind in _KINDS}
+            cut |= {f"{stored}.{kind}": stored_tensors[kind] for kind in PACKED_TENSORS}
             done.update(found.linears)
     if stuck:
         logger.warning(
@@ -127,7 +126,7 @@ def in_source_cut(model: Any, tensors: Mapping[str, Tensor] | None = None) -> di
             min(stuck),
         )
     for name in done:  # one linear may be several tensors in the source
-        for kind in _KINDS:
+        for kind in PACKED_TENSORS:
             del rest[f"{name}.{kind}"]
     kept = {name: rest.pop(name) for name in list(rest) if name.rpartition(".")[0] in stuck}
     return as_saved(model, rest) | kept | cut
@@ -152,7 +151,7 @@ def _outputs_of(linear: nn.Module) -> int:
 
 def _packed_of(tensors: dict[str, Tensor], name: str, module: WQLinear) -> QuantizedWeight:
     """A packed weight out of a state dict."""
-    parts = {kind: tensors[f"{name}.{kind}"] for kind in _KINDS}
+    parts = {kind: tensors[f"{name}.{kind}"] for kind in PACKED_TENSORS}
     sizes = module.in_features, module.out_features, module.group_size
     return get_format(module.format).unpack(parts, *sizes)
 
@@ -229,7 +228,7 @@ class GluedLinears:
         inputs = model.get_submodule(found.linears[0]).in_features
         size = self.config.group_size_of(inputs, stored)
         tensors = {}
-        for kind in _KINDS:
+        for kind in PACKED_TENSORS:
             with safe_open(self.packed[stored][kind]["file"], "pt") as file:
                 tensors[kind] = file.get_tensor(f"{stored}.{kind}")
         tensors["scales"] = tensors["scales"].half()
@@ -247,7 +246,7 @@ def _ignore_unexpected(model: Any, names: Iterable[str]) -> None:
     """Tells transformers that packed tensors of these names are no surprise."""
     leaves = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in names}))
     known = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    pattern = rf"\b({leaves})\.({'|'.join(_KINDS)})$"
+    pattern = rf"\b({leaves})\.({'|'.join(PACKED_TENSORS)})$"
     model._keys_to_ignore_on_load_unexpected = {*known, pattern}
 
 

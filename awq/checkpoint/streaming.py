@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from awq._bars import no_progress_bars
 from awq.checkpoint.account import check_finite
 from awq.checkpoint.load import load_model
 from awq.checkpoint.match import conversions_of
@@ -223,7 +224,7 @@ class StreamedBlocks:
             dtype=self._original.dtype,
             weight_mapping=conversions_of(self._original),
         )
-        with _no_bars():
+        with no_progress_bars():  # one would come for every block
             info, _ = convert_and_load_state_dict_in_model(
                 self._original, _read(self._headers, names), settings
             )
@@ -362,20 +363,6 @@ def _zero_weights(block: nn.Module) -> Iterator[None]:
 
 def _gone(name: str, *_args: Any, **_kwargs: Any) -> Any:
     raise ModelError(f"{name} is quantized and written; it cannot be run any more.")
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """None of transformers' progress bars: they would come for every block."""
-    from transformers.utils import logging as bars
-
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
 
 
 def _check_transformers() -> None:

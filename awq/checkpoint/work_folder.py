@@ -14,7 +14,6 @@ after that state are worked on again and come out the same.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from awq.checkpoint.directory import check_target, keeps_its_place
+from awq.checkpoint.directory import check_target, flush_one, keeps_its_place, try_lock
 from awq.checkpoint.files import read_json
 from awq.errors import AwqError, CheckpointError
 from awq.nn.presence import Progress
@@ -165,15 +164,10 @@ class WorkFolder:
 
     def _publish(self, unfinished: Path, name: str) -> Path:
         """Gives a file its name when it is on the disk."""
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
+        flush_one(unfinished)
         path = self.path / name
         unfinished.rename(path)
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        flush_one(self.path)
         return path
 
 
@@ -219,7 +213,11 @@ def work_folder(
     work = WorkFolder(folder, check_target(target), arguments)
     done = False
     try:
-        _lock(descriptor, work)
+        if not try_lock(descriptor, folder):
+            raise CheckpointError(
+                f"another process is quantizing into {work.target}; wait for it, or give another "
+                "output."
+            )
         try:
             yield work
             done = True
@@ -243,19 +241,6 @@ def _leave(work: WorkFolder, done: bool) -> None:
         work.path,
         work.target,
     )
-
-
-def _lock(descriptor: int, work: WorkFolder) -> None:
-    """Until the descriptor is closed, or the process has died."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise CheckpointError(
-            f"another process is quantizing into {work.target}; wait for it, or give another "
-            "output."
-        ) from error
-    except OSError as error:  # a file system without locks
-        logger.debug("%s cannot be locked: %s", work.path, error)
 
 
 def _flat(hidden: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:

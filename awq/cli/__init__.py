@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
+from awq._bars import no_progress_bars
 from awq.cli.output import ERROR, OK, installed_version
 
 VERBS = (
@@ -135,17 +136,13 @@ def main(argv: list[str] | None = None) -> int:
 @contextmanager
 def _silence() -> Iterator[None]:
     """No warnings and none of transformers' progress bars inside."""
-    from transformers.utils import logging as bars
-
-    before, shown = logging.root.manager.disable, bars.is_progress_bar_enabled()
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    bars.disable_progress_bar()
     try:
-        yield
+        with no_progress_bars():
+            yield
     finally:
         logging.disable(before)
-        if shown:
-            bars.enable_progress_bar()
 
 
 def _failed(arguments: argparse.Namespace, line: str) -> int:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from awq.calibration import CalibrationBatch
 from awq.checkpoint.directory import check_target
-from awq.checkpoint.source import Source
 from awq.checkpoint.streaming import StreamedBlocks
 from awq.config import AwqConfig
 from awq.embed.directory import is_sentence_model
-from awq.errors import CheckpointError, ConfigError
+from awq.errors import CheckpointError
 from awq.formats import get_format
 from awq.models.auto import AutoAWQForCausalLM, AutoAWQForEmbedding
+from awq.models.streaming import open_full_precision
 from awq.nn.surgery import linear_shape
 from awq.quantize import QuantizeOptions
 from awq.quantize.checks import check_exclusions
@@ -88,9 +88,7 @@ def plan_quantization(
     21
     """
     place = None if output is None else check_target(output, source)
-    opened = Source.open(source, trust_remote_code)
-    if opened.is_quantized:
-        raise ConfigError(f"{source} is quantized already; give the full-precision model.")
+    opened = open_full_precision(source, trust_remote_code)
     config = (
         quant_config if isinstance(quant_config, AwqConfig) else AwqConfig.from_dict(quant_config)
     )

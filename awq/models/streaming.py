@@ -71,15 +71,21 @@ def quantize_directory(
     embedding = is_sentence_model(source)
     if embedding and options.setdefault("evaluate", False) is not False:
         raise ConfigError("evaluate needs the whole model in memory; use `awq eval` afterwards.")
-    opened = Source.open(source, trust_remote_code, **given)
-    if opened.is_quantized:
-        raise ConfigError(f"{source} is quantized already; give the full-precision model.")
+    opened = open_full_precision(source, trust_remote_code, **given)
     door = AutoAWQForEmbedding if embedding else AutoAWQForCausalLM
     with work_folder(output, arguments) as work:
         model = door.streamed(opened, work, torch_dtype)
         report = model.quantize(model.tokenizer, quant_config, calib_data, **options)
         model.save_quantized(output, shard_size=shard_size)
     return report
+
+
+def open_full_precision(source: str | Path, trust_remote_code: bool, **download: Any) -> Source:
+    """A checkpoint to quantize. Raises ConfigError for one that is quantized already."""
+    opened = Source.open(source, trust_remote_code, **download)
+    if opened.is_quantized:
+        raise ConfigError(f"{source} is quantized already; give the full-precision model.")
+    return opened
 
 
 def resume_quantization(output: str | Path) -> QuantReport:
