@@ -2,22 +2,30 @@
 kernel runs.
 
     python benchmarks/host_time.py --device cuda
-    PYTHONPATH=../before python benchmarks/host_time.py      # another checkout's code, by the same
-    script
+    git worktree add ../before 3b18d81
+    python benchmarks/host_time.py --device cuda --before ../before --out host-time.json
 
 Weights are tiny, so that on a CPU arithmetic costs little beside the call; a GPU is not waited for.
 Times are CPU time of the calling thread, which other work on the machine disturbs least; the
-fastest round's mean is given.
+fastest round's mean is given. With `--before`, this script runs on that checkout's package and on
+this one in turn, each time in a process of its own: the result holds the median of each, and their
+ratio.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from common import write
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from awq.core.weight import round_to_nearest
@@ -70,6 +78,47 @@ def decode_step(device: str, dtype: torch.dtype) -> Callable[[], object]:
     return step
 
 
+def measure(device: str, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """Microseconds by what was called, of the package that this process imports."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        module = linear_call(device, dtype)
+        step = decode_step(device, dtype)
+        return {
+            "WQLinear call": round(microseconds(module, 500, rounds), 2),
+            f"eager decode step of {BLOCKS} blocks": round(microseconds(step, 20, rounds), 1),
+        }
+
+
+def measure_checkout(root: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """`measure` by a process that imports the package of the checkout `root`."""
+    options = [f"--{name}={getattr(arguments, name)}" for name in ("device", "dtype", "rounds")]
+    done = subprocess.run(
+        [sys.executable, __file__, *options],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(before: Path, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """{what was called: {"before", "after", "ratio"}}, medians over the repeats."""
+    after = Path(__file__).resolve().parent.parent
+    runs: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
+    for _ in range(arguments.repeats):
+        runs["before"].append(measure_checkout(before.resolve(), arguments))
+        runs["after"].append(measure_checkout(after, arguments))
+    rows = {}
+    for name in runs["after"][0]:
+        medians = {
+            tree: statistics.median(run[name] for run in found) for tree, found in runs.items()
+        }
+        rows[name] = medians | {"ratio": round(medians["after"] / medians["before"], 3)}
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -77,19 +126,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=20)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    dtype = getattr(torch, args.dtype)
-    with torch.no_grad():
-        module = linear_call(args.device, dtype)
-        step = decode_step(args.device, dtype)
-        found = {
-            "WQLinear call, µs": round(microseconds(module, 500, args.rounds), 2),
-            f"eager decode step of {BLOCKS} blocks, µs": round(
-                microseconds(step, 20, args.rounds), 1
-            ),
-        }
-    print(json.dumps(found, ensure_ascii=False))
+    parser.add_argument("--before", type=Path, help="a checkout to compare with")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each checkout")
+    parser.add_argument("--out", type=Path, help="JSON to write, with --before")
+    arguments = parser.parse_args()
+    if arguments.before is None:
+        found = measure(arguments.device, getattr(torch, arguments.dtype), arguments.rounds)
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    rows = compare(arguments.before, arguments)
+    print(json.dumps(rows, ensure_ascii=False, indent=1))
+    if arguments.out is not None:
+        settings = {"dtype": arguments.dtype, "rounds": arguments.rounds}
+        settings["repeats"] = arguments.repeats
+        write(arguments.out, arguments.device, settings | {"microseconds": rows})
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awq.embed.observe import Event, NormPlan, NotReadable, apply_norm, near, read_norm
+from awq.embed.observe import Event, NotReadable, near, norm_of
 from awq.generate.read.trace import rotary_tables
+from awq.kernels.reference.decode import apply_norm
+from awq.kernels.specs import Norm
 from awq.nn.blocks import BlockCall
 from awq.nn.linear import WQLinear
 
@@ -43,8 +45,8 @@ class AttentionPlan:
     dim: int
     scaling: float
     rotary: Rotary | None
-    q_norm: NormPlan | None
-    k_norm: NormPlan | None
+    q_norm: Norm | None
+    k_norm: Norm | None
     causal: bool
     window: int | None
 
@@ -206,12 +208,12 @@ def _by_head(x: Tensor, dim: int) -> Tensor:
     return x.unflatten(-1, (-1, dim)).transpose(0, 1)
 
 
-def _normed(x: Tensor, norms: list[Event], dim: int) -> tuple[Tensor, NormPlan | None]:
+def _normed(x: Tensor, norms: list[Event], dim: int) -> tuple[Tensor, Norm | None]:
     """(heads [heads, tokens, dim] of x [tokens, heads · dim], their norm if one read them)."""
     heads = _by_head(x, dim)
     for event in norms:
         if event.x.shape[-1] == dim and _reads(event, x):
-            norm = read_norm(event)
+            norm = norm_of(event)
             return apply_norm(heads, norm), norm
     return heads, None
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awq.embed.attention import AttentionPlan
-from awq.embed.observe import NormPlan, NotReadable
+from awq.embed.observe import NotReadable
 from awq.embed.structure import EncoderPlan, read_encoder
+from awq.kernels.specs import Norm
 from awq.nn.linear import WQLinear
 
 PLANES = {"exact": 2, "int8": 1}  # bytes of an activation
@@ -331,7 +332,7 @@ def _kind(attention: AttentionPlan) -> tuple:
     given = [n for n in norms if n is not None]
     if (
         len(given) == 1
-        or any(n.centered or n.bias.any() for n in given)
+        or any(n.centered or (n.bias is not None and n.bias.any()) for n in given)
         or len({n.eps for n in given}) > 1
     ):
         raise NotReadable("its queries and keys have norms of another kind than RMSNorm")
@@ -372,8 +373,8 @@ class _Weights:
             ):
                 self._linear(fields, name, linears)
             last = i + 1 == len(plan.blocks)
-            after_attention: NormPlan | None = block.attention_norm
-            after_mlp: NormPlan | None = block.mlp_norm
+            after_attention: Norm | None = block.attention_norm
+            after_mlp: Norm | None = block.mlp_norm
             if spec.pre_norm:
                 after_attention = block.mlp_norm
                 after_mlp = plan.final_norm if last else plan.blocks[i + 1].attention_norm
@@ -411,7 +412,7 @@ class _Weights:
             window=NO_WINDOW if attention.window is None else attention.window,
         )
 
-    def _norm(self, fields: dict[str, Any], name: str, norm: NormPlan | None) -> None:
+    def _norm(self, fields: dict[str, Any], name: str, norm: Norm | None) -> None:
         fields[f"{name}_weight"] = self._keep(None if norm is None else norm.weight)
         fields[f"{name}_bias"] = self._keep(None if norm is None else norm.bias)
 

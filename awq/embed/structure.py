@@ -31,14 +31,13 @@ from awq.embed.observe import (
     READING_ERROR,
     BlockEvents,
     Event,
-    NormPlan,
     NotReadable,
     distance,
-    is_norm,
     near,
+    norm_of,
     observe,
-    read_norm,
 )
+from awq.kernels.specs import Norm
 from awq.nn.blocks import (
     BlockCall,
     BlockList,
@@ -49,6 +48,7 @@ from awq.nn.blocks import (
 )
 from awq.nn.copies import copy_structure
 from awq.nn.linear import WQLinear
+from awq.nn.norms import is_norm
 
 PROBE_TOKENS = 24
 MAX_TOKENS = 4096  # the mask of a longer text would take much memory to read
@@ -72,9 +72,9 @@ class BlockPlan:
     o: WQLinear
     up: tuple[WQLinear, ...]
     down: WQLinear
-    attention_norm: NormPlan | None
-    mlp_norm: NormPlan
-    post_norms: tuple[NormPlan, ...] | None
+    attention_norm: Norm | None
+    mlp_norm: Norm
+    post_norms: tuple[Norm, ...] | None
     activation: str
     gated: bool
     pre_norm: bool
@@ -93,8 +93,8 @@ class EncoderPlan:
     positions: Tensor | None
     position_offset: int
     types: Tensor | None
-    norm: NormPlan | None
-    final_norm: NormPlan | None
+    norm: Norm | None
+    final_norm: Norm | None
     blocks: tuple[BlockPlan, ...]
     heads: int
     relative: Tensor | None
@@ -248,9 +248,9 @@ class _Norms:
     """Of a block. posts: those of what attention and MLP give, before it is added."""
 
     pre_norm: bool
-    attention: NormPlan | None
-    mlp: NormPlan
-    posts: tuple[NormPlan, ...] | None = None
+    attention: Norm | None
+    mlp: Norm
+    posts: tuple[Norm, ...] | None = None
 
 
 def _read_norms(norms: list[Event], calls: BlockEvents, linears: _Linears) -> _Norms:
@@ -258,14 +258,14 @@ def _read_norms(norms: list[Event], calls: BlockEvents, linears: _Linears) -> _N
     branches = [linears.o.y, linears.down.y]
     posts = [e for e in norms if _is_one_of(e.x, branches)]
     around = [e for e in norms if e not in posts]
-    plans = [read_norm(e) for e in around]
+    plans = [norm_of(e) for e in around]
     if not posts and len(around) == 2 and _come_last(around, calls, linears):
         return _Norms(False, plans[0], plans[1])
     if posts:
         branches = [post.y for post in posts]
     if len(branches) == 2 and _come_first(around, calls, linears, branches):
         attention = plans[0] if len(plans) == 2 else None
-        after = tuple(read_norm(e) for e in posts)
+        after = tuple(norm_of(e) for e in posts)
         return _Norms(
             pre_norm=True,
             attention=attention,
@@ -407,7 +407,7 @@ def _read_tables(words: nn.Module, events: list[Event], given: Tensor) -> dict[s
     norms = [e for e in events if is_norm(e.module) and near(e.y, given)]
     norm = None
     if norms:
-        total_, norm = norms[0].x.float(), read_norm(norms[0])
+        total_, norm = norms[0].x.float(), norm_of(norms[0])
         if not near(total.expand_as(total_), total_):
             raise NotReadable("what its first norm reads is not the sum of its embeddings")
     elif not near(total, given.float()):
@@ -432,10 +432,10 @@ def _words_factor(event: Event) -> float:
     return 1.0 if abs(factor - 1) < 1e-3 else factor
 
 
-def _final_norm(events: list[Event], made: Tensor, last: Tensor, pre_norm: bool) -> NormPlan | None:
+def _final_norm(events: list[Event], made: Tensor, last: Tensor, pre_norm: bool) -> Norm | None:
     for event in events:
         if pre_norm and is_norm(event.module) and near(event.x, made) and near(event.y, last):
-            return read_norm(event)
+            return norm_of(event)
     if near(made, last):
         return None
     raise NotReadable("something lies between its last block and what it gives")

@@ -13,7 +13,7 @@ WIDEST_HEAD = 256  # channels of a head that the kernels hold
 class Norm:
     """y = x̂ · weight + bias in float32, rounded once to x's dtype.
 
-    mean: True for LayerNorm (x̂ = (x − mean)/√(var + eps)), False for RMSNorm (x̂ = x/√(mean x² +
+    centered: True for LayerNorm (x̂ = (x − mean)/√(var + eps)), False for RMSNorm (x̂ = x/√(mean x² +
     eps)).
     weight, bias: float32 [features] or None (ones, zeros).
     """
@@ -21,7 +21,7 @@ class Norm:
     weight: Tensor | None
     bias: Tensor | None
     eps: float
-    mean: bool
+    centered: bool
 
 
 @dataclass
@@ -51,9 +51,9 @@ class Attention:
         return self.q_norm is not None
 
     @property
-    def mean(self) -> bool:
+    def centered(self) -> bool:
         """Whether the norms of queries and keys subtract the mean."""
-        return self.q_norm is not None and self.q_norm.mean
+        return self.q_norm is not None and self.q_norm.centered
 
     @property
     def q_scale(self) -> tuple[Tensor | None, float]:
@@ -80,7 +80,7 @@ class Attention:
         q, k = self.q_norm, self.k_norm
         if q is None and k is None:
             return None
-        if q is None or k is None or q.mean != k.mean:
+        if q is None or k is None or q.centered != k.centered:
             return "queries and keys have different norms"
         if not self.norm_heads:
             return "its norms go over all heads together"

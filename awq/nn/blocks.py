@@ -12,15 +12,16 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from awq.errors import ModelError
-from awq.nn.hooks import hooked
+from awq.nn.hooks import Call, hooked, listening
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import is_linear
 
@@ -128,34 +129,24 @@ def _observed(
 ) -> dict[str, _Observed]:
     """Name → what was seen of a block that runs, in the order of first calls."""
     seen: dict[str, _Observed] = {}
-    handles = []
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if name in seen:
-                seen[name].calls += 1
-            else:
-                hidden, call = split_call(args, kwargs)
-                seen[name] = _Observed(hidden.clone(), call)
+    def before(name: str, call: Call) -> None:
+        if name in seen:
+            seen[name].calls += 1
+        else:
+            hidden, others = split_call(call.args, call.kwargs)
+            seen[name] = _Observed(hidden.clone(), others)
 
-        return hook
+    def after(name: str, call: Call) -> None:
+        first = seen[name]
+        if first.output is None:
+            first.output = map_tensors(hidden_of(call.output), torch.clone)
 
-    def after(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
-            if seen[name].output is None:
-                seen[name].output = map_tensors(hidden_of(output), torch.clone)
-
-        return hook
-
-    try:
-        for name in names:
+    with ExitStack() as stack:
+        for name in names:  # two names may mean the same module
             block = model.get_submodule(name)
-            handles.append(block.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(block.register_forward_hook(after(name)))
+            stack.enter_context(listening([block], partial(before, name), partial(after, name)))
         _forward(model, item)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 

@@ -1,9 +1,9 @@
 """Looking into a running model: hooks that are always taken off again.
 
-`hooked` is the one way in which this package listens to other people's modules. It registers a
-function on named modules and removes it when its `with` block ends, whatever happens inside.
-`inputs_of` runs a forward only as far as the modules whose inputs are wanted, because the rest of
-the block would be computed for nothing.
+`listening` is the one way in which this package listens to other people's modules: functions are
+called around their forwards until its `with` block ends, whatever happens inside. `hooked` is the
+same for modules that are known by name. `inputs_of` runs a forward only as far as the modules whose
+inputs are wanted, because the rest of the block would be computed for nothing.
 
 >>> import torch
 >>> block = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU())
@@ -15,8 +15,8 @@ the block would be computed for nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,8 +24,56 @@ Before = Callable[[str, tuple], None]
 After = Callable[[str, Any], Any]
 
 
+class Call(NamedTuple):
+    """One call of a module's forward. output: None before the forward has run."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+
+
 class _Reached(Exception):
     """Ends a forward whose rest is of no use."""
+
+
+@contextmanager
+def listening(
+    modules: Iterable[nn.Module],
+    before: Callable[[Call], None] | None = None,
+    after: Callable[[Call], Any] | None = None,
+) -> Iterator[None]:
+    """While open, calls `before` and `after` around every forward of `modules`.
+
+    What `after` returns replaces the output, unless it is None.
+    """
+    handles = []
+    try:
+        for module in modules:
+            if before is not None:
+                enter = _entering(before)
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            if after is not None:
+                leave = _leaving(after)
+                handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _entering(listen: Callable[[Call], None]) -> Callable[[nn.Module, tuple, dict], None]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        listen(Call(module, args, kwargs))
+
+    return hook
+
+
+def _leaving(listen: Callable[[Call], Any]) -> Callable[[nn.Module, tuple, dict, Any], Any]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        return listen(Call(module, args, kwargs, output))
+
+    return hook
 
 
 @contextmanager
@@ -38,32 +86,22 @@ def hooked(
     names: of modules below `root`; "" is `root` itself. What `after` returns replaces the output,
     unless it is None.
     """
-    handles = []
-    try:
+    with ExitStack() as stack:
         for name in names:
             module = root.get_submodule(name)
             if before is not None:
-                handles.append(module.register_forward_pre_hook(_before(before, name)))
+                stack.enter_context(listening([module], before=_named_before(before, name)))
             if after is not None:
-                handles.append(module.register_forward_hook(_after(after, name)))
+                stack.enter_context(listening([module], after=_named_after(after, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _before(listen: Before, name: str) -> Callable[[nn.Module, tuple], None]:
-    def hook(_module: nn.Module, args: tuple) -> None:
-        listen(name, args)
-
-    return hook
+def _named_before(listen: Before, name: str) -> Callable[[Call], None]:
+    return lambda call: listen(name, call.args)
 
 
-def _after(listen: After, name: str) -> Callable[[nn.Module, tuple, Any], Any]:
-    def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        return listen(name, output)
-
-    return hook
+def _named_after(listen: After, name: str) -> Callable[[Call], Any]:
+    return lambda call: listen(name, call.output)
 
 
 def inputs_of(root: nn.Module, names: Iterable[str], run: Callable[[], Any]) -> dict[str, Tensor]:

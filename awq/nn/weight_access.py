@@ -91,25 +91,24 @@ def watched_weights(model: nn.Module, names: Collection[str]) -> Iterator[set[st
 
 
 class _Watch:
-    """Gives one module a `weight` that notes accesses from outside its own forward, by way of a
+    """Gives one module a `weight` that notes accesses from outside its own calls, by way of a
     subclass of its class."""
 
     def __init__(self, module: nn.Module, note: Callable[[], Any]) -> None:
         self.module, self.kind, self.note = module, type(module), note
-        self.depth = 0  # of the module's own forwards that are running
-        self.handles = [
-            module.register_forward_pre_hook(lambda *_: self._enter()),
-            module.register_forward_hook(lambda *_: self._leave(), always_call=True),
-        ]
-        module.__class__ = type(
-            self.kind.__name__, (self.kind,), {"weight": property(lambda _module: self._weight())}
-        )
+        self.depth = 0  # of the module's own calls that are running
+        watched = {
+            "weight": property(lambda _module: self._weight()),
+            "__call__": lambda _module, *args, **kwargs: self._call(*args, **kwargs),
+        }
+        module.__class__ = type(self.kind.__name__, (self.kind,), watched)
 
-    def _enter(self) -> None:
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         self.depth += 1
-
-    def _leave(self) -> None:
-        self.depth -= 1
+        try:
+            return self.kind.__call__(self.module, *args, **kwargs)
+        finally:
+            self.depth -= 1
 
     def _weight(self) -> Any:
         weight = self.module._parameters["weight"]
@@ -119,5 +118,3 @@ class _Watch:
 
     def end(self) -> None:
         self.module.__class__ = self.kind
-        for handle in self.handles:
-            handle.remove()

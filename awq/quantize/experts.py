@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from awq.folds import InputGroup
 from awq.nn.experts import ExpertLinears, expert_of, named_experts
+from awq.nn.hooks import hooked
 from awq.nn.surgery import device_of
 from awq.quantize.plan import Plan
 from awq.quantize.statistics import InputStatistics, MaskHolder
@@ -149,7 +150,6 @@ def collect_experts(
     hidden: name of the experts → a list that gets their inputs [tokens, hidden], batch by batch,
     without padding.
     """
-    handles: list[Any] = []
     now: dict[str, tuple[Tensor, Tensor]] = {}
     owners = named_experts(block)
 
@@ -159,46 +159,38 @@ def collect_experts(
 
         return watch
 
-    def hook_for(name: str, owner: str):
-        def hook(_module: nn.Module, args: tuple) -> None:
-            tokens, weights = now[owner]
-            if name not in statistics:
-                statistics[name] = RoutedStatistics(args[0].shape[-1], args[0].device)
-            found: Any = statistics[name]
-            found.add_routed(
-                args[0],
-                None if holder.mask is None else holder.mask.reshape(-1)[tokens],
-                weights * holder.weight,
-            )
+    owner_of = {name: _owner_of(block, name) for name in names}
 
-        return hook
+    def add_routed(name: str, args: tuple) -> None:
+        x = args[0]
+        tokens, weights = now[owner_of[name]]
+        if name not in statistics:
+            statistics[name] = RoutedStatistics(x.shape[-1], x.device)
+        found: Any = statistics[name]
+        mask = None if holder.mask is None else holder.mask.reshape(-1)[tokens]
+        found.add_routed(x, mask, weights * holder.weight)
 
-    def keep_for(owner: str, experts: ExpertLinears):
-        def keep(_module: nn.Module, args: tuple) -> None:
-            x, mask = experts.layer_inputs(args[0], holder.mask)
-            statistics.setdefault(owner, InputStatistics(x.shape[-1], x.device)).add(
-                x, mask, holder.weight
-            )
-            hidden[owner].append(x if mask is None else x[mask.reshape(-1)])
-
-        return keep
+    def add_shared(owner: str, args: tuple) -> None:
+        x, mask = owners[owner].layer_inputs(args[0], holder.mask)
+        own = statistics.setdefault(owner, InputStatistics(x.shape[-1], x.device))
+        own.add(x, mask, holder.weight)
+        hidden[owner].append(x if mask is None else x[mask.reshape(-1)])
 
     for owner, experts in owners.items():
         experts.watch = watch_for(owner)
-        handles.append(experts.register_forward_pre_hook(keep_for(owner, experts)))
-    for name in names:
-        place = expert_of(block, name)
-        assert place is not None
-        handles.append(
-            block.get_submodule(name).register_forward_pre_hook(hook_for(name, place[0]))
-        )
     try:
-        yield
+        with hooked(block, owners, before=add_shared), hooked(block, names, before=add_routed):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for experts in owners.values():
             experts.watch = None
+
+
+def _owner_of(block: nn.Module, name: str) -> str:
+    """The module of experts that holds the linear `name`."""
+    place = expert_of(block, name)
+    assert place is not None
+    return place[0]
 
 
 def complete_experts(

@@ -37,11 +37,11 @@ from torch import Tensor, nn
 
 from awq.generate.plan import Attention, BlockPlan, Norm, NotFusable, Source
 from awq.generate.read.channels import find_channels, flat, heads_last, owners
-from awq.generate.read.norms import is_norm, read_norm
 from awq.generate.read.trace import AttentionCall, Event, Trace, holds_packed_experts, rotary_tables
 from awq.kernels.reference.attention import rotate
 from awq.kernels.reference.decode import ACTIVATIONS
 from awq.nn.blocks import BlockCall, is_product
+from awq.nn.norms import is_norm, read_norm
 
 _READ_SETTINGS = {"scaling", "softcap", "sliding_window"}
 # What attention may also be told in evaluation mode, with a mask and without a cache, and what then

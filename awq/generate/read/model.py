@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from awq.errors import ModelError
 from awq.generate.plan import Norm, NotFusable
-from awq.generate.read.norms import is_norm, read_norm
 from awq.generate.read.trace import rotary_tables
 from awq.nn.blocks import BlockCall, find_block_lists, record_block_calls
+from awq.nn.hooks import Call, listening
+from awq.nn.norms import is_norm, read_norm
 from awq.nn.surgery import get_weight
 
 PIECE = 12  # tokens of one sequence of a skeleton pass
@@ -120,20 +121,17 @@ class _HeadCalls:
         self.logits: Tensor | None = None
 
     def run(self, model: Any, item: dict[str, Tensor]) -> None:
-        handles = [m.register_forward_hook(self._note) for m in model.modules() if is_norm(m)]
-        handles.append(self.head.register_forward_hook(self._note_head))
-        try:
+        norms = [module for module in model.modules() if is_norm(module)]
+        with listening(norms, after=self._note), listening([self.head], after=self._note_head):
             self.logits = model(**item, use_cache=False).logits
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _note(self, module: nn.Module, args: Any, y: Any) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(y, Tensor):
-            self.norms.append((module, args[0], y))
+    def _note(self, call: Call) -> None:
+        x = call.args[0] if call.args else None
+        if isinstance(x, Tensor) and isinstance(call.output, Tensor):
+            self.norms.append((call.module, x, call.output))
 
-    def _note_head(self, _module: nn.Module, args: Any, _y: Any) -> None:
-        self.x = args[0]
+    def _note_head(self, call: Call) -> None:
+        self.x = call.args[0]
 
 
 def _skeleton(

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from awq.generate.plan import NotFusable
 from awq.kernels.reference.attention import attend
 from awq.nn.blocks import BlockCall, hidden_of, is_product
+from awq.nn.hooks import Call, listening
 from awq.nn.packed_experts import AwqExperts
 
 # A name of our own in transformers' table: another model's attention must not be caught, whatever
@@ -74,15 +75,18 @@ def trace(block: nn.Module, call: BlockCall, hidden: Tensor, neutral: bool = Fal
     found = Trace(hidden, hidden)
     mixtures = mixtures_of(block)
 
-    def note(name: str, module: nn.Module):
-        def hook(_module, args, y):
-            y = hidden_of(y) if module in mixtures else y
-            if args and isinstance(args[0], Tensor) and isinstance(y, Tensor):
-                (found.after if found.attention else found.before).append(
-                    Event(name, module, args[0], y)
-                )
+    watched = {
+        module: name
+        for name, module in block.named_modules()
+        if is_product(module) or module in mixtures or not any(True for _ in module.children())
+    }
 
-        return hook
+    def note(call: Call) -> None:
+        x = call.args[0] if call.args else None
+        y = hidden_of(call.output) if call.module in mixtures else call.output
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            events = found.after if found.attention else found.before
+            events.append(Event(watched[call.module], call.module, x, y))
 
     def attention(module, query, key, value, attention_mask=None, scaling=None, **settings):
         found.calls += 1
@@ -93,21 +97,13 @@ def trace(block: nn.Module, call: BlockCall, hidden: Tensor, neutral: bool = Fal
         found.attention = AttentionCall(query, key, value, y, {"scaling": scaling, **settings})
         return y.transpose(1, 2).contiguous(), None
 
-    handles = [
-        m.register_forward_hook(note(n, m))
-        for n, m in block.named_modules()
-        if is_product(m) or m in mixtures or not any(True for _ in m.children())
-    ]
     try:
-        with _attention_replaced(block, attention):
+        with listening(watched, after=note), _attention_replaced(block, attention):
             found.out = (neutralized(call) if neutral else call).run(block, hidden)
     except Exception as error:  # someone else's forward, which may fail in any way
         raise NotFusable(
             f"the block cannot be run alone: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

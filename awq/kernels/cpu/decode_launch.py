@@ -36,7 +36,12 @@ def add_norm(
     y, width = torch.empty_like(x), x.shape[-1]
     weight, bias, eps = norm.weight, norm.bias, norm.eps
     kernel = program(
-        emit_add_norm, x.dtype, branch is not None, norm.mean, weight is not None, bias is not None
+        emit_add_norm,
+        x.dtype,
+        branch is not None,
+        norm.centered,
+        weight is not None,
+        bias is not None,
     )
     branch = None if branch is None else branch.contiguous()
     task = ADD_NORM.pack(
@@ -86,7 +91,9 @@ def attend(
     threads = min(_threads(batch * a.heads * a.head_dim * (longest + 1)), batch * a.kv_heads)
     scratch = torch.empty(threads * (a.head_dim + longest + 1), dtype=torch.float32)
     (q_weight, q_eps), (k_weight, k_eps) = a.q_scale, a.k_scale
-    kernel = program(emit_attend, qkv.dtype, a.rotary > 0, a.normed, a.mean, a.softcap is not None)
+    kernel = program(
+        emit_attend, qkv.dtype, a.rotary > 0, a.normed, a.centered, a.softcap is not None
+    )
     task = ATTEND.pack(
         threads=threads,
         qkv=qkv,

@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def apply_norm(x: Tensor, norm: Norm) -> Tensor:
     """The norm over the last axis, in float32, rounded once to x's dtype."""
     y = x.float()
-    if norm.mean:
+    if norm.centered:
         y = y - y.mean(-1, keepdim=True)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.eps)
     if norm.weight is not None:

@@ -57,7 +57,7 @@ def add_norm(
     weight = bias = None
     eps, mean = 0.0, False
     if norm is not None:
-        weight, bias, eps, mean = norm.weight, norm.bias, norm.eps, norm.mean
+        weight, bias, eps, mean = norm.weight, norm.bias, norm.eps, norm.centered
     block = triton.next_power_of_2(width)
     warps = min(16, max(1, block // 512))
     constants = (
@@ -133,7 +133,7 @@ def split(
         _power(a.heads, 1),
         _power(a.kv_heads, 1),
         a.normed,
-        a.mean,
+        a.centered,
     )
     kernel = _launcher(decoding.split_kernel, qkv.device.index, qkv.dtype, constants, 8)
     tables, q_eps, k_eps = _tables(qkv, a, cos, sin)
@@ -208,7 +208,7 @@ def _attend_launcher(
         a.window or 0,
         a.softcap is not None,
         a.normed,
-        a.mean,
+        a.centered,
     )
     return _launcher(decoding.attend_kernel, index, dtype, constants, warps)
 
