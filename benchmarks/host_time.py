@@ -128,6 +128,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--before", type=Path, help="a checkout to compare with")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each checkout")
+    parser.add_argument("--commit", help="of this code, where git does not know it")
+    parser.add_argument("--commit-before", help="of the other checkout")
     parser.add_argument("--out", type=Path, help="JSON to write, with --before")
     arguments = parser.parse_args()
     if arguments.before is None:
@@ -138,7 +140,9 @@ def main() -> None:
     print(json.dumps(rows, ensure_ascii=False, indent=1))
     if arguments.out is not None:
         settings = {"dtype": arguments.dtype, "rounds": arguments.rounds}
-        settings["repeats"] = arguments.repeats
+        settings |= {"repeats": arguments.repeats, "before": arguments.commit_before}
+        if arguments.commit is not None:
+            settings["commit"] = arguments.commit
         write(arguments.out, arguments.device, settings | {"microseconds": rows})
 
 

@@ -22,15 +22,15 @@ def launch_all() -> int:
     """Launches split and whole products, dense weights and both kinds of expert products; returns
     how many."""
     import torch
-    from kernels_products import pack, random_weight
 
     from awq.kernels import stack_experts
     from awq.kernels.triton import expert_launch, matmul_launch
     from awq.kernels.triton.configs import Config
+    from awq.kernels.triton.timing import random_packed
 
     count = 0
     for n, k, group in ((72, 640, 128), (200, 288, 32), (136, 136, 136)):
-        packed = pack(random_weight(n, k, group))
+        packed = random_packed(n, k, group)
         experts = stack_experts([packed, packed, packed])
         for m, config in (
             (1, (8, 64, 2, False, 2, 3)),

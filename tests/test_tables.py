@@ -166,7 +166,9 @@ def test_tune_writes_the_users_table(capsys, monkeypatch, folder):
 
     def search(shapes, tokens, seconds, workers, say):
         asked.update(shapes=shapes, tokens=tokens)
-        return {(shapes[0], torch.bfloat16, 16): [tuning.Timing(1.234, configs.Config(*ENTRY))]}
+        served = configs.config_for("sm120", 100, shapes[0], 16, torch.bfloat16)
+        times = [tuning.Timing(1.234, configs.Config(*ENTRY)), tuning.Timing(2.468, served)]
+        return {(shapes[0], torch.bfloat16, 16): times}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
@@ -180,12 +182,30 @@ def test_tune_writes_the_users_table(capsys, monkeypatch, folder):
     assert asked == {"shapes": [Shape(256, 72, 128)], "tokens": {torch.bfloat16: [16]}}
     result = json.loads(capsys.readouterr().out)
     assert result["best"] == [
-        {"shape": "72x256", "dtype": "bfloat16", "tokens": 16, "us": 1.23, "config": ENTRY}
+        {
+            "shape": "72x256",
+            "dtype": "bfloat16",
+            "tokens": 16,
+            "us": 1.23,
+            "config": ENTRY,
+            "times_as_fast": 2.0,
+        }
     ]
     configs.table.cache_clear()
     assert configs.config_for(
         "sm120", 100, Shape(256, 72, 128), 9, torch.bfloat16
     ) == configs.Config(*ENTRY)
+
+
+def test_gain_over_what_served_before():
+    from awq.kernels.triton.tuning import Timing, gain
+
+    best, other = configs.Config(*ENTRY), configs.Config(8, 64, 1, False, 2, 4)
+    timings = [Timing(2.0, best), Timing(3.0, other), Timing(5.0, None)]
+    assert gain(timings, best) == 1.0
+    assert gain(timings, other) == 1.5
+    assert gain(timings, None) == 2.5
+    assert gain(timings[:1], other) is None
 
 
 def test_tune_finds_the_linears_of_a_model(tmp_path, llama_dir, texts):

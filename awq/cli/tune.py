@@ -60,7 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"a linear of {shape} does not run on Triton's kernels: {reason}.")
     from awq.kernels.triton import configs, launcher, tuning
 
-    path = arguments.output or configs.user_tables() / f"{launcher.architecture(0)[0]}.json"
+    gpu, (architecture, processors) = torch.cuda.get_device_name(0), launcher.architecture(0)
+    path = arguments.output or configs.user_tables() / f"{architecture}.json"
     found = tuning.tune(
         shapes,
         {getattr(torch, name): arguments.tokens or configs.BUCKETS for name in arguments.dtypes},
@@ -68,23 +69,32 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.workers or os.cpu_count() or 1,
         (lambda line: None) if arguments.json else print,
     )
-    gpu = torch.cuda.get_device_name(0)
+    rows: list[dict[str, Any]] = []
+    for (shape, dtype, m), times in found.items():
+        present = configs.config_for(architecture, processors, shape, m, dtype)
+        rows.append(
+            {
+                "shape": configs.size_of(shape),
+                "dtype": str(dtype)[6:],
+                "tokens": m,
+                "us": round(times[0].microseconds, 2),
+                "config": times[0].config,
+                "times_as_fast": tuning.gain(times, present),
+            }
+        )
     tuning.write_table(path, gpu, found)
-    rows: list[dict[str, Any]] = [
-        {
-            "shape": configs.size_of(shape),
-            "dtype": str(dtype)[6:],
-            "tokens": m,
-            "us": round(times[0].microseconds, 2),
-            "config": times[0].config,
-        }
-        for (shape, dtype, m), times in found.items()
-    ]
-    show(
-        {"gpu": gpu, "table": str(path), "best": rows},
-        arguments.json,
-        f"{len(rows)} entries written to {path}",
-    )
+    result = {"gpu": gpu, "table": str(path), "best": rows}
+    show(result, arguments.json, f"{len(rows)} entries written to {path}{_faster(rows)}")
+
+
+def _faster(rows: list[dict[str, Any]]) -> str:
+    """What the table gains over the configurations that served before."""
+    from statistics import median
+
+    gains = [row["times_as_fast"] for row in rows if row["times_as_fast"] is not None]
+    if not gains:
+        return ""
+    return f": {median(gains):.2f} times as fast as before (median; best {max(gains):.2f})"
 
 
 def _given(arguments: argparse.Namespace) -> list[Any]:

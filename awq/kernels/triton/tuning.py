@@ -1,7 +1,7 @@
 """Finding the fastest launch configurations on the GPU at hand, and writing them as a table of
 `configs`.
 
-Never runs while a model does: `awq tune` and `benchmarks/kernels.py --tune` call it.
+Never runs while a model does: `awq tune` and `benchmarks/kernels_products.py --tune` call it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from awq.kernels.packed import Shape
-from awq.kernels.triton import configs
+from awq.kernels.triton import configs, launcher
 from awq.kernels.triton.configs import Config
 from awq.kernels.triton.timing import copies_of, graph_time, random_packed, warm_up
 
@@ -86,13 +86,13 @@ def tune(
     tokens: which buckets, by dtype. seconds: at most so long for the timing. workers: processes
     that compile before.
     """
-    shapes, processors = list(shapes), torch.cuda.get_device_properties(0).multi_processor_count
+    shapes = list(shapes)
     jobs = [
         Job(shape, dtype, m, config)
         for shape in shapes
         for dtype, ms in tokens.items()
         for m in ms
-        for config in candidates(shape, m, processors)
+        for config in _to_time(shape, dtype, m)
     ]
     start = time.perf_counter()
     refused = {
@@ -124,6 +124,21 @@ def tune(
                 say(f"{n}x{k} {str(dtype)[6:]} {m}: {best}")
         del weights
     return found
+
+
+def _to_time(shape: Shape, dtype: torch.dtype, tokens: int) -> list[Config]:
+    """The candidates, and the configuration that serves now, so that a gain over it is known."""
+    architecture, processors = launcher.architecture(0)
+    present = configs.config_for(architecture, processors, shape, tokens, dtype)
+    found = dict.fromkeys(candidates(shape, tokens, processors))
+    return list(found if present is None else found | {present: None})
+
+
+def gain(timings: Sequence[Timing], present: Config | None) -> float | None:
+    """How many times as fast the best of `timings`, the fastest first, is as the configuration that
+    served before; None when that one was not timed."""
+    before = next((t.microseconds for t in timings if t.config == present), None)
+    return None if before is None else before / timings[0].microseconds
 
 
 def _time(weights: list, x: torch.Tensor, ready: Iterable[Config], stop: float) -> list[Timing]:

@@ -1,0 +1,248 @@
+"""Int4 products on a GPU, at the sizes of real models and at odd ones: against float64, the same
+bits twice, in CUDA graphs, compiled, on two streams, backward.
+
+The interpreter runs the same kernels on small shapes in `test_triton.py`. `pytest -n 12` spreads
+these over processes, since each compiles its own kernels.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from kernel_weights import TOLERANCE, pack, product_error, random_weight
+
+from awq.kernels import moe_linear, stack_experts
+from awq.nn.layout import prepare
+from awq.nn.linear import WQLinear
+
+pytestmark = pytest.mark.gpu
+
+# outputs, inputs, group
+SHAPES = [
+    (4096, 4096, 128),
+    (6144, 4096, 128),
+    (1024, 1536, 64),
+    (72, 4224, 128),
+    (136, 96, 32),
+    (200, 576, 576),
+    (8, 128, 128),
+    (1000, 3072, 96),
+    (4096, 136, 136),
+    (512, 2048, 256),
+]
+# both sides of every bucket's end
+TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 33, 64, 65, 100, 129, 256, 300, 513, 1024, 2049, 4096)
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_products_equal_float64(shape, dtype):
+    from awq.kernels.triton import matmul_launch
+
+    n, k, group = shape
+    weight = random_weight(n, k, group, n + k, "cuda")
+    packed, dense = pack(weight), weight.dequantize(torch.float64)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, k, device="cuda").to(dtype)
+        bias = torch.randn(n, device="cuda").to(dtype) if tokens % 2 else None
+        # freed at once: poisons the memory that the product may get
+        torch.full((max(tokens, 16), n), math.nan, device="cuda", dtype=dtype)
+        y = matmul_launch.linear(x, packed, bias)
+        assert torch.equal(y, matmul_launch.linear(x, packed, bias)), tokens
+        assert product_error(y, x, dense, bias) < TOLERANCE[dtype], tokens
+    assert torch.equal(matmul_launch.dequantize(packed, torch.float32), weight.dequantize())
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("n, k", [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
+def test_every_configuration_of_the_table_and_of_the_rule(n, k, dtype):
+    """Each forced on its own shape, at one token, at a full tile and at one token more."""
+    from awq.kernels.triton import configs, launcher, matmul_launch
+
+    weight = random_weight(n, k, 128, n + k, "cuda")
+    packed, dense = pack(weight), weight.dequantize(torch.float64)
+    chosen = {
+        configs.config_for(*launcher.architecture(0), packed.shape, tokens, dtype)
+        for tokens in configs.BUCKETS
+    }
+    for config in chosen - {None}:
+        for tokens in (1, config.bm, config.bm + 1):
+            x = torch.randn(tokens, k, device="cuda").to(dtype)
+            y = matmul_launch.fused(x, packed, None, config)
+            assert product_error(y, x, dense) < TOLERANCE[dtype], (config, tokens)
+
+
+@pytest.mark.parametrize("n, k", [(28672, 4096), (672, 1536)])
+def test_a_product_with_its_activation_rounds_as_the_two(n, k):
+    from awq.kernels.triton import decode_launch, matmul_launch
+    from awq.kernels.triton.configs import GATE_INTERLEAVE
+
+    packed = pack(random_weight(n, k, 128, n, "cuda"))
+    for tokens in (1, 7, 16, 40, 64, 100, 300, 1000, 2000):
+        x = torch.randn(tokens, k, device="cuda").half()
+        plain = matmul_launch.linear(x, packed, None)
+        expected = decode_launch.activate(plain, "silu", True, GATE_INTERLEAVE).float()
+        y = decode_launch.gated(x, packed, None, "silu")
+        assert torch.equal(y, decode_launch.gated(x, packed, None, "silu")), tokens
+        assert (y.float() - expected).norm() < 1e-4 * expected.norm(), tokens
+
+
+@pytest.fixture(scope="module")
+def weight():
+    return random_weight(1024, 2048, 128, 7)
+
+
+@pytest.fixture
+def linear(weight):
+    """On the GPU, in the layout of its kernels."""
+    linear = WQLinear.from_quantized(weight, torch.randn(1024).half(), "gemm").to("cuda")
+    prepare(linear, torch.float16)
+    return linear
+
+
+@pytest.mark.parametrize("fmt", ["gemm", "gemv", "gemv_fast"])
+def test_a_linear_keeps_its_state_wherever_it_goes(weight, fmt):
+    linear = WQLinear.from_quantized(weight, torch.randn(1024).half(), fmt)
+    before = {key: tensor.clone() for key, tensor in linear.state_dict().items()}
+    dense = weight.dequantize(torch.float64)
+    x = torch.randn(4, 2048).half()
+    linear = linear.to("cuda")
+    y = linear(x.cuda())
+    assert linear.layout == "planar"
+    assert product_error(y.cpu(), x, dense, linear.bias.cpu()) < 1e-3
+    for key, tensor in linear.state_dict().items():
+        assert torch.equal(tensor.cpu().view(torch.uint8), before[key].view(torch.uint8)), key
+    moved = linear.to("cpu")
+    assert product_error(moved(x), x, dense, moved.bias) < 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 2000])
+def test_a_captured_call_equals_an_eager_one(linear, tokens):
+    static = torch.randn(tokens, 2048, device="cuda").half()
+    linear(static)
+    graph, out = captured(lambda: linear(static))
+    for _ in range(3):
+        static.copy_(torch.randn_like(static))
+        graph.replay()
+        assert torch.equal(out, linear(static))
+
+
+def test_capture_before_the_weight_was_moved_to_its_layout(weight):
+    linear = WQLinear.from_quantized(weight, None, "gemm").to("cuda")
+    static = torch.randn(2, 2048, device="cuda").half()
+    graph, out = captured(lambda: linear(static))
+    graph.replay()
+    assert linear.layout == "gemm"
+    assert product_error(out, static, weight.dequantize(torch.float64).cuda()) < 1e-3
+
+
+def captured(call):
+    """(CUDA graph of one call, what it returns)"""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
+
+
+def test_compiled_without_a_break(linear):
+    x = torch.randn(3, 2048, device="cuda").half()
+    assert torch.equal(torch.compile(linear, fullgraph=True)(x), linear(x))
+
+
+def test_gradient_of_the_input(linear, weight):
+    x = torch.randn(5, 2048, device="cuda").half().requires_grad_()
+    gradient = torch.randn(5, 1024, device="cuda").half()
+    linear(x).backward(gradient)
+    assert product_error(x.grad, gradient, weight.dequantize(torch.float64).cuda().t()) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def split():
+    """(weight whose products are split over programs, inputs, their products on one stream)"""
+    from awq.kernels.triton import matmul_launch
+
+    packed = pack(random_weight(4096, 14336, 128, 9, "cuda"))
+    inputs = [torch.randn(m, 14336, device="cuda").half() for m in (1, 7) for _ in range(8)]
+    return packed, inputs, [matmul_launch.linear(x, packed, None) for x in inputs]
+
+
+def test_two_streams_share_a_weight(split):
+    """Sums over a split and their counters are of one stream each."""
+    from awq.kernels.triton import matmul_launch
+
+    packed, inputs, expected = split
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    outputs = []
+    for repeat in range(20):
+        for number, x in enumerate(inputs):
+            with torch.cuda.stream(streams[(number + repeat) % 2]):
+                outputs.append((number, matmul_launch.linear(x, packed, None)))
+    torch.cuda.synchronize()
+    assert all(torch.equal(expected[number], y) for number, y in outputs)
+
+
+def test_two_graphs_replay_side_by_side(split):
+    from awq.kernels.triton import matmul_launch
+
+    packed, inputs, expected = split
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    runs = [
+        captured(lambda x=x: [matmul_launch.linear(x, packed, None) for _ in range(20)])
+        for x in inputs[:2]
+    ]
+    for _ in range(5):
+        for stream, (graph, _) in zip(streams, runs):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for (_, products), y in zip(runs, expected):
+        assert all(torch.equal(product, y) for product in products)
+
+
+# outputs, inputs, group, experts, experts of a token
+EXPERTS = [
+    (512, 1024, 128, 8, 2),
+    (72, 288, 32, 5, 3),
+    (200, 576, 576, 64, 8),
+    (1000, 768, 96, 3, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("case", EXPERTS, ids=lambda case: "x".join(map(str, case)))
+def test_products_of_experts_equal_float64(case, dtype):
+    """Eager and captured give the same bits."""
+    n, k, group, count, top = case
+    parts = [random_weight(n, k, group, seed, "cuda") for seed in range(count)]
+    packed = stack_experts([pack(part) for part in parts])
+    dense = torch.stack([part.dequantize(torch.float64) for part in parts])
+    for tokens, shared in itertools.product((1, 3, 17, 64, 300), (True, False)):
+        rows = (tokens,) if shared else (tokens, top)
+        x = torch.randn(*rows, k, device="cuda").to(dtype)
+        chosen = torch.rand(tokens, count, device="cuda").topk(top).indices
+        weights = torch.rand(tokens, top, device="cuda")
+        bias = torch.randn(count, n, device="cuda").to(dtype) if tokens % 2 else None
+        y = moe_linear(x, packed, chosen, weights, bias)
+        graph, again = captured(lambda a=(x, packed, chosen, weights, bias): moe_linear(*a))
+        graph.replay()
+        assert torch.equal(y, again), (tokens, shared)
+        expected = routed_sum(x, dense, chosen, weights, bias)
+        error = float((y.double() - expected).norm() / expected.norm())
+        assert error < TOLERANCE[dtype], (tokens, shared)
+
+
+def routed_sum(x, dense, chosen, weights, bias):
+    """Σ over a token's experts of weight · (W x + bias), float64 [tokens, out]."""
+    top = chosen.shape[1]
+    rows = x.double()
+    if rows.dim() == 2:
+        rows = rows.unsqueeze(1).expand(-1, top, -1)
+    products = [torch.einsum("ti,toi->to", rows[:, j], dense[chosen[:, j]]) for j in range(top)]
+    y = torch.stack(products, 1)
+    if bias is not None:
+        y = y + bias[chosen].double()
+    return (y * weights.double().unsqueeze(-1)).sum(1)
