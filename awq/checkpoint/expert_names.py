@@ -121,12 +121,13 @@ def _names_of(model: Any, name: str, shape: ExpertShape) -> ExpertNames | None:
 
 def _miniature(name: str, shape: ExpertShape) -> dict[str, Tensor]:
     """Parameters of a few rows, filled with 3 · expert + part."""
-    experts = 3 * torch.arange(shape.num_experts).view(-1, 1, 1).float()
-    gate, up, down = (
-        torch.full((shape.num_experts, 2, 2), float(part)) + experts for part in (_GATE, _UP, _DOWN)
-    )
-    first = shape.join(gate, up, 1) if shape.has_gate else up
-    tensors = {"gate_up_proj" if shape.has_gate else "up_proj": first, "down_proj": down}
+    first_label = 3 * torch.arange(shape.num_experts).view(-1, 1, 1).float()
+    labels = first_label.expand(-1, 2, 2)  # [experts, 2, 2]
+    tensors = {"down_proj": labels + _DOWN}
+    if shape.has_gate:
+        tensors["gate_up_proj"] = shape.join(labels + _GATE, labels + _UP, 1)
+    else:
+        tensors["up_proj"] = labels + _UP
     if shape.transposed:
         tensors = {key: tensor.transpose(1, 2).contiguous() for key, tensor in tensors.items()}
     return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
@@ -137,15 +138,15 @@ def _common_names(
 ) -> ExpertNames | None:
     """Names below an expert's number, when they are the same for all experts."""
     today = {stored: current for current, stored in current_names(model, parts.values()).items()}
-    endings = {part: set[str]() for part in wanted}
+    common: dict[int, str] = {}
     for number in range(shape.num_experts):
+        prefix = f"{name}.{number}."
         for part in wanted:
             stored = parts.get((number, part))
-            prefix = f"{name}.{number}."
             if stored is None or not today[stored].startswith(prefix):
                 return None
-            endings[part].add(today[stored].removeprefix(prefix))
-    if any(len(found) != 1 for found in endings.values()):
-        return None
-    gate = endings[_GATE].pop() if shape.has_gate else ExpertNames().gate
-    return ExpertNames(gate, endings[_UP].pop(), endings[_DOWN].pop())
+            ending = today[stored].removeprefix(prefix)
+            if common.setdefault(part, ending) != ending:
+                return None
+    gate = common.get(_GATE, ExpertNames().gate)
+    return ExpertNames(gate, common[_UP], common[_DOWN])

@@ -61,14 +61,11 @@ def stored_rows(model: Any, sizes: Mapping[str, int]) -> tuple[dict[str, StoredR
 
 
 def _rows_of(model: Any, sizes: Mapping[str, int]) -> tuple[dict[str, StoredRows], set[str]]:
-    names, labels, count = list(sizes), {}, 0
+    """Numbers all rows, saves the numbers as if they were weights, and reads where they went."""
+    names = list(sizes)
     starts = torch.tensor([0, *sizes.values()]).cumsum(0)[:-1]
-    for name, size in sizes.items():
-        numbers = torch.arange(count, count + size, dtype=torch.float64)
-        labels[f"{name}.weight"] = numbers.unsqueeze(1).repeat(1, _COLUMNS)
-        count += size
     try:
-        saved = as_saved(model, labels)
+        saved = as_saved(model, _numbered(sizes))
     except Exception as error:  # converters may ask for more than there is
         logger.debug("converters cannot be read backwards: %s", error)
         return {}, set(sizes)
@@ -90,6 +87,13 @@ def _rows_of(model: Any, sizes: Mapping[str, int]) -> tuple[dict[str, StoredRows
         place = torch.searchsorted(used, owner)
         found[key.removesuffix(".weight")] = StoredRows(linears, place, numbers - starts[owner])
     return found, stuck
+
+
+def _numbered(sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Weights [rows, _COLUMNS] of the linears, in which every row holds its number."""
+    numbers = torch.arange(sum(sizes.values()), dtype=torch.float64)
+    weights = numbers.unsqueeze(1).repeat(1, _COLUMNS).split(list(sizes.values()))
+    return {f"{name}.weight": weight for name, weight in zip(sizes, weights)}
 
 
 def in_source_cut(model: Any, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -198,41 +202,52 @@ class GluedLinears:
             name = _in_files(stored, packed)
             if name is not None:
                 self.rows[name] = found
-        self.names = sorted({name for found in self.rows.values() for name in found.linears})
-        for stored, found in self.rows.items():
-            inputs = linear_shape(linears[found.linears[0]])[0]
-            whole = nn.Linear(inputs, len(found.row), device="meta")
-            check_shapes(stored, whole, packed[stored], config)
+        for name, found in self.rows.items():
+            self._check(name, found, linears)
+        owners = (found.linears for found in self.rows.values())
+        self.names = sorted(set(chain.from_iterable(owners)))
         for name in self.names:
             replace_module(model, name, Placeholder(linears[name]))
         if self.names:
             _ignore_unexpected(model, [*self.names, *self.rows])
 
+    def _check(self, stored: str, found: StoredRows, linears: Mapping[str, nn.Module]) -> None:
+        """Raises CheckpointError where the files hold another shape than the model has."""
+        inputs = linear_shape(linears[found.linears[0]])[0]
+        whole = nn.Linear(inputs, len(found.row), device="meta")
+        check_shapes(stored, whole, self.packed[stored], self.config)
+
     def load(self, model: Any) -> None:
         """Reads the packed weights from the files."""
-        parts: dict[str, list[tuple[Tensor, QuantizedWeight]]] = {name: [] for name in self.names}
+        rows: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        weights: dict[str, list[QuantizedWeight]] = {name: [] for name in self.names}
         for stored, found in self.rows.items():
             weight = self._read(model, stored, found)
             for number, name in enumerate(found.linears):
                 index = (found.owner == number).nonzero().squeeze(1)
-                parts[name].append((found.row[index], _taken(weight, index)))
-        for name, pieces in parts.items():
-            place: Any = model.get_submodule(name)
-            order = torch.cat([rows for rows, _ in pieces]).argsort()
-            weight = _taken(_joined([weight for _, weight in pieces]), order)
-            format, dtype = self.config.format, place.dtype
-            linear = WQLinear.from_quantized(weight, place.bias, format, dtype=dtype)
-            replace_module(model, name, linear.to(_device_near(model, name)))
+                rows[name].append(found.row[index])
+                weights[name].append(_taken(weight, index))
+        for name in self.names:
+            order = torch.cat(rows[name]).argsort()
+            self._put(model, name, _taken(_joined(weights[name]), order))
+
+    def _put(self, model: Any, name: str, weight: QuantizedWeight) -> None:
+        """A packed linear in the place of its placeholder."""
+        place = model.get_submodule(name)
+        linear = WQLinear.from_quantized(weight, place.bias, self.config.format, dtype=place.dtype)
+        replace_module(model, name, linear.to(_device_near(model, name)))
 
     def _read(self, model: Any, stored: str, found: StoredRows) -> QuantizedWeight:
         inputs = model.get_submodule(found.linears[0]).in_features
-        size = self.config.group_size_of(inputs, stored)
+        group_size = self.config.group_size_of(inputs, stored)
         tensors = {}
         for kind in PACKED_TENSORS:
-            with safe_open(self.packed[stored][kind]["file"], "pt") as file:
+            path = self.packed[stored][kind]["file"]
+            with safe_open(path, "pt") as file:
                 tensors[kind] = file.get_tensor(f"{stored}.{kind}")
         tensors["scales"] = tensors["scales"].half()
-        return get_format(self.config.format).unpack(tensors, inputs, len(found.row), size)
+        codec = get_format(self.config.format)
+        return codec.unpack(tensors, inputs, len(found.row), group_size)
 
 
 def _in_files(stored: str, packed: PackedTensors) -> str | None:

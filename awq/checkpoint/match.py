@@ -200,19 +200,24 @@ class _Renamings:
 
 def _by_ending(names: list[str], packed: list[str]) -> dict[str, str]:
     """Pairs whose longest common ending belongs to one module only."""
-    owners = defaultdict(list)
+    owners: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        parts = name.split(".")
-        for start in range(len(parts) - _SHORTEST_ENDING + 1):
-            owners[".".join(parts[start:])].append(name)
+        for ending in _endings(name):
+            owners[ending].append(name)
     found: dict[str, str] = {}
     for stored in packed:
-        parts = stored.split(".")
-        endings = (".".join(parts[start:]) for start in range(len(parts) - _SHORTEST_ENDING + 1))
-        owner = next((owners[e] for e in endings if e in owners), [])
-        if len(owner) == 1 and owner[0] not in found:
-            found[owner[0]] = stored
+        known = (ending for ending in _endings(stored) if ending in owners)
+        longest = next(known, None)
+        if longest is None or len(owners[longest]) != 1:
+            continue
+        found.setdefault(owners[longest][0], stored)
     return found
+
+
+def _endings(name: str) -> list[str]:
+    """The endings of a dotted name that say enough, the longest first."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - _SHORTEST_ENDING + 1)]
 
 
 def check_shapes(name: str, module: nn.Module, tensors: dict[str, dict], config: AwqConfig) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,16 +59,17 @@ class Observation:
 def observe(model: Any, blocks: list[nn.Module], ids: Tensor) -> Observation:
     """A forward of ids [1, tokens]. model: a copy that nobody else runs."""
     found = Observation([BlockEvents() for _ in blocks], [], torch.empty(0))
-    inner: set[nn.Module] = set()
+    inner = {module for block in blocks for module in block.modules()}
+    outside = [module for module in model.modules() if module not in inner]
+    around = [module for module in outside if isinstance(module, nn.Embedding) or is_norm(module)]
     with ExitStack() as stack:
         for block, calls in zip(blocks, found.blocks):
-            inner |= set(block.modules())
+            watched = [
+                module for module in block.modules() if is_product(module) or is_norm(module)
+            ]
             stack.enter_context(listening([block], after=_block_noted(calls)))
-            watched = [m for m in block.modules() if is_product(m) or is_norm(m)]
             stack.enter_context(listening(watched, after=_noted(calls.events)))
-        outside = [m for m in model.modules() if m not in inner]
-        watched = [m for m in outside if isinstance(m, nn.Embedding) or is_norm(m)]
-        stack.enter_context(listening(watched, after=_noted(found.around)))
+        stack.enter_context(listening(around, after=_noted(found.around)))
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     if getattr(output, "last_hidden_state", None) is None:
         raise NotReadable("its forward gives no hidden states")
@@ -112,8 +113,9 @@ def norm_of(event: Event) -> Norm:
     norm = read_norm(event.module, event.x, event.y, READING_ERROR)
     if norm is None:
         raise NotReadable(f"{type(event.module).__name__} is neither LayerNorm nor RMSNorm")
-    width = event.x.shape[-1]
-    ones, zeros = event.x.new_ones(width).float(), event.x.new_zeros(width).float()
-    weight = ones if norm.weight is None else norm.weight
-    bias = zeros if norm.bias is None else norm.bias
-    return Norm(weight, bias, norm.eps, norm.centered)
+    width, device = event.x.shape[-1], event.x.device
+    if norm.weight is None:
+        norm = replace(norm, weight=torch.ones(width, device=device))
+    if norm.bias is None:
+        norm = replace(norm, bias=torch.zeros(width, device=device))
+    return norm

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+QUERIES_AT_ONCE = 1024  # rows of cosines that are held at a time
+
 
 class Embedder(Protocol):
     """`awq.Encoder`, `SentenceTransformer`, or anything else with their `encode`."""
@@ -97,13 +99,15 @@ def ndcg(queries: Tensor, documents: Tensor, relevant: Sequence[int], k: int = 1
 
 
 def _nearest(queries: Tensor, documents: Tensor, k: int, leave_out_self: bool = False) -> Tensor:
-    """Indices [queries, k] of the nearest documents by cosine; a thousand queries at a time."""
-    q, d = (F.normalize(e.float(), dim=-1) for e in (queries, documents))
+    """Indices [queries, k] of the nearest documents by cosine."""
+    documents = F.normalize(documents.float(), dim=-1)
     found = []
-    for start in range(0, len(q), 1024):
-        cosine = q[start : start + 1024] @ d.t()
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        some = queries[start : start + QUERIES_AT_ONCE]
+        cosine = F.normalize(some.float(), dim=-1) @ documents.t()
         if leave_out_self:
-            cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = -torch.inf
+            row = torch.arange(len(cosine))
+            cosine[row, start + row] = -torch.inf
         found.append(cosine.topk(k, dim=1).indices)
     return torch.cat(found)
 

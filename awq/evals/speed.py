@@ -94,13 +94,15 @@ def seconds(model: Any, ids: Tensor, new: int, **kwargs: Any) -> float:
 def weight_bytes(model: Any) -> int:
     """Bytes that a decode step reads of a model: all its parameters and packed weights but the
     embedding table, unless that is the head too."""
-    head = model.get_output_embeddings()
-    table = model.get_input_embeddings().weight
-    kept = head is not None and getattr(head, "weight", None) is table
-    kinds = (WQLinear, ExpertStack)
-    packed = (b for m in model.modules() if isinstance(m, kinds) for b in m.buffers())
-    tensors = (t for t in (*model.parameters(), *packed) if kept or t is not table)
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+    tensors = list(model.parameters())
+    for module in model.modules():
+        if isinstance(module, (WQLinear, ExpertStack)):
+            tensors += module.buffers()
+    head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
+    if head is None or getattr(head, "weight", None) is not table:
+        tensors = [tensor for tensor in tensors if tensor is not table]
+    # what stands under two names is read once
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def read_bandwidth(device: torch.device | str, size: int = 1 << 29) -> float:

@@ -227,12 +227,14 @@ def _map_rows(
 def _read_digit(changed: Tensor, reference: Tensor, base: int) -> tuple[Tensor, Tensor]:
     """(digit, whether it is one) of each channel, from inputs [tokens, in] with and without the
     factors."""
-    ratio = (changed * reference).sum(0) / reference.pow(2).sum(0).clamp(min=1e-30)
-    error = (changed - ratio * reference).norm(dim=0) / changed.norm(dim=0).clamp(min=1e-30)
+    energy = reference.pow(2).sum(0)
+    ratio = (changed * reference).sum(0) / energy.clamp(min=1e-30)
+    rest = changed - ratio * reference
     level = (ratio - LOWEST_FACTOR) / FACTOR_RANGE * base
     digit = level.round()
-    clean = (error < _MAX_CHANNEL_ERROR) & ((level - digit).abs() < _MAX_DIGIT_ERROR) & (digit >= 0)
-    return digit.long(), clean
+    is_multiple = rest.norm(dim=0) < _MAX_CHANNEL_ERROR * changed.norm(dim=0).clamp(min=1e-30)
+    is_digit = (level - digit).abs() < _MAX_DIGIT_ERROR
+    return digit.long(), is_multiple & is_digit & (digit >= 0)
 
 
 def _tokens_of(

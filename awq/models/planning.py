@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
@@ -129,15 +130,18 @@ def _bytes_of(tensors: dict[str, Tensor]) -> int:
 
 def _bytes_after(model: nn.Module, targets: Collection[str], config: AwqConfig) -> int:
     """With packed tensors in the place of the targets' weights."""
-    weights = {f"{name}.weight" for name in targets}
-    state = model.state_dict(keep_vars=True)
-    total = _bytes_of({name: tensor for name, tensor in state.items() if name not in weights})
-    codec = get_format(config.format)
+    dense = model.state_dict(keep_vars=True)
     for name in targets:
-        inputs, outputs = linear_shape(model.get_submodule(name))
-        shapes = codec.shapes(inputs, outputs, config.group_size_of(inputs, name))
-        total += sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
-    return total
+        dense.pop(f"{name}.weight", None)
+    return _bytes_of(dense) + sum(_packed_bytes(model, name, config) for name in targets)
+
+
+def _packed_bytes(model: nn.Module, name: str, config: AwqConfig) -> int:
+    """Of one linear in the format of the files."""
+    inputs, outputs = linear_shape(model.get_submodule(name))
+    group_size = config.group_size_of(inputs, name)
+    shapes = get_format(config.format).shapes(inputs, outputs, group_size)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
 
 
 def _check_disk(place: Path, needed: int) -> None:

@@ -115,9 +115,9 @@ def split_outputs(linear: WQLinear, sizes: Sequence[int]) -> list[WQLinear]:
 @torch.no_grad()
 def take_outputs(linear: WQLinear, rows: Tensor) -> WQLinear:
     """A linear with outputs `rows` (int64) of the given one, in that order."""
-    weight = linear.quantized()
-    codes, scales, zeros = (tensor[rows.to(tensor.device)] for tensor in weight[:3])
-    bias = None if linear.bias is None else linear.bias[rows.to(linear.bias.device)]
-    return WQLinear.from_quantized(
-        QuantizedWeight(codes, scales, zeros), bias, linear.format, linear.layout, linear.dtype
-    )
+    tensors = linear.quantized()[:3]
+    codes, scales, zeros = (tensor[rows.to(tensor.device)] for tensor in tensors)
+    weight, bias = QuantizedWeight(codes, scales, zeros), linear.bias
+    if bias is not None:
+        bias = bias[rows.to(bias.device)]
+    return WQLinear.from_quantized(weight, bias, linear.format, linear.layout, linear.dtype)

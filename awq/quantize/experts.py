@@ -164,10 +164,12 @@ def collect_experts(
     def add_routed(name: str, args: tuple) -> None:
         x = args[0]
         tokens, weights = now[owner_of[name]]
+        mask = holder.mask
+        if mask is not None:
+            mask = mask.reshape(-1)[tokens]
         if name not in statistics:
             statistics[name] = RoutedStatistics(x.shape[-1], x.device)
         found: Any = statistics[name]
-        mask = None if holder.mask is None else holder.mask.reshape(-1)[tokens]
         found.add_routed(x, mask, weights * holder.weight)
 
     def add_shared(owner: str, args: tuple) -> None:
@@ -292,6 +294,8 @@ def _number_of_experts(module: nn.Module) -> int | None:
         return module.shape.num_experts + module.shape.identities
     if not isinstance(module, nn.ModuleList) or len(module) < 2:
         return None
-    kinds = {type(member) for member in module}
+    alike = len({type(member) for member in module}) == 1
     linears = [m for m in module[0].modules() if isinstance(m, nn.Linear)]
-    return len(module) if len(kinds) == 1 and len(linears) >= 2 else None
+    if alike and len(linears) >= 2:
+        return len(module)
+    return None

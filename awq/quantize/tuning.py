@@ -68,13 +68,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         x, scale, steps = ctx.saved_tensors
-        grad = grads[0]
-        grad_x = grad @ _dense(steps, scale, x.dtype) if ctx.needs_input_grad[0] else None
-        weight_grad = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-        grad_scale = (
-            weight_grad.view(*scale.shape, -1).float() * steps.view(*scale.shape, -1)
-        ).sum(-1)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ _dense(steps, scale, x.dtype)
+        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)  # [out, in]
+        by_group = grad_weight.view(*scale.shape, -1).float()
+        grad_scale = (by_group * steps.view(*scale.shape, -1)).sum(-1)
         return grad_x, grad_scale, None
 
 
@@ -177,18 +178,19 @@ class OutputMatch:
         mask = batch.attention_mask.bool()
         hidden = self._hidden(batch)
         if self.embed is not None:
-            pair = self._unit_embedding(hidden, batch), self._unit_embedding(target, batch)
-            return (pair[0] - pair[1]).pow(2).sum() / 2, len(hidden)  # of unit vectors: 1 − cosine
+            mine, wanted = (self._unit_embedding(h, batch) for h in (hidden, target))
+            # half the squared distance of unit vectors is 1 − cosine
+            return (mine - wanted).pow(2).sum() / 2, len(hidden)
+        tokens = int(mask.sum())
         if self.kind == "mse":
-            energy = target[mask].float().pow(2).sum().clamp(min=1e-30)
-            tokens = int(mask.sum())
-            return (hidden[mask].float() - target[mask].float()).pow(
-                2
-            ).sum() / energy * tokens, tokens
+            wanted = target[mask].float()
+            energy = wanted.pow(2).sum().clamp(min=1e-30)
+            error = (hidden[mask].float() - wanted).pow(2).sum()
+            return error / energy * tokens, tokens
         with torch.no_grad():
             wanted = F.log_softmax(self._logits(batch, target)[mask].float(), -1)
         found = F.log_softmax(self._logits(batch, hidden)[mask].float(), -1)
-        return F.kl_div(found, wanted, log_target=True, reduction="sum"), int(mask.sum())
+        return F.kl_div(found, wanted, log_target=True, reduction="sum"), tokens
 
 
 def tune_scales(

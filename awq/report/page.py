@@ -198,14 +198,18 @@ def _all_linears(view: ReportView) -> str:
 
 
 def _table(heads: list[str], rows: Sequence[tuple[str, ...]], numeric: Collection[int] = ()) -> str:
-    def cell(tag: str, index: int, text: str) -> str:
-        kind = ' class="n"' if index in numeric else ""
-        return f"<{tag}{kind}>{escape(text)}</{tag}>"
+    """numeric: indices of the columns of numbers."""
 
-    head = "".join(cell("th", i, text) for i, text in enumerate(heads))
-    lines = ["".join(cell("td", i, text) for i, text in enumerate(row)) for row in rows]
-    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    def line(tag: str, texts: Sequence[str]) -> str:
+        cells = []
+        for index, text in enumerate(texts):
+            kind = ' class="n"' if index in numeric else ""
+            cells.append(f"<{tag}{kind}>{escape(text)}</{tag}>")
+        return "<tr>" + "".join(cells) + "</tr>"
+
+    head = line("th", heads)
+    body = "\n".join(line("td", row) for row in rows)
+    table = f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
     return f'<div class="scroll">{table}</div>'
 
 
