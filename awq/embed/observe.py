@@ -60,15 +60,13 @@ def observe(model: Any, blocks: list[nn.Module], ids: Tensor) -> Observation:
     """A forward of ids [1, tokens]. model: a copy that nobody else runs."""
     found = Observation([BlockEvents() for _ in blocks], [], torch.empty(0))
     inner = {module for block in blocks for module in block.modules()}
-    outside = [module for module in model.modules() if module not in inner]
-    around = [module for module in outside if isinstance(module, nn.Embedding) or is_norm(module)]
+    outside = [m for m in model.modules() if m not in inner]
+    around = [m for m in outside if isinstance(m, nn.Embedding) or is_norm(m)]
     with ExitStack() as stack:
         for block, calls in zip(blocks, found.blocks):
-            watched = [
-                module for module in block.modules() if is_product(module) or is_norm(module)
-            ]
+            inside = [m for m in block.modules() if is_product(m) or is_norm(m)]
             stack.enter_context(listening([block], after=_block_noted(calls)))
-            stack.enter_context(listening(watched, after=_noted(calls.events)))
+            stack.enter_context(listening(inside, after=_noted(calls.events)))
         stack.enter_context(listening(around, after=_noted(found.around)))
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     if getattr(output, "last_hidden_state", None) is None:
