@@ -10,24 +10,24 @@ from awq.kernels import Packed, Shape
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 
 
-def random_weight(n, k, group, seed=0, device="cpu"):
-    """[n, k] codes with random scales and zero points; every code occurs."""
+def random_weight(in_features, out_features, group, seed=0, device="cpu"):
+    """Random codes, scales and zero points, unlike those of any rounded weight."""
     generator = torch.Generator(device).manual_seed(seed)
+    groups = (out_features, in_features // group)
 
-    def codes(columns):
-        return torch.randint(
-            0, 16, (n, columns), generator=generator, dtype=torch.uint8, device=device
-        )
+    def codes(size):
+        return torch.randint(0, 16, size, generator=generator, dtype=torch.uint8, device=device)
 
-    scales = torch.rand(n, k // group, generator=generator, device=device) * 0.02 + 1e-3
-    return QuantizedWeight(codes(k), scales.half(), codes(k // group))
+    values = codes((out_features, in_features))
+    scales = torch.rand(groups, generator=generator, device=device) * 0.02 + 1e-3
+    return QuantizedWeight(values, scales.half(), codes(groups))
 
 
 def pack(weight, layout="planar"):
     """The weight in a layout that kernels read."""
     tensors = get_layout(layout).pack(weight)
-    n, k = weight.codes.shape
-    shape = Shape(k, n, weight.group_size)
+    out_features, in_features = weight.codes.shape
+    shape = Shape(in_features, out_features, weight.group_size)
     return Packed(tensors["qweight"], tensors["qzeros"], tensors["scales"], shape, layout)
 
 

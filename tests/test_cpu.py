@@ -9,15 +9,16 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import kernel_weights
 import pytest
 import torch
+from kernel_weights import random_weight
 
 from awq import backends
 from awq.backends import operator, reasons
-from awq.core.weight import QuantizedWeight
 from awq.errors import ConfigError
 from awq.formats import get_layout
-from awq.kernels import Packed, Shape, choose, explain, reference, use_backend
+from awq.kernels import Shape, choose, explain, reference, use_backend
 from awq.kernels import cpu as backend
 from awq.kernels.cpu import dense, engine, pool
 from awq.kernels.cpu.products import emit_linear
@@ -42,19 +43,8 @@ SHAPES = [
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 
 
-def random_weight(inputs, outputs, group, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.uint8)
-    scales = (torch.rand(outputs, inputs // group, generator=generator) * 0.02 + 1e-3).half()
-    return QuantizedWeight(
-        codes, scales, torch.randint(0, 16, scales.shape, generator=generator, dtype=torch.uint8)
-    )
-
-
 def pack(weight, layout="rows16"):
-    tensors = get_layout(layout).pack(weight)
-    shape = Shape(weight.codes.shape[1], len(weight.codes), weight.group_size)
-    return Packed(tensors["qweight"], tensors["qzeros"], tensors["scales"], shape, layout)
+    return kernel_weights.pack(weight, layout)
 
 
 def error(out, x, weight, bias=None):

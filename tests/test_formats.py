@@ -26,7 +26,7 @@ SHAPES = [
 ]
 
 
-def random_weight(in_features, out_features, group_size, seed=0):
+def rounded_weight(in_features, out_features, group_size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return round_to_nearest(torch.randn(out_features, in_features, generator=generator), group_size)
 
@@ -34,7 +34,7 @@ def random_weight(in_features, out_features, group_size, seed=0):
 @pytest.mark.parametrize("name", ["gemm", "gemv", "gemv_fast"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_unpack_inverts_pack(name, shape):
-    weight, codec = random_weight(*shape), get_format(name)
+    weight, codec = rounded_weight(*shape), get_format(name)
     tensors = codec.pack(weight)
     for key, (size, dtype) in codec.shapes(*shape).items():
         assert tuple(tensors[key].shape) == size and tensors[key].dtype == dtype
@@ -50,7 +50,7 @@ def test_unpack_inverts_pack(name, shape):
 
 
 def test_gemm_bits_are_where_the_format_says():
-    weight = random_weight(32, 16, 16)
+    weight = rounded_weight(32, 16, 16)
     tensors = get_format("gemm").pack(weight)
     for k in range(32):
         for column in range(2):
@@ -60,7 +60,7 @@ def test_gemm_bits_are_where_the_format_says():
 
 
 def test_gemv_bits_are_where_the_format_says():
-    weight = random_weight(64, 8, 32)
+    weight = rounded_weight(64, 8, 32)
     tensors = get_format("gemv").pack(weight)
     assert tensors["qzeros"].shape == (8, 4) and tensors["scales"].shape == (8, 32)
     for row in range(8):
@@ -97,7 +97,7 @@ def spelled_out_gemv_fast(codes):
 
 
 def test_gemv_fast_bits_are_where_the_format_says():
-    weight = random_weight(128, 8, 64)
+    weight = rounded_weight(128, 8, 64)
     tensors = get_format("gemv_fast").pack(weight)
     assert torch.equal(tensors["qweight"], spelled_out_gemv_fast(weight.codes))
     scaled = -(weight.scales.float() * weight.zeros.float()).half().t()
@@ -107,7 +107,7 @@ def test_gemv_fast_bits_are_where_the_format_says():
 @pytest.mark.parametrize("name", ["gemm", "gemv", "gemv_fast"])
 def test_dense_weight_spelled_out(name):
     """Every weight computed alone from the words, as the description of the format reads."""
-    weight = random_weight(64, 8, 32)
+    weight = rounded_weight(64, 8, 32)
     t = get_format(name).pack(weight)
     words = {k: v.tolist() for k, v in t.items()}
     place = {column: i for i, column in enumerate([0, 2, 4, 6, 1, 3, 5, 7])}
@@ -174,7 +174,7 @@ def test_tensors_packed_by_autoawq(tmp_path):
         for n in ("gemm", "gemv", "gemv_fast")
         for s in ((256, 64, 64), (512, 128, 128), (256, 64, 32))
     ]
-    weights = [random_weight(*shape, seed=i) for i, (_, shape) in enumerate(cases)]
+    weights = [rounded_weight(*shape, seed=i) for i, (_, shape) in enumerate(cases)]
     jobs = [
         {"name": n, "codes": w.codes, "scales": w.scales, "zeros": w.zeros}
         for (n, _), w in zip(cases, weights)
@@ -232,7 +232,7 @@ def test_gemv_fast_keeps_every_zero_point_or_says_why_not():
 
 
 def test_compat_dequantize_gemm_reads_ours():
-    weight = random_weight(192, 40, 32)
+    weight = rounded_weight(192, 40, 32)
     t = get_format("gemm").pack(weight)
     dense = dequantize_gemm(t["qweight"], t["qzeros"], t["scales"].float(), 4, 32)
     torch.testing.assert_close(dense.t(), weight.dequantize(), rtol=0, atol=0)
@@ -255,7 +255,7 @@ def test_unknown_version_and_bits_are_named():
     with pytest.raises(ConfigError, match="4 bits"):
         get_format("gemm").pack(weight)
     with pytest.raises(ConfigError, match="multiple of 8"):
-        get_format("gemm").pack(QuantizedWeight(*random_weight(32, 12, 16)[:3]))
+        get_format("gemm").pack(QuantizedWeight(*rounded_weight(32, 12, 16)[:3]))
 
 
 def test_a_bijective_format_gives_any_bytes_back():

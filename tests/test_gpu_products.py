@@ -42,7 +42,7 @@ def test_products_equal_float64(shape, dtype):
     from awq.kernels.triton import matmul_launch
 
     n, k, group = shape
-    weight = random_weight(n, k, group, n + k, "cuda")
+    weight = random_weight(k, n, group, n + k, "cuda")
     packed, dense = pack(weight), weight.dequantize(torch.float64)
     for tokens in TOKENS:
         x = torch.randn(tokens, k, device="cuda").to(dtype)
@@ -61,7 +61,7 @@ def test_every_configuration_of_the_table_and_of_the_rule(n, k, dtype):
     """Each forced on its own shape, at one token, at a full tile and at one token more."""
     from awq.kernels.triton import configs, launcher, matmul_launch
 
-    weight = random_weight(n, k, 128, n + k, "cuda")
+    weight = random_weight(k, n, 128, n + k, "cuda")
     packed, dense = pack(weight), weight.dequantize(torch.float64)
     chosen = {
         configs.config_for(*launcher.architecture(0), packed.shape, tokens, dtype)
@@ -79,7 +79,7 @@ def test_a_product_with_its_activation_rounds_as_the_two(n, k):
     from awq.kernels.triton import decode_launch, matmul_launch
     from awq.kernels.triton.configs import GATE_INTERLEAVE
 
-    packed = pack(random_weight(n, k, 128, n, "cuda"))
+    packed = pack(random_weight(k, n, 128, n, "cuda"))
     for tokens in (1, 7, 16, 40, 64, 100, 300, 1000, 2000):
         x = torch.randn(tokens, k, device="cuda").half()
         plain = matmul_launch.linear(x, packed, None)
@@ -91,7 +91,7 @@ def test_a_product_with_its_activation_rounds_as_the_two(n, k):
 
 @pytest.fixture(scope="module")
 def weight():
-    return random_weight(1024, 2048, 128, 7)
+    return random_weight(2048, 1024, 128, 7)
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def split():
     """(weight whose products are split over programs, inputs, their products on one stream)"""
     from awq.kernels.triton import matmul_launch
 
-    packed = pack(random_weight(4096, 14336, 128, 9, "cuda"))
+    packed = pack(random_weight(14336, 4096, 128, 9, "cuda"))
     inputs = [torch.randn(m, 14336, device="cuda").half() for m in (1, 7) for _ in range(8)]
     return packed, inputs, [matmul_launch.linear(x, packed, None) for x in inputs]
 
@@ -217,7 +217,7 @@ EXPERTS = [
 def test_products_of_experts_equal_float64(case, dtype):
     """Eager and captured give the same bits."""
     n, k, group, count, top = case
-    parts = [random_weight(n, k, group, seed, "cuda") for seed in range(count)]
+    parts = [random_weight(k, n, group, seed, "cuda") for seed in range(count)]
     packed = stack_experts([pack(part) for part in parts])
     dense = torch.stack([part.dequantize(torch.float64) for part in parts])
     for tokens, shared in itertools.product((1, 3, 17, 64, 300), (True, False)):

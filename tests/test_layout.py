@@ -5,9 +5,9 @@ import types
 
 import pytest
 import torch
+from kernel_weights import random_weight
 
 from awq import backends
-from awq.core.weight import QuantizedWeight
 from awq.errors import ConfigError
 from awq.formats import get_format, get_layout
 from awq.kernels import Packed, Shape, choose, explain, reference, use_backend
@@ -24,18 +24,6 @@ SHAPES = [
     (24, 8, 8),
     (192, 40, 96),
 ]
-
-
-def random_weight(in_features, out_features, group_size, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    groups = in_features // group_size
-    codes = torch.randint(
-        0, 16, (out_features, in_features), generator=generator, dtype=torch.uint8
-    )
-    scales = (torch.rand(out_features, groups, generator=generator) * 0.02 + 1e-3).half()
-    return QuantizedWeight(
-        codes, scales, torch.randint(0, 16, scales.shape, generator=generator, dtype=torch.uint8)
-    )
 
 
 def same(a, b):

@@ -3,31 +3,21 @@ gradients, compilation."""
 
 import pytest
 import torch
+from kernel_weights import pack, random_weight
 
-from awq.core.weight import QuantizedWeight
 from awq.errors import ConfigError
-from awq.formats import get_layout
 from awq.kernels import Packed, Shape, layout_for, moe_linear, stack_experts
 
 SHAPE = Shape(128, 48, 32)
 
 
 def experts_of(count, layout="gemm", shape=SHAPE):
-    generator, packed, dense = torch.Generator().manual_seed(count), [], []
-    groups = shape.in_features // shape.group_size
-    for _ in range(count):
-        codes = torch.randint(
-            0, 16, (shape.out_features, shape.in_features), generator=generator, dtype=torch.uint8
-        )
-        scales = (torch.rand(shape.out_features, groups, generator=generator) * 0.02 + 1e-3).half()
-        zeros = torch.randint(
-            0, 16, (shape.out_features, groups), generator=generator, dtype=torch.uint8
-        )
-        weight = QuantizedWeight(codes, scales, zeros)
-        t = get_layout(layout).pack(weight)
-        packed.append(Packed(t["qweight"], t["qzeros"], t["scales"], shape, layout))
-        dense.append(weight.dequantize(torch.float64))
-    return packed, torch.stack(dense)
+    weights = [
+        random_weight(shape.in_features, shape.out_features, shape.group_size, seed)
+        for seed in range(count)
+    ]
+    dense = torch.stack([weight.dequantize(torch.float64) for weight in weights])
+    return [pack(weight, layout) for weight in weights], dense
 
 
 def inputs(tokens, top, count, shared=True, dtype=torch.float32):
