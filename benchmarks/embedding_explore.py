@@ -132,7 +132,7 @@ def main() -> None:
     )
     sentences = [s for s in sentences if s not in set(measured)]
     rows = []
-    usual = embedding._GENERAL
+    usual = embedding.GENERAL_SENTENCES
     for variant in variants():
         settings = dict(variant)
         name, share, rate = (
@@ -140,7 +140,7 @@ def main() -> None:
             settings.pop("share", None),
             settings.pop("rate", PLAIN_RATE),
         )
-        embedding._GENERAL = settings.pop("general", usual)
+        embedding.GENERAL_SENTENCES = settings.pop("general", usual)
         tuning.OutputMatch.distance = PLAIN_DISTANCE if share is None else pooled_distance(share)
         tuning.LEARNING_RATE = rate
         model = AutoAWQForEmbedding.from_pretrained(arguments.model, torch_dtype="float32")

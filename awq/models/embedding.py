@@ -30,7 +30,7 @@ from awq.quantize.tuning import Embed
 # small, medium and large.
 _SAMPLES = ((200e6, 256), (1e9, 1024), (float("inf"), 2048))
 _HELD_OUT = 256
-_GENERAL = 3072  # sentences of the bundled text
+GENERAL_SENTENCES = 3072  # of the bundled text, which join the texts of the task
 # AutoAWQ's, accepted and not needed
 _IGNORED = ("n_parallel_calib_samples", "max_chunk_memory", "quantizer_cls")
 
@@ -123,7 +123,7 @@ class AwqEmbeddingModel(AwqModel):
                 request, quant_config, None, max_calib_samples=max_calib_samples, **others
             )
         if request.kind == "bundled":
-            samples = max_calib_samples or _GENERAL
+            samples = max_calib_samples or GENERAL_SENTENCES
             return self._quantize(
                 self.tokenizer, quant_config, None, max_calib_samples=samples, **others
             )
@@ -170,7 +170,7 @@ class AwqEmbeddingModel(AwqModel):
     def _general_sentences(self) -> list[str]:
         """Sentences of the bundled text as the model would be asked with them."""
         sentences = spelled_texts(bundled_texts(short=True), self.tokenizer)
-        chosen = [sentences[i] for i in evenly_spread(len(sentences), _GENERAL)]
+        chosen = [sentences[i] for i in evenly_spread(len(sentences), GENERAL_SENTENCES)]
         return [self.encoder.cased(text) for text in _with_prompts(self.encoder, chosen, None)]
 
     def _with_general_rows(
