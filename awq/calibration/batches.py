@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from awq.calibration.request import CalibrationRequest, chat_text, is_tokenizer, read_request
+from awq.calibration.chats import chat_text
+from awq.calibration.request import CalibrationRequest, is_tokenizer, read_request
 from awq.calibration.sources import bundled_chats, bundled_texts
 from awq.calibration.templates import TemplateTimeout
 from awq.calibration.tokens import Row, tokenize

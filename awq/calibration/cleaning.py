@@ -35,3 +35,10 @@ def clean_texts(texts: Iterable[str | None]) -> list[str]:
         if kept:
             cleaned[kept] = None
     return list(cleaned)
+
+
+def repaired(text: str) -> str:
+    """The text without lone surrogates, which no tokenizer takes."""
+    if text.isascii():
+        return str(text)
+    return "".join(c for c in text if not 0xD800 <= ord(c) <= 0xDFFF)

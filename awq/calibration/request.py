@@ -1,8 +1,8 @@
 """What users give as calibration data, turned into one of six kinds.
 
 People hold calibration data in many ways: lists of strings, a column of a dataset, chat messages, a
-file, token ids of a tokenizer. `read_request` is the one place that knows them all. Everything
-behind it sees a `CalibrationRequest`:
+file, token ids of a tokenizer. `read_request` is the one place that knows them all (messages are
+read by `chats`, token ids by `ids`). Everything behind it sees a `CalibrationRequest`:
 
     given                                                    kind
     -------------------------------------------------------  ---------
@@ -10,11 +10,11 @@ behind it sees a `CalibrationRequest`:
     a file's path, the name of a dataset on the hub          "texts"
     an iterable of strings: list, tuple, set, generator,     "texts"
         numpy array, pandas Series
-    an iterable of chats, each a list of messages            "chats", with a tokenizer "texts" by
-    its chat template
+    an iterable of chats, each a list of messages            "chats"; "texts" with a tokenizer, by
+                                                             its chat template
     a table: datasets.Dataset, pandas.DataFrame,             what its column `text_column` holds;
-        else its columns iterable of dicts                                    input_ids, messages or
-        conversations
+        an iterable of dicts                                 else its columns input_ids, messages or
+                                                             conversations
     an iterable of pairs of strings                          "pairs"
     {prompt name: texts}                                     "prompts"
     token ids: tensors, arrays, lists of integers,           "ids"
@@ -30,24 +30,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from awq.calibration.sources import CHAT_COLUMNS, first_line, named_samples
-from awq.calibration.templates import TemplateTimeout, apply_chat_template
+from awq.calibration.chats import chat_text, is_message, turn
+from awq.calibration.cleaning import repaired
+from awq.calibration.ids import id_rows, integers, is_integer, shown, unpadded
+from awq.calibration.sources import CHAT_COLUMNS, named_samples
 from awq.calibration.tokens import Row, as_row
 from awq.errors import CalibrationError
 
 MAX_SAMPLES_READ = 100_000  # of an iterable; an endless generator ends here
-
-CHAT_DATE = datetime(2025, 1, 1)  # "today", for templates that ask
-
-_HUMAN_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -179,18 +175,18 @@ class _Reader:
     def _mapping(self, data: Mapping, own: bool) -> CalibrationRequest:
         """A tokenizer's output, the splits of a dataset, or texts by prompt name."""
         if "input_ids" in data:
-            return self._ids(self._unpadded(data))
+            return self._ids(unpadded(data, self.pad_id))
         if data and all(_columns(part) is not None for part in data.values()):
             if self.split not in data:
                 raise CalibrationError(
-                    f"the dataset has no split {self.split!r}, only {_names(data)}; give split."
+                    f"the dataset has no split {self.split!r}, only {shown(data)}; give split."
                 )
             return self.read(data[self.split], own)
         prompts = {}
         for name, texts in data.items():
             if isinstance(texts, (str, Mapping)) or not isinstance(texts, Iterable):
                 raise CalibrationError(
-                    f"calibration data is a mapping with keys {_names(data)} but no input_ids, "
+                    f"calibration data is a mapping with keys {shown(data)} but no input_ids, "
                     f"and {str(name)!r} holds "
                     f"{type(texts).__name__}; give a tokenizer's output, or a list of texts for "
                     "each prompt name."
@@ -209,9 +205,9 @@ class _Reader:
         """Ids as one tensor or array, or an array of strings or other objects."""
         if isinstance(data, np.ndarray) and data.dtype.kind in "OUST" and data.ndim:
             return self._items(data.tolist(), own)
-        ids = _integers(data)
+        ids = integers(data)
         if ids.dim() == 2:
-            return self._ids(self._unpadded({"input_ids": ids}), whole_rows=True)
+            return self._ids(unpadded({"input_ids": ids}, self.pad_id), whole_rows=True)
         return self._ids([as_row(ids.tolist())])
 
     def _listed(self, data: Any) -> list[Any]:
@@ -238,7 +234,7 @@ class _Reader:
             if name in columns:
                 return name
         raise CalibrationError(
-            f"the dataset has no column {self.column!r}, only {_names(columns)}; give text_column."
+            f"the dataset has no column {self.column!r}, only {shown(columns)}; give text_column."
         )
 
     @staticmethod
@@ -250,9 +246,9 @@ class _Reader:
     def _items(self, items: list[Any], own: bool) -> CalibrationRequest:
         """Samples that must all be of one kind. Missing ones say nothing."""
         items = [item for item in items if item is not None]
-        if items and all(_is_integer(item) for item in items):
+        if items and all(is_integer(item) for item in items):
             return self._ids([as_row([int(item) for item in items])])
-        if items and all(_is_message(item) for item in items):
+        if items and all(is_message(item) for item in items):
             items = [items]  # one chat, not a list of them
         kinds = dict.fromkeys(_kind_of(item) for item in items)
         if len(kinds) > 1:
@@ -267,7 +263,7 @@ class _Reader:
         }
         if kind in read:
             return read[kind](items, own)
-        return self._ids([as_row(row) for item in items for row in _id_rows(item)])
+        return self._ids([as_row(row) for item in items for row in id_rows(item)])
 
     def _texts(self, items: list[Any], own: bool) -> CalibrationRequest:
         texts = [repaired(item) for item in items]
@@ -284,19 +280,19 @@ class _Reader:
 
     def _chats(self, items: list[Any], own: bool) -> CalibrationRequest:
         return CalibrationRequest(
-            "chats", chats=[[_turn(message) for message in item] for item in items], own=own
+            "chats", chats=[[turn(message) for message in item] for item in items], own=own
         )
 
     def _dicts(self, items: list[Mapping], own: bool) -> CalibrationRequest:
         """Rows of a table, or outputs of a tokenizer."""
         columns = list(dict.fromkeys(str(key) for item in items[:64] for key in item))
         if "input_ids" in columns and self.column not in columns:
-            return self._ids([row for item in items for row in self._unpadded(item)])
+            return self._ids([row for item in items for row in unpadded(item, self.pad_id)])
         try:
             column = self._column_of(columns)
         except CalibrationError as error:
             raise CalibrationError(
-                f"calibration samples have keys {_names(columns)} but no input_ids and no column "
+                f"calibration samples have keys {shown(columns)} but no input_ids and no column "
                 f"{self.column!r}; give text_column."
             ) from error
         return self._items([item.get(column) for item in items], own)
@@ -309,93 +305,6 @@ class _Reader:
             )
         return CalibrationRequest("ids", rows=rows, whole_rows=whole_rows)
 
-    def _unpadded(self, item: Mapping) -> list[Row]:
-        """Rows of a tokenizer's output without its padding."""
-        if "input_ids" not in item:
-            raise CalibrationError(
-                f"a calibration sample has keys {_names(item)} but no input_ids."
-            )
-        types = item.get("token_type_ids")
-        if _is_ragged(item["input_ids"]):  # lengths differ: the tokenizer did not pad
-            found = zip(
-                item["input_ids"], types if types is not None else [None] * len(item["input_ids"])
-            )
-            return [as_row(_integers(ids).tolist(), kinds) for ids, kinds in found if len(ids)]
-        ids = _integers(item["input_ids"])
-        ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
-        mask = self._mask(item, ids)
-        kinds = torch.zeros_like(ids) if types is None else _fitting("token_type_ids", types, ids)
-        rows = zip(ids, kinds, mask)
-        return [
-            as_row(row[keep].tolist(), kind[keep].tolist())
-            for row, kind, keep in rows
-            if bool(keep.any())
-        ]
-
-    def _mask(self, item: Mapping, ids: Tensor) -> Tensor:
-        """bool [rows, tokens]: real tokens, by the attention mask or by the padding id at the ends
-        of rows."""
-        if item.get("attention_mask") is not None:
-            return _fitting("attention_mask", item["attention_mask"], ids).bool()
-        if self.pad_id is None:
-            return torch.ones_like(ids, dtype=torch.bool)
-        real = (ids != self.pad_id).long()
-        from_start = real.cumsum(1).clamp(max=1)
-        from_end = real.flip(1).cumsum(1).flip(1).clamp(max=1)
-        return (from_start * from_end).bool()  # a padding id inside a text stays
-
-
-def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
-    """A chat as the model reads it: through the tokenizer's own template.
-
-    messages: {"role": …, "content": …}.
-    Raises CalibrationError when there is no template, or when it fails or does not end.
-    """
-    if getattr(tokenizer, "chat_template", None) is None or not hasattr(
-        tokenizer, "apply_chat_template"
-    ):
-        raise CalibrationError(
-            "calibration data holds chat messages, which need a tokenizer with a chat template "
-            "(apply_chat_template); "
-            "give the model's own tokenizer, or texts."
-        )
-    try:
-        dates = _fixed_date(tokenizer.chat_template)
-        return repaired(apply_chat_template(tokenizer, messages, tokenize=False, **dates))
-    except TemplateTimeout:
-        raise
-    # a template is a program of the model's author: it may raise anything
-    except Exception as error:
-        reason = first_line(error)
-        raise CalibrationError(
-            f"the chat template cannot take a chat of {len(messages)} messages: {reason}"
-        ) from error
-
-
-def _fixed_date(template: Any) -> dict[str, Any]:
-    """Values for templates that write today's date: equal data must give equal rows on any day."""
-    values: dict[str, Any] = {
-        "strftime_now": CHAT_DATE.strftime,
-        "date_string": CHAT_DATE.strftime("%d %b %Y"),
-    }
-    return {name: value for name, value in values.items() if name in str(template)}
-
-
-def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with role and content, whether it has them already or {"from": …, "value": …} as
-    ShareGPT's files."""
-    if "from" not in message:
-        return dict(message)
-    role = str(message["from"])
-    return {"role": _HUMAN_NAMES.get(role, role), "content": message.get("value")}
-
-
-def repaired(text: str) -> str:
-    """The text without lone surrogates, which no tokenizer takes."""
-    if text.isascii():
-        return str(text)
-    return "".join(c for c in text if not 0xD800 <= ord(c) <= 0xDFFF)
-
 
 def _kind_of(item: Any) -> str:
     if isinstance(item, str):
@@ -405,69 +314,11 @@ def _kind_of(item: Any) -> str:
     if isinstance(item, (list, tuple)) and item:
         if all(isinstance(part, str) for part in item):
             return "pairs" if len(item) == 2 else "lists of strings"
-        if all(_is_message(part) for part in item):
+        if all(is_message(part) for part in item):
             return "chats"
     if isinstance(item, (Tensor, np.ndarray, list, tuple, range)):
         return "token ids"
     raise CalibrationError(f"a calibration sample is {type(item).__name__}, not token ids or text.")
-
-
-def _is_message(item: Any) -> bool:
-    return isinstance(item, Mapping) and ("role" in item or {"from", "value"} <= set(item))
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_ragged(ids: Any) -> bool:
-    if not isinstance(ids, (list, tuple)) or not ids:
-        return False
-    return all(hasattr(row, "__len__") for row in ids) and len({len(row) for row in ids}) > 1
-
-
-def _id_rows(item: Any) -> list[list[int]]:
-    """Rows of one sample: a list of ids, a tensor or array [n] or [rows, n]."""
-    ids = _integers(item)
-    return ids.tolist() if ids.dim() == 2 else [ids.tolist()]
-
-
-def _integers(values: Any) -> Tensor:
-    """int64 ids [n] or [rows, n]. Raises CalibrationError for anything else."""
-    try:
-        ids = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CalibrationError(
-            f"a calibration sample is {type(values).__name__}, not token ids or text."
-        ) from error
-    if ids.is_meta:
-        raise CalibrationError("calibration ids are on the meta device, where they have no values.")
-    empty = ids.numel() == 0
-    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    if ids.dim() not in (1, 2) or not (whole or empty):
-        raise CalibrationError(
-            f"calibration ids have shape {tuple(ids.shape)} and dtype {ids.dtype}; give integers "
-            "[n] or [rows, n]."
-        )
-    return ids.detach().cpu().long()
-
-
-def _fitting(name: str, values: Any, ids: Tensor) -> Tensor:
-    """int64 [rows, tokens] of the same shape as the ids."""
-    try:
-        found = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CalibrationError(
-            f"{name} is {type(values).__name__}; give numbers like the ids."
-        ) from error
-    if found.numel() != ids.numel():
-        raise CalibrationError(
-            f"{name} has shape {tuple(found.shape)}, the ids {tuple(ids.shape)}; they must be "
-            "equal."
-        )
-    if found.is_complex() or (found.is_floating_point() and not bool(found.isfinite().all())):
-        raise CalibrationError(f"{name} holds values that are not finite numbers.")
-    return found.detach().cpu().view_as(ids).long()
 
 
 def _columns(data: Any) -> list[str] | None:
@@ -482,9 +333,3 @@ def _columns(data: Any) -> list[str] | None:
         first = next(iter(data), None)
         names = list(first) if isinstance(first, Mapping) else None
     return None if names is None else [str(name) for name in names]
-
-
-def _names(keys: Iterable[Any], most: int = 8) -> str:
-    found = [repr(str(key))[:40] for key in keys]
-    shown = ", ".join(found[:most])
-    return f"[{shown}, … {len(found) - most} more]" if len(found) > most else f"[{shown}]"
