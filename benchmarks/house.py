@@ -31,6 +31,7 @@ from typing import Any
 MIN_LINES = 8  # shorter functions say little about density
 RUN_LINES = 6
 DENSEST_SHOWN = 10
+LONG_FILE = 400  # lines; longer files have mostly more than one reason to change
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Sources = dict[Path, str]
@@ -179,12 +180,20 @@ def choosers(sources: Sources) -> list[str]:
     return found
 
 
+def long_files(sources: Sources) -> dict[str, int]:
+    """Module → lines, of those past `LONG_FILE`, the longest first."""
+    lengths = {f"{p.parent.name}/{p.name}": text.count("\n") for p, text in sources.items()}
+    longest_first = sorted(lengths, key=lambda name: -lengths[name])
+    return {name: lengths[name] for name in longest_first if lengths[name] > LONG_FILE}
+
+
 def report(root: Path) -> dict[str, Any]:
     sources = read(root)
     rows = densities(sources)
     return {
         "modules": len(sources),
         "lines": sum(text.count("\n") for text in sources.values()),
+        f"files past {LONG_FILE} lines": long_files(sources),
         "longest line": max(len(line) for text in sources.values() for line in text.splitlines()),
         "fmt: skip": sum(text.count("# fmt: skip") for text in sources.values()),
         "nodes a line, median": statistics.median(value for value, _ in rows),

@@ -248,7 +248,7 @@ def test_embedding_model_with_texts_of_the_task(models, tokenizer, tmp_path, loc
 @pytest.fixture(autouse=True)
 def few_general_sentences(monkeypatch):
     """The guide's commands join as many bundled sentences as are best for quality, which is what
-    `benchmarks/embedding.py` measures. A tenth of them takes the same way in a tenth of the time."""
+    `benchmarks/embedding.py` measures. A tenth of them takes the same way in less time."""
     monkeypatch.setattr("awq.models.embedding.GENERAL_SENTENCES", 300)
 
 

@@ -191,7 +191,7 @@ def test_tune_writes_the_users_table(capsys, monkeypatch, folder):
             "times_as_fast": 2.0,
         }
     ]
-    configs.table.cache_clear()
+    forget()  # as the next process
     assert configs.config_for(
         "sm120", 100, Shape(256, 72, 128), 9, torch.bfloat16
     ) == configs.Config(*ENTRY)

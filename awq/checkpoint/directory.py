@@ -28,17 +28,16 @@ import logging
 import os
 import secrets
 import shutil
-import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from awq.checkpoint.companions import is_temporary, module_folders
-from awq.checkpoint.files import INDEX_FILE, shards_of
+from awq.checkpoint.companions import is_temporary
+from awq.checkpoint.contents import is_model_file, keep_users_files, names_of_model
+from awq.checkpoint.flush import flush_all, flush_one
 from awq.errors import AwqError, CheckpointError, ConfigError
 
 logger = logging.getLogger("awq.checkpoint")
@@ -47,40 +46,6 @@ MAX_NAME_BYTES = 255
 MAX_TRIES = 100  # to make a folder that another save does not remove at once
 _EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
 _CURRENT_FOLDER = -100  # AT_FDCWD
-# What readers of models interpret. Everything else in a directory is its user's.
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "quant_config.json",
-    "quantization_report.json",
-    "README.md",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model-*-of-*.bin",
-    "pytorch_model.bin.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-    "chat_template.*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_*_config.json",
-    "configuration_*.py",
-    "modeling_*.py",
-    "tokenization_*.py",
-)
 
 
 def check_target(target: str | Path, source: str | Path | None = None) -> Path:
@@ -140,7 +105,7 @@ def _check_content(target: Path) -> None:
     if not target.is_dir() or (target / "config.json").exists() or _died_inside(target):
         return
     strange = sorted(
-        path.name for path in target.iterdir() if path.is_file() and _is_model_file(path.name)
+        path.name for path in target.iterdir() if path.is_file() and is_model_file(path.name)
     )
     if strange:
         raise CheckpointError(
@@ -172,11 +137,11 @@ def complete_directory(target: str | Path, source: str | Path | None = None) -> 
         yield work
         _open_modes(work)
         if keeps_its_place(path):
-            _flush(work)
+            flush_all(work)
             _exchange_files(work, path)
         else:
-            _keep_users_files(path, work)
-            _flush(work)
+            keep_users_files(path, work)
+            flush_all(work)
             _exchange_directories(work, path)
         for parent in {path, path.parent, *(folder.parent for folder in made)}:
             flush_one(parent)
@@ -325,48 +290,6 @@ def _remove_empty(folders: list[Path]) -> None:
             return
 
 
-def _is_model_file(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in MODEL_FILES)
-
-
-def _older_model(target: Path) -> set[str]:
-    """Names at the top of a directory that belong to the model in it: interpreted files, its
-    shards, its modules' folders."""
-    if not target.is_dir():
-        return set()
-    names = {path.name for path in target.iterdir() if _is_model_file(path.name)}
-    if (target / "config.json").exists():
-        names |= module_folders(target)
-        try:
-            names |= set(shards_of(target / INDEX_FILE))
-        except CheckpointError:
-            logger.debug("%s has no index of shards that can be read", target)
-    return names
-
-
-def _keep_users_files(old: Path, new: Path) -> None:
-    """Gives the new directory, by links or copies, what the old one has beside its model."""
-    if not old.is_dir():
-        return
-    gone = _older_model(old)
-    for path in sorted(old.iterdir()):
-        if path.name not in gone and not is_temporary(path.name):
-            _carry(path, new / path.name)
-
-
-def _carry(path: Path, place: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        place.mkdir(exist_ok=True)
-        for inner in sorted(path.iterdir()):
-            _carry(inner, place / inner.name)
-        shutil.copystat(path, place)
-    elif not os.path.lexists(place):
-        try:
-            os.link(path, place, follow_symlinks=False)
-        except OSError:  # file systems without hard links
-            shutil.copy2(path, place, follow_symlinks=False)
-
-
 def _exchange_directories(work: Path, target: Path) -> None:
     """Puts `work` under the name `target`; what was there is under the name `work` afterwards."""
     if not target.exists():
@@ -412,9 +335,8 @@ def _exchange_files(work: Path, target: Path) -> None:
     backup.mkdir()
     done: list[tuple[Path, Path]] = []
     try:
-        for name in sorted(
-            _older_model(target) | {name for name in new if (target / name).exists()}, reverse=True
-        ):
+        replaced = names_of_model(target).union(new)
+        for name in sorted(replaced, reverse=True):
             if (target / name).exists():
                 done.append((target / name, backup / name))
                 (target / name).rename(backup / name)
@@ -427,33 +349,6 @@ def _exchange_files(work: Path, target: Path) -> None:
             if os.path.lexists(after):
                 after.rename(before)
         raise
-
-
-def _flush(folder: Path) -> None:
-    """Every file and folder on the disk before their names change: a rename may outlive the
-    contents otherwise."""
-    for place, _, files in os.walk(folder):
-        for name in files:
-            path = Path(place) / name
-            if stat.S_ISREG(path.lstat().st_mode) and os.access(path, os.R_OK):
-                flush_one(path)
-        flush_one(Path(place))
-
-
-def flush_one(path: Path) -> None:
-    """What a file or folder holds, on the disk; where its file system cannot do that, nothing."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        logger.debug("%s cannot be opened to be flushed: %s", path, error)
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _open_modes(work: Path) -> None:

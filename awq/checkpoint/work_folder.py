@@ -29,8 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from awq.checkpoint.directory import check_target, flush_one, keeps_its_place, try_lock
+from awq.checkpoint.directory import check_target, keeps_its_place, try_lock
 from awq.checkpoint.files import read_json
+from awq.checkpoint.flush import flush_one
 from awq.errors import AwqError, CheckpointError
 from awq.nn.presence import Progress
 

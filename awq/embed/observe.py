@@ -59,20 +59,28 @@ class Observation:
 def observe(model: Any, blocks: list[nn.Module], ids: Tensor) -> Observation:
     """A forward of ids [1, tokens]. model: a copy that nobody else runs."""
     found = Observation([BlockEvents() for _ in blocks], [], torch.empty(0))
-    inner = {module for block in blocks for module in block.modules()}
-    outside = [m for m in model.modules() if m not in inner]
-    around = [m for m in outside if isinstance(m, nn.Embedding) or is_norm(m)]
     with ExitStack() as stack:
         for block, calls in zip(blocks, found.blocks):
-            inside = [m for m in block.modules() if is_product(m) or is_norm(m)]
             stack.enter_context(listening([block], after=_block_noted(calls)))
-            stack.enter_context(listening(inside, after=_noted(calls.events)))
-        stack.enter_context(listening(around, after=_noted(found.around)))
+            stack.enter_context(listening(_read_inside(block), after=_noted(calls.events)))
+        stack.enter_context(listening(_read_around(model, blocks), after=_noted(found.around)))
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     if getattr(output, "last_hidden_state", None) is None:
         raise NotReadable("its forward gives no hidden states")
     found.last = output.last_hidden_state
     return found
+
+
+def _read_inside(block: nn.Module) -> list[nn.Module]:
+    """The modules of a block whose calls are read."""
+    return [module for module in block.modules() if is_product(module) or is_norm(module)]
+
+
+def _read_around(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
+    """Those outside of all blocks."""
+    inner = {module for block in blocks for module in block.modules()}
+    outside = [module for module in model.modules() if module not in inner]
+    return [module for module in outside if isinstance(module, nn.Embedding) or is_norm(module)]
 
 
 def _noted(events: list[Event]) -> Callable[[Call], None]:

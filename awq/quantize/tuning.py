@@ -175,22 +175,33 @@ class OutputMatch:
         """Summed distance of the model's present output to the original one on micro-batch `index`,
         and its weight."""
         batch, target = self.batches[index], self.targets[index]
-        mask = batch.attention_mask.bool()
         hidden = self._hidden(batch)
         if self.embed is not None:
-            mine, wanted = (self._unit_embedding(h, batch) for h in (hidden, target))
-            # half the squared distance of unit vectors is 1 − cosine
-            return (mine - wanted).pow(2).sum() / 2, len(hidden)
-        tokens = int(mask.sum())
+            return self._one_minus_cosine(batch, hidden, target), len(hidden)
+        tokens = int(batch.attention_mask.sum())
         if self.kind == "mse":
-            wanted = target[mask].float()
-            energy = wanted.pow(2).sum().clamp(min=1e-30)
-            error = (hidden[mask].float() - wanted).pow(2).sum()
-            return error / energy * tokens, tokens
+            mask = batch.attention_mask.bool()
+            return _relative_error(hidden[mask], target[mask]) * tokens, tokens
+        return self._kl(batch, hidden, target), tokens
+
+    def _one_minus_cosine(self, batch: CalibrationBatch, hidden: Tensor, target: Tensor) -> Tensor:
+        """Summed over the texts: half the squared distance of unit vectors."""
+        mine, wanted = (self._unit_embedding(h, batch) for h in (hidden, target))
+        return (mine - wanted).pow(2).sum() / 2
+
+    def _kl(self, batch: CalibrationBatch, hidden: Tensor, target: Tensor) -> Tensor:
+        """Nats, summed over the tokens."""
+        mask = batch.attention_mask.bool()
         with torch.no_grad():
             wanted = F.log_softmax(self._logits(batch, target)[mask].float(), -1)
         found = F.log_softmax(self._logits(batch, hidden)[mask].float(), -1)
-        return F.kl_div(found, wanted, log_target=True, reduction="sum"), tokens
+        return F.kl_div(found, wanted, log_target=True, reduction="sum")
+
+
+def _relative_error(hidden: Tensor, target: Tensor) -> Tensor:
+    """‖hidden − target‖² / ‖target‖²"""
+    target = target.float()
+    return (hidden.float() - target).pow(2).sum() / target.pow(2).sum().clamp(min=1e-30)
 
 
 def tune_scales(

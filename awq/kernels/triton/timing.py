@@ -67,9 +67,10 @@ def random_packed(n: int, k: int, group: int = 128) -> Packed:
     """A planar weight of random bits on the GPU, made without codes."""
     sizes = get_layout("planar").shapes(k, n, group)
     words_shape, grid_shape = sizes["qweight"][0], sizes["scales"][0]
-    words = torch.randint(-(2**15), 2**15, words_shape, dtype=torch.int16, device="cuda")
-    scales = torch.rand(grid_shape, device="cuda") * 0.02 + 1e-3
-    zeros = torch.randint(0, 16, grid_shape, dtype=torch.int32, device="cuda")
-    grid = scales.half().view(torch.int16).int() + (zeros << 16)
-    no_zeros = words.new_empty(0, dtype=torch.uint8)  # they stand beside the scales
-    return Packed(words, no_zeros, grid, Shape(k, n, group), "planar")
+    with torch.device("cuda"):
+        words = torch.randint(-(2**15), 2**15, words_shape, dtype=torch.int16)
+        scales = torch.rand(grid_shape) * 0.02 + 1e-3
+        zeros = torch.randint(16, grid_shape, dtype=torch.int32)
+        no_zeros = torch.empty(0, dtype=torch.uint8)  # they stand beside the scales
+    scales_and_zeros = scales.half().view(torch.int16).int() + (zeros << 16)
+    return Packed(words, no_zeros, scales_and_zeros, Shape(k, n, group), "planar")
