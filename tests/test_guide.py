@@ -245,13 +245,6 @@ def test_embedding_model_with_texts_of_the_task(models, tokenizer, tmp_path, loc
     assert is_close_to_full_precision(tmp_path / "q", models["bert"], tokenizer)
 
 
-@pytest.fixture(autouse=True)
-def few_general_sentences(monkeypatch):
-    """The guide's commands join as many bundled sentences as are best for quality, which is what
-    `benchmarks/embedding.py` measures. A tenth of them takes the same way in less time."""
-    monkeypatch.setattr("awq.models.embedding.GENERAL_SENTENCES", 300)
-
-
 @pytest.fixture(scope="module")
 def minilm():
     """all-MiniLM-L6-v2 itself, from its PyPI package."""

@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for (shape, dtype, m), times in found.items():
         present = configs.config_for(architecture, processors, shape, m, dtype)
+        gain = tuning.gain(times, present)
         rows.append(
             {
                 "shape": configs.size_of(shape),
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
                 "tokens": m,
                 "us": round(times[0].microseconds, 2),
                 "config": times[0].config,
-                "times_as_fast": tuning.gain(times, present),
+                "times_as_fast": None if gain is None else round(gain, 3),
             }
         )
     tuning.write_table(path, gpu, found)
