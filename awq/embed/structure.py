@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from awq.embed.attention import (
     AttentionPlan,
@@ -37,6 +37,7 @@ from awq.embed.observe import (
     norm_of,
     observe,
 )
+from awq.embed.tables import final_norm, read_tables, relative_bias
 from awq.kernels.specs import Norm
 from awq.nn.blocks import (
     BlockCall,
@@ -127,11 +128,11 @@ def read_encoder(model: Any) -> EncoderPlan:
     )
     seen = observe(twin, list(lists[0][1]), ids)
     first, last = seen.blocks[0], seen.blocks[-1]
-    tables = _read_tables(words, seen.around, first.given)
+    tables = read_tables(words, seen.around, first.given, PROBE_TOKENS)
     longest = min(getattr(model.config, "max_position_embeddings", None) or 512, MAX_TOKENS)
-    if tables["positions"] is not None:
-        longest = min(longest, len(tables["positions"]) - tables["position_offset"])
-    relative = _relative_bias(twin, heads)
+    if tables.positions is not None:
+        longest = min(longest, len(tables.positions) - tables.position_offset)
+    relative = relative_bias(twin, heads)
     around = _surroundings(twin, lists, ids, longest)
     linears = [_read_linears(block) for block in seen.blocks]
     form = _mlp_form(linears)
@@ -143,15 +144,19 @@ def read_encoder(model: Any) -> EncoderPlan:
         plans.append(_read_block(block, own, form, attention))
     if len({(plan.pre_norm, plan.post_norms is None) for plan in plans}) > 1:
         raise NotReadable("norms lie elsewhere in some of its blocks than in others")
-    final = _final_norm(seen.around, last.made, seen.last, plans[0].pre_norm)
+    final = final_norm(seen.around, last.made, seen.last, plans[0].pre_norm)
     return EncoderPlan(
         words=words.weight,
+        words_factor=tables.words_factor,
+        positions=tables.positions,
+        position_offset=tables.position_offset,
+        types=tables.types,
+        norm=tables.norm,
         final_norm=final,
         blocks=tuple(plans),
         heads=int(heads),
         relative=relative,
         longest=longest,
-        **tables,
     )
 
 
@@ -356,86 +361,3 @@ def _inputs_of_forms(outputs: list[Tensor]) -> dict[_Choice, list[Tensor]]:
         found[True, (0, 1)] = outputs
         found[True, (1, 0)] = outputs[::-1]
     return found
-
-
-def _relative_bias(model: Any, heads: int) -> Tensor | None:
-    """float32 [heads, 2·n − 1] of a bias that depends on the distance of two tokens, or None."""
-    tables = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.Embedding)
-        and m.embedding_dim == heads
-        and m is not model.get_input_embeddings()
-    ]
-    if not tables:
-        return None
-    owner = next(m for m in model.modules() if any(child is tables[0] for child in m.children()))
-    compute: Any = getattr(owner, "compute_position_bias", None)
-    longest = min(int(getattr(model.config, "max_position_embeddings", 512)), 2048)
-    if compute is None:
-        raise NotReadable("it adds a bias to attention whose table nobody reads here")
-    whole = compute(torch.zeros(1, longest, 1, dtype=tables[0].weight.dtype))[0].float()
-    return torch.cat([whole[:, 1:, 0].flip(1), whole[:, 0, :]], 1).contiguous()
-
-
-def _read_tables(words: nn.Module, events: list[Event], given: Tensor) -> dict[str, Any]:
-    tables = [e for e in events if isinstance(e.module, nn.Embedding) and e.module is not words]
-    tables = [e for e in tables if e.module.embedding_dim == words.embedding_dim]  # type: ignore[union-attr]
-    first = next(e for e in events if e.module is words)
-    total = first.y.float()
-    factor = _words_factor(first)
-    positions: Tensor | None = None
-    types: Tensor | None = None
-    offset = 0
-    for event in tables:
-        rows = (
-            event.x.reshape(-1)[-PROBE_TOKENS:]
-            if event.x.numel() >= PROBE_TOKENS
-            else event.x.reshape(-1)
-        )
-        module: Any = event.module
-        table = module.weight.detach().float()
-        if len(rows) == PROBE_TOKENS and torch.equal(rows - rows[0], torch.arange(PROBE_TOKENS)):
-            positions, offset = table, int(rows[0])
-        elif not rows.any():
-            types = table
-        else:
-            raise NotReadable(
-                "it adds an embedding that depends on more than word, position and type"
-            )
-        total = total + event.y.float()
-    norms = [e for e in events if is_norm(e.module) and near(e.y, given)]
-    norm = None
-    if norms:
-        total_, norm = norms[0].x.float(), norm_of(norms[0])
-        if not near(total.expand_as(total_), total_):
-            raise NotReadable("what its first norm reads is not the sum of its embeddings")
-    elif not near(total, given.float()):
-        raise NotReadable("what its first block reads is not the sum of its embeddings")
-    return {
-        "words_factor": factor,
-        "positions": positions,
-        "position_offset": offset,
-        "types": types,
-        "norm": norm,
-    }
-
-
-def _words_factor(event: Event) -> float:
-    """What an embedding multiplies its rows by. Raises NotReadable when it does something else."""
-    module: Any = event.module
-    rows = module.weight[event.x].double()
-    made = event.y.double()
-    factor = float((made * rows).sum() / rows.square().sum().clamp(min=1e-30))
-    if not near(factor * rows, made):
-        raise NotReadable("its embedding gives something else than multiples of its rows")
-    return 1.0 if abs(factor - 1) < 1e-3 else factor
-
-
-def _final_norm(events: list[Event], made: Tensor, last: Tensor, pre_norm: bool) -> Norm | None:
-    for event in events:
-        if pre_norm and is_norm(event.module) and near(event.x, made) and near(event.y, last):
-            return norm_of(event)
-    if near(made, last):
-        return None
-    raise NotReadable("something lies between its last block and what it gives")
