@@ -10,11 +10,13 @@ from awq._lazy import lazy_names
 
 if TYPE_CHECKING:
     from awq.checkpoint.convert import convert_checkpoint as convert_checkpoint
+    from awq.checkpoint.hub import push_directory as push_directory
     from awq.checkpoint.load import load_model as load_model
     from awq.checkpoint.save import save_checkpoint as save_checkpoint
 
 _HOME = {
     "convert_checkpoint": "awq.checkpoint.convert",
+    "push_directory": "awq.checkpoint.hub",
     "load_model": "awq.checkpoint.load",
     "save_checkpoint": "awq.checkpoint.save",
 }

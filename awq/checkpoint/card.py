@@ -6,6 +6,7 @@ languages carried over from the original's own card.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from awq.config import AwqConfig
 # What a reader must still be told about the original model: above all its licence.
 _INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
 _VLLM_GROUP_SIZES = (-1, 32, 64, 128)  # what vLLM's AWQ kernels take (0.33)
+
+_TITLE = re.compile(rb"^# (.+)$", re.MULTILINE)
 
 _PACKED = "{bits}-bit AWQ weights (arXiv 2306.00978), group size {group_size}, version `{format}`."
 _DENSE = (
@@ -97,6 +100,18 @@ def write_card(
     if report is not None:
         parts += [*_recovery(report.evaluation), *_making(report)]
     card.write_text("\n".join(parts), encoding="utf-8")
+
+
+def with_name(card: bytes, name: str) -> bytes:
+    """The card with another name of the model in its title and its snippets: that of the hub's
+    repository, say. What a stranger wrote need not be UTF-8, and stays."""
+    title = _TITLE.search(card)
+    if title is None:
+        return card
+    old, new = title.group(1), name.encode()
+    for form in (b"# %s\n", b'("%s"', b"vllm serve %s\n"):
+        card = card.replace(form % old, form % new)
+    return card
 
 
 def hub_id(source: str | Path | None) -> str | None:

@@ -87,6 +87,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUTPUT",
         help="go on with a --stream into OUTPUT that ended early, with all of its options",
     )
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="send the saved directory to this repository of the hub, unless a gate failed; needs a "
+        "token (`hf auth login`)",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="with --push: a new repository is private"
+    )
     add_gates(parser)
 
 
@@ -112,11 +121,12 @@ def _signs_of_life(quiet: bool) -> Iterator[logging.Logger]:
 
 def run(arguments: argparse.Namespace) -> int:
     with _signs_of_life(arguments.quiet) as steps:
-        if arguments.resume is not None:
-            return _resume(arguments)
         if arguments.dry_run:
             return _plan(arguments)
         _check_names(arguments)
+        _check_push(arguments)
+        if arguments.resume is not None:
+            return _resume(arguments)
         return _stream(arguments, steps) if arguments.stream else _quantize(arguments, steps)
 
 
@@ -138,17 +148,28 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _check_names(arguments: argparse.Namespace) -> None:
     from awq.errors import ConfigError
 
-    if arguments.output is None:
+    if arguments.resume is None and arguments.output is None:
         raise ConfigError("give a model and the directory to write (or --resume OUTPUT alone).")
+    if arguments.resume is not None and arguments.model is not None:
+        raise ConfigError("--resume takes the model and all options from the run that ended early.")
+
+
+def _check_push(arguments: argparse.Namespace) -> None:
+    """Refuses a repository that could not be written to, before hours of work."""
+    from awq.errors import ConfigError
+
+    if arguments.push is not None:
+        from awq.checkpoint.hub import check_push
+
+        check_push(arguments.push)
+    elif arguments.private:
+        raise ConfigError("--private is of the repository that --push names.")
 
 
 def _resume(arguments: argparse.Namespace) -> int:
     from awq.cli.output import OK
-    from awq.errors import ConfigError
     from awq.models.streaming import resume_quantization
 
-    if arguments.model is not None:
-        raise ConfigError("--resume takes the model and all options from the run that ended early.")
     arguments.output = arguments.resume
     _show(resume_quantization(arguments.resume), arguments)
     return OK
@@ -188,14 +209,27 @@ def _tell_settings(arguments: argparse.Namespace, steps: logging.Logger) -> None
     )
 
 
-def _show(report: Any, arguments: argparse.Namespace) -> None:
+def _show(report: Any, arguments: argparse.Namespace, keeps_gates: bool = True) -> None:
+    """Prints the result, after sending it where `--push` says."""
     from awq.cli.output import show
 
-    show(
-        report.to_dict() | {"output": arguments.output},
-        arguments.json,
-        f"{report.summary()}\nsaved to {arguments.output}",
-    )
+    result = report.to_dict() | {"output": arguments.output}
+    lines = [report.summary(), f"saved to {arguments.output}"]
+    if arguments.push is not None and keeps_gates:
+        result["pushed"] = _push(arguments)
+        lines.append(f"pushed to {result['pushed']}")
+    show(result, arguments.json, "\n".join(lines))
+
+
+def _push(arguments: argparse.Namespace) -> str:
+    from awq.checkpoint.hub import push_directory
+    from awq.errors import CheckpointError
+
+    try:
+        return push_directory(arguments.output, arguments.push, private=arguments.private)
+    except CheckpointError as error:
+        later = shlex.join(["hf", "upload", arguments.push, arguments.output])
+        raise CheckpointError(f"{error} The model is saved; `{later}` sends it later.") from error
 
 
 def _stream(arguments: argparse.Namespace, steps: logging.Logger) -> int:
@@ -253,9 +287,10 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
     report.command = shlex.join(arguments.command_line)
     steps.info("saving to %s", arguments.output)
     model.save_quantized(arguments.output)
-    _show(report, arguments)
     figures = report.evaluation.to_dict() if report.evaluation is not None else {}
-    return FAILED_GATE if failed_gates("quantize", gates.failures(figures)) else OK
+    failures = gates.failures(figures)
+    _show(report, arguments, keeps_gates=not failures)
+    return FAILED_GATE if failed_gates("quantize", failures) else OK
 
 
 def _moved(arguments: argparse.Namespace, model: Any) -> Any:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from awq.calibration.request import read_request, tell_apart
 from awq.calibration.samples import media_batches, media_samples, tokenizer_of
 from awq.checkpoint import save_checkpoint
 from awq.checkpoint.hf import mark_quantized
+from awq.checkpoint.hub import check_push, push_directory
 from awq.checkpoint.source import position_limit
 from awq.checkpoint.streaming import StreamedBlocks
 from awq.checkpoint.tokenizer import find_tokenizer
@@ -296,6 +298,29 @@ class AwqModel(nn.Module):
             self.is_quantized,
             None if self._blocks is None else self._blocks.parts(),
         )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "4-bit AWQ weights",
+        private: bool = False,
+        token: str | None = None,
+        shard_size: str | int = "5GB",
+    ) -> str:
+        """Sends what `save_quantized` writes to a repository of the hub; returns the commit's
+        address.
+
+        repo_id: "owner/name"; made when there is none. private: of a new repository. token:
+        default: the one that `hf auth login` stored, or HF_TOKEN. Raises ConfigError and
+        CheckpointError as `push_directory` does.
+        """
+        check_push(repo_id, token)
+        with TemporaryDirectory() as folder:
+            saved = Path(folder) / repo_id.rpartition("/")[2]
+            self.save_quantized(saved, shard_size=shard_size)
+            return push_directory(
+                saved, repo_id, private=private, token=token, commit_message=commit_message
+            )
 
     def _as_saved(self) -> Any:
         """What a save reads: the model's tensors in modules of its own, so that calls may go on
