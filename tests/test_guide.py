@@ -307,6 +307,27 @@ def statements(code):
     return [ast.unparse(node) for node in kept]
 
 
+WHAT_THE_GUIDE_LACKS = {
+    "from awq import AutoAWQForCausalLM, prepare_calibration_tokens",
+    "from transformers import AutoTokenizer, TextStreamer",
+    "streamer = TextStreamer(tokenizer, skip_prompt=True)",
+}
+
+
+def test_the_chinese_page_shows_the_snippets():
+    """Statement by statement; what it adds is what stands in for the lines that cannot work."""
+    page = Path(__file__).parent.parent / "docs/zh/autoawq.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    ours = [LANGUAGE_MODEL, EMBEDDING_TEXTS + QUANTIZE_TOKENS, CUSTOM_TEXTS, INFERENCE, FUSED]
+    *shown, loader = [statements(block) for block in blocks]
+    for page_has, tested in zip(shown, map(statements, ours), strict=True):
+        imports = [line for line in tested if line.startswith("from ")]
+        added = [line for line in page_has if line not in tested]
+        missing = [line for line in tested if line not in page_has and line not in imports]
+        assert set(added) <= WHAT_THE_GUIDE_LACKS and not missing
+    assert loader[2:] == statements(LOADER)
+
+
 def test_texts_of_the_domain(tokenizer, local_datasets):
     """The guide's other source gives a column of a dataset, not a list."""
     space = run(EMBEDDING_TEXTS)

@@ -147,4 +147,3 @@ def _unreachable(repository: str, error: Exception) -> str:
         f"{constants.ENDPOINT} cannot be asked about {repository} ({first_line(error)}); "
         f"quantize without pushing, and `hf upload {repository} DIRECTORY` when it can."
     )
-

@@ -90,8 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--push",
         metavar="OWNER/NAME",
-        help="send the saved directory to this repository of the hub, unless a gate failed; needs a "
-        "token (`hf auth login`)",
+        help="send the saved directory to this repository of the hub, unless a gate failed; needs "
+        "a token (`hf auth login`)",
     )
     parser.add_argument(
         "--private", action="store_true", help="with --push: a new repository is private"
