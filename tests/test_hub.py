@@ -2,17 +2,20 @@
 before any work."""
 
 import json
+import time
 
 import pytest
 from hub import running
 from huggingface_hub import ModelCard, constants
 
-from awq import AutoAWQForCausalLM
+from awq import AutoAWQForCausalLM, Encoder
 from awq.checkpoint.card import with_name, write_card
 from awq.checkpoint.hub import check_push, push_directory
+from awq.checkpoint.source import Source
 from awq.cli import main
 from awq.config import AwqConfig
-from awq.errors import AwqError, CheckpointError, ConfigError
+from awq.embed.directory import is_sentence_model
+from awq.errors import AwqError, CheckpointError, ConfigError, ModelError
 
 
 @pytest.fixture
@@ -124,6 +127,16 @@ def test_a_model_that_could_not_be_sent_is_saved(hub, place, llama_dir, tmp_path
     assert (tmp_path / "q/config.json").is_file()
     with pytest.raises(AwqError, match="no saved model"):
         push_directory(tmp_path / "nothing", "me/q")
+
+
+@pytest.mark.parametrize("look", [Source.open, is_sentence_model, Encoder.from_pretrained])
+def test_a_model_that_is_nowhere_is_told_after_one_request(no_token, monkeypatch, look):
+    """The client of the hub would try six times; the address is one where nothing listens."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.perf_counter()
+    with pytest.raises(ModelError, match="my-model does not exist as a directory, and the hub"):
+        look("my-model")
+    assert time.perf_counter() - start < 10
 
 
 def test_private_without_a_repository(capsys):

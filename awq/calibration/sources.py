@@ -15,11 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from awq._hub import ask_hub_once
 from awq.errors import CalibrationError
 
 logger = logging.getLogger("awq.calibration")
 
-HUB_TIMEOUT_SECONDS = 10
 MAX_FILE_BYTES = 1 << 30
 CHAT_COLUMNS = ("messages", "conversations")
 _HUB_NAMES = {"pileval": ("mit-han-lab/pile-val-backup", "validation")}
@@ -119,7 +119,7 @@ def _existing(name: str | os.PathLike) -> Path | None:
 def _hub_samples(name: str, split: str, column: str, limit: int) -> list[Any] | None:
     dataset, split = _HUB_NAMES.get(name, (name, split))
     try:
-        _ask_hub_once()
+        ask_hub_once()
         from datasets import load_dataset
 
         rows = list(islice(load_dataset(dataset, split=split, streaming=True), limit))
@@ -149,15 +149,6 @@ def _hub_samples(name: str, split: str, column: str, limit: int) -> list[Any] | 
             f"dataset {dataset} holds no text in column {column!r} of split {split!r}."
         )
     return samples
-
-
-def _ask_hub_once() -> None:
-    """Raises, after one request, where the hub cannot be reached: `datasets` would try six times
-    over half a minute."""
-    from huggingface_hub import constants, get_session
-
-    if not constants.HF_HUB_OFFLINE:  # then datasets refuses at once by itself
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS)
 
 
 def file_texts(path: Path, column: str = "text") -> list[str]:

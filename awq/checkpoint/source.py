@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from awq._hub import ask_hub_once
 from awq.checkpoint.files import (
     PackedTensors,
     cached_directory,
@@ -65,6 +66,8 @@ class Source:
         if directory is not None:
             directory = directory / download.get("subfolder", "")
             check_directory(body_directory(directory))
+        else:
+            check_reachable(name, download)
         config = _read_config(name, directory, trust_remote_code, download)
         if directory is None:
             directory = cached_directory(str(name), getattr(config, "_commit_hash", None))
@@ -145,6 +148,22 @@ def local_directory(name: str | Path) -> Path | None:
     return None
 
 
+def check_reachable(name: str | Path, download: dict[str, Any] | None = None) -> None:
+    """Raises ModelError for a name that is no directory, is not in the cache, and cannot be asked
+    for: the commonest of these is a wrong path."""
+    given = download or {}
+    elsewhere = given.get("local_files_only") or given.get("cache_dir")
+    if elsewhere or cached_directory(str(name), given.get("revision")) is not None:
+        return
+    try:
+        ask_hub_once()
+    except Exception as error:  # of the network, in whichever client this release uses
+        raise ModelError(
+            f"model {name} does not exist as a directory, and the hub cannot be asked for it "
+            f"({first_line(error)})."
+        ) from error
+
+
 def _read_config(
     name: str | Path, directory: Path | None, trust_remote_code: bool, download: dict[str, Any]
 ) -> Any:
@@ -159,8 +178,14 @@ def _read_config(
         raise
     # config classes of a hundred authors fail in as many ways on values they did not expect
     except Exception as error:
+        reason = first_line(error)
+        if directory is None:
+            raise ModelError(
+                f"model {name} does not exist as a directory, and the hub does not give it: "
+                f"{reason}"
+            ) from error
         raise ModelError(
-            f"model {name!s} cannot be loaded: its config.json is refused: {first_line(error)}"
+            f"model {name} cannot be loaded: its config.json is refused: {reason}"
         ) from error
 
 

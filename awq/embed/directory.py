@@ -10,7 +10,7 @@ from typing import Any
 
 from awq.checkpoint.files import read_json
 from awq.checkpoint.modules import is_embedder, read_modules
-from awq.checkpoint.source import UNLIMITED, position_limit
+from awq.checkpoint.source import UNLIMITED, check_reachable, position_limit
 from awq.errors import CheckpointError
 
 logger = logging.getLogger("awq.embed")
@@ -98,6 +98,7 @@ def is_sentence_model(path: str | Path) -> bool:
         return is_embedder(Path(path))
     from huggingface_hub import snapshot_download
 
+    check_reachable(path)
     try:
         files = ["modules.json", "config_sentence_transformers.json"]
         return is_embedder(Path(snapshot_download(str(path), allow_patterns=files)))

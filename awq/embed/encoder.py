@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awq.checkpoint.load import body_class, load_model
-from awq.checkpoint.source import Source
+from awq.checkpoint.source import Source, check_reachable
 from awq.checkpoint.tokenizer import load_tokenizer
 from awq.embed.compiled import CompiledEncoder, CompiledState, compile_encoder
 from awq.embed.directory import SentenceSettings, longest_input, sentence_settings
@@ -393,6 +393,7 @@ def _buckets(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
 def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    check_reachable(name)
     try:
         return Path(snapshot_download(name, allow_patterns=_KEPT))
     except Exception as error:  # the hub's client has many ways to fail
