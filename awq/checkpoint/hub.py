@@ -58,8 +58,7 @@ def push_directory(
     name. Raises ConfigError as `check_push` does, CheckpointError for a directory without
     `config.json` or when sending fails; the directory stays as it is.
 
-    >>> push_directory("my-model-awq", "my-name/my-model-awq")  # doctest: +SKIP
-    'https://huggingface.co/my-name/my-model-awq/commit/0a1b2c3d'
+    Like `push_directory("my-model-awq", "my-name/my-model-awq")`.
     """
     root = Path(directory)
     if not root.is_dir() or not any(root.glob("**/config.json")):
