@@ -286,6 +286,22 @@ def test_dataset_of_the_hub(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
+    "name, content",
+    [
+        ("t.jsonl", '{"body": "the cat", "n": 1}\n'),
+        ("t.json", '[{"body": "the cat", "n": 1}]'),
+        ("t.csv", "body,n\nthe cat,1\n"),
+        ("t.tsv", "body\tn\nthe cat\t1\n"),
+    ],
+)
+def test_a_file_without_the_column_says_which_it_has(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CalibrationError, match=r"no column 'text', only \['body', 'n'\]; give"):
+        named_texts(str(tmp_path / name), "train", "text", 4)
+    assert named_texts(str(tmp_path / name), "train", "body", 4) == ["the cat"]
+
+
+@pytest.mark.parametrize(
     "error", [ConnectionError("no route"), OSError(), KeyError("inside the hub client")]
 )
 def test_no_hub_means_bundled_text_with_a_warning(error, monkeypatch, caplog):

@@ -271,6 +271,28 @@ def test_bad_values_are_refused_while_the_command_line_is_read(capsys, arguments
     assert ended.value.code == 2 and word in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["quantise", "m", "o"], "awq: no verb 'quantise'; did you mean quantize?"),
+        (["serve", "m"], "awq: no verb 'serve'"),
+        (
+            ["quantize", "m", "o", "--sampels=8"],
+            "awq quantize: no option '--sampels'; did you mean --samples?",
+        ),
+        (["info", "m", "--xyz"], "awq info: no option '--xyz'"),
+        (["env", "more"], "awq env: no place for 'more'"),
+        (["generate", "m"], "awq generate: the following arguments are required: prompt"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_one_line(capsys, arguments, line):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    (told,) = capsys.readouterr().err.splitlines()
+    verb = line.partition(":")[0]
+    assert ended.value.code == 2 and told == f"{line} (`{verb} --help` shows what there is)"
+
+
 def test_choices_are_those_of_the_python_interface():
     from awq.cli.arguments import PRESETS, VERSIONS, version
     from awq.config import FORMATS, normalize_format

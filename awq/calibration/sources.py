@@ -21,6 +21,7 @@ from awq.errors import CalibrationError
 logger = logging.getLogger("awq.calibration")
 
 MAX_FILE_BYTES = 1 << 30
+MAX_COLUMNS_SHOWN = 12  # in a message about one that is missing
 CHAT_COLUMNS = ("messages", "conversations")
 _HUB_NAMES = {"pileval": ("mit-han-lab/pile-val-backup", "validation")}
 _DATASET_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
@@ -151,6 +152,14 @@ def _hub_samples(name: str, split: str, column: str, limit: int) -> list[Any] | 
     return samples
 
 
+class _NoSuchColumn(Exception):
+    """A table of a file lacks the column that was asked for; `columns` are those that it has."""
+
+    def __init__(self, columns: Iterable[str]) -> None:
+        super().__init__()
+        self.columns = [str(name) for name in columns][:MAX_COLUMNS_SHOWN]
+
+
 def file_texts(path: Path, column: str = "text") -> list[str]:
     """Texts of a local file: paragraphs of .txt/.md, or one column of .jsonl, .json, .csv, .tsv or
     .parquet."""
@@ -174,9 +183,9 @@ def file_samples(path: Path, column: str = "text", text_per_line: bool = False) 
             values = _text_file_values(path, column, text_per_line)
     except CalibrationError:
         raise
-    except KeyError as error:
+    except _NoSuchColumn as error:
         raise CalibrationError(
-            f"{path} cannot be read as calibration texts: it has no column {column!r}."
+            f"{path} has no column {column!r}, only {error.columns}; give text_column."
         ) from error
     # JSON's errors are ValueErrors
     except (csv.Error, TypeError, ValueError, OSError, RecursionError) as error:
@@ -211,10 +220,10 @@ def _csv_column(text: str, column: str, delimiter: str) -> list[object]:
     # long samples are cut later, not refused here
     limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
-        return [
-            row[column]
-            for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-        ]
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        if rows.fieldnames is not None and column not in rows.fieldnames:
+            raise _NoSuchColumn(rows.fieldnames)
+        return [row[column] for row in rows]
     finally:
         csv.field_size_limit(limit)
 
@@ -224,7 +233,10 @@ def _parquet_column(path: Path, column: str) -> list[object]:
         import pyarrow.parquet
     except ImportError as error:
         raise CalibrationError(f"{path} needs pyarrow: pip install pyarrow.") from error
-    column = _column_of(pyarrow.parquet.read_schema(path).names, column)
+    columns = pyarrow.parquet.read_schema(path).names
+    column = _column_of(columns, column)
+    if column not in columns:
+        raise _NoSuchColumn(columns)
     return pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist()
 
 
@@ -233,7 +245,12 @@ def _field(row: object, column: str) -> object:
     themselves."""
     if isinstance(row, (str, list)):
         return row
-    return row[_column_of(row, column)]  # type: ignore[call-overload, index]
+    if not isinstance(row, dict):
+        raise TypeError(f"a row is {row!r}, neither a text nor an object with columns")
+    column = _column_of(row, column)
+    if column not in row:
+        raise _NoSuchColumn(row)
+    return row[column]
 
 
 def _column_of(columns: Any, column: str) -> str:

@@ -117,8 +117,8 @@ class Source:
 
         if not self.is_quantized:
             raise ConfigError(
-                f"{self.name} is not quantized: its config has no quantization_config; use "
-                "from_pretrained."
+                f"{self.name} is not quantized: its config has no quantization_config; quantize it "
+                "first, or open it with from_pretrained."
             )
         return storage_settings(self.config.quantization_config)
 

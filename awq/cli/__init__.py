@@ -13,9 +13,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from importlib import import_module
+from typing import NoReturn
 
 from awq._bars import no_progress_bars
 from awq.cli.output import ERROR, OK, installed_version
@@ -67,6 +69,17 @@ class _Help(argparse.HelpFormatter):
         return f"{text} (default: {shown})".strip()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, and where to look, instead of printing all options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ERROR, f"{self.prog}: {message} (`{self.prog} --help` shows what there is)\n")
+
+    def options(self) -> list[str]:
+        """Every option in its long form."""
+        return [name for action in self._actions for name in action.option_strings]
+
+
 class _Version(argparse.Action):
     """Prints versions of the package and of what it stands on, read without importing them."""
 
@@ -83,7 +96,7 @@ class _Version(argparse.Action):
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command with all verbs."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="awq", description="4-bit AWQ quantization of language and embedding models."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
@@ -99,17 +112,17 @@ def make_parser() -> argparse.ArgumentParser:
             "--quiet", action="store_true", help="no progress and no warnings on stderr"
         )
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        sub.set_defaults(run=module.run)
+        sub.set_defaults(run=module.run, parser=sub)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns the exit status."""
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
-    arguments.command_line = ["awq", *(sys.argv[1:] if argv is None else argv)]
+    given = sys.argv[1:] if argv is None else argv
+    arguments = _read(make_parser(), given)
+    arguments.command_line = ["awq", *given]
     if arguments.verb is None:
-        parser.print_help(sys.stderr)
+        make_parser().print_help(sys.stderr)
         return ERROR
     if not sys.stderr.isatty():
         # A pipe or a log file gets no bars. transformers and the hub look when they are imported.
@@ -131,6 +144,25 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _failed(arguments, _one_line(error))
     return OK if status is None else status
+
+
+def _read(parser: _Parser, given: list[str]) -> argparse.Namespace:
+    """The arguments. A verb or an option that does not exist is told with the nearest that does."""
+    if given and not given[0].startswith("-") and given[0] not in VERBS:
+        parser.error(f"no verb {given[0]!r}{_nearest(given[0], VERBS)}")
+    arguments, unknown = parser.parse_known_args(given)
+    if unknown:
+        verb = arguments.parser if arguments.verb is not None else parser
+        name = unknown[0].partition("=")[0]
+        kind = "option" if name.startswith("-") else "place for"
+        verb.error(f"no {kind} {name!r}{_nearest(name, verb.options())}")
+    return arguments
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """Like "; did you mean --samples?", or nothing where nothing is near."""
+    near = get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 @contextmanager

@@ -197,7 +197,10 @@ def _check_dequantizes(source: Source, wanted: Any) -> None:
     )
     method = str(getattr(method, "value", method)).lower()
     if method == "awq":
-        raise ConfigError(f"{source.name} is quantized already; load it with from_quantized.")
+        raise ConfigError(
+            f"{source.name} is quantized already; load it with from_quantized, or "
+            "give the full-precision model to quantize."
+        )
     advice = "start from the full-precision model"
     if method in _DEQUANTIZING:
         advice += (

@@ -110,8 +110,8 @@ class FusedGeneration:
         self._check_whole()
         if not hasattr(self.model, "generate") or self.model.get_output_embeddings() is None:
             raise ConfigError(
-                f"{type(self.model).__name__} is no language model; call it for last_hidden_state "
-                "instead."
+                f"{type(self.model).__name__} is no language model; call it for last_hidden_state, "
+                "or let `Encoder` (`awq embed`) make embeddings."
             )
         if (
             max_seq_len is not None
