@@ -16,6 +16,7 @@ from transformers import AutoModel
 import awq
 from awq import AutoAWQForCausalLM
 from awq.cli import VERBS, main
+from awq.cli.output import whole_file
 from awq.config import AwqConfig
 from awq.errors import ConfigError
 
@@ -396,6 +397,26 @@ def test_embeddings_from_a_file_to_a_file(capsys, quantized, texts, tmp_path):
     capsys.readouterr()
     assert main(["embed", str(quantized["bert"]), "one text"]) == 0
     assert "32 features" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_work(capsys, quantized, tmp_path):
+    """No model is loaded: there is none of that name."""
+    for place, words in (("no/e.npy", f"there is no directory {tmp_path}/no"), ("", "a directory")):
+        told = failed(capsys, "embed", "nothing", "a", "--output", f"{tmp_path}/{place}")
+        assert words in told
+        told = failed(capsys, "report", quantized["llama"], "--html", f"{tmp_path}/{place}")
+        assert words in told
+
+
+def test_a_file_appears_when_all_of_it_is_written(tmp_path):
+    (tmp_path / "e.npy").write_text("before")
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "e.npy") as work:
+        work.write_text("half")
+        raise KeyboardInterrupt
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+    with whole_file(tmp_path / "e.npy") as work:
+        work.write_text("whole")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
 
 
 def test_signs_of_life_where_stderr_is_no_terminal(capsys, llama_dir, texts, tmp_path):

@@ -25,6 +25,8 @@ _DENSE = (
     "Dense weights that hold {bits}-bit AWQ values (arXiv 2306.00978), group size {group_size}: "
     "any reader loads them, at full size."
 )
+# The name on PyPI may still be AutoAWQ's, whose last version is 0.2.9.
+_REGISTER = "import awq  # autoawq 0.3.0 or later, so that transformers loads this checkpoint\n"
 _TRANSFORMERS = """
 With transformers:
 
@@ -161,7 +163,7 @@ def _origin(source: str | Path | None) -> str:
 def _usage(directory: Path, config: AwqConfig, packed: bool, name: str) -> list[str]:
     """One snippet for each program that reads this directory."""
     auto = _auto_name(directory)
-    register = "import awq  # teaches transformers to load this checkpoint\n" if packed else ""
+    register = _REGISTER if packed else ""
     snippets = [_TRANSFORMERS]
     if (directory / "modules.json").exists():
         snippets = [_SENTENCES, _ENCODER, _TRANSFORMERS]
@@ -217,7 +219,7 @@ def _listed(values: dict[str, Any]) -> str:
     """Like "preset fast, tuning 0": what a stranger needs to repeat it, not the machine's own."""
     left_out = ("device", "progress", "modules_to_not_convert")
     told = {key: value for key, value in values.items() if key not in left_out}
-    return ", ".join(f"{key} {value}" for key, value in told.items() if value is not None)
+    return ", ".join(f"{key} {value}" for key, value in told.items() if value not in (None, (), []))
 
 
 def _auto_name(directory: Path) -> str:

@@ -36,15 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from awq.cli.output import output_file, show, whole_file
     from awq.errors import ConfigError
 
     texts = arguments.texts + _lines(arguments.input)
     if not texts:
         raise ConfigError("no texts to embed; give some, or a file with --input.")
-    output = None if arguments.output is None else Path(arguments.output)
+    output = None if arguments.output is None else output_file("--output", arguments.output)
     if output is not None and output.suffix not in WRITERS:
         raise ConfigError(f"--output {output}: write to a file named {', '.join(WRITERS)}.")
-    from awq.cli.output import show
     from awq.embed.encoder import Encoder
 
     encoder = Encoder.from_pretrained(
@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     vectors = _encoded(encoder, texts, arguments)
     if output is not None:
-        WRITERS[output.suffix](output, texts, vectors)
+        with whole_file(output) as work:
+            WRITERS[output.suffix](work, texts, vectors)
         found = {"texts": len(texts), "features": vectors.shape[1], "output": str(output)}
         show(
             found,

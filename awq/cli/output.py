@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 OK, FAILED_GATE, ERROR = 0, 1, 2
@@ -19,6 +23,35 @@ def show(result: dict[str, Any], as_json: bool, text: str | None = None) -> None
             if text is not None
             else "\n".join(f"{key}: {value}" for key, value in result.items())
         )
+
+
+def output_file(flag: str, name: str) -> Path:
+    """The file that an option names. Raises ConfigError, before any work, where no file can be
+    written."""
+    from awq.errors import ConfigError
+
+    path = Path(name)
+    if path.is_dir():
+        raise ConfigError(f"{flag} {name} is a directory; give a file.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} {name}: there is no directory {path.parent}.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{flag} {name}: you may not write there.")
+    return path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when all is written; on an error nothing is left."""
+    if path.exists() and not path.is_file():  # /dev/stdout, a pipe
+        yield path
+        return
+    work = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield work
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def installed_version(package: str) -> str | None:

@@ -13,14 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from awq.cli.output import show
+    from awq.cli.output import output_file, show, whole_file
     from awq.report import read_report, render_page, render_text
 
     view = read_report(arguments.model)
     if arguments.html is None:
         show(view.raw, arguments.json, render_text(view))
         return
-    Path(arguments.html).write_text(render_page(view), encoding="utf-8")
+    with whole_file(output_file("--html", arguments.html)) as work:
+        work.write_text(render_page(view), encoding="utf-8")
     show({"html": arguments.html}, arguments.json, f"wrote {arguments.html}")
