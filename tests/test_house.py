@@ -17,6 +17,7 @@ LAYERS = {
     "_register": 0,
     "_lazy": 0,
     "_bars": 0,
+    "_hub": 0,
     "_triton": 0,
     "backends": 0,
     "core": 1,
@@ -93,7 +94,8 @@ def test_no_cycles():
 
 
 def test_import_is_fast_and_loads_no_torch():
-    code = "import time; t = time.perf_counter(); import awq; print(time.perf_counter() - t)"
+    # time of the processor: a busy machine is no slower by it
+    code = "import time; t = time.process_time(); import awq; print(time.process_time() - t)"
     times = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
         for _ in range(3)

@@ -148,15 +148,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def _read(parser: _Parser, given: list[str]) -> argparse.Namespace:
     """The arguments. A verb or an option that does not exist is told with the nearest that does."""
-    if given and not given[0].startswith("-") and given[0] not in VERBS:
+    is_verb = bool(given) and not given[0].startswith("-")
+    if is_verb and given[0] not in VERBS:
         parser.error(f"no verb {given[0]!r}{_nearest(given[0], VERBS)}")
     arguments, unknown = parser.parse_known_args(given)
     if unknown:
-        verb = arguments.parser if arguments.verb is not None else parser
-        name = unknown[0].partition("=")[0]
-        kind = "option" if name.startswith("-") else "place for"
-        verb.error(f"no {kind} {name!r}{_nearest(name, verb.options())}")
+        verb = getattr(arguments, "parser", parser)
+        verb.error(_unknown(unknown[0].partition("=")[0], verb.options()))
     return arguments
+
+
+def _unknown(name: str, options: Sequence[str]) -> str:
+    """What is said about a word that no argument takes."""
+    if name.startswith("-"):
+        return f"no option {name!r}{_nearest(name, options)}"
+    return f"no place for {name!r}"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
