@@ -94,7 +94,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> _Parser:
     """The parser of the command with all verbs."""
     parser = _Parser(
         prog="awq", description="4-bit AWQ quantization of language and embedding models."
