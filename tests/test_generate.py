@@ -544,7 +544,9 @@ def test_gate_and_up_in_turn(saved, monkeypatch):
     monkeypatch.setattr("awq.generate.run.operations.gate_interleave", lambda linear: 16)
     kwargs = dict(**prompts(), max_new_tokens=30, do_sample=False, pad_token_id=0)
     assert torch.equal(fused.generate(**kwargs), plain.generate(**kwargs))
-    assert [block.interleave for block in fused.fuse().blocks] == [16] * len(fused.fuse().blocks)
+    assert [block.mlp.interleave for block in fused.fuse().blocks] == [16] * len(
+        fused.fuse().blocks
+    )
     theirs, ours = plain.model.state_dict(), fused.model.state_dict()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
     with torch.no_grad():

@@ -11,18 +11,21 @@ joined weights must give the model's own logits, to what the model's dtype can t
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from awq.generate.plan import BlockPlan, DecoderPlan, NotFusable
+from awq.generate.plan import BlockPlan, DecoderPlan, NotFusable, Table, map_templates
 from awq.generate.read.block import read_block
 from awq.generate.read.model import PIECE, ModelFrame, read_model
+from awq.generate.read.own import Templates, own_plans
 from awq.generate.read.trace import rotary_tables, trace
 from awq.generate.run.block import FusedBlock, Prompt, Step
-from awq.generate.run.cache import allocate
+from awq.generate.run.cache import LayerCache, MixerStates, allocate
 from awq.generate.run.decoder import FusedDecoder, quantized_head
 from awq.nn.blocks import BlockCall, float_copy
 from awq.nn.copies import copy_structure
@@ -151,30 +154,86 @@ def _read_and_prove(model: Any, twin: Any, max_seq_len: int) -> DecoderPlan:
     """twin: a copy of the model's modules, to look at; the plan names modules of the model
     itself."""
     around = read_model(twin, max_seq_len)
-    plans = [read_plan(around, i) for i in range(len(around.blocks))]
-    for plan, block, near, far in zip(plans, around.blocks, around.near, around.far):
-        prove(plan, block, probe(around.width, device_of(block)), (near, far), max_seq_len)
+    states = partial(MixerStates, config=model.config.get_text_config())
+    templates = Templates()
+    chosen = [
+        proven_plan(around, index, templates, states, max_seq_len)
+        for index in range(len(around.blocks))
+    ]
+    plans = [plan for plan, _ in chosen]
+    keeps_states = any(kept for _, kept in chosen)
     blocks: Any = model.get_submodule(around.name)
     return DecoderPlan(
         plans,
         list(blocks),
         model.get_input_embeddings(),
-        around.embedding_factor,
-        around.positions,
+        around.entrance.factor,
+        around.entrance.positions,
+        around.entrance.norm,
+        around.entrance.counts_padding,
         around.norm,
         model.get_output_embeddings(),
         around.logits_factor,
         around.logits_softcap,
         max_seq_len,
+        states if keeps_states else None,
     )
 
 
-def read_plan(around: ModelFrame, index: int) -> BlockPlan:
-    """The plan of one block. Raises NotFusable."""
+def proven_plan(
+    around: ModelFrame,
+    index: int,
+    templates: Templates,
+    states: Callable[[], MixerStates],
+    max_seq_len: int,
+) -> tuple[BlockPlan, bool]:
+    """(the best plan of one block that is proven, whether it keeps states). Raises NotFusable with
+    what is wrong with the best one."""
+    block = around.blocks[index]
+    calls = around.near[index], around.far[index]
+    hidden = probe(around.width, device_of(block))
+    first: NotFusable | None = None
+    for plan in plans_of(around, index, templates):
+        try:
+            if isinstance(plan, NotFusable):
+                raise plan
+            if plan.attention is not None and index in around.windows:
+                attention = replace(plan.attention, window=around.windows[index])
+                plan = replace(plan, attention=attention)
+            return plan, prove(plan, block, hidden, calls, max_seq_len, states)
+        except NotFusable as reason:
+            first = first or reason
+    assert first is not None
+    raise first
+
+
+def plans_of(
+    around: ModelFrame, index: int, templates: Templates
+) -> Iterator[BlockPlan | NotFusable]:
+    """Plans of one block, the fastest first, or reasons why there is none."""
     block = float_copy(around.blocks[index])
     call = around.near[index].to(device_of(block), torch.float32)
     hidden = probe(around.width, device_of(block))
-    plan = read_block(trace(block, call, hidden, neutral=True), trace(block, call, hidden), call)
+    real = trace(block, call, hidden)
+    reason = "what was read of it is not what it does"
+    try:
+        yield _with_tables(
+            read_block(trace(block, call, hidden, neutral=True), real, call), around, index, call
+        )
+    except NotFusable as error:
+        yield error
+        reason = str(error)
+    if real.calls and index not in around.windows:
+        return  # a module's own attention may see less than it says
+    template = templates.of(around.near[index], around.everywhere[index], around.changed[index])
+    try:
+        yield from own_plans(real, call, template, reason)
+    except NotFusable as error:
+        yield error
+
+
+def _with_tables(plan: BlockPlan, around: ModelFrame, index: int, call: BlockCall) -> BlockPlan:
+    """The plan with rotary tables of all positions."""
     if plan.cos is None:
         return plan
     cos, sin = _whole_tables(plan.cos, call, around.tables[index])
@@ -209,22 +268,26 @@ def prove(
     hidden: Tensor,
     calls: tuple[BlockCall, BlockCall],
     max_seq_len: int,
-) -> None:
+    states: Callable[[], MixerStates],
+) -> bool:
     """The fused block gives what transformers' block gives, in float32, at the first positions and
     at the last.
 
     As a prompt, and as a prompt followed by a step through the cache. calls: how the block is
-    called at either end. Raises NotFusable.
+    called at either end. Returns whether the block keeps states. Raises NotFusable.
     """
     copy = float_copy(block)
     last = max(0, -(-max_seq_len // PIECE) * PIECE - PIECE)
+    keeps_states = False
     for call, start in zip(calls, (0, last)):
         expected = call.to(device_of(copy), torch.float32).run(copy, hidden) - hidden
         fused = FusedBlock(_moved(plan, start, max_seq_len), copy)
-        cache = allocate([plan.attention], 2, PIECE, torch.float32, hidden.device)[0]
-        whole = _contribution(fused, hidden, cache, Prompt(0))
+        whole = _contribution(fused, hidden, _room(plan, hidden, states), Prompt(0))
+        cache = _room(plan, hidden, states)
         lengths = torch.full((2,), PIECE - 1, dtype=torch.int32, device=hidden.device)
+        _contribution(fused, hidden[:, :-1], cache, Prompt(0))
         step = _contribution(fused, hidden[:, -1:], cache, Step(lengths, PIECE - 1))
+        keeps_states |= cache.states is not None and not cache.states.empty
         for ours, theirs, what in (
             (whole, expected, "a prompt"),
             (step, expected[:, -1:], "one token"),
@@ -235,21 +298,46 @@ def prove(
                     f"the fused block differs from transformers' by {error:.1e} on {what} at "
                     f"position {start}"
                 )
+    return keeps_states
+
+
+def _room(plan: BlockPlan, hidden: Tensor, states: Callable[[], MixerStates]) -> LayerCache:
+    """An empty cache for the rows of a proof."""
+    cache = allocate([plan.attention], len(hidden), PIECE, torch.float32, hidden.device)[0]
+    takes_states = plan.own is not None and plan.own.cache is not None
+    return replace(cache, states=states()) if takes_states else cache
 
 
 def _moved(plan: BlockPlan, start: int, max_seq_len: int) -> BlockPlan:
     """The plan with the rotary tables of PIECE places from `start` on, so that a cache of a few
     places will do."""
+    if plan.own is not None:
+        call = map_templates(plan.own.call, partial(_moved_table, start, max_seq_len))
+        return replace(plan, own=replace(plan.own, call=call))
     if plan.cos is None or plan.sin is None:
         return plan
     places = _places(start, max_seq_len, plan.cos.device)
     return replace(plan, cos=plan.cos[places], sin=plan.sin[places])
 
 
+def _moved_table(start: int, max_seq_len: int, table: Table) -> Table:
+    values = table.values[_places(start, max_seq_len, table.values.device)]
+    return replace(table, values=values.float() if values.is_floating_point() else values)
+
+
 def _places(start: int, max_seq_len: int, device: torch.device) -> Tensor:
     return torch.arange(start, start + PIECE, device=device) % max(max_seq_len, PIECE)
 
 
-def _contribution(fused: FusedBlock, hidden: Tensor, cache, where: Prompt | Step) -> Tensor:
-    x, branch = fused(hidden, None, cache, where)
-    return x + fused.plan.factor * branch - hidden
+def _contribution(
+    fused: FusedBlock, hidden: Tensor, cache: LayerCache, where: Prompt | Step
+) -> Tensor:
+    try:
+        x, branch = fused(hidden, None, cache, where)
+    except NotFusable:
+        raise
+    except Exception as error:  # of the model's own code, called as it has never been
+        raise NotFusable(
+            f"a part of the block cannot be run alone: {type(error).__name__}: {error}"
+        ) from error
+    return (x if branch is None else x + fused.plan.factor * branch) - hidden

@@ -33,6 +33,8 @@ class Attention:
     present one included, or None.
     q_norm, k_norm: over each head (`norm_heads`) or over all heads together, before the rotation.
     rotary: how many of the first channels of a head are rotated (0: no rotation), as two halves.
+    value_dim: channels of a value head; None: head_dim. sinks: float32 [heads], the score of a key
+    whose value is 0 and which every token sees, or None.
     """
 
     heads: int
@@ -45,6 +47,8 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norm_heads: bool = True
+    value_dim: int | None = None
+    sinks: Tensor | None = None
 
     @property
     def normed(self) -> bool:
@@ -54,6 +58,11 @@ class Attention:
     def centered(self) -> bool:
         """Whether the norms of queries and keys subtract the mean."""
         return self.q_norm is not None and self.q_norm.centered
+
+    @property
+    def value_head(self) -> int:
+        """Channels of a value head."""
+        return self.head_dim if self.value_dim is None else self.value_dim
 
     @property
     def q_scale(self) -> tuple[Tensor | None, float]:
@@ -68,7 +77,13 @@ class Attention:
     @property
     def channels(self) -> int:
         """Of queries, keys and values of one token together."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
+        return sum(self.widths)
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Channels of queries, keys and values."""
+        keys = self.kv_heads * self.head_dim
+        return self.heads * self.head_dim, keys, self.kv_heads * self.value_head
 
     def why_no_kernel(self) -> str | None:
         """Why only the reference computes it, or None. Kernels norm each head, by a weight and
@@ -77,6 +92,10 @@ class Attention:
             return f"heads of {self.head_dim} channels are wider than {WIDEST_HEAD}"
         if self.heads % self.kv_heads:
             return f"{self.kv_heads} key heads do not divide {self.heads} query heads"
+        if self.value_head != self.head_dim:
+            return f"values have {self.value_head} channels, keys {self.head_dim}"
+        if self.sinks is not None:
+            return "it has sinks"
         q, k = self.q_norm, self.k_norm
         if q is None and k is None:
             return None

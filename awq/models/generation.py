@@ -31,9 +31,10 @@ _GIVEN_AS_TENSORS = {
 class Fusion(str):
     """How generation runs, and why not otherwise. As a string it reads "state: reason".
 
-    state: "off" (not asked for), "pending" (built at the first `generate`), "fused", "captured"
-    (transformers' own blocks, their step a CUDA graph) or "unfused". reason: why it is not fused;
-    empty for "fused".
+    state: "off" (not asked for), "pending" (built at the first `generate`), "fused", "partly fused"
+    (some parts of blocks run in the model's own code, over the same cache), "captured"
+    (transformers' own blocks, their step a CUDA graph) or "unfused". reason: why it is not fused,
+    or which parts are not; empty for "fused".
     """
 
     state: str
@@ -52,6 +53,15 @@ class Fusion(str):
 OFF = Fusion("off", "fuse_layers=False")
 PENDING = Fusion("pending", "not fused yet")
 FUSED = Fusion("fused")
+
+
+def _how_far(decoder: FusedDecoder) -> Fusion:
+    """Fused, or partly, with the reasons and the number of blocks that have each."""
+    parts, blocks = decoder.plan.own_parts, len(decoder.plan.blocks)
+    if not parts:
+        return FUSED
+    reasons = "; ".join(f"{reason} ({count} of {blocks} blocks)" for reason, count in parts.items())
+    return Fusion("partly fused", reasons)
 
 
 class FusedGeneration:
@@ -194,7 +204,8 @@ class FusedGeneration:
         from awq.generate import NotFusable, build_decoder
 
         try:
-            self._decoder, self._fusion = build_decoder(self.model, **self._fused), FUSED
+            self._decoder = build_decoder(self.model, **self._fused)
+            self._fusion = _how_far(self._decoder)
         except NotFusable as reason:
             self._fusion = Fusion("unfused", str(reason))
             logger.warning(

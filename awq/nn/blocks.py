@@ -27,7 +27,7 @@ from awq.nn.surgery import is_linear
 
 logger = logging.getLogger("awq.nn")
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "past", "cache", "cache_params")
+CACHES = ("past_key_values", "past_key_value", "layer_past", "past", "cache", "cache_params")
 _FLAGS = {"use_cache": False, "output_attentions": False}
 
 # [rows, tokens]; a decoder's, too
@@ -146,7 +146,7 @@ def _observed(
         for name in names:  # two names may mean the same module
             block = model.get_submodule(name)
             stack.enter_context(listening([block], partial(before, name), partial(after, name)))
-        _forward(model, item)
+        run_body(model, item)
     return seen
 
 
@@ -272,7 +272,7 @@ def split_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
     """Separates the hidden states [batch, tokens, features] from a block's other arguments, and
     drops caches."""
     kept = {
-        key: value for key, value in kwargs.items() if key not in _CACHES and not _is_cache(value)
+        key: value for key, value in kwargs.items() if key not in CACHES and not _is_cache(value)
     }
     kept |= {flag: value for flag, value in _FLAGS.items() if flag in kwargs}
     args = tuple(None if _is_cache(a) else a for a in args)
@@ -317,7 +317,7 @@ def record_block_calls(
         seen: dict[tuple[int, int], tuple[Tensor, BlockCall]] = {}
         stubs = {block: _stub(seen, key, wraps[key]) for key, block in blocks.items()}
         with replaced_forwards(stubs):
-            (run or _forward)(model, item)
+            (run or run_body)(model, item)
         for i, (name, members) in enumerate(lists):
             missing = [j for j in range(len(members)) if (i, j) not in seen]
             if missing:
@@ -347,7 +347,7 @@ def record_one_block(
             raise _Reached
 
         with replaced_forwards({model.get_submodule(name): note}), suppress(_Reached):
-            _forward(model, item)
+            run_body(model, item)
         if not seen:
             raise ModelError(f"{name} is never called by the model's forward; it stays unknown.")
         entering.append(seen[0][0].detach())
@@ -391,7 +391,7 @@ def _output_structures(
             wraps[keys[name]] = lambda hidden: (hidden, *rest)
 
     with hooked(model, keys, after=learn):
-        _forward(model, _short(item))
+        run_body(model, _short(item))
     return wraps
 
 
@@ -410,7 +410,7 @@ def _as_it_is(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _forward(model: nn.Module, item: dict[str, Tensor]) -> None:
+def run_body(model: nn.Module, item: dict[str, Tensor]) -> None:
     """Runs the model's body (its head is not needed) without a cache."""
     body = getattr(model, "base_model", model)
     try:

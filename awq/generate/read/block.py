@@ -29,33 +29,20 @@ normalized, more than one activation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from awq.generate.plan import Attention, BlockPlan, Norm, NotFusable, Source
 from awq.generate.read.channels import find_channels, flat, heads_last, owners
-from awq.generate.read.trace import AttentionCall, Event, Trace, holds_packed_experts, rotary_tables
+from awq.generate.read.mlp import read_mlp
+from awq.generate.read.residuals import Branch, read_residuals
+from awq.generate.read.settings import settings_of
+from awq.generate.read.trace import AttentionCall, Event, Trace, rotary_tables
 from awq.kernels.reference.attention import rotate
-from awq.kernels.reference.decode import ACTIVATIONS
 from awq.nn.blocks import BlockCall, is_product
 from awq.nn.norms import is_norm, read_norm
-
-_READ_SETTINGS = {"scaling", "softcap", "sliding_window"}
-# What attention may also be told in evaluation mode, with a mask and without a cache, and what then
-# changes nothing.
-_IDLE_SETTINGS = {
-    "dropout",
-    "is_causal",
-    "position_ids",
-    "cache_position",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-}
 
 
 def read_block(neutral: Trace, real: Trace, call: BlockCall) -> BlockPlan:
@@ -72,17 +59,15 @@ def read_block(neutral: Trace, real: Trace, call: BlockCall) -> BlockPlan:
     rotation = _read_rotation(neutral.attention, real.attention, call)
     attention, qkv = _as_halves(projections, rotation)
     out = _output_of_attention(neutral, neutral.attention)
-    mlp = _read_mlp(neutral, qkv, out)
-    residuals = _read_residuals(neutral, qkv, mlp, out)
+    own = set(qkv.names) | {out.name}
+    mlp = read_mlp(neutral, [event for event in neutral.events if event.name not in own])
+    entry = next(event for event in neutral.events if event.name == qkv.names[0])
+    residuals = read_residuals(neutral, Branch(entry.x, out.y), Branch(mlp.x, mlp.y))
     return BlockPlan(
         attention=attention,
         qkv=qkv,
         attention_out=out.name,
-        mlp_in=mlp.first,
-        mlp_out=mlp.last.name,
-        gated=mlp.gated,
-        activation=mlp.activation,
-        activation_name=mlp.activation_name,
+        mlp=mlp.plan,
         parallel=residuals.parallel,
         factor=residuals.factor,
         attention_norm=residuals.attention,
@@ -91,7 +76,6 @@ def read_block(neutral: Trace, real: Trace, call: BlockCall) -> BlockPlan:
         mlp_post_norm=residuals.mlp_post,
         cos=None if rotation is None else rotation.cos,
         sin=None if rotation is None else rotation.sin,
-        mixture=mlp.mixture,
     )
 
 
@@ -119,7 +103,7 @@ class _Projections:
 
 
 def _read_projections(found: Trace, call: AttentionCall) -> _Projections:
-    settings = _settings(call)
+    settings = settings_of(call)
     linears = [event for event in found.before if is_product(event.module)]
     query, q_norm, q_by_head = _unnormed(call.q, found)
     key, k_norm, k_by_head = _unnormed(call.k, found)
@@ -149,13 +133,12 @@ def _read_projections(found: Trace, call: AttentionCall) -> _Projections:
         heads=call.q.shape[1],
         kv_heads=call.k.shape[1],
         head_dim=call.q.shape[-1],
-        scaling=settings["scaling"] * factor,
-        softcap=settings["softcap"],
-        window=settings["window"],
+        value_dim=call.v.shape[-1],
         rotary=0,
         q_norm=q_norm,
         k_norm=k_norm,
         norm_heads=q_by_head and k_by_head,
+        **settings | {"scaling": settings["scaling"] * factor},
     )
     return _Projections(
         attention,
@@ -186,24 +169,6 @@ def _unnormed(tensor: Tensor, found: Trace) -> tuple[Tensor, Norm | None, bool]:
 def _as_heads(x: Tensor, shape: torch.Size, by_head: bool) -> Tensor:
     batch, heads, tokens, dim = shape
     return x.reshape(shape) if by_head else x.reshape(batch, tokens, heads, dim).transpose(1, 2)
-
-
-def _settings(call: AttentionCall) -> dict:
-    """scaling, softcap and window. Raises NotFusable when attention is told anything that is not
-    known to change nothing."""
-    told = call.settings
-    others = [
-        name
-        for name, value in told.items()
-        if value is not None and name not in _READ_SETTINGS | _IDLE_SETTINGS
-    ]
-    if others:
-        raise NotFusable(f"attention takes {', '.join(sorted(others))}")
-    return {
-        "scaling": float(told["scaling"]),
-        "softcap": told.get("softcap"),
-        "window": told.get("sliding_window"),
-    }
 
 
 # Rotation
@@ -295,156 +260,3 @@ def _reordered(norm: Norm | None, within: Tensor, attention: Attention) -> Norm 
     weight = None if norm.weight is None else norm.weight[within]
     bias = None if norm.bias is None else norm.bias[within]
     return replace(norm, weight=weight, bias=bias)
-
-
-# The MLP
-
-
-@dataclass(frozen=True)
-class _MLP:
-    """first: gate then up channels, or the activation's input. last: the linear that ends the
-    branch."""
-
-    first: Source
-    last: Event
-    gated: bool
-    activation: Callable[[Tensor], Tensor]
-    activation_name: str | None
-    mixture: str | None = None
-
-
-def _read_mlp(found: Trace, qkv: Source, out: Event) -> _MLP:
-    mixture = next((event for event in found.after if holds_packed_experts(event.module)), None)
-    if mixture is not None:
-        # Routing stays the model's own code; first and last only say what the branch reads and
-        # writes.
-        whole = Source((mixture.name,), torch.arange(mixture.x.shape[-1]))
-        return _MLP(whole, mixture, False, nn.Identity(), None, mixture.name)
-    linears = [
-        event
-        for event in found.events
-        if is_product(event.module) and event.name not in qkv.names and event is not out
-    ]
-    if len(linears) < 2:
-        raise NotFusable(f"the MLP has {len(linears)} linears, not two or three")
-    *first, last = linears
-    if any(not torch.equal(event.x, first[0].x) for event in first):
-        raise NotFusable(
-            "the MLP's first linears do not share one input (a mixture of experts, perhaps)"
-        )
-    outputs = torch.cat([flat(event.y) for event in first], 1)
-    for event in found.events:
-        rows = _rows_of_activation(event, outputs)
-        if rows is None:
-            continue
-        gated = len(rows) > event.x.shape[-1]
-        product = event.y
-        if gated:
-            product = event.y * outputs[:, rows[event.x.shape[-1] :]].view(event.y.shape)
-        if product.shape == last.x.shape and _equal_up_to_rounding(product, last.x):
-            source = Source(tuple(e.name for e in first), rows)
-            return _MLP(source, last, gated, event.module, _activation_name(event.module, event.x))
-    raise NotFusable("the MLP is not act(gate)·up or act(up) followed by a linear")
-
-
-def _rows_of_activation(event: Event, outputs: Tensor) -> Tensor | None:
-    """Rows of the first linears' outputs [n, total], those that the activation reads first, then
-    the rest; None for others."""
-    if is_product(event.module) or is_norm(event.module) or event.y.shape != event.x.shape:
-        return None
-    total = outputs.shape[1]
-    place = find_channels(flat(event.x), [outputs])
-    if place is None or len(place) not in (total, total // 2):
-        return None
-    rest = torch.ones(total, dtype=torch.bool, device=place.device)
-    rest[place] = False
-    return torch.cat([place, rest.nonzero().flatten()])
-
-
-def _equal_up_to_rounding(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
-
-
-def _activation_name(module: nn.Module, x: Tensor) -> str | None:
-    """The activation's name in `ACTIVATIONS` if it is one of them over the whole range of
-    numbers."""
-    ramp = torch.linspace(-12, 12, 4001, device=x.device, dtype=torch.float32)
-    y = module(ramp)
-    for name, function in ACTIVATIONS.items():
-        if torch.allclose(function(ramp), y, rtol=1e-5, atol=1e-6):
-            return name
-    return None
-
-
-# The residual stream
-
-
-@dataclass(frozen=True)
-class _Residuals:
-    """Norms before and after each branch, whether both branches read the block's input, and the
-    branches' factor."""
-
-    parallel: bool
-    factor: float
-    attention: Norm | None
-    attention_post: Norm | None
-    mlp: Norm | None
-    mlp_post: Norm | None
-
-
-def _read_residuals(found: Trace, qkv: Source, mlp: _MLP, out: Event) -> _Residuals:
-    """Norms by what they read and write, and whether the branches follow each other."""
-    norms = [
-        event
-        for event in found.events
-        if is_norm(event.module) and event.x.numel() == found.hidden.numel()
-    ]
-    by_name = {event.name: event for event in found.events}
-    attention_in, mlp_in = by_name[qkv.names[0]].x, by_name[mlp.first.names[0]].x
-
-    before = _that_wrote(attention_in, norms)
-    if not torch.equal(found.hidden, attention_in if before is None else before.x):
-        raise NotFusable("attention does not read the block's input")
-    post = _that_read(out.y, norms)
-    mlp_post = _that_read(mlp.last.y, norms)
-    branch = out.y if post is None else post.y
-
-    second, parallel, stream = None, True, found.hidden
-    if not torch.equal(mlp_in, attention_in):
-        second = _that_wrote(mlp_in, norms)
-        # some models flatten the batch here
-        stream = (mlp_in if second is None else second.x).view(found.hidden.shape)
-        parallel = torch.equal(stream, found.hidden)
-    if parallel:
-        last = (mlp.last.y if mlp_post is None else mlp_post.y).view(found.hidden.shape)
-        factor = _factor(found.out - found.hidden, branch + last)
-    else:
-        factor = _factor(stream - found.hidden, branch)
-    return _Residuals(parallel, factor, *map(_norm_of, (before, post, second, mlp_post)))
-
-
-def _that_wrote(y: Tensor, norms: list[Event]) -> Event | None:
-    return next((event for event in norms if torch.equal(event.y, y)), None)
-
-
-def _that_read(x: Tensor, norms: list[Event]) -> Event | None:
-    return next((event for event in norms if torch.equal(event.x, x)), None)
-
-
-def _norm_of(event: Event | None) -> Norm | None:
-    if event is None:
-        return None
-    norm = read_norm(event.module, event.x, event.y)
-    if norm is None:
-        raise NotFusable(f"{event.name} is no norm that is known here")
-    return norm
-
-
-def _factor(sum_: Tensor, branch: Tensor) -> float:
-    """f in sum = f · branch; 1 exactly when it is 1 up to rounding."""
-    f = float(
-        (sum_.double() * branch.double()).sum() / branch.double().square().sum().clamp(min=1e-30)
-    )
-    if not torch.allclose(sum_, f * branch, rtol=1e-3, atol=1e-4 * float(branch.abs().max())):
-        raise NotFusable("the branches are not simply added to the residual stream")
-    return 1.0 if abs(f - 1) < 1e-4 else f

@@ -1,5 +1,5 @@
-"""What surrounds the blocks of a language model, measured on skeleton passes (`awq.nn.blocks`), in
-which blocks do nothing.
+"""What surrounds the blocks of a language model, measured on skeleton passes (`passes`), in which
+blocks do nothing.
 
 Then the logits are a function of the embeddings alone, and the rotary tables and absolute positions
 of every place in the sequence can be read off, because they are what the blocks are given.
@@ -7,41 +7,41 @@ of every place in the sequence can be read off, because they are what the blocks
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from awq.errors import ModelError
 from awq.generate.plan import Norm, NotFusable
+from awq.generate.read.entrance import Entrance, read_entrance, read_outer_norm
+from awq.generate.read.masks import read_windows
+from awq.generate.read.passes import PIECE as PIECE
+from awq.generate.read.passes import NormCall, Passes, Seen
 from awq.generate.read.trace import rotary_tables
-from awq.nn.blocks import BlockCall, find_block_lists, record_block_calls
-from awq.nn.hooks import Call, listening
-from awq.nn.norms import is_norm, read_norm
+from awq.nn.blocks import BlockCall
 from awq.nn.surgery import get_weight
-
-PIECE = 12  # tokens of one sequence of a skeleton pass
 
 
 @dataclass
 class ModelFrame:
     """name, blocks: the list of blocks and its modules. near, far: how each block is called at the
-    first and last positions.
+    first and last positions; everywhere: at all of them, PIECE in a row.
 
-    tables[block]: keyword → (cos, sin) float32 [positions, …] over all positions.
+    tables[block]: keyword → (cos, sin) float32 [positions, …] over all positions. changed: how each
+    block is called for other tokens at the first positions. windows: see `masks`.
     """
 
     name: str
     blocks: list[nn.Module]
     near: list[BlockCall]
     far: list[BlockCall]
+    everywhere: list[BlockCall]
+    changed: list[BlockCall]
     tables: list[dict[str, tuple[Tensor, Tensor]]]
+    windows: dict[int, int | None]
     width: int
-    embedding_factor: float
-    positions: Tensor | None
+    entrance: Entrance
     norm: Norm | None
     logits_factor: float
     logits_softcap: float | None
@@ -53,97 +53,47 @@ def read_model(model: Any, max_seq_len: int) -> ModelFrame:
 
     model: a copy that nobody else runs, since its forwards are replaced for a moment.
     """
-    try:
-        lists = find_block_lists(model)
-    except ModelError as error:
-        raise NotFusable(str(error)) from error
-    if len(lists) != 1:
-        raise NotFusable(
-            f"the model has {len(lists)} lists of blocks: {', '.join(name for name, _ in lists)}"
-        )
-    blocks = list(lists[0][1])
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or not isinstance(embedding, nn.Module):
         raise NotFusable("the model has no embedding or no head")
-    pieces = -(-max_seq_len // PIECE)
-    device = next(model.parameters()).device
+    ids = _random_ids(embedding, next(model.parameters()).device)
+    passes = Passes(model, ids)
+    places = _places(max_seq_len, ids.device)
+    # of two rows, so that no call looks like packed sequences
+    near = passes.at(places[:1].expand(2, -1).contiguous(), head=True)
+    far = passes.at(places[-1:].expand(2, -1).contiguous())
+    everywhere = passes.at(places)
+    tables = [_tables(call, places.numel()) for call in everywhere.calls]
+    _check_tables(tables, near.calls, "the first")
+    changed = passes.at(places[:1].expand(2, -1).contiguous(), ids.roll(1, 1))
+    return ModelFrame(
+        passes.name,
+        list(passes.blocks),
+        near.calls,
+        far.calls,
+        everywhere.calls,
+        changed.calls,
+        tables,
+        read_windows(passes, max_seq_len),
+        everywhere.hidden.shape[-1],
+        read_entrance(passes, embedding, everywhere, changed, max_seq_len),
+        *_head(model, near),
+    )
+
+
+def _random_ids(embedding: nn.Module, device: torch.device) -> Tensor:
+    """int64 [1, PIECE]"""
     generator = torch.Generator().manual_seed(0)
     vocabulary = get_weight(embedding).shape[0]
-    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (1, PIECE), generator=generator).to(
-        device
-    )
-    places = (torch.arange(pieces * PIECE, device=device) % max(max_seq_len, PIECE)).view(
-        pieces, PIECE
-    )
-    heads = _HeadCalls(head)
-    # of two rows, so that no call looks like packed sequences
-    one = {"input_ids": ids.expand(2, -1).contiguous()}
-    near = _skeleton(
-        model, lists, one | {"position_ids": places[:1].expand(2, -1).contiguous()}, heads
-    )
-    logits = heads.logits
-    far = _skeleton(
-        model, lists, one | {"position_ids": places[-1:].expand(2, -1).contiguous()}, None
-    )
-    everywhere = _skeleton(
-        model,
-        lists,
-        {"input_ids": ids.expand(pieces, -1).contiguous(), "position_ids": places},
-        None,
-    )
-    tables = [_tables(call, pieces * PIECE) for call in everywhere.calls[0][0]]
-    _check_tables(tables, near.calls[0][0], "the first")
-    hidden = everywhere.hidden[0][0]
-    others = {name: (t.roll(1, 1) if name == "input_ids" else t) for name, t in one.items()}
-    changed = _skeleton(
-        model, lists, others | {"position_ids": places[:1].expand(2, -1).contiguous()}, None
-    ).hidden[0][0]
-    factor, positions = _embedding(embedding, ids, hidden, changed[0])
-    final = _head(model, heads, near.hidden[0][0], logits)
-    return ModelFrame(
-        lists[0][0],
-        blocks,
-        near.calls[0][0],
-        far.calls[0][0],
-        tables,
-        hidden.shape[-1],
-        factor,
-        positions,
-        *final,
-    )
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (1, PIECE), generator=generator)
+    return ids.to(device)
 
 
-class _HeadCalls:
-    """Notes what enters and leaves the norms and the head during one pass."""
-
-    def __init__(self, head: nn.Module) -> None:
-        self.head, self.norms, self.x = head, [], None  # type: ignore[var-annotated]
-        self.logits: Tensor | None = None
-
-    def run(self, model: Any, item: dict[str, Tensor]) -> None:
-        norms = [module for module in model.modules() if is_norm(module)]
-        with listening(norms, after=self._note), listening([self.head], after=self._note_head):
-            self.logits = model(**item, use_cache=False).logits
-
-    def _note(self, call: Call) -> None:
-        x = call.args[0] if call.args else None
-        if isinstance(x, Tensor) and isinstance(call.output, Tensor):
-            self.norms.append((call.module, x, call.output))
-
-    def _note_head(self, call: Call) -> None:
-        self.x = call.args[0]
-
-
-def _skeleton(
-    model: Any, lists: Sequence, item: dict[str, Tensor], heads: _HeadCalls | None
-) -> Any:
-    item = item | {"attention_mask": torch.ones_like(item["input_ids"])}
-    try:
-        return record_block_calls(model, lists, [item], heads.run if heads else None)
-    except (ModelError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise NotFusable(
-            f"the model's own forward does not run without its blocks: {error}"
-        ) from error
+def _places(max_seq_len: int, device: torch.device) -> Tensor:
+    """int64 [pieces, PIECE]: all positions."""
+    pieces = -(-max_seq_len // PIECE)
+    places = torch.arange(pieces * PIECE, device=device) % max(max_seq_len, PIECE)
+    return places.view(pieces, PIECE)
 
 
 def _tables(call: BlockCall, positions: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -170,71 +120,14 @@ def _check_tables(tables: list[dict], calls: list[BlockCall], what: str) -> None
                 )
 
 
-def _embedding(
-    embedding: nn.Module, ids: Tensor, hidden: Tensor, changed: Tensor
-) -> tuple[float, Tensor | None]:
-    """Factor and absolute positions in hidden [pieces, PIECE, features] = factor · E[ids] +
-    P[position].
-
-    changed: hidden [PIECE, features] of the first piece's positions with the ids rolled by one.
-    """
-    vectors = embedding(ids)[0].float()
-    if vectors.shape != hidden.shape[1:]:
-        raise NotFusable("the embedding's width is not the blocks'")
-    rounding = 4 * torch.finfo(hidden.dtype).eps
-    factor, slack = (
-        _multiple(hidden[0].float(), vectors),
-        rounding * float(hidden[0].float().abs().mean()),
-    )
-    expected = factor * vectors
-    if all(
-        torch.allclose(h, expected.expand_as(h), rtol=rounding, atol=slack)
-        for h in map(Tensor.float, hidden.split(64))
-    ):
-        return (1.0 if abs(factor - 1) < rounding else factor), None
-    if len(hidden) > 1 and torch.equal(hidden[0], hidden[1]):
-        raise NotFusable("absolute positions are not taken from position_ids")
-    # Positions do not change with the ids, so the difference tells the factor, and the rest is
-    # theirs.
-    factor = _multiple(hidden[0].float() - changed.float(), vectors - vectors.roll(1, 0))
-    factor = 1.0 if abs(factor - 1) < rounding else factor
-    positions = hidden.float() - factor * vectors
-    if not torch.allclose(
-        changed.float() - factor * vectors.roll(1, 0), positions[0], rtol=rounding, atol=4 * slack
-    ):
-        raise NotFusable(
-            "what enters the blocks is not a multiple of the embedding and a vector for each "
-            "position"
-        )
-    return factor, positions.flatten(0, 1)
-
-
-def _multiple(values: Tensor, of: Tensor) -> float:
-    """The f that fits values = f · of best."""
-    return float((values * of).sum() / of.square().sum().clamp(min=1e-30))
-
-
-def _head(
-    model: Any, heads: _HeadCalls, hidden: Tensor, logits: Tensor | None
-) -> tuple[Norm | None, float, float | None]:
+def _head(model: Any, near: Seen) -> tuple[Norm | None, float, float | None]:
     """The final norm, and factor and soft cap in logits = cap · tanh(factor · head(norm(x)) /
     cap)."""
-    if heads.x is None or logits is None:
+    hidden, x, logits = near.hidden, near.head_x, near.logits
+    if x is None or logits is None:
         raise NotFusable("the model gives no logits")
-    norm = None
-    if not torch.equal(heads.x, hidden):
-        event = next(
-            (
-                e
-                for e in reversed(heads.norms)
-                if torch.equal(e[2], heads.x) and torch.equal(e[1], hidden)
-            ),
-            None,
-        )
-        if event is None:
-            raise NotFusable("between the last block and the head there is more than a norm")
-        norm = _final_norm(event[0], event[1])
-    plain = heads.head(heads.x).float()
+    norm, before_head = _final_norm(near, hidden, x)
+    plain = model.get_output_embeddings()(x).float()
     logits = logits.float()
     if not bool(logits.isfinite().all()):
         raise NotFusable("the head gives logits that are not finite")
@@ -243,18 +136,32 @@ def _head(
     if torch.allclose(
         logits, factor * plain, rtol=tolerance, atol=tolerance * float(logits.abs().max())
     ):
+        factor *= before_head
         return norm, (1.0 if abs(factor - 1) < 1e-4 else factor), None
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     if cap and torch.allclose(
         logits, cap * torch.tanh(plain / cap), rtol=tolerance, atol=tolerance * cap
     ):
-        return norm, 1.0, float(cap)
+        return norm, before_head, float(cap)
     raise NotFusable("the logits are neither the head's output nor a multiple of it")
 
 
-def _final_norm(module: nn.Module, x: Tensor) -> Norm:
-    module = copy.deepcopy(module).float()
-    norm = read_norm(module, x.float(), module(x.float()))
-    if norm is None:
-        raise NotFusable("the final norm is of a kind that is not known here")
-    return norm
+def _final_norm(near: Seen, hidden: Tensor, x: Tensor) -> tuple[Norm | None, float]:
+    """(the norm between the last block and the head, what its output is multiplied by) for what
+    leaves the blocks and what enters the head."""
+    candidates: list[tuple[NormCall | None, Tensor]] = [(None, hidden)]
+    candidates += [(call, call.y) for call in near.norms if torch.equal(call.x, hidden)]
+    for call, y in candidates:
+        if torch.equal(x, y):
+            return read_outer_norm(call), 1.0
+    rounding = 4 * torch.finfo(hidden.dtype).eps
+    for call, y in candidates:
+        factor = float((x.float() * y.float()).sum() / y.float().square().sum().clamp(min=1e-30))
+        if torch.allclose(
+            x.float(),
+            factor * y.float(),
+            rtol=rounding,
+            atol=rounding * float(x.float().abs().max()),
+        ):
+            return read_outer_norm(call), factor
+    raise NotFusable("between the last block and the head there is more than a norm")

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from awq.generate.plan import NotFusable
 from awq.kernels.reference.attention import attend
-from awq.nn.blocks import BlockCall, hidden_of, is_product
+from awq.nn.blocks import BlockCall, hidden_of, is_product, split_call
 from awq.nn.hooks import Call, listening
 from awq.nn.packed_experts import AwqExperts
 
@@ -44,6 +44,20 @@ class Event:
 
 
 @dataclass
+class ModuleCall:
+    """One call of a module with children, the block itself among them, that turns hidden states
+    into hidden states: x and y [batch, tokens, features]. call: what it was given beside x.
+    attends: whether attention ran inside."""
+
+    name: str
+    module: nn.Module
+    call: BlockCall
+    x: Tensor
+    y: Tensor
+    attends: bool
+
+
+@dataclass
 class AttentionCall:
     """q [batch, heads, tokens, head_dim], k and v [batch, kv_heads, tokens, head_dim]; settings:
     what else attention was told."""
@@ -63,6 +77,7 @@ class Trace:
     after: list[Event] = field(default_factory=list)
     attention: AttentionCall | None = None
     calls: int = 0  # of attention
+    modules: list[ModuleCall] = field(default_factory=list)  # in the order in which they begin
 
     @property
     def events(self) -> list[Event]:
@@ -92,19 +107,63 @@ def trace(block: nn.Module, call: BlockCall, hidden: Tensor, neutral: bool = Fal
         found.calls += 1
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         y = attend(
-            query, key, value, scaling, settings.get("softcap"), settings.get("sliding_window")
+            query,
+            key,
+            value,
+            scaling,
+            settings.get("softcap"),
+            settings.get("sliding_window"),
+            sinks=settings.get("s_aux"),
         )
         found.attention = AttentionCall(query, key, value, y, {"scaling": scaling, **settings})
         return y.transpose(1, 2).contiguous(), None
 
     try:
-        with listening(watched, after=note), _attention_replaced(block, attention):
+        parts = _Parts(block, found)
+        inside = listening(parts.names, parts.begin, parts.end)
+        with inside, listening(watched, after=note), _attention_replaced(block, attention):
             found.out = (neutralized(call) if neutral else call).run(block, hidden)
     except Exception as error:  # someone else's forward, which may fail in any way
         raise NotFusable(
             f"the block cannot be run alone: {type(error).__name__}: {error}"
         ) from error
     return found
+
+
+class _Parts:
+    """Notes the calls of a block's modules with children in its trace."""
+
+    def __init__(self, block: nn.Module, found: Trace) -> None:
+        self.found = found
+        self.names = {
+            module: name
+            for name, module in block.named_modules()
+            if any(True for _ in module.children())
+        }
+        self._begun: list[tuple[int, int]] = []  # of the calls that run now
+
+    def begin(self, _call: Call) -> None:
+        """The forward of a part begins."""
+        self._begun.append((len(self.found.modules), self.found.calls))
+
+    def end(self, call: Call) -> None:
+        """The forward of a part has ended."""
+        place, calls = self._begun.pop()
+        if not _is_given_a_tensor(call):
+            return
+        x, others = split_call(call.args, call.kwargs)
+        y = hidden_of(call.output)
+        if not isinstance(y, Tensor) or not y.numel() == x.numel() == self.found.hidden.numel():
+            return
+        attends = self.found.calls > calls
+        name = self.names[call.module]
+        self.found.modules.insert(place, ModuleCall(name, call.module, others, x, y, attends))
+
+
+def _is_given_a_tensor(call: Call) -> bool:
+    if call.args:
+        return isinstance(call.args[0], Tensor)
+    return any(isinstance(value, Tensor) for value in call.kwargs.values())
 
 
 def mixtures_of(block: nn.Module) -> set[nn.Module]:
@@ -123,10 +182,19 @@ def rotary_tables(call: BlockCall) -> dict[str, tuple[Tensor, Tensor]]:
 
     call: one whose first token has position 0.
     """
-    return {
-        name: (second, first) if _sine_first(first) else (first, second)
-        for name, (first, second) in _pairs(call).items()
-    }
+    found = {}
+    for name, pair in _pairs(call).items():
+        first, second = map(_of_text, pair)
+        found[name] = (second, first) if _sine_first(first) else (first, second)
+    return found
+
+
+def _of_text(table: Tensor) -> Tensor:
+    """One table instead of three or four equal ones, for the time and place of parts of an image:
+    those of text are all the same."""
+    if table.dim() == 4 and all(torch.equal(table[0], other) for other in table[1:]):
+        return table[0]
+    return table
 
 
 def neutralized(call: BlockCall) -> BlockCall:

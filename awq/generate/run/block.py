@@ -2,112 +2,117 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
-from awq.generate.plan import BlockPlan, Source
+from awq.generate.plan import BlockPlan, MlpPlan, Source
 from awq.generate.run import operations as ops
 from awq.generate.run.cache import LayerCache
+from awq.generate.run.own import OwnModule
 from awq.generate.run.projection import Projection, join, joinable
-from awq.kernels.reference.attention import attend
+from awq.generate.run.where import Prompt as Prompt
+from awq.generate.run.where import Step as Step
+from awq.kernels.reference.decode import heads_flat
 from awq.nn.blocks import hidden_of
 
 
-@dataclass
-class Prompt:
-    """A piece of the prompts: its tokens are positions start, start + 1, … of every row."""
-
-    start: int
-
-
-@dataclass
-class Step:
-    """One new token per row. lengths: int32 [batch] on the device, tokens cached so far, which is
-    the new one's position.
-
-    longest: the largest of them, where the host knows it.
-    """
-
-    lengths: Tensor
-    longest: int
-
-
 class FusedBlock(nn.Module):
-    """Runs a `BlockPlan` with the linears of a transformers block."""
+    """Runs a `BlockPlan` with the linears of a transformers block. factor: of the branch that the
+    block before it leaves to be added."""
 
-    def __init__(self, plan: BlockPlan, block: nn.Module, merge: bool = False) -> None:
+    def __init__(
+        self, plan: BlockPlan, block: nn.Module, merge: bool = False, factor: float = 1.0
+    ) -> None:
         super().__init__()
-        self.plan = plan
-        self.qkv = self._product(block, plan.qkv, merge)
-        self.attention_out, self.mlp_out = (
-            block.get_submodule(plan.attention_out),
-            block.get_submodule(plan.mlp_out),
-        )
-        if plan.mixture is None:
-            self.interleave, mlp_in = self._interleaved(block) if merge else (0, plan.mlp_in)
-            self.mlp_in = self._product(block, mlp_in, merge)
+        self.plan, self.factor = plan, factor
+        if plan.own is not None:
+            self.own = OwnModule(plan.own, block)
+        if plan.qkv is not None and plan.attention_out is not None:
+            self.qkv = _product(block, plan.qkv, merge)
+            self.attention_out = block.get_submodule(plan.attention_out)
+        self.mlp = None if plan.mlp is None else FusedMlp(plan.mlp, block, merge)
 
     def forward(
         self, x: Tensor, branch: Tensor | None, cache: LayerCache, where: Prompt | Step
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """x [batch, tokens, features] is the residual stream, to which `branch` is still to be
         added; returns both anew.
 
         The last addition is left to the next block, which can do it together with its norm.
         """
         p = self.plan
-        x, normed = ops.add_norm(x, branch, p.factor, p.attention_norm)
-        a = self.attention_out(self._attention(self.qkv(normed), cache, where))
+        x, normed = ops.add_norm(x, branch, self.factor, p.attention_norm)
+        a = self._mixed(normed, cache, where)
+        if p.whole:
+            return a, None
         if p.attention_post_norm is not None:
             a = ops.normalize(a, p.attention_post_norm)
+        if self.mlp is None:
+            return x, a
         if p.parallel:
             m = normed if p.mlp_norm is None else ops.normalize(x, p.mlp_norm)
             return x, a + self._mlp(m)
         x, normed = ops.add_norm(x, a, p.factor, p.mlp_norm)
         return x, self._mlp(normed)
 
+    def _mixed(self, x: Tensor, cache: LayerCache, where: Prompt | Step) -> Tensor:
+        """The first branch, before a norm of its own."""
+        if self.plan.own is not None:
+            return self.own(x, cache, where)
+        return self.attention_out(self._attention(self.qkv(x), cache, where))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        assert self.mlp is not None
+        y = self.mlp(x)
+        norm = self.plan.mlp_post_norm
+        return y if norm is None else ops.normalize(y, norm)
+
+    def _attention(self, qkv: Tensor, cache: LayerCache, where: Prompt | Step) -> Tensor:
+        a = self.plan.attention
+        cos, sin = self.plan.cos, self.plan.sin
+        assert a is not None
+        if isinstance(where, Step):
+            lengths, longest = where.lengths, where.longest
+            return ops.attend_step(qkv, a, cos, sin, cache, lengths, longest)
+        q = ops.cache_prompt(qkv, a, cos, sin, cache, where.start)
+        seen = cache.until(where.start + qkv.shape[1])
+        return heads_flat(ops.attend_cached(q, seen, a))
+
+
+class FusedMlp(nn.Module):
+    """Runs an `MlpPlan` with the linears, or the module, of a transformers block."""
+
+    def __init__(self, plan: MlpPlan, block: nn.Module, merge: bool) -> None:
+        super().__init__()
+        self.plan = plan
+        self.last = block.get_submodule(plan.last)
+        if plan.module is None:
+            self.interleave, first = self._interleaved(block) if merge else (0, plan.first)
+            self.first = _product(block, first, merge)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The second branch for x [batch, tokens, features], before a norm of its own."""
+        p = self.plan
+        if p.module is not None:
+            return hidden_of(self.last(x)).reshape(x.shape)
+        if self.interleave and p.activation_name is not None:
+            h = ops.gated(x, self.first, p.activation_name, self.interleave)  # type: ignore[arg-type]
+        else:
+            h = ops.activate(self.first(x), p.activation, p.activation_name, p.gated)
+        return self.last(h)
+
     def _interleaved(self, block: nn.Module) -> tuple[int, Source]:
         """(n, n channels of the gate and n of up in turn) where product and activation are one
         kernel; else (0, as they are)."""
-        p, linears = self.plan, [block.get_submodule(name) for name in self.plan.mlp_in.names]
-        if not p.gated or p.activation_name is None or not joinable(linears, p.mlp_in):
-            return 0, p.mlp_in
+        p, linears = self.plan, [block.get_submodule(name) for name in self.plan.first.names]
+        if not p.gated or p.activation_name is None or not joinable(linears, p.first):
+            return 0, p.first
         count = ops.gate_interleave(linears[0])  # type: ignore[arg-type]
-        if not count or len(p.mlp_in.rows) % (2 * count):
-            return 0, p.mlp_in
-        rows = p.mlp_in.rows.view(2, -1, count).transpose(0, 1).flatten()
-        return count, Source(p.mlp_in.names, rows)
+        if not count or len(p.first.rows) % (2 * count):
+            return 0, p.first
+        rows = p.first.rows.view(2, -1, count).transpose(0, 1).flatten()
+        return count, Source(p.first.names, rows)
 
-    def _product(self, block: nn.Module, source: Source, merge: bool) -> nn.Module:
-        joined = join(block, source) if merge else None
-        return Projection(block, source) if joined is None else joined
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        p = self.plan
-        if p.mixture is not None:
-            y = hidden_of(self.mlp_out(x))
-            return y if p.mlp_post_norm is None else ops.normalize(y, p.mlp_post_norm)
-        if self.interleave and p.activation_name is not None:
-            h = ops.gated(x, self.mlp_in, p.activation_name, self.interleave)  # type: ignore[arg-type]
-        else:
-            h = ops.activate(self.mlp_in(x), p.activation, p.activation_name, p.gated)
-        y = self.mlp_out(h)
-        return y if p.mlp_post_norm is None else ops.normalize(y, p.mlp_post_norm)
-
-    def _attention(self, qkv: Tensor, cache: LayerCache, where: Prompt | Step) -> Tensor:
-        if isinstance(where, Step):
-            return ops.attend_step(
-                qkv,
-                self.plan.attention,
-                self.plan.cos,
-                self.plan.sin,
-                cache,
-                where.lengths,
-                where.longest,
-            )
-        a, (batch, tokens, _) = self.plan.attention, qkv.shape
-        q = ops.cache_prompt(qkv, a, self.plan.cos, self.plan.sin, cache, where.start)
-        stop = where.start + tokens
-        y = attend(q, cache.k[:, :, :stop], cache.v[:, :, :stop], a.scaling, a.softcap, a.window)
-        return y.transpose(1, 2).reshape(batch, tokens, -1)
+def _product(block: nn.Module, source: Source, merge: bool) -> nn.Module:
+    joined = join(block, source) if merge else None
+    return Projection(block, source) if joined is None else joined

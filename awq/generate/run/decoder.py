@@ -17,9 +17,10 @@ from awq.errors import ConfigError
 from awq.generate.plan import DecoderPlan
 from awq.generate.run import operations as ops
 from awq.generate.run.block import FusedBlock, Prompt, Step
-from awq.generate.run.cache import LayerCache, allocate
+from awq.generate.run.cache import LayerCache, MixerStates, allocate
 from awq.generate.run.graph import StepGraph
 from awq.generate.run.projection import separate
+from awq.nn.blocks import is_product
 from awq.nn.capture import NothingFromTheHost, no_waiting
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import get_weight, is_linear
@@ -50,12 +51,15 @@ class FusedDecoder:
         self.recent: deque[int] = deque(maxlen=KEPT_CALLS)  # rows of the last requests
         self.head = plan.head
         self.device: torch.device = get_weight(plan.embedding).device
-        self.routed = any(block.mixture is not None for block in plan.blocks)
+        self.foreign = plan.has_own_code
+        self.states: MixerStates | None = None
         self.graphable = self.device.type == "cuda"
         self.blocks: list[FusedBlock] = []
         try:
+            factor = 1.0
             for block_plan, block in zip(plan.blocks, plan.modules):
-                self.blocks.append(FusedBlock(block_plan, block, merge))
+                self.blocks.append(FusedBlock(block_plan, block, merge, factor))
+                factor = block_plan.factor
         except BaseException:
             self.restore()
             raise
@@ -64,6 +68,11 @@ class FusedDecoder:
     @property
     def max_seq_len(self) -> int:
         return self.plan.max_seq_len
+
+    @property
+    def counts_padding(self) -> bool:
+        """Whether positions include the padding on the left of a row."""
+        return self.plan.counts_padding
 
     def fits(self, model: Any) -> bool:
         """Whether the model is still where and what it was when it was fused: others may have put
@@ -74,9 +83,10 @@ class FusedDecoder:
     def _linears(self) -> Iterator[nn.Module]:
         """What stands in the transformers model where the plan reads linears."""
         for plan, block in zip(self.plan.blocks, self.plan.modules):
-            inner = () if plan.mixture is not None else plan.mlp_in.names
-            for name in (*plan.qkv.names, plan.attention_out, *inner, plan.mlp_out):
+            for name in plan.names:
                 yield block.get_submodule(name)
+            if plan.own is not None:
+                yield from filter(is_product, block.get_submodule(plan.own.name).modules())
 
     def reserve(self, batch: int) -> None:
         """Room in the cache for `batch` rows; what is there is kept when it is enough already."""
@@ -84,7 +94,14 @@ class FusedDecoder:
         if not self.cache or self.cache[0].k.shape[0] < batch:
             self._forget_cache()  # before the new one is made: both need not fit
             attentions = [p.attention for p in self.plan.blocks]
-            self.cache = allocate(attentions, batch, self.max_seq_len, self.dtype, self.device)  # type: ignore[arg-type]
+            self.cache = allocate(
+                attentions,
+                batch,
+                self.max_seq_len,
+                self.dtype,
+                self.device,
+            )
+            self.padding = torch.zeros(batch, dtype=torch.long, device=self.device)
 
     def release(self, batch: int) -> None:
         """Called after a request of `batch` rows: gives memory back that only outsized requests
@@ -105,7 +122,7 @@ class FusedDecoder:
     def _forget_cache(self) -> None:
         self.graphs.clear()  # they hold the cache's addresses
         self.recent.clear()
-        self.cache = []
+        self.cache, self.states = [], None
 
     def restore(self) -> None:
         """Puts separate siblings back into the transformers model; the decoder is of no use
@@ -124,11 +141,14 @@ class FusedDecoder:
         self._forget_cache()
 
     @torch.inference_mode()
-    def prefill(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    def prefill(
+        self, ids: Tensor, lengths: Sequence[int], padding: Sequence[int] | None = None
+    ) -> Tensor:
         """Caches prompts and returns the logits of the last token of each, float32 [batch,
         vocabulary].
 
         ids: int64 [batch, tokens], every row's true tokens first. lengths: how many those are.
+        padding: columns before each row's first token, for a model that counts them as positions.
         Raises ConfigError when a prompt is longer than the cache.
         """
         batch, tokens = ids.shape
@@ -137,13 +157,55 @@ class FusedDecoder:
                 f"a prompt of {tokens} tokens does not fit max_seq_len={self.max_seq_len}."
             )
         self.reserve(batch)
-        cache = [layer.rows(batch) for layer in self.cache]
+        self.padding[:batch] = torch.tensor(padding or [0] * batch, device=ids.device)
+        if self.plan.states is None:
+            cache = [layer.part(slice(0, batch)) for layer in self.cache]
+            return self._logits(self._last_of(ids, lengths, cache, self.padding[:batch]))
+        found, states = [], []
+        for rows in self._rows_at_once(lengths):
+            own = self.plan.states()
+            length = lengths[rows.start]
+            cache = [layer.part(rows, own) for layer in self.cache]
+            found.append(
+                self._last_of(ids[rows, :length], lengths[rows], cache, self.padding[rows])
+            )
+            states.append(own)
+        self._keep(MixerStates.joined(states), batch)
+        return self._logits(torch.cat(found))
+
+    def _rows_at_once(self, lengths: Sequence[int]) -> list[slice]:
+        """Rows that are read together where mixers keep states: all of one length, else one by
+        one, for no state may see padding."""
+        batch = len(lengths)
+        if len(set(lengths)) == 1:
+            return [slice(0, batch)]
+        return [slice(row, row + 1) for row in range(batch)]
+
+    def _keep(self, states: MixerStates, batch: int) -> None:
+        """The states of a new request; at the same addresses where a graph holds the last ones."""
+        if self.states is not None and batch in self.graphs and self._rows_of_states() == batch:
+            self.states.put(states.tensors())
+            return
+        self.graphs.clear()
+        self.states = states
+
+    def _rows_of_states(self) -> int:
+        tensors = [] if self.states is None else self.states.tensors()
+        return len(tensors[0]) if tensors else 0
+
+    def _last_of(
+        self, ids: Tensor, lengths: Sequence[int], cache: list[LayerCache], padding: Tensor
+    ) -> Tensor:
+        """The normalized output [batch, features] of the last token of each prompt."""
+        batch, tokens = ids.shape
         last = torch.tensor(lengths, device=ids.device) - 1
         found: Tensor | None = None
-        piece = max(1, _PROMPT_TOKENS // batch)
+        # recurrent mixers of transformers begin anew with every call of more than one token
+        piece = max(1, _PROMPT_TOKENS // batch) if self.plan.states is None else tokens
         for start in range(0, tokens, piece):
             part = ids[:, start : start + piece]
             positions = torch.arange(start, start + part.shape[1], device=ids.device)
+            positions = positions + padding.unsqueeze(1)
             hidden = self._hidden(part, positions, cache, Prompt(start))
             inside = (last - start).clamp(0, part.shape[1] - 1)
             chosen = hidden[torch.arange(batch, device=ids.device), inside]
@@ -153,7 +215,7 @@ class FusedDecoder:
                 else torch.where((last >= start).unsqueeze(1), chosen, found)
             )
         assert found is not None
-        return self._logits(found)
+        return found
 
     @torch.inference_mode()
     def step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
@@ -164,22 +226,29 @@ class FusedDecoder:
         them.
         """
         if self.graphable:
-            graph = self.graphs.get(len(ids))
-            if graph is None and self._runs_alone(ids, lengths):
-                graph = self.graphs[len(ids)] = StepGraph(
-                    self.eager_step, ids, lengths, self.max_seq_len
-                )
+            graph = self.graphs.get(len(ids)) or self._captured(ids, lengths)
             if graph is not None:
                 return graph(ids, lengths)
             self.graphable = False
         return self.eager_step(ids, lengths, longest)
 
+    def _captured(self, ids: Tensor, lengths: Tensor) -> StepGraph | None:
+        """The step as a graph, or None; states are as they were before."""
+        kept = None if self.states is None else self.states.keep()
+        graph = None
+        if self._runs_alone(ids, lengths):
+            graph = StepGraph(self.eager_step, ids, lengths, self.max_seq_len)
+            self.graphs[len(ids)] = graph
+        if self.states is not None and kept is not None:
+            self.states.put(kept)
+        return graph
+
     def _runs_alone(self, ids: Tensor, lengths: Tensor) -> bool:
         """Whether a step never asks the GPU for a number, which no capture can.
 
-        Ours does not. How a mixture routes is the model's own code, and is tried.
+        Ours does not. What runs in the model's own code, as the routing of a mixture, is tried.
         """
-        if not self.routed:
+        if not self.foreign:
             return True
         last = self.max_seq_len - 1
         self.eager_step(ids, lengths, last)  # the first run may wait for what it compiles
@@ -195,11 +264,10 @@ class FusedDecoder:
 
     def eager_step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
         """`step` without a CUDA graph."""
-        cache = [layer.rows(len(ids)) for layer in self.cache]
-        with NothingFromTheHost() if self.routed else nullcontext():
-            hidden = self._hidden(
-                ids.unsqueeze(1), lengths.unsqueeze(1), cache, Step(lengths, longest)
-            )
+        cache = [layer.part(slice(0, len(ids)), self.states) for layer in self.cache]
+        positions = (lengths + self.padding[: len(ids)]).unsqueeze(1)
+        with NothingFromTheHost() if self.foreign else nullcontext():
+            hidden = self._hidden(ids.unsqueeze(1), positions, cache, Step(lengths, longest))
         return self._logits(hidden[:, 0])
 
     def _hidden(
@@ -213,6 +281,8 @@ class FusedDecoder:
             x = x * torch.tensor(p.embedding_factor, dtype=x.dtype)
         if p.positions is not None:
             x = (x.float() + p.positions[positions.long()]).to(x.dtype)
+        if p.embedding_norm is not None:
+            x = ops.normalize(x, p.embedding_norm)
         branch = None
         for block, layer in zip(self.blocks, cache):
             x, branch = block(x, branch, layer, where)

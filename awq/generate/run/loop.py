@@ -183,11 +183,13 @@ class _Run:
         mask = torch.ones_like(self.ids) if mask is None else (mask.to(decoder.device) != 0).long()
         self.room = config.max_length - ids.shape[1]
         self.lengths = mask.sum(1).tolist()
+        self.padding = [ids.shape[1] - length for length in self.lengths]
         if min(self.lengths) == 0:
             raise ConfigError("a prompt of the batch is empty: its attention_mask is 0 everywhere.")
-        if max(self.lengths) + self.room > decoder.max_seq_len:
+        longest = ids.shape[1] if decoder.counts_padding else max(self.lengths)
+        if longest + self.room > decoder.max_seq_len:
             raise ConfigError(
-                f"{max(self.lengths)} prompt tokens and up to {self.room} new ones do not fit "
+                f"{longest} prompt tokens and up to {self.room} new ones do not fit "
                 f"max_seq_len={decoder.max_seq_len}; "
                 "ask for fewer (max_new_tokens), or load with a larger max_seq_len or with "
                 "fuse_layers=False."
@@ -203,7 +205,7 @@ class _Run:
         watch = _Watch(criteria, config, ids)
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=decoder.device)
         kept: dict[str, list] = {"scores": [], "logits": []}
-        logits = decoder.prefill(self.prompts, self.lengths)
+        logits = self._prefill()
         longest = max(self.lengths)
         for step in range(self.room):
             with torch_on_one_core() if logits.numel() <= FEW_SCORES else nullcontext():
@@ -230,6 +232,11 @@ class _Run:
             return sequences
         found = {name: tuple(tensors) or None for name, tensors in kept.items()}
         return GenerateDecoderOnlyOutput(sequences=sequences, **found)  # type: ignore[arg-type]
+
+    def _prefill(self) -> Tensor:
+        if isinstance(self.decoder, FusedDecoder) and self.decoder.counts_padding:
+            return self.decoder.prefill(self.prompts, self.lengths, self.padding)
+        return self.decoder.prefill(self.prompts, self.lengths)
 
     def _choose(self, scores: Tensor) -> Tensor:
         if self.config.do_sample:

@@ -17,6 +17,7 @@ from awq.backends import operator
 from awq.errors import ConfigError
 from awq.generate.run.cache import LayerCache
 from awq.kernels.reference import decode as plain
+from awq.kernels.reference.attention import attend
 from awq.kernels.reference.decode import split_heads as split_heads
 from awq.kernels.specs import Attention, Norm
 from awq.nn.linear import WQLinear
@@ -145,6 +146,20 @@ def attend_step(
     return compute(qkv[:, 0], a, cos, sin, lengths, cache.k, cache.v, longest).unsqueeze(1)
 
 
+def attend_cached(q: Tensor, seen: LayerCache, a: Attention) -> Tensor:
+    """Attention of a prompt's last tokens, q [batch, heads, tokens, head_dim], over what is
+    cached."""
+    return attend(
+        q,
+        seen.k,
+        seen.v,
+        a.scaling,
+        a.softcap,
+        a.window,
+        sinks=a.sinks,
+    )
+
+
 def _check_attention(
     qkv: Tensor,
     a: Attention,
@@ -159,16 +174,16 @@ def _check_attention(
         raise _refuse(
             "the product of queries, keys and values", qkv, f"[batch, tokens, {a.channels}]"
         )
-    for kept in (cache.k, cache.v):
+    for kept, width in ((cache.k, a.head_dim), (cache.v, a.value_head)):
         if (
             kept.shape[:2] != (batch, a.kv_heads)
             or kept.shape[2] < places
-            or kept.shape[3] != a.head_dim
+            or kept.shape[3] != width
         ):
             raise _refuse(
                 "the cache",
                 kept,
-                f"[{batch}, {a.kv_heads}, {places} positions or more, {a.head_dim}]",
+                f"[{batch}, {a.kv_heads}, {places} positions or more, {width}]",
             )
         if kept.dtype != qkv.dtype or kept.device != qkv.device or not kept.is_contiguous():
             raise _refuse("the cache", kept, f"{qkv.dtype} on {qkv.device} in one piece")

@@ -35,6 +35,7 @@ class StaticDecoder:
         self.device: torch.device = model.device
         self.dtype = model.dtype
         self.running = False  # inside a call of generate
+        self.counts_padding = False
         self.restore()
 
     def fits(self, model: Any) -> bool:

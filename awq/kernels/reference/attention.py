@@ -17,19 +17,20 @@ def attend(
     softcap: float | None = None,
     window: int | None = None,
     mask: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """[batch, heads, tokens, head_dim] for q of that shape and k, v [batch, kv_heads, keys,
-    head_dim] (keys ≥ tokens).
+    """[batch, heads, tokens, value_dim] for q [batch, heads, tokens, head_dim] and k [batch,
+    kv_heads, keys, head_dim], v [batch, kv_heads, keys, value_dim] (keys ≥ tokens).
 
     The last query sees the last key, the one before it the last but one, and so on, at most
     `window` keys each. mask (bool, True where seen, broadcast to [batch, 1, tokens, keys]) replaces
-    that rule.
+    that rule. sinks [heads]: the score of a key whose value is 0 and which every token sees.
     """
     tokens, keys = q.shape[2], k.shape[2]
     plain = mask is None and (window is None or keys <= window)
     if mask is None and not (plain and (tokens == keys or tokens == 1)):
         mask = causal_mask(tokens, keys, window, q.device)
-    if softcap is None:
+    if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
             q,
             k,
@@ -44,11 +45,16 @@ def attend(
     batch, heads, _, dim = q.shape
     q = q.view(batch, k.shape[1], -1, tokens, dim)
     scores = torch.einsum("bkgtd,bksd->bkgts", q.float(), k.float()) * scaling
-    scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~mask.unsqueeze(-3), -torch.inf).softmax(-1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask.unsqueeze(-3), -torch.inf)
+    if sinks is not None:
+        column = sinks.float().view(1, k.shape[1], -1, 1, 1).expand(batch, -1, -1, tokens, 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1)[..., :keys]
     return (
         torch.einsum("bkgts,bksd->bkgtd", weights, v.float())
-        .reshape(batch, heads, tokens, dim)
+        .reshape(batch, heads, tokens, v.shape[-1])
         .to(q.dtype)
     )
 

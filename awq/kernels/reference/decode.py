@@ -95,8 +95,9 @@ def split_heads(
     cos, sin: float32, broadcast against [batch, heads, tokens, rotary/2].
     """
     batch, tokens, _ = qkv.shape
-    parts = qkv.split([a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim], -1)
-    q, k, v = (t.view(batch, tokens, -1, a.head_dim) for t in parts)
+    sizes = (a.head_dim, a.head_dim, a.value_head)
+    parts = zip(qkv.split(a.widths, -1), sizes)
+    q, k, v = (part.reshape(batch, tokens, -1, size) for part, size in parts)
     q, k = _norm_of(q, a.q_norm, a.norm_heads), _norm_of(k, a.k_norm, a.norm_heads)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if cos is not None and sin is not None:
@@ -112,6 +113,11 @@ def _norm_of(x: Tensor, norm: Norm | None, each_head: bool) -> Tensor:
     if each_head:
         return apply_norm(x, norm)
     return apply_norm(x.flatten(2), norm).view(x.shape)
+
+
+def heads_flat(x: Tensor) -> Tensor:
+    """[batch, heads, tokens, channels] → [batch, tokens, heads · channels]."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def split(
@@ -166,7 +172,15 @@ def attend(
     if a.window is not None:
         seen &= keys > index.unsqueeze(1) - a.window
     keys_seen, values_seen = k_cache[:, :, : longest + 1], v_cache[:, :, : longest + 1]
-    y = attention_of(q, keys_seen, values_seen, a.scaling, a.softcap, mask=seen[:, None, None])
+    y = attention_of(
+        q,
+        keys_seen,
+        values_seen,
+        a.scaling,
+        a.softcap,
+        mask=seen[:, None, None],
+        sinks=a.sinks,
+    )
     return y.transpose(1, 2).reshape(batch, -1)
 
 

@@ -1,0 +1,93 @@
+"""Reading how the branches of a block are added to its residual stream, and the norms before and
+after them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awq.generate.plan import Norm, NotFusable
+from awq.generate.read.trace import Event, Trace
+from awq.nn.norms import is_norm, read_norm
+
+
+@dataclass(frozen=True)
+class Branch:
+    """x: what it reads. y: what it gives, before a norm of its own."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Norms before and after each branch, whether both branches read the block's input, and the
+    branches' factor."""
+
+    parallel: bool
+    factor: float
+    attention: Norm | None
+    attention_post: Norm | None
+    mlp: Norm | None
+    mlp_post: Norm | None
+
+
+def read_residuals(found: Trace, attention: Branch, mlp: Branch | None) -> Residuals:
+    """Norms by what they read and write, and whether the branches follow each other. mlp: None
+    where a block has one branch only. Raises NotFusable."""
+    norms = [
+        event
+        for event in found.events
+        if is_norm(event.module) and event.x.numel() == found.hidden.numel()
+    ]
+    before = _that_wrote(attention.x, norms)
+    if not torch.equal(found.hidden, attention.x if before is None else before.x):
+        raise NotFusable("attention does not read the block's input")
+    post = _that_read(attention.y, norms)
+    branch = (attention.y if post is None else post.y).view(found.hidden.shape)
+    if mlp is None:
+        factor = _factor(found.out - found.hidden, branch)
+        return Residuals(False, factor, _norm_of(before), _norm_of(post), None, None)
+    mlp_post = _that_read(mlp.y, norms)
+
+    second, parallel, stream = None, True, found.hidden
+    if not torch.equal(mlp.x, attention.x):
+        second = _that_wrote(mlp.x, norms)
+        # some models flatten the batch here
+        stream = (mlp.x if second is None else second.x).view(found.hidden.shape)
+        parallel = torch.equal(stream, found.hidden)
+    if parallel:
+        last = (mlp.y if mlp_post is None else mlp_post.y).view(found.hidden.shape)
+        factor = _factor(found.out - found.hidden, branch + last)
+    else:
+        factor = _factor(stream - found.hidden, branch)
+    return Residuals(parallel, factor, *map(_norm_of, (before, post, second, mlp_post)))
+
+
+def _that_wrote(y: Tensor, norms: list[Event]) -> Event | None:
+    return next((event for event in norms if torch.equal(event.y, y)), None)
+
+
+def _that_read(x: Tensor, norms: list[Event]) -> Event | None:
+    return next((event for event in norms if torch.equal(event.x, x)), None)
+
+
+def _norm_of(event: Event | None) -> Norm | None:
+    if event is None:
+        return None
+    norm = read_norm(event.module, event.x, event.y)
+    if norm is None:
+        raise NotFusable(f"{event.name} is no norm that is known here")
+    return norm
+
+
+def _factor(sum_: Tensor, branch: Tensor) -> float:
+    """f in sum = f · branch; 1 exactly when it is 1 up to rounding."""
+    f = float(
+        (sum_.double() * branch.double()).sum() / branch.double().square().sum().clamp(min=1e-30)
+    )
+    if not torch.allclose(sum_, f * branch, rtol=1e-3, atol=1e-4 * float(branch.abs().max())):
+        raise NotFusable("the branches are not simply added to the residual stream")
+    return 1.0 if abs(f - 1) < 1e-4 else f

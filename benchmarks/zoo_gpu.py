@@ -1,0 +1,181 @@
+"""How every tiny decoder generates on a GPU: fused, partly fused, captured or as transformers does.
+
+    python benchmarks/zoo_gpu.py --json benchmarks/results/zoo-gpu.json --seconds 50
+
+Dense random models in float16 (`tiny_kinds`): three prompts padded on the left, eight greedy
+tokens, beside transformers' own loop on the same GPU. `graph` says whether the step ran as a CUDA graph;
+`same`, whether the tokens are equal or part at a tie. Each kind is a process of its own, for a
+fault on a GPU ends a process. What is not done after `--seconds` is listed as left over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import common
+import torch
+import transformers
+from tiny_kinds import Kind, all_kinds, build, inputs
+from zoo_checks import NEW_TOKENS, _gap
+
+from awq.models.base import BaseAWQForCausalLM
+
+START = time.monotonic()
+ROOT = Path(__file__).resolve().parents[1]
+KNOWN = ROOT / "benchmarks" / "results" / "zoo.json"
+TIE = 0.05  # in standard deviations of the logits, in 16 bits
+KIND_SECONDS = 25
+
+
+class Reasons(logging.Handler):
+    """Keeps what the package says about graphs that it does not make."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage()[:300])
+
+
+def look_at(kind: Kind, device: str) -> dict[str, Any]:
+    """What one kind does."""
+    reasons = Reasons()
+    log = logging.getLogger("awq")
+    log.setLevel(logging.WARNING)
+    log.propagate = False
+    log.addHandler(reasons)
+    model: Any = build(kind).eval().to(device, torch.float16)
+    item = inputs(kind, model, rows=3, length=12, seed=21, padding="left")
+    item = {name: tensor.to(device) for name, tensor in item.items()}
+    item.pop("decoder_input_ids", None)
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    wrapper = BaseAWQForCausalLM(model, kind.type)
+    wrapper.fuse_layers(max_seq_len=64)
+    wrapper.fuse()
+    found: dict[str, Any] = {"fusion": str(wrapper.fusion)}
+    try:
+        theirs = model.generate(
+            **item, **settings, return_dict_in_generate=True, output_scores=True
+        )
+    except Exception as error:
+        return found | {"transformers": f"{type(error).__name__}: {str(error)[:160]}"}
+    ours = wrapper.generate(**item, **settings)
+    decoder: Any = wrapper._decoder or wrapper._captured
+    graphs = getattr(decoder, "graphs", None) or getattr(decoder, "graph", None)
+    found["graph"] = bool(graphs)
+    found["same"] = same(ours, theirs)
+    found["warnings"] = reasons.lines
+    return found
+
+
+def same(ours: torch.Tensor, theirs: Any) -> bool:
+    """Whether all rows are equal, or part where the two tokens are as good as equal."""
+    if ours.shape != theirs.sequences.shape:
+        return False
+    start = ours.shape[1] - len(theirs.scores)
+    for row, (a, b) in enumerate(zip(ours, theirs.sequences)):
+        places = (a != b).nonzero().flatten()
+        if len(places):
+            place = int(places[0])
+            if _gap(theirs.scores[place - start][row].float(), a[place], b[place]) > TIE:
+                return False
+    return True
+
+
+def sweep(kinds: list[Kind], device: str, workers: int, seconds: float) -> dict[str, Any]:
+    """Kind → what it does, for those that are done in time."""
+    folder = Path(tempfile.mkdtemp())
+    waiting, running = list(kinds), {}
+    while (waiting or running) and time.monotonic() - START < seconds:
+        while waiting and len(running) < workers:
+            kind = waiting.pop(0)
+            running[_begin(kind, device, folder)] = kind, time.monotonic()
+        for pid, (_, begun) in list(running.items()):
+            done, _ = os.waitpid(pid, os.WNOHANG)
+            if not done and time.monotonic() - begun > KIND_SECONDS:
+                os.kill(pid, 9)
+                done, _ = os.waitpid(pid, 0)
+            if done:
+                del running[pid]
+        time.sleep(0.02)
+    for pid in running:
+        os.kill(pid, 9)
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        found[row.pop("kind")] = row
+    return found
+
+
+def _begin(kind: Kind, device: str, folder: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    begun = time.monotonic()
+    try:
+        row = look_at(kind, device)
+    except BaseException as error:  # of anybody's model: the others go on
+        row = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    row |= {"kind": str(kind), "seconds": round(time.monotonic() - begun, 1)}
+    new = folder / f"{kind.type}.{kind.role}.new"
+    new.write_text(json.dumps(row), encoding="utf-8")
+    new.rename(new.with_suffix(".json"))
+    os._exit(0)
+
+
+def in_order(kinds: list[Kind]) -> list[Kind]:
+    """Those first of which least is known: what was not fused when the zoo was swept."""
+    known = json.loads(KNOWN.read_text(encoding="utf-8"))["kinds"]
+    fused = {name for name, result in known.items() if result.get("fusion") == "fused"}
+    return sorted(kinds, key=lambda kind: str(kind) in fused)
+
+
+def counts(found: dict[str, Any]) -> dict[str, int]:
+    """State → kinds, with the same tokens where both generate, and a graph."""
+    result: dict[str, int] = {}
+    for row in found.values():
+        state = row.get("fusion", "error").partition(":")[0]
+        good = row.get("same") and row.get("graph")
+        name = f"{state}, same tokens, graph" if good else state
+        result[name] = result.get(name, 0) + 1
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=300.0, help="after the imports")
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--roles", default="causal", help="comma-separated roles")
+    parser.add_argument("--types", default="", help="comma-separated types")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    kinds = [kind for kind in all_kinds() if kind.role in given.roles.split(",")]
+    if given.types:
+        kinds = [kind for kind in kinds if kind.type in given.types.split(",")]
+    found = sweep(in_order(kinds), given.device, given.workers, given.seconds)
+    left = sorted({str(kind) for kind in kinds} - set(found))
+    result = {"counts": counts(found), "left_over": left, "kinds": found}
+    common.write(given.json, given.device, result)
+    print(json.dumps(result["counts"], indent=1), f"{len(left)} left over")
+
+
+if __name__ == "__main__":
+    main()
