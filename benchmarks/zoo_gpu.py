@@ -3,9 +3,9 @@
     python benchmarks/zoo_gpu.py --json benchmarks/results/zoo-gpu.json --seconds 50
 
 Dense random models in float16 (`tiny_kinds`): three prompts padded on the left, eight greedy
-tokens, beside transformers' own loop on the same GPU. `graph` says whether the step ran as a CUDA graph;
-`same`, whether the tokens are equal or part at a tie. Each kind is a process of its own, for a
-fault on a GPU ends a process. What is not done after `--seconds` is listed as left over.
+tokens, beside transformers' own loop on the same GPU. `graph` says whether the step ran as a CUDA
+graph; `same`, whether the tokens are equal or part at a tie. Each kind is a process of its own, for
+a fault on a GPU ends a process. What is not done after `--seconds` is listed as left over.
 """
 
 from __future__ import annotations
