@@ -15,6 +15,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 ENGLISH = [page for page in PAGES if "zh" not in page.parts and not page.name.endswith(".zh.md")]
 CHINESE = [page for page in PAGES if page not in ENGLISH]
 
+FRONT_PAGES = ("README.md", "README.zh.md")
 RUN_BY_TEST_GUIDE = "autoawq.md"  # the snippets of AutoAWQ's guide, which no English page has
 TRANSLATED = [
     (english, chinese) for chinese in CHINESE if (english := ROOT / "docs" / chinese.name).exists()
@@ -76,6 +77,15 @@ def test_a_chinese_page_is_in_step_with_its_english_page(english, chinese):
     wanted, found = skeleton(english), skeleton(chinese)
     assert wanted.pop("links") <= found.pop("links")
     assert found == wanted
+
+
+def test_both_front_pages_show_the_same_figures():
+    """In their tables, row by row."""
+    found = [
+        [re.findall(r"\d[\d,.]*\d", row) for row in text.splitlines() if row.startswith("|")]
+        for text in ((ROOT / name).read_text(encoding="utf-8") for name in FRONT_PAGES)
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -182,7 +192,7 @@ def test_the_front_page_counts_what_the_zoo_counts():
     table = re.findall(r"^\| [^|]+ \| (\d+) \| \d+ \| (\d+) \|.* (\S+) \|$", zoo, re.MULTILINE)
     assert len(table) == 5
     totals = [sum(int(row[column]) for row in table) for column in (0, 1)]
-    for page in ("README.md", "README.zh.md"):
+    for page in FRONT_PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         rows = re.findall(r"\| (\d+) (?:of|/) (\d+) \|", text)[: len(table)]
         assert rows == [(quantized, types) for types, quantized, _ in table], page
