@@ -41,10 +41,13 @@ from typing import Any
 import mutants
 import torch
 
-from awq import AutoAWQForCausalLM, AutoAWQForEmbedding, Encoder
+from awq import AutoAWQForCausalLM, AutoAWQForEmbedding, Encoder, quantize_directory
 from awq.checkpoint import convert_checkpoint
+from awq.checkpoint.convert import read_packed
+from awq.checkpoint.source import Source
 from awq.cli import make_parser
 from awq.errors import AwqError
+from awq.models.planning import plan_quantization
 
 # relative error: casting a norm to 16 bits changes that much, a made-up tensor far more
 SAME = 1e-2
@@ -60,6 +63,7 @@ FORBIDDEN = {
     "socket.connect",
 }
 IDS = torch.arange(4, 16).view(2, 6)
+ROWS = torch.randint(4, 60, (8, 16), generator=torch.Generator().manual_seed(0))
 TEXTS = ["the cat", "a dog sleeps under the old tree"]
 
 
@@ -99,11 +103,11 @@ def from_pretrained(folder: Path) -> torch.Tensor:
     return logits(AutoAWQForCausalLM.from_pretrained(str(folder)))
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
     """What a model computes that was let in: its forward is transformers', and odd settings are
     that one's to refuse."""
     try:
-        return model(IDS).logits
+        return model(IDS, **inputs).logits
     except Exception as error:
         raise Theirs from error
 
@@ -116,14 +120,80 @@ def for_embedding(folder: Path) -> torch.Tensor:
     return AutoAWQForEmbedding.from_quantized(str(folder), device="cpu").encode(TEXTS)
 
 
-def convert(folder: Path) -> None:
-    target = folder.parent / "converted"
-    convert_checkpoint(folder, target, "gemv")
-    shutil.rmtree(target)
+def encoder_decoder(folder: Path) -> torch.Tensor:
+    model = AutoAWQForCausalLM.from_quantized(str(folder), fuse_layers=False, device="cpu")
+    return logits(model, decoder_input_ids=IDS)
+
+
+def gemm(folder: Path) -> torch.Tensor | None:
+    return converted(folder, "gemm")
+
+
+def gemv(folder: Path) -> torch.Tensor | None:
+    return converted(folder, "gemv")
+
+
+def gemv_fast(folder: Path) -> torch.Tensor | None:
+    return converted(folder, "gemv_fast")
+
+
+def converted(folder: Path, version: str) -> torch.Tensor:
+    """All packed weights after a conversion, which is exact."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        target = Path(place) / "converted"
+        convert_checkpoint(folder, target, version)
+        return packed_values(target)
+
+
+def packed_values(folder: Path) -> torch.Tensor:
+    source = Source.open_directory(folder)
+    weights = (
+        read_packed(name, tensors, source.settings)
+        for name, tensors in sorted(source.packed.items())
+    )
+    return torch.cat([weight.dequantize().flatten() for weight in weights])
+
+
+def streamed(folder: Path) -> torch.Tensor:
+    """Quantized block by block."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        target = Path(place) / "quantized"
+        settings = {"q_group_size": 16, "version": "gemm"}
+        options = dict(preset="fast", progress=False, general_texts=False)
+        quantize_directory(folder, target, settings, ROWS, **options)
+        return packed_values(target)
+
+
+def planned(folder: Path) -> None:
+    plan_quantization(folder, quant_config={"q_group_size": 16}).summary()
 
 
 def info(folder: Path) -> None:
-    arguments = make_parser().parse_args(["info", str(folder)])
+    command("info", str(folder))
+
+
+def report(folder: Path) -> None:
+    command("report", str(folder))
+    command("report", str(folder), "--html", str(folder.parent / "report.html"))
+
+
+def compare(folder: Path) -> None:
+    command("compare", str(folder), str(folder))
+
+
+def evaluate(folder: Path) -> None:
+    text = folder.parent / "text.txt"
+    text.write_text(" ".join(TEXTS) * 8)
+    command("eval", str(folder), "--text", str(text), "--window", "8", "--device", "cpu")
+
+
+def generate(folder: Path) -> None:
+    command("generate", str(folder), TEXTS[0], "--max-new-tokens", "2", "--device", "cpu")
+
+
+def command(*words: str) -> None:
+    """What `awq` does, without its last line of defence."""
+    arguments = make_parser().parse_args([*words, "--json"])
     with contextlib.redirect_stdout(io.StringIO()):
         arguments.run(arguments)
 
@@ -138,6 +208,13 @@ def transformers_body(folder: Path) -> torch.Tensor:
     from transformers import AutoModel
 
     return AutoModel.from_pretrained(folder, trust_remote_code=False)(IDS).last_hidden_state
+
+
+def transformers_sentences(folder: Path) -> torch.Tensor:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device="cpu", trust_remote_code=False)
+    return model.encode(TEXTS, convert_to_tensor=True)
 
 
 @contextlib.contextmanager
@@ -270,31 +347,46 @@ def run(originals: dict, seeds: Iterable[int], seconds: float | None = None) -> 
     return found
 
 
+LANGUAGE_MODEL = [from_quantized, gemm, gemv, info, compare, transformers_model]
+SENTENCES = [encoder, for_embedding, gemm, info, transformers_body, transformers_sentences]
+
+
 def make_originals(home: Path) -> dict:
     """Tiny checkpoints of every kind, and the doors that read them with the values that each
     gives."""
     from conftest import make_tokenizer
+    from test_experts import mixture
+    from test_kinds import encoder_decoder as two_towers
+    from test_kinds import vision_language
     from test_loading import packed_model, save
 
     from awq.checkpoint import save_checkpoint
     from awq.config import AwqConfig
 
-    decoder_doors = [from_quantized, convert, info, transformers_model]
-    encoder_doors = [encoder, for_embedding, convert, info, transformers_body]
     llama = packed_model("llama", group_size=16)
-    made = {"llama": (save(llama, home / "llama", group_size=16), decoder_doors)}
+    made = {"llama": (save(llama, home / "llama", group_size=16), LANGUAGE_MODEL)}
     fast = packed_model("llama", "gemv_fast", hidden_size=64, intermediate_size=128)
     save_checkpoint(
         fast, home / "shards", AwqConfig(group_size=32, format="gemv_fast"), shard_size="40KB"
     )
-    made["shards"] = (home / "shards", decoder_doors)
-    made["gelu"] = (save(_with_activation_scales(), home / "gelu", group_size=16), decoder_doors)
+    made["shards"] = (home / "shards", [*LANGUAGE_MODEL, gemv_fast])
+    made["gelu"] = (
+        save(_with_activation_scales(), home / "gelu", group_size=16),
+        [*LANGUAGE_MODEL, evaluate],
+    )
     made["bert"] = (
         _sentence_encoder(save(packed_model("bert", group_size=16), home / "bert", group_size=16)),
-        encoder_doors,
+        SENTENCES,
     )
-    _dense_model(home / "dense")
-    made["dense"] = (home / "dense", [from_pretrained])
+    made["dense"] = (_dense_model(home / "dense"), [from_pretrained, planned])
+    made["streamed"] = (_dense_model(home / "streamed"), [streamed])
+    kinds = {
+        "mixture": (mixture("mixtral"), [from_quantized, gemv, info, report, compare, generate]),
+        "vision": (vision_language("llava"), [from_quantized, gemv, report]),
+        "decoder": (two_towers("t5"), [encoder_decoder, gemm, report, compare]),
+    }
+    for name, (model, calls) in kinds.items():
+        made[name] = (_quantized(model, home / name), calls)
     for folder, _ in made.values():
         make_tokenizer().save_pretrained(folder)
     with torch.no_grad():
@@ -321,12 +413,25 @@ def _with_activation_scales() -> torch.nn.Module:
     return model
 
 
-def _dense_model(folder: Path) -> None:
+def _dense_model(folder: Path) -> Path:
     import zoo
 
-    model = zoo.tiny_model("llama")
+    return _saved(zoo.tiny_model("llama"), folder)
+
+
+def _saved(model: Any, folder: Path) -> Path:
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder)
+    return folder
+
+
+def _quantized(model: Any, folder: Path) -> Path:
+    """A checkpoint with its report."""
+    source = _saved(model, folder.with_name(f"{folder.name}-source"))
+    wrapper = AutoAWQForCausalLM.from_pretrained(str(source))
+    wrapper.quantize(ROWS, quant_config={"q_group_size": 16}, preset="fast", progress=False)
+    wrapper.save_quantized(folder)
+    return folder
 
 
 def _sentence_encoder(folder: Path) -> Path:
@@ -346,7 +451,11 @@ def _sentence_encoder(folder: Path) -> Path:
             "prompts": {"query": "the "},
             "default_prompt_name": None,
         },
-        "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "include_prompt": True},
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": 32,
+            "pooling_mode_mean_tokens": True,
+            "include_prompt": True,
+        },
         "2_Dense/config.json": {
             "in_features": 32,
             "out_features": 16,

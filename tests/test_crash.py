@@ -1,13 +1,14 @@
-"""Killed before any file operation of a save: the old directory or the new one is there, whole,
-with the user's files.
+"""Killed before any file operation of a save, a conversion or a quantization that goes on: the old
+directory or the new one is there, whole, with the user's files.
 
 Each point is a process of its own that dies at its n-th operation (`os._exit` in an audit hook: no
-cleaning up runs). The next save to the same name must repair what the dead one left.
+cleaning up runs). The next run to the same name must repair what the dead one left.
 `CRASH_VERBOSE=1` prints every point.
 """
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,9 @@ CHANGES = {
     "os.rmdir",
     "os.link",
     "os.chmod",
-    "open",
     "ctypes.dlsym",
 }
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 KILLED = 9
 OLD = {
     "config.json": "old",
@@ -61,16 +62,23 @@ def save(target):
         write(work, NEW)
 
 
-def dies_at(point, work):
+def changes_files(event, arguments):
+    """Whether an audit event announces a change of the file system."""
+    if event == "open":
+        return isinstance(arguments[2], int) and bool(arguments[2] & WRITING)
+    return event in CHANGES
+
+
+def dies_at(point, work, after=None):
     """Whether `work` was killed at its `point`-th change of the file system; False: it ended
-    before."""
+    before. after: a file; changes are counted from when it exists."""
     child = os.fork()
     if child == 0:
         left = point
 
-        def hook(event, _arguments):
+        def hook(event, arguments):
             nonlocal left
-            if event in CHANGES:
+            if changes_files(event, arguments) and (after is None or after.exists()):
                 left -= 1
                 if left < 0:
                     os._exit(KILLED)
@@ -79,6 +87,7 @@ def dies_at(point, work):
         try:
             work()
         except BaseException:
+            traceback.print_exc()
             os._exit(1)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -155,6 +164,69 @@ def test_real_savers_killed(tmp_path, checkpoints, name):
         seen.append(whole.index(found))
         saver(target)
         assert contents(target) == whole[1], point
+        assert [p.name for p in target.parent.iterdir()] == ["q"], point
+        point += every
+    assert seen == sorted(seen) and {0, 1} == set(seen), "the old one first, then the new one"
+
+
+@pytest.fixture(scope="module")
+def quantizer(tmp_path_factory):
+    """A function that quantizes into a directory, and the files that it makes."""
+    pytest.importorskip("transformers.core_model_loading", reason="needs loading by parts")
+    import zoo
+    from test_streaming import saved
+
+    from awq import quantize_directory
+
+    home = tmp_path_factory.mktemp("quantizer")
+    source = saved(zoo.tiny_model("llama"), home / "source")
+    texts = home / "texts.txt"
+    texts.write_text("the cat runs over the red house. " * 40, encoding="utf-8")
+    options = dict(max_calib_samples=4, max_calib_seq_len=16, general_texts=False, progress=False)
+
+    def run(target):
+        given = ({"q_group_size": 16}, str(texts))
+        quantize_directory(source, target, *given, preset="fast", **options)
+
+    run(home / "whole" / "q")
+    return run, contents(home / "whole" / "q")
+
+
+def timeless(files):
+    """Files by name, without the contents of those that say how long the work took."""
+    timed = ("README.md", "quantization_report.json")
+    return {name: None if name in timed else content for name, content in files.items()}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_quantizing_killed(tmp_path, quantizer, begun):
+    """A first run from one directory to another, and one that goes on where another was killed.
+    The next goes on with the output alone, where the dead one had noted its arguments."""
+    from awq.models.streaming import resume_quantization
+
+    run, new = quantizer
+    every = int(os.environ.get("CRASH_EVERY", 16))
+    old, mine = ({n: t.encode() for n, t in files.items()} for files in (OLD | MINE, MINE))
+    whole = [timeless(files) for files in (old, new | mine)]
+
+    def go_on(target):
+        known = (target.with_name("q.awq-work") / "run.json").exists()
+        resume_quantization(target) if known else run(target)
+
+    point, killed, seen = 0, True, []
+    while killed:
+        target = tmp_path / str(point) / "q"
+        write(target, OLD | MINE)
+        if begun:
+            progress = target.with_name("q.awq-work") / "progress.json"
+            assert dies_at(0, lambda target=target: run(target), after=progress)
+        killed = dies_at(point, lambda target=target: (go_on if begun else run)(target))
+        found = timeless(contents(target))
+        assert found in whole, point
+        seen.append(whole.index(found))
+        if killed:
+            go_on(target)
+        assert timeless(contents(target)) == whole[1], point
         assert [p.name for p in target.parent.iterdir()] == ["q"], point
         point += every
     assert seen == sorted(seen) and {0, 1} == set(seen), "the old one first, then the new one"

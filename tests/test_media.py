@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_tokenizer
-from test_kinds import TOWER, built
+from test_kinds import TOWER, built, vision_language
 
 from awq import AutoAWQForCausalLM
 from awq.checkpoint.source import position_limit
@@ -38,6 +38,39 @@ def image_inputs(seed, samples=8):
         mask = torch.ones_like(ids)
         found.append({"input_ids": ids, "attention_mask": mask, "pixel_values": pixels})
     return found
+
+
+def two_images(seed):
+    """One row with two images, the second behind its sixteenth token."""
+    generator = torch.Generator().manual_seed(seed)
+    image, words = torch.full((PATCHES,), 63), torch.randint(3, 60, (14,), generator=generator)
+    ids = torch.cat([words[:2], image, words[2:12], image, words[12:]]).unsqueeze(0)
+    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+
+
+def many_patches(seed):
+    """One row with one image, whose patches are rows of `pixel_values`."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(3, 60, (6,), generator=generator)
+    marks = torch.tensor([62, *[60] * 4, 63])  # image_token_id between start and end
+    ids = torch.cat([words[:2], marks, words[2:]]).unsqueeze(0)
+    return {
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == 60).int(),
+        "pixel_values": torch.randn(16, 3 * 2 * 14 * 14, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, sample", [("llava", two_images), ("qwen2_5_vl", many_patches)])
+def test_images_need_not_be_as_many_as_rows(kind, sample):
+    original, samples = vision_language(kind), [sample(seed) for seed in range(8)]
+    wrapper = BaseAWQForCausalLM(vision_language(kind), "./tiny")
+    report = wrapper.quantize(samples, quant_config=GROUPS, preset="fast")
+    expected, found = (model(**sample(9)).logits for model in (original, wrapper.model))
+    assert len(report.linears) == 2 * 7
+    assert (found - expected).norm() < 0.5 * expected.norm()
 
 
 @torch.no_grad()

@@ -4,13 +4,14 @@ nobody else uses.
 Every round starts with a fresh copy of a quantized model, which nobody has called yet. Sixteen
 threads do what servers, trainers and savers do, in an order that the seed decides, while Python
 switches threads every microsecond. Afterwards the model must still answer as before. `python
-tests/thread_cases.py ROUNDS SEED [cuda]` runs longer and prints what it tried.
+tests/thread_cases.py ROUNDS SEED [DEVICE [SECONDS]]` runs longer and prints what it tried.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import random
 import sys
@@ -24,6 +25,7 @@ from threading import Barrier, Thread
 from typing import Any
 
 import torch
+import transformers
 import zoo
 from conftest import make_tokenizer
 from safetensors.torch import load_file
@@ -272,12 +274,15 @@ def _try(
         wrong.append(f"{when}{deed.__name__}({i}) gave another answer")
 
 
-def main(rounds: int, seed: int, device: str = "cpu") -> int:
-    """Prints what was tried as JSON; returns how many answers were wrong."""
+def main(rounds: int, seed: int, device: str = "cpu", limit: float = math.inf) -> int:
+    """Prints what was tried as JSON; returns how many answers were wrong. limit: seconds after
+    which no round begins."""
     torch.set_num_threads(1)
     dice, tried, wrong, start = random.Random(seed), Counter(), [], time.perf_counter()
     cases = [Case(family, device) for family in FAMILIES]
     for i in range(rounds):
+        if time.perf_counter() - start > limit:
+            break
         case = cases[i % len(cases)]
         found = first_callers(case, dice) if i % 4 < 2 else everything_at_once(case, dice)
         tried["first callers" if i % 4 < 2 else "everything at once"] += 1
@@ -285,7 +290,8 @@ def main(rounds: int, seed: int, device: str = "cpu") -> int:
     seconds = round(time.perf_counter() - start, 1)
     about = {
         "seed": seed,
-        "rounds": rounds,
+        "rounds": sum(tried.values()),
+        "transformers": transformers.__version__,
         "threads": THREADS,
         "device": device,
         "seconds": seconds,
@@ -296,5 +302,5 @@ def main(rounds: int, seed: int, device: str = "cpu") -> int:
 
 
 if __name__ == "__main__":
-    arguments = [*sys.argv[1:], *("8", "0", "cpu")[len(sys.argv) - 1 :]]
-    sys.exit(bool(main(int(arguments[0]), int(arguments[1]), arguments[2])))
+    rounds, seed, device, limit = [*sys.argv[1:], *("8", "0", "cpu", "inf")[len(sys.argv) - 1 :]]
+    sys.exit(bool(main(int(rounds), int(seed), device, float(limit))))

@@ -396,12 +396,13 @@ def _output_structures(
 
 
 def _short(item: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The beginning of the first row of a model's inputs, without padding."""
+    """The beginning of the first row of a model's inputs, without padding; all, where images or
+    sound stand beside the tokens: their first axis counts patches, and ids stand for each."""
+    if not all(name.endswith(_TOKEN_INPUTS) for name in item):
+        return item
     short = {}
     for name, tensor in item.items():
-        row = tensor[:1]
-        if name.endswith(_TOKEN_INPUTS):
-            row = row[:, :_SHORT_TOKENS]
+        row = tensor[:1, :_SHORT_TOKENS]
         short[name] = torch.ones_like(row) if name.endswith("attention_mask") else row
     return short
 
