@@ -118,13 +118,52 @@ def test_tokens_per_expert_are_drawn(report, tmp_path):
     assert "saw 0 tokens" in page
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"linears": [{"name": 3}]}', '{"linears": 5}', "\x00"]
-)
+LINE = {"name": "layers.0.q_proj", "loss": 0.1, "loss_rtn": 0.2}
+NO_REPORTS = [
+    "",
+    "[]",
+    "{}",
+    '{"linears": [{"name": 3}]}',
+    '{"linears": 5}',
+    "\x00",
+    "[" * 100_000,
+    *(
+        json.dumps({"linears": [LINE], part: value})
+        for part, value in {
+            "config": [1],
+            "skipped": "x",
+            "experts": {"layers.0": {"routed": ["x"]}},
+            "phases": {"search": "x"},
+            "loss": "x",
+            "tokens": [1],
+            "warnings": 5,
+            "evaluation": "good",
+        }.items()
+    ),
+    json.dumps({"linears": [LINE | {"loss": 1e400}]}),
+]
+
+
+@pytest.mark.parametrize("content", NO_REPORTS)
 def test_what_is_no_report_is_refused(tmp_path, content):
     (tmp_path / "quantization_report.json").write_text(content)
-    with pytest.raises(CheckpointError, match="no quantization report"):
+    with pytest.raises(CheckpointError, match="no quantization report|JSON"):
         read_report(tmp_path)
+
+
+def test_nothing_of_a_report_becomes_markup(tmp_path):
+    mark = "<script>alert(1)</script>"
+    raw = {
+        "linears": [LINE | {"name": f"layers.0.{mark}", "kind": mark, "producer": mark}],
+        "config": {"w_bit": mark, mark: mark},
+        "skipped": {mark: mark},
+        "warnings": [mark],
+        "phases": {mark: 1.0},
+        "experts": {mark: {"routed": [1, 2]}},
+        "evaluation": {mark: {mark: mark}},
+    }
+    (tmp_path / "quantization_report.json").write_text(json.dumps(raw))
+    assert "<script" not in render_page(read_report(tmp_path))
 
 
 def test_a_missing_report_is_named(tmp_path):

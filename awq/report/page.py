@@ -49,7 +49,7 @@ def _head(view: ReportView) -> str:
     share = view.loss / view.loss_nearest if view.loss_nearest else 0.0
     tiles = [
         (f"{100 * share:.0f} %", "of nearest rounding's error is left"),
-        (f"{len(view.linears)}", f"linears in {view.raw.get('config', {}).get('w_bit', 4)} bits"),
+        (f"{len(view.linears)}", f"linears in {escape(str(_bits(view)))} bits"),
         (
             f"{len(view.skipped)}",
             "linear kept dense" if len(view.skipped) == 1 else "linears kept dense",
@@ -68,6 +68,10 @@ def _head(view: ReportView) -> str:
         f'<h1>{escape(view.title)}</h1>\n<p class="lead">{lead}</p>\n<div '
         f'class="tiles">\n{drawn}\n</div>'
     )
+
+
+def _bits(view: ReportView) -> Any:
+    return (view.raw.get("config") or {}).get("w_bit", 4)
 
 
 def _warnings(view: ReportView) -> str:

@@ -6,15 +6,17 @@ empty, so that the page leaves a section out instead of failing.
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from awq.checkpoint.files import REPORT_FILE
+from awq.checkpoint.files import REPORT_FILE, read_json
 from awq.errors import CheckpointError
 
+_NUMBERS = ("loss", "loss_rtn", "tokens", "seconds")
+_TABLES = ("config", "options", "versions", "phases", "evaluation", "experts", "skipped")
 _BLOCK_INDEX = re.compile(r"^(?P<before>.*?)\.(?P<index>\d+)\.(?P<role>.+)$")
 
 
@@ -54,11 +56,11 @@ class ReportView:
 
     @property
     def loss(self) -> float:
-        return float(self.raw.get("loss", 0.0))
+        return float(self.raw.get("loss") or 0.0)
 
     @property
     def loss_nearest(self) -> float:
-        return float(self.raw.get("loss_rtn", 0.0))
+        return float(self.raw.get("loss_rtn") or 0.0)
 
     @property
     def blocks(self) -> int:
@@ -85,20 +87,39 @@ def read_report(path: str | Path) -> ReportView:
         raise CheckpointError(
             f"{file} does not exist; `save_quantized` writes it into the directory it saves."
         )
+    raw = read_json(file)
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        linears = [_linear(entry) for entry in raw["linears"]]
+        _check_kinds(raw)
+        return ReportView(
+            title=file.resolve().parent.name,
+            linears=[_linear(entry) for entry in raw["linears"]],
+            raw=raw,
+            skipped={name: str(reason) for name, reason in (raw.get("skipped") or {}).items()},
+            experts={
+                name: [_number(count) for count in tokens["routed"]]
+                for name, tokens in (raw.get("experts") or {}).items()
+            },
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is no quantization report: {error!r}.") from error
-    return ReportView(
-        title=file.resolve().parent.name,
-        linears=linears,
-        raw=raw,
-        skipped=dict(raw.get("skipped") or {}),
-        experts={
-            name: list(tokens["routed"]) for name, tokens in (raw.get("experts") or {}).items()
-        },
-    )
+
+
+def _check_kinds(raw: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError when a part that is there is not what a report has in its
+    place."""
+    for name in _TABLES:
+        if not isinstance(raw.get(name) or {}, dict):
+            raise TypeError(f"{name} is no table")
+    for value in (*(raw.get(name) or 0 for name in _NUMBERS), *(raw.get("phases") or {}).values()):
+        _number(value)
+    if not isinstance(raw.get("warnings") or [], list):
+        raise TypeError("warnings are no list")
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.40} is no finite number")
+    return float(value)
 
 
 def _linear(entry: dict[str, Any]) -> Linear:
@@ -108,11 +129,11 @@ def _linear(entry: dict[str, Any]) -> Linear:
         block=int(match["index"]) if match else -1,
         role=match["role"] if match else entry["name"],
         shape=tuple(entry.get("shape") or ()),
-        loss=float(entry["loss"]),
-        loss_nearest=float(entry["loss_rtn"]),
+        loss=_number(entry["loss"]),
+        loss_nearest=_number(entry["loss_rtn"]),
         kind=str(entry.get("kind", "")),
-        ratio=float(entry.get("ratio") or 0.0),
-        clip_fraction=float(entry.get("clip_fraction") or 0.0),
+        ratio=_number(entry.get("ratio") or 0.0),
+        clip_fraction=_number(entry.get("clip_fraction") or 0.0),
         producer=str(entry.get("producer") or ""),
         reason=str(entry.get("reason") or ""),
     )
