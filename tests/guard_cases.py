@@ -28,6 +28,7 @@ from awq.kernels import cpu as products
 from awq.kernels import reference
 from awq.kernels.cpu import decode_launch, dense
 from awq.kernels.cpu.engine import host_target
+from awq.kernels.moe import moe_linear, stack_experts
 from awq.kernels.packed import Packed
 from awq.kernels.specs import Norm
 
@@ -128,6 +129,24 @@ def product_cases(fence: Fence) -> Iterator[tuple[str, float]]:
         yield f"dense weight {shape}", relative(rows, weight)
 
 
+def expert_cases(fence: Fence) -> Iterator[tuple[str, float]]:
+    """`awq::moe_linear`: the first and the last expert lie beside the forbidden pages."""
+    inputs, outputs, size = shape = SHAPES[-1]
+    each = [fenced_weight(fence, shape) for _ in range(3)]
+    stacked = stack_experts([packed for packed, _ in each])
+    tensors = (fence.copy(tensor) for tensor in stacked[:3])
+    packed = Packed(*tensors, stacked.shape, stacked.layout)
+    weights = torch.stack([weight for _, weight in each])
+    bias = fence.copy(torch.randn(3, outputs))
+    for tokens, dtype in product((1, 7), (torch.float32, torch.bfloat16)):
+        x = fence.copy(torch.randn(tokens, inputs).to(dtype))
+        chosen = fence.copy(torch.tensor([[0, 2], [2, 1]]).repeat(tokens, 1)[:tokens])
+        y = moe_linear(x, packed, chosen, bias=bias.to(dtype))
+        rows = torch.einsum("ti,tkoi->tko", x.double(), weights[chosen])
+        worst = relative(y, rows + bias.to(dtype).double()[chosen])
+        yield f"experts, {tokens} tokens, {dtype}, groups of {size}", worst
+
+
 def operator_cases(fence: Fence) -> Iterator[tuple[str, float]]:
     for width in (8, 33, 100):
         for dtype in OPERATOR_DTYPES:
@@ -175,11 +194,13 @@ def attention_cases(fence: Fence) -> Iterator[tuple[str, float]]:
 
 
 def encoder_cases(fence: Fence) -> Iterator[tuple[str, float]]:
-    from test_compiled_encoder import expected, quantized, texts
+    from test_compiled_encoder import available, expected, quantized, texts
 
     from awq.embed.structure import read_encoder
 
-    for family in ("mpnet",):  # with a table of relative positions
+    for family in ("mpnet", "qwen3"):  # relative positions; angles, grouped heads, gates
+        if not available(family):
+            continue
         model = quantized(family)
         encoder = compiled.CompiledEncoder(read_encoder(model), "mean", False)
         rows = texts((1, 2, 15, 17, 70))
@@ -200,6 +221,7 @@ def overrun(fence: Fence) -> None:
 
 CASES: tuple[Callable[[Fence], Iterator[tuple[str, float]]], ...] = (
     product_cases,
+    expert_cases,
     operator_cases,
     attention_cases,
     encoder_cases,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_loading import packed_model, save, wide_model
 from transformers import AutoModelForCausalLM
 
-from awq import AwqConfig, QuantReport
+from awq import AwqConfig, QuantReport, quantize_directory
 from awq.checkpoint import convert_checkpoint, save_checkpoint
 from awq.checkpoint.directory import complete_directory
 from awq.errors import CheckpointError, ConfigError
@@ -172,6 +172,18 @@ def test_an_existing_directory_is_replaced_only_where_we_write(model, source, tm
     }
     assert json.loads((target / "config.json").read_text())["model_type"] == "llama"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q", "source"]
+
+
+@pytest.mark.parametrize("size", ["0", "abc", "5 PB", "", None, 0, -1, 1.5, True])
+def test_sizes_that_no_file_can_have(model, size, llama_dir, tmp_path):
+    """Refused before any work, by a save and by a quantization that writes block by block."""
+    for save_it in (
+        lambda: save_checkpoint(model, tmp_path / "q", AwqConfig(), shard_size=size),
+        lambda: quantize_directory(llama_dir, tmp_path / "q", shard_size=size),
+    ):
+        with pytest.raises(ConfigError, match="shard_size"):
+            save_it()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("step", ["save_pretrained", "companions", "report"])

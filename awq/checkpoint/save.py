@@ -19,7 +19,7 @@ from awq.checkpoint.files import REPORT_FILE, read_json
 from awq.checkpoint.glued import in_source_cut
 from awq.checkpoint.match import merged_on_disk
 from awq.checkpoint.modules import body_directory
-from awq.checkpoint.shards import Parts, join_shards
+from awq.checkpoint.shards import Parts, check_shard_size, join_shards
 from awq.config import AwqConfig
 from awq.nn.linear import WQLinear
 from awq.nn.packed_experts import AwqExperts
@@ -52,6 +52,7 @@ def save_checkpoint(
     stay. Raises CheckpointError when writing fails; then nothing is left behind.
     """
     check_finished(model)
+    check_shard_size(shard_size)
     origin = source_directory(source)
     settings = (
         config.with_(modules_to_not_convert=unconverted(model)).to_transformers_dict()

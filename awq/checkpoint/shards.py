@@ -9,14 +9,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from awq.checkpoint.files import INDEX_FILE, read_header, weight_files
+from awq.errors import ConfigError
+
+_SIZE = re.compile(r"[0-9]+(\.[0-9]+)?[KMGT]B", re.IGNORECASE)
+
+
+def check_shard_size(size: Any) -> None:
+    """Raises ConfigError unless `size` is a number of bytes, or text as "5GB"."""
+    number = isinstance(size, int) and not isinstance(size, bool) and size > 0
+    if not number and not (isinstance(size, str) and _SIZE.fullmatch(size)):
+        raise ConfigError(f'shard_size is {size!r}; use a number of bytes, or text as "5GB".')
 
 
 @dataclass(frozen=True)

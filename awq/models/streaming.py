@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from awq.checkpoint.directory import check_target
+from awq.checkpoint.shards import check_shard_size
 from awq.checkpoint.source import Source, hub_arguments
 from awq.checkpoint.work_folder import arguments_of, work_folder
 from awq.config import AwqConfig
@@ -67,6 +68,7 @@ def quantize_directory(
         **options,
     )
     check_target(output, source)
+    check_shard_size(shard_size)
     given = {name: options.pop(name) for name in hub_arguments(options)}
     embedding = is_sentence_model(source)
     if embedding and options.setdefault("evaluate", False) is not False:
