@@ -88,10 +88,12 @@ class Door:
 
 @dataclass
 class Outcomes:
+    mutants: int = 0
     counts: collections.Counter = field(default_factory=collections.Counter)
     faults: list[str] = field(default_factory=list)
 
     def add(self, other: Outcomes) -> None:
+        self.mutants += other.mutants
         self.counts.update(other.counts)
         self.faults += other.faults
 
@@ -324,7 +326,7 @@ def run_in_a_process(seeds: list[int], originals: dict, home: Path) -> Outcomes:
     found = Outcomes()
     for line in lines:
         if "seed" in line:
-            found.add(Outcomes(collections.Counter(line["counts"]), line["faults"]))
+            found.add(Outcomes(0, collections.Counter(line["counts"]), line["faults"]))
     if status and lines:
         at = lines[-1].get("begun", lines[-1].get("seed"))
         found.counts["FAULT crash"] += 1
@@ -336,15 +338,19 @@ def run_in_a_process(seeds: list[int], originals: dict, home: Path) -> Outcomes:
 
 
 def run(originals: dict, seeds: Iterable[int], seconds: float | None = None) -> Outcomes:
-    """originals: name → (directory, doors). seconds: no new process is started after that."""
+    """originals: name → (directory, doors). seconds: no new process is started after that. Prints
+    each fault when it is found."""
     found, seeds, start = Outcomes(), list(seeds), time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         for first in range(0, len(seeds), MUTANTS_A_PROCESS):
             if seconds is not None and time.monotonic() - start > seconds:
                 break
-            found.add(
-                run_in_a_process(seeds[first : first + MUTANTS_A_PROCESS], originals, Path(place))
+            part = run_in_a_process(
+                seeds[first : first + MUTANTS_A_PROCESS], originals, Path(place)
             )
+            print(*part.faults, sep="\n", end="\n" if part.faults else "", flush=True)
+            found.add(part)
+            found.mutants += len(seeds[first : first + MUTANTS_A_PROCESS])
     return found
 
 
@@ -496,11 +502,8 @@ def main() -> int:
         found = run(
             originals, range(arguments.seed, arguments.seed + arguments.mutants), arguments.seconds
         )
-    print(*found.faults, sep="\n")
-    print(
-        f"seeds {arguments.seed} to {arguments.seed + arguments.mutants - 1}, "
-        f"{time.monotonic() - start:.0f} s"
-    )
+    last = arguments.seed + found.mutants - 1
+    print(f"seeds {arguments.seed} to {last}, {time.monotonic() - start:.0f} s")
     print(json.dumps(dict(sorted(found.counts.items()))))
     return int(bool(found.faults))
 
