@@ -144,7 +144,7 @@ class AwqConfig:
     @classmethod
     def _from_known(cls, settings: Mapping[str, Any]) -> AwqConfig:
         method = settings.get("quant_method", "awq")
-        if str(getattr(method, "value", method)).lower() != "awq":
+        if str(getattr(method, "value", method)) != "awq":
             raise ConfigError(f"quant_method is {method!r}; this package reads 'awq' checkpoints.")
         given: dict[str, Any] = {}
         for key, value in settings.items():

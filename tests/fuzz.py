@@ -247,7 +247,7 @@ def outcome(door: Door, folder: Path, kind: str, what: str) -> str:
             else f"FAULT {len(lines)} lines: {str(error)[:160]!r}"
         )
     except Hang:
-        return "FAULT hang"
+        return "FAULT hang" if door.own else "theirs"
     except Theirs:
         return "theirs"
     except Exception as error:

@@ -1,6 +1,7 @@
 """Every tensor of a checkpoint is accounted for: what is missing, left over, renamed or no number
 is refused by name."""
 
+import argparse
 import json
 import os
 import shutil
@@ -15,11 +16,13 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from awq import AutoAWQForCausalLM, Encoder
 from awq.checkpoint import save_checkpoint
+from awq.checkpoint.compare import compare_checkpoints
 from awq.checkpoint.convert import convert_checkpoint
 from awq.checkpoint.files import read_header
 from awq.checkpoint.source import Source
+from awq.cli import info
 from awq.config import AwqConfig
-from awq.errors import AwqError, CheckpointError
+from awq.errors import AwqError, CheckpointError, ModelError
 from awq.nn.activation import ScaledActivation
 from awq.nn.linear import WQLinear
 
@@ -107,6 +110,33 @@ def test_transformers_own_door_refuses_what_packed_blocks_lack(folder, fault):
     edit(folder, change)
     with pytest.raises(CheckpointError, match=name):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+LOCAL_DOORS = {
+    "from_quantized": lambda d: AutoAWQForCausalLM.from_quantized(d),
+    "transformers": lambda d: AutoModelForCausalLM.from_pretrained(d),
+    "convert": lambda d: convert_checkpoint(d, f"{d}-new", "gemm"),
+    "compare": lambda d: compare_checkpoints(d, d),
+    "info": lambda d: info.run(argparse.Namespace(model=d, json=True)),
+}
+
+
+@pytest.mark.parametrize("door", LOCAL_DOORS)
+def test_zeros_without_codes_are_refused_at_every_door(folder, door):
+    """Scales alone may belong to an activation; zeros belong to nothing else."""
+    edit(folder, lambda tensors: tensors.pop(f"{UP}.qweight"))
+    with pytest.raises(CheckpointError, match=r"up_proj.*lacks qweight"):
+        LOCAL_DOORS[door](str(folder))
+    assert not folder.with_name(f"{folder.name}-new").exists()
+
+
+@pytest.mark.parametrize("name", [None, 5, b"x", "a\0b", "", []])
+def test_names_that_no_model_can_have(name):
+    for door in (AutoAWQForCausalLM.from_quantized, AutoAWQForCausalLM.from_pretrained):
+        with pytest.raises(ModelError, match="name is"):
+            door(name)
+    with pytest.raises((CheckpointError, ModelError)):
+        convert_checkpoint(name, "new", "gemm")
 
 
 @pytest.mark.parametrize("more", [-1, 1])

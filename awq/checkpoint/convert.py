@@ -41,8 +41,8 @@ def convert_checkpoint(source: str | Path, target: str | Path, version: str) -> 
     21
     """
     version = normalize_format(version)
+    opened = Source.open_directory(source)
     root = Path(source)
-    opened = Source.open_directory(root)
     config, packed = opened.settings, opened.packed
     if not packed:
         raise CheckpointError(f"{root} holds no packed weights (no tensor named qweight).")

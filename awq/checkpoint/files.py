@@ -161,13 +161,18 @@ def packed_tensors(files: Iterable[Path]) -> PackedTensors:
 
 
 def packed_among(headers: dict[str, dict[str, Any]]) -> PackedTensors:
-    """The packed linears among tensor headers."""
+    """The packed linears among tensor headers, also those that lack a tensor: zeros belong to
+    nothing else, while scales may be an activation's."""
     modules: PackedTensors = {}
     for name, entry in headers.items():
         module, _, kind = name.rpartition(".")
         if kind in PACKED_TENSORS:
             modules.setdefault(module, {})[kind] = entry
-    return {module: tensors for module, tensors in modules.items() if "qweight" in tensors}
+    return {
+        module: tensors
+        for module, tensors in modules.items()
+        if {"qweight", "qzeros"} & tensors.keys()
+    }
 
 
 def check_complete(name: str, tensors: Mapping[str, Mapping[str, Any]]) -> None:

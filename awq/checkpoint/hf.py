@@ -29,7 +29,13 @@ from awq.checkpoint.account import (
     settle_dtypes,
 )
 from awq.checkpoint.expert_names import names_in_files
-from awq.checkpoint.files import PackedTensors, files_of, packed_among, tensor_headers
+from awq.checkpoint.files import (
+    PackedTensors,
+    check_packed,
+    files_of,
+    packed_among,
+    tensor_headers,
+)
 from awq.checkpoint.glued import GluedLinears
 from awq.checkpoint.match import check_shapes, match_names
 from awq.errors import CheckpointError
@@ -128,6 +134,7 @@ class AwqHfQuantizer(HfQuantizer):
         headers = tensor_headers(files_of(model.config, kwargs.get("checkpoint_files")))
         self.stored = list(headers)
         self.packed = packed_among(headers)
+        check_packed(self.packed)
         if headers and not self.packed:
             raise CheckpointError(
                 f"the config of {model.config._name_or_path} has a quantization_config, but its "

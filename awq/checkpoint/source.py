@@ -77,7 +77,7 @@ class Source:
     def open_directory(cls, directory: str | Path) -> Source:
         """Opens a local directory; a name is never looked for on the hub. Raises like `open`, and
         for what is no directory."""
-        if not Path(directory).is_dir():
+        if not isinstance(directory, (str, os.PathLike)) or not Path(directory).is_dir():
             raise CheckpointError(
                 f"{directory} is not a directory; give the directory of a saved checkpoint."
             )
@@ -137,8 +137,10 @@ class Source:
 def local_directory(name: str | Path) -> Path | None:
     """The directory of that name, or None for what looks like a hub id.
 
-    Raises ModelError for a path that is no directory.
+    Raises ModelError for a path that is no directory, and for what is no name.
     """
+    if not isinstance(name, (str, os.PathLike)) or "\0" in str(name):
+        raise ModelError(f"the model's name is {name!r}; give a directory or a hub id.")
     if not str(name):
         raise ModelError("the model's name is empty; give a directory or a hub id.")
     if os.path.isdir(name):
