@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from awq.models.planning import plan_quantization as plan_quantization
     from awq.models.streaming import quantize_directory as quantize_directory
     from awq.models.streaming import resume_quantization as resume_quantization
+    from awq.native.encoder import NativeEncoder as NativeEncoder
     from awq.quantize import QuantizeOptions as QuantizeOptions
     from awq.quantize import QuantReport as QuantReport
     from awq.quantize import quantize_model as quantize_model
@@ -34,6 +35,7 @@ _HOME = {
     "AutoAWQForEmbedding": "awq.models.auto",
     "AwqConfig": "awq.config",
     "Encoder": "awq.embed.encoder",
+    "NativeEncoder": "awq.native.encoder",
     "QuantReport": "awq.quantize",
     "QuantizeOptions": "awq.quantize",
     "clean_texts": "awq.calibration",

@@ -10,14 +10,16 @@ Peers, each in a process of its own, which imports nothing that it does not need
   `export_dynamic_quantized_onnx_model(…, "avx512_vnni")` asks of optimum, without optimum's Python;
 - `openvino-int8`: NNCF's static int8 for transformers, calibrated on sentences of `--calibrate`;
 - `fastembed`: its own class on the float32 ONNX file;
-- `awq`, `awq-int8`: `Encoder` on the 4-bit directory, activations of 16 and of 8 bits.
+- `awq`, `awq-int8`: `Encoder` on the 4-bit directory, activations of 16 and of 8 bits;
+- `awq-native`, `awq-native-int8`: `NativeEncoder` on the same, from images stored before.
 
 A peer whose packages are missing is left out and named. Tokenizing is part of every time. Peers
 take turns, shape by shape, so that the machine's other work meets all of them alike; a call's
 latency is taken for `--seconds` a turn, and figures are medians over turns. `mixed` is one call
 with 128 texts of 4 to 256 tokens (log-uniform, in random order). `start_mb` is resident memory
-after the first shape, one short text; `peak_mb` the most there was. Cosines are to `st-float32`, on
-the sentences of `--measure`.
+after the first shape, one short text; `peak_mb` the most there was; `first_s` is the time from the
+start of a peer's process to its first embedding, with files in the system's cache. Cosines are to
+`st-float32`, on the sentences of `--measure`.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ PEERS = (
     "fastembed",
     "awq",
     "awq-int8",
+    "awq-native",
+    "awq-native-int8",
 )
 SHAPES = ("1×16", "8×16", "64×16", "1×256", "8×256", "64×256", "mixed")
 MIXED_TEXTS = 128
@@ -233,6 +237,14 @@ def awq(quantized: str, precision: str) -> Encode:
     return lambda texts: encoder.encode(texts, batch_size=BATCH).numpy()
 
 
+def awq_native(quantized: str, precision: str) -> Encode:
+    sys.path.insert(0, str(ROOT))
+    from awq import NativeEncoder
+
+    encoder = NativeEncoder.from_pretrained(quantized, dtype="bfloat16", precision=precision)
+    return encoder.encode
+
+
 def load(peer: str, arguments: argparse.Namespace) -> Encode:
     work = arguments.work
     if peer.startswith("st-"):
@@ -243,7 +255,9 @@ def load(peer: str, arguments: argparse.Namespace) -> Encode:
         return open_vino(arguments.model, work)
     if peer == "fastembed":
         return fast_embed(work)
-    return awq(arguments.quantized, "int8" if peer == "awq-int8" else "exact")
+    precision = "int8" if peer.endswith("int8") else "exact"
+    make = awq_native if peer.startswith("awq-native") else awq
+    return make(arguments.quantized, precision)
 
 
 # The process of one peer
@@ -262,6 +276,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
     encode = load(arguments.worker, arguments)
     texts = json.loads((arguments.work / "texts.json").read_text(encoding="utf-8"))
+    encode(["The river is cold."])
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         word = line.strip()
@@ -301,6 +316,7 @@ class Peer:
         command += ["--seconds", str(arguments.seconds)]
         self.name = name
         self.log = arguments.work / f"{name}.log"
+        began = time.perf_counter()
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -309,6 +325,7 @@ class Peer:
             text=True,
         )
         self.is_ready = self._answer() is not None
+        self.first_s = time.perf_counter() - began
 
     def ask(self, word: str) -> dict[str, float]:
         assert self.process.stdin is not None
@@ -331,6 +348,8 @@ class Peer:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    for name in arguments.peers:  # once before: files come into the cache, images are stored
+        Peer(name, arguments).process.kill()
     peers = [Peer(name, arguments) for name in arguments.peers]
     left_out = {peer.name: peer.why_not() for peer in peers if not peer.is_ready}
     peers = [peer for peer in peers if peer.is_ready]
@@ -345,7 +364,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = {shape: _medians(turns[peer.name, shape]) for shape in arguments.shapes}
         file = arguments.work / f"{peer.name}.npy"
         peak = peer.ask(str(file))["peak_mb"]
-        results[peer.name] = {"start_mb": first["now_mb"], "peak_mb": peak, "shapes": rows}
+        results[peer.name] = {
+            "first_s": peer.first_s,
+            "start_mb": first["now_mb"],
+            "peak_mb": peak,
+            "shapes": rows,
+        }
         peer.process.kill()
         peer.process.wait()
     _add_cosines(results, arguments.work)
@@ -397,7 +421,8 @@ def show(result: dict[str, Any]) -> None:
         times = "  ".join(f"{shape} {r['p50_ms']:.2f}" for shape, r in row["shapes"].items())
         cosine = f"{row.get('mean_cosine', float('nan')):.4f}"
         least = f"{row.get('least_cosine', float('nan')):.4f}"
-        print(f"{name:14s} p50 ms: {times}  {row['start_mb']:.0f} MB  cosine {cosine}, {least}")
+        start = f"{row['first_s']:.2f} s, {row['start_mb']:.0f} MB"
+        print(f"{name:15s} p50 ms: {times}  {start}  cosine {cosine}, {least}")
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# what an earlier run compiled must not decide this one
+os.environ.setdefault("AWQ_CACHE", "off")
 
 import sys
 from pathlib import Path

@@ -9,17 +9,23 @@ import torch
 from conftest import make_tokenizer
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel
-from zoo import available, build
+from zoo import available
+from zoo import build as tiny
 
 from awq.core.weight import round_to_nearest
-from awq.embed.compiled import CompiledEncoder, prove
+from awq.embed import build
+from awq.embed.compiled import CompiledEncoder
 from awq.embed.encoder import Encoder
 from awq.embed.heads import Normalize, Pooling
 from awq.embed.observe import NotReadable
+from awq.embed.proof import prove
 from awq.embed.request import check_precision
 from awq.embed.structure import read_encoder
 from awq.errors import ConfigError
-from awq.kernels.cpu.pool import usable_cores
+from awq.kernels.cpu import engine
+from awq.kernels.cpu.encoder.program import emit_encoder
+from awq.kernels.cpu.targets import TARGETS
+from awq.native.pool import usable_cores
 from awq.nn.blocks import find_block_lists
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import named_linears, replace_module
@@ -56,7 +62,7 @@ POOLING = {"modernbert": "cls", "qwen3": "lasttoken"}
 
 def quantized(family, **settings):
     """The body of a tiny random model whose blocks are 4-bit linears, in groups of 32."""
-    model = build(family, SIZES | FAMILIES.get(family, {}) | settings)
+    model = tiny(family, SIZES | FAMILIES.get(family, {}) | settings)
     return with_packed_blocks(model.base_model)
 
 
@@ -143,9 +149,51 @@ def test_activations_of_eight_bits_keep_the_direction(bert):
     assert errors.min() > 1e-4  # they are eight bits
 
 
+def test_vectors_and_matrix_units_give_the_same(bert, monkeypatch):
+    """On a CPU without a matrix unit both are the vectors'."""
+    model, usual = bert
+    monkeypatch.setattr(build.matrix_unit, "is_usable", lambda: False)
+    vectors = CompiledEncoder(read_encoder(model), "mean", False)
+    assert not vectors.spec.matrix_unit
+    assert prove(vectors, model) < 2e-4
+    rows = texts((1, 15, 17, 200))
+    want = vectors(rows)
+    assert (usual(rows) - want).norm() < 1e-5 * want.norm()
+
+
+def test_machine_code_of_a_cpu_that_this_one_need_not_be(bert):
+    _, compiled = bert
+    spec = compiled.spec._replace(matrix_unit=True)
+    target = next(target for target in TARGETS if target.name == "avx512vnni")
+    module, _ = engine.kernel_module(emit_encoder, torch.float32, (target, spec), False)
+    b = engine.binding()
+    machine = b.Target.from_triple("x86_64-linux-gnu").create_target_machine(
+        cpu="sapphirerapids", opt=3
+    )
+    code = machine.emit_assembly(engine.machine_code(module, machine))
+    assert "tdpbssd" in code and "tilerelease" in code
+
+
+@pytest.mark.parametrize("family", ["bert", "nomic_bert", "qwen3"])
+def test_activations_of_24_bits_equal_float32(family):
+    if not available(family):
+        pytest.skip(f"transformers has no {family}")
+    model = quantized(family)
+    compiled = CompiledEncoder(read_encoder(model), "mean", False, "float32")
+    assert prove(compiled, model) < 1e-5
+    rows = texts((1, 17, compiled.plan.longest))
+    for row, embedding in zip(rows, compiled(rows)):
+        want = expected(model, row)
+        assert (embedding - want).norm() < 1e-5 * want.norm()
+
+
 @pytest.mark.parametrize(
     "precision, device, reason",
-    [("int4", "cpu", "one of exact, int8"), (None, "cpu", "one of"), ("int8", "meta", "for CPUs")],
+    [
+        ("int4", "cpu", "one of float32, exact, int8"),
+        (None, "cpu", "one of"),
+        ("int8", "meta", "for CPUs"),
+    ],
 )
 def test_a_precision_that_cannot_be(precision, device, reason):
     with pytest.raises(ConfigError, match=reason):
@@ -182,7 +230,7 @@ def test_ids_and_lengths_that_cannot_be(bert):
 
 
 def test_what_is_not_read_says_why():
-    model = build("bert", SIZES)
+    model = tiny("bert", SIZES)
     with pytest.raises(NotReadable, match="not quantized"):
         read_encoder(model)
     with pytest.raises(NotReadable, match="training"):
@@ -204,7 +252,7 @@ def test_what_is_not_read_says_why():
 
 def test_small_weights_do_not_blur_what_reads_what():
     """Where blocks add little, what enters and leaves their parts is nearly equal."""
-    model = build("modernbert", SIZES | FAMILIES["modernbert"])
+    model = tiny("modernbert", SIZES | FAMILIES["modernbert"])
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data.fill_(1)

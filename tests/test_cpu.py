@@ -138,7 +138,7 @@ def test_strided_input_and_bias_of_another_dtype():
 
 
 def test_a_token_does_not_depend_on_the_others_nor_on_threads(monkeypatch):
-    monkeypatch.setattr(pool, "_cores_at_start", lambda: 8)
+    monkeypatch.setattr(pool, "cores_at_start", lambda: 8)
     weight, x = random_weight(1232, 200, 616), torch.randn(70, 1232)
     packed, before = pack(weight), torch.get_num_threads()
     whole = backend.linear(x, packed, None)
@@ -202,7 +202,7 @@ def test_without_openmp_python_threads_compute_the_same(monkeypatch, forget):
     monkeypatch.setattr(engine, "openmp", dict)
     kernel = engine.Program(emit_linear, torch.float32, engine.host_target(), 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(pool, "_cores_at_start", lambda: 8)
+    monkeypatch.setattr(pool, "cores_at_start", lambda: 8)
     assert torch.equal(backend.run(kernel, x, packed, None, 3), expected)
 
 
@@ -405,7 +405,7 @@ def test_a_task_is_filled_by_name_and_by_nothing_else():
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_smaller_team_changes_no_bit(size, monkeypatch):
-    monkeypatch.setattr(pool, "_cores_at_start", lambda: 4)
+    monkeypatch.setattr(pool, "cores_at_start", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     linear = WQLinear.from_quantized(random_weight(256, 96, 128))
     x = torch.randn(3, 256)

@@ -20,6 +20,7 @@ LAYERS = {
     "_hub": 0,
     "_triton": 0,
     "backends": 0,
+    "native": 1,
     "core": 1,
     "formats": 1,
     "kernels": 2,

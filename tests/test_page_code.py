@@ -73,6 +73,7 @@ def run_command(line, monkeypatch):
 def test_code_of_a_page(page, place, tmp_path, monkeypatch):
     shutil.copytree(place, tmp_path / "home", symlinks=True)
     monkeypatch.chdir(tmp_path / "home")
+    monkeypatch.setenv("AWQ_CACHE", str(tmp_path / "cache"))
     names = {
         "model_path": "my-model",
         "quant_path": "my-model-awq",

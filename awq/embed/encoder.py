@@ -22,20 +22,22 @@ from torch import Tensor, nn
 from awq.checkpoint.load import body_class, load_model
 from awq.checkpoint.source import Source, check_reachable
 from awq.checkpoint.tokenizer import load_tokenizer
-from awq.embed.compiled import CompiledEncoder, CompiledState, compile_encoder
+from awq.embed.compiled import CompiledEncoder, CompiledState
 from awq.embed.directory import SentenceSettings, longest_input, sentence_settings
 from awq.embed.graphs import EncoderGraphs
 from awq.embed.heads import Normalize, Pooling, read_head, through_heads
 from awq.embed.observe import NotReadable
-from awq.embed.request import check_arguments, check_precision, checked_texts
+from awq.embed.proof import compile_encoder
+from awq.embed.request import check_precision
+from awq.embed.tokens import quick_tokens
 from awq.errors import ConfigError, ModelError
+from awq.native.request import check_arguments, checked_texts
 from awq.nn.locks import lock_of
 from awq.nn.surgery import usable_device
 
 logger = logging.getLogger("awq.embed")
 
 _COMPILING = threading.Lock()  # encoders are read and compiled one at a time
-MAX_PACKED_TOKENS = 512  # of one call of the native program
 
 # of a hub repository; exports for other runtimes are not needed
 _KEPT = ["*.json", "*.txt", "*.model", "*.safetensors", "*.py"]
@@ -73,7 +75,8 @@ class Encoder(nn.Module):
         self.prompts = {"query": "", "document": "", **settings.prompts}
         self.default_prompt_name = settings.default_prompt_name
         self._lower_case = settings.lower_case
-        self._known_ids = _known_ids(model, tokenizer)
+        self.known_ids = _known_ids(model, tokenizer)
+        self.quick_tokens = quick_tokens(tokenizer, self.max_seq_length)
         # Of inputs by name; the attention mask's is 0.
         self.padding = {
             "input_ids": tokenizer.pad_token_id or 0,
@@ -190,11 +193,11 @@ class Encoder(nn.Module):
         if isinstance(texts, str):
             return self.encode([texts], batch_size, normalize, prompt_name, truncate_dim, prompt)[0]
         texts = checked_texts(texts)
-        check_arguments(batch_size, truncate_dim, prompt)
+        check_arguments(truncate_dim, prompt, batch_size)
         before = prompt if prompt is not None else self.prompt_text(prompt_name)
         rows = self._tokenize([before + text for text in texts])
         prompt_tokens = self._prompt_tokens(before)
-        native = self._native_program() if not self._on_gpu else None
+        native = self.native
         if native is not None and native.why_not(rows["input_ids"]) is None:
             embeddings = self._encode_natively(native, rows, prompt_tokens)[:, :truncate_dim]
             return F.normalize(embeddings, dim=-1) if normalize else embeddings
@@ -227,6 +230,11 @@ class Encoder(nn.Module):
         self._native_program()
         assert self._native_state is not None
         return self._native_state
+
+    @property
+    def native(self) -> CompiledEncoder | None:
+        """The program that `compiled` speaks of."""
+        return self._native_program() if not self._on_gpu else None
 
     def _native_program(self) -> CompiledEncoder | None:
         if self._native_state is None:
@@ -261,13 +269,8 @@ class Encoder(nn.Module):
         self, native: CompiledEncoder, rows: dict[str, list[list[int]]], prompt_tokens: int
     ) -> Tensor:
         """Embeddings [texts, features] in the order of the rows."""
-        ids = rows["input_ids"]
         types = rows.get("token_type_ids")
-        parts = []
-        for start, stop in _packs([len(row) for row in ids]):
-            own_types = None if types is None else types[start:stop]
-            parts.append(native(ids[start:stop], own_types, prompt_tokens))
-        embeddings = parts[0] if len(parts) == 1 else torch.cat(parts)
+        embeddings = native.embeddings(rows["input_ids"], types, prompt_tokens)
         for head in list(self.heads)[1:]:
             embeddings = head(embeddings)
         return embeddings
@@ -307,26 +310,24 @@ class Encoder(nn.Module):
 
     def _tokenize(self, texts: list[str]) -> dict[str, list[list[int]]]:
         """Input name → one row per text, without padding."""
-        # a fast tokenizer keeps padding and truncation as state, and borrows itself only once
-        with lock_of(self.tokenizer):
-            found = self.tokenizer(
-                [self.cased(text) for text in texts],
-                truncation=True,
-                max_length=self.max_seq_length,
-            )
-        rows = {
-            key: found[key]
-            for key in ("input_ids", "token_type_ids", "attention_mask")
-            if key in found
-        }
-        if self._known_ids is not None:
-            _check_ids(rows["input_ids"], self._known_ids)
+        rows = self._rows([self.cased(text) for text in texts])
+        if self.known_ids is not None:
+            _check_ids(rows["input_ids"], self.known_ids)
         # an empty text, with a tokenizer that adds no special tokens
         if any(not ids for ids in rows["input_ids"]):
             pad = self.tokenizer.pad_token_id or 0
             fill = {"input_ids": [pad], "token_type_ids": [0], "attention_mask": [1]}
             rows = {key: [row or fill[key] for row in values] for key, values in rows.items()}
         return {"attention_mask": [[1] * len(ids) for ids in rows["input_ids"]], **rows}
+
+    def _rows(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        if self.quick_tokens is not None:
+            return self.quick_tokens(texts)
+        # a fast tokenizer keeps padding and truncation as state, and borrows itself only once
+        with lock_of(self.tokenizer):
+            found = self.tokenizer(texts, truncation=True, max_length=self.max_seq_length)
+        names = ("input_ids", "token_type_ids", "attention_mask")
+        return {name: found[name] for name in names if name in found}
 
     def _prompt_tokens(self, prompt: str) -> int:
         pooling = self.heads[0]
@@ -360,18 +361,6 @@ def _check_ids(rows: list[list[int]], known: int) -> None:
             f"the tokenizer gives the id {largest}, and the model knows 0 to {known - 1}; is it "
             "another model's tokenizer?"
         )
-
-
-def _packs(lengths: list[int]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of texts that go together: as many tokens as a core keeps near, at least one
-    text."""
-    start, tokens = 0, 0
-    for i, length in enumerate(lengths):
-        if i > start and tokens + length > MAX_PACKED_TOKENS:
-            yield start, i
-            start, tokens = i, 0
-        tokens += length
-    yield start, len(lengths)
 
 
 def _buckets(lengths: list[int], batch_size: int) -> Iterator[list[int]]:

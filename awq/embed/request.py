@@ -1,43 +1,14 @@
-"""What `Encoder.encode` is asked, checked once before anything is tokenized."""
+"""What an encoder is asked for when it is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from awq.errors import ConfigError
 
-PRECISIONS = ("exact", "int8")  # of activations in a compiled encoder
-
-
-def checked_texts(texts: Any) -> list[str]:
-    """A list of strings that a tokenizer takes. Raises ConfigError for anything else, and for no
-    text at all."""
-    if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
-        raise ConfigError(f"texts are {type(texts).__name__}; give a string or a list of strings.")
-    listed = list(texts)
-    strange = sorted({type(text).__name__ for text in listed if not isinstance(text, str)})
-    if strange:
-        raise ConfigError(f"texts hold a {strange[0]}; give strings.")
-    if not listed:
-        raise ConfigError("no texts to embed; give at least one.")
-    return [repaired(text) for text in listed]
-
-
-def check_arguments(batch_size: Any, truncate_dim: Any, prompt: Any) -> None:
-    """Raises ConfigError for a batch size, a number of features or a prompt that cannot be
-    meant."""
-    for name, value in (("batch_size", batch_size), ("truncate_dim", truncate_dim)):
-        if value is None and name == "truncate_dim":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} is {value!r:.100}; it must be a whole number of at least 1.")
-    if prompt is not None and not isinstance(prompt, str):
-        raise ConfigError(
-            f"prompt is {type(prompt).__name__}; give the text itself, or prompt_name."
-        )
+PRECISIONS = ("float32", "exact", "int8")  # of activations in a compiled encoder
 
 
 def check_precision(precision: Any, place: torch.device) -> None:
@@ -46,12 +17,7 @@ def check_precision(precision: Any, place: torch.device) -> None:
         raise ConfigError(
             f"precision is {precision!r:.100}; it must be one of {', '.join(PRECISIONS)}."
         )
-    if precision == "int8" and place.type != "cpu":
-        raise ConfigError(f'precision="int8" is for CPUs, and the device is {place}; leave it out.')
-
-
-def repaired(text: str) -> str:
-    """The text without lone surrogates, which no tokenizer takes."""
-    if text.isascii():
-        return text
-    return "".join(character for character in text if not 0xD800 <= ord(character) <= 0xDFFF)
+    if precision != "exact" and place.type != "cpu":
+        raise ConfigError(
+            f'precision="{precision}" is for CPUs, and the device is {place}; leave it out.'
+        )

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from awq.kernels.cpu.targets import TARGETS, Target
+from awq.native.machine import binding, host_machine
 
 _OPENMP = (
     "GOMP_parallel",
@@ -31,26 +32,6 @@ _OPENMP = (
     "omp_set_num_threads",
 )
 _LIBRARIES = ("libgomp", "libiomp5", "libomp")  # their file names begin so
-MINIMUM = (0, 45)  # of llvmlite: the first with LLVM 20, hence with opaque pointers everywhere
-
-
-@cache
-def binding() -> Any:
-    """llvmlite's binding, ready to compile. Raises ImportError, with what to do, when llvmlite is
-    missing or too old."""
-    try:
-        import llvmlite
-        from llvmlite import binding
-    except ImportError as error:
-        raise ImportError("llvmlite is not installed; pip install 'autoawq[cpu]'") from error
-    version = tuple(int(part) for part in llvmlite.__version__.split(".")[:2])
-    if version < MINIMUM:
-        raise ImportError(
-            f"llvmlite {llvmlite.__version__} is older than 0.45; pip install -U 'autoawq[cpu]'"
-        )
-    binding.initialize_all_targets()
-    binding.initialize_all_asmprinters()
-    return binding
 
 
 @cache
@@ -154,29 +135,12 @@ class Program:
         self._run(task)
 
 
-class NativeModule:
-    """Several functions compiled together for this CPU, with their addresses. Raises what llvmlite
+def object_code(emit: Callable[..., Any], dtype: torch.dtype, *settings: Any) -> bytes:
+    """An object file for this CPU with the functions that `emit` makes. Raises what llvmlite
     raises."""
-
-    def __init__(self, emit: Callable[..., Any], dtype: torch.dtype, *settings: Any) -> None:
-        b = binding()
-        features = b.get_host_cpu_features().flatten()
-        target = b.Target.from_default_triple()
-        machine = target.create_target_machine(
-            cpu=b.get_host_cpu_name(), features=features, opt=3, jit=True
-        )
-        module, self.names = kernel_module(emit, dtype, settings, openmp=False)
-        self._engine = b.create_mcjit_compiler(machine_code(module, machine), machine)
-        self._engine.finalize_object()
-
-    def address(self, name: str) -> int:
-        return self._engine.get_function_address(name)
-
-
-@cache
-def native_module(emit: Callable[..., Any], dtype: torch.dtype, *settings: Any) -> NativeModule:
-    """The module compiled for this CPU, once in a process."""
-    return NativeModule(emit, dtype, *settings)
+    machine = host_machine()
+    module, _ = kernel_module(emit, dtype, settings, openmp=False)
+    return machine.emit_object(machine_code(module, machine))
 
 
 @cache

@@ -1,0 +1,51 @@
+"""Token ids without transformers' Python, where the tokenizers library gives the same ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from awq.native.tokens import TextTokens
+from awq.nn.locks import lock_of
+
+TRIED = (
+    "The river is cold.",
+    "",
+    " two  spaces, a\ttab and\na line ",
+    "Ünïcödé, 漢字 and 🙂, \u200b\u0001",
+    "[CLS] [SEP] [MASK] <s> </s> <mask> <|im_end|> <eos>",
+)
+
+
+class QuickTokens:
+    """Rows by input name, as a tokenizer of transformers gives them. definition: its
+    `tokenizer.json`."""
+
+    def __init__(self, definition: str, longest: int, side: str, has_types: bool) -> None:
+        self.definition, self.side, self.has_types = definition, side, has_types
+        self._longest = longest
+        self._tokens = TextTokens(definition, longest, side)
+
+    def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        ids, types = self._tokens(texts)
+        return {"input_ids": ids} | ({"token_type_ids": types} if self.has_types else {})
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.definition, self._longest, self.side, self.has_types
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+
+def quick_tokens(tokenizer: Any, longest: int) -> QuickTokens | None:
+    """None for tokenizers in Python, and where texts that are hard to cut come out differently."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    with lock_of(tokenizer):
+        texts = [*TRIED, TRIED[0] * longest]
+        found = tokenizer(texts, truncation=True, max_length=longest)
+        definition = backend.to_str()
+    side = getattr(tokenizer, "truncation_side", "right")
+    quick = QuickTokens(definition, longest, side, "token_type_ids" in found)
+    same = all(found[name] == rows for name, rows in quick(texts).items())
+    return quick if same else None

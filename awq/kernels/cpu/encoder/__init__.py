@@ -1,0 +1,1 @@
+"""A whole text encoder as one native program: see `program`."""

@@ -1,0 +1,134 @@
+"""A phase's items, and who computes them: the caller and its helpers, until none is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from llvmlite import ir
+
+from awq.kernels.cpu.emit import Emitter
+from awq.kernels.cpu.ir_types import I32, I64, PTR
+from awq.kernels.cpu.task import Reader
+from awq.kernels.cpu.values import Pointer, Value
+from awq.native.pool import POOL_BACK, POOL_JOB, POOL_SEMAPHORE, POOL_STOP, POOL_TICKETS
+from awq.native.spec import EncoderSpec
+
+SPINS_BEFORE_YIELD = 2000
+
+
+class Phase(NamedTuple):
+    """What an item's emitter works with. t: the job; layer: the layer's weights; worker: who
+    computes, from 0."""
+
+    b: Emitter
+    t: Reader
+    layer: Reader
+    worker: Value
+    spec: EncoderSpec
+
+
+Item = Callable[[Phase, Value], None]
+
+
+def run_phase(
+    b: Emitter,
+    function: ir.Function,
+    items: Value,
+    counters: Pointer,
+    job: Pointer,
+    layer: Pointer,
+    worker: Value,
+    workers: Value,
+) -> None:
+    """All items of a phase. Worker 0 takes them from the front, the others from the back: each
+    meets the same weights again in the next call, and finds them in its own cache."""
+    with b.builder.if_else(workers.equals(1).ir) as (alone, together):
+        with alone, b.loop(0, items) as item:
+            b.call(function, [job, layer, worker, item])
+        with together:
+            front = b.variable(I64, 0)
+            with endless(b) as leave:
+                leave(b.fetch_add(counters, 1) >= items)
+                chosen = b.variable(I64, 0)
+                with b.builder.if_else(worker.equals(0).ir) as (first, other):
+                    with first:
+                        chosen.value = front.value
+                        front.value = front.value + 1
+                    with other:
+                        chosen.value = items - 1 - b.fetch_add(counters + 1, 1)
+                b.call(function, [job, layer, worker, chosen.value])
+                b.fetch_add(counters + 2, 1)
+            _wait(b, counters + 2, items)
+
+
+class endless:
+    """`while True:` whose body leaves it with `leave(condition)`."""
+
+    def __init__(self, b: Emitter) -> None:
+        self._b = b
+
+    def __enter__(self) -> Callable[[Value], None]:
+        builder = self._b.builder
+        self._body = builder.append_basic_block("again")
+        self._end = builder.append_basic_block("left")
+        builder.branch(self._body)
+        builder.position_at_end(self._body)
+        return self._leave
+
+    def _leave(self, condition: Value) -> None:
+        builder = self._b.builder
+        on = builder.append_basic_block("on")
+        builder.cbranch(condition.ir, self._end, on)
+        builder.position_at_end(on)
+
+    def __exit__(self, *_error: object) -> None:
+        self._b.builder.branch(self._body)
+        self._b.builder.position_at_end(self._end)
+
+
+def _wait(b: Emitter, counter: Pointer, value: Value) -> None:
+    """Until a counter has reached a value: a short spin, then the core is offered to others again
+    and again."""
+    spins = b.variable(I64, 0)
+    give_way = b.declared("sched_yield", I32, [])
+    with endless(b) as leave:
+        leave(b.atomic_load(counter) >= value)
+        spins.value = spins.value + 1
+        b.pause()
+        with b.when(spins.value > SPINS_BEFORE_YIELD):
+            b.builder.call(give_way, [])
+
+
+def emit_serve(module: ir.Module, forward: ir.Function) -> ir.Function:
+    """serve(pool): a helper's life. It sleeps until it is called, and takes a ticket or sleeps
+    on."""
+    b, (pool,) = Emitter.define(module, "serve", [PTR])
+    sleep = b.declared("sem_wait", I32, [PTR])
+    with endless(b) as leave:
+        b.builder.call(sleep, [(pool + POOL_SEMAPHORE).ir])
+        leave(b.atomic_load(pool + POOL_STOP).differs(0))
+        ticket = b.atomic_load(pool + POOL_TICKETS)
+        with (
+            b.when(ticket > 0),
+            b.when(b.compare_and_swap(pool + POOL_TICKETS, ticket, ticket - 1)),
+        ):
+            job = b.pointer(pool[POOL_JOB], I64)
+            b.call(forward, [job, ticket])
+            b.fetch_add(pool + POOL_BACK, 1)
+    return b.finish()
+
+
+def emit_call(module: ir.Module, forward: ir.Function) -> ir.Function:
+    """call(pool, job, helpers): the job, by the caller and as many helpers as come in time."""
+    b, (pool, job, helpers) = Emitter.define(module, "call", [PTR, PTR, I64])
+    wake = b.declared("sem_post", I32, [PTR])
+    pool[POOL_JOB] = b.address(job)
+    pool[POOL_BACK] = b.const(I64, 0)
+    b.swap(pool + POOL_TICKETS, helpers)
+    with b.loop(0, helpers):
+        b.builder.call(wake, [(pool + POOL_SEMAPHORE).ir])
+    b.call(forward, [job, b.const(I64, 0)])
+    left = b.swap(pool + POOL_TICKETS, b.const(I64, 0))
+    _wait(b, pool + POOL_BACK, helpers - left)
+    return b.finish()
