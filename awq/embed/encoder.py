@@ -271,7 +271,8 @@ class Encoder(nn.Module):
         """Embeddings [texts, features] in the order of the rows."""
         types = rows.get("token_type_ids")
         embeddings = native.embeddings(rows["input_ids"], types, prompt_tokens)
-        for head in list(self.heads)[1:]:
+        inside = 2 if native.spec.normalize else 1  # heads that are part of the program
+        for head in list(self.heads)[inside:]:
             embeddings = head(embeddings)
         return embeddings
 
