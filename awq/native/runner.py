@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class Runner:
     def __init__(self, image: Image) -> None:
         self.image, self.spec = image, image.spec
         self._layers = _placed(image)
-        self._forward, self._pool = _program(image.code)
+        self._forward, self._pool, self._code = _program(image.code)
         self._index = {name: i for i, name in enumerate(image.job)}
         self._template = self._constants()
         self._calls: list[_Call] = []
@@ -149,13 +150,13 @@ def _placed(image: Image) -> np.ndarray:
 
 
 @cache
-def _program(code: bytes) -> tuple[ctypes._CFuncPtr, Pool]:
-    """(forward(job, worker), its helpers), once in a process for all encoders of the same shape."""
+def _program(code: bytes) -> tuple[Any, Pool, MachineCode]:
+    """(forward(job, worker), its helpers, what both live in), once in a process for all encoders of
+    the same shape."""
     loaded = MachineCode(code)
     forward = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(loaded.address("forward"))
     pool = Pool(loaded.address("serve"), loaded.address("call"), helpers_for_this_process())
-    pool.code = loaded  # it lives as long as its threads
-    return forward, pool
+    return forward, pool, loaded
 
 
 class _Call:

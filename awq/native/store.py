@@ -14,6 +14,7 @@ import mmap
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 logger = logging.getLogger("awq.native")
@@ -85,9 +86,9 @@ def save(name: str, content: bytes) -> bool:
     return True
 
 
-def _check(found: os.stat_result, is_kind: object) -> None:
+def _check(found: os.stat_result, is_kind: Callable[[int], bool]) -> None:
     """Raises ValueError for what somebody else may write, or for another kind of file."""
-    if not is_kind(found.st_mode):  # type: ignore[operator]
+    if not is_kind(found.st_mode):
         raise ValueError("it is another kind of file")
     if found.st_uid != os.getuid():
         raise ValueError("it belongs to another user")
