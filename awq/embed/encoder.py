@@ -318,8 +318,10 @@ class Encoder(nn.Module):
         if any(not ids for ids in rows["input_ids"]):
             pad = self.tokenizer.pad_token_id or 0
             fill = {"input_ids": [pad], "token_type_ids": [0], "attention_mask": [1]}
-            rows = {key: [row or fill[key] for row in values] for key, values in rows.items()}
-        return {"attention_mask": [[1] * len(ids) for ids in rows["input_ids"]], **rows}
+            for key, values in rows.items():
+                rows[key] = [row or fill[key] for row in values]
+        mask = [[1] * len(ids) for ids in rows["input_ids"]]
+        return {"attention_mask": mask, **rows}
 
     def _rows(self, texts: list[str]) -> dict[str, list[list[int]]]:
         if self.quick_tokens is not None:

@@ -106,9 +106,11 @@ class NativeEncoder:
             texts = [text.lower() for text in texts]
         ids, types = self._tokens(texts)
         if not all(ids):  # an empty text, with a tokenizer that adds no special tokens
-            ids = [row or [self._texts["pad"]] for row in ids]
+            pad = self._texts["pad"]
+            ids = [row or [pad] for row in ids]
             types = [row or [0] for row in types]
-        return ids, types if self._texts["has_types"] else None
+        has_types = self._texts["has_types"]
+        return ids, types if has_types else None
 
     def _prompt(self, name: str | None) -> str:
         name = name if name is not None else self._texts["default_prompt"]

@@ -29,7 +29,8 @@ class Runner:
     """Embeddings of token ids, packed one text after the other."""
 
     def __init__(self, image: Image) -> None:
-        self.image, self.spec = image, image.spec
+        self.image = image
+        self.spec = image.spec
         self._layers = _placed(image)
         self._forward, self._pool, self._code = _program(image.code)
         self._index = {name: i for i, name in enumerate(image.job)}
@@ -120,14 +121,13 @@ class Runner:
 
     def _constants(self) -> np.ndarray:
         """A job of which only what a call decides is missing."""
-        job = np.zeros(len(self.image.job), np.int64)
-        base = self.image.memory.ctypes.data
-        for name, offset in self.image.fields.items():
-            job[self._index[name]] = base + offset
-        job[self._index["layers"]] = self._layers.ctypes.data
-        job[self._index["words"]] = self.image.words.ctypes.data
-        job[self._index["max_distance"]] = self.image.max_distance
-        return job
+        image = self.image
+        base = image.memory.ctypes.data
+        values = {name: base + offset for name, offset in image.fields.items()}
+        values["layers"] = self._layers.ctypes.data
+        values["words"] = image.words.ctypes.data
+        values["max_distance"] = image.max_distance
+        return np.array([values.get(name, 0) for name in image.job], np.int64)
 
 
 def packs(lengths: list[int]) -> list[tuple[int, int]]:
@@ -203,16 +203,19 @@ class _Call:
         sizes = _sizes(self._spec, texts, tokens, longest)
         scratch = _scratch_bytes(self._spec, longest)
         sizes["scratch"] = scratch * workers
-        whole = sum(-(-size // LINE) * LINE for size in sizes.values()) + LINE
+        lines = {name: _whole_lines(size) for name, size in sizes.items()}
+        whole = sum(lines.values()) + LINE
         if len(self._memory) < whole:
             self._memory = np.empty(whole + whole // 4, np.uint8)
         base = self._memory.ctypes.data
         offset = -base % LINE
-        for name, size in sizes.items():
+        for name, size in lines.items():
             self._parts[name] = offset
             self.set(**{name: base + offset})
-            offset += -(-size // LINE) * LINE
-        self.set(tokens=tokens, texts=texts, scratch_values=scratch // 4)
+            offset += size
+        self.set(tokens=tokens)
+        self.set(texts=texts)
+        self.set(scratch_values=scratch // 4)
 
     def _part(self, name: str, size: int) -> np.ndarray:
         start = self._parts[name]
@@ -220,6 +223,11 @@ class _Call:
 
     def _numbers(self, name: str, count: int) -> np.ndarray:
         return self._part(name, 4 * count).view(np.int32)
+
+
+def _whole_lines(size: int) -> int:
+    """Bytes of as many cache lines as that takes."""
+    return -(-size // LINE) * LINE
 
 
 def _sizes(spec: EncoderSpec, texts: int, tokens: int, longest: int) -> dict[str, int]:
@@ -250,4 +258,4 @@ def _scratch_bytes(spec: EncoderSpec, longest: int) -> int:
     padded = -(-longest // TILE_TOKENS) * TILE_TOKENS
     attention = 4 * ((spec.dim + 8) * padded + 8 * spec.dim)
     product = MAX_PRODUCT_BYTES + 2 * spec.planes * TILE_TOKENS * LINE
-    return -(-max(attention, product) // LINE) * LINE
+    return _whole_lines(max(attention, product))

@@ -65,7 +65,8 @@ class MatrixProducts:
         for first in range(0, groups, step):
             slab = _Slab(first, min(step, groups - first))
             self._unpack_slab(p, operands, product, slab, blocks)
-            with b.loop(operands.begin, operands.end, TOKENS) as token, b.loop(0, blocks) as r:
+            tokens = b.loop(operands.begin, operands.end, TOKENS)
+            with tokens as token, b.loop(0, blocks) as r:
                 self._multiply(p, operands, product, slab, token, r)
 
     def _unpack_slab(
@@ -73,21 +74,25 @@ class MatrixProducts:
     ) -> None:
         """Also fetches what is unpacked next: the next slab's codes, or the next item's; worker 0
         takes items upwards."""
-        b, inputs, group = p.b, product.inputs, p.spec.group
+        b = p.b
+        inputs = product.inputs
+        group = p.spec.group
         grid = inputs // group * BLOCK
         codes_of_group = group * BLOCK // 2
         distance = b.const(I64, slab.groups * codes_of_group)
         if slab.first + slab.groups == inputs // group:
             back = -slab.first * codes_of_group
             pair = inputs * BLOCK
-            distance = b.select(
-                p.worker.equals(0), b.const(I64, back + pair), b.const(I64, back - pair)
-            )
+            up = b.const(I64, back + pair)
+            down = b.const(I64, back - pair)
+            distance = b.select(p.worker.equals(0), up, down)
         with b.loop(0, blocks) as r:
             codes = operands.codes + (r * (inputs * BLOCK // 2) + slab.first * codes_of_group)
             zeros = operands.zeros + (r * grid + slab.first * BLOCK)
             panel = _scratch(p) + r * (slab.groups * group * BLOCK)
-            b.call(self._unpack, [codes, zeros, panel, codes + distance, b.const(I64, slab.groups)])
+            ahead = codes + distance
+            groups = b.const(I64, slab.groups)
+            b.call(self._unpack, [codes, zeros, panel, ahead, groups])
 
     def _multiply(
         self,
@@ -150,7 +155,8 @@ def _emit_unpack(module: ir.Module, spec: EncoderSpec) -> ir.Function:
     b, (codes, zeros, panel, ahead, groups) = Emitter.define(
         module, "unpack", [PTR, PTR, PTR, PTR, I64], internal=True
     )
-    codes, zeros, panel, ahead = (b.as_type(place, I8) for place in (codes, zeros, panel, ahead))
+    places = (codes, zeros, panel, ahead)
+    codes, zeros, panel, ahead = (b.as_type(place, I8) for place in places)
     with b.loop(0, groups) as g:
         zero = b.zext(zeros.vector(g * BLOCK, LANES), vec(I32)) * REPEATED
         offset = b.bitcast(zero, vec(I8, 4 * LANES))
