@@ -63,7 +63,8 @@ class MatrixProducts:
         groups = product.inputs // p.spec.group
         step = max(1, SLAB_INPUTS // p.spec.group)
         for first in range(0, groups, step):
-            slab = _Slab(first, min(step, groups - first))
+            last = min(first + step, groups)
+            slab = _Slab(first, last - first)
             self._unpack_slab(p, operands, product, slab, blocks)
             tokens = b.loop(operands.begin, operands.end, TOKENS)
             with tokens as token, b.loop(0, blocks) as r:
