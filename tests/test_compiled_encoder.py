@@ -149,6 +149,13 @@ def test_activations_of_eight_bits_keep_the_direction(bert):
     assert errors.min() > 1e-4  # they are eight bits
 
 
+def test_norms_of_16_bits_have_the_epsilon_that_they_name():
+    """Rounding hides an epsilon, so the nearest one would differ from norm to norm."""
+    plan = read_encoder(quantized("bert").bfloat16())
+    norms = [norm for block in plan.blocks for norm in (block.attention_norm, block.mlp_norm)]
+    assert {(norm.eps, norm.centered) for norm in norms} == {(1e-12, True)}
+
+
 def test_vectors_and_matrix_units_give_the_same(bert, monkeypatch):
     """On a CPU without a matrix unit both are the vectors'."""
     model, usual = bert
