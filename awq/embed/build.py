@@ -13,12 +13,12 @@ from torch import Tensor
 from awq.embed.attention import AttentionPlan
 from awq.embed.observe import NotReadable
 from awq.embed.structure import EncoderPlan
-from awq.kernels.cpu import engine, matrix_unit
+from awq.kernels.cpu import engine
 from awq.kernels.cpu.encoder.layout import JOB, LAYER, NO_WINDOW
 from awq.kernels.cpu.encoder.program import emit_encoder
 from awq.kernels.cpu.task import Array
 from awq.kernels.specs import Norm
-from awq.native import store
+from awq.native import matrix_unit, store
 from awq.native.image import LINE, NOWHERE, Image, large_pages
 from awq.native.machine import host_name
 from awq.native.sources import sources

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from awq.errors import ConfigError, ModelError
-from awq.native import store
+from awq.native import matrix_unit, store
 from awq.native.image import Image
 from awq.native.machine import host_name
 from awq.native.request import check_arguments, checked_texts
@@ -143,7 +143,8 @@ def image_name(root: Path, dtype: str, precision: str) -> str:
     for path in files:
         found.update(f"\0{path.relative_to(root)}\0".encode())
         add_file(found, path)
-    found.update(f"\0{dtype}\0{precision}\0{host_name()}\0{sources()}".encode())
+    place = f"{host_name()} matrix unit {matrix_unit.is_usable()}"
+    found.update(f"\0{dtype}\0{precision}\0{place}\0{sources()}".encode())
     return found.hexdigest() + ENDING
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from awq.native import matrix_unit
 from awq.native.image import LINE, NOWHERE, Image
 from awq.native.machine import MachineCode
 from awq.native.pool import Pool, helpers_for_this_process
@@ -29,8 +30,11 @@ class Runner:
     """Embeddings of token ids, packed one text after the other."""
 
     def __init__(self, image: Image) -> None:
+        """Raises OSError where the system does not let the image's program run."""
         self.image = image
         self.spec = image.spec
+        if self.spec.matrix_unit and not matrix_unit.is_usable():
+            raise OSError("this process may not use the CPU's matrix unit")
         self._layers = _placed(image)
         self._forward, self._pool, self._code = _program(image.code)
         self._index = {name: i for i, name in enumerate(image.job)}

@@ -10,7 +10,7 @@ import platform
 import sys
 from functools import cache
 
-from awq.kernels.cpu.engine import binding
+from awq.native.machine import binding
 
 FEATURES = ("amx-tile", "amx-int8", "avx512vl", "avx512bw")
 _ARCH_PRCTL = 158  # of x86-64
