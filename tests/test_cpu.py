@@ -24,6 +24,7 @@ from awq.kernels.cpu import dense, engine, pool
 from awq.kernels.cpu.products import emit_linear
 from awq.kernels.cpu.targets import TARGETS
 from awq.kernels.cpu.team import SIZE, UNTIL
+from awq.native import pool as native_pool
 from awq.nn.layout import concatenate_outputs, restore, split_outputs
 from awq.nn.linear import WQLinear
 
@@ -455,10 +456,10 @@ def test_torch_on_one_core_is_the_calling_threads_alone():
 def test_the_quota_is_the_least_of_all_groups_above(
     membership, files, cores, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(pool, "CGROUPS", tmp_path)
-    monkeypatch.setattr(pool, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(native_pool, "CGROUPS", tmp_path)
+    monkeypatch.setattr(native_pool, "MEMBERSHIP", tmp_path / "membership")
     for name, text in {"membership": membership, **files}.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert pool._quota() == cores
+    assert native_pool._quota() == cores
