@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--calib-data", required=True)
     parser.add_argument("--samples", default="8")
     parser.add_argument("--tokens", default="32")
+    parser.add_argument("--preset", default="balanced")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     import awq.models.streaming  # noqa: F401  # before processes are forked
@@ -83,6 +84,7 @@ def main() -> None:
     home = Path(tempfile.mkdtemp())
     options = ["--stream", "--group-size", given.group_size, "--calib-data", given.calib_data]
     options += ["--samples", given.samples, "--tokens", given.tokens]
+    options += ["--preset", given.preset]
     begun = time.monotonic()
     finish(start("quantize", str(given.model), str(home / "whole"), *options))
     seconds = time.monotonic() - begun

@@ -7,14 +7,16 @@
 fewer --layers than the shape has, the JSON says so and gives the time for all of them by the
 measured time per block. --model: a directory, streamed; with --in-memory it is also quantized in
 memory, each in a process of its own. --limit-gb: of address space (RLIMIT_AS) for the process that
-quantizes. Token ids are random. Peak RSS is the kernel's (`ru_maxrss`), file pages that are mapped
-included. Prints JSON.
+quantizes; --gpu-limit-gb: of GPU memory, by torch's allocator. The source's pages leave the
+system's cache before each run, so that reading is from disk. Token ids are random. Peak RSS is the
+kernel's (`ru_maxrss`), file pages that are mapped included. Prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import resource
@@ -87,6 +89,10 @@ def quantize(given: argparse.Namespace) -> dict[str, Any]:
     if given.limit_gb:
         limit = int(given.limit_gb * GB)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if given.gpu_limit_gb and torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(given.gpu_limit_gb * GB / whole)
+    forget_pages(given.model)
     ids = torch.randint(3, 1000, (given.samples, given.tokens))
     settings = {"q_group_size": given.group_size}
     options = {"preset": given.preset, "progress": False}
@@ -102,21 +108,31 @@ def quantize(given: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(output.parent)
     blocks = len({re.sub(r"(\.\d+)\..*", r"\1", line.name) for line in report.linears})
     in_blocks = sum(time for name, time in report.phases.items() if name != "inputs")
+    layers = json.loads((given.model / "config.json").read_text())["num_hidden_layers"]
+    assert blocks == layers, (blocks, layers)
     gpu = torch.cuda.max_memory_allocated() / GB if torch.cuda.is_available() else 0.0
     return {
         "seconds": round(seconds, 1),
         "blocks": blocks,
-        "seconds_a_block_without_reading": round(in_blocks / blocks, 1),
+        "seconds_a_block": round(in_blocks / blocks, 2),
         "phases": {name: round(value, 1) for name, value in report.phases.items()},
         "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB, 2),
         "peak_gpu_gb": round(gpu, 2),
     }
 
 
+def forget_pages(folder: Path) -> None:
+    """Takes the files out of the system's cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def in_a_process(kind: str, given: argparse.Namespace) -> dict[str, Any]:
     """What `quantize` finds in a process of its own."""
     command = [sys.executable, __file__, "--child", kind, "--model", str(given.model)]
-    for name in ("home", "samples", "tokens", "group_size", "preset", "limit_gb"):
+    for name in ("home", "samples", "tokens", "group_size", "preset", "limit_gb", "gpu_limit_gb"):
         command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -130,11 +146,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--in-memory", action="store_true")
-    parser.add_argument("--preset", default="fast")
+    parser.add_argument("--presets", nargs="+", default=["fast"])
+    parser.add_argument("--preset", default="fast", help=argparse.SUPPRESS)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--limit-gb", type=float, default=0.0)
+    parser.add_argument("--gpu-limit-gb", type=float, default=0.0)
     parser.add_argument("--home", default=tempfile.gettempdir())
     parser.add_argument("--child", choices=("streamed", "memory"))
     return parser.parse_args()
@@ -164,10 +182,15 @@ def main() -> None:
         whole = SHAPES[given.shape]["num_hidden_layers"]
         result |= {"shape": given.shape, "layers": layers, "layers_of_shape": whole}
         result["source_gb"] = round(size / GB, 2)
-    result["streamed"] = in_a_process("streamed", given)
+    for preset in given.presets:
+        given.preset = preset
+        found = in_a_process("streamed", given)
+        if "layers_of_shape" in result:
+            found["minutes_for_all_blocks"] = round(found["seconds_a_block"] * whole / 60, 1)
+        result[preset] = found
     if given.in_memory:
         result["in_memory"] = in_a_process("memory", given)
-        peaks = [result[kind]["peak_rss_gb"] for kind in ("streamed", "in_memory")]
+        peaks = [result[kind]["peak_rss_gb"] for kind in (given.preset, "in_memory")]
         result["rss_ratio"] = round(peaks[0] / peaks[1], 3)
     if made is not None:
         shutil.rmtree(made)

@@ -10,6 +10,7 @@ from awq.calibration import CalibrationBatch
 from awq.core.rounding import feedback_factor
 from awq.errors import ConfigError
 from awq.nn.blocks import BlockCall
+from awq.nn.hidden import HiddenStates
 from awq.nn.hooks import input_of
 from awq.nn.walk import BlockInputs, BlockVisit
 from awq.quantize.block import input_error, once_per_token
@@ -132,7 +133,8 @@ def test_a_linear_that_sees_other_rows_is_left_alone():
         torch.device("cpu"),
     )
     call = BlockCall((), {})
-    visit = BlockVisit("", block, 0, cpu, {}, [], [], BlockInputs([[call]], hidden, [None], [None]))
+    inputs = BlockInputs([[call]], HiddenStates(hidden, cpu), [None], [None])
+    visit = BlockVisit("", block, 0, cpu, {}, [], [], inputs)
     statistics = InputStatistics(4, cpu)
     statistics.add(hidden[0][:1], None)
     assert not once_per_token(statistics, visit)
@@ -141,14 +143,15 @@ def test_a_linear_that_sees_other_rows_is_left_alone():
     once = InputStatistics(4, cpu)
     once.add(hidden[0], None)
     assert once_per_token(once, visit)
-    assert input_error(block, "0", OriginalInputs(block, [], [call], hidden), visit) is None
-    found = input_error(block, "0", OriginalInputs(block, ["0"], [call], hidden), visit)
+    assert input_error(block, "0", OriginalInputs(block, [], [call], inputs.hidden), visit) is None
+    found = input_error(block, "0", OriginalInputs(block, ["0"], [call], inputs.hidden), visit)
     assert found is not None and found.tokens == 6 and not found.error.any()
 
 
 def test_original_inputs_are_the_same_kept_or_computed_again(monkeypatch):
     block = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
-    hidden, calls = [torch.randn(2, 3, 4), torch.randn(1, 5, 4)], [BlockCall((), {})] * 2
+    hidden = HiddenStates([torch.randn(2, 3, 4), torch.randn(1, 5, 4)], torch.device("cpu"))
+    calls = [BlockCall((), {})] * 2
     kept = OriginalInputs(block, ["0", "2"], calls, hidden, {1})
     monkeypatch.setattr("awq.quantize.input_error.MAX_KEPT_VALUES", 0)
     again = OriginalInputs(block, ["0", "2"], calls, hidden, {1})
@@ -169,7 +172,7 @@ def test_inputs_that_a_block_overwrites_are_computed_again():
             y = self.first(x)
             return y + x.mul_(2)
 
-    hidden = [torch.randn(2, 3, 4)]
+    hidden = HiddenStates([torch.randn(2, 3, 4)], torch.device("cpu"))
     with torch.no_grad():
         found = OriginalInputs(Overwrites(), ["first"], [BlockCall((), {})], hidden, ())
         assert not found.are_kept and torch.equal(found.of(["first"], 0)["first"], hidden[0])

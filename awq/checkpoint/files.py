@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,16 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """
     status = _regular(path)
     return dict(_read_header(path, status.st_size, status.st_mtime_ns, status.st_ino))
+
+
+def spans_of(path: Path, names: Collection[str]) -> list[tuple[int, int]]:
+    """[start, stop) of bytes where some tensors lie in a safetensors file. Names that it does not
+    hold are passed by."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    offsets = [header[name]["data_offsets"] for name in names if name in header]
+    return [(8 + length + start, 8 + length + stop) for start, stop in offsets]
 
 
 @lru_cache(maxsize=256)

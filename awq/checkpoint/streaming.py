@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 
 from awq._bars import no_progress_bars
 from awq.checkpoint.account import check_finite
+from awq.checkpoint.files import spans_of
 from awq.checkpoint.load import load_model
 from awq.checkpoint.match import conversions_of
 from awq.checkpoint.save import names_on_disk, tensors_on_disk, without_second_names
@@ -45,6 +48,7 @@ from awq.nn.experts import (
     named_experts,
     why_not_expose,
 )
+from awq.nn.hidden import Room
 from awq.nn.linear import WQLinear
 from awq.nn.packed_experts import pack_experts
 from awq.nn.presence import Progress
@@ -78,6 +82,8 @@ class StreamedBlocks:
             source = Source.open(source.name, source.trust_remote_code, **source.download)
         self.path, self._headers = source.name, source.headers
         self._work = work
+        self.room: Room | None = None
+        self.phase: Callable[[str], AbstractContextManager[None]] = lambda _name: nullcontext()
         self._progress: Callable[[], Progress] | None = None
         self.lists = find_block_lists(self._original)
         self._names = [f"{prefix}.{i}" for prefix, blocks in self.lists for i in range(len(blocks))]
@@ -147,9 +153,16 @@ class StreamedBlocks:
     @contextmanager
     def visited(self, name: str, block: nn.Module) -> Iterator[None]:
         """See `BlockStore.visited`."""
-        self._fill(name, block)
+        with self.phase("reading"):
+            self._fill(name, block)
+        self._read_ahead(name)
         del block.forward
         yield
+        with self.phase("writing"):
+            self._finish(name, block)
+
+    def _finish(self, name: str, block: nn.Module) -> None:
+        """Writes a block that is done, and takes its weights away."""
         stays = name in self._run_later
         finished = copy_structure(block) if stays else block
         pack_experts(finished)
@@ -192,6 +205,15 @@ class StreamedBlocks:
         return Parts(self.work.blocks, rest, self._names_on_disk)
 
     # Reading
+
+    def _read_ahead(self, name: str) -> None:
+        """Asks the system for the weights of the block that comes next, while this one is worked
+        on."""
+        following = self._visited[self._visited.index(name) + 1 :][:1]
+        members = [stored for block in following for stored in self._members[block]]
+        files = {self._headers[stored]["file"] for stored in members}
+        ranges = [(path, span) for path in files for span in spans_of(path, members)]
+        Thread(target=_advise, args=(ranges,), daemon=True).start()
 
     def _fill(self, name: str, block: nn.Module) -> None:
         """Gives a block of `model` its weights; experts are linears where they are so in it."""
@@ -326,6 +348,17 @@ def _read(headers: Headers, names: Iterable[str]) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             tensors |= {name: file.get_tensor(name) for name in members}
     return tensors
+
+
+def _advise(ranges: Sequence[tuple[Path, tuple[int, int]]]) -> None:
+    """Starts reading (file, [start, stop)) into the system's cache: none of it counts as this
+    process's memory."""
+    advise = getattr(os, "posix_fadvise", None)  # not on macOS and Windows
+    if advise is None:
+        return
+    for path, (start, stop) in ranges:
+        with suppress(OSError), path.open("rb") as file:
+            advise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
 def _structure_of_output(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

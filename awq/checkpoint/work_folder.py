@@ -5,7 +5,8 @@
         block-00000.safetensors …       finished blocks, under the names of the output
         runs-again-00000.safetensors …  the same under the model's names: encoders before decoders
         progress.json                   how far it got, and the report so far
-        hidden-00012.safetensors        the hidden states before block 12
+        hidden-00012-00000.safetensors …  the hidden states before block 12, batch by batch
+        activations-000000 …            those that found no room in memory, while the run lasts
 
 Every file is on the disk, whole, before it has its name, and `progress.json` is replaced last. So
 whoever is killed at any moment finds an older state that is complete. Blocks that were finished
@@ -19,7 +20,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from awq.checkpoint.directory import check_target, keeps_its_place, try_lock
 from awq.checkpoint.files import read_json
 from awq.checkpoint.flush import flush_one
 from awq.errors import AwqError, CheckpointError
+from awq.nn.hidden import ACTIVATIONS
 from awq.nn.presence import Progress
 
 logger = logging.getLogger("awq.checkpoint")
@@ -113,8 +115,9 @@ class WorkFolder:
 
     def save_progress(self, progress: Progress) -> None:
         start = time.monotonic()
-        name = f"hidden-{progress.finished:05d}.safetensors"
-        self._write_tensors(name, _flat(progress.hidden))
+        for batch in range(max(map(len, progress.hidden.values()), default=0)):
+            name = _name_of_hidden(progress.finished, batch)
+            self._write_tensors(name, _batch_of(progress.hidden, batch))
         content = {
             "finished": progress.finished,
             "hidden": {name: len(tensors) for name, tensors in progress.hidden.items()},
@@ -123,7 +126,7 @@ class WorkFolder:
         }
         self._write_json("progress.json", content)
         for old in self.path.glob("hidden-*"):
-            if old.name != name:
+            if not old.name.startswith(_name_of_hidden(progress.finished)):
                 old.unlink()
         self._saved_at = time.monotonic()
         self._saving_took = self._saved_at - start
@@ -134,15 +137,15 @@ class WorkFolder:
             return None
         try:
             content = read_json(self.path / "progress.json")
-            finished = content["finished"]
+            finished, count = content["finished"], max(content["hidden"].values(), default=0)
             names = [f"block-{number:05d}.safetensors" for number in range(finished)]
             self._files = [self.path / name for name in names]
-            for path in self._files:
+            saved = [self.path / _name_of_hidden(finished, batch) for batch in range(count)]
+            for path in (*self._files, *saved):
                 with safe_open(path, "pt"):  # which compares its size with its header
                     pass
-            flat = load_file(self.path / f"hidden-{finished:05d}.safetensors")
-            hidden = {
-                name: [flat[f"{name}.{i}"] for i in range(count)]
+            hidden: dict[str, Sequence[Tensor]] = {
+                name: _SavedHidden(self.path, finished, name, count)
                 for name, count in content["hidden"].items()
             }
             return Progress(finished, hidden, content["quantized"], content["notes"])
@@ -236,7 +239,8 @@ def _leave(work: WorkFolder, done: bool) -> None:
     if done or not work.has_progress:
         shutil.rmtree(work.path)
         return
-    (work.path / "unfinished").unlink(missing_ok=True)
+    for left in (work.path / "unfinished", *work.path.glob(f"{ACTIVATIONS}*")):
+        left.unlink(missing_ok=True)
     logger.warning(
         "finished blocks are kept in %s; `awq quantize --resume %s` goes on.",
         work.path,
@@ -244,12 +248,33 @@ def _leave(work: WorkFolder, done: bool) -> None:
     )
 
 
-def _flat(hidden: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+def _name_of_hidden(finished: int, batch: int | None = None) -> str:
+    """Of the file that holds the hidden states of one batch; without a batch, how all begin."""
+    start = f"hidden-{finished:05d}-"
+    return start if batch is None else f"{start}{batch:05d}.safetensors"
+
+
+def _batch_of(hidden: Mapping[str, Sequence[Tensor]], batch: int) -> dict[str, Tensor]:
     return {
-        f"{name}.{i}": tensor.contiguous()
+        name: tensors[batch].contiguous()
         for name, tensors in hidden.items()
-        for i, tensor in enumerate(tensors)
+        if batch < len(tensors)
     }
+
+
+class _SavedHidden(Sequence[Tensor]):
+    """The hidden states of one name, each read from its file when it is asked for."""
+
+    def __init__(self, folder: Path, finished: int, name: str, count: int) -> None:
+        self._paths = [folder / _name_of_hidden(finished, batch) for batch in range(count)]
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, batch: Any) -> Any:
+        with safe_open(self._paths[batch], "pt") as file:
+            return file.get_tensor(self._name)
 
 
 def _differences(names: list[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -42,9 +42,9 @@ def descend(
         quantized.scales.float().t().contiguous(),
         quantized.zeros.float().t().contiguous(),
     )
-    gram = gram.clone()
+    diagonal = gram.diagonal().clone()
     # a dead channel has no slope either: its code stays
-    gram.diagonal()[gram.diagonal() == 0] = 1.0
+    gram.diagonal()[diagonal == 0] = 1.0
     width, out = codes.shape
     slope = gram @ (quantized.dequantize() - weight).t()  # half the gradient of the loss, [in, out]
     moves = torch.empty(min(BLOCK, width), out, device=weight.device)
@@ -67,6 +67,7 @@ def descend(
             )
             slope.addmm_(gram[:, start:stop], moves[: stop - start])
         codes, new_codes = new_codes, codes
+    gram.diagonal().copy_(diagonal)  # a copy of the whole would be 3.3 GB for 28,672 inputs
     return quantized._replace(codes=codes.t().contiguous())
 
 

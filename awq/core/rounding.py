@@ -21,6 +21,7 @@ DAMPING = 0.01
 # tenfold each: beyond 1e10 of the mean, every matrix of finite numbers is its diagonal
 MAX_DAMPINGS = 12
 BLOCK = 128  # columns between two products with all the rest
+COLUMNS = 512  # of a factor, that are worked on at once
 
 
 def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
@@ -37,13 +38,10 @@ def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Ten
         raise ConfigError(f"damping is {damping!r}; give a finite number above 0.")
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    backwards = order.flip(0)
-    H = gram[backwards][:, backwards].double()
     # A dead input channel: any weight will do there; 1 keeps the matrix regular without moving the
     # others.
-    H.diagonal()[H.diagonal() == 0] = 1.0
-    mean = float(H.diagonal().mean())
-    lower = _damped_cholesky(H, damping * mean)
+    mean = float(diagonal.double().where(diagonal != 0, 1.0).mean())
+    lower = _damped_cholesky(gram, order.flip(0), damping * mean)
     if lower is None:
         raise ModelError(
             f"the Gram matrix of {len(order)} inputs cannot be factorized (mean square of an "
@@ -51,25 +49,56 @@ def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Ten
             'are too large for float32. Quantize with rounding="nearest", or look for a norm with '
             "outsized weights."
         )
-    del H  # 1.6 GB each for 14,336 inputs
-    identity = torch.eye(len(order), dtype=torch.float64, device=gram.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    del lower, identity
-    return order, inverse.float().flip(0, 1).contiguous()
+    _invert_lower(lower)
+    factor = torch.empty_like(gram, memory_format=torch.contiguous_format)
+    for start in range(0, len(order), COLUMNS):
+        rows = factor[start : start + COLUMNS]
+        rows.copy_(lower[len(order) - start - len(rows) : len(order) - start].flip(0, 1))
+    return order, factor
 
 
-def _damped_cholesky(H: Tensor, damping: float) -> Tensor | None:
-    """The lower factor of H + d·1 for the first d of damping, 10·damping, … that has one; None
-    where none has. Changes H."""
-    if not bool(H.isfinite().all()):
+def _damped_cholesky(gram: Tensor, order: Tensor, damping: float) -> Tensor | None:
+    """The lower factor, float64, of H + d·1 for the first d of damping, 11·damping, 111·damping, …
+    that has one; None where none has. H: `gram` with rows and columns in `order`.
+
+    In place, for a matrix of 28,672 inputs takes 6.6 GB: H is made anew for every d.
+    """
+    if not bool(gram.isfinite().all()):
         return None
-    for _ in range(MAX_DAMPINGS):
-        H.diagonal().add_(damping)
-        lower, status = torch.linalg.cholesky_ex(H)
+    total = 0.0
+    for power in range(MAX_DAMPINGS):
+        total += damping * 10.0**power
+        H = _ordered(gram, order)
+        H.diagonal().add_(total)
+        # Of a transposed matrix torch changes the values where they are.
+        status = torch.empty((), dtype=torch.int32, device=H.device)
+        torch.linalg.cholesky_ex(H.t(), out=(H.t(), status))
         if not int(status):
-            return lower
-        damping *= 10
+            return H.t()
     return None
+
+
+def _ordered(gram: Tensor, order: Tensor) -> Tensor:
+    """The Gram matrix [in, in] in float64 with rows and columns in `order`, 1 for dead channels."""
+    H = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
+    for start in range(0, len(order), COLUMNS):
+        H[start : start + COLUMNS] = gram[order[start : start + COLUMNS]][:, order]
+    H.diagonal()[H.diagonal() == 0] = 1.0
+    return H
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """Inverts a lower triangular matrix in place, some columns at a time from the end.
+
+    The inverse of [[A, 0], [B, C]] is [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]], and C⁻¹ is there already.
+    """
+    for start in reversed(range(0, len(lower), COLUMNS)):
+        stop = min(start + COLUMNS, len(lower))
+        own, below = lower[start:stop, start:stop], lower[stop:, start:stop]
+        identity = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(own, identity, upper=False)
+        below.copy_(lower[stop:, stop:] @ (below @ inverse)).neg_()
+        own.copy_(inverse)
 
 
 def round_with_feedback(

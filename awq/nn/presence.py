@@ -18,25 +18,33 @@ from torch import Tensor, nn
 from awq.config import AwqConfig
 from awq.nn.blocks import BlockList
 from awq.nn.experts import ExpertShape
+from awq.nn.hidden import Room
 
 
 @dataclass
 class Progress:
     """A quantization between two blocks.
 
-    finished: number of blocks that are done. hidden: name → hidden states [batch, tokens, features]
+    finished: number of blocks that are done. hidden: name → hidden states [rows, tokens, features]
     before the next one, batch by batch. quantized: full names of the linears that were quantized.
     notes: all else, as JSON holds it.
     """
 
     finished: int
-    hidden: dict[str, list[Tensor]]
+    hidden: dict[str, Sequence[Tensor]]
     quantized: list[str]
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 class BlockStore(Protocol):
-    """What a walk and the quantizer ask of whoever keeps the blocks of a model."""
+    """What a walk and the quantizer ask of whoever keeps the blocks of a model.
+
+    room: what memory the hidden states of the calibration may take; None: without a limit.
+    phase: times what is done inside under a name.
+    """
+
+    room: Room | None
+    phase: Callable[[str], AbstractContextManager[None]]
 
     def begin(
         self, lists: Sequence[BlockList], targets: Collection[str], config: AwqConfig

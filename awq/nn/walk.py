@@ -39,6 +39,7 @@ from awq.nn.blocks import (
     record_one_block,
 )
 from awq.nn.decoder_inputs import placeholder_ids, with_decoder_inputs
+from awq.nn.hidden import HiddenStates, Room
 from awq.nn.presence import BlockStore, Progress
 from awq.nn.surgery import device_of
 
@@ -65,18 +66,29 @@ class BlockInputs:
     """
 
     calls: list[list[BlockCall]]
-    hidden: list[Tensor]
+    hidden: HiddenStates
     masks: list[Tensor | None]
     encoder_masks: list[Tensor | None]
 
-    def at(self, index: int, device: torch.device) -> Calls:
-        """The calls of block `index`, float32 on `device`."""
-        calls = [calls[index].to(device, torch.float32) for calls in self.calls]
-        return [(call, hidden.to(device).float()) for call, hidden in zip(calls, self.hidden)]
+    def at(self, index: int, device: torch.device) -> Iterator[tuple[BlockCall, Tensor]]:
+        """The calls of block `index`, float32 on `device`, one batch at a time: all of them may be
+        more than a GPU holds."""
+        for number in range(len(self.calls)):
+            yield self.call(number, index, device), self.hidden.on(device, number)
+
+    def restore(self, hidden: Sequence[Tensor]) -> None:
+        """Takes hidden states of an earlier run, batch by batch."""
+        for number, tensor in enumerate(hidden):
+            self.hidden[number] = tensor
+
+    def call(self, batch: int, index: int, device: torch.device) -> BlockCall:
+        """The arguments of block `index` for one batch, float32 on `device`."""
+        return self.calls[batch][index].to(device, torch.float32)
 
     def advance(self, block: nn.Module, index: int, device: torch.device) -> None:
         """Replaces the hidden states by what the block makes of them."""
-        self.hidden = [call.run(block, hidden) for call, hidden in self.at(index, device)]
+        for number, (call, hidden) in enumerate(self.at(index, device)):
+            self.hidden[number] = call.run(block, hidden)
 
 
 @dataclass
@@ -96,8 +108,8 @@ class BlockVisit:
     single: Calls
     calibration: BlockInputs | None
 
-    def calls(self) -> Calls:
-        """The calibration calls of this block."""
+    def calls(self) -> Iterator[tuple[BlockCall, Tensor]]:
+        """The calibration calls of this block, one batch at a time."""
         assert self.calibration is not None
         return self.calibration.at(self.index, self.device)
 
@@ -150,37 +162,40 @@ class BlockWalk:
         self._probes = probe_inputs(inputs, placeholder_ids(model))
         self._whole = inputs[0]
         self._inputs_of_list = self._record(0)
-        self.finished, self._kept = 0, dict[str, list[Tensor]]()
+        self.finished, self._kept = 0, dict[str, Sequence[Tensor]]()
 
     def go_on(self, progress: Progress) -> None:
         """Begins behind blocks that are finished, with the hidden states of then."""
         self.finished, self._kept = progress.finished, progress.hidden
 
     @property
-    def hidden(self) -> dict[str, list[Tensor]]:
+    def hidden(self) -> dict[str, Sequence[Tensor]]:
         """The hidden states that go into the next block: of the calibration and of the probes."""
         calibration, many, single = self._inputs_of_list
-        found = {"many": many.hidden, "single": single.hidden}
+        found: dict[str, Sequence[Tensor]] = {"many": many.hidden, "single": single.hidden}
         return found if calibration is None else {**found, "calibration": calibration.hidden}
 
     def _restore(self) -> None:
         for inputs, name in zip(self._inputs_of_list, ("calibration", "many", "single")):
             if inputs is not None:
-                inputs.hidden = self._kept[name]
+                inputs.restore(self._kept[name])
 
     def _record(self, number: int) -> tuple[BlockInputs | None, BlockInputs, BlockInputs]:
         """(calibration, many-token probe, one-token probe) of one list. The lists before it run as
         they are now."""
         lists = self.lists[number:]
         many, single = self._probes
-        calibration = None if self._inputs is None else _record(self.model, lists, self._inputs)
+        calibration = None
+        if self._inputs is not None:
+            room = None if self.store is None else self.store.room
+            calibration = _record(self.model, lists, self._inputs, room)
         try:
             probe = _record(self.model, lists, [many])
         except ModelError:  # a tower: text does not reach it
             return (
                 calibration,
                 _record(self.model, lists, [self._whole]),
-                BlockInputs([], [], [], []),
+                _nothing(),
             )
         return calibration, probe, self._record_single(lists, single)
 
@@ -191,7 +206,7 @@ class BlockWalk:
             return _record(self.model, lists, [single])
         except ModelError as error:
             logger.info("no one-token probes: %s", error)
-            return BlockInputs([], [], [], [])
+            return _nothing()
 
     def __len__(self) -> int:
         """How many blocks are still to be visited."""
@@ -219,8 +234,8 @@ class BlockWalk:
                         index=index,
                         device=self.device,
                         dtypes=dtypes,
-                        many=many.at(index, self.device),
-                        single=single.at(index, self.device),
+                        many=list(many.at(index, self.device)),
+                        single=list(single.at(index, self.device)),
                         calibration=calibration,
                     )
                     # Before the caller changes the block: probes show the function of the original
@@ -280,8 +295,16 @@ def _without_padding(ids: Tensor) -> ModelInputs:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def _nothing() -> BlockInputs:
+    """The inputs of no batch."""
+    return BlockInputs([], HiddenStates([], torch.device("cpu")), [], [])
+
+
 def _record(
-    model: nn.Module, lists: Sequence[BlockList], inputs: Sequence[ModelInputs]
+    model: nn.Module,
+    lists: Sequence[BlockList],
+    inputs: Sequence[ModelInputs],
+    room: Room | None = None,
 ) -> BlockInputs:
     """The inputs of the first of `lists`. The others do nothing."""
     home = device_of(model)
@@ -301,7 +324,7 @@ def _record(
             in_decoder = mask.shape != entering.shape[:2]
         masks.append(_mask(decoder_mask if in_decoder else mask))
         encoder_masks.append(_mask(mask) if in_decoder else None)
-    return BlockInputs(calls, hidden, masks, encoder_masks)
+    return BlockInputs(calls, HiddenStates(hidden, home, room), masks, encoder_masks)
 
 
 def _mask(attention_mask: Tensor | None) -> Tensor | None:
@@ -315,7 +338,8 @@ def in_float32(block: nn.Module, device: torch.device) -> Iterator[dict[str, tor
     """The block's tensors in float32 on `device` for a while; yields their own dtypes by name."""
     home = device_of(block)
     dtypes = {name: tensor.dtype for name, tensor in _tensors(block)}
-    block.to(device, torch.float32)
+    block.to(device)  # in its own dtype, which is half as much to move
+    block.to(torch.float32)
     try:
         yield dtypes
     finally:

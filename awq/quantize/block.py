@@ -187,11 +187,11 @@ class BlockQuantizer:
             return
         assert self.visit.calibration is not None
         if self.visit.index == 0:
-            self.run.original_hidden = list(self.visit.calibration.hidden)
+            self.run.original_hidden = self.run.kept_hidden(self.visit.calibration.hidden)
+        assert self.run.original_hidden is not None
         readers = [part.statistics for part in self.parts]
         names = [name for name in readers if once_per_token(self.statistics[name], self.visit)]
-        calls = [call for call, _ in self.visit.calls()]
-        hidden = [h.to(self.visit.device).float() for h in self.run.original_hidden or []]
+        calls = [calls[self.visit.index] for calls in self.visit.calibration.calls]
         alone = [
             part.statistics
             for part in self.parts
@@ -199,7 +199,12 @@ class BlockQuantizer:
         ]
         streams = find_streams(self.block, alone, *self.visit.many[0])
         self.original = OriginalInputs(
-            deepcopy(self.block), names, calls, hidden, self.run.judges, streams
+            deepcopy(self.block),
+            names,
+            calls,
+            self.run.original_hidden,
+            self.run.judges,
+            streams,
         )
 
     def round_weights(self) -> None:
@@ -211,10 +216,7 @@ class BlockQuantizer:
 
     def _round_part(self, part: RoundingPart) -> None:
         choice = self.choices[part.source]
-        with self.run.phase("input error"):
-            statistics: InputStatistics | None = self._input_error(part.statistics)
-        if statistics is None:
-            statistics = self.statistics[part.statistics].divided_by(choice.scale)
+        statistics = self._behind_scale(part.statistics, choice.scale)
         with self.run.phase("rounding"):
             config, options = self.run.config, self.run.options
             results = quantize_group(
@@ -224,11 +226,22 @@ class BlockQuantizer:
                 self._write(result)
         self.results += results
 
-    def _input_error(self, name: str) -> InputErrorStatistics | None:
-        if self.original is None:
-            return None
+    def _behind_scale(self, name: str, scale: Tensor) -> InputStatistics:
+        """Statistics of a linear's input as it is now. Those from before, gigabytes in a wide
+        block, are given up."""
+        own = self.statistics.pop(name)
+        if self.original is None or name not in self.original.names:
+            own.divide_by(scale)
+            return own
+        del own
+        with self.run.phase("input error"):
+            found = self._input_error(name, self.original)
+        assert found is not None  # the original's input is known
+        return found
+
+    def _input_error(self, name: str, original: OriginalInputs) -> InputErrorStatistics | None:
         weights = [batch.weight for batch in self.run.batches]
-        return input_error(self.block, name, self.original, self.visit, self.run.judges, weights)
+        return input_error(self.block, name, original, self.visit, self.run.judges, weights)
 
     def _write(self, result: QuantizedLinear) -> None:
         """The quantized values go into the ordinary linear, whose output the next groups read."""
@@ -243,7 +256,9 @@ class BlockQuantizer:
         """The next block gets the *quantized* block's outputs, so that its error feedback corrects
         what this one did."""
         if self.original is not None:
-            self.run.original_hidden = self.original.outputs()
+            assert self.run.original_hidden is not None
+            for number, output in enumerate(self.original.outputs()):
+                self.run.original_hidden[number] = output
         self.visit.advance()
 
     def pack(self) -> None:
@@ -276,8 +291,8 @@ def once_per_token(statistics: InputStatistics, visit: BlockVisit) -> bool:
     assert visit.calibration is not None
     inputs = visit.calibration
     own = sum(
-        h.shape[0] * h.shape[1] if mask is None else int(mask.sum())
-        for h, mask in zip(inputs.hidden, inputs.masks)
+        shape[0] * shape[1] if mask is None else int(mask.sum())
+        for shape, mask in zip(inputs.hidden.shapes, inputs.masks)
     )
     encoder = sum(0 if mask is None else int(mask.sum()) for mask in inputs.encoder_masks)
     seen = statistics.tokens + statistics.dropped

@@ -35,6 +35,8 @@ from awq.quantize.report import LinearReport
 from awq.quantize.statistics import InputStatistics
 
 _LEAST_ENERGY = 1e-30  # below the energy of any output that is not zero
+# weights rounded at once: 0.1 GB each time on a CPU, half a GB on a GPU
+ROUNDED_VALUES = {"cpu": 1 << 25, "cuda": 1 << 27}
 
 
 @dataclass
@@ -106,8 +108,9 @@ def quantize_group(
 
     They are worked on together, as rows of one weight, because they share the Gram matrix and its
     factorization. The statistics are those of the input *behind* the folded scale; with
-    `InputErrorStatistics`, the rows aim at the original model's outputs. `loss_rtn` is filled by
-    the caller, who saw the untouched weights. Biases are changed by the caller, too.
+    `InputErrorStatistics`, the rows aim at the original model's outputs, and the sums of the error
+    are given up for that. `loss_rtn` is filled by the caller, who saw the untouched weights. Biases
+    are changed by the caller, too.
     """
     start = time.perf_counter()
     size = config.group_size_of(group.in_features, group.consumers[0])
@@ -115,12 +118,18 @@ def quantize_group(
     stacked = _stacked_weight(block, names)
     with_bias = options.bias_correction and _have_bias(block, names)
     with_feedback = options.rounding == "feedback" and statistics.tokens > 0
-    factor = feedback_factor(gram) if with_feedback else None
-    target, mean_change = stacked, torch.zeros(len(stacked), device=gram.device)
-    if isinstance(statistics, InputErrorStatistics) and factor is not None:
+    lack, mean_change = None, torch.zeros(len(stacked), device=gram.device)
+    if isinstance(statistics, InputErrorStatistics) and with_feedback:
         lack, mean_change = statistics.lack(stacked, options.correction or 0.0, with_bias)
-        target = corrected(stacked, lack, *factor)
-    rows = quantize_rows(target, gram, size, config, options, factor)
+        statistics.forget_error()
+    factor = feedback_factor(gram) if with_feedback else None
+    chunks = []
+    for part in _row_chunks(stacked):
+        target = stacked[part]
+        if lack is not None and factor is not None:
+            target = corrected(target, lack[part], *factor)
+        chunks.append(quantize_rows(target, gram, size, config, options, factor))
+    rows = _joined(chunks)
     energies = row_losses(stacked, statistics.gram)
     shift = (stacked - rows.weight.dequantize()) @ statistics.mean + mean_change
 
@@ -152,8 +161,18 @@ def quantize_group(
 
 
 def _stacked_weight(block: nn.Module, names: list[str]) -> Tensor:
-    """Weights of linears that read one input, as rows of one: float32 [sum of out, in]."""
-    return torch.cat([get_weight(block.get_submodule(name)).detach().float() for name in names])
+    """Weights of linears that read one input, as rows of one: float32 [sum of out, in]; of a single
+    linear, its own."""
+    weights = [get_weight(block.get_submodule(name)).detach().float() for name in names]
+    return weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
+
+
+def _row_chunks(weight: Tensor) -> list[slice]:
+    """Rows that are rounded at once: of a large weight [out, in] not all, for every step of the
+    rounding makes a tensor of their size."""
+    values = ROUNDED_VALUES["cpu" if weight.device.type == "cpu" else "cuda"]
+    rows = max(1, values // weight.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
 def _parts(lengths: list[int], *tensors: Tensor):
@@ -172,6 +191,17 @@ def _judging_gram(
     the mean of the error."""
     centred = options.bias_correction and _have_bias(block, names)
     return statistics.centred_gram if centred else statistics.gram
+
+
+def _joined(chunks: list[QuantizedRows]) -> QuantizedRows:
+    """The rows of all chunks, in order."""
+    if len(chunks) == 1:
+        return chunks[0]
+    weights = [chunk.weight for chunk in chunks]
+    codes, scales, zeros = (torch.cat(parts) for parts in zip(*(weight[:3] for weight in weights)))
+    losses, feedback, narrowed = (torch.cat(parts) for parts in zip(*(c[1:] for c in chunks)))
+    weight = QuantizedWeight(codes, scales, zeros, weights[0].bits)
+    return QuantizedRows(weight, losses, feedback, narrowed)
 
 
 class QuantizedRows(NamedTuple):

@@ -13,14 +13,15 @@ what the stream lacks, R − R̂, too, so its lack (R − R̂) X̂ᵀ stands bes
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from awq.nn.blocks import BlockCall
+from awq.nn.hidden import HiddenStates, moved
 from awq.nn.hooks import hooked, inputs_of
-from awq.nn.surgery import linear_shape
+from awq.nn.surgery import device_of, linear_shape
 from awq.quantize.statistics import InputStatistics
 from awq.quantize.streams import Stream
 
@@ -79,6 +80,11 @@ class InputErrorStatistics(InputStatistics):
         """Σ (x − x̂ − its mean)(x̂ − mean)ᵀ, float32 [in, in]."""
         return torch.addr(self.error, self.error_sum, self.mean, alpha=-1)
 
+    def forget_error(self) -> None:
+        """Gives up the sums that only `lack` reads: as much memory as the Gram matrix takes."""
+        self.error = self.error.new_empty(0)
+        self.stream = self.stream.new_empty(0)
+
     def lack(self, weight: Tensor, share: float, centred: bool) -> tuple[Tensor, Tensor]:
         """What the outputs W x̂ lack, `share` of it: Σ (wanted − W x̂) x̂ᵀ [out, in], and the mean
         of wanted − W x̂ [out].
@@ -110,13 +116,13 @@ class OriginalInputs:
         self,
         block: nn.Module,
         names: Sequence[str],
-        calls: list[BlockCall],
-        hidden: list[Tensor],
+        calls: Sequence[BlockCall],
+        hidden: HiddenStates,
         unused: Collection[int] = (),
         streams: Mapping[str, Stream] | None = None,
     ) -> None:
-        """hidden: float32 [batch, tokens, features] before the block; unused: batches that nobody
-        asks for.
+        """calls, hidden: arguments and hidden states [rows, tokens, features] of the block, one of
+        each a batch, on any device; unused: batches that nobody asks for.
 
         streams: linear → the stream to which it adds its output; the readers' inputs are noted,
         too.
@@ -125,7 +131,7 @@ class OriginalInputs:
         self.streams = streams or {}
         self._kept: list[dict[str, Tensor]] | None = None
         self._outputs: list[Tensor] = []
-        tokens = sum(h.shape[0] * h.shape[1] for h in hidden)
+        tokens = sum(shape[0] * shape[1] for shape in hidden.shapes)
         width = sum(linear_shape(block.get_submodule(name))[0] for name in names)
         width += sum(linear_shape(block.get_submodule(name))[1] for name in self.streams)
         if tokens * width <= MAX_KEPT_VALUES:
@@ -133,7 +139,8 @@ class OriginalInputs:
 
     def _keep(self, unused: Collection[int]) -> None:
         kept = []
-        for index, (call, hidden) in enumerate(zip(self.calls, self.hidden)):
+        for index in range(len(self.calls)):
+            call, hidden = self._call(index)
             readers = [stream.reader for stream in self.streams.values()]
             names = () if index in unused else [*self.names, *readers]
             inputs, output, unchanged = _inputs_and_output(self.block, names, call, hidden)
@@ -151,14 +158,22 @@ class OriginalInputs:
         """The inputs [batch, tokens, in] of linears, or of readers of their streams, by name."""
         if self._kept is not None:
             return self._kept[batch]
-        call, hidden = self.calls[batch], self.hidden[batch]
+        call, hidden = self._call(batch)
         return inputs_of(self.block, names, lambda: call.run(self.block, hidden))
 
-    def outputs(self) -> list[Tensor]:
-        """The block's new hidden states, for every batch."""
+    def outputs(self) -> Iterator[Tensor]:
+        """The block's new hidden states, batch by batch."""
         if self._kept is not None:
-            return self._outputs
-        return [call.run(self.block, hidden) for call, hidden in zip(self.calls, self.hidden)]
+            yield from self._outputs
+            return
+        for batch in range(len(self.calls)):
+            call, hidden = self._call(batch)
+            yield call.run(self.block, hidden)
+
+    def _call(self, batch: int) -> tuple[BlockCall, Tensor]:
+        """One batch, float32 where the block is."""
+        device = device_of(self.block)
+        return self.calls[batch].to(device, torch.float32), moved(self.hidden[batch], device)
 
 
 def _inputs_and_output(

@@ -69,7 +69,9 @@ def progress_of(run: QuantizeRun, walk: BlockWalk) -> Progress:
 def restore_progress(run: QuantizeRun, progress: Progress) -> None:
     """The inverse, into a run that has just started."""
     report, notes = run.report, progress.notes
-    run.original_hidden = progress.hidden.get(_ORIGINAL)
+    original = progress.hidden.get(_ORIGINAL)
+    if original is not None:
+        run.original_hidden = run.kept_hidden(original)
     report.linears = [_line_from_json(line) for line in notes["linears"]]
     report.warnings[:] = notes["warnings"]
     report.phases = notes["phases"]

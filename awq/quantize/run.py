@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from awq.errors import CalibrationError
 from awq.folds import InputGroup
 from awq.nn.blocks import BlockList, find_block_lists
 from awq.nn.decoder_inputs import with_decoder_inputs
+from awq.nn.hidden import HiddenStates
 from awq.nn.linear import WQLinear
 from awq.nn.presence import BlockStore
 from awq.nn.surgery import device_of, get_weight, linear_shape, replace_module
@@ -71,7 +72,7 @@ class QuantizeRun:
     twins: dict[str, list[str]] = field(default_factory=dict)
     known_folds: dict[Any, list[InputGroup]] = field(default_factory=dict)
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
-    original_hidden: list[Tensor] | None = None
+    original_hidden: HiddenStates | None = None
     store: BlockStore | None = None
 
     @classmethod
@@ -111,7 +112,7 @@ class QuantizeRun:
         report.warnings += plan.warnings
         judges = held_out(len(batches)) if options.tuning else frozenset[int]()
         shared = _shared_modules(model)
-        return cls(
+        run = cls(
             model,
             reached,
             batches,
@@ -125,6 +126,9 @@ class QuantizeRun:
             twins,
             store=store,
         )
+        if store is not None:
+            store.phase = run.phase
+        return run
 
     @property
     def corrects_inputs(self) -> bool:
@@ -153,6 +157,11 @@ class QuantizeRun:
             walk = BlockWalk(self.model, self.lists, inputs, True, self.device, self.store)
         self.plan.skip(read, "its weight is read past its forward")
         return walk
+
+    def kept_hidden(self, tensors: Iterable[Tensor]) -> HiddenStates:
+        """Hidden states of the original model, kept where those of the calibration are."""
+        room = None if self.store is None else self.store.room
+        return HiddenStates(tensors, device_of(self.model), room)
 
     def go_on(self, walk: BlockWalk) -> None:
         """Takes up where an earlier run ended, if blocks are kept for that."""

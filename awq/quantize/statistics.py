@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +60,12 @@ class InputStatistics:
     def dropped(self) -> int:
         return int(self._counts[1])
 
-    def divided_by(self, scale: Tensor) -> InputStatistics:
-        """The statistics of x / scale, as a linear behind a folded scale [in] meets it."""
-        found = copy(self)
-        found.gram = self.gram / scale / scale.unsqueeze(-1)
-        found.sum, found.abs_sum = self.sum / scale, self.abs_sum / scale
-        return found
+    def divide_by(self, scale: Tensor) -> None:
+        """Makes them the statistics of x / scale, as a linear behind a folded scale [in] meets
+        it."""
+        self.gram.div_(scale).div_(scale.unsqueeze(-1))
+        self.sum.div_(scale)
+        self.abs_sum.div_(scale)
 
     def shrink_to_diagonal(self) -> None:
         """Adds pseudo-tokens with independent channels: a share of the true ones, and up to
