@@ -197,6 +197,11 @@ class StreamedBlocks:
             raise ModelError(f"{self.path} was opened to be looked at; its blocks have no place.")
         return self._work
 
+    @property
+    def folder(self) -> Path | None:
+        """See `BlockStore`."""
+        return None if self._work is None else self._work.path
+
     def parts(self) -> Parts:
         """The model when all of its blocks were visited."""
         inside = tuple(f"{name}." for name in self._visited)

@@ -79,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="only say what would be quantized, the size before and after, and how far engines can "
-        "split the result",
+        help="only say what would be quantized, the size before and after, what memory, disk and "
+        "time that takes, and how far engines can split the result",
     )
     parser.add_argument(
         "--resume",
@@ -137,9 +137,13 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     if arguments.model is None:
         raise ConfigError("give the model to plan for.")
-    settings = _settings(arguments)["quant_config"]
+    settings = _settings(arguments)
+    planned = ("quant_config", "preset", "device", "max_calib_samples", "max_calib_seq_len")
     plan = plan_quantization(
-        arguments.model, arguments.output, settings, torch_dtype=arguments.dtype
+        arguments.model,
+        arguments.output,
+        torch_dtype=arguments.dtype,
+        **{name: settings[name] for name in planned if name in settings},
     )
     show(plan.to_dict(), arguments.json, plan.summary())
     return OK
@@ -248,6 +252,7 @@ def _stream(arguments: argparse.Namespace, steps: logging.Logger) -> int:
         arguments.model,
         arguments.output,
         torch_dtype=arguments.dtype,
+        command=shlex.join(arguments.command_line),
         **_settings(arguments),
     )
     _show(report, arguments)

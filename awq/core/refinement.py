@@ -17,7 +17,8 @@ from awq.core.rounding import BLOCK
 from awq.core.weight import QuantizedWeight, storable_scale
 
 _RIDGE = 1e-3  # pull towards the old scales, as a fraction of the system's mean diagonal
-_SYSTEMS = 1 << 26  # entries of the systems solved at once
+# entries of the systems solved at once
+SYSTEMS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 def refine(
@@ -104,7 +105,8 @@ def refit_scales(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Qu
     Per row, with c = codes − zeros: Σ_h (c_g G_gh c_hᵀ) s_h = (w G)_g c_gᵀ.
     """
     groups = quantized.scales.shape[1]
-    rows = max(1, _SYSTEMS // groups**2)
+    entries = SYSTEMS["cpu" if weight.device.type == "cpu" else "cuda"]
+    rows = max(1, entries // groups**2)
     target = weight @ gram
     scales = [
         _refit_rows(part, gram, QuantizedWeight(codes, old, zeros, quantized.bits))

@@ -15,6 +15,7 @@ from awq.config import AwqConfig
 from awq.embed.directory import is_sentence_model
 from awq.errors import ConfigError
 from awq.models.auto import AutoAWQForCausalLM, AutoAWQForEmbedding
+from awq.nn.memory import return_freed_memory
 from awq.quantize import QuantReport
 
 
@@ -27,6 +28,7 @@ def quantize_directory(
     torch_dtype: Any = "auto",
     trust_remote_code: bool = False,
     shard_size: str | int = "5GB",
+    command: str | None = None,
     **options: Any,
 ) -> QuantReport:
     """Quantizes the model in `source` into `output` with one block in memory at a time.
@@ -40,16 +42,18 @@ def quantize_directory(
     source: directory or hub id of a full-precision model. output: the directory to write; it
     appears, or changes, when all of it is there. Finished blocks lie in `output`.awq-work
     meanwhile. torch_dtype, trust_remote_code: of `from_pretrained`. shard_size: largest file of
-    what lies outside the blocks. options: further arguments of `quantize`.
+    what lies outside the blocks. command: what was typed, for the model card. options: further
+    arguments of `quantize`.
 
     A run that ended early is taken up by another call with the same arguments, or by
     `resume_quantization(output)`, behind the last finished block, and gives the same bytes. With
     anything that decides about the result changed (weights, options, texts, versions) it is refused
     by name.
 
-    Raises ConfigError, CalibrationError, ModelError or CheckpointError before any work starts;
-    ConfigError for what needs the whole model in memory: preset "best", `export_compatible`, an
-    evaluation, blocks that share weights, and transformers before 5.
+    Raises ConfigError, CalibrationError, ModelError or CheckpointError before any work starts, also
+    when memory or the disk do not do, with the missing amount; ConfigError for what needs the whole
+    model in memory: preset "best", `export_compatible`, an evaluation, blocks that share weights,
+    and transformers before 5.
 
     >>> report = quantize_directory(
     ...     "my-model", "streamed-awq", {"q_group_size": 16}, calib_data=texts, preset="fast"
@@ -65,6 +69,7 @@ def quantize_directory(
         torch_dtype=str(torch_dtype).removeprefix("torch."),
         trust_remote_code=trust_remote_code,
         shard_size=shard_size,
+        command=command,
         **options,
     )
     check_target(output, source)
@@ -75,9 +80,11 @@ def quantize_directory(
         raise ConfigError("evaluate needs the whole model in memory; use `awq eval` afterwards.")
     opened = open_full_precision(source, trust_remote_code, **given)
     door = AutoAWQForEmbedding if embedding else AutoAWQForCausalLM
+    return_freed_memory()
     with work_folder(output, arguments) as work:
         model = door.streamed(opened, work, torch_dtype)
         report = model.quantize(model.tokenizer, quant_config, calib_data, **options)
+        report.command = command
         model.save_quantized(output, shard_size=shard_size)
     return report
 

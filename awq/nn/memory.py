@@ -1,4 +1,5 @@
-"""Giving memory back after weights were moved to another layout on a CPU."""
+"""Memory of this process: giving it back after weights were moved to another layout on a CPU, and
+how much of it there is."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 _SUFFIX = ".safetensors"
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+MAPPED_BYTES = 4 << 20  # smaller tensors stay in the heap, where they are quick to get
 
 
 @torch.no_grad()
@@ -44,6 +47,18 @@ def trim() -> None:
             release(0)
 
 
+def return_freed_memory() -> None:
+    """From now on the C library hands large tensors back to the system when they are freed.
+
+    By itself it keeps up to 32 MB of each for later, and a process that works on block after block
+    grows beyond what it holds.
+    """
+    if sys.platform.startswith("linux"):
+        change = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
+        if change is not None:
+            change(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
 def _mapped_files() -> list[tuple[int, int]]:
     """[start, stop) of addresses where checkpoints are mapped, ascending."""
     try:
@@ -54,3 +69,51 @@ def _mapped_files() -> list[tuple[int, int]]:
         line.split(maxsplit=1)[0].split("-") for line in lines if line.rstrip().endswith(_SUFFIX)
     ]
     return sorted((int(start, 16), int(stop, 16)) for start, stop in found)
+
+
+def resident_memory() -> int:
+    """Bytes of this process's memory; 0 where the system does not say."""
+    return _kilobytes("/proc/self/status", "VmRSS")
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take: of the machine's memory, of its control group's, and
+    of its own address space, whichever ends first. None where the system does not say."""
+    limits = [_kilobytes("/proc/meminfo", "MemAvailable"), *_group_limits(), *_own_limit()]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def _kilobytes(path: str, name: str) -> int:
+    """A line like "VmRSS: 1024 kB" of a file of /proc, in bytes."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+
+
+def _group_limits() -> list[int]:
+    """What the control group leaves, where it has a limit (containers, batch systems)."""
+    found = []
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            values = [Path("/sys/fs/cgroup", name).read_text().strip() for name in (limit, used)]
+        except OSError:
+            continue
+        if values[0] != "max":
+            found.append(max(1, int(values[0]) - int(values[1])))
+    return found
+
+
+def _own_limit() -> list[int]:
+    """What `ulimit -v` leaves."""
+    if sys.platform == "win32":
+        return []
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    used = _kilobytes("/proc/self/status", "VmSize")
+    return [] if limit == resource.RLIM_INFINITY else [max(1, limit - used)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -40,8 +41,12 @@ class BlockStore(Protocol):
     """What a walk and the quantizer ask of whoever keeps the blocks of a model.
 
     room: what memory the hidden states of the calibration may take; None: without a limit.
-    phase: times what is done inside under a name.
+    phase: times what is done inside under a name. folder: where finished blocks are written; None:
+    nowhere.
     """
+
+    @property
+    def folder(self) -> Path | None: ...
 
     room: Room | None
     phase: Callable[[str], AbstractContextManager[None]]

@@ -123,15 +123,17 @@ def quantize_group(
         lack, mean_change = statistics.lack(stacked, options.correction or 0.0, with_bias)
         statistics.forget_error()
     factor = feedback_factor(gram) if with_feedback else None
-    chunks = []
+    chunks, shifts = [], []
     for part in _row_chunks(stacked):
         target = stacked[part]
         if lack is not None and factor is not None:
             target = corrected(target, lack[part], *factor)
-        chunks.append(quantize_rows(target, gram, size, config, options, factor))
+        found = quantize_rows(target, gram, size, config, options, factor)
+        chunks.append(found)
+        shifts.append((stacked[part] - found.weight.dequantize()) @ statistics.mean)
     rows = _joined(chunks)
     energies = row_losses(stacked, statistics.gram)
-    shift = (stacked - rows.weight.dequantize()) @ statistics.mean + mean_change
+    shift = torch.cat(shifts) + mean_change
 
     results = []
     lengths = [len(get_weight(block.get_submodule(name))) for name in names]

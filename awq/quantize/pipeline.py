@@ -28,6 +28,7 @@ from awq.nn.surgery import device_of
 from awq.nn.unfinished import check_finished, unfinished
 from awq.nn.walk import BlockVisit
 from awq.quantize.block import BlockQuantizer
+from awq.quantize.forecast import reserve
 from awq.quantize.options import QuantizeOptions
 from awq.quantize.progress import ProgressLines
 from awq.quantize.report import QuantReport
@@ -60,6 +61,8 @@ def quantize_model(
     check_finished(model)
     with experts_as_linears(model, store) as dense_experts:
         run = QuantizeRun.start(model.eval(), batches, config, options, store)
+        if store is not None:
+            reserve(run, store.folder)
         with moved_to(model, run.device if options.tuning else device_of(model)):
             with run.phase("inputs"):
                 match = run.output_match(embed)
