@@ -21,6 +21,7 @@ import platform
 import re
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -77,15 +78,23 @@ def write_model(shape: str, layers: int, folder: Path) -> None:
 
 @lru_cache
 def _random(size: tuple[int, ...]) -> torch.Tensor:
-    if len(size) == 1:
-        return 1 + 0.1 * torch.randn(size).bfloat16()
-    return torch.randn(size, dtype=torch.bfloat16) / size[-1] ** 0.5
+    count = torch.Size(size).numel()
+    values = _drawn().repeat(-(-count // len(_drawn())))[:count].view(size)
+    return 1 + 0.1 * values if len(size) == 1 else values / size[-1] ** 0.5
+
+
+@lru_cache
+def _drawn() -> torch.Tensor:
+    """Normal numbers that are repeated, for drawing billions takes minutes. Their odd number makes
+    every row of a matrix another one."""
+    return torch.randn((1 << 22) + 3).bfloat16()
 
 
 def quantize(given: argparse.Namespace) -> dict[str, Any]:
     """In this process: seconds, seconds a block, peak RSS and peak GPU memory in GB."""
     from awq import AutoAWQForCausalLM, quantize_directory
 
+    ended = note_ends_of_blocks()
     if given.limit_gb:
         limit = int(given.limit_gb * GB)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -107,18 +116,35 @@ def quantize(given: argparse.Namespace) -> dict[str, Any]:
     seconds = time.monotonic() - start
     shutil.rmtree(output.parent)
     blocks = len({re.sub(r"(\.\d+)\..*", r"\1", line.name) for line in report.linears})
-    in_blocks = sum(time for name, time in report.phases.items() if name != "inputs")
+    between = [round(after - before, 2) for before, after in zip(ended, ended[1:])]
     layers = json.loads((given.model / "config.json").read_text())["num_hidden_layers"]
     assert blocks == layers, (blocks, layers)
     gpu = torch.cuda.max_memory_allocated() / GB if torch.cuda.is_available() else 0.0
     return {
         "seconds": round(seconds, 1),
         "blocks": blocks,
-        "seconds_a_block": round(in_blocks / blocks, 2),
+        "seconds_between_blocks": between,
+        "seconds_a_block": statistics.median(between) if between else round(seconds, 1),
         "phases": {name: round(value, 1) for name, value in report.phases.items()},
         "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB, 2),
         "peak_gpu_gb": round(gpu, 2),
     }
+
+
+def note_ends_of_blocks() -> list[float]:
+    """A list that gets the time at which each block is done. Between two of them lie the writing of
+    a block, the reading of the next one, and all work on it."""
+    from awq.quantize import pipeline
+
+    ended: list[float] = []
+
+    def quantize_block(run: Any, visit: Any, work: Any = pipeline.quantize_block) -> None:
+        work(run, visit)
+        ended.append(time.monotonic())
+        print(f"{visit.name} done at {ended[-1] - ended[0]:.2f} s", file=sys.stderr, flush=True)
+
+    pipeline.quantize_block = quantize_block
+    return ended
 
 
 def forget_pages(folder: Path) -> None:
@@ -134,9 +160,9 @@ def in_a_process(kind: str, given: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", kind, "--model", str(given.model)]
     for name in ("home", "samples", "tokens", "group_size", "preset", "limit_gb", "gpu_limit_gb"):
         command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
-        raise SystemExit(done.stderr[-3000:])
+        raise SystemExit(f"{kind} ended with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -188,6 +214,7 @@ def main() -> None:
         if "layers_of_shape" in result:
             found["minutes_for_all_blocks"] = round(found["seconds_a_block"] * whole / 60, 1)
         result[preset] = found
+        print(json.dumps(found), file=sys.stderr, flush=True)
     if given.in_memory:
         result["in_memory"] = in_a_process("memory", given)
         peaks = [result[kind]["peak_rss_gb"] for kind in (given.preset, "in_memory")]

@@ -115,8 +115,13 @@ def spans_of(path: Path, names: Collection[str]) -> list[tuple[int, int]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    offsets = [header[name]["data_offsets"] for name in names if name in header]
-    return [(8 + length + start, 8 + length + stop) for start, stop in offsets]
+    first = 8 + length  # byte of the tensors
+    spans = []
+    for name in names:
+        if name in header:
+            start, stop = header[name]["data_offsets"]
+            spans.append((first + start, first + stop))
+    return spans
 
 
 @lru_cache(maxsize=256)

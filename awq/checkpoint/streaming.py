@@ -214,10 +214,13 @@ class StreamedBlocks:
     def _read_ahead(self, name: str) -> None:
         """Asks the system for the weights of the block that comes next, while this one is worked
         on."""
-        following = self._visited[self._visited.index(name) + 1 :][:1]
-        members = [stored for block in following for stored in self._members[block]]
-        files = {self._headers[stored]["file"] for stored in members}
-        ranges = [(path, span) for path in files for span in spans_of(path, members)]
+        place = self._visited.index(name) + 1
+        if place == len(self._visited):
+            return
+        members = self._members[self._visited[place]]
+        ranges = []
+        for path in {self._headers[stored]["file"] for stored in members}:
+            ranges += [(path, span) for span in spans_of(path, members)]
         Thread(target=_advise, args=(ranges,), daemon=True).start()
 
     def _fill(self, name: str, block: nn.Module) -> None:

@@ -168,13 +168,16 @@ def block_shapes(run: QuantizeRun) -> list[tuple[BlockShape, int]]:
 
 def _calls_of(run: QuantizeRun, entry: BlockList) -> list:
     """(arguments, hidden states) of each block of a list, or of Nones where they are not known."""
-    inputs, home = run.batches[0].model_inputs(), device_of(run.model)
-    item = {name: tensor[:1].to(home) for name, tensor in inputs.items()}
+    home = device_of(run.model)
+    item = {}
+    for name, tensor in run.batches[0].model_inputs().items():
+        item[name] = tensor[:1].to(home)
     try:
         recorded = record_block_calls(run.model, [entry], [item])
     except ModelError:
         return [(None, None)] * len(entry[1])
-    return [(call, recorded.hidden[0][0]) for call in recorded.calls[0][0]]
+    calls, hidden = recorded.calls[0][0], recorded.hidden[0][0]
+    return [(call, hidden) for call in calls]
 
 
 def _stored_outside(model: nn.Module) -> int:

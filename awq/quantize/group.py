@@ -200,10 +200,18 @@ def _joined(chunks: list[QuantizedRows]) -> QuantizedRows:
     if len(chunks) == 1:
         return chunks[0]
     weights = [chunk.weight for chunk in chunks]
-    codes, scales, zeros = (torch.cat(parts) for parts in zip(*(weight[:3] for weight in weights)))
-    losses, feedback, narrowed = (torch.cat(parts) for parts in zip(*(c[1:] for c in chunks)))
-    weight = QuantizedWeight(codes, scales, zeros, weights[0].bits)
-    return QuantizedRows(weight, losses, feedback, narrowed)
+    weight = QuantizedWeight(
+        torch.cat([part.codes for part in weights]),
+        torch.cat([part.scales for part in weights]),
+        torch.cat([part.zeros for part in weights]),
+        weights[0].bits,
+    )
+    return QuantizedRows(
+        weight,
+        loss=torch.cat([chunk.loss for chunk in chunks]),
+        feedback=torch.cat([chunk.feedback for chunk in chunks]),
+        narrowed=torch.cat([chunk.narrowed for chunk in chunks]),
+    )
 
 
 class QuantizedRows(NamedTuple):

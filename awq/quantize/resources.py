@@ -197,19 +197,22 @@ def block_seconds(
     shape: BlockShape, work: Work, options: QuantizeOptions, rates: tuple[float, float]
 ) -> float:
     """Seconds on one block without reading and writing. rates: of `measured_rates`."""
-    passes = 5 + 2 * len(shape.groups) if corrects(options) else 2
+    corrected = corrects(options)
+    passes = 5 + 2 * len(shape.groups) if corrected else 2
+    grams = 3 if corrected else 1
+    candidates = 2 * len(RATIOS) if options.scaling else 0
+    ranges = len(SHRINK) ** 2 if options.clip else 0
     products = 2.0 * work.tokens * shape.numbers * passes
-    steps = 0.0
+    roundings = 0.0
     for group in shape.groups:
         weights = group.inputs * sum(group.outputs)
-        candidates = 2 * len(RATIOS) if options.scaling else 0
-        products += 2.0 * work.tokens * group.inputs**2 * (3 if corrects(options) else 1)
+        products += 2.0 * work.tokens * group.inputs**2 * grams
         products += 1.2 * weights * group.inputs * (candidates + 4)
-        ranges = len(SHRINK) ** 2 if options.clip else 0
-        steps += weights * (candidates + ranges)
+        roundings += weights * (candidates + ranges)
         if options.rounding == "feedback":
-            products += 1.4 * group.inputs**3 + 8.0 * weights * group.inputs
-    return products / rates[0] + steps / rates[1]
+            products += 1.4 * group.inputs**3
+            products += 8.0 * weights * group.inputs
+    return products / rates[0] + roundings / rates[1]
 
 
 @torch.no_grad()
