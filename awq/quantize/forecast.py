@@ -160,7 +160,7 @@ def block_shapes(run: QuantizeRun) -> list[tuple[BlockShape, int]]:
     for entry in run.lists:
         calls = _calls_of(run, entry)
         for name, block, (call, hidden) in zip(block_names(entry), entry[1], calls):
-            shape = block_shape(name, block, run.plan, call, hidden)
+            shape = block_shape(name, block, run.plan, run.config, call, hidden)
             if shape.groups:
                 counts[shape] = counts.get(shape, 0) + 1
     return list(counts.items())

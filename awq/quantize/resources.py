@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from awq.config import AwqConfig
 from awq.core.ranges import SHRINK
 from awq.core.refinement import SYSTEMS
 from awq.core.scales import RATIOS
@@ -35,10 +36,12 @@ _PROBES = 4
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears that read one input: its features, and the outputs of each."""
+    """Linears that read one input: its features, the outputs of each, and how many scales a row
+    has."""
 
     inputs: int
     outputs: tuple[int, ...]
+    scales: int
 
     @property
     def bytes(self) -> int:
@@ -76,7 +79,12 @@ class Work:
 
 
 def block_shape(
-    name: str, block: nn.Module, plan: Plan, call: BlockCall | None, hidden: Tensor | None
+    name: str,
+    block: nn.Module,
+    plan: Plan,
+    config: AwqConfig,
+    call: BlockCall | None,
+    hidden: Tensor | None,
 ) -> BlockShape:
     """Of a block that may stand on the meta device. call, hidden: how it is called; linears that
     read the same tensor form a group. Linears that the call does not reach form one each."""
@@ -94,7 +102,9 @@ def block_shape(
     groups = []
     for names in members.values():
         shapes = [linear_shape(block.get_submodule(inner)) for inner in names]
-        groups.append(LinearGroup(shapes[0][0], tuple(outputs for _, outputs in shapes)))
+        inputs = shapes[0][0]
+        scales = inputs // config.group_size_of(inputs, names[0])
+        groups.append(LinearGroup(inputs, tuple(outputs for _, outputs in shapes), scales))
     stored = sum(tensor.nbytes for tensor in tensors)
     return BlockShape(sum(tensor.numel() for tensor in tensors), stored, tuple(groups))
 
@@ -172,7 +182,8 @@ def _rounding_steps(
             steps.append(base + 2 * group.gram + group.gram + group.stacked)
             base += group.gram  # the factor
         if options.refinement:
-            rows += _SYSTEM_BYTES * SYSTEMS["cpu" if kind == "cpu" else "cuda"]
+            entries = SYSTEMS["cpu" if kind == "cpu" else "cuda"]
+            rows += _SYSTEM_BYTES * min(entries, sum(group.outputs) * group.scales**2)
         steps.append(base + rows)
     return steps
 
