@@ -14,9 +14,11 @@ import torch
 from awq.backends import operator
 from awq.generate.run import operations as ops
 from awq.generate.run.cache import LayerCache
+from awq.kernels.reference import mixture
 from awq.kernels.reference.attention import attend
 from awq.kernels.reference.decode import ACTIVATIONS, apply_norm
-from awq.kernels.specs import Attention, Norm
+from awq.kernels.specs import Attention, Norm, Router
+from awq.kernels.triton import routing_launch
 
 # heads, kv_heads, head_dim, rotary channels, window, softcap, norm of heads, cached tokens of each
 # row
@@ -25,6 +27,7 @@ ATTENTIONS = {
     "first token": (PLAIN, [0]),
     "one program": (PLAIN, [5]),
     "several programs": (PLAIN, [517]),
+    "very many": (PLAIN, [1100]),
     "rows of different lengths": (PLAIN, [3, 250, 64, 63]),
     "one head each": (replace(PLAIN, heads=3, kv_heads=3), [130, 2]),
     "many heads share": (replace(PLAIN, heads=40, kv_heads=2), [300]),
@@ -152,6 +155,46 @@ def activation_error(name: str, gated: bool, dtype: torch.dtype, device: str) ->
     return float((y - expected).norm() / expected.norm())
 
 
+# rows, width, experts, top_k, parts of the branch, weights of a program, settings of the router
+ROUTERS = {
+    "one program": (1, 256, 8, 2, 1, 1 << 16, {}),
+    "several programs, sum of parts": (3, 100, 16, 4, 3, 256, {"normalized": False}),
+    "corrected sigmoid": (2, 100, 60, 6, 0, 512, {"sigmoid": True, "factor": 2.5}),
+    "many rows": (40, 64, 128, 8, 8, 512, {}),
+}
+
+
+def router_error(case: tuple, biased: bool, dtype: torch.dtype, device: str) -> float:
+    """Sum, norm, choice and weights against plain operators, which are given the same sums."""
+    rows, width, experts, top, parts, held, settings = case
+    torch.manual_seed(rows + experts)
+    x = torch.randn(rows, 1, width, device=device, dtype=dtype)
+    branch = torch.randn(rows, 1, parts, width, device=device, dtype=dtype) if parts else None
+    norm = Norm(torch.rand(width, device=device) + 0.5, None, 1e-6, False)
+    vectors = {
+        name: torch.randn(experts, device=device) / 4 if biased else None
+        for name in ("bias", "correction")
+    }
+    weight = torch.randn(experts, width, device=device).to(dtype) / width**0.5
+    router = Router(weight.contiguous(), top, **settings, **vectors)
+    kept, routing_launch.SHARE = routing_launch.SHARE, held
+    try:
+        found = [ops.add_norm_route(x, branch, 0.5, norm, router) for _ in range(2)]
+    finally:
+        routing_launch.SHARE = kept
+    assert all(torch.equal(a, b) for a, b in zip(*found)), "two runs differ"
+    total, y, index, weights = found[0]
+    added = 0 if branch is None else 0.5 * branch.double().sum(2)
+    expected_index, expected_weights = mixture.route(y.view(rows, width), router)
+    assert torch.equal(index, expected_index)
+    pairs = [
+        (total, x.double() + added),
+        (y, apply_norm(total.float(), norm).double()),
+        (weights, expected_weights.double()),
+    ]
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+
+
 def main(device: str) -> dict[str, float]:
     errors = {}
     for dtype in (
@@ -168,6 +211,10 @@ def main(device: str) -> dict[str, float]:
         for width, mean, bias in ((64, False, False), (100, True, True), (2048, False, True)):
             errors[f"norm {width} {mean} {bias}, {kind}"] = norm_error(
                 width, mean, bias, dtype, device
+            )
+        for name, case in ROUTERS.items():
+            errors[f"router, {name}, {kind}"] = max(
+                router_error(case, biased, dtype, device) for biased in (False, True)
             )
         for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
             errors[f"{name}, {kind}"] = max(

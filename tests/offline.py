@@ -112,9 +112,11 @@ def compile_experts(
     rows: int | None,
     dtype: torch.dtype = torch.float16,
     top: int = 2,
+    gated: str = "",
+    ahead: int = 0,
 ) -> Code:
     """The kernel of a mixture of experts as `expert_launch.fused` would compile it: for so many
-    rows, or sorted ones (None)."""
+    rows, or sorted ones (None); 1 stands for those of one token."""
     from awq.kernels.triton.experts import expert_kernel
 
     nvidia, x = isinstance(target, int), _POINTERS[dtype]
@@ -132,6 +134,7 @@ def compile_experts(
         "partial": "*fp32" if config.split > 1 else x,
         "arrived": "*i32" if config.split > 1 else x,
         "R": "i32",
+        "E": "i32",
     }
     pdl = nvidia and int(target) >= 90
     constants = {
@@ -145,9 +148,13 @@ def compile_experts(
         "BN": config.bn,
         "SPLIT": config.split,
         "SCALE_WEIGHT": config.scale_weight,
-        "ROWS": max(16, 1 << (rows - 1).bit_length()) if rows else 0,
+        "ROWS": 0 if not rows else 1 if rows == 1 else max(16, 1 << (rows - 1).bit_length()),
         "HAS_BIAS": True,
         "HAS_FACTORS": True,
+        "GATED": gated,
+        "ALTERNATING": False,
+        "INTERLEAVE": GATE_INTERLEAVE,
+        "AHEAD": ahead,
         "ASM": nvidia,
         "PDL": pdl,
     }

@@ -28,6 +28,7 @@ def folder(tmp_path, monkeypatch):
 def forget():
     configs.table.cache_clear()
     configs._users.cache_clear()
+    configs.expert_table.cache_clear()
 
 
 def write(folder, architecture, **parts):
@@ -245,3 +246,14 @@ def test_tables_need_no_triton():
         )
         > 0
     )
+
+
+def test_stacks_of_experts_have_a_section_of_their_own(folder):
+    shape = Shape(256, 72, 128)
+    write(folder, "sm120", experts={"8x72x256": {"2": ENTRY, "16": ENTRY}})
+    for pairs in (1, 2, 8, 16):
+        config = configs.config_for_experts("sm120", 100, shape, pairs, 8)
+        assert config == configs.Config(*ENTRY), pairs
+    for pairs, experts in ((3, 8), (7, 8), (17, 8), (2, 9)):
+        config = configs.config_for_experts("sm120", 100, shape, pairs, experts)
+        assert config == configs.rule_for_experts("sm120", 100, shape, pairs, experts)

@@ -32,8 +32,10 @@ def errors():
 
 
 def test_arithmetic_equals_float64(errors):
-    assert len(errors) == 26
+    assert len(errors) == 30
     limits = {"dense": 1e-6, "dense, in pieces": 8e-3}
+    # rounded three times: inside, by the weights' product and by the weight of the expert
+    limits |= {name: 1e-3 for name in errors if name.startswith("mixture")}
     wrong = {name: value for name, value in errors.items() if not value < limits.get(name, 5e-4)}
     assert not wrong
 
@@ -94,6 +96,17 @@ def test_experts_compile_for_every_target_without_spilling(target, rows):
     )
     assert len(code.binary) > 1000 and code.spilled == 0
     assert code.shared <= {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}.get(target, 64) * 1024
+
+
+@pytest.mark.parametrize("target", [80, 90, "gfx942"])
+@pytest.mark.parametrize("product", ["first", "second"])
+def test_products_of_one_token_compile(target, product):
+    shape = Shape(4096, 28672, 128) if product == "first" else Shape(14336, 4096, 128)
+    name = target if isinstance(target, str) else f"sm{target}"
+    config = configs.rule_for_experts(name, 108, shape, 2, 8)
+    form = {"gated": "silu"} if product == "first" else {"ahead": config.ahead(14336)}
+    code = offline.compile_experts(target, shape, config, 1, **form)
+    assert len(code.binary) > 1000 and code.spilled == 0
 
 
 @pytest.mark.parametrize("target", [80, 90, "gfx942"])

@@ -101,6 +101,14 @@ def error(in_features, out_features, group, tokens, dtype, bias, zero_point, con
     return ((first.double() - expected).norm() / expected.norm()).item()
 
 
+def random_weight(out_features, in_features, group, generator):
+    size, groups = (out_features, in_features), (out_features, in_features // group)
+    codes = torch.randint(0, 16, size, generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(groups, generator=generator) * 0.02 + 1e-3).half()
+    zeros = torch.randint(0, 16, groups, generator=generator, dtype=torch.uint8)
+    return QuantizedWeight(codes, scales, zeros)
+
+
 # in, gate + up, group, tokens, bias, activation, configuration
 GATED_CASES = {
     "gated, one token": (256, 64, 128, 1, False, "silu", (16, 32, 1, False, 1, 1)),
@@ -243,14 +251,9 @@ def expert_error(
     """Relative error to float64 of expert after expert through the reference; equal bits in two
     runs."""
     generator = torch.Generator().manual_seed(in_features + tokens)
-    groups, stack = in_features // group, []
+    stack = []
     for _ in range(count):
-        codes = torch.randint(
-            0, 16, (out_features, in_features), generator=generator, dtype=torch.uint8
-        )
-        scales = (torch.rand(out_features, groups, generator=generator) * 0.02 + 1e-3).half()
-        zeros = torch.randint(0, 16, (out_features, groups), generator=generator, dtype=torch.uint8)
-        t = get_layout("planar").pack(QuantizedWeight(codes, scales, zeros))
+        t = get_layout("planar").pack(random_weight(out_features, in_features, group, generator))
         stack.append(
             Packed(
                 t["qweight"],
@@ -287,9 +290,84 @@ def expert_error(
     return ((first.double() - expected).norm() / expected.norm()).item()
 
 
+# experts, hidden, inner, group, tokens, top_k, bias, activation, alternating, configuration
+# of both products
+MIXTURE_CASES = {
+    "mixture, one token": (6, 256, 96, 32, 1, 3, False, "silu", False, (16, 64, 1, False, 1, 1)),
+    "mixture, split, tiles beyond": (
+        5,
+        256,
+        96,
+        32,
+        1,
+        2,
+        True,
+        "gelu_tanh",
+        False,
+        (16, 128, 2, False, 1, 1),
+    ),
+    "mixture, several tokens, alternating": (
+        4,
+        128,
+        64,
+        64,
+        7,
+        2,
+        True,
+        "silu",
+        True,
+        (16, 32, 1, False, 1, 1),
+    ),
+    "mixture, sorted": (4, 128, 64, 32, 70, 2, False, "relu", False, (32, 64, 1, True, 1, 1)),
+}
+
+
+def mixture_error(count, hidden, inner, group, tokens, top, bias, name, alternating, config):
+    """Relative error of gate, up, activation, down and weighted sum to the same in float64; equal
+    bits in two runs."""
+    generator = torch.Generator().manual_seed(hidden + tokens)
+
+    def stack(outputs, inputs):
+        packed, dense = [], []
+        for _ in range(count):
+            weight = random_weight(outputs, inputs, group, generator)
+            t = get_layout("planar").pack(weight)
+            shape = Shape(inputs, outputs, group)
+            packed.append(Packed(t["qweight"], t["qzeros"], t["scales"], shape, "planar"))
+            dense.append(weight.dequantize(torch.float64))
+        return stack_experts(packed), torch.stack(dense)
+
+    (first, up_down), (second, down) = stack(2 * inner, hidden), stack(hidden, inner)
+    biases = [
+        torch.randn(count, n, generator=generator).half() if bias else None
+        for n in (2 * inner, hidden)
+    ]
+    x = torch.randn(tokens, hidden, generator=generator).half()
+    order = torch.rand(tokens, count, generator=generator).argsort(-1)
+    experts = order[:, :top].int().contiguous()
+    weights = torch.rand(tokens, top, generator=generator)
+    expert_launch._config = lambda *_: Config(*config)
+    runs = [
+        expert_launch.expert_parts(x, first, second, biases, experts, weights, name, alternating)
+        for _ in range(2)
+    ]
+    assert torch.equal(*runs) and not launcher.counters(x.device).take(1).any()
+    expected = torch.zeros(tokens, hidden, dtype=torch.float64)
+    for slot in range(top):
+        chosen = experts[:, slot].long()
+        h = torch.einsum("ti,toi->to", x.double(), up_down[chosen])
+        h = h if biases[0] is None else h + biases[0][chosen].double()
+        gate, up = (h[:, ::2], h[:, 1::2]) if alternating else h.chunk(2, -1)
+        y = torch.einsum("ti,toi->to", ACTIVATIONS[name](gate) * up, down[chosen])
+        y = y if biases[1] is None else y + biases[1][chosen].double()
+        expected += y * weights[:, slot : slot + 1].double()
+    return ((runs[0].double().sum(1) - expected).norm() / expected.norm()).item()
+
+
 if __name__ == "__main__":
     matmul_launch.MAX_DENSE_BYTES = 64 * 128 * 2  # so that small weights go in pieces
     errors = {name: error(*case) for name, case in CASES.items()}
     errors |= {name: expert_error(*case) for name, case in EXPERT_CASES.items()}
     errors |= {name: gated_error(*case) for name, case in GATED_CASES.items()}
+    errors |= {name: mixture_error(*case) for name, case in MIXTURE_CASES.items()}
     json.dump(errors, sys.stdout)

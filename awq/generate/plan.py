@@ -7,7 +7,7 @@ Plans are frozen: they are made when everything is known, and nobody changes the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from awq.errors import AwqError
 from awq.kernels.specs import Attention as Attention
 from awq.kernels.specs import Norm as Norm
+from awq.kernels.specs import Router as Router
 from awq.nn.blocks import BlockCall
 
 
@@ -79,11 +80,53 @@ class OwnCode:
 
 
 @dataclass(frozen=True)
+class RouterSource:
+    """A `Router` by the names of its tensors in the block."""
+
+    weight: str
+    top_k: int
+    sigmoid: bool
+    normalized: bool
+    factor: float
+    bias: str | None
+    correction: str | None
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Router:
+        """The router on tensors of these names; its weight is not copied."""
+
+        def vector(name: str | None) -> Tensor | None:
+            return None if name is None else tensors[name].detach().float().contiguous()
+
+        return Router(
+            tensors[self.weight].detach().contiguous(),
+            self.top_k,
+            self.sigmoid,
+            self.normalized,
+            self.factor,
+            vector(self.bias),
+            vector(self.correction),
+        )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture that is a router and packed experts, and nothing else.
+
+    experts: their module's name in the block. activation: its name in `ACTIVATIONS`, of act(gate) ·
+    up.
+    """
+
+    experts: str
+    router: RouterSource
+    activation: str
+
+
+@dataclass(frozen=True)
 class MlpPlan:
     """first: gate then up channels (gated), or the activation's input. last: the linear that ends
     the branch. module: the one that computes the whole branch in its own code, as a mixture of
     experts does; first and last then name it, too. reason: why it is not read, for other modules
-    than mixtures."""
+    than mixtures. routed: the parts of such a mixture, where they are known; they run instead."""
 
     first: Source
     last: str
@@ -92,6 +135,12 @@ class MlpPlan:
     activation_name: str | None
     module: str | None = None
     reason: str = ""
+    routed: Mixture | None = None
+
+    @property
+    def own_code(self) -> bool:
+        """Whether a module of the model runs."""
+        return self.module is not None and self.routed is None
 
 
 @dataclass(frozen=True)
@@ -161,7 +210,7 @@ class DecoderPlan:
     @property
     def has_own_code(self) -> bool:
         """Whether any block runs a module of the model in its own code."""
-        return any(b.own is not None or (b.mlp and b.mlp.module) for b in self.blocks)
+        return any(b.own is not None or (b.mlp and b.mlp.own_code) for b in self.blocks)
 
     @property
     def own_parts(self) -> dict[str, int]:

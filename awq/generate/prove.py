@@ -27,6 +27,7 @@ from awq.generate.read.trace import rotary_tables, trace
 from awq.generate.run.block import FusedBlock, Prompt, Step
 from awq.generate.run.cache import LayerCache, MixerStates, allocate
 from awq.generate.run.decoder import FusedDecoder, quantized_head
+from awq.generate.run.operations import summed
 from awq.nn.blocks import BlockCall, float_copy
 from awq.nn.copies import copy_structure
 from awq.nn.locks import lock_of
@@ -340,4 +341,7 @@ def _contribution(
         raise NotFusable(
             f"a part of the block cannot be run alone: {type(error).__name__}: {error}"
         ) from error
-    return (x if branch is None else x + fused.plan.factor * branch) - hidden
+    if branch is None:
+        return x - hidden
+    whole = branch if branch.dim() == x.dim() else summed(branch)
+    return x + fused.plan.factor * whole - hidden

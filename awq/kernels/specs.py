@@ -25,6 +25,30 @@ class Norm:
 
 
 @dataclass
+class Router:
+    """How a mixture chooses `top_k` of its experts for a token x.
+
+    score = softmax, or sigmoid, of weight · x + bias, in float32. Chosen are the experts of the
+    highest score + correction; of equals, the one with the lower number. Each weighs factor ·
+    score, with `normalized` after the chosen scores were divided by their sum.
+
+    weight: [experts, features], of any float dtype. bias, correction: float32 [experts] or None.
+    """
+
+    weight: Tensor
+    top_k: int
+    sigmoid: bool = False
+    normalized: bool = True
+    factor: float = 1.0
+    bias: Tensor | None = None
+    correction: Tensor | None = None
+
+    @property
+    def experts(self) -> int:
+        return len(self.weight)
+
+
+@dataclass
 class Attention:
     """heads: query heads. kv_heads: key and value heads, each shared by heads/kv_heads neighbours.
     scaling: of q·k.

@@ -110,11 +110,15 @@ class ExpertStack(nn.Module):
         self.set_layout(layout_for(qweight.device, dtype, shape) or self.layout)
         self._settled = self.qweight
 
+    def ready(self, dtype: torch.dtype) -> Packed:
+        """`packed`, in the layout of the backend that serves activations of `dtype`."""
+        if not torch.compiler.is_compiling() and self._settled is not self.qweight:
+            self.settle(dtype)
+        return self.packed
+
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor | None = None) -> Tensor:
         """`moe_linear` with these weights."""
-        if not torch.compiler.is_compiling() and self._settled is not self.qweight:
-            self.settle(x.dtype)
-        return moe_linear(x, self.packed, experts, weights, self.bias)
+        return moe_linear(x, self.ready(x.dtype), experts, weights, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStack:
         scales = {

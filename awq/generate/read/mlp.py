@@ -4,13 +4,14 @@ that is left as it is."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from awq.generate.plan import MlpPlan, NotFusable, Source
 from awq.generate.read.channels import find_channels, flat
+from awq.generate.read.router import read_mixture
 from awq.generate.read.trace import Event, Trace, holds_packed_experts
 from awq.kernels.reference.decode import ACTIVATIONS
 from awq.nn.blocks import is_product
@@ -30,9 +31,9 @@ def read_mlp(found: Trace, events: Sequence[Event]) -> MlpFound:
     """events: those of the trace that attention does not own. Raises NotFusable."""
     mixture = next((event for event in found.after if holds_packed_experts(event.module)), None)
     if mixture is not None:
-        # Routing stays the model's own code; first and last only say what the branch reads and
-        # writes.
-        return left_as_it_is(mixture.name, mixture.x, mixture.y)
+        left = left_as_it_is(mixture.name, mixture.x, mixture.y)
+        routed = read_mixture(mixture.module, mixture.name, mixture.x)
+        return replace(left, plan=replace(left.plan, routed=routed))
     linears = [event for event in events if is_product(event.module)]
     if len(linears) < 2:
         raise NotFusable(f"the MLP has {len(linears)} linears, not two or three")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from awq.generate.plan import BlockPlan, MlpPlan, Source
+from awq.generate.plan import BlockPlan, Mixture, MlpPlan, Source
 from awq.generate.run import operations as ops
 from awq.generate.run.cache import LayerCache
 from awq.generate.run.own import OwnModule
@@ -30,6 +30,8 @@ class FusedBlock(nn.Module):
             self.qkv = _product(block, plan.qkv, merge)
             self.attention_out = block.get_submodule(plan.attention_out)
         self.mlp = None if plan.mlp is None else FusedMlp(plan.mlp, block, merge)
+        routed = None if plan.mlp is None else plan.mlp.routed
+        self.mixture = None if routed is None else FusedMixture(routed, block)
 
     def forward(
         self, x: Tensor, branch: Tensor | None, cache: LayerCache, where: Prompt | Step
@@ -37,7 +39,8 @@ class FusedBlock(nn.Module):
         """x [batch, tokens, features] is the residual stream, to which `branch` is still to be
         added; returns both anew.
 
-        The last addition is left to the next block, which can do it together with its norm.
+        The last addition is left to the next block, which can do it together with its norm. So may
+        be the sum over a token's experts: then the branch is [batch, tokens, parts, features].
         """
         p = self.plan
         x, normed = ops.add_norm(x, branch, self.factor, p.attention_norm)
@@ -51,6 +54,11 @@ class FusedBlock(nn.Module):
         if p.parallel:
             m = normed if p.mlp_norm is None else ops.normalize(x, p.mlp_norm)
             return x, a + self._mlp(m)
+        if self.mixture is not None:
+            x, normed, *choice = ops.add_norm_route(x, a, p.factor, p.mlp_norm, self.mixture.router)
+            parts = self.mixture(normed, *choice)
+            post = p.mlp_post_norm
+            return x, parts if post is None else ops.normalize(ops.summed(parts), post)
         x, normed = ops.add_norm(x, a, p.factor, p.mlp_norm)
         return x, self._mlp(normed)
 
@@ -76,6 +84,21 @@ class FusedBlock(nn.Module):
         q = ops.cache_prompt(qkv, a, cos, sin, cache, where.start)
         seen = cache.until(where.start + qkv.shape[1])
         return heads_flat(ops.attend_cached(q, seen, a))
+
+
+class FusedMixture(nn.Module):
+    """Runs the experts of a `Mixture` of a transformers block; `router` chooses among them."""
+
+    def __init__(self, plan: Mixture, block: nn.Module) -> None:
+        super().__init__()
+        own = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+        self.router = plan.router.of(own)
+        self.experts = block.get_submodule(plan.experts)
+        self.activation = plan.activation
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """[batch, tokens, parts, features] for x [batch, tokens, features]."""
+        return ops.expert_parts(x, self.experts, index, weights, self.activation)  # type: ignore[arg-type]
 
 
 class FusedMlp(nn.Module):

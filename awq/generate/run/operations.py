@@ -16,11 +16,16 @@ from torch import Tensor, nn
 from awq.backends import operator
 from awq.errors import ConfigError
 from awq.generate.run.cache import LayerCache
+from awq.kernels.checks import check_experts
+from awq.kernels.packed import Packed
 from awq.kernels.reference import decode as plain
+from awq.kernels.reference import mixture
 from awq.kernels.reference.attention import attend
 from awq.kernels.reference.decode import split_heads as split_heads
-from awq.kernels.specs import Attention, Norm
+from awq.kernels.reference.decode import summed as summed
+from awq.kernels.specs import Attention, Norm, Router
 from awq.nn.linear import WQLinear
+from awq.nn.packed_experts import AwqExperts
 
 MOST_HEAD_ROWS = 4  # rows for which reading the head takes longer than computing with it
 
@@ -40,19 +45,70 @@ def _refuse(what: str, tensor: Tensor, wanted: str) -> ConfigError:
 def add_norm(
     x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None
 ) -> tuple[Tensor, Tensor]:
-    """(x + factor · branch, its norm); all [batch, tokens, features]. Raises ConfigError when they
-    do not fit together."""
-    if branch is not None and (
-        branch.shape != x.shape or branch.dtype != x.dtype or branch.device != x.device
-    ):
+    """(x + factor · branch, its norm); all [batch, tokens, features], the branch also [batch,
+    tokens, parts, features], which are added up. Raises ConfigError when they do not fit
+    together."""
+    _check_sum(x, branch, norm)
+    return _operator("add_norm", x)(x, branch, factor, norm)
+
+
+def add_norm_route(
+    x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None, router: Router
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`add_norm`; and the chosen experts int32 and their weights float32, [batch · tokens, top_k],
+    of what it normalized."""
+    _check_sum(x, branch, norm)
+    weight = router.weight
+    if weight.shape[1] != x.shape[-1] or weight.device != x.device or not weight.is_contiguous():
         raise _refuse(
-            "the branch", branch, f"{x.dtype} {list(x.shape)} on {x.device}, as what it is added to"
+            "the router's weight", weight, f"[experts, {x.shape[-1]}] on {x.device} in one piece"
         )
+    for vector in (router.bias, router.correction):
+        if vector is not None:
+            _check_vector(vector, weight[:, 0])
+    return _operator("add_norm_route", x)(x, branch, factor, norm, router)
+
+
+def expert_parts(
+    x: Tensor, experts: AwqExperts, index: Tensor, weights: Tensor, activation: str
+) -> Tensor:
+    """The weighted outputs of the chosen experts, [batch, tokens, parts, features], to be added up;
+    x [batch, tokens, features]."""
+    first = experts.first.ready(x.dtype)
+    second = experts.second.ready(x.dtype)
+    _check_stack(first, x.shape[-1], x)
+    _check_stack(second, first.shape.out_features // 2, x)
+    check_experts(index, weights, None, x.device)
+    planar = first.layout == second.layout == "planar"
+    compute = _operator("expert_parts", x) if planar else mixture.expert_parts
+    rows = x.reshape(-1, x.shape[-1])
+    biases = experts.first.bias, experts.second.bias
+    alternating = experts.shape.interleaved
+    y = compute(rows, first, second, biases, index, weights, activation, alternating)
+    batch_and_tokens, parts_and_features = x.shape[:-1], y.shape[1:]
+    return y.view(*batch_and_tokens, *parts_and_features)
+
+
+def _check_stack(packed: Packed, inputs: int, x: Tensor) -> None:
+    if packed.shape.in_features != inputs or packed.qweight.device != x.device:
+        wanted = f"of {inputs} inputs on {x.device}"
+        raise _refuse("the experts' weight", packed.qweight, wanted)
+
+
+def _check_sum(x: Tensor, branch: Tensor | None, norm: Norm | None) -> None:
+    """A branch and a norm fit x. Raises ConfigError otherwise."""
+    if branch is not None:
+        shape = branch.shape[:-2] + branch.shape[-1:] if branch.dim() > x.dim() else branch.shape
+        if shape != x.shape or branch.dtype != x.dtype or branch.device != x.device:
+            raise _refuse(
+                "the branch",
+                branch,
+                f"{x.dtype} {list(x.shape)} on {x.device}, as what it is added to",
+            )
     if norm is not None:
         for vector in (norm.weight, norm.bias):
             if vector is not None:
                 _check_vector(vector, x)
-    return _operator("add_norm", x)(x, branch, factor, norm)
 
 
 def _check_vector(vector: Tensor, x: Tensor) -> None:

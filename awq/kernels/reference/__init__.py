@@ -15,7 +15,10 @@ from awq.kernels.packed import Packed, Shape
 
 LAYOUT = None
 _DECODE = ("add_norm", "activate", "gated", "split", "attend", "dense", "gate_interleave")
-OPERATORS = dict.fromkeys(_DECODE, "awq.kernels.reference.decode")
+_MIXTURE = ("route", "add_norm_route", "expert_parts")
+OPERATORS = dict.fromkeys(_DECODE, "awq.kernels.reference.decode") | dict.fromkeys(
+    _MIXTURE, "awq.kernels.reference.mixture"
+)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, shape: Shape | None) -> str | None:

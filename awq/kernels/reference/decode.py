@@ -47,10 +47,19 @@ def apply_norm(x: Tensor, norm: Norm) -> Tensor:
 def add_norm(
     x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None
 ) -> tuple[Tensor, Tensor]:
-    """(x + factor · branch, its norm) for x, branch [..., width]; without a norm the sum twice."""
+    """(x + factor · branch, its norm) for x, branch [..., width]; without a norm the sum twice.
+
+    A branch of one axis more, [..., parts, width], stands for the sum of its parts.
+    """
     if branch is not None:
+        branch = branch if branch.dim() == x.dim() else summed(branch)
         x = x + (branch if factor == 1.0 else factor * branch)
     return x, x if norm is None else apply_norm(x, norm)
+
+
+def summed(parts: Tensor) -> Tensor:
+    """[..., parts, width] → [..., width]: added in float32, rounded once."""
+    return parts.float().sum(-2).to(parts.dtype) if parts.shape[-2] > 1 else parts.squeeze(-2)
 
 
 def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:

@@ -2,8 +2,8 @@
 extension to install.
 
 Triton is an optional dependency; it is imported at the first use only. Kernels: `matmul`,
-`decoding`, `experts`, `search` and `rounding`, each started by its `…_launch` through the one
-`launcher`. `configs`: which configuration for which shape and GPU.
+`decoding`, `routing`, `experts`, `search` and `rounding`, each started by its `…_launch` through
+the one `launcher`. `configs`: which configuration for which shape and GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from awq.kernels.packed import Packed, Shape
 LAYOUT = "planar"
 _DECODE = ("add_norm", "activate", "gated", "split", "attend", "gate_interleave")
 _SEARCH = ("best_range", "scaled_losses", "round_block", "descend_block")
-OPERATORS = dict.fromkeys(_DECODE, "awq.kernels.triton.decode_launch") | dict.fromkeys(
-    _SEARCH, "awq.kernels.triton.search_launch"
+OPERATORS = (
+    dict.fromkeys(_DECODE, "awq.kernels.triton.decode_launch")
+    | dict.fromkeys(("route", "add_norm_route"), "awq.kernels.triton.routing_launch")
+    | {"expert_parts": "awq.kernels.triton.expert_launch"}
+    | dict.fromkeys(_SEARCH, "awq.kernels.triton.search_launch")
 )
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -3,10 +3,11 @@ are not in them.
 
 `<architecture>.json` holds "shapes": {"N x K": {"M": [BM, BN, split, scale_weight, warps, stages]
 or null}}: the best configuration measured for up to M tokens, null where a dense weight was faster;
-and "bfloat16", the same where that dtype wants another. The shipped tables are in `tables/`. Those
-of the user come before them, entry by entry: `awq tune` writes them to the folder that the variable
-AWQ_KERNEL_TABLES names, or else to `awq/kernels` in the user's cache folder. Nothing is ever tuned
-while a model runs.
+and "bfloat16", the same where that dtype wants another. "experts" holds {"E x N x K": {"R": […]}}
+for stacks of E experts and up to R pairs of a token and an expert. The shipped tables are in
+`tables/`. Those of the user come before them, entry by entry: `awq tune` writes them to the folder
+that the variable AWQ_KERNEL_TABLES names, or else to `awq/kernels` in the user's cache folder.
+Nothing is ever tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from awq.kernels.packed import Shape
 
 TABLES = Path(__file__).parent / "tables"
 VARIABLE = "AWQ_KERNEL_TABLES"
-SECTIONS = ("shapes", "bfloat16")
+SECTIONS = ("shapes", "bfloat16", "experts")
 MAX_TABLE_BYTES = 10_000_000
 # beyond them no GPU has the registers or the memory
 MOST = {"bm": 256, "bn": 512, "split": 64, "warps": 16, "stages": 8}
@@ -83,6 +84,21 @@ def section(dtype: torch.dtype) -> str:
 def size_of(shape: Shape) -> str:
     """A shape's key in a table. The group size is left out: it hardly changes what is fastest."""
     return f"{shape.out_features}x{shape.in_features}"
+
+
+def size_of_experts(shape: Shape, experts: int) -> str:
+    """The key of a stack of experts in a table."""
+    return f"{experts}x{size_of(shape)}"
+
+
+@cache
+def expert_table(architecture: str) -> dict[str, dict[int, Config | None]]:
+    """Configurations of an architecture by "E x N x K" and pairs of a token and an expert."""
+    found: dict[str, dict[int, Config | None]] = {}
+    for parts in (_read(TABLES / f"{architecture}.json"), _users(architecture)):
+        for size, rows in parts.get("experts", {}).items():
+            found.setdefault(size, {}).update(rows)
+    return found
 
 
 @cache
@@ -205,7 +221,17 @@ def config_for_experts(
     architecture: str, multiprocessors: int, shape: Shape, rows: int, experts: int
 ) -> Config:
     """The configuration for `rows` pairs of a token and an expert, spread over `experts` weights of
-    `shape`.
+    `shape`: what was measured for as many pairs or at most twice as many, or else by a rule."""
+    measured = expert_table(architecture).get(size_of_experts(shape, experts), {})
+    bucket = min((r for r in measured if rows <= r <= 2 * rows), default=None)
+    config = None if bucket is None else measured[bucket]
+    return config or rule_for_experts(architecture, multiprocessors, shape, rows, experts)
+
+
+def rule_for_experts(
+    architecture: str, multiprocessors: int, shape: Shape, rows: int, experts: int
+) -> Config:
+    """The configuration where nothing was measured.
 
     Blocks hold the mean number of rows of an expert that has any. Experts with more take several,
     which read the same weights out of the L2 cache; larger blocks, mostly empty, were slower.

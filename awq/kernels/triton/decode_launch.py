@@ -31,15 +31,16 @@ from awq.kernels.triton.matmul_launch import config_of, fused, through_dense
 FEW_ROWS = 64  # fewer leave multiprocessors idle, so blocks are small
 SMALL_BLOCK, LARGE_BLOCK = 512, 2048  # channels of an activation, by one program
 CACHE_LINE_BYTES = 128
-MAX_SUMS_TOGETHER = 4096  # float32 sums that a program adds at once
+MAX_SUMS_TOGETHER = 8192  # float32 sums that a program loads at once
+LEAST_BLOCKS = 4  # of keys, for one program
 MAX_KEY_SPLIT = 64  # programs that share the keys of one row and head
 
 
 @cache
-def _launcher(
-    kernel: Any, index: int | None, dtype: torch.dtype, constants: tuple, warps: int
+def launcher_of(
+    kernel: Any, index: int | None, dtypes: Any, constants: tuple, warps: int
 ) -> Launcher:
-    """dtype: of the activations, which is among what Triton compiles for."""
+    """dtypes: of the activations, and whatever else Triton compiles for."""
     return Launcher(kernel, index, (*constants, has_dependent_launch(index)), num_warps=warps)
 
 
@@ -63,18 +64,23 @@ def add_norm(
     constants = (
         width,
         block,
-        branch is not None,
+        parts_of(x, branch),
         norm is not None,
         mean,
         weight is not None,
         bias is not None,
     )
-    kernel = _launcher(decoding.add_norm_kernel, x.device.index, x.dtype, constants, warps)
+    kernel = launcher_of(decoding.add_norm_kernel, x.device.index, x.dtype, constants, warps)
     second = x if branch is None else branch.contiguous()
     tensors = (x, second, x if weight is None else weight, x if bias is None else bias, total, y)
     with on_device(x.device):
         kernel((rows, 1, 1), tensors, factor, eps)
     return total, y
+
+
+def parts_of(x: Tensor, branch: Tensor | None) -> int:
+    """How many rows of the branch are added up for one of x; 0 without a branch."""
+    return 0 if branch is None else branch.numel() // x.numel()
 
 
 def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
@@ -87,7 +93,7 @@ def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
         return y
     block = SMALL_BLOCK if rows < FEW_ROWS else LARGE_BLOCK
     constants = (width, block, name, gated, interleave)
-    kernel = _launcher(decoding.activate_kernel, h.device.index, h.dtype, constants, block // 256)
+    kernel = launcher_of(decoding.activate_kernel, h.device.index, h.dtype, constants, block // 256)
     with on_device(h.device):
         kernel((triton.cdiv(width, block), rows, 1), (h, y))
     return y
@@ -135,7 +141,7 @@ def split(
         a.normed,
         a.centered,
     )
-    kernel = _launcher(decoding.split_kernel, qkv.device.index, qkv.dtype, constants, 8)
+    kernel = launcher_of(decoding.split_kernel, qkv.device.index, qkv.dtype, constants, 8)
     tables, q_eps, k_eps = _tables(qkv, a, cos, sin)
     with on_device(qkv.device):
         kernel(
@@ -204,13 +210,14 @@ def _attend_launcher(
         parts,
         max(1, min(parts, MAX_SUMS_TOGETHER // (real_group * dim))),
         block,
+        LEAST_BLOCKS * block,
         lines,
         a.window or 0,
         a.softcap is not None,
         a.normed,
         a.centered,
     )
-    return _launcher(decoding.attend_kernel, index, dtype, constants, warps)
+    return launcher_of(decoding.attend_kernel, index, dtype, constants, warps)
 
 
 def _tables(

@@ -17,6 +17,50 @@ from awq.kernels.triton.activations import activation, columns
 
 
 @triton.jit
+def residual_sum(x, branch, row, i, inside, factor, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """x + factor · branch at channels i of a row, rounded to x's dtype. The branch is the sum of
+    PARTS rows, added in order in float32."""
+    own = x + row * WIDTH + i
+    value = tl.load(own, mask=inside, other=0.0)
+    if PARTS > 0:
+        first = branch + row * (PARTS * WIDTH) + i
+        one = tl.load(first, mask=inside, other=0.0)
+        added = one.to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            at = first + part * WIDTH
+            one = tl.load(at, mask=inside, other=0.0)
+            added += one.to(tl.float32)
+        total = value.to(tl.float32) + factor * added
+        value = total.to(value.dtype)
+    return value
+
+
+@triton.jit
+def normalized(
+    value,
+    w,
+    bias,
+    i,
+    inside,
+    eps,
+    WIDTH: tl.constexpr,
+    MEAN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """The norm of a row, float32. w: its weight, loaded before the wait for the kernel in front."""
+    v = value.to(tl.float32)
+    if MEAN:
+        v = tl.where(inside, v - tl.sum(v) / WIDTH, 0.0)
+    v = v * tl.rsqrt(tl.sum(v * v) / WIDTH + eps)
+    if HAS_WEIGHT:
+        v = v * w
+    if HAS_BIAS:
+        v = v + tl.load(bias + i, mask=inside, other=0.0)
+    return v
+
+
+@triton.jit
 def add_norm_kernel(
     x,
     branch,
@@ -28,41 +72,31 @@ def add_norm_kernel(
     eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
+    PARTS: tl.constexpr,
     NORM: tl.constexpr,
     MEAN: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """total = x + factor · branch (ADD), y = norm(total) (NORM), rows of WIDTH. Grid: (rows,). Sums
-    and norm in float32."""
-    row = tl.program_id(0).to(tl.int64) * WIDTH
+    """total = x + factor · branch (PARTS > 0), y = norm(total) (NORM), rows of WIDTH. Grid:
+    (rows,). Sums and norm in float32."""
+    row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < WIDTH
+    w = 0.0
     if PDL:
         gdc_launch_dependents()
     if NORM and HAS_WEIGHT:
         w = tl.load(weight + i, mask=inside, other=0.0)
     if PDL:
         gdc_wait()
-    value = tl.load(x + row + i, mask=inside, other=0.0)
-    if ADD:
-        value = (
-            value.to(tl.float32)
-            + factor * tl.load(branch + row + i, mask=inside, other=0.0).to(tl.float32)
-        ).to(value.dtype)
-        tl.store(total + row + i, value, mask=inside)
+    value = residual_sum(x, branch, row, i, inside, factor, WIDTH, PARTS)
+    if PARTS > 0:
+        tl.store(total + row * WIDTH + i, value, mask=inside)
     if NORM:
-        v = value.to(tl.float32)
-        if MEAN:
-            v = tl.where(inside, v - tl.sum(v) / WIDTH, 0.0)
-        v = v * tl.rsqrt(tl.sum(v * v) / WIDTH + eps)
-        if HAS_WEIGHT:
-            v = v * w
-        if HAS_BIAS:
-            v = v + tl.load(bias + i, mask=inside, other=0.0)
-        tl.store(y + row + i, v.to(y.dtype.element_ty), mask=inside)
+        v = normalized(value, w, bias, i, inside, eps, WIDTH, MEAN, HAS_WEIGHT, HAS_BIAS)
+        tl.store(y + row * WIDTH + i, v.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -246,23 +280,17 @@ def _combine(
     weights = tl.load(at + G, mask=there, other=0.0, cache_modifier=".cg")
     total = tl.sum(tl.exp(top - highest[None, :]) * weights, 0)
     acc = tl.zeros((GP, D), tl.float32)
-    for s in range(0, active, TOGETHER):  # several at once, or each would wait for the one before
-        some = s + tl.arange(0, TOGETHER)
-        from_peaks = peaks + (place + some[:, None]) * (2 * G) + g[None, :]
-        peak = tl.load(
-            from_peaks,
-            mask=(some[:, None] < active) & (g[None, :] < G),
-            other=-float("inf"),
-            cache_modifier=".cg",
-        )
-        from_sums = (
-            sums + (place + some[:, None, None]) * (G * D) + g[None, :, None] * D + d[None, None, :]
-        )
-        inside = (
-            (some[:, None, None] < active) & (g[None, :, None] < GROUP) & (d[None, None, :] < DIM)
-        )
-        part = tl.load(from_sums, mask=inside, other=0.0, cache_modifier=".cg")
-        acc += tl.sum(part * tl.exp(peak - highest[None, :])[:, :, None], 0)
+    inside = (g[:, None] < GROUP) & (d[None, :] < DIM)
+    for s in range(0, active, TOGETHER):
+        # several loads are under way at once, or each would wait for the one before
+        for other in tl.static_range(TOGETHER):
+            program = s + other + 0 * g
+            live = (program < active) & (g < G)
+            from_peaks = peaks + (place + program) * (2 * G) + g
+            peak = tl.load(from_peaks, mask=live, other=-float("inf"), cache_modifier=".cg")
+            from_sums = sums + (place + program[:, None]) * (G * D) + g[:, None] * D + d[None, :]
+            part = tl.load(from_sums, mask=live[:, None] & inside, other=0.0, cache_modifier=".cg")
+            acc += part * tl.exp(peak - highest)[:, None]
     acc = acc / total[:, None]
     tl.store(
         out + g[:, None] * DIM + d[None, :],
@@ -300,6 +328,7 @@ def attend_kernel(
     SPLIT: tl.constexpr,
     TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
+    LEAST: tl.constexpr,
     LINES: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -312,12 +341,13 @@ def attend_kernel(
 
     qkv [batch, (HEADS + 2·KV_HEADS)·DIM]; cos, sin float32 [positions, R]; lengths int32 [batch],
     tokens cached before; k_cache, v_cache [batch, KV_HEADS, positions, DIM]; out [batch,
-    HEADS·DIM]. The keys of a row are shared among as many of the SPLIT programs as have BLOCK of
-    them to do; each writes its float32 sums to `sums` [batch, KV_HEADS, SPLIT, G, D] and `peaks`
-    [batch, KV_HEADS, SPLIT, 2, G], and the last to arrive adds them up in
-    order. D, G: powers of two from DIM and HEADS/KV_HEADS up, at least 16; GP: that without the
-    least; TOGETHER: programs whose
-    sums are added at once. LINES: cache lines of 128 bytes in a head, a power of two.
+    HEADS·DIM]. The keys of a row are shared among SPLIT programs or fewer: up to LEAST, an even
+    multiple of BLOCK, cost less in one program than in two that must meet, and where there are very
+    many, few that meet late cost less than many. Each writes its float32 sums to `sums` [batch,
+    KV_HEADS, SPLIT, G, D] and `peaks` [batch, KV_HEADS, SPLIT, 2, G], and the last to arrive adds
+    them up in order. D, G: powers of two from DIM and HEADS/KV_HEADS up, at least 16; GP: that
+    without the least; TOGETHER: programs whose sums are loaded at once. LINES: cache lines of 128
+    bytes in a head, a power of two.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head, slice, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -327,8 +357,10 @@ def attend_kernel(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length + 1 - WINDOW, 0)
-    share = tl.cdiv(tl.cdiv(length + 1 - first, SPLIT), BLOCK) * BLOCK
-    active = tl.cdiv(length + 1 - first, share)
+    count = length + 1 - first
+    least = tl.where((count <= LEAST) | (count > 4 * LEAST), LEAST, LEAST // 2)
+    share = tl.maximum(tl.cdiv(tl.cdiv(count, SPLIT), BLOCK) * BLOCK, least)
+    active = tl.cdiv(count, share)
     keys = k_cache + (row * KV_HEADS + head) * positions * DIM
     values = v_cache + (row * KV_HEADS + head) * positions * DIM
     begin = first + slice * share
@@ -376,36 +408,45 @@ def attend_kernel(
             NORMED,
             MEAN,
         ).to(dtype)
-        if end == length + 1:  # the new token is this program's
-            one = tl.arange(0, 1)
-            own = channels + (HEADS + head) * DIM
-            k_new = _head(own, one, 1, k_weight, k_eps, cos, sin, length, DIM, D, R, NORMED, MEAN)
-            v_new = tl.load(own + KV_HEADS * DIM + d, mask=d < DIM, other=0.0)
-            tl.store(
-                keys + length.to(tl.int64) * DIM + d[None, :],
-                k_new.to(dtype),
-                mask=d[None, :] < DIM,
-            )
-            tl.store(values + length.to(tl.int64) * DIM + d, v_new, mask=d < DIM)
-            tl.debug_barrier()  # read below by other threads of this program
         peak = tl.full((G,), -float("inf"), tl.float32)
         weight = tl.zeros((G,), tl.float32)
         acc = tl.zeros((G, D), tl.float32)
-        for t in range(begin, end, BLOCK):
+        cached = tl.minimum(end, length)
+        for t in range(begin, cached, BLOCK):
             at = t + tl.arange(0, BLOCK)
             where = at.to(tl.int64)[:, None] * DIM + d[None, :]
-            seen = (at[:, None] < end) & (d[None, :] < DIM)
+            seen = (at[:, None] < cached) & (d[None, :] < DIM)
             k = tl.load(keys + where, mask=seen, other=0.0)
             v = tl.load(values + where, mask=seen, other=0.0)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
             if CAPPED:
                 score = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * score / softcap)))
-            score = tl.where(at[None, :] < end, score, -float("inf"))
+            score = tl.where(at[None, :] < cached, score, -float("inf"))
             above = tl.maximum(peak, tl.max(score, 1))
             p = tl.exp(score - above[:, None])
             shrink = tl.exp(peak - above)
             weight = weight * shrink + tl.sum(p, 1)
             acc = acc * shrink[:, None] + tl.dot(p.to(dtype), v, input_precision=PRECISION)
+            peak = above
+        if end == length + 1:
+            # The new token is this program's. It comes from registers: what is stored now could be
+            # read back only after a trip through the L2 cache.
+            own = channels + (HEADS + head) * DIM
+            one = tl.arange(0, 1)
+            k_new = _head(own, one, 1, k_weight, k_eps, cos, sin, length, DIM, D, R, NORMED, MEAN)
+            k_new = k_new.to(dtype)
+            v_new = tl.load(own + KV_HEADS * DIM + d, mask=d < DIM, other=0.0)
+            place_new = length.to(tl.int64) * DIM
+            tl.store(keys + place_new + d[None, :], k_new, mask=d[None, :] < DIM)
+            tl.store(values + place_new + d, v_new, mask=d < DIM)
+            score_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * scaling
+            if CAPPED:
+                score_new = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * score_new / softcap)))
+            above = tl.maximum(peak, score_new)
+            p_new = tl.exp(score_new - above)
+            shrink = tl.exp(peak - above)
+            weight = weight * shrink + p_new
+            acc = acc * shrink[:, None] + p_new[:, None] * v_new.to(tl.float32)[None, :]
             peak = above
         place = (row * KV_HEADS + head) * SPLIT
         result = out + row * (HEADS * DIM) + head * (GROUP * DIM) + g[:, None] * DIM + d[None, :]

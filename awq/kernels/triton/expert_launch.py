@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from awq.kernels.packed import Packed, Shape
+from awq.kernels.reference import mixture as reference
 from awq.kernels.triton import experts as kernels
-from awq.kernels.triton.configs import Config, config_for_experts
+from awq.kernels.triton.configs import GATE_INTERLEAVE, Config, config_for_experts
 from awq.kernels.triton.launcher import (
     Launcher,
     architecture,
@@ -48,6 +50,29 @@ def moe_linear(
     return y if weights is None else y.sum(1)
 
 
+def expert_parts(
+    x: Tensor,
+    first: Packed,
+    second: Packed,
+    biases: tuple[Tensor | None, Tensor | None],
+    experts: Tensor,
+    weights: Tensor,
+    name: str,
+    alternating: bool,
+) -> Tensor:
+    """Two kernels: gate, up and activation; down and the weights. A part for each of a token's
+    experts."""
+    rows = experts.numel()
+    if x.dtype == torch.float32 or rows == 0:
+        return reference.expert_parts(x, first, second, biases, experts, weights, name, alternating)
+    few, index = rows <= FEW, x.device.index
+    count = first.qweight.shape[0]
+    config = _config(index, first.shape, rows, count)
+    inner = fused(x, first, biases[0], experts, None, config, few, name, alternating)
+    config = _config(index, second.shape, rows, count)
+    return fused(inner, second, biases[1], experts, weights, config, few, chosen_before=True)
+
+
 def fused(
     x: Tensor,
     packed: Packed,
@@ -56,37 +81,42 @@ def fused(
     weights: Tensor | None,
     config: Config,
     few: bool,
+    gated: str = "",
+    alternating: bool = False,
+    chosen_before: bool = False,
 ) -> Tensor:
-    """[tokens, top_k, out], weighted but not summed. few: blocks are found without sorting."""
+    """[tokens, top_k, out], weighted but not summed. few: blocks are found without sorting.
+
+    gated: the name of an activation; the result is then act(gate) · up [tokens, top_k, out/2], of a
+    weight with all gates in front, or (alternating) gate and up in turn. chosen_before: the kernel
+    in front has waited for `experts`, and did not make them.
+    """
     shape, device, index = packed.shape, x.device, x.device.index
     tokens, top = experts.shape
     rows, count = tokens * top, packed.qweight.shape[0]
     x, experts = x.contiguous(), experts.contiguous()
-    y = x.new_empty((tokens, top, shape.out_features))
+    y = x.new_empty((tokens, top, shape.out_features // (2 if gated else 1)))
     tiles = -(-shape.out_features // config.bn)
     blocks = rows if few else rows // config.bm + min(rows, count)
     partial = arrived = y
     bias, weights = (None if t is None else t.contiguous() for t in (bias, weights))
-    dtypes = tuple(None if t is None else t.dtype for t in (x, bias, weights, experts))
-    looked = max(16, triton.next_power_of_2(rows)) if few else 0
-    sharing = top if x.dim() == 2 else 1  # rows that read one row of x
-    kernel = _experts(
-        index,
-        dtypes,
-        shape,
-        packed.scales.shape[1],
-        packed.qweight.shape[2],
-        sharing,
-        config,
+    looked = 0 if not few else 1 if tokens == 1 else max(16, triton.next_power_of_2(rows))
+    form = _Form(
+        top if x.dim() == 2 else 1,
         looked,
+        gated,
+        alternating,
+        config.ahead(shape.in_features) if chosen_before and few else 0,
     )
+    dtypes = tuple(None if t is None else t.dtype for t in (x, bias, weights, experts))
+    kernel = _experts(index, dtypes, shape, packed.qweight.shape[2], form, config)
     with on_device(device):
         if few:
             order = owner = experts
         else:
             order, owner = route(experts, count, config.bm, blocks)
         if config.split > 1:
-            partial = x.new_empty((config.split, rows, shape.out_features), dtype=torch.float32)
+            partial = x.new_empty((config.split, rows, tiles * config.bn), dtype=torch.float32)
             arrived = counters(device).take(blocks * tiles)
         first = (
             x,
@@ -99,8 +129,20 @@ def fused(
             (blocks, tiles, config.split),
             (*first, experts, order, owner, y, partial, arrived),
             rows,
+            count,
         )
     return y
+
+
+class _Form(NamedTuple):
+    """What else a kernel is compiled for; see `expert_kernel`: TOP, ROWS, GATED, ALTERNATING,
+    AHEAD."""
+
+    sharing: int
+    looked: int
+    gated: str
+    alternating: bool
+    ahead: int
 
 
 @cache
@@ -108,29 +150,30 @@ def _experts(
     index: int | None,
     dtypes: tuple[torch.dtype | None, ...],
     shape: Shape,
-    groups: int,
     padded_rows: int,
-    sharing: int,
+    form: _Form,
     config: Config,
-    looked: int,
 ) -> Launcher:
-    """dtypes: of x, bias, weights and experts, which are among what Triton compiles for. looked:
-    rows, when few."""
+    """dtypes: of x, bias, weights and experts, which are among what Triton compiles for."""
     _, bias, weights, _ = dtypes
     constants = (
-        sharing,
+        form.sharing,
         shape.out_features,
         shape.in_features,
         shape.group_size,
-        groups,
+        -(-shape.in_features // shape.group_size),
         padded_rows,
         config.bm,
         config.bn,
         config.split,
         config.scale_weight,
-        looked,
+        form.looked,
         bias is not None,
         weights is not None,
+        form.gated,
+        form.alternating,
+        GATE_INTERLEAVE,
+        form.ahead,
         has_assembly(index),
         has_dependent_launch(index),
     )

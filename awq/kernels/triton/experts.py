@@ -9,9 +9,19 @@ make a block is found
   Nothing is sorted, and nothing is started for idle experts.
 - by `route_kernel` when they are many: a stable counting sort by expert into blocks of BM, padded.
 
+With one token every row is an expert of its own, and there is nothing to find.
+
 Both are deterministic, and neither asks the host how many rows an expert has: a CUDA graph may hold
 them. Blocks are the fastest axis of the grid, so those of one expert read their common tile of
 weights while it is in the L2 cache.
+
+The first product of a gated expert may end in the activation (GATED). A tile then holds channels of
+the gate and the same ones of up, 16 of each in turn, whichever way the weight holds them: rows of
+a planar weight lie 64 bytes apart, so two runs of rows are read as fast as one.
+
+The second product knows its experts before the first one has ended, for the first waited for them.
+With AHEAD it fetches its first weights into the L2 cache meanwhile. That is a hint and no more: the
+experts are read again after the wait.
 """
 
 from __future__ import annotations
@@ -20,6 +30,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from awq.kernels.triton.activations import activation
 from awq.kernels.triton.matmul import sum_of_slice
 
 
@@ -36,7 +47,95 @@ def _rows_of_first(experts, first, R, ROWS: tl.constexpr, BM: tl.constexpr):
     return expert, begin, R + tl.sum(tl.where(hit, r[:, None] - R, 0), 0)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit
+def _fetch_ahead(
+    experts,
+    qweight,
+    block,
+    tile,
+    slice,
+    E,
+    K: tl.constexpr,
+    NP: tl.constexpr,
+    BN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """Asks for the first AHEAD steps of this program's weights, if `experts` says which already."""
+    STEPS: tl.constexpr = (K + 128 - 1) // 128
+    PER: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    guess = tl.load(experts + block, cache_modifier=".cg").to(tl.int64)
+    guess = tl.minimum(tl.maximum(guess, 0), E - 1)
+    words = qweight.to(tl.pointer_type(tl.int8)) + guess * (STEPS * NP * 64)
+    steps = tl.minimum(slice * PER + tl.arange(0, AHEAD), STEPS - 1).to(tl.int64)
+    lines = tl.minimum(tile * BN * 64 + tl.arange(0, BN // 2) * 128, NP * 64 - 128)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [words + steps[:, None] * (NP * 64) + lines[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _gated_rows(
+    tile,
+    j,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    BN: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
+    ALTERNATING: tl.constexpr,
+):
+    """Rows of the weight for places j = 0 … BN − 1 of a tile: INTERLEAVE channels of the gate and
+    as many of up in turn."""
+    HALF: tl.constexpr = N // 2
+    within = j % (2 * INTERLEAVE)
+    channel = tile * (BN // 2) + (j // (2 * INTERLEAVE)) * INTERLEAVE + within % INTERLEAVE
+    up = (within >= INTERLEAVE).to(tl.int32)
+    if ALTERNATING:
+        row = 2 * channel + up
+    else:
+        row = channel + up * HALF
+    if HALF % (BN // 2) != 0:
+        row = tl.minimum(row, NP - 1)
+    elif not ALTERNATING and HALF % INTERLEAVE == 0:
+        row = tl.max_contiguous(tl.multiple_of(row, INTERLEAVE), INTERLEAVE)
+    return row
+
+
+@triton.jit
+def _gated(
+    total,
+    dtype: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    NAME: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
+):
+    """act(gate) · up [BN/2, BM] of a tile [BN, BM] with both in turn, rounded where two kernels
+    would have stored."""
+    halves = tl.permute(
+        total.to(dtype).to(tl.float32).reshape(BN // (2 * INTERLEAVE), 2, INTERLEAVE, BM),
+        (0, 2, 3, 1),
+    )
+    gate, up = tl.split(halves)
+    return (activation(gate, NAME).to(dtype).to(tl.float32) * up).reshape(BN // 2, BM)
+
+
+@triton.jit
+def _store(y, value, factors, rows, n, R, N: tl.constexpr, HAS_FACTORS: tl.constexpr):
+    """Outputs n of rows of y [R, N] = factor · value [n, rows]."""
+    inside = rows[None, :] < R
+    if HAS_FACTORS:
+        value *= tl.load(factors + rows, mask=rows < R, other=0.0).to(tl.float32)[None, :]
+    where = rows[None, :].to(tl.int64) * N + n[:, None]
+    tl.store(y + where, value.to(y.dtype.element_ty), mask=inside & (n[:, None] < N))
+
+
+@triton.jit(do_not_specialize=["R", "E"])
 def expert_kernel(
     x,
     qweight,
@@ -50,6 +149,7 @@ def expert_kernel(
     partial,
     arrived,
     R,
+    E,
     TOP: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -63,30 +163,47 @@ def expert_kernel(
     ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
+    GATED: tl.constexpr,
+    ALTERNATING: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
+    AHEAD: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y [R, N] = factor · (x [R / TOP, K] · weightᵀ + bias), row by row of each row's expert. Grid:
     (blocks, ⌈N/BN⌉, SPLIT).
 
-    experts int [R] with blocks = R when ROWS, a power of two ≥ R and 16, is given; else order int32
-    [blocks · BM] and owner int32
-    [blocks] of `route_kernel`. TOP: rows that share a row of x (1: none does). factors [R], any
-    float dtype. GROUPS: groups of K. partial float32 [SPLIT, R, N] and arrived int32 [blocks ·
-    ⌈N/BN⌉] are used when SPLIT > 1.
+    experts int [R], values 0 … E − 1, with blocks = R when ROWS is given: 1 for rows of which no
+    two have one expert, else a power of two ≥ R and 16. Without, order int32 [blocks · BM] and
+    owner int32 [blocks] of `route_kernel`. TOP: rows that share a row of x (1: none does). factors
+    [R], any float dtype. GROUPS: groups of K. partial float32 [SPLIT, R, tiles · BN] and arrived
+    int32 [blocks · tiles] are used when SPLIT > 1.
+    GATED: an activation's name, or "". With one, y [R, N/2] = factor · act(gate) · up; ALTERNATING:
+    rows of gate and up take turns, instead of all of one and then all of the other.
     """
     BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     BLOCKS: tl.constexpr = (K + 128 - 1) // 128
     block, tile, slice = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile * BN + tl.arange(0, BN)
     row = n
-    if NP % BN != 0:
+    if GATED != "":
+        row = _gated_rows(tile, tl.arange(0, BN), N, NP, BN, INTERLEAVE, ALTERNATING)
+    elif NP % BN != 0:
         row = tl.minimum(n, NP - 1)
     i = tl.arange(0, 32)
     if PDL:
-        gdc_launch_dependents()
+        if AHEAD > 0:
+            _fetch_ahead(experts, qweight, block, tile, slice, E, K, NP, BN, SPLIT, AHEAD)
+        if GATED == "":
+            gdc_launch_dependents()
         gdc_wait()
-    if ROWS > 0:
+        if GATED != "":
+            # not before: what the next kernel fetches ahead is then known
+            gdc_launch_dependents()
+    if ROWS == 1:
+        expert = tl.load(experts + block).to(tl.int32)
+        rows = tl.where(tl.arange(0, BM) == 0, block, R)
+    elif ROWS > 0:
         expert, begin, rows = _rows_of_first(experts, block, R, ROWS, BM)
         if begin % BM != 0:
             return
@@ -116,11 +233,12 @@ def expert_kernel(
         ASM,
         BF16,
     )
-    inside = (rows[None, :] < R) & (n[:, None] < N)
-    where = rows[None, :].to(tl.int64) * N + n[:, None]
     last = True
     if SPLIT > 1:
-        plane = R.to(tl.int64) * N
+        WIDE: tl.constexpr = (N + BN - 1) // BN * BN
+        inside = rows[None, :] < R
+        where = rows[None, :].to(tl.int64) * WIDE + n[:, None]
+        plane = R.to(tl.int64) * WIDE
         tl.store(partial + slice * plane + where, acc, mask=inside)
         tl.debug_barrier()  # every thread's sums before the release by one of them
         counter = arrived + block * tl.num_programs(1) + tile
@@ -134,12 +252,15 @@ def expert_kernel(
                 )
             tl.store(counter, 0)
         if HAS_BIAS:
-            acc += tl.load(bias + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(
+            acc += tl.load(bias + expert.to(tl.int64) * N + row, mask=row < N, other=0.0).to(
                 tl.float32
             )[:, None]
-        if HAS_FACTORS:
-            acc *= tl.load(factors + rows, mask=rows < R, other=0.0).to(tl.float32)[None, :]
-        tl.store(y + where, acc.to(y.dtype.element_ty), mask=inside)
+        if GATED == "":
+            _store(y, acc, factors, rows, n, R, N, HAS_FACTORS)
+        else:
+            value = _gated(acc, y.dtype.element_ty, BM, BN, GATED, INTERLEAVE)
+            channel = tile * (BN // 2) + tl.arange(0, BN // 2)
+            _store(y, value, factors, rows, channel, R, N // 2, HAS_FACTORS)
 
 
 @triton.jit(do_not_specialize=["R", "E", "BLOCKS"])

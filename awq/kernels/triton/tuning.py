@@ -184,16 +184,22 @@ def write_table(
 ) -> None:
     """Adds the best configurations to the table at `path` ("shapes" for float16, "bfloat16" where
     that differs)."""
+    best = {
+        (configs.section(dtype), configs.size_of(shape), tokens): rows[0].config
+        for (shape, dtype, tokens), rows in found.items()
+    }
+    write_entries(path, gpu, best)
+
+
+def write_entries(
+    path: Path, gpu: str, entries: Mapping[tuple[str, str, int], Config | None]
+) -> None:
+    """Adds entries to the table at `path`: (section, size, tokens or pairs) → configuration."""
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for (shape, dtype, tokens), rows in found.items():
-        part = table.setdefault(configs.section(dtype), {})
-        size = configs.size_of(shape)
-        part[size] = dict(
-            sorted(
-                (part.get(size, {}) | {str(tokens): rows[0].config}).items(),
-                key=lambda item: int(item[0]),
-            )
-        )
+    for (section, size, count), config in entries.items():
+        part = table.setdefault(section, {})
+        rows = part.get(size, {}) | {str(count): config}
+        part[size] = dict(sorted(rows.items(), key=lambda item: int(item[0])))
     table["measured_on"] = gpu
     parts = [f'"measured_on": {json.dumps(gpu)}']
     for name in configs.SECTIONS:
