@@ -109,8 +109,9 @@ def _commit() -> str:
 
 
 def write(state: Path, result: dict[str, Any]) -> None:
-    """Keeps what was found, with the commit of the code: a sweep may go on where one stopped."""
-    result = {**result, "commit": _commit()}
+    """Keeps what was found, with the commit of the code and the release of transformers: a sweep
+    may go on where one stopped."""
+    result = {**result, "commit": _commit(), "transformers": transformers.__version__}
     path = state / f"{result['type']}.{result['role']}.json"
     path.with_suffix(".new").write_text(json.dumps(result, indent=1), encoding="utf-8")
     path.with_suffix(".new").rename(path)
@@ -141,14 +142,14 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     parts = [
         "# The zoo",
         "",
-        f"Every text-bearing model type of transformers {transformers.__version__}, tiny and "
+        f"Every text-bearing model type of transformers {_releases(results)}, tiny and "
         "random, quantized through the public",
         "interface and checked: folds keep the function, the output is not further from the "
         "original's than with weights rounded",
         "to nearest, both ways of loading give the same output, tensors have the source's names "
         "on disk, and generation gives the",
         "tokens of transformers' own loop. `python benchmarks/zoo.py` makes this page; the commit",
-        "at which a type was checked is in `benchmarks/results/zoo.json`.",
+        "and the release at which a type was checked are in `benchmarks/results/zoo.json`.",
         "",
         *_counts(results),
         "",
@@ -172,6 +173,16 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     parts += ["", "## Left out", ""]
     parts += [f"- {type_}: {reason}" for type_, reason in sorted(EXCLUDED.items())]
     return "\n".join(parts) + "\n"
+
+
+def _releases(results: dict[str, dict[str, Any]]) -> str:
+    """ "5.24.0 (161 types) and 5.23.0 (211)": at which the results were found."""
+    counts = Counter(result["transformers"] for result in results.values())
+    if len(counts) == 1:
+        return next(iter(counts))
+    first, *others = sorted(counts, reverse=True)
+    rest = ", ".join(f"{release} ({counts[release]})" for release in others)
+    return f"{first} ({counts[first]} types) and {rest}"
 
 
 def _counts(results: dict[str, dict[str, Any]]) -> list[str]:

@@ -25,7 +25,7 @@ LOOKS = {
     "gpt_oss:causal": ("partly fused", "MLP"),  # sinks, a window in every second block
     "qwen3_next:causal": ("partly fused", "exactly once"),  # states of a recurrent mixer
     "nemotron_h:causal": ("partly fused", "exactly once"),  # blocks of one branch
-    "bart:causal": ("partly fused", "not what it does"),  # positions that count padding
+    "bart:causal": ("fused", ""),  # positions that count padding, norms after the additions
     "qwen2_5_vl:vlm": ("fused", ""),  # a tower that text does not reach, rotation in three parts
     "llama4_text:causal": ("unfused", "other keys than a number of the last ones"),  # chunks
 }

@@ -152,7 +152,7 @@ class BlockPlan:
     where it is the block itself, all else is None. mlp: None where a block has no second branch.
     parallel: both branches read the block's input. factor: of both branches before they are added.
     Norms that a block lacks are None; mlp_norm None with parallel means that the MLP reads what
-    attention reads.
+    attention reads. norms_sums: the post-norms are of the residual stream after each addition.
     """
 
     attention: Attention | None
@@ -168,6 +168,7 @@ class BlockPlan:
     cos: Tensor | None = None  # float32 [positions, rotary/2]
     sin: Tensor | None = None
     own: OwnCode | None = None
+    norms_sums: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -74,6 +74,7 @@ def read_block(neutral: Trace, real: Trace, call: BlockCall) -> BlockPlan:
         attention_post_norm=residuals.attention_post,
         mlp_norm=residuals.mlp,
         mlp_post_norm=residuals.mlp_post,
+        norms_sums=residuals.norms_sums,
         cos=None if rotation is None else rotation.cos,
         sin=None if rotation is None else rotation.sin,
     )

@@ -175,6 +175,7 @@ def _around(found: Trace, mixer: ModuleCall, own: OwnCode) -> BlockPlan:
         attention_post_norm=residuals.attention_post,
         mlp_norm=residuals.mlp,
         mlp_post_norm=residuals.mlp_post,
+        norms_sums=residuals.norms_sums,
         own=own,
     )
 

@@ -32,6 +32,7 @@ class Residuals:
     attention_post: Norm | None
     mlp: Norm | None
     mlp_post: Norm | None
+    norms_sums: bool = False
 
 
 def read_residuals(found: Trace, attention: Branch, mlp: Branch | None) -> Residuals:
@@ -42,6 +43,10 @@ def read_residuals(found: Trace, attention: Branch, mlp: Branch | None) -> Resid
         for event in found.events
         if is_norm(event.module) and event.x.numel() == found.hidden.numel()
     ]
+    if mlp is not None and torch.equal(found.hidden, attention.x):
+        sums = _norms_of_sums(found, attention, mlp, norms)
+        if sums is not None:
+            return sums
     before = _that_wrote(attention.x, norms)
     if not torch.equal(found.hidden, attention.x if before is None else before.x):
         raise NotFusable("attention does not read the block's input")
@@ -64,6 +69,18 @@ def read_residuals(found: Trace, attention: Branch, mlp: Branch | None) -> Resid
     else:
         factor = _factor(stream - found.hidden, branch)
     return Residuals(parallel, factor, *map(_norm_of, (before, post, second, mlp_post)))
+
+
+def _norms_of_sums(
+    found: Trace, attention: Branch, mlp: Branch, norms: list[Event]
+) -> Residuals | None:
+    """Both branches are added first and normalized then; None where that is not so."""
+    first, last = _that_wrote(mlp.x, norms), _that_wrote(found.out, norms)
+    if first is None or last is None or first is last:
+        return None
+    factor = _factor(first.x - found.hidden, attention.y.view(found.hidden.shape))
+    _factor(last.x - mlp.x, mlp.y)
+    return Residuals(False, factor, None, _norm_of(first), None, _norm_of(last), norms_sums=True)
 
 
 def _that_wrote(y: Tensor, norms: list[Event]) -> Event | None:

@@ -47,6 +47,10 @@ class FusedBlock(nn.Module):
         a = self._mixed(normed, cache, where)
         if p.whole:
             return a, None
+        if p.norms_sums and self.mlp is not None:
+            _, x = ops.add_norm(x, a, p.factor, p.attention_post_norm)
+            _, x = ops.add_norm(x, self.mlp(x), p.factor, p.mlp_post_norm)
+            return x, None
         if p.attention_post_norm is not None:
             a = ops.normalize(a, p.attention_post_norm)
         if self.mlp is None:
