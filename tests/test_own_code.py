@@ -77,3 +77,20 @@ def test_the_window_of_the_mask_is_the_one_that_counts():
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     assert torch.equal(wrapper.generate(**item, **settings), model.generate(**item, **settings))
     assert {plan.attention.window for plan in wrapper.fuse().plan.blocks} == {None}
+
+
+def test_a_step_that_no_graph_can_record_runs_without_one(monkeypatch, caplog):
+    """Operators that copy to the host inside show in no trial; a capture then fails."""
+    wrapper, theirs, ours = generated("deepseek_v3:causal")
+    decoder = wrapper.fuse()
+
+    def fails(*_):
+        raise RuntimeError("cannot copy during capture")
+
+    monkeypatch.setattr("awq.generate.run.decoder.StepGraph", fails)
+    ids, lengths = torch.tensor([5]), torch.tensor([3], dtype=torch.int32)
+    assert decoder._graph_of_step(ids, lengths) is None and not decoder.graphs
+    assert "cannot copy during capture" in caplog.text
+    decoder.foreign = False  # our own kernels: that would be a fault of ours
+    with pytest.raises(RuntimeError, match="during capture"):
+        decoder._graph_of_step(ids, lengths)

@@ -27,6 +27,7 @@ from awq.nn.surgery import get_weight, is_linear
 
 logger = logging.getLogger("awq.generate")
 
+_NO_GRAPH = "decode steps are not captured as CUDA graphs, and slower for it: %s."
 _PROMPT_TOKENS = 4096  # of all rows together, in one piece of a prompt
 KEPT_CALLS = 8  # requests for which a GPU keeps a cache that they do not fill
 
@@ -237,10 +238,22 @@ class FusedDecoder:
         kept = None if self.states is None else self.states.keep()
         graph = None
         if self._runs_alone(ids, lengths):
-            graph = StepGraph(self.eager_step, ids, lengths, self.max_seq_len)
-            self.graphs[len(ids)] = graph
+            graph = self._graph_of_step(ids, lengths)
         if self.states is not None and kept is not None:
             self.states.put(kept)
+        return graph
+
+    def _graph_of_step(self, ids: Tensor, lengths: Tensor) -> StepGraph | None:
+        try:
+            graph = StepGraph(self.eager_step, ids, lengths, self.max_seq_len)
+        except RuntimeError as reason:
+            if not self.foreign:
+                raise
+            # an operator of the model's own code that copies to the host inside, where no trial
+            # sees it
+            logger.warning(_NO_GRAPH, reason)
+            return None
+        self.graphs[len(ids)] = graph
         return graph
 
     def _runs_alone(self, ids: Tensor, lengths: Tensor) -> bool:
@@ -256,9 +269,7 @@ class FusedDecoder:
             with no_waiting():
                 self.eager_step(ids, lengths, last)
         except RuntimeError as reason:
-            logger.warning(
-                "decode steps are not captured as CUDA graphs, and slower for it: %s.", reason
-            )
+            logger.warning(_NO_GRAPH, reason)
             return False
         return True
 
@@ -266,9 +277,16 @@ class FusedDecoder:
         """`step` without a CUDA graph."""
         cache = [layer.part(slice(0, len(ids)), self.states) for layer in self.cache]
         positions = (lengths + self.padding[: len(ids)]).unsqueeze(1)
-        with NothingFromTheHost() if self.foreign else nullcontext():
+        with NothingFromTheHost() if self.foreign else nullcontext(), self._experts_of_a_step():
             hidden = self._hidden(ids.unsqueeze(1), positions, cache, Step(lengths, longest))
         return self._logits(hidden[:, 0])
+
+    def _experts_of_a_step(self) -> Any:
+        """transformers computes dense experts of one token without asking for their numbers inside
+        of this; its own `generate` does so on a GPU."""
+        if not self.foreign or self.device.type != "cuda":
+            return nullcontext()
+        return getattr(self.model, "_optimize_model_for_decode", nullcontext)()
 
     def _hidden(
         self, ids: Tensor, positions: Tensor, cache: list[LayerCache], where: Prompt | Step
