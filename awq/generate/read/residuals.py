@@ -68,7 +68,14 @@ def read_residuals(found: Trace, attention: Branch, mlp: Branch | None) -> Resid
         factor = _factor(found.out - found.hidden, branch + last)
     else:
         factor = _factor(stream - found.hidden, branch)
-    return Residuals(parallel, factor, *map(_norm_of, (before, post, second, mlp_post)))
+    return Residuals(
+        parallel,
+        factor,
+        _norm_of(before),
+        _norm_of(post),
+        _norm_of(second),
+        _norm_of(mlp_post),
+    )
 
 
 def _norms_of_sums(
