@@ -135,7 +135,7 @@ def test_texts_files_pairs_and_prompts_reach_calibration(
 ):
     """The tokens that calibration sees are those that the model will be asked with."""
     seen = []
-    import awq.models.base as base
+    from awq.models import base, embedding
 
     def recording(data, tokenizer, **kwargs):
         seen.append((list(getattr(data, "samples", data)), kwargs["max_length"], kwargs["mode"]))
@@ -164,9 +164,8 @@ def test_texts_files_pairs_and_prompts_reach_calibration(
         )
     calibration = seen.pop()[0]
     assert calibration[:3] == ["w30", "w40", "w50"], "spread over the texts"
-    assert len(calibration) > 1000 and not {"w31", "w39"} & set(calibration), (
-        "the bundled text, but nothing that judges"
-    )
+    assert len(calibration) == 3 + embedding.GENERAL_SENTENCES, "and the bundled text"
+    assert not {"w31", "w39"} & set(calibration), "but nothing that judges"
 
 
 def test_bad_input_before_any_weight_is_touched(sentence_dir):
