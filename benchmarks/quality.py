@@ -9,13 +9,15 @@ Calibrates on the first half of a text and measures perplexity on the second
 
 `--limit 16384` measures on the first 16,384 tokens only: the share of round-to-nearest's loss is
 then the figure to read. `--natural` takes the form of WikiText off the text first: words as they
-are written, and no sentence with an `<unk>`.
+are written, and no sentence with an `<unk>`. `--baseline` names a result file of the same text,
+whose first row is what losses are shares of; without it that is the first row of this run.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import re
 import tempfile
 import time
@@ -102,9 +104,21 @@ def measure(
         "loss": report.loss,
         "loss_rtn": report.loss_rtn,
         "phases": report.phases,
+        "tuning": report.tuning,
         "options": settings,
         "warnings": report.warnings,
     }
+
+
+def read_baseline(path: Path, tokens: int, full: float) -> dict:
+    """The first row of a result file. Raises ValueError when it was measured on another text."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result["tokens_measured"] != tokens or abs(result["full_precision"] / full - 1) > 1e-4:
+        raise ValueError(
+            f"{path} measured {result['tokens_measured']} tokens at {result['full_precision']:.4f},"
+            f" this run {tokens} at {full:.4f}"
+        )
+    return result["rows"][0]
 
 
 def weights_digest(directory: Path) -> str:
@@ -135,6 +149,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--baseline", type=Path, help="result file with round-to-nearest first")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -151,16 +166,20 @@ def main() -> None:
     full = perplexity(dense, ids, limit=arguments.limit)
     del dense
     print(f"full precision {full:.4f}", flush=True)
-    rows = []
+    rows: list[dict] = []
+    first = None
+    if arguments.baseline:
+        first = read_baseline(arguments.baseline, len(ids[: arguments.limit]), full)
     for name, settings in common.jobs(arguments.presets, arguments.variants):
         rows.append(measure(arguments, name, settings, tokenizer, paragraphs, ids))
         row = rows[-1]
-        row["share_of_rtn_loss"] = (row["perplexity"] - full) / (rows[0]["perplexity"] - full)
+        first = first or row
+        row["share_of_rtn_loss"] = (row["perplexity"] - full) / (first["perplexity"] - full)
         moved = row["divergence"]
         print(
             f"{name:24s} KL {moved['mean_kl']:.4f}  flips {100 * moved['flips']:.2f} %  "
             f"perplexity {row['perplexity']:.4f}  "
-            f"share of {rows[0]['name']}'s loss {row['share_of_rtn_loss']:.3f}  "
+            f"share of {first['name']}'s loss {row['share_of_rtn_loss']:.3f}  "
             f"{row['seconds']:.1f} s  {row['phases']}",
             flush=True,
         )
@@ -172,6 +191,7 @@ def main() -> None:
                     "tokens_measured": len(ids[: arguments.limit]),
                     "group_size": arguments.group_size,
                     "full_precision": full,
+                    "baseline": {k: first[k] for k in ("name", "perplexity")},
                     "rows": rows,
                 },
             )

@@ -32,6 +32,7 @@ from awq.calibration.batches import with_general_rows
 from awq.calibration.sources import bundled_texts
 from awq.evals.divergence import divergence
 
+ANSWERS_AT_ONCE = 256
 KINDS = ("chat", "code", "mathematics", "prose", "languages", "mix")
 PLAIN_FEEDBACK = {
     "preset": "balanced",
@@ -89,10 +90,9 @@ def answers(model: Any, tokenizer: Any, questions: list[str], tokens: int) -> li
     tokenizer.padding_side = "left"
     found = []
     torch.manual_seed(0)
-    for start in range(0, len(prompts), 64):
-        batch = tokenizer(
-            prompts[start : start + 64], return_tensors="pt", padding=True, add_special_tokens=False
-        )
+    for start in range(0, len(prompts), ANSWERS_AT_ONCE):
+        part = prompts[start : start + ANSWERS_AT_ONCE]
+        batch = tokenizer(part, return_tensors="pt", padding=True, add_special_tokens=False)
         out = model.generate(
             **batch.to(model.device),
             max_new_tokens=tokens,
@@ -153,6 +153,15 @@ def quantized(
     return model, time.perf_counter() - start
 
 
+def mean_divergences(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Each quantizer's KL divergence, the mean over all it was calibrated and measured on."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        values = [divergence["mean_kl"] for divergence in row["measured_on"].values()]
+        found.setdefault(row["quantizer"], []).extend(values)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -164,8 +173,8 @@ def main() -> None:
     parser.add_argument(
         "--quantizers",
         nargs="*",
-        default=["fast", "balanced", "awq", "gptq"],
-        help='also "best", "balanced:own"',
+        default=["rtn", "fast", "balanced", "awq", "gptq"],
+        help='also "best", "balanced:own"; "rtn" needs no text and comes once',
     )
     parser.add_argument("--calibrated-on", nargs="*", default=list(KINDS), choices=KINDS)
     parser.add_argument("--samples", type=int, default=128)
@@ -213,19 +222,25 @@ def main() -> None:
             common.write(
                 arguments.json,
                 arguments.device,
-                {"group_size": arguments.group_size, "measured": sizes, "rows": rows},
+                {
+                    "group_size": arguments.group_size,
+                    "measured": sizes,
+                    "mean_kl": mean_divergences(rows),
+                    "rows": rows,
+                },
             )
 
-    first = load_calibration([list(range(8))] * 4)
-    model, seconds = quantized("rtn", dense, first, first, arguments)
-    record("rtn", "nothing", model, seconds, 0)
+    if "rtn" in arguments.quantizers:
+        first = load_calibration([list(range(8))] * 4)
+        model, seconds = quantized("rtn", dense, first, first, arguments)
+        record("rtn", "nothing", model, seconds, 0)
     limits = {"max_samples": arguments.samples, "max_length": arguments.tokens}
     for kind in arguments.calibrated_on:
         own = load_calibration(kinds[kind][0], tokenizer, **limits)
         joined = own
         if kind != "mix":
             joined = with_general_rows(own, tokenizer, arguments.samples, kinds["mix"][0])
-        for name in arguments.quantizers:
+        for name in (name for name in arguments.quantizers if name != "rtn"):
             model, seconds = quantized(name, dense, own, joined, arguments)
             record(name, kind, model, seconds, sum(int(b.attention_mask.sum()) for b in own))
 

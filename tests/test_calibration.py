@@ -20,7 +20,13 @@ from awq.calibration.batches import (
     spelled_texts,
     with_general_rows,
 )
-from awq.calibration.sources import bundled_chats, bundled_texts, file_texts, named_texts
+from awq.calibration.sources import (
+    bundled_chats,
+    bundled_texts,
+    bundled_tool_chats,
+    file_texts,
+    named_texts,
+)
 from awq.calibration.tokens import tokenize
 from awq.errors import CalibrationError
 
@@ -328,7 +334,7 @@ def test_bundled_text():
     for script, (low, high) in scripts.items():
         assert any(sum(low <= c <= high for c in t) > 40 for t in texts), script
     assert len(texts) == len(set(texts)) > 90
-    assert 400_000 < sum(len(t.encode()) for t in texts) < 600_000
+    assert 500_000 < sum(len(t.encode()) for t in texts) < 2_000_000
     assert max(map(len, texts)) < 2500 and not any("\ufffd" in t for t in texts)
     short = bundled_texts(short=True)
     assert (
@@ -424,6 +430,30 @@ def test_chats_come_in_the_models_own_template():
         == sum(chat[0]["role"] != "system" for chat in bundled_chats())
         < len(chats)
     )
+
+
+def test_tool_calls_come_where_the_template_knows_them():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if tools %}[tools]{% for t in tools %}{{ t.function.name }};{% endfor %}{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{% for call in m.tool_calls %}"
+        "{{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    texts = rendered_chats(tokenizer)
+    count = len(bundled_tool_chats())
+    assert count and len(texts) == len(bundled_chats()) + count
+    for text, chat in zip(texts, bundled_tool_chats()):
+        names = [tool["function"]["name"] for tool in chat["tools"]]
+        assert text.startswith("[tools]" + "".join(f"{name};" for name in names))
+        calls = [c["function"] for m in chat["messages"] for c in m.get("tool_calls", ())]
+        assert calls and all(call["name"] in names for call in calls)
+        assert all(f"{c['name']} {json.dumps(c['arguments'])[:8]}" in text for c in calls)
+        roles = [m["role"] for m in chat["messages"]]
+        assert roles.count("tool") == len(calls) and roles[-1] == "assistant"
+    assert not any(text.startswith("[tools]") for text in texts[count:])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert len(rendered_chats(tokenizer)) == len(bundled_chats())
 
 
 def test_texts_that_cannot_be_spelled_are_left_out(tokenizer):

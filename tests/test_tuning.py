@@ -9,6 +9,7 @@ from awq import AwqConfig, QuantizeOptions, quantize_model
 from awq.calibration import CalibrationBatch
 from awq.nn.linear import WQLinear
 from awq.quantize import pipeline, tuning
+from awq.quantize.run import QuantizeRun
 
 
 def batches(rows=32, length=16):
@@ -64,6 +65,22 @@ def test_a_model_on_the_cpu_is_tuned_on_the_gpu():
 def test_same_bytes_twice():
     first, second = quantized("llama")[0].state_dict(), quantized("llama")[0].state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_blocks_take_large_batches_and_the_correction_no_row_that_judges():
+    """Small batches are for steps of training; what judges them was never corrected for."""
+    rows = torch.arange(3, 3 + 48).view(48, 1).expand(48, 512).contiguous()
+    given = [CalibrationBatch(rows, torch.ones_like(rows))]
+    options = QuantizeOptions(preset="best")
+    model = zoo.tiny_model("llama").eval()
+    run = QuantizeRun.start(model, given, AwqConfig(group_size=16), options)
+    small = [set(batch.input_ids[:, 0].tolist()) for batch in run.tuning_batches]
+    large = [set(batch.input_ids[:, 0].tolist()) for batch in run.batches]
+    assert len(small) == 12 and len(large) == 7
+    judging = set.union(*(small[i] for i in tuning.held_out(len(small))))
+    assert judging == set.union(*(large[i] for i in run.judges))
+    training = set.union(*(ids for i, ids in enumerate(large) if i not in run.judges))
+    assert training | judging == set(range(3, 51)) and not training & judging
 
 
 def test_dense_export_gets_the_tuned_values():

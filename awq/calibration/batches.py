@@ -13,7 +13,7 @@ from torch import Tensor
 
 from awq.calibration.chats import chat_text
 from awq.calibration.request import CalibrationRequest, is_tokenizer, read_request
-from awq.calibration.sources import bundled_chats, bundled_texts
+from awq.calibration.sources import bundled_chats, bundled_texts, bundled_tool_chats
 from awq.calibration.templates import TemplateTimeout
 from awq.calibration.tokens import Row, tokenize
 from awq.errors import CalibrationError
@@ -257,13 +257,21 @@ def general_texts(tokenizer: Any, passages: Sequence[str] | None = None) -> list
 
 def rendered_chats(tokenizer: Any) -> list[str]:
     """The bundled chats through the tokenizer's template; none without one, and without those that
-    it does not take."""
-    if getattr(tokenizer, "chat_template", None) is None:
+    it does not take.
+
+    Chats with tool calls come first, where the template knows of tools: another one would drop the
+    calls and keep empty turns.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if template is None:
         return []
+    chats: list[dict[str, Any]] = [{"messages": chat} for chat in bundled_chats()]
+    if "tool_calls" in str(template):
+        chats = bundled_tool_chats() + chats
     texts = []
-    for chat in bundled_chats():
+    for chat in chats:
         try:
-            texts.append(chat_text(chat, tokenizer))
+            texts.append(chat_text(chat["messages"], tokenizer, chat.get("tools")))
         except TemplateTimeout as error:
             logger.warning("no bundled chats join the calibration text: %s", error)
             return []

@@ -22,10 +22,14 @@ def is_message(item: Any) -> bool:
     return isinstance(item, Mapping) and ("role" in item or {"from", "value"} <= set(item))
 
 
-def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
+def chat_text(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
     """A chat as the model reads it: through the tokenizer's own template.
 
-    messages: {"role": …, "content": …}.
+    messages: {"role": …, "content": …}. tools: JSON schemas of the functions that may be called.
     Raises CalibrationError when there is no template, or when it fails or does not end.
     """
     if getattr(tokenizer, "chat_template", None) is None or not hasattr(
@@ -37,8 +41,10 @@ def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
             "give the model's own tokenizer, or texts."
         )
     try:
-        dates = _fixed_date(tokenizer.chat_template)
-        return repaired(apply_chat_template(tokenizer, messages, tokenize=False, **dates))
+        settings = _fixed_date(tokenizer.chat_template)
+        if tools is not None:
+            settings["tools"] = list(tools)
+        return repaired(apply_chat_template(tokenizer, messages, tokenize=False, **settings))
     except TemplateTimeout:
         raise
     # a template is a program of the model's author: it may raise anything

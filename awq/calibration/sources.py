@@ -49,12 +49,19 @@ def bundled_texts(short: bool = False) -> list[str]:
 
 
 def bundled_chats() -> list[list[dict[str, str]]]:
-    """Conversations that ship with the package: lists of {"role", "content"}, tool calls and
-    reasoning among them."""
-    text = (
-        resources.files("awq.calibration").joinpath("data/chats.jsonl").read_text(encoding="utf-8")
-    )
-    return [json.loads(line)["messages"] for line in text.splitlines()]
+    """Conversations that ship with the package: lists of {"role", "content"}, reasoning among
+    them."""
+    return [chat["messages"] for chat in _bundled_lines("chats.jsonl")]
+
+
+def bundled_tool_chats() -> list[dict[str, Any]]:
+    """Conversations with tool calls: {"messages": …, "tools": JSON schemas of the functions}."""
+    return _bundled_lines("tool_chats.jsonl")
+
+
+def _bundled_lines(name: str) -> list[dict[str, Any]]:
+    file = resources.files("awq.calibration").joinpath(f"data/{name}")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def named_texts(name: str, split: str, column: str, limit: int) -> list[str]:

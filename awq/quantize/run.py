@@ -36,7 +36,7 @@ from awq.quantize.report import QuantReport
 from awq.quantize.resume import progress_of, restore_progress, settings_of
 from awq.quantize.statistics import TOKENS_PER_CHANNEL
 from awq.quantize.towers import chosen_lists
-from awq.quantize.tuning import Embed, OutputMatch, held_out, micro_batches
+from awq.quantize.tuning import Embed, OutputMatch, held_out, in_large_batches, micro_batches
 
 logger = logging.getLogger("awq.quantize")
 
@@ -48,7 +48,7 @@ GPU_BATCH_VALUES = 2**25
 @dataclass
 class QuantizeRun:
     """batches: as they are worked on. device: where blocks are. judges: batches held out for the
-    tuning, if there is any.
+    tuning, if there is any. tuning_batches: the same rows, as steps of training.
 
     shared: full names of modules whose weights have another name. twins: linear → others that share
     its weight and become
@@ -68,6 +68,7 @@ class QuantizeRun:
     report: QuantReport
     device: torch.device
     judges: frozenset[int] = frozenset()
+    tuning_batches: list[CalibrationBatch] = field(default_factory=list)
     shared: frozenset[str] = frozenset()
     twins: dict[str, list[str]] = field(default_factory=dict)
     known_folds: dict[Any, list[InputGroup]] = field(default_factory=dict)
@@ -100,17 +101,21 @@ class QuantizeRun:
             store.begin(reached, plan.targets, config)
         widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.targets)
         device = _work_device(device_of(model), options)
-        batches = rebatched(batches, _batch_tokens(device, widest))
+        tokens = _batch_tokens(device, widest)
+        batches = rebatched(batches, tokens)
+        tuning_batches: list[CalibrationBatch] = []
+        judges = frozenset[int]()
         if options.tuning:
-            batches = micro_batches(batches)
+            tuning_batches = micro_batches(batches)
+            batches, judges = in_large_batches(tuning_batches, tokens)
         batches = [_complete(model, batch) for batch in batches]
+        tuning_batches = [_complete(model, batch) for batch in tuning_batches]
         report = QuantReport(
             config.to_dict(), asdict(options), skipped=plan.skipped, versions=_versions()
         )
         report.tokens = sum(int(b.attention_mask.sum()) for b in batches)
         _warn_of_few_tokens(report, widest)
         report.warnings += plan.warnings
-        judges = held_out(len(batches)) if options.tuning else frozenset[int]()
         shared = _shared_modules(model)
         run = cls(
             model,
@@ -122,6 +127,7 @@ class QuantizeRun:
             report,
             device,
             judges,
+            tuning_batches,
             shared,
             twins,
             store=store,
@@ -147,7 +153,8 @@ class QuantizeRun:
         """The original model's output, to tune for; None without tuning."""
         if not self.options.tuning:
             return None
-        return OutputMatch(self.model, self.batches, self.judges, embed)
+        judging = held_out(len(self.tuning_batches))
+        return OutputMatch(self.model, self.tuning_batches, judging, embed)
 
     def walk(self) -> BlockWalk:
         """Over all blocks, with calibration inputs. Linears whose weight the model reads itself
