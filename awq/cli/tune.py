@@ -133,5 +133,5 @@ def _of_model(path: str) -> set[Any]:
     found = shapes(loaded.model.modules())
     decoder = loaded.fuse() if hasattr(loaded, "fuse") else None
     blocks = () if decoder is None else decoder.blocks
-    joined = (product for block in blocks for product in (block.qkv, block.mlp_in))
+    joined = (module for block in blocks for module in block.modules())
     return found | shapes(joined)
