@@ -18,6 +18,7 @@ from awq.generate.plan import Mixture, RouterSource
 from awq.kernels.reference.decode import ACTIVATIONS
 from awq.kernels.reference.mixture import route
 from awq.nn.blocks import hidden_of
+from awq.nn.hooks import Call, listening
 from awq.nn.packed_experts import AwqExperts
 
 _TOLERANCE = 1e-5  # of the largest weight, in float32
@@ -38,16 +39,13 @@ def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
     activation = _activation_of(experts)
     if activation is None:
         return None
-    calls: list[tuple[tuple, Tensor]] = []
-    handle = experts.register_forward_hook(lambda _, args, result: calls.append((args, result)))
-    try:
+    calls: list[Call] = []
+    with listening([experts], after=calls.append):
         y = hidden_of(module(x))
-    finally:
-        handle.remove()
-    if len(calls) != 1 or len(calls[0][0]) != 3:
+    if len(calls) != 1 or len(calls[0].args) != 3:
         return None
-    (rows, index, weights), result = calls[0]
-    if not _same(rows, x) or not _same(result, y):
+    rows, index, weights = calls[0].args
+    if not _same(rows, x) or not _same(calls[0].output, y):
         return None  # something else is added, as by shared experts
     others = _tensors_beside(module, place)
     source = _router_of(others, experts.shape.num_experts, rows, index, weights)

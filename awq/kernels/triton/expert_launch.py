@@ -193,6 +193,14 @@ def route(experts: Tensor, count: int, bm: int, blocks: int) -> tuple[Tensor, Te
     `count`."""
     order = torch.empty(blocks * bm, dtype=torch.int32, device=experts.device)
     owner = torch.empty(blocks, dtype=torch.int32, device=experts.device)
-    kernel = _route(experts.device.index, experts.dtype, triton.next_power_of_2(count + 1), bm)
-    kernel((count + 1, 1, 1), (experts, order, owner), experts.numel(), count, blocks)
+    programs = count + 1  # one for each expert, and one for the blocks that are left over
+    width = triton.next_power_of_2(programs)
+    kernel = _route(experts.device.index, experts.dtype, width, bm)
+    kernel(
+        (programs, 1, 1),
+        (experts, order, owner),
+        experts.numel(),
+        count,
+        blocks,
+    )
     return order, owner
