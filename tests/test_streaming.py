@@ -253,6 +253,16 @@ def test_what_changed_is_named(unfinished, tmp_path):
     assert "the weights changed" in refusal(*given)
 
 
+def test_a_removal_that_is_cut_short_leaves_no_broken_state(tmp_path, monkeypatch):
+    def cut_short(path):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), work_folder(tmp_path / "out") as work:
+        (work.path / "progress.json").write_text("{}")
+        monkeypatch.setattr(shutil, "rmtree", cut_short)
+    assert work.path.exists() and not work.has_progress
+
+
 def test_a_second_run_into_one_output_is_refused(unfinished, tmp_path):
     given, options = unfinished
     words = "another process is quantizing into"

@@ -237,6 +237,8 @@ def work_folder(
 
 def _leave(work: WorkFolder, done: bool) -> None:
     if done or not work.has_progress:
+        # First what the next run would go on from: it finds no broken state if this one is cut short.
+        (work.path / "progress.json").unlink(missing_ok=True)
         shutil.rmtree(work.path)
         return
     for left in (work.path / "unfinished", *work.path.glob(f"{ACTIVATIONS}*")):

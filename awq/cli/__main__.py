@@ -1,7 +1,0 @@
-"""`python -m awq.cli`."""
-
-import sys
-
-from awq.cli import main
-
-sys.exit(main())
