@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import zoo
+from conftest import make_tokenizer
+from test_compiled_encoder import SIZES
 
-from awq import AutoAWQForCausalLM
+from awq import AutoAWQForCausalLM, AutoAWQForEmbedding
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(
@@ -38,14 +40,30 @@ def quantized(llama_dir, texts, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def quantized_encoder(texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    zoo.build("bert", SIZES).save_pretrained(folder / "dense")
+    make_tokenizer().save_pretrained(folder / "dense")
+    model = AutoAWQForEmbedding.from_pretrained(folder / "dense", device_map="cpu")
+    settings = {"q_group_size": 32}
+    model.quantize(texts=texts, quant_config=settings, preset="fast", general_texts=False)
+    model.save_quantized(folder / "awq")
+    return folder / "awq"
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_of_a_module(name, llama_dir, bert_dir, quantized, texts, tmp_path, monkeypatch):
+def test_examples_of_a_module(
+    name, llama_dir, bert_dir, quantized, quantized_encoder, texts, tmp_path, monkeypatch
+):
     for source, place in (
         (llama_dir, "my-model"),
         (bert_dir, "my-encoder"),
         (quantized, "my-model-awq"),
+        (quantized_encoder, "my-encoder-awq"),
     ):
         shutil.copytree(source, tmp_path / place)
+    monkeypatch.setenv("AWQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     known = {
         "model": zoo.tiny_model("llama"),

@@ -81,7 +81,7 @@ class NativeEncoder:
         >>> from awq import NativeEncoder
         >>> encoder = NativeEncoder.from_pretrained("my-encoder-awq")
         >>> encoder.encode(["an old tree", "the red house"], normalize=True).shape
-        (2, 32)
+        (2, 64)
         """
         if isinstance(texts, str):
             return self.encode([texts], normalize, prompt_name, truncate_dim, prompt)[0]
