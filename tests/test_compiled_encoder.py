@@ -17,7 +17,7 @@ from awq.embed import build
 from awq.embed.compiled import CompiledEncoder
 from awq.embed.encoder import Encoder
 from awq.embed.heads import Normalize, Pooling
-from awq.embed.observe import NotReadable
+from awq.embed.observe import Event, NotReadable, norm_of
 from awq.embed.proof import prove
 from awq.embed.request import check_precision
 from awq.embed.structure import read_encoder
@@ -154,6 +154,16 @@ def test_norms_of_16_bits_have_the_epsilon_that_they_name():
     plan = read_encoder(quantized("bert").bfloat16())
     norms = [norm for block in plan.blocks for norm in (block.attention_norm, block.mlp_norm)]
     assert {(norm.eps, norm.centered) for norm in norms} == {(1e-12, True)}
+
+
+@pytest.mark.parametrize("kind, centered", [(torch.nn.LayerNorm, True), (torch.nn.RMSNorm, False)])
+def test_norms_of_16_bits_are_told_apart_where_the_mean_is_near_zero(kind, centered):
+    module = kind(64, eps=1e-6).bfloat16()
+    torch.nn.init.normal_(module.weight)
+    x = torch.randn(2, 5, 64)
+    x = (x - x.mean(-1, keepdim=True)).bfloat16()
+    norm = norm_of(Event(module, x, module(x)))
+    assert norm.centered == centered and norm.eps == 1e-6
 
 
 def test_vectors_and_matrix_units_give_the_same(bert, monkeypatch):

@@ -237,7 +237,7 @@ def work_folder(
 
 def _leave(work: WorkFolder, done: bool) -> None:
     if done or not work.has_progress:
-        # First what the next run would go on from: it finds no broken state if this one is cut short.
+        # First what a next run would go on from: no broken state is left if this is cut short.
         (work.path / "progress.json").unlink(missing_ok=True)
         shutil.rmtree(work.path)
         return

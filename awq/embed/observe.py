@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awq.kernels.reference.decode import apply_norm
 from awq.kernels.specs import Norm
-from awq.nn.blocks import hidden_of, is_product
+from awq.nn.blocks import float_copy, hidden_of, is_product
 from awq.nn.hooks import Call, listening
 from awq.nn.norms import is_norm, read_norm
 
@@ -116,8 +117,8 @@ def near(a: Tensor, b: Tensor) -> bool:
 
 def norm_of(event: Event) -> Norm:
     """The norm of a watched call, with a weight and a bias of its own. Raises NotReadable."""
-    norm = read_norm(event.module, event.x, event.y, READING_ERROR)
-    if norm is None:
+    norm = _norm_in_float32(event)
+    if norm is None or not near(apply_norm(event.x.float(), norm), event.y):
         raise NotReadable(f"{type(event.module).__name__} is neither LayerNorm nor RMSNorm")
     width, device = event.x.shape[-1], event.x.device
     if norm.weight is None:
@@ -125,3 +126,12 @@ def norm_of(event: Event) -> Norm:
     if norm.bias is None:
         norm = replace(norm, bias=torch.zeros(width, device=device))
     return norm
+
+
+@torch.no_grad()
+def _norm_in_float32(event: Event) -> Norm | None:
+    """Read off a float32 copy, on what was watched and moved away from a mean of zero, where
+    LayerNorm and RMSNorm are one."""
+    module, x = float_copy(event.module), event.x.float()
+    x = x + x.std()
+    return read_norm(module, x, module(x))

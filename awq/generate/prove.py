@@ -25,7 +25,7 @@ from awq.generate.read.model import PIECE, ModelFrame, read_model
 from awq.generate.read.own import Templates, own_plans
 from awq.generate.read.trace import rotary_tables, trace
 from awq.generate.run.block import FusedBlock, Prompt, Step
-from awq.generate.run.cache import LayerCache, MixerStates, allocate
+from awq.generate.run.cache import LayerCache, MixerStates, allocate, new_states
 from awq.generate.run.decoder import FusedDecoder, quantized_head
 from awq.generate.run.operations import summed
 from awq.nn.blocks import BlockCall, float_copy
@@ -155,7 +155,7 @@ def _read_and_prove(model: Any, twin: Any, max_seq_len: int) -> DecoderPlan:
     """twin: a copy of the model's modules, to look at; the plan names modules of the model
     itself."""
     around = read_model(twin, max_seq_len)
-    states = partial(MixerStates, config=model.config.get_text_config())
+    states = partial(new_states, model.config.get_text_config())
     templates = Templates()
     chosen = [
         proven_plan(around, index, templates, states, max_seq_len)

@@ -56,8 +56,11 @@ def block_names(entry: BlockList) -> list[str]:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in a module's output: the tensor itself or the first element of a tuple."""
-    return output[0] if isinstance(output, (tuple, list)) else output
+    """The hidden states in a module's output: the tensor itself or what comes first in a tuple (of
+    tuples, as LiLT's layers gave before transformers 5)."""
+    while isinstance(output, (tuple, list)):
+        output = output[0]
+    return output
 
 
 def find_block_lists(model: nn.Module) -> list[BlockList]:

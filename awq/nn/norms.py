@@ -32,26 +32,19 @@ def is_norm(module: nn.Module) -> bool:
     return all(parameter.dim() == 1 for parameter in parameters)
 
 
-def read_norm(module: nn.Module, x: Tensor, y: Tensor, tolerance: float = EXACT) -> Norm | None:
+def read_norm(module: nn.Module, x: Tensor, y: Tensor) -> Norm | None:
     """The norm that turns x into y [..., features], with the module's own weights in float32; None
     when it is another function.
 
-    tolerance: relative error that counts as equal. The first form that is exact in float32 is
-    taken, else the nearest one: with the rounding of 16 bits several forms may be within it, and
-    an epsilon that the module names goes before the others.
+    Both are to come from a float32 module. What 16 bits round away, here an epsilon and there a
+    mean, tells one form from another.
     """
-    x, y = x.float(), y.float()
-    named = _named_epsilons(module)
-    near: list[tuple[bool, float, Norm]] = []
     for norm in _forms(module):
         if any(t is not None and t.shape != x.shape[-1:] for t in (norm.weight, norm.bias)):
             return None
-        error = _relative_error(apply_norm(x, norm), y)
-        if error <= EXACT:
+        if _relative_error(apply_norm(x, norm), y) <= EXACT:
             return norm
-        if error <= tolerance:
-            near.append((norm.eps not in named, error, norm))
-    return min(near, key=lambda found: found[:2])[2] if near else None
+    return None
 
 
 def _forms(module: nn.Module) -> Iterator[Norm]:
@@ -70,12 +63,8 @@ def _vector(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _epsilons(module: nn.Module) -> list[float]:
-    return list(dict.fromkeys([*_named_epsilons(module), *_EPSILONS]))
-
-
-def _named_epsilons(module: nn.Module) -> list[float]:
     named = [getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon")]
-    return [eps for eps in named if isinstance(eps, float)]
+    return list(dict.fromkeys([*(eps for eps in named if isinstance(eps, float)), *_EPSILONS]))
 
 
 def _relative_error(mine: Tensor, theirs: Tensor) -> float:

@@ -139,7 +139,14 @@ class Passes:
 
         try:
             found = record_block_calls(self.model, [(self.name, self.blocks)], [item], noted)
-        except (ModelError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (
+            ModelError,
+            TypeError,
+            ValueError,
+            LookupError,  # older releases take the cache off what blocks return
+            RuntimeError,
+            AttributeError,
+        ) as error:
             raise NotFusable(
                 f"the model's own forward does not run without its blocks: {error}"
             ) from error

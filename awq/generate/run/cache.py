@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from awq.generate.plan import Attention
+from awq.generate.plan import Attention, NotFusable
 
 
 @dataclass
@@ -99,3 +99,12 @@ class MixerStates(DynamicCache):
         for (owner, key, _), tensor in zip(list(rows[0]._slots()), whole):
             owner[key] = tensor
         return rows[0]
+
+
+def new_states(config: Any) -> MixerStates:
+    """Empty states for a model of `config`. Raises NotFusable where transformers' cache knows
+    nothing of configs, as before 4.56."""
+    try:
+        return MixerStates(config=config)
+    except TypeError as error:
+        raise NotFusable("this release of transformers has no cache for its mixers") from error
