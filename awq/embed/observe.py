@@ -106,7 +106,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     """‖a − b‖ / ‖b‖; infinite where the shapes differ."""
     if a.shape != b.shape:
         return float("inf")
-    a, b = a.double(), b.double()
+    a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 

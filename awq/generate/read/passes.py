@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,7 +115,11 @@ class Passes:
         ids = self.ids.repeat(2, 1)
         mask = torch.ones_like(ids)
         mask[1, :padding] = 0
-        return self._run({"input_ids": ids, "attention_mask": mask}, _generate)
+        item = {"input_ids": ids, "attention_mask": mask}
+        try:
+            return self._run(item, _generate)
+        except NotFusable:  # older releases take the cache off what blocks return
+            return self._run(item, partial(_generate, use_cache=False))
 
     def after(self, past: int) -> Seen:
         """The pass over two rows of tokens that follow `past` cached ones."""
@@ -170,8 +175,9 @@ def _whole(model: Any, item: Item) -> Tensor | None:
     return model(**item, use_cache=False).logits
 
 
-def _generate(model: Any, item: Item) -> None:
-    model.generate(**item, max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=0)
+def _generate(model: Any, item: Item, **options: Any) -> None:
+    settings = dict(max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=0)
+    model.generate(**item, **settings, **options)
 
 
 def text_blocks(model: Any, ids: Tensor) -> BlockList:
