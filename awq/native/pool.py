@@ -1,10 +1,9 @@
 """Threads that help a caller and otherwise sleep.
 
 The caller of a program works itself; helpers wake up, take what is left and go to sleep again. A
-helper that the system does
-not let run in time is not waited for: its ticket is taken back. One caller at a time has the
-helpers; another one that comes meanwhile works alone, which is what many callers on few cores
-should do.
+helper that the system does not let run in time is not waited for: its ticket is taken back. One
+caller at a time has the helpers; another one that comes meanwhile works alone, which is what many
+callers on few cores should do.
 
 How many cores there are to use is asked of the system: the affinity mask, and the quota of the
 control group, which says 2 where 64 cores are seen.

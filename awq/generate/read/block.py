@@ -63,18 +63,11 @@ def read_block(neutral: Trace, real: Trace, call: BlockCall) -> BlockPlan:
     mlp = read_mlp(neutral, [event for event in neutral.events if event.name not in own])
     entry = next(event for event in neutral.events if event.name == qkv.names[0])
     residuals = read_residuals(neutral, Branch(entry.x, out.y), Branch(mlp.x, mlp.y))
-    return BlockPlan(
+    return residuals.plan(
         attention=attention,
         qkv=qkv,
         attention_out=out.name,
         mlp=mlp.plan,
-        parallel=residuals.parallel,
-        factor=residuals.factor,
-        attention_norm=residuals.attention,
-        attention_post_norm=residuals.attention_post,
-        mlp_norm=residuals.mlp,
-        mlp_post_norm=residuals.mlp_post,
-        norms_sums=residuals.norms_sums,
         cos=None if rotation is None else rotation.cos,
         sin=None if rotation is None else rotation.sin,
     )

@@ -19,6 +19,11 @@ def heads_last(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same order, whatever their axes."""
+    return torch.equal(a.reshape(-1), b.reshape(-1))
+
+
 def find_channels(wanted: Tensor, sources: Sequence[Tensor]) -> Tensor | None:
     """For each channel of wanted [n, c] its place among the channels of the sources [n, …], side by
     side; bit for bit.

@@ -18,7 +18,7 @@ from awq.generate.read.passes import PIECE, Passes
 from awq.kernels.reference.attention import causal_mask
 from awq.nn.blocks import BlockCall
 
-_MASKED = -1e4  # what is added to a score that is not to count is below
+MASKED = -1e4  # what is added to a score that is not to count is below
 
 
 def read_windows(passes: Passes, max_seq_len: int) -> dict[int, int | None]:
@@ -41,7 +41,7 @@ def _mask_of(call: BlockCall, keys: int) -> Tensor | None:
     for value in _tensors((call.args, call.kwargs)):
         if value.dim() != 4 or value.shape[-2:] != (PIECE, keys):
             continue
-        seen = value if value.dtype == torch.bool else value > _MASKED
+        seen = value if value.dtype == torch.bool else value > MASKED
         return seen[0, 0]
     return None
 

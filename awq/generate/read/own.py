@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from awq.generate.plan import Attention, BlockPlan, NotFusable, OwnCode, Table
+from awq.generate.read.channels import same_numbers
+from awq.generate.read.masks import MASKED
 from awq.generate.read.mlp import MlpFound, left_as_it_is, read_mlp
 from awq.generate.read.passes import PIECE
 from awq.generate.read.residuals import Branch, read_residuals
@@ -26,8 +28,6 @@ from awq.generate.read.settings import settings_of
 from awq.generate.read.trace import ModuleCall, Trace
 from awq.nn.blocks import CACHES, BlockCall
 from awq.nn.norms import is_norm
-
-_MASKED = -1e4  # what is added to a score that is not to count is below
 
 
 @dataclass
@@ -95,7 +95,7 @@ def _is_mask(tensor: Tensor) -> bool:
     if tensor.dim() == 4 and tensor.shape[-2] in (1, PIECE):
         if tensor.dtype == torch.bool:
             return True
-        return bool(((tensor == 0) | (tensor <= _MASKED)).all())
+        return bool(((tensor == 0) | (tensor <= MASKED)).all())
     return tensor.dim() == 2 and not tensor.is_floating_point() and bool((tensor == 1).all())
 
 
@@ -146,12 +146,8 @@ def _mixers(found: Trace) -> list[ModuleCall]:
     if found.calls:
         return [call for call in reversed(inner) if call.attends]
     inputs = [found.hidden]
-    inputs += [e.y for e in found.events if is_norm(e.module) and _same(e.x, found.hidden)]
-    return [call for call in inner if any(_same(call.x, x) for x in inputs)]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.numel() == b.numel() and torch.equal(a.view(b.shape), b)
+    inputs += [e.y for e in found.events if is_norm(e.module) and same_numbers(e.x, found.hidden)]
+    return [call for call in inner if any(same_numbers(call.x, x) for x in inputs)]
 
 
 def _around(found: Trace, mixer: ModuleCall, own: OwnCode) -> BlockPlan:
@@ -164,18 +160,11 @@ def _around(found: Trace, mixer: ModuleCall, own: OwnCode) -> BlockPlan:
     residuals = read_residuals(
         found, Branch(mixer.x, mixer.y), None if mlp is None else Branch(mlp.x, mlp.y)
     )
-    return BlockPlan(
+    return residuals.plan(
         attention=own.attention,
         qkv=None,
         attention_out=None,
         mlp=None if mlp is None else mlp.plan,
-        parallel=residuals.parallel,
-        factor=residuals.factor,
-        attention_norm=residuals.attention,
-        attention_post_norm=residuals.attention_post,
-        mlp_norm=residuals.mlp,
-        mlp_post_norm=residuals.mlp_post,
-        norms_sums=residuals.norms_sums,
         own=own,
     )
 

@@ -4,11 +4,12 @@ after them."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from awq.generate.plan import Norm, NotFusable
+from awq.generate.plan import BlockPlan, Norm, NotFusable
 from awq.generate.read.trace import Event, Trace
 from awq.nn.norms import is_norm, read_norm
 
@@ -33,6 +34,19 @@ class Residuals:
     mlp: Norm | None
     mlp_post: Norm | None
     norms_sums: bool = False
+
+    def plan(self, **parts: Any) -> BlockPlan:
+        """The plan of a block whose branches are added like this. parts: its other fields."""
+        return BlockPlan(
+            parallel=self.parallel,
+            factor=self.factor,
+            attention_norm=self.attention,
+            attention_post_norm=self.attention_post,
+            mlp_norm=self.mlp,
+            mlp_post_norm=self.mlp_post,
+            norms_sums=self.norms_sums,
+            **parts,
+        )
 
 
 def read_residuals(found: Trace, attention: Branch, mlp: Branch | None) -> Residuals:

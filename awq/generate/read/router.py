@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.generate.plan import Mixture, RouterSource
+from awq.generate.read.channels import same_numbers
 from awq.kernels.reference.decode import ACTIVATIONS
 from awq.kernels.reference.mixture import route
 from awq.nn.blocks import hidden_of
@@ -45,7 +46,7 @@ def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
     if len(calls) != 1 or len(calls[0].args) != 3:
         return None
     rows, index, weights = calls[0].args
-    if not _same(rows, x) or not _same(calls[0].output, y):
+    if not same_numbers(rows, x) or not same_numbers(calls[0].output, y):
         return None  # something else is added, as by shared experts
     others = _tensors_beside(module, place)
     source = _router_of(others, experts.shape.num_experts, rows, index, weights)
@@ -58,10 +59,6 @@ def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
     assert weight is not None
     router = replace(source, weight=weight, bias=bias, correction=correction)
     return Mixture(f"{name}.{place}", router, activation)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.reshape(-1), b.reshape(-1))
 
 
 def _activation_of(experts: AwqExperts) -> str | None:
