@@ -27,6 +27,7 @@ from awq.kernels.cpu.team import SIZE, UNTIL
 from awq.native import pool as native_pool
 from awq.nn.layout import concatenate_outputs, restore, split_outputs
 from awq.nn.linear import WQLinear
+from awq.nn.memory import available_memory
 
 CPU = torch.device("cpu")
 # inputs, outputs, group: odd rows, whole-row groups, groups that are cut into chunks, one group of
@@ -456,10 +457,38 @@ def test_torch_on_one_core_is_the_calling_threads_alone():
 def test_the_quota_is_the_least_of_all_groups_above(
     membership, files, cores, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(native_pool, "CGROUPS", tmp_path)
-    monkeypatch.setattr(native_pool, "MEMBERSHIP", tmp_path / "membership")
+    control_groups(membership, files, tmp_path, monkeypatch)
+    assert native_pool._quota() == cores
+
+
+def control_groups(membership, files, folder, monkeypatch):
+    monkeypatch.setattr(native_pool, "CGROUPS", folder)
+    monkeypatch.setattr(native_pool, "MEMBERSHIP", folder / "membership")
     for name, text in {"membership": membership, **files}.items():
-        path = tmp_path / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert native_pool._quota() == cores
+
+
+@pytest.mark.parametrize(
+    "membership, files",
+    [
+        ("0::/", {"memory.max": "5000", "memory.current": "2000"}),
+        (
+            "0::/a/b",
+            {
+                "a/memory.max": "5000",
+                "a/memory.current": "2000",
+                "a/b/memory.max": "max",
+                "a/b/memory.current": "1000",
+            },
+        ),
+        (
+            "4:memory:/a",
+            {"memory/a/memory.limit_in_bytes": "5000", "memory/a/memory.usage_in_bytes": "2000"},
+        ),
+    ],
+)
+def test_the_groups_above_bound_memory_too(membership, files, tmp_path, monkeypatch):
+    control_groups(membership, files, tmp_path, monkeypatch)
+    assert available_memory() == 3000

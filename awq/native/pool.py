@@ -36,19 +36,25 @@ def usable_cores() -> int:
 
 def _quota() -> float:
     """Cores that the process's control groups let it use on average: the least of all above it."""
+    return min(map(_quota_of, group_folders("cpu")), default=math.inf)
+
+
+def group_folders(controller: str) -> list[Path]:
+    """Folders of the control groups that bound what this process takes of "cpu" or "memory": its
+    own and those above it."""
     try:
         lines = MEMBERSHIP.read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
-        return math.inf
-    quotas = [math.inf]
+        return []
+    found: list[Path] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2
-            quotas += map(_quota_of, _upwards(CGROUPS, path))
-        elif "cpu" in controllers.split(","):
-            for mount in {controllers, "cpu"}:
-                quotas += map(_quota_of, _upwards(CGROUPS / mount, path))
-    return min(quotas)
+            found += _upwards(CGROUPS, path)
+        elif controller in controllers.split(","):
+            for mount in {controllers, controller}:
+                found += _upwards(CGROUPS / mount, path)
+    return found
 
 
 def _upwards(mount: Path, path: str) -> list[Path]:

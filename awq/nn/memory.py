@@ -6,11 +6,19 @@ from __future__ import annotations
 import ctypes
 import sys
 from bisect import bisect_right
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from awq.native.pool import group_folders
+
+# A group's limit and what it uses, in version 2 and before that.
+_GROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 _SUFFIX = ".safetensors"
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 MAPPED_BYTES = 4 << 20  # smaller tensors stay in the heap, where they are quick to get
@@ -93,18 +101,14 @@ def _kilobytes(path: str, name: str) -> int:
 
 
 def _group_limits() -> list[int]:
-    """What the control group leaves, where it has a limit (containers, batch systems)."""
+    """What the control groups leave, where they have limits (containers, batch systems)."""
     found = []
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for folder, files in product(group_folders("memory"), _GROUP_FILES):
         try:
-            values = [Path("/sys/fs/cgroup", name).read_text().strip() for name in (limit, used)]
-        except OSError:
+            limit, used = (int((folder / name).read_text()) for name in files)
+        except (OSError, ValueError):  # no such file, or "max": no limit
             continue
-        if values[0] != "max":
-            found.append(max(1, int(values[0]) - int(values[1])))
+        found.append(max(1, limit - used))
     return found
 
 

@@ -182,7 +182,7 @@ def _calls_of(run: QuantizeRun, entry: BlockList) -> list:
 
 def _stored_outside(model: nn.Module) -> int:
     """Bytes of the tensors that are not on the meta device."""
-    tensors = {id(t): t for t in chain(model.parameters(), model.buffers())}.values()
+    tensors = chain(model.parameters(), model.buffers())
     return sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
 
 

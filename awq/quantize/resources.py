@@ -89,7 +89,7 @@ def block_shape(
     """Of a block that may stand on the meta device. call, hidden: how it is called; linears that
     read the same tensor form a group. Linears that the call does not reach form one each."""
     targets = [n for n in named_linears(block) if f"{name}.{n}" in plan.targets]
-    tensors = {id(t): t for t in (*block.parameters(), *block.buffers())}.values()
+    tensors = [*block.parameters(), *block.buffers()]
     members: dict[object, list[str]] = {}
     seen = set()
     for inner, read in _inputs_read(block, targets, call, hidden):
