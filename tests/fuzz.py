@@ -55,6 +55,7 @@ MAX_SECONDS = 20  # of one door
 DOORS_EACH = 3  # of a mutant
 # then a new one is forked: whatever one mutant does to a process ends there
 MUTANTS_A_PROCESS = 100
+MUTANTS_A_LINE = 500  # totals so far, for runs that are cut
 FORBIDDEN = {
     "pickle.find_class",
     "os.system",
@@ -351,7 +352,14 @@ def run(originals: dict, seeds: Iterable[int], seconds: float | None = None) -> 
             print(*part.faults, sep="\n", end="\n" if part.faults else "", flush=True)
             found.add(part)
             found.mutants += len(seeds[first : first + MUTANTS_A_PROCESS])
+            if found.mutants % MUTANTS_A_LINE == 0:
+                print_totals(found, seeds[0], time.monotonic() - start)
     return found
+
+
+def print_totals(found: Outcomes, first_seed: int, seconds: float) -> None:
+    print(f"seeds {first_seed} to {first_seed + found.mutants - 1}, {seconds:.0f} s")
+    print(json.dumps(dict(sorted(found.counts.items()))), flush=True)
 
 
 LANGUAGE_MODEL = [from_quantized, gemm, gemv, info, compare, transformers_model]
@@ -502,9 +510,7 @@ def main() -> int:
         found = run(
             originals, range(arguments.seed, arguments.seed + arguments.mutants), arguments.seconds
         )
-    last = arguments.seed + found.mutants - 1
-    print(f"seeds {arguments.seed} to {last}, {time.monotonic() - start:.0f} s")
-    print(json.dumps(dict(sorted(found.counts.items()))))
+    print_totals(found, arguments.seed, time.monotonic() - start)
     return int(bool(found.faults))
 
 
