@@ -2,7 +2,8 @@
 the public interface.
 
     python benchmarks/zoo.py                          # all that is not there yet, then docs/zoo.md
-    and benchmarks/results/zoo.json python benchmarks/zoo.py --types qwen3_vl,t5:seq2seq --redo
+                                                      # and benchmarks/results/zoo.json
+    python benchmarks/zoo.py --types qwen3_vl,t5:seq2seq --redo
     python benchmarks/zoo.py --list
 
 Each kind is a forked process of its own with limits of time and memory, `--workers` of them at a
@@ -41,6 +42,7 @@ from tiny_kinds import EXCLUDED, Kind, all_kinds
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = ROOT / "docs" / "zoo.md", ROOT / "benchmarks" / "results" / "zoo.json"
 CPU_SECONDS, WALL_SECONDS, MEMORY = 400, 1500, 12 << 30
+START = time.monotonic()
 ROLES = {
     "causal": "decoders",
     "vlm": "vision- and audio-language models",
@@ -50,12 +52,26 @@ ROLES = {
 }
 
 
-def sweep(kinds: Iterable[Kind], state: Path, workers: int) -> None:
-    """Checks every kind in a process of its own; results go to `state`."""
+def sweep(
+    kinds: Iterable[Kind],
+    state: Path,
+    workers: int,
+    seconds: float = float("inf"),
+    lines: Path | None = None,
+) -> None:
+    """Checks every kind in a process of its own; results go to `state`.
+
+    seconds: since the start of the script, after which no kind is begun and what runs is ended.
+    lines: a file that takes each result as a line of JSON, at once.
+    """
     state.mkdir(parents=True, exist_ok=True)
     running: dict[int, tuple[Kind, float]] = {}
     waiting = list(kinds)
     while waiting or running:
+        if time.monotonic() - START > seconds:
+            for pid in running:
+                os.kill(pid, 9)
+            return
         while waiting and len(running) < workers:
             kind = waiting.pop(0)
             running[_start(kind, state)] = kind, time.monotonic()
@@ -67,7 +83,10 @@ def sweep(kinds: Iterable[Kind], state: Path, workers: int) -> None:
                 done, status = os.waitpid(pid, 0)
             if done:
                 del running[pid]
-                _finish(kind, state, status, late)
+                found = _finish(kind, state, status, late)
+                if lines is not None:
+                    with lines.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(found) + "\n")
         time.sleep(0.05)
 
 
@@ -87,8 +106,10 @@ def _start(kind: Kind, state: Path) -> int:
         os._exit(0)
 
 
-def _finish(kind: Kind, state: Path, status: int, late: bool) -> None:
-    found = read(state).get(str(kind)) or {
+def _finish(kind: Kind, state: Path, status: int, late: bool) -> dict[str, Any]:
+    path = _path(state, kind.type, kind.role)
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    found = found or {
         "type": kind.type,
         "role": kind.role,
         "step": "start",
@@ -99,8 +120,17 @@ def _finish(kind: Kind, state: Path, status: int, late: bool) -> None:
         why = "out of time" if late else f"its process ended with status {status}"
         found["errors"][found["step"]] = why
         found["failed"] = [*found["failed"], found["step"]]
-        write(state, found)
+        found = write(state, found)
     print(line_of(found), flush=True)
+    return found
+
+
+def merge(lines: Path, state: Path) -> None:
+    """Takes the results of another machine (`--lines` there) into `state`; the last of a kind
+    counts."""
+    state.mkdir(parents=True, exist_ok=True)
+    for line in lines.read_text(encoding="utf-8").splitlines():
+        _keep(state, json.loads(line))
 
 
 @cache
@@ -108,11 +138,20 @@ def _commit() -> str:
     return common.head("cpu")["commit"]
 
 
-def write(state: Path, result: dict[str, Any]) -> None:
+def write(state: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Keeps what was found, with the commit of the code and the release of transformers: a sweep
     may go on where one stopped."""
     result = {**result, "commit": _commit(), "transformers": transformers.__version__}
-    path = state / f"{result['type']}.{result['role']}.json"
+    _keep(state, result)
+    return result
+
+
+def _path(state: Path, type_: str, role: str) -> Path:
+    return state / f"{type_}.{role}.json"
+
+
+def _keep(state: Path, result: dict[str, Any]) -> None:
+    path = _path(state, result["type"], result["role"])
     path.with_suffix(".new").write_text(json.dumps(result, indent=1), encoding="utf-8")
     path.with_suffix(".new").rename(path)
 
@@ -265,11 +304,17 @@ def main() -> None:
     parser.add_argument("--redo", action="store_true", help="check again what is there already")
     parser.add_argument("--failed", action="store_true", help="check again what failed")
     parser.add_argument("--list", action="store_true", help="print the kinds and stop")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end by then")
+    parser.add_argument("--lines", type=Path, help="append each result here as a line of JSON")
+    parser.add_argument("--merge", type=Path, help="take such lines into --state, and stop")
     parser.add_argument("--page", action="store_true", help="write the page and the results only")
     given = parser.parse_args()
     kinds = chosen(given.types, given.roles)
     if given.list:
         print("\n".join(map(str, kinds)))
+        return
+    if given.merge:
+        merge(given.merge, given.state)
         return
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -280,7 +325,8 @@ def main() -> None:
     if given.failed:
         known = {name: result for name, result in known.items() if not result["failed"]}
     if not given.page:
-        sweep([kind for kind in kinds if str(kind) not in known], given.state, given.workers)
+        waiting = [kind for kind in kinds if str(kind) not in known]
+        sweep(waiting, given.state, given.workers, given.seconds, given.lines)
     results = read(given.state)
     if given.page or not (given.types or given.roles):
         PAGE.write_text(page(results), encoding="utf-8")
