@@ -145,7 +145,10 @@ class AwqConfig:
     def _from_known(cls, settings: Mapping[str, Any]) -> AwqConfig:
         method = settings.get("quant_method", "awq")
         if str(getattr(method, "value", method)) != "awq":
-            raise ConfigError(f"quant_method is {method!r}; this package reads 'awq' checkpoints.")
+            raise ConfigError(
+                f"quant_method is {method!r}; this package reads 'awq' checkpoints. `awq convert` "
+                "turns those of compressed-tensors into them."
+            )
         given: dict[str, Any] = {}
         for key, value in settings.items():
             name = _SPELLINGS.get(key, key)

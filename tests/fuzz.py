@@ -43,7 +43,7 @@ import torch
 
 from awq import AutoAWQForCausalLM, AutoAWQForEmbedding, Encoder, quantize_directory
 from awq.checkpoint import convert_checkpoint
-from awq.checkpoint.convert import read_packed
+from awq.checkpoint.packed import read_packed
 from awq.checkpoint.source import Source
 from awq.cli import make_parser
 from awq.errors import AwqError

@@ -19,12 +19,19 @@ _INHERITED = ("license", "license_name", "license_link", "language", "library_na
 _VLLM_GROUP_SIZES = (-1, 32, 64, 128)  # what vLLM's AWQ kernels take (0.33)
 
 _TITLE = re.compile(rb"^# (.+)$", re.MULTILINE)
+_USE = re.compile(rb"^## Use\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 _PACKED = "{bits}-bit AWQ weights (arXiv 2306.00978), group size {group_size}, version `{format}`."
 _DENSE = (
     "Dense weights that hold {bits}-bit AWQ values (arXiv 2306.00978), group size {group_size}: "
     "any reader loads them, at full size."
 )
+_COMPRESSED = (
+    "{bits}-bit AWQ weights (arXiv 2306.00978), group size {group_size}, in the format of "
+    "compressed-tensors."
+)
+_ABOUT = {"dense": _DENSE, "compressed-tensors": _COMPRESSED}  # all others are AWQ's
+_NEEDS = "# pip install compressed-tensors\n"
 # The name on PyPI may still be AutoAWQ's, whose last version is 0.2.9.
 _REGISTER = "import awq  # autoawq 0.3.0 or later, so that transformers loads this checkpoint\n"
 _TRANSFORMERS = """
@@ -91,17 +98,37 @@ def write_card(
     """
     title = name or f"{Path(str(source)).name if source else 'model'}-awq"
     card = directory / "README.md"
-    about = _PACKED if packed else _DENSE
+    layout = config.format if packed else "dense"
     parts = [
         f"---\n{_metadata(card, directory, source)}---\n\n# {title}\n",
-        about.format(bits=config.bits, group_size=config.group_size, format=config.format),
+        _about(config, layout),
         _origin(source),
-        "\n## Use\n",
-        *_usage(directory, config, packed, title),
+        "",
+        _usage(directory, config, layout, title),
     ]
     if report is not None:
         parts += [*_recovery(report.evaluation), *_making(report)]
     card.write_text("\n".join(parts), encoding="utf-8")
+
+
+def rewrite_card(directory: Path, config: AwqConfig, old: str, new: str) -> None:
+    """Makes the card in `directory` speak of the layout `new` where it spoke of `old`: what the
+    weights are, and which programs read them. A card that is not this package's stays."""
+    path = directory / "README.md"
+    if not path.is_file():
+        return
+    card = path.read_bytes()  # what a stranger wrote need not be UTF-8
+    sentence, title = _about(config, old).encode(), _TITLE.search(card)
+    if sentence not in card or title is None:
+        return
+    name = title.group(1).decode("utf-8", "replace")
+    card = card.replace(sentence, _about(config, new).encode())
+    usage = _usage(directory, config, new, name).encode()
+
+    def section(found: re.Match[bytes]) -> bytes:
+        return usage if found.end() == len(card) else usage + b"\n"
+
+    path.write_bytes(_USE.sub(section, card, count=1))
 
 
 def with_name(card: bytes, name: str) -> bytes:
@@ -160,21 +187,36 @@ def _origin(source: str | Path | None) -> str:
     return f"Quantized from `{Path(str(source)).name}`." if source else ""
 
 
-def _usage(directory: Path, config: AwqConfig, packed: bool, name: str) -> list[str]:
-    """One snippet for each program that reads this directory."""
+def _about(config: AwqConfig, layout: str) -> str:
+    """What the weights are, in one sentence."""
+    return _ABOUT.get(layout, _PACKED).format(
+        bits=config.bits, group_size=config.group_size, format=layout
+    )
+
+
+def _usage(directory: Path, config: AwqConfig, layout: str, name: str) -> str:
+    """The section with one snippet for each program that reads this directory."""
     auto = _auto_name(directory)
-    register = _REGISTER if packed else ""
+    packed = layout not in _ABOUT
     snippets = [_TRANSFORMERS]
     if (directory / "modules.json").exists():
-        snippets = [_SENTENCES, _ENCODER, _TRANSFORMERS]
-    elif auto == "AutoModelForCausalLM" and packed:
-        snippets.append(_GENERATE)
-        if config.zero_point and config.format == "gemm" and config.group_size in _VLLM_GROUP_SIZES:
-            snippets.append(_VLLM)
-    return [
+        snippets = [_SENTENCES, _ENCODER, _TRANSFORMERS] if packed else [_SENTENCES, _TRANSFORMERS]
+    elif auto == "AutoModelForCausalLM":
+        snippets += [_GENERATE] if packed else []
+        snippets += [_VLLM] if _vllm_reads(config, layout) else []
+    register = _REGISTER if packed else _NEEDS if layout == "compressed-tensors" else ""
+    texts = [
         snippet.strip("\n").format(register=register, auto=auto, name=name) + "\n"
         for snippet in snippets
     ]
+    return "\n".join(["## Use\n", *texts])
+
+
+def _vllm_reads(config: AwqConfig, layout: str) -> bool:
+    if layout == "dense":
+        return False  # it does, as any other model; nothing needs to be said
+    fits = config.zero_point and config.group_size in _VLLM_GROUP_SIZES
+    return fits and layout in ("gemm", "compressed-tensors")
 
 
 def _recovery(evaluation: Any) -> list[str]:

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from awq.checkpoint.convert import read_packed
-from awq.checkpoint.files import REPORT_FILE, PackedTensors, read_json, weight_files
+from awq.checkpoint.files import REPORT_FILE, read_json, weight_files
+from awq.checkpoint.packed import PackedCheckpoint
 from awq.checkpoint.source import Source, body_directory
-from awq.config import AwqConfig
 
 
 @dataclass(frozen=True)
@@ -45,42 +44,36 @@ class Comparison:
 def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
     """Compares two local quantized directories. Raises ConfigError or CheckpointError when one is
     none."""
-    sources = [Source.open_directory(first), Source.open_directory(second)]
-    configs = [source.settings for source in sources]
-    packed = [source.packed for source in sources]
-    shared = [name for name in packed[0] if name in packed[1]]
+    one, two = PackedCheckpoint.open(first), PackedCheckpoint.open(second)
+    shared = [name for name in one.linears if name in two.linears]
     differing = {}
     equal = 0
     for name in shared:
-        same, share = _difference(name, packed, configs)
+        same, share = _difference(name, one, two)
         equal += same
         if not same:
             differing[name] = share
     return Comparison(
-        settings=_settings(configs),
-        weight_bytes=(_size(sources[0]), _size(sources[1])),
+        settings=_settings(one, two),
+        weight_bytes=(_size(one.source), _size(two.source)),
         shared=len(shared),
         equal=equal,
-        only_first=sorted(packed[0].keys() - packed[1].keys()),
-        only_second=sorted(packed[1].keys() - packed[0].keys()),
-        losses=_losses(sources),
+        only_first=sorted(one.linears.keys() - two.linears.keys()),
+        only_second=sorted(two.linears.keys() - one.linears.keys()),
+        losses=_losses([one.source, two.source]),
         differing_weights=dict(sorted(differing.items(), key=lambda item: -item[1])),
     )
 
 
-def _settings(configs: list[AwqConfig]) -> dict[str, tuple[Any, Any]]:
-    first, second = (config.to_dict() for config in configs)
+def _settings(one: PackedCheckpoint, two: PackedCheckpoint) -> dict[str, tuple[Any, Any]]:
+    first, second = (opened.config.to_dict() | {"version": opened.layout} for opened in (one, two))
     names = ("w_bit", "q_group_size", "zero_point", "version")
     return {name: (first[name], second[name]) for name in names}
 
 
-def _difference(
-    name: str, packed: list[PackedTensors], configs: list[AwqConfig]
-) -> tuple[bool, float]:
+def _difference(name: str, one: PackedCheckpoint, two: PackedCheckpoint) -> tuple[bool, float]:
     """Whether all three tensors are the same, and the share of integers that differ."""
-    first, second = (
-        read_packed(name, tensors[name], config) for tensors, config in zip(packed, configs)
-    )
+    first, second = one.read(name), two.read(name)
     if first.codes.shape != second.codes.shape:
         return False, 1.0
     same = all(torch.equal(a, b) for a, b in zip(first[:3], second[:3]))

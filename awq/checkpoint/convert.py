@@ -1,158 +1,136 @@
-"""Converting a saved checkpoint between the packed versions, file by file and exactly."""
+"""Converting a saved checkpoint into another layout, linear by linear and without a model."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from awq.checkpoint.account import is_finite
+from awq.checkpoint import compressed_tensors
+from awq.checkpoint.card import rewrite_card
 from awq.checkpoint.companions import copy_files
 from awq.checkpoint.directory import complete_directory
-from awq.checkpoint.files import (
-    INDEX_FILE,
-    PackedTensors,
-    check_complete,
-    read_json,
-    weight_files,
-)
-from awq.checkpoint.match import fits_dtype
-from awq.checkpoint.modules import body_directory
-from awq.checkpoint.source import Source
-from awq.config import PACKED_TENSORS, AwqConfig, normalize_format
+from awq.checkpoint.files import INDEX_FILE, read_json, weight_files
+from awq.checkpoint.packed import PackedCheckpoint
+from awq.checkpoint.shard_writer import ShardWriter
+from awq.config import FORMATS, normalize_format
 from awq.core.weight import QuantizedWeight
-from awq.errors import CheckpointError, ConfigError
+from awq.errors import ConfigError
 from awq.formats import get_format
-from awq.formats.gemv_fast import zeros_are_whole
+
+DENSE = "dense"
+LAYOUTS = (*FORMATS, compressed_tensors.NAME, DENSE)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How one linear is written, and what config.json says of all (None: it is an ordinary
+    model)."""
+
+    name: str
+    tensors: Callable[[str, QuantizedWeight], dict[str, Tensor]]
+    settings: dict[str, Any] | None
 
 
 def convert_checkpoint(source: str | Path, target: str | Path, version: str) -> int:
-    """Rewrites the checkpoint in `source` as `version` ("gemm", "gemv", "gemv_fast") into `target`.
+    """Rewrites the checkpoint in `source` as `version` into `target`.
 
-    One weight file is in memory at a time. Returns the number of converted linears. Raises
+    version: "gemm", "gemv" or "gemv_fast"; "compressed-tensors", the files of llm-compressor;
+    "dense", ordinary weights with the quantized values, in the model's dtype. All but "dense" keep
+    every code, zero and scale. `source` may be in any of these but "dense".
+
+    At most one shard of 5 GB is in memory. Returns the number of converted linears. Raises
     CheckpointError for a broken or unquantized source, ConfigError for a version that cannot hold a
     linear's shape; `target` is then untouched.
 
     >>> convert_checkpoint("my-model-awq", "my-model-gemv", "gemv")
     21
     """
-    version = normalize_format(version)
-    opened = Source.open_directory(source)
+    name = layout_name(version)
+    opened = PackedCheckpoint.open(source)
+    layout = _layout(name, opened)
     root = Path(source)
-    config, packed = opened.settings, opened.packed
-    if not packed:
-        raise CheckpointError(f"{root} holds no packed weights (no tensor named qweight).")
-    inner = body_directory(root).relative_to(root)
-    weights = {file.name for file in weight_files(root / inner)} | {INDEX_FILE}
+    inner = opened.body.relative_to(root)
+    weights = {file.name for file in weight_files(opened.body)} | {INDEX_FILE}
     with complete_directory(target, root) as work:
         copy_files(root, work, lambda file: file.parent != inner or file.name not in weights)
-        _write_weights(root / inner, work / inner, packed, config, version)
-        settings = read_json(work / inner / "config.json")
-        settings["quantization_config"] = config.with_(format=version).to_transformers_dict()
-        (work / inner / "config.json").write_text(
-            json.dumps(settings, indent=2) + "\n", encoding="utf-8"
-        )
-        card = work / "README.md"
-        if card.is_file():
-            old, new = (f"version `{name}`".encode() for name in (config.format, version))
-            # bytes: what a stranger wrote need not be UTF-8
-            card.write_bytes(card.read_bytes().replace(old, new))
-    return len(packed)
+        _write_weights(opened, layout, work / inner)
+        _write_settings(work / inner / "config.json", layout.settings)
+        rewrite_card(work, opened.config, opened.layout, name)
+    return len(opened.linears)
 
 
-def _write_weights(
-    source: Path, work: Path, packed: PackedTensors, config: AwqConfig, version: str
-) -> None:
-    weight_map: dict[str, str] = {}
-    total = 0
-    for path in weight_files(source):
+def layout_name(version: str) -> str:
+    """Canonical name of a layout: "GEMM" → "gemm". Raises ConfigError for one that is not in
+    `LAYOUTS`."""
+    plain = str(getattr(version, "value", version)).lower().replace("_", "-")
+    if plain in (compressed_tensors.NAME, DENSE):
+        return plain
+    try:
+        return normalize_format(version)
+    except ConfigError as error:
+        raise ConfigError(
+            f"version {version!r} is unknown; use one of {', '.join(LAYOUTS)}."
+        ) from error
+
+
+def _layout(name: str, opened: PackedCheckpoint) -> _Layout:
+    dtype = _model_dtype(opened)
+    if name == DENSE:
+        return _Layout(name, lambda linear, w: {f"{linear}.weight": w.dequantize(dtype)}, None)
+    if name == compressed_tensors.NAME:
+        settings = compressed_tensors.write_settings(opened.config, opened.dense_matrices())
+        return _Layout(name, lambda linear, w: compressed_tensors.pack(linear, w, dtype), settings)
+    packed_format = get_format(name)
+
+    def tensors(linear: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+        try:
+            parts = packed_format.pack(weight)
+        except ConfigError as error:
+            raise ConfigError(f"{linear}: {error}") from error
+        return {f"{linear}.{kind}": part.contiguous() for kind, part in parts.items()}
+
+    return _Layout(name, tensors, opened.config.with_(format=name).to_transformers_dict())
+
+
+def _model_dtype(opened: PackedCheckpoint) -> torch.dtype:
+    """The dtype that the config gives the model; float32, which rounds nothing, where it gives
+    none."""
+    config = opened.source.config
+    text = config.get_text_config()
+    found = getattr(config, "dtype", None) or getattr(text, "dtype", None)
+    found = found or getattr(config, "torch_dtype", None)
+    if isinstance(found, str):
+        found = getattr(torch, found, None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _write_weights(opened: PackedCheckpoint, layout: _Layout, folder: Path) -> None:
+    """All tensors: those of packed linears in the new layout, the others as they are."""
+    owners = {
+        f"{linear}.{kind}": linear for linear, kinds in opened.linears.items() for kind in kinds
+    }
+    writer = ShardWriter(folder)
+    for path in weight_files(opened.body):
         with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            tensors = {
-                n: file.get_tensor(n)
-                for n in names
-                if n.rpartition(".")[2] not in PACKED_TENSORS or n.rpartition(".")[0] not in packed
-            }
-            metadata = file.metadata() or {"format": "pt"}
-        # A linear is written whole into the file that holds its qweight: shards cut between any two
-        # tensors.
-        for name in (n.removesuffix(".qweight") for n in names if n.endswith(".qweight")):
-            tensors |= _converted(name, packed[name], config, version)
-        if not tensors:
-            continue
-        save_file(tensors, work / path.name, metadata=metadata)
-        weight_map |= dict.fromkeys(tensors, path.name)
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
-    if (source / "model.safetensors.index.json").is_file():
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (work / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=1) + "\n", encoding="utf-8"
-        )
+            for name in list(file.keys()):
+                linear = owners.get(name)
+                if linear is None:
+                    writer.add({name: file.get_tensor(name)})
+                elif name.endswith(f".{opened.first}"):
+                    writer.add(layout.tensors(linear, opened.read(linear)))
+    writer.close()
 
 
-def _converted(
-    name: str, entries: dict[str, dict[str, Any]], config: AwqConfig, version: str
-) -> dict[str, Tensor]:
-    """The three tensors of one linear in the new layout."""
-    weight = read_packed(name, entries, config)
-    try:
-        return {
-            f"{name}.{kind}": t.contiguous() for kind, t in get_format(version).pack(weight).items()
-        }
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error
-
-
-def read_packed(
-    name: str, entries: dict[str, dict[str, Any]], config: AwqConfig
-) -> QuantizedWeight:
-    """The weight of one packed linear of a checkpoint; entries: its part of `Source.packed`.
-
-    Raises CheckpointError when its tensors are missing, broken, or of other shapes than the config
-    says.
-    """
-    check_complete(name, entries)
-    parts = {}
-    for kind in PACKED_TENSORS:
-        with safe_open(entries[kind]["file"], "pt") as file:
-            parts[kind] = file.get_tensor(f"{name}.{kind}")
-    if parts["qweight"].dim() != 2:
-        raise CheckpointError(
-            f"{name}: qweight has shape {list(parts['qweight'].shape)}, not two axes."
-        )
-    packed_format = get_format(config.format)
-    in_features, out_features = packed_format.features_of(parts["qweight"])
-    size = config.group_size_of(in_features, name)
-    shapes = packed_format.shapes(in_features, out_features, size)
-    wrong = [kind for kind in PACKED_TENSORS if tuple(parts[kind].shape) != shapes[kind][0]]
-    strange = [
-        kind for kind in PACKED_TENSORS if not fits_dtype(entries[kind]["dtype"], shapes[kind][1])
-    ]
-    if strange:
-        raise CheckpointError(
-            f"{name}: {strange[0]} has dtype {entries[strange[0]]['dtype']}; the checkpoint is "
-            "broken."
-        )
-    if not is_finite(parts["scales"]):
-        raise CheckpointError(
-            f"{name}: scales hold numbers that are not finite; download the checkpoint again."
-        )
-    if wrong:
-        raise CheckpointError(
-            f"{name}: {wrong[0]} has shape {list(parts[wrong[0]].shape)}, not "
-            f"{list(shapes[wrong[0]][0])} as version "
-            f"{config.format} with group_size {config.group_size} would have; correct "
-            "quantization_config in config.json."
-        )
-    if config.format == "gemv_fast" and not zeros_are_whole(parts["scales"], parts["qzeros"]):
-        raise CheckpointError(
-            f"{name}: qzeros are no whole multiples of scales; download the checkpoint again."
-        )
-    try:
-        return packed_format.unpack(parts, in_features, out_features, size)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error
+def _write_settings(path: Path, settings: dict[str, Any] | None) -> None:
+    config = read_json(path)
+    config.pop("quantization_config", None)
+    if settings is not None:
+        config["quantization_config"] = settings
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

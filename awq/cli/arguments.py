@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from awq.evals.gates import Gates
 
 VERSIONS = ("GEMM", "GEMV", "GEMVFast")
+OTHER_LAYOUTS = ("compressed-tensors", "dense")  # those of other programs
 PRESETS = ("fast", "balanced", "best")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -32,10 +33,14 @@ def group_size(text: str) -> int:
 
 
 def version(text: str) -> str:
-    """The name of a format in any spelling ("gemm", "gemv_fast") as AutoAWQ writes it; others stay,
-    and are refused."""
-    plain = text.lower().replace("_", "").replace("-", "")
-    return next((name for name in VERSIONS if name.lower() == plain), text)
+    """The name of a layout in any spelling ("gemm", "gemv_fast") as it is listed; others stay, and
+    are refused."""
+    plain = _plain(text)
+    return next((name for name in (*VERSIONS, *OTHER_LAYOUTS) if _plain(name) == plain), text)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +56,16 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_version(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """`--version`; without a default it must be given."""
+def add_version(
+    parser: argparse.ArgumentParser, default: str | None = None, others: tuple[str, ...] = ()
+) -> None:
+    """`--version`; without a default it must be given. others: layouts of other programs that it
+    takes."""
     about = "layout of the files; GEMM is what other programs read"
     parser.add_argument(
         "--version",
         type=version,
-        choices=VERSIONS,
+        choices=(*VERSIONS, *others),
         default=default,
         required=default is None,
         help=about,

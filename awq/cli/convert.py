@@ -1,16 +1,16 @@
-"""Convert a saved checkpoint to another version (GEMM, GEMV, GEMVFast)."""
+"""Convert a saved checkpoint into another layout: AWQ's three, compressed-tensors or dense."""
 
 from __future__ import annotations
 
 import argparse
 
-from awq.cli.arguments import add_version
+from awq.cli.arguments import OTHER_LAYOUTS, add_version
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="quantized directory")
     parser.add_argument("output", help="directory to write")
-    add_version(parser)
+    add_version(parser, others=OTHER_LAYOUTS)
 
 
 def run(arguments: argparse.Namespace) -> None:
