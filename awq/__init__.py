@@ -7,7 +7,7 @@ transformers' loader for AWQ checkpoints (`awq.unregister()` undoes it).
 
 from typing import TYPE_CHECKING
 
-from awq import _register
+from awq import _gone, _register
 from awq._lazy import lazy_names
 
 if TYPE_CHECKING:
@@ -54,3 +54,4 @@ __all__ = [*_HOME]
 __getattr__ = lazy_names(__name__, _HOME)
 
 _register.install()
+_gone.install()

@@ -1,5 +1,7 @@
 """AutoAWQ's import paths and signatures, as other software uses them."""
 
+import importlib
+
 import pytest
 import torch
 import zoo
@@ -8,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from awq import AutoAWQForCausalLM, AwqConfig
 from awq.core.weight import round_to_nearest
-from awq.errors import ConfigError, ModelError
+from awq.errors import AwqError, ConfigError, ModelError
 from awq.models.base import BaseAWQForCausalLM
 from awq.modules.act import ScaledActivation
 from awq.modules.linear import WQLinear_GEMM, WQLinear_GEMV, WQLinear_GEMVFast
@@ -156,6 +158,65 @@ def test_first_argument_of_quantize(kind, llama_dir, texts, tokenizer):
     assert report is model.report and len(report.linears) == 21 and report.tokens
     with pytest.raises(ConfigError, match="quantized already"):
         model.quantize(tokenizer)
+
+
+def test_a_quantizer_of_ones_own_is_refused(llama_dir, bert_dir, texts):
+    class Own(AwqQuantizer):
+        def quantize(self):
+            raise AssertionError
+
+    for place in (llama_dir, bert_dir):
+        model = AutoAWQForCausalLM.from_pretrained(str(place))
+        with pytest.raises(ConfigError, match="quantizer_cls is Own"):
+            model.quantize(calib_data=texts, quant_config=QUANT, quantizer_cls=Own)
+        assert not model.is_quantized
+
+
+@pytest.mark.parametrize(
+    ("name", "said_now"),
+    [
+        ("gguf_compatible", "export_compatible"),
+        ("n_samples", "max_calib_samples"),
+        ("seqlen", "max_calib_seq_len"),
+        ("mse_range", "apply_clip"),
+        ("modules_to_not_convert", "quant_config="),
+    ],
+)
+def test_older_names_say_what_they_are_called_now(name, said_now, llama_dir):
+    model = AutoAWQForCausalLM.from_pretrained(str(llama_dir))
+    with pytest.raises(ConfigError, match=f"{name}; say {said_now}"):
+        model.quantize(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("awq.evaluation.eval_utils", "awq eval"),
+        ("awq.models.qwen2vl", "AutoAWQForCausalLM"),
+        ("awq.modules.fused.attn", "fuse_layers=True"),
+        ("awq.modules.linear.exllama", "by device"),
+        ("awq.utils.calib_data", "load_calibration"),
+        ("awq.utils.qwen_vl_utils", "processor"),
+    ],
+)
+def test_modules_without_a_counterpart_say_what_to_use(name, instead):
+    with pytest.raises(ModuleNotFoundError, match=instead) as refused:
+        importlib.import_module(name)
+    assert refused.value.name.startswith("awq.") and "\n" not in str(refused.value)
+
+
+def test_a_module_that_nobody_had_is_not_found():
+    with pytest.raises(ModuleNotFoundError, match="No module named 'awq.nothing'$"):
+        importlib.import_module("awq.nothing")
+
+
+def test_arguments_of_the_download(llama_dir):
+    """AutoAWQ gave them to `snapshot_download`, which chooses files; here transformers does."""
+    chosen = {"ignore_patterns": "*.bin", "max_workers": 2, "local_files_only": True}
+    model = AutoAWQForCausalLM.from_pretrained(str(llama_dir), download_kwargs=chosen)
+    assert model.processor is None, "of text alone"
+    with pytest.raises(AwqError, match="patterns"):
+        AutoAWQForCausalLM.from_pretrained(str(llama_dir), download_kwargs={"patterns": "*"})
 
 
 def test_clip_has_two_names(llama_dir, texts):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from awq import AutoAWQForCausalLM
@@ -69,6 +69,11 @@ def both(model, wrapper, **kwargs):
     return results
 
 
+def cuts_its_own_window(family):
+    """Gemma 3 before 4.52 cuts its window inside of its blocks, where no mask shows it."""
+    return family == "gemma3_text" and not hasattr(PreTrainedModel, "set_attn_implementation")
+
+
 @pytest.mark.parametrize("family", zoo.DECODERS)
 def test_greedy_equals_transformers(family):
     if not zoo.available(family):
@@ -91,7 +96,8 @@ def test_greedy_equals_transformers(family):
     assert len(theirs.unique()) > 8  # a model that says one token would show nothing
     # releases differ in who uses it
     interface = hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
-    assert (wrapper.fusion.state == "fused") == (interface and family not in ALIBI), wrapper.fusion
+    fusable = interface and family not in ALIBI and not cuts_its_own_window(family)
+    assert (wrapper.fusion.state == "fused") == fusable, wrapper.fusion
 
 
 def test_an_attention_argument_that_is_not_known_is_refused(llama):

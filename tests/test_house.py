@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "errors": 0,
     "config": 0,
+    "_gone": 0,
     "_register": 0,
     "_lazy": 0,
     "_bars": 0,

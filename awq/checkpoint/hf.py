@@ -8,6 +8,7 @@ them differently.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,6 +46,8 @@ from awq.nn.linear import WQLinear
 from awq.nn.memory import leave_files, trim
 from awq.nn.packed_experts import AwqExperts, pack_experts
 from awq.nn.surgery import linear_shape, named_linears, replace_module
+
+logger = logging.getLogger("awq.checkpoint")
 
 _TABLES: tuple[Any, ...] = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
 _previous: list[Any] = []
@@ -182,6 +185,11 @@ class AwqHfQuantizer(HfQuantizer):
             replace_module(model, name, model.get_submodule(source))
         pack_experts(model)
         prepare(model)
+        if getattr(self.quantization_config, "do_fuse", False):  # of 4.x, put there while loading
+            logger.warning(
+                "do_fuse has no effect in from_pretrained; "
+                "AutoAWQForCausalLM.from_quantized(path, fuse_layers=True) fuses."
+            )
         leave_files(model)
         trim()
         self.packed, self.stored = {}, []

@@ -7,8 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
+from awq.calibration.samples import tokenizer_of
+from awq.calibration.sources import first_line
 from awq.checkpoint.modules import body_directory
 from awq.errors import ModelError
 
@@ -43,3 +45,13 @@ def find_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     except ModelError as error:
         logger.info("%s", error)
         return None
+
+
+def find_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The processor of a model that takes images or sound, or None."""
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # in as many ways as tokenizers
+        logger.info("%s has no processor: %s", path, first_line(error))
+        return None
+    return None if tokenizer_of(processor) is processor else processor

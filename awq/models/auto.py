@@ -3,14 +3,16 @@ models alike."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 
 from awq.checkpoint.load import body_class, load_model
-from awq.checkpoint.source import Source, hub_arguments
+from awq.checkpoint.source import HUB_ARGUMENTS, Source, hub_arguments
 from awq.checkpoint.streaming import StreamedBlocks
 from awq.checkpoint.tokenizer import find_tokenizer
 from awq.checkpoint.work_folder import WorkFolder
@@ -78,7 +80,7 @@ class AutoAWQForCausalLM:
         dtype = _dtype(model_init_kwargs.pop("dtype", torch_dtype))
         if not safetensors:
             logger.info("safetensors=False is ignored: weights are read from safetensors only.")
-        kwargs = {**(download_kwargs or {}), **model_init_kwargs}
+        kwargs = {**_download(download_kwargs), **model_init_kwargs}
         if device_map is not None:
             kwargs["device_map"] = device_map
         source = Source.open(model_path, trust_remote_code, **hub_arguments(kwargs))
@@ -146,7 +148,7 @@ class AutoAWQForCausalLM:
         source = Source.open(
             quant_path,
             trust_remote_code,
-            **hub_arguments({**(download_kwargs or {}), **config_kwargs}),
+            **hub_arguments({**_download(download_kwargs), **config_kwargs}),
         )
         stored = source.settings
         _note_unused(
@@ -159,7 +161,7 @@ class AutoAWQForCausalLM:
         placement = {"max_memory": max_memory, "offload_folder": offload_folder}
         kwargs = (
             {k: v for k, v in placement.items() if v is not None}
-            | (download_kwargs or {})
+            | _download(download_kwargs)
             | config_kwargs
         )
         if device_map is not None and device is None:
@@ -210,6 +212,14 @@ def _check_dequantizes(source: Source, wanted: Any) -> None:
         f"{source.name} is stored in {method} already, whose error would add to that of 4 bits; "
         f"{advice}."
     )
+
+
+def _download(given: dict | None) -> dict:
+    """`download_kwargs` without what belongs to `snapshot_download` alone: files are chosen by
+    transformers here."""
+    known = {*HUB_ARGUMENTS, "force_download"}
+    theirs = {*inspect.signature(snapshot_download).parameters} - known
+    return {name: value for name, value in (given or {}).items() if name not in theirs}
 
 
 def _root_of(folder: str) -> str:

@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +24,7 @@ from awq.checkpoint.hf import mark_quantized
 from awq.checkpoint.hub import check_push, push_directory
 from awq.checkpoint.source import position_limit
 from awq.checkpoint.streaming import StreamedBlocks
-from awq.checkpoint.tokenizer import find_tokenizer
+from awq.checkpoint.tokenizer import find_processor, find_tokenizer
 from awq.config import AwqConfig
 from awq.errors import ConfigError, ModelError
 from awq.models.generation import FusedGeneration
@@ -39,6 +40,7 @@ from awq.nn.unfinished import check_finished, unfinished
 from awq.quantize import QuantizeOptions, QuantReport, quantize_model
 from awq.quantize.checks import check_quantizable
 from awq.quantize.plan import make_plan
+from awq.quantize.quantizer import AwqQuantizer
 from awq.quantize.tuning import Embed
 
 logger = logging.getLogger("awq.models")
@@ -100,6 +102,12 @@ class AwqModel(nn.Module):
     @tokenizer.setter
     def tokenizer(self, value: Any) -> None:
         self._tokenizer, self._tokenizer_known = value, True
+
+    @cached_property
+    def processor(self) -> Any:
+        """The processor beside a model that takes images or sound, loaded when first asked for;
+        None for models of text."""
+        return find_processor(self.path, self._trust_remote_code)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The transformers model's own forward: `.logits` of a language model, `.last_hidden_state`
@@ -388,8 +396,9 @@ class BaseAWQForCausalLM(FusedGeneration, AwqModel):
         ids ([samples, tokens] tensor, or a list of id tensors of any lengths), a tokenizer's
         output, or texts.
         quant_config: {"zero_point", "q_group_size", "w_bit", "version", "modules_to_not_convert"}.
-        The other arguments are AutoAWQ's; n_parallel_calib_samples, max_chunk_memory and
-        quantizer_cls are accepted and not needed. general_texts: rows of the bundled text join
+        The other arguments are AutoAWQ's; n_parallel_calib_samples and max_chunk_memory are
+        accepted and not needed, and a quantizer_cls of one's own is refused. general_texts: rows
+        of the bundled text join
         texts that calibrate a language model's error feedback, so that it does not follow their
         domain alone; both are twice `max_calib_samples` rows (docs/calibration.md). Token ids
         stay alone.
@@ -403,6 +412,7 @@ class BaseAWQForCausalLM(FusedGeneration, AwqModel):
         True
         >>> model.save_quantized("my-model-awq")
         """
+        check_quantizer(quantizer_cls)
         return self._quantize(
             tokenizer,
             quant_config,
@@ -436,8 +446,32 @@ def _check_streamed(options: QuantizeOptions, export_compatible: bool) -> None:
         )
 
 
+def check_quantizer(quantizer_cls: Any) -> None:
+    """Refuses a quantizer of the caller's own, whose methods would never be called."""
+    if quantizer_cls not in (None, AwqQuantizer):
+        name = getattr(quantizer_cls, "__name__", repr(quantizer_cls))
+        raise ConfigError(
+            f"quantizer_cls is {name}, whose methods nothing would call here; leave it out, and "
+            "give inputs of a processor as calib_data."
+        )
+
+
+# How AutoAWQ called some of it in one release or another → how it is said here.
+_SAID_NOW = {
+    "auto_scale": "scaling",
+    "gguf_compatible": "export_compatible",
+    "modules_to_not_convert": 'quant_config={"modules_to_not_convert": [...]}',
+    "mse_range": "apply_clip",
+    "n_samples": "max_calib_samples",
+    "seqlen": "max_calib_seq_len",
+}
+
+
 def _options(given: dict[str, Any]) -> QuantizeOptions:
     unknown = sorted(set(given) - set(QuantizeOptions.__dataclass_fields__))
+    for name in unknown:
+        if name in _SAID_NOW:
+            raise ConfigError(f"quantize() does not know {name}; say {_SAID_NOW[name]} instead.")
     if unknown:
         known = ", ".join(QuantizeOptions.__dataclass_fields__)
         raise ConfigError(

@@ -22,7 +22,7 @@ from awq.embed.encoder import Encoder
 from awq.embed.heads import through_heads
 from awq.errors import CalibrationError, ConfigError
 from awq.evals.similarity import judge
-from awq.models.base import AwqModel
+from awq.models.base import AwqModel, check_quantizer
 from awq.quantize import QuantReport
 from awq.quantize.tuning import Embed
 
@@ -32,7 +32,7 @@ _SAMPLES = ((200e6, 256), (1e9, 1024), (float("inf"), 2048))
 _HELD_OUT = 256
 GENERAL_SENTENCES = 3072  # of the bundled text, which join the texts of the task
 # AutoAWQ's, accepted and not needed
-_IGNORED = ("n_parallel_calib_samples", "max_chunk_memory", "quantizer_cls")
+_IGNORED = ("n_parallel_calib_samples", "max_chunk_memory")
 
 
 class AwqEmbeddingModel(AwqModel):
@@ -98,6 +98,7 @@ class AwqEmbeddingModel(AwqModel):
         if given is not None and not self._tokenizer_known:
             self.tokenizer = given
         # General texts are sentences here, and join below.
+        check_quantizer(options.pop("quantizer_cls", None))
         for name in _IGNORED:
             options.pop(name, None)
         if "apply_clip" in options:

@@ -8,14 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awq._lazy import lazy_names
 from awq.config import AwqConfig
 from awq.core.weight import round_to_nearest
 from awq.nn.surgery import get_weight
 
+# AutoAWQ's module had them, too
+__getattr__ = lazy_names(
+    __name__, {"clear_memory": "awq.utils.utils", "get_best_device": "awq.utils.utils"}
+)
+
 
 class AwqQuantizer:
     """The quantizer of AutoAWQ's signature. `quantize_model` does the work; as `quantizer_cls` the
-    name is accepted only."""
+    name is accepted, and classes made of it are refused."""
 
     def __init__(
         self,
