@@ -6,7 +6,7 @@ import torch
 
 from awq.core.ranges import block_diagonal, search_range
 from awq.core.rounding import feedback_factor, round_with_feedback
-from awq.core.scales import gram_loss, search_scale
+from awq.core.scales import _upper_half, gram_loss, search_scale
 from awq.core.weight import (
     QuantizedWeight,
     fake_quantize,
@@ -151,6 +151,30 @@ def test_a_matrix_that_cannot_be_factorized_is_refused(value, place):
     gram[place] = gram[place[::-1]] = value
     with pytest.raises(ModelError, match="16 inputs cannot be factorized"):
         feedback_factor(gram)
+
+
+@pytest.mark.parametrize("columns", [7, 16, 64])
+def test_the_factor_is_that_of_the_inverse_whatever_its_panels(columns, monkeypatch):
+    monkeypatch.setattr("awq.core.rounding.COLUMNS", columns)
+    _, x = layer(tokens=400)
+    x[:, 3] = 0
+    gram = x.t() @ x
+    order, factor = feedback_factor(gram, 0.01)
+    wanted = gram.double()
+    wanted.diagonal()[3] = 1.0
+    wanted.diagonal().add_(0.01 * float(wanted.diagonal().mean()))
+    inverse = torch.linalg.inv(wanted[order][:, order])
+    assert not factor.tril(-1).any()
+    torch.testing.assert_close(factor.t() @ factor, inverse.float())
+
+
+@pytest.mark.parametrize("rows", [5, 64])
+def test_half_of_a_gram_matrix_stands_for_all_of_it(rows, monkeypatch):
+    monkeypatch.setattr("awq.core.scales._ROWS", rows)
+    weight, x = layer()
+    gram = x.t() @ x
+    upper = _upper_half(gram).float()
+    assert torch.equal(upper, (gram.triu() + gram.triu(1)).bfloat16().float())
 
 
 @pytest.mark.parametrize("damping", [-1.0, 0.0, float("nan"), float("inf")])

@@ -161,6 +161,20 @@ def test_original_inputs_are_the_same_kept_or_computed_again(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(kept.outputs(), again.outputs()))
 
 
+@pytest.mark.parametrize("most", [0, 1 << 20])
+def test_original_inputs_outlive_the_original_weights(most, monkeypatch):
+    """Kept or computed again: the block's own weights change while it is quantized."""
+    monkeypatch.setattr("awq.quantize.input_error.MAX_KEPT_VALUES", most)
+    block = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+    hidden = HiddenStates([torch.randn(2, 3, 4)], torch.device("cpu"))
+    with torch.no_grad():
+        between, output = block[:2](hidden[0]), block(hidden[0])
+        found = OriginalInputs(block, ["2"], [BlockCall((), {})], hidden)
+        block[0].weight.zero_()
+        assert torch.equal(found.of(["2"], 0)["2"], between)
+        assert torch.equal(next(found.outputs()), output)
+
+
 def test_inputs_that_a_block_overwrites_are_computed_again():
     class Overwrites(torch.nn.Module):
         def __init__(self):

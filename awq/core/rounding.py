@@ -21,7 +21,7 @@ DAMPING = 0.01
 # tenfold each: beyond 1e10 of the mean, every matrix of finite numbers is its diagonal
 MAX_DAMPINGS = 12
 BLOCK = 128  # columns between two products with all the rest
-COLUMNS = 512  # of a factor, that are worked on at once
+COLUMNS = 512  # of a panel of a triangular matrix
 
 
 def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
@@ -41,64 +41,98 @@ def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Ten
     # A dead input channel: any weight will do there; 1 keeps the matrix regular without moving the
     # others.
     mean = float(diagonal.double().where(diagonal != 0, 1.0).mean())
-    lower = _damped_cholesky(gram, order.flip(0), damping * mean)
-    if lower is None:
+    panels = _damped_cholesky(gram, order.flip(0), damping * mean)
+    if panels is None:
         raise ModelError(
             f"the Gram matrix of {len(order)} inputs cannot be factorized (mean square of an "
             f"input: {mean:g}); its activations "
             'are too large for float32. Quantize with rounding="nearest", or look for a norm with '
             "outsized weights."
         )
-    _invert_lower(lower)
-    factor = torch.empty_like(gram, memory_format=torch.contiguous_format)
-    for start in range(0, len(order), COLUMNS):
-        rows = factor[start : start + COLUMNS]
-        rows.copy_(lower[len(order) - start - len(rows) : len(order) - start].flip(0, 1))
+    _invert(panels)
+    width = len(order)
+    factor = torch.zeros_like(gram, memory_format=torch.contiguous_format)
+    while panels:  # each is given up when its numbers are there
+        panel = panels.pop()
+        start = width - len(panel)
+        stop = start + panel.shape[1]
+        factor[: width - start, width - stop : width - start] = panel.flip(0, 1)
     return order, factor
 
 
-def _damped_cholesky(gram: Tensor, order: Tensor, damping: float) -> Tensor | None:
-    """The lower factor, float64, of H + d·1 for the first d of damping, 11·damping, 111·damping, …
-    that has one; None where none has. H: `gram` with rows and columns in `order`.
+# A lower triangular matrix as panels: some columns each, from their diagonal on. In float64 they
+# take as much memory as the whole matrix does in float32, and not twice that.
+Panels = list[Tensor]
 
-    In place, for a matrix of 28,672 inputs takes 6.6 GB: H is made anew for every d.
+
+def _damped_cholesky(gram: Tensor, order: Tensor, damping: float) -> Panels | None:
+    """The lower factor, float64, of H + d·1 for the first d of damping, 11·damping, 111·damping, …
+    that has one; None where none has. H: `gram` with rows and columns in `order`, 1 for dead
+    channels.
     """
-    if not bool(gram.isfinite().all()):
+    if not all(bool(rows.isfinite().all()) for rows in gram.split(COLUMNS)):
         return None
     total = 0.0
     for power in range(MAX_DAMPINGS):
         total += damping * 10.0**power
-        H = _ordered(gram, order)
-        H.diagonal().add_(total)
-        # Of a transposed matrix torch changes the values where they are.
-        status = torch.empty((), dtype=torch.int32, device=H.device)
-        torch.linalg.cholesky_ex(H.t(), out=(H.t(), status))
-        if not int(status):
-            return H.t()
+        panels = _lower_panels(gram, order, total)
+        if _factorize(panels):
+            return panels
     return None
 
 
-def _ordered(gram: Tensor, order: Tensor) -> Tensor:
-    """The Gram matrix [in, in] in float64 with rows and columns in `order`, 1 for dead channels."""
-    H = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
+def _lower_panels(gram: Tensor, order: Tensor, damping: float) -> Panels:
+    """The lower half of H + damping · 1."""
+    panels = []
     for start in range(0, len(order), COLUMNS):
-        H[start : start + COLUMNS] = gram[order[start : start + COLUMNS]][:, order]
-    H.diagonal()[H.diagonal() == 0] = 1.0
-    return H
+        # Of a symmetric matrix columns are rows, which are read faster.
+        rows = gram[order[start : start + COLUMNS]][:, order[start:]]
+        panel = rows.t().to(torch.float64, memory_format=torch.contiguous_format)
+        diagonal = panel.diagonal()
+        diagonal[diagonal == 0] = 1.0
+        diagonal += damping
+        panels.append(panel)
+    return panels
 
 
-def _invert_lower(lower: Tensor) -> None:
-    """Inverts a lower triangular matrix in place, some columns at a time from the end.
+def _factorize(panels: Panels) -> bool:
+    """Replaces the lower half of a symmetric matrix by its Cholesky factor, in place; whether there
+    is one."""
+    failures = []
+    for number, panel in enumerate(panels):
+        width = panel.shape[1]
+        own, below = panel[:width], panel[width:]
+        root, failed = torch.linalg.cholesky_ex(own)
+        own.copy_(root)
+        failures.append(failed)
+        below.copy_(torch.linalg.solve_triangular(root.t(), below, upper=True, left=False))
+        first = width
+        for later in panels[number + 1 :]:
+            columns = panel[first : first + later.shape[1]]
+            later.addmm_(panel[first:], columns.t(), alpha=-1)
+            first += len(columns)
+    return not bool(torch.stack(failures).any())
+
+
+def _invert(panels: Panels) -> None:
+    """Inverts a lower triangular matrix in place, from its last panel on.
 
     The inverse of [[A, 0], [B, C]] is [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]], and C⁻¹ is there already.
     """
-    for start in reversed(range(0, len(lower), COLUMNS)):
-        stop = min(start + COLUMNS, len(lower))
-        own, below = lower[start:stop, start:stop], lower[stop:, start:stop]
-        identity = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
+    for number in reversed(range(len(panels))):
+        panel = panels[number]
+        width = panel.shape[1]
+        own, below = panel[:width], panel[width:]
+        identity = torch.eye(width, dtype=panel.dtype, device=panel.device)
         inverse = torch.linalg.solve_triangular(own, identity, upper=False)
-        below.copy_(lower[stop:, stop:] @ (below @ inverse)).neg_()
+        product = below @ inverse  # B A⁻¹
         own.copy_(inverse)
+        below.zero_()
+        first = 0
+        for later in panels[number + 1 :]:
+            rows = product[first : first + later.shape[1]]
+            below[first:].addmm_(later, rows, alpha=-1)
+            first += len(rows)
 
 
 def round_with_feedback(

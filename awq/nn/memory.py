@@ -67,6 +67,16 @@ def return_freed_memory() -> None:
             change(_M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
+def release_cached(device: torch.device) -> None:
+    """Hands memory that torch keeps for later tensors back to the GPU.
+
+    Called before tensors that live long are made on a GPU that is nearly full: they would lie
+    inside of what large matrices have left, which could then not be used again for their like.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _mapped_files() -> list[tuple[int, int]]:
     """[start, stop) of addresses where checkpoints are mapped, ascending."""
     try:

@@ -40,6 +40,7 @@ from awq.nn.blocks import (
 )
 from awq.nn.decoder_inputs import placeholder_ids, with_decoder_inputs
 from awq.nn.hidden import HiddenStates, Room
+from awq.nn.memory import release_cached
 from awq.nn.presence import BlockStore, Progress
 from awq.nn.surgery import device_of
 
@@ -338,6 +339,8 @@ def in_float32(block: nn.Module, device: torch.device) -> Iterator[dict[str, tor
     """The block's tensors in float32 on `device` for a while; yields their own dtypes by name."""
     home = device_of(block)
     dtypes = {name: tensor.dtype for name, tensor in _tensors(block)}
+    if home != device:
+        release_cached(device)
     block.to(device)  # in its own dtype, which is half as much to move
     block.to(torch.float32)
     try:

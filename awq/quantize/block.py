@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +17,8 @@ from awq.errors import ModelError
 from awq.folds import InputGroup, apply_fold, discover, prove
 from awq.nn.experts import every_token, expert_of, named_experts
 from awq.nn.hooks import inputs_of
-from awq.nn.surgery import get_weight, linear_shape
+from awq.nn.memory import release_cached
+from awq.nn.surgery import device_of, get_weight, linear_shape
 from awq.nn.walk import BlockVisit
 from awq.quantize.experts import (
     RoundingPart,
@@ -181,8 +181,8 @@ class BlockQuantizer:
     # 4. Ranges and codes
 
     def note_original_inputs(self) -> None:
-        """Keeps what the block's linears read in the original model; the block is copied, folded
-        and not yet quantized."""
+        """Keeps what the block's linears read in the original model; the block is folded and not
+        yet quantized."""
         if not self.run.corrects_inputs:
             return
         assert self.visit.calibration is not None
@@ -198,8 +198,10 @@ class BlockQuantizer:
             if part.names == [part.statistics] and part.statistics in names
         ]
         streams = find_streams(self.block, alone, *self.visit.many[0])
+        if device_of(self.run.model) != self.visit.device:
+            release_cached(self.visit.device)
         self.original = OriginalInputs(
-            deepcopy(self.block),
+            self.block,
             names,
             calls,
             self.run.original_hidden,

@@ -47,7 +47,7 @@ class RoutedStatistics(InputStatistics):
 
     def add_routed(self, x: Tensor, mask: Tensor | None, weights: Tensor) -> None:
         """x: [n, in]; mask: bool [n] of real tokens; weights: float [n], the router's."""
-        rows = self._keep(x.detach().float(), mask)
+        (rows,) = self._keep([x.detach().float()], mask)
         weights = weights.detach().float().abs().pow(WEIGHT_POWER)
         kept = rows.any(-1)
         weights = torch.where(kept, weights, 0.0).unsqueeze(-1)

@@ -14,6 +14,7 @@ what the stream lacks, R − R̂, too, so its lack (R − R̂) X̂ᵀ stands bes
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +59,8 @@ class InputErrorStatistics(InputStatistics):
         missing: [batch, tokens, out], what the stream lacks. weight: of each token.
         """
         parts = [now, original] if missing is None else [now, original, missing]
-        sizes = [part.shape[-1] for part in parts]
-        rows = self._keep(torch.cat(parts, -1).float().flatten(0, -2), mask)
-        now, original, *rest = rows.split(sizes, -1)
-        error = original - now
+        now, original, *rest = self._keep([p.float().flatten(0, -2) for p in parts], mask)
+        error = original.sub_(now)
         self.gram.addmm_(now.t(), now, alpha=weight)
         self.sum.add_(now.sum(0), alpha=weight)
         self.error.addmm_(error.t(), now, alpha=weight)
@@ -101,15 +100,15 @@ class InputErrorStatistics(InputStatistics):
             )
             product += stream
             mean += self.stream_sum / max(1, self.tokens + self.missing_tokens)
-        return share * product, mean
+        return product.mul_(share), mean
 
 
 class OriginalInputs:
     """What linears of the original block read, batch by batch, while the block beside it is
     quantized.
 
-    One forward notes the inputs of all of them where these fit into memory; else each comes from a
-    forward that stops there.
+    One forward notes the inputs of all of them where these fit into memory; else the block is
+    copied, and each comes from a forward that stops there.
     """
 
     def __init__(
@@ -121,9 +120,10 @@ class OriginalInputs:
         unused: Collection[int] = (),
         streams: Mapping[str, Stream] | None = None,
     ) -> None:
-        """calls, hidden: arguments and hidden states [rows, tokens, features] of the block, one of
-        each a batch, on any device; unused: batches that nobody asks for.
+        """block: as it is before the first of its linears is quantized.
 
+        calls, hidden: arguments and hidden states [rows, tokens, features] of the block, one of
+        each a batch, on any device; unused: batches that nobody asks for.
         streams: linear → the stream to which it adds its output; the readers' inputs are noted,
         too.
         """
@@ -136,6 +136,8 @@ class OriginalInputs:
         width += sum(linear_shape(block.get_submodule(name))[1] for name in self.streams)
         if tokens * width <= MAX_KEPT_VALUES:
             self._keep(unused)
+        if not self.are_kept:
+            self.block = deepcopy(block)
 
     def _keep(self, unused: Collection[int]) -> None:
         kept = []
@@ -145,7 +147,9 @@ class OriginalInputs:
             names = () if index in unused else [*self.names, *readers]
             inputs, output, unchanged = _inputs_and_output(self.block, names, call, hidden)
             if not unchanged:
-                return  # the block overwrites them: they are computed again when they are asked for
+                # the block overwrites them: they are computed again when they are asked for
+                self._outputs = []
+                return
             kept.append(inputs)
             self._outputs.append(output)
         self._kept = kept

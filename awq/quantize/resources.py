@@ -1,8 +1,9 @@
 """What a streamed quantization needs at its peak, and how long it takes: known from shapes.
 
-Memory is counted step by step, as `awq.quantize.block` goes: in float32 lie the block, a copy of it
-while folds are proven and, for correction, until its outputs are known; one Gram matrix for each
-distinct input; and what a step makes of the widest group of linears. The largest sum is the peak.
+Memory is counted step by step, as `awq.quantize.block` goes: in float32 lie the block; a copy of it
+while folds are proven; for correction the original's inputs, or another copy that gives them; one
+Gram matrix for each distinct input; and what a step makes of the widest group of linears. The
+largest sum is the peak.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ def block_peak(shape: BlockShape, work: Work, options: QuantizeOptions, kind: st
     grams = sum(group.gram for group in shape.groups)
     widest = max(group.bytes for group in shape.groups)
     activations = FLOAT * work.batch_tokens * _widest_features(shape)
-    search = max(group.stacked + 2 * group.bytes for group in shape.groups)
+    half = 0 if kind == "cpu" else 2  # bytes: a kernel reads the Gram matrix in 16 bits
+    search = max(group.stacked + 2 * group.bytes + half * group.inputs**2 for group in shape.groups)
     steps = [
         block + (shape.stored if shape.stored < block else 0),  # float32 stays where it is
         2 * block,  # a copy proves folds
@@ -168,7 +170,7 @@ def _rounding_steps(
     feedback, corrected = options.rounding == "feedback", corrects(options)
     held = FLOAT * shape.numbers
     if corrected:
-        held += FLOAT * shape.numbers + _kept_inputs(shape, work)
+        held += _original_inputs(shape, work)
     steps = []
     for number, group in enumerate(shape.groups):
         base = held + sum(later.gram for later in shape.groups[number:])
@@ -179,8 +181,8 @@ def _rounding_steps(
             steps.append(base + group.gram + group.bytes)  # sums of the error, and of the stream
             base += group.bytes  # what the outputs lack
         if feedback:
-            steps.append(base + 2 * group.gram + group.gram + group.stacked)
             base += group.gram  # the factor
+            steps.append(base + group.gram + group.stacked)  # panels in float64, half of them zeros
         if options.refinement:
             entries = SYSTEMS["cpu" if kind == "cpu" else "cuda"]
             rows += _SYSTEM_BYTES * min(entries, sum(group.outputs) * group.scales**2)
@@ -193,10 +195,12 @@ def corrects(options: QuantizeOptions) -> bool:
     return bool(options.correction) and options.rounding == "feedback"
 
 
-def _kept_inputs(shape: BlockShape, work: Work) -> int:
-    """Bytes of the original block's inputs that are kept."""
-    values = work.tokens * sum(group.inputs for group in shape.groups)
-    return FLOAT * values if values <= MAX_KEPT_VALUES else 0
+def _original_inputs(shape: BlockShape, work: Work) -> int:
+    """Bytes of the original block's inputs and outputs, or of the block's copy that gives them."""
+    inputs = work.tokens * sum(group.inputs for group in shape.groups)
+    if inputs > MAX_KEPT_VALUES:
+        return FLOAT * shape.numbers
+    return FLOAT * (inputs + work.tokens * work.features)
 
 
 def activation_bytes(work: Work, options: QuantizeOptions) -> int:

@@ -3,7 +3,7 @@ never the inputs themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,20 +37,24 @@ class InputStatistics:
     def add(self, x: Tensor, mask: Tensor | None, weight: float = 1.0) -> None:
         """x: [..., in]; mask: bool [batch, tokens] of real tokens; weight: of each of them. Rows
         that cannot be summed are dropped and counted."""
-        rows = self._keep(x.detach().reshape(-1, x.shape[-1]).float(), mask)
+        (rows,) = self._keep([x.detach().reshape(-1, x.shape[-1]).float()], mask)
         self.gram.addmm_(rows.t(), rows, alpha=weight)
         self.sum.add_(rows.sum(0), alpha=weight)
         self.abs_sum.add_(rows.abs().sum(0), alpha=weight)
         self.calls += 1
 
-    def _keep(self, rows: Tensor, mask: Tensor | None) -> Tensor:
-        """rows [n, any] with zeros in those that do not count; counts the others."""
-        usable = keep = (rows.abs() <= MAX_ACTIVATION).all(-1)  # no NaN is
-        if mask is not None and mask.numel() == len(rows):
+    def _keep(self, parts: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
+        """Copies of parts [n, any] with zeros in the rows that do not count; counts the others.
+
+        A row counts when it does in all parts.
+        """
+        fits = [(part.abs() <= MAX_ACTIVATION).all(-1) for part in parts]  # no NaN is
+        usable = keep = torch.stack(fits).all(0)
+        if mask is not None and mask.numel() == len(keep):
             keep = usable & mask.reshape(-1)
             usable = usable | ~mask.reshape(-1)
         self._counts += torch.stack([keep.sum(), (~usable).sum()])
-        return rows.where(keep.unsqueeze(-1), 0.0)
+        return [part.where(keep.unsqueeze(-1), 0.0) for part in parts]
 
     @property
     def tokens(self) -> int:
