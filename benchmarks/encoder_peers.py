@@ -55,6 +55,7 @@ SHAPES = ("1×16", "8×16", "64×16", "1×256", "8×256", "64×256", "mixed")
 MIXED_TEXTS = 128
 BATCH = 32
 WARM_CALLS = 20  # at most; no more than a turn's seconds
+ONNX_INT8, OPENVINO = "int8.onnx", "openvino.xml"
 CALIBRATION_SENTENCES = 300  # NNCF's own default
 ROOT = Path(__file__).parent.parent
 
@@ -126,7 +127,7 @@ def write_onnx(model: str, work: Path) -> None:
             return self.body(**inputs).last_hidden_state
 
     folder = work / "fastembed"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for file in Path(model).glob("*.json"):
         shutil.copy(file, folder)
     example = torch.ones(2, 5, dtype=torch.int64)
@@ -141,7 +142,7 @@ def write_onnx(model: str, work: Path) -> None:
         dynamo=False,
         opset_version=17,
     )
-    quantize_dynamic(folder / "model.onnx", work / "int8.onnx", weight_type=QuantType.QInt8)
+    quantize_dynamic(folder / "model.onnx", work / ONNX_INT8, weight_type=QuantType.QInt8)
 
 
 def write_openvino(model: str, work: Path, sentences: list[str]) -> None:
@@ -153,7 +154,7 @@ def write_openvino(model: str, work: Path, sentences: list[str]) -> None:
     dense = openvino.convert_model(work / "fastembed/model.onnx")
     samples = [_inputs(tokenizer, [s]) for s in sentences[:CALIBRATION_SENTENCES]]
     quantized = nncf.quantize(dense, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER)
-    openvino.save_model(quantized, work / "openvino.xml")
+    openvino.save_model(quantized, work / OPENVINO)
 
 
 # Peers
@@ -204,7 +205,7 @@ def sentence_transformers(model: str, dtype: str) -> Encode:
 def onnx(model: str, work: Path) -> Encode:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(work / "int8.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(work / ONNX_INT8, providers=["CPUExecutionProvider"])
     return _sorted_batches(model, lambda inputs: session.run(None, inputs)[0])
 
 
@@ -212,7 +213,7 @@ def open_vino(model: str, work: Path) -> Encode:
     import openvino
 
     settings = {"PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.Core().compile_model(work / "openvino.xml", "CPU", settings)
+    compiled = openvino.Core().compile_model(work / OPENVINO, "CPU", settings)
     return _sorted_batches(model, lambda inputs: compiled(inputs)[0])
 
 
@@ -398,18 +399,21 @@ def _add_cosines(results: dict[str, Any], work: Path) -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Writes what the peers read; peers whose packages are missing find nothing and say so."""
+    """Writes what the peers read; peers whose packages are missing find nothing and say so. Models
+    that an earlier run wrote into the same folder stay."""
     measured = sentences_of(arguments.measure)
     texts = all_texts(arguments.model, arguments.shapes) | {"measured": measured}
     (arguments.work / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
     calibration = sentences_of(arguments.calibrate) if arguments.calibrate else []
     held_out = set(measured)
     others = [s for s in calibration if s not in held_out]
+    work = arguments.work
+    asked = set(arguments.peers)
     try:
-        if {"onnx-int8", "openvino-int8", "fastembed"} & set(arguments.peers):
-            write_onnx(arguments.model, arguments.work)
-        if "openvino-int8" in arguments.peers and others:
-            write_openvino(arguments.model, arguments.work, others)
+        if {"onnx-int8", "openvino-int8", "fastembed"} & asked and not (work / ONNX_INT8).exists():
+            write_onnx(arguments.model, work)
+        if "openvino-int8" in asked and others and not (work / OPENVINO).exists():
+            write_openvino(arguments.model, work, others)
     except ImportError as error:
         print(f"not exported: {error}", file=sys.stderr)
 
@@ -439,7 +443,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help="a folder that keeps the peers' models")
+    parser.add_argument("--prepare", action="store_true", help="only write into --work")
     arguments = parser.parse_args()
     if arguments.worker:
         serve(arguments)
@@ -447,8 +452,11 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
-        arguments.work = Path(folder)
+        arguments.work = arguments.work or Path(folder)
+        arguments.work.mkdir(exist_ok=True)
         prepare(arguments)
+        if arguments.prepare:
+            return
         result = measure(arguments)
     show(result)
     if arguments.json:

@@ -1,7 +1,8 @@
 """Threads that help a caller and otherwise sleep.
 
-The caller of a program works itself; helpers wake up, take what is left and go to sleep again. A
-helper that the system does not let run in time is not waited for: its ticket is taken back. One
+The caller of a program works itself; helpers wake up, take what is left and, a moment later, go to
+sleep again: the next of many short calls finds them awake. A helper that the system does not let
+run in time is not waited for: its ticket is taken back. One
 caller at a time has the helpers; another one that comes meanwhile works alone, which is what many
 callers on few cores should do.
 
@@ -75,9 +76,9 @@ def _quota_of(folder: Path) -> float:
     return math.inf
 
 
-# A pool is int64s: the job, tickets for helpers, helpers that came back, whether to stop; then a
-# semaphore.
-POOL_JOB, POOL_TICKETS, POOL_BACK, POOL_STOP, POOL_SEMAPHORE = 0, 8, 16, 17, 24
+# A pool is int64s: the job, tickets for helpers, helpers that came back, whether to stop; a
+# semaphore; helpers that look for tickets without being woken.
+POOL_JOB, POOL_TICKETS, POOL_BACK, POOL_STOP, POOL_SEMAPHORE, POOL_AWAKE = 0, 8, 16, 17, 24, 32
 POOL_FIELDS = 40
 
 

@@ -11,10 +11,21 @@ from awq.kernels.cpu.emit import Emitter
 from awq.kernels.cpu.ir_types import I32, I64, PTR
 from awq.kernels.cpu.task import Reader
 from awq.kernels.cpu.values import Pointer, Value
-from awq.native.pool import POOL_BACK, POOL_JOB, POOL_SEMAPHORE, POOL_STOP, POOL_TICKETS
+from awq.native.pool import (
+    POOL_AWAKE,
+    POOL_BACK,
+    POOL_JOB,
+    POOL_SEMAPHORE,
+    POOL_STOP,
+    POOL_TICKETS,
+)
 from awq.native.spec import EncoderSpec
 
 SPINS_BEFORE_YIELD = 2000
+# How long a helper looks for more work: what a caller needs to tokenize the next short text.
+AWAKE_NS = 150_000
+PAUSES_PER_LOOK = 8
+CLOCK_MONOTONIC = 1  # of Linux, where helpers are
 
 
 class Phase(NamedTuple):
@@ -101,14 +112,19 @@ def _wait(b: Emitter, counter: Pointer, value: Value) -> None:
 
 
 def emit_serve(module: ir.Module, forward: ir.Function) -> ir.Function:
-    """serve(pool): a helper's life. It sleeps until it is called, and takes a ticket or sleeps
-    on."""
+    """serve(pool): a helper's life. It sleeps until it is called, and takes a ticket or sleeps on.
+    After its work it looks for the next ticket for a moment: waking up takes as long as a third of
+    a short text.
+    """
     b, (pool,) = Emitter.define(module, "serve", [PTR])
     sleep = b.declared("sem_wait", I32, [PTR])
-    with endless(b) as leave:
-        b.builder.call(sleep, [(pool + POOL_SEMAPHORE).ir])
-        leave(b.atomic_load(pool + POOL_STOP).differs(0))
-        ticket = b.atomic_load(pool + POOL_TICKETS)
+    clock = _Clock(b)
+
+    def take_ticket() -> Value:
+        """Works if there is a ticket; whether there was."""
+        found = b.variable(I64, 0)
+        # not a mere load: see emit_call
+        ticket = b.fetch_add(pool + POOL_TICKETS, 0)
         with (
             b.when(ticket > 0),
             b.when(b.compare_and_swap(pool + POOL_TICKETS, ticket, ticket - 1)),
@@ -116,19 +132,61 @@ def emit_serve(module: ir.Module, forward: ir.Function) -> ir.Function:
             job = b.pointer(pool[POOL_JOB], I64)
             b.call(forward, [job, ticket])
             b.fetch_add(pool + POOL_BACK, 1)
+            found.value = b.const(I64, 1)
+        return found.value
+
+    with endless(b) as leave:
+        b.builder.call(sleep, [(pool + POOL_SEMAPHORE).ir])
+        leave(b.atomic_load(pool + POOL_STOP).differs(0))
+        with b.when(take_ticket().differs(0)):
+            b.fetch_add(pool + POOL_AWAKE, 1)
+            end = b.variable(I64, clock.now() + AWAKE_NS)
+            with endless(b) as doze:
+                doze(clock.now() > end.value)
+                with b.loop(0, PAUSES_PER_LOOK):
+                    b.pause()
+                with (
+                    b.when(b.atomic_load(pool + POOL_TICKETS) > 0),
+                    b.when(take_ticket().differs(0)),
+                ):
+                    end.value = clock.now() + AWAKE_NS
+            b.fetch_add(pool + POOL_AWAKE, -1)
+            # a caller that counted on this helper a moment ago has not woken it
+            take_ticket()
     return b.finish()
 
 
 def emit_call(module: ir.Module, forward: ir.Function) -> ir.Function:
-    """call(pool, job, helpers): the job, by the caller and as many helpers as come in time."""
+    """call(pool, job, helpers): the job, by the caller and as many helpers as come in time.
+
+    Helpers that look for tickets are not woken. A caller writes tickets and then counts those
+    helpers; a helper stops being counted and then looks once more. Both orders hold for all threads
+    (all four are sequentially consistent), so no ticket is left to a helper that sleeps.
+    """
     b, (pool, job, helpers) = Emitter.define(module, "call", [PTR, PTR, I64])
     wake = b.declared("sem_post", I32, [PTR])
     pool[POOL_JOB] = b.address(job)
     pool[POOL_BACK] = b.const(I64, 0)
     b.swap(pool + POOL_TICKETS, helpers)
-    with b.loop(0, helpers):
+    with b.loop(b.fetch_add(pool + POOL_AWAKE, 0), helpers):
         b.builder.call(wake, [(pool + POOL_SEMAPHORE).ir])
     b.call(forward, [job, b.const(I64, 0)])
     left = b.swap(pool + POOL_TICKETS, b.const(I64, 0))
     _wait(b, pool + POOL_BACK, helpers - left)
     return b.finish()
+
+
+class _Clock:
+    """The system's monotonic clock."""
+
+    def __init__(self, b: Emitter) -> None:
+        self._b = b
+        with b.builder.goto_entry_block():
+            self._time = Pointer(b, b.builder.alloca(ir.ArrayType(I64, 2)), I64)
+
+    def now(self) -> Value:
+        """Nanoseconds."""
+        b = self._b
+        read = b.declared("clock_gettime", I32, [I32, PTR])
+        b.builder.call(read, [b.const(I32, CLOCK_MONOTONIC).ir, self._time.ir])
+        return self._time[0] * 1_000_000_000 + self._time[1]
