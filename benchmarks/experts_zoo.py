@@ -46,7 +46,7 @@ from awq.checkpoint import save_checkpoint
 from awq.config import AwqConfig
 from awq.folds import apply_fold
 from awq.folds.find import find_folds
-from awq.nn.experts import every_token, expose_experts
+from awq.nn.experts import every_token, expose_experts, fused_experts
 from awq.quantize import QuantizeOptions, quantize_model
 
 CONFIG = AwqConfig(group_size=32)
@@ -60,6 +60,7 @@ def expert_weights(model: nn.Module) -> dict[str, int]:
     """Name of every parameter that holds weights of routed experts, or of one of them → number of
     values."""
     found = {}
+    fused = fused_experts(model)
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{leaf}"
@@ -69,7 +70,9 @@ def expert_weights(model: nn.Module) -> dict[str, int]:
                 parameter.dim() == 3 or is_linear(module) or "moe" in type(module).__name__.lower()
             )
             if inside and parameter.dim() >= 2 and is_weight and not _routes(full):
-                found[full] = parameter.numel()
+                # rows beyond the experts' number are those of experts without weights
+                known = parameter if name not in fused else parameter[: fused[name].num_experts]
+                found[full] = known.numel()
     return found
 
 

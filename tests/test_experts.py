@@ -22,7 +22,8 @@ pytest.importorskip(
     "transformers.integrations.moe",
     reason="transformers has no experts as 3-D parameters (before 5)",
 )
-from transformers import Mxfp4Config
+from transformers import LlamaConfig, LlamaForCausalLM, Mxfp4Config, conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.integrations.moe import use_experts_implementation
 
 from awq.checkpoint.expert_names import expert_names
@@ -356,3 +357,30 @@ def test_what_is_stored_in_mxfp4_is_refused_or_dequantized_first(tmp_path):
     wrapper.save_quantized(tmp_path / "awq")
     loaded = AutoAWQForCausalLM.from_quantized(tmp_path / "awq", device="cpu")
     assert torch.equal(logits(loaded.model, ids_of(4)), logits(wrapper.model, ids_of(4)))
+
+
+@pytest.fixture
+def bare_source():
+    """A type whose files hold the weight of a linear under the name of the linear alone, as
+    Inkling 2's do."""
+    renaming = WeightRenaming(r"mlp\.down_proj", r"mlp.down_proj.weight")
+    conversion_mapping.register_checkpoint_conversion_mapping("LlamaForCausalLM", [renaming])
+    yield
+    del conversion_mapping._checkpoint_conversion_mapping_cache["LlamaForCausalLM"]
+    conversion_mapping.USER_REGISTERED_MAPPINGS.discard("LlamaForCausalLM")
+
+
+def test_a_linear_whose_packed_weight_no_reader_would_find_stays_dense(bare_source, tmp_path):
+    """Its packed tensors would be renamed as the bare weight is."""
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    report = quantize_model(model, [batch_of(1)], CONFIG, QuantizeOptions("fast"))
+    lost = [name for name in report.skipped if name.endswith("down_proj")]
+    assert lost and all("would not find" in report.skipped[name] for name in lost)
+    assert any(line.name.endswith("up_proj") for line in report.linears)
+    save_checkpoint(model, tmp_path / "a", CONFIG, report)
+    assert any(
+        name.endswith("mlp.down_proj") for name in load_file(tmp_path / "a" / "model.safetensors")
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    ids = ids_of(2)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
