@@ -64,6 +64,7 @@ SIZES: list[tuple[str, Any]] = [
         HIDDEN,
     ),
     (r"^output_dim$|entity_emb_size|lang_embed_dim|backbone_hidden_size", HIDDEN),
+    (r"^linear_num_value_heads$", 8),  # at least, as each gives a channel of its own
     (r"num_key_value_heads$|^num_kv_heads$|^kv_n_heads$|num_query_groups", "kv_heads"),
     (r"(attention_heads|num_heads|^n_heads?|^n_head|_heads)$", HEADS),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
@@ -226,6 +227,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "diffusion_gemma": _inside(
         "text_config", {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
     ),
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
     "dots1": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -292,7 +294,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "audio_config",
         {"hidden_sizes": [32, 32, 64, 64], "depths": [1] * 4, "num_hidden_layers": 4},
     ),
-    "nemo_speechlm": _inside("text_config", _NEMOTRON),
+    "nemo_speechlm": _inside("text_config", _NEMOTRON)
+    | {
+        "audio_config.asr_config.num_key_value_heads": 4,
+        "audio_config.diarization_config.audio_config.num_key_value_heads": 4,
+        "word_timestamp_config.num_key_value_heads": 4,
+    },
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "nemotron_h": _NEMOTRON,
     "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2}
@@ -566,7 +573,7 @@ def shrunk(
     for name, part_class in parts.items():
         part = getattr(default, name, None)
         if (part is None or isinstance(part, dict)) and own.get(name) is TOWER:
-            part = part_class()
+            part = _default_part(config_class, name, part_class)
         if part is None or isinstance(part, dict):
             continue
         inside = {
@@ -578,6 +585,14 @@ def shrunk(
         if part.model_type:
             settings[name] = {"model_type": part.model_type, **settings[name]}
     return settings | {key: value for key, value in own.items() if value is not TOWER}
+
+
+def _default_part(config_class: Any, name: str, part_class: Any) -> Any:
+    """The default config of a part; what takes any kind of config names a type beside it."""
+    if part_class is not transformers.AutoConfig:
+        return part_class()
+    spec = config_class.sub_configs_defaults[name]
+    return CONFIG_MAPPING[spec.model_type](**spec.init_kwargs)
 
 
 class _Shrinker:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.checkpoint.files import FLOATS
-from awq.checkpoint.match import current_keys
+from awq.checkpoint.match import all_current_keys, current_keys
 from awq.errors import CheckpointError
 from awq.formats.gemv_fast import zeros_are_whole
 from awq.nn.activation import ScaledActivation
@@ -131,7 +131,7 @@ def check_blocks(
     """
     blocks = {_block_of(name) for name in matched} - {""}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    endings = {_in_block(name) for name in current_keys(model, stored)}
+    endings = {_in_block(name) for name in all_current_keys(model, stored)}
     elsewhere = tuple(f"{name}." for name in apart)
     missing = [
         name

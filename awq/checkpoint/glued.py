@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from awq.checkpoint.files import PackedTensors
-from awq.checkpoint.match import as_saved, check_shapes, merged_on_disk
+from awq.checkpoint.match import as_saved, check_shapes, merged_on_disk, unreturning
 from awq.config import PACKED_TENSORS, AwqConfig
 from awq.core.weight import QuantizedWeight
 from awq.formats import get_format
@@ -132,6 +132,8 @@ def in_source_cut(model: Any, tensors: Mapping[str, Tensor] | None = None) -> di
     for name in done:  # one linear may be several tensors in the source
         for kind in PACKED_TENSORS:
             del rest[f"{name}.{kind}"]
+    packed_names = {key.removesuffix(".qweight") for key in rest if key.endswith(".qweight")}
+    stuck |= unreturning(model, packed_names - set(merged_on_disk(model, modules)))
     kept = {name: rest.pop(name) for name in list(rest) if name.rpartition(".")[0] in stuck}
     return as_saved(model, rest) | kept | cut
 

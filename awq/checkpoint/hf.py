@@ -45,7 +45,7 @@ from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
 from awq.nn.memory import leave_files, trim
 from awq.nn.packed_experts import AwqExperts, pack_experts
-from awq.nn.surgery import linear_shape, named_linears, replace_module
+from awq.nn.surgery import linear_shape, named_linears, output_head, replace_module
 
 logger = logging.getLogger("awq.checkpoint")
 
@@ -244,7 +244,7 @@ def replace_linears(
         for name, stored in matched.items():
             check_shapes(stored, linears[name], packed[stored], config)
     else:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = output_head(model)
         skipped = config.modules_to_not_convert
         matched = {
             n: n
@@ -285,7 +285,7 @@ def untie_packed(model: Any, matched: Iterable[str]) -> None:
     the config then says so.
     """
     packed = set(matched)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     if any(module is head and name in packed for name, module in model.named_modules()):
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False

@@ -134,6 +134,61 @@ def merged_on_disk(model: Any, packed: Iterable[str]) -> list[str]:
     ]
 
 
+def all_current_keys(model: Any, stored: Iterable[str]) -> set[str]:
+    """Like `current_keys`, with every tensor into which transformers cuts one of the files."""
+    steps = conversions_of(model)
+    renamings = [step for step in steps if not hasattr(step, "operations")]
+    joinings = [step for step in steps if hasattr(step, "operations")]
+    stored = list(stored)
+    found = set(current_keys(model, stored))
+    for name in stored:
+        for step in renamings:
+            name, _ = step.rename_source_key(name)
+        for step in joinings:
+            first, *others = step.target_patterns
+            key, source = step.rename_source_key(name)
+            if source is not None:
+                found |= {key.replace(first, other) for other in others}
+    return found
+
+
+def unreturning(model: Any, packed: Iterable[str]) -> set[str]:
+    """Packed linears whose tensors, saved as transformers would save them, mean something else when
+    they are read again: the source has a tensor, and no module, in their place, or joins them.
+    """
+    keys = {f"{name}.qweight": name for name in packed}
+    saved = _saved_keys(model, keys)
+    today = current_keys(model, saved.values())
+    back = {stored: key for key, stored in today.items()}
+    return {name for key, name in keys.items() if back.get(saved[key]) != key}
+
+
+def nameless(model: Any, linears: Iterable[str]) -> set[str]:
+    """Linears that no file can hold packed: neither under the name of the source nor under that of
+    the model would their tensors be found again."""
+    lost = unreturning(model, linears)
+    lost -= set(merged_on_disk(model, lost))  # `glued` moves their rows
+    today = current_keys(model, [f"{name}.qweight" for name in lost])
+    return {name for name in lost if today.get(f"{name}.qweight") != f"{name}.qweight"}
+
+
+def _saved_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Tensor name in the model → name on disk; no tensor is converted."""
+    try:
+        steps = [step.reverse_transform() for step in reversed(conversions_for_saving(model))]
+    except ImportError:  # transformers 4 saves under the model's own names
+        return {key: key for key in keys}
+    joinings = [step for step in steps if hasattr(step, "operations")]
+    renamings = [step for step in steps if not hasattr(step, "operations")]
+    found = {}
+    for key in keys:
+        name = next((new for s in joinings for new, by in [s.rename_source_key(key)] if by), key)
+        for step in renamings:
+            name, _ = step.rename_source_key(name)
+        found[key] = name
+    return found
+
+
 def conversions_of(model: Any) -> list[Any]:
     """How transformers turns tensors of a hub checkpoint of this type into the model's: renamings
     and converters, in order."""

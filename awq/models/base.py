@@ -35,7 +35,14 @@ from awq.nn.experts import fused_experts
 from awq.nn.layout import restore
 from awq.nn.linear import WQLinear
 from awq.nn.locks import lock_of
-from awq.nn.surgery import device_of, get_weight, named_linears, replace_module, usable_device
+from awq.nn.surgery import (
+    device_of,
+    get_weight,
+    named_linears,
+    output_head,
+    replace_module,
+    usable_device,
+)
 from awq.nn.unfinished import check_finished, unfinished
 from awq.quantize import QuantizeOptions, QuantReport, quantize_model
 from awq.quantize.checks import check_quantizable
@@ -342,12 +349,8 @@ class AwqModel(nn.Module):
         return model
 
     def _is_decoder(self) -> bool:
-        head = (
-            self.model.get_output_embeddings()
-            if hasattr(self.model, "get_output_embeddings")
-            else None
-        )
-        return head is not None and getattr(self.model, "can_generate", lambda: False)()
+        can_generate = getattr(self.model, "can_generate", lambda: False)
+        return output_head(self.model) is not None and can_generate()
 
     def _limit(self, tokens: int) -> int:
         longest = position_limit(self.config)

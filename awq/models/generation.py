@@ -12,6 +12,7 @@ from torch import Tensor
 
 from awq.errors import ConfigError
 from awq.nn.locks import lock_of
+from awq.nn.surgery import output_head
 
 if TYPE_CHECKING:
     from awq.generate import FusedDecoder, StaticDecoder
@@ -118,7 +119,7 @@ class FusedGeneration:
         when prompt and new tokens do not fit the `max_seq_len` of loading.
         """
         self._check_whole()
-        if not hasattr(self.model, "generate") or self.model.get_output_embeddings() is None:
+        if not hasattr(self.model, "generate") or output_head(self.model) is None:
             raise ConfigError(
                 f"{type(self.model).__name__} is no language model; call it for last_hidden_state, "
                 "or let `Encoder` (`awq embed`) make embeddings."

@@ -54,6 +54,17 @@ def _gives_product(module: nn.Module) -> bool:
     return y.is_meta or float((y.float() - expected).norm()) <= 0.03 * float(expected.norm())
 
 
+def output_head(model: Any) -> nn.Module | None:
+    """What gives a language model's logits: its own head, or that of the language model inside of
+    it."""
+    for part in (model, *model.children()):
+        find = getattr(part, "get_output_embeddings", None)
+        head = None if find is None else find()
+        if head is not None:
+            return head
+    return None
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features)."""
     rows, columns = cast(Tensor, module.weight).shape

@@ -15,8 +15,9 @@ with it after all.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -118,3 +119,23 @@ class _Watch:
 
     def end(self) -> None:
         self.module.__class__ = self.kind
+
+
+@torch.no_grad()
+def changed_by_forward(model: Any) -> list[str]:
+    """Names of the parameters that a model's own forward changes when it runs for the first time,
+    as RWKV's does.
+
+    Asked of an empty model of its class on the meta device; none where there can be no such model.
+    """
+    versions: dict[str, int] = {}
+    fresh: Any = None
+    # someone else's class, which may fail in any way
+    with suppress(Exception), torch.device("meta"):
+        fresh = type(model)(copy.deepcopy(model.config)).eval()
+        versions = {name: parameter._version for name, parameter in fresh.named_parameters()}
+        fresh.base_model(input_ids=torch.ones(1, 2, dtype=torch.long))
+    if fresh is None:
+        return []
+    now = dict(fresh.named_parameters())
+    return [name for name, version in versions.items() if now[name]._version != version]

@@ -12,6 +12,7 @@ from torch import nn
 from awq.checkpoint.account import check_finite
 from awq.config import AwqConfig
 from awq.errors import ConfigError, ModelError
+from awq.nn.weight_access import changed_by_forward
 
 
 def check_quantizable(
@@ -34,6 +35,12 @@ def check_quantizable(
             f"{offloaded[0]} and {len(offloaded) - 1} more tensors of {path} are offloaded "
             "(device_map); load the model on the "
             "CPU to quantize it: blocks are moved to the GPU one at a time."
+        )
+    changed = changed_by_forward(model)
+    if changed:
+        raise ModelError(
+            f"{type(model).__name__} changes its own weights in its forward ({changed[0]} and "
+            f"{len(changed) - 1} more), which packed weights cannot be."
         )
     check_finite(model, path, ModelError)
 

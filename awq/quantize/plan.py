@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from awq.checkpoint.match import nameless
 from awq.config import AwqConfig, fitting_group_sizes
 from awq.errors import ConfigError, ModelError
 from awq.formats import get_format
@@ -92,6 +94,9 @@ def make_plan(
         else:
             plan.targets.add(name)
     _skip_odd(plan, odd, weights, widths)
+    if packed and isinstance(model, PreTrainedModel):
+        lost = nameless(model, plan.targets)
+        plan.skip(lost, "the source's files hold its weight as a bare tensor, not as a module's")
     _name_bare(plan, model, lists)
     return plan
 
