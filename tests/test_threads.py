@@ -4,7 +4,10 @@ calls."""
 import copy
 import pickle
 import random
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import thread_cases
@@ -210,3 +213,67 @@ def test_models_of_two_dtypes_loaded_at_once(encoder_dir):
     for i, model in enumerate(models):
         assert {p.dtype for p in model.parameters()} == {kinds[i % 2]}
     assert torch.get_default_dtype() == before
+
+
+class Registry:
+    """torch's graph, as far as threads meet it: recording and dropping change one set, and at once
+    they break it."""
+
+    busy = threading.Lock()
+    clashes = 0
+    alive = 0
+
+    def __init__(self):
+        Registry.alive += 1
+
+    def touch(self):
+        if not Registry.busy.acquire(blocking=False):
+            Registry.clashes += 1
+            return
+        time.sleep(1e-4)
+        Registry.busy.release()
+
+    def replay(self):
+        pass
+
+    def __del__(self):
+        self.touch()
+        Registry.alive -= 1
+
+
+def test_graphs_are_dropped_by_any_thread_and_never_while_another_is_recorded(monkeypatch):
+    from awq.nn import capture
+
+    @contextmanager
+    def record(recording, **_):
+        for _ in range(5):
+            recording.touch()
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Registry)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+
+    def rounds():
+        kept = None
+        for _ in range(40):
+            kept, result = capture.capture(lambda: 7)
+            assert result == 7
+            kept.replay()
+        del kept
+
+    threads = [threading.Thread(target=rounds) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    capture.capture(lambda: 0)  # frees what was dropped while another recorded
+    assert Registry.clashes == 0
+    assert Registry.alive == 0
+
+    def fails():
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        capture.capture(fails)
+    assert Registry.alive == 1  # kept for good: whoever holds the traceback may drop it anywhere
+    assert capture.capture(lambda: 1)[1] == 1

@@ -17,6 +17,8 @@ requests that other threads serve meanwhile neither fail nor end up in the recor
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -147,16 +149,59 @@ def on_stream(stream: Any) -> Iterator[None]:
     current.wait_stream(stream)
 
 
+# torch keeps the graphs of a device in a set of its random generator, and changes that set without
+# a lock when a graph is recorded and when one is dropped. At once, in two threads, they end the
+# process ("The graph should be registered to the state"). Whoever holds this lock may do either.
+_registry = threading.Lock()
+_dropped: deque[Any] = deque()
+# Recordings that failed: a traceback may hold them for long and drop them anywhere, so they stay.
+_failed: list[Any] = []
+
+
+class Graph:
+    """A recorded CUDA graph, which any thread may drop at any time, the garbage collector
+    included."""
+
+    def __init__(self, recording: Any) -> None:
+        self._recording = recording
+
+    def replay(self) -> None:
+        self._recording.replay()
+
+    def pool(self) -> Any:
+        """The memory of its intermediate results, to share with graphs that never run at once."""
+        return self._recording.pool()
+
+    def __del__(self) -> None:
+        _dropped.append(self.__dict__.pop("_recording", None))
+        # A garbage collection may run inside of `capture` itself, so nobody waits here: whoever has
+        # the lock frees it.
+        if _registry.acquire(blocking=False):
+            try:
+                _dropped.clear()
+            finally:
+                _registry.release()
+
+
 def capture(
     function: Callable[[], Result], stream: Any = None, pool: Any = None
-) -> tuple[Any, Result]:
+) -> tuple[Graph, Result]:
     """(a CUDA graph of what `function` does, its result), which every `graph.replay()` overwrites.
 
     function: has run before, so that nothing is compiled or allocated for good inside. stream: to
     record on (None: torch's own for captures); pool: memory shared with other graphs that never run
     at once.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        result = function()
-    return graph, result
+    with _registry:
+        recording = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(
+                recording, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                result = function()
+        except BaseException:
+            _failed.append(recording)
+            raise
+        finally:
+            _dropped.clear()
+    return Graph(recording), result
