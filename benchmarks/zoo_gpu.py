@@ -2,10 +2,11 @@
 
     python benchmarks/zoo_gpu.py --json benchmarks/results/zoo-gpu.json --seconds 50
 
-Dense random models in float16 (`tiny_kinds`): three prompts padded on the left, eight greedy
-tokens, beside transformers' own loop on the same GPU. `graph` says whether the step ran as a CUDA
-graph; `same`, whether the tokens are equal or part at a tie. Each kind is a process of its own, for
-a fault on a GPU ends a process. What is not done after `--seconds` is listed as left over.
+Quantized random models in float16 (`tiny_kinds`; dense where they cannot be quantized): three
+prompts padded on the left, eight greedy tokens, beside transformers' own loop on the same GPU.
+`graph` says whether the step ran as a CUDA graph; `same`, whether the tokens are equal or part at a
+tie. Each kind is a process of its own, for a fault on a GPU ends a process. What is not done after
+`--seconds` is listed as left over.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import common
 import torch
 import transformers
 from tiny_kinds import Kind, all_kinds, build, inputs
-from zoo_checks import NEW_TOKENS, _gap
+from zoo_checks import NEW_TOKENS, _gap, _settings
 
 from awq.models.base import BaseAWQForCausalLM
 
@@ -56,15 +57,22 @@ def look_at(kind: Kind, device: str) -> dict[str, Any]:
     log.setLevel(logging.WARNING)
     log.propagate = False
     log.addHandler(reasons)
-    model: Any = build(kind).eval().to(device, torch.float16)
+    model: Any = build(kind).eval()
+    wrapper = BaseAWQForCausalLM(model, kind.type)
+    found: dict[str, Any] = {"quantized": True}
+    try:
+        few = inputs(kind, model, rows=4, length=32, seed=3, padding="right")
+        wrapper.quantize(few, quant_config=_settings(), preset="fast", progress=False)
+    except Exception as error:  # of anybody's model: it generates as it is
+        found["quantized"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    model.to(device, torch.float16)
     item = inputs(kind, model, rows=3, length=12, seed=21, padding="left")
     item = {name: tensor.to(device) for name, tensor in item.items()}
     item.pop("decoder_input_ids", None)
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-    wrapper = BaseAWQForCausalLM(model, kind.type)
     wrapper.fuse_layers(max_seq_len=64)
     wrapper.fuse()
-    found: dict[str, Any] = {"fusion": str(wrapper.fusion)}
+    found["fusion"] = str(wrapper.fusion)
     try:
         theirs = model.generate(
             **item, **settings, return_dict_in_generate=True, output_scores=True

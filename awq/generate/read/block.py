@@ -98,7 +98,12 @@ class _Projections:
 
 def _read_projections(found: Trace, call: AttentionCall) -> _Projections:
     settings = settings_of(call)
-    linears = [event for event in found.before if is_product(event.module)]
+    tokens = call.q.shape[0] * call.q.shape[2]
+    linears = [
+        event
+        for event in found.before
+        if is_product(event.module) and flat(event.y).shape[0] == tokens
+    ]
     query, q_norm, q_by_head = _unnormed(call.q, found)
     key, k_norm, k_by_head = _unnormed(call.k, found)
     value, v_norm, _ = _unnormed(call.v, found)

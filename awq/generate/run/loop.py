@@ -234,7 +234,7 @@ class _Run:
         return GenerateDecoderOnlyOutput(sequences=sequences, **found)  # type: ignore[arg-type]
 
     def _prefill(self) -> Tensor:
-        if isinstance(self.decoder, FusedDecoder) and self.decoder.counts_padding:
+        if self.decoder.counts_padding:
             return self.decoder.prefill(self.prompts, self.lengths, self.padding)
         return self.decoder.prefill(self.prompts, self.lengths)
 

@@ -4,18 +4,21 @@ captured in a CUDA graph.
 It has `FusedDecoder`'s methods, so the same loop runs it. Prompts are pushed to the right here,
 because transformers writes every row's token to the same place of the cache; a mask hides what is
 left of them. Attention reads the whole cache, which is why this is worth it only where graphs save
-the host's time. `build_static` proves it against the model's own forward.
+the host's time. Layers whose cache would move with a window keep all tokens instead: the mask knows
+the window. Recurrent states change in place. `build_static` proves it against the model's own
+forward; what a model says of itself (that it cannot be compiled, say) does not count.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import StaticCache, cache_utils
 
 from awq.errors import ConfigError
 from awq.generate.plan import NotFusable
@@ -30,13 +33,24 @@ class StaticDecoder:
     """`prefill` and `step` give logits float32 [batch, vocabulary]. It holds one cache, for the
     batch of the last call."""
 
-    def __init__(self, model: Any, max_seq_len: int) -> None:
-        self.model, self.max_seq_len = model, max_seq_len
+    def __init__(self, model: Any, max_seq_len: int, whole_mask: bool = True) -> None:
+        """whole_mask: a prompt comes with the mask of the whole cache, as a bias for each of its
+        columns wants it; else with that of its tokens, for mixers that take padding out."""
+        self.model, self.max_seq_len, self.whole_mask = model, max_seq_len, whole_mask
         self.device: torch.device = model.device
         self.dtype = model.dtype
         self.running = False  # inside a call of generate
-        self.counts_padding = False
+        taken = inspect.signature(model.forward).parameters
+        self.takes_positions = "position_ids" in taken
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+        self.cache_name = "cache" if "cache" in taken else "past_key_values"
         self.restore()
+
+    @property
+    def counts_padding(self) -> bool:
+        """Whether positions include the padding on the left of a row: a model that is not told
+        positions counts columns."""
+        return not self.takes_positions
 
     def fits(self, model: Any) -> bool:
         """Whether the model is still where and what it was when this was built."""
@@ -67,28 +81,35 @@ class StaticDecoder:
             self.cache.reset()
             return
         self._forget()  # before the new one is made: both need not fit
-        self.cache = StaticCache(self.model.config, self.max_seq_len)
+        self.cache = _static_cache(self.model.config, self.max_seq_len)
         self.mask = torch.zeros(batch, self.max_seq_len, dtype=torch.long, device=self.device)
+        self.padding = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.batch = batch
 
     @torch.inference_mode()
-    def prefill(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    def prefill(
+        self, ids: Tensor, lengths: Sequence[int], padding: Sequence[int] | None = None
+    ) -> Tensor:
         """The logits of the last token of each prompt.
 
         ids: int64 [batch, tokens], every row's true tokens first. lengths: how many those are, at
-        most max_seq_len.
+        most max_seq_len. padding: columns before each row's first token, for a model that counts
+        them as positions.
         """
-        batch, tokens = ids.shape
+        batch = len(ids)
+        tokens = max(map(sum, zip(lengths, padding or [0] * batch)))
         if tokens > self.max_seq_len:
             raise ConfigError(
                 f"a prompt of {tokens} tokens does not fit max_seq_len={self.max_seq_len}."
             )
         self.reserve(batch)
-        padding = (tokens - torch.tensor(lengths, device=ids.device)).unsqueeze(1)
+        before = (tokens - torch.tensor(lengths, device=ids.device)).unsqueeze(1)
+        self.padding.copy_(before.squeeze(1))
         place = torch.arange(self.max_seq_len, device=ids.device)
-        self.mask.copy_(place >= padding)
-        positions = (place[:tokens] - padding).clamp(min=0)
-        return self._run(ids.gather(1, positions), positions)
+        self.mask.copy_(place >= before)
+        positions = (place[:tokens] - before).clamp(min=0)
+        mask = self.mask if self.whole_mask else self.mask[:, :tokens]
+        return self._run(ids.gather(1, positions), positions, mask)
 
     @torch.inference_mode()
     def step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
@@ -97,31 +118,42 @@ class StaticDecoder:
         if self.device.type != "cuda":
             return self.eager_step(ids, lengths, longest)
         if self.graph is None:
+            kept = [state.clone() for state in self.states()]
             self.graph = StepGraph(self.eager_step, ids, lengths, self.max_seq_len)
+            for state, value in zip(self.states(), kept, strict=True):
+                state.copy_(value)  # the step ran before it was captured
         return self.graph(ids, lengths)
+
+    def states(self) -> list[Tensor]:
+        """What a step changes beside the places of its tokens: states of recurrent mixers."""
+        found = []
+        for layer in self.cache.layers:
+            for held in (vars(layer).get("conv_states"), vars(layer).get("recurrent_states")):
+                found += [state for state in (held or {}).values() if state is not None]
+        return found
 
     def eager_step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
         """`step` without a CUDA graph: a function of its arguments and the cache, whatever the
         cache counted before."""
-        place = lengths.max()
+        # a row's token stands behind its padding, in the same column for all rows
+        place = (lengths + self.padding).max()
         for layer in self.cache.layers:
-            layer.cumulative_length.copy_(place)
+            for counter in ("cumulative_length", "indexer_cumulative_length"):
+                count = getattr(layer, counter, None)
+                if count is not None:
+                    count.copy_(place)
         # On a GPU transformers computes the experts of one token without asking for their numbers;
         # so does its own `generate`.
         experts = getattr(self.model, "_optimize_model_for_decode", nullcontext)
         with NothingFromTheHost(), experts():
-            return self._run(ids.unsqueeze(1), lengths.unsqueeze(1).long())
+            return self._run(ids.unsqueeze(1), lengths.unsqueeze(1).long(), self.mask)
 
-    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """ids, positions [batch, tokens] → the logits of the last column."""
-        out = self.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    def _run(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """ids, positions [batch, tokens], mask [batch, columns] → the logits of the last column."""
+        given = {self.cache_name: self.cache, "use_cache": True, **self.last_only}
+        if self.takes_positions:
+            given["position_ids"] = positions
+        out = self.model(input_ids=ids, attention_mask=mask, **given)
         return out.logits[:, -1].float()
 
 
@@ -132,17 +164,37 @@ def why_not_static(model: Any) -> str | None:
         return "it reads more than one sequence of tokens"
     if len({t.device for t in (*model.parameters(), *model.buffers())}) != 1:
         return "the model is spread over several devices"
-    if not getattr(model, "_can_compile_fullgraph", False):
-        return "transformers says that the model cannot be compiled as one graph"
     try:
-        layers = StaticCache(config, _PROBE).layers
+        layers = _static_cache(config, _PROBE).layers
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         return f"transformers has no static cache for it: {error}"
-    if not all(isinstance(getattr(layer, "cumulative_length", None), Tensor) for layer in layers):
+    counters = [vars(layer).get("cumulative_length") for layer in layers]
+    if not all(count is None or isinstance(count, Tensor) for count in counters):
         return "this transformers counts the tokens of a static cache on the host"
-    if any(getattr(layer, "is_sliding", False) for layer in layers):
-        return "a sliding window moves the cache"
+    if all(count is None for count in counters):
+        return "its cache counts no tokens"
     return None
+
+
+def _static_cache(config: Any, max_seq_len: int) -> Any:
+    """transformers' static cache, in which every layer of attention keeps all tokens."""
+    cache = StaticCache(config, max_seq_len)
+    whole = {
+        getattr(cache_utils, f"{prefix}StaticSlidingWindow{name}", None): getattr(
+            cache_utils, f"{prefix}Static{whole_name}", None
+        )
+        for prefix, name, whole_name in (
+            ("", "Layer", "Layer"),
+            ("LinearAttentionAnd", "AttentionLayer", "FullAttentionLayer"),
+        )
+    }
+    for i, layer in enumerate(cache.layers):
+        kind = whole.get(type(layer))
+        if kind is not None:
+            states = getattr(layer, "number_of_states", None)
+            more = {} if states is None else {"number_of_states": states}
+            cache.layers[i] = kind(max_cache_len=max_seq_len, **more)
+    return cache
 
 
 @torch.inference_mode()
@@ -156,11 +208,21 @@ def build_static(model: Any, max_seq_len: int) -> StaticDecoder:
     if reason is not None:
         raise NotFusable(reason)
     known = getattr(model.config, "max_position_embeddings", None)
-    decoder = StaticDecoder(
-        model, min(max_seq_len, known) if isinstance(known, int) and known > 0 else max_seq_len
-    )
-    if decoder.max_seq_len < _PROBE + 2:
-        raise NotFusable(f"max_seq_len={decoder.max_seq_len} is too short to prove it")
+    if isinstance(known, int) and known > 0:
+        max_seq_len = min(max_seq_len, known)
+    if max_seq_len < _PROBE + 2:
+        raise NotFusable(f"max_seq_len={max_seq_len} is too short to prove it")
+    try:
+        return _proven(StaticDecoder(model, max_seq_len))
+    except NotFusable as first:
+        try:
+            return _proven(StaticDecoder(model, max_seq_len, whole_mask=False))
+        except NotFusable:
+            raise first from None
+
+
+def _proven(decoder: StaticDecoder) -> StaticDecoder:
+    """The decoder itself. Raises NotFusable where it differs from the model's own forward."""
     try:
         error = _error(decoder)
     # someone else's forward, which may fail in any way, and more so while it is captured
@@ -170,7 +232,7 @@ def build_static(model: Any, max_seq_len: int) -> StaticDecoder:
         ) from failure
     finally:
         decoder.restore()
-    if not error <= (_ROUGH if model.dtype.itemsize < 4 else _TOLERANCE):
+    if not error <= (_ROUGH if decoder.dtype.itemsize < 4 else _TOLERANCE):
         raise NotFusable(f"over a static cache the logits differ by {error:.1e}")
     return decoder
 
@@ -193,16 +255,26 @@ def _error(decoder: StaticDecoder) -> float:
     for step in range(2):
         token = ids[:, -2 + step]
         found.append(decoder.step(token, counts + step, _PROBE + step).clone())
-    worst = 0.0
+    expected = _of_transformers(decoder, ids, lengths)
+    ours = torch.stack(found, 1)
+    errors = (ours - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
+    return float(errors.max())
+
+
+def _of_transformers(decoder: StaticDecoder, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The logits [rows, 3, vocabulary] of the last prompt token and of two more, as the model's
+    plain forward gives them for rows that are padded on the left."""
+    tokens = ids.shape[1]
+    whole, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+    positions = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
-        whole = torch.cat([ids[row, :length], ids[row, -2:]]).unsqueeze(0)
-        expected = model(input_ids=whole, use_cache=False).logits[0, -3:].float()
-        ours = torch.stack([logits[row] for logits in found])
-        worst = max(
-            worst,
-            float(((ours - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max()),
-        )
-    return worst
+        start = _PROBE - length
+        whole[row, start:] = torch.cat([ids[row, :length], ids[row, -2:]])
+        mask[row, start:] = 1
+        positions[row, start:] = torch.arange(tokens - start, device=ids.device)
+    given = {"position_ids": positions} if decoder.takes_positions else {}
+    out = decoder.model(input_ids=whole, attention_mask=mask, use_cache=False, **given)
+    return out.logits[:, -3:].float()
 
 
 def _look_for_waits(decoder: StaticDecoder, ids: Tensor, lengths: Tensor) -> None:
@@ -210,6 +282,9 @@ def _look_for_waits(decoder: StaticDecoder, ids: Tensor, lengths: Tensor) -> Non
     which leaves torch in disorder."""
     if decoder.device.type != "cuda":
         return
+    kept = [state.clone() for state in decoder.states()]
     decoder.eager_step(ids, lengths, _PROBE)  # the first run may wait for what it compiles
     with no_waiting():
         decoder.eager_step(ids, lengths, _PROBE)
+    for state, value in zip(decoder.states(), kept, strict=True):
+        state.copy_(value)
