@@ -277,3 +277,25 @@ def test_graphs_are_dropped_by_any_thread_and_never_while_another_is_recorded(mo
         capture.capture(fails)
     assert Registry.alive == 1  # kept for good: whoever holds the traceback may drop it anywhere
     assert capture.capture(lambda: 1)[1] == 1
+
+
+def test_quantizations_on_gpus_follow_each_other():
+    """Those on a CPU, which change no setting of the process, run at once."""
+    from awq.quantize.run import one_at_a_time
+
+    running = {"cuda": 0, "cpu": 0}
+    most = dict(running)
+    both = threading.Barrier(2)
+
+    def quantizes(kind):
+        with one_at_a_time(torch.device(kind)):
+            running[kind] += 1
+            most[kind] = max(most[kind], running[kind])
+            if kind == "cpu":
+                both.wait(60)
+            time.sleep(0.01)
+            running[kind] -= 1
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(quantizes, ["cuda", "cpu", "cuda", "cpu", "cuda"]))
+    assert most == {"cuda": 1, "cpu": 2}

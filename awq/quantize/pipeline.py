@@ -32,7 +32,7 @@ from awq.quantize.forecast import reserve
 from awq.quantize.options import QuantizeOptions
 from awq.quantize.progress import ProgressLines
 from awq.quantize.report import QuantReport
-from awq.quantize.run import QuantizeRun, moved_to, tensor_cores
+from awq.quantize.run import QuantizeRun, moved_to, one_at_a_time, tensor_cores, work_device
 from awq.quantize.tuning import Embed, OutputMatch, tune_scales
 
 
@@ -59,7 +59,8 @@ def quantize_model(
     start = time.perf_counter()
     config, options = config or AwqConfig(), options or QuantizeOptions()
     check_finished(model)
-    with experts_as_linears(model, store) as dense_experts:
+    device = work_device(device_of(model), options)
+    with one_at_a_time(device), experts_as_linears(model, store) as dense_experts:
         run = QuantizeRun.start(model.eval(), batches, config, options, store)
         if store is not None:
             reserve(run, store.folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ class QuantizeRun:
         if store is not None:
             store.begin(reached, plan.targets, config)
         widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.targets)
-        device = _work_device(device_of(model), options)
+        device = work_device(device_of(model), options)
         tokens = _batch_tokens(device, widest)
         batches = rebatched(batches, tokens)
         tuning_batches: list[CalibrationBatch] = []
@@ -259,6 +260,20 @@ def moved_to(model: nn.Module, device: torch.device) -> Iterator[None]:
         model.to(home)
 
 
+_on_gpus = threading.Lock()
+
+
+@contextmanager
+def one_at_a_time(device: torch.device) -> Iterator[None]:
+    """Quantizations on GPUs follow each other. TF32, deterministic algorithms and the kind of
+    attention belong to the process: two at once would change each other's numbers."""
+    if device.type == "cpu":
+        yield
+        return
+    with _on_gpus:
+        yield
+
+
 @contextmanager
 def tensor_cores(device: torch.device) -> Iterator[None]:
     """float32 products in TF32 on a GPU, several times faster: losses move by 1e-4. Proofs of folds
@@ -272,7 +287,8 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _work_device(home: torch.device, options: QuantizeOptions) -> torch.device:
+def work_device(home: torch.device, options: QuantizeOptions) -> torch.device:
+    """Where blocks are quantized; home: where the model is."""
     if options.device is not None:
         return torch.device(options.device)
     if home.type == "cpu" and torch.cuda.is_available():
