@@ -6,10 +6,12 @@ r"""Embeddings over HTTP: this package's encoders behind FastAPI, beside onnxrun
 Every server is a process of its own with one route: `POST /embed` takes texts and answers with
 numbers. `loader` runs the model that `AutoAWQLoader` gives, mean-pooled by the host's own code;
 `encoder` and `native` call this package's `Encoder` and `NativeEncoder`; `onnx-int8` is that of
-`encoder_peers.py`. FastAPI calls all of them from its threads. One process with `--clients` threads
-asks over loopback, one text of 16 tokens at a time, each thread as soon as its answer is there.
-Servers take turns; figures are medians over turns. Client and server share the cores, as the
-client of every server does.
+`encoder_peers.py`. FastAPI calls all of them from its threads. `example` is
+`examples/embedding_server.py`, asked through OpenAI's interface. One process with as many threads
+as `--clients` says asks over loopback, one text of 16 tokens at a time, each thread as soon as its
+answer is there. Servers take turns; figures are medians over turns. Client and server share the
+cores, as the client of every server does. `now_mb` and `peak_mb` are resident memory of the
+server's process after the last turn.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Any
 
 import encoder_peers as peers
 
-SERVERS = ("loader", "encoder", "native", "onnx-int8")
+SERVERS = ("loader", "encoder", "native", "native-int8", "example", "onnx-int8")
 WAIT_S = 120  # for a server to come up
 TOKENS = 16
 
@@ -43,8 +45,8 @@ def loaded(name: str, arguments: argparse.Namespace) -> peers.Encode:
         return by_loader(arguments.quantized)
     if name == "onnx-int8":
         return peers.onnx(arguments.model, arguments.work)
-    if name == "native":
-        return peers.awq_native(arguments.quantized, "exact")
+    if name.startswith("native"):
+        return peers.awq_native(arguments.quantized, "int8" if "int8" in name else "exact")
     return peers.awq(arguments.quantized, "exact")
 
 
@@ -72,19 +74,29 @@ def serve(name: str, arguments: argparse.Namespace) -> None:
     import uvicorn
     from fastapi import FastAPI
 
-    encode = loaded(name, arguments)
-    encode(["The river is cold."])
-    app = FastAPI()
+    app = FastAPI() if name != "example" else example(arguments.quantized)
+    if name != "example":
+        encode = loaded(name, arguments)
+        encode(["The river is cold."])
 
-    @app.post("/embed")
-    def embed(body: dict) -> dict:
-        return {"embeddings": encode(body["texts"]).tolist()}
+        @app.post("/embed")
+        def embed(body: dict) -> dict:
+            return {"embeddings": encode(body["texts"]).tolist()}
 
     @app.get("/memory")
     def memory() -> dict:
         return peers.memory_mb()
 
     uvicorn.run(app, port=arguments.port, log_level="error")
+
+
+def example(quantized: str) -> Any:
+    """The application of `examples/embedding_server.py`."""
+    sys.path[:0] = [str(peers.ROOT), str(peers.ROOT / "examples")]
+    os.environ["MODEL"] = quantized
+    import embedding_server
+
+    return embedding_server.app
 
 
 # The client
@@ -99,6 +111,8 @@ class Server:
         command += ["--model", arguments.model, "--quantized", arguments.quantized]
         command += ["--work", str(arguments.work)]
         self.name = name
+        openai = name == "example"
+        self.path, self.field = ("/v1/embeddings", "input") if openai else ("/embed", "texts")
         self.log = arguments.work / f"{name}.log"
         self.process = subprocess.Popen(command, stderr=self.log.open("w"))
         self.is_ready = self._wait()
@@ -119,18 +133,18 @@ class Server:
         return json.loads(connection.getresponse().read())
 
 
-def ask(port: int, texts: list[str], clients: int, seconds: float) -> dict[str, float]:
+def ask(server: Server, texts: list[str], clients: int, seconds: float) -> dict[str, float]:
     """Requests a second, and milliseconds of one."""
     times: list[float] = []
     end = time.perf_counter() + seconds
 
     def client(i: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
         own = []
         while time.perf_counter() < end:
-            body = json.dumps({"texts": [texts[(i + len(own)) % len(texts)]]})
+            body = json.dumps({server.field: [texts[(i + len(own)) % len(texts)]]})
             began = time.perf_counter()
-            connection.request("POST", "/embed", body, {"Content-Type": "application/json"})
+            connection.request("POST", server.path, body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             answer.read()
             if answer.status != 200:
@@ -152,20 +166,24 @@ def measure(arguments: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
     servers = [Server(name, arguments) for name in arguments.servers]
     left_out = {server.name: server.log.read_text()[-300:] for server in servers}
     servers = [server for server in servers if server.is_ready]
-    turns: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
+    turns: dict[tuple[str, int], list[dict[str, float]]] = {}
     for _ in range(arguments.repeats):
-        for server in servers:
-            ask(server.port, texts, arguments.clients, 1)
-            turns[server.name].append(ask(server.port, texts, arguments.clients, arguments.seconds))
-    rows = {}
+        for clients in arguments.clients:
+            for server in servers:
+                ask(server, texts, clients, arguments.seconds / 4)
+                turn = ask(server, texts, clients, arguments.seconds)
+                turns.setdefault((server.name, clients), []).append(turn)
+    rows: dict[str, Any] = {}
     for server in servers:
-        own = turns[server.name]
-        medians = {name: statistics.median(turn[name] for turn in own) for name in own[0]}
-        rows[server.name] = medians | server.memory() | {"turns": own}
+        rows[server.name] = server.memory()
+        for clients in arguments.clients:
+            own = turns[server.name, clients]
+            medians = {name: statistics.median(turn[name] for turn in own) for name in own[0]}
+            rows[server.name][f"{clients} clients"] = medians | {"turns": own}
         del left_out[server.name]
         server.process.terminate()
         server.process.wait()
-    return {"left_out": left_out, "clients": arguments.clients, "servers": rows}
+    return {"left_out": left_out, "servers": rows}
 
 
 def main() -> None:
@@ -175,13 +193,13 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a sentence-transformers directory")
     parser.add_argument("--quantized", required=True, help="its 4-bit directory")
     parser.add_argument("--servers", nargs="+", default=list(SERVERS), choices=SERVERS)
-    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", choices=SERVERS, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help="a folder that keeps onnxruntime's model")
     arguments = parser.parse_args()
     if arguments.serve:
         serve(arguments.serve, arguments)
@@ -189,17 +207,22 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
-        arguments.work = Path(folder)
-        if "onnx-int8" in arguments.servers:
+        arguments.work = arguments.work or Path(folder)
+        arguments.work.mkdir(exist_ok=True)
+        kept = (arguments.work / peers.ONNX_INT8).exists()
+        if "onnx-int8" in arguments.servers and not kept:
             peers.write_onnx(arguments.model, arguments.work)
         tokenizer = peers._tokenizer(arguments.model)
         tokenizer.no_padding()
         result = measure(arguments, peers.texts_of(tokenizer, TOKENS, 64))
     for name, row in result["servers"].items():
-        rate, p50, p95 = (row[key] for key in ("requests_s", "p50_ms", "p95_ms"))
-        print(
-            f"{name:10s} {rate:6.0f}/s  p50 {p50:.1f} ms  p95 {p95:.1f} ms  {row['now_mb']:.0f} MB"
+        rates = "  ".join(
+            f"{clients}: {turn['requests_s']:.0f}/s p50 {turn['p50_ms']:.1f} p95 "
+            f"{turn['p95_ms']:.1f} ms"
+            for clients in arguments.clients
+            for turn in (row[f"{clients} clients"],)
         )
+        print(f"{name:12s} {row['now_mb']:4.0f} MB  {rates}")
     if arguments.json:
         import common
 

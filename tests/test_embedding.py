@@ -2,6 +2,7 @@
 and the readers."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sentence_transformers as library
@@ -595,12 +596,11 @@ def test_code_blocks_of_our_page(sentence_dir, texts, tmp_path, monkeypatch, tok
     pytest.importorskip("httpx", reason="httpx is not installed")
     testing = pytest.importorskip("fastapi.testclient", reason="fastapi is not installed")
     monkeypatch.setenv("MODEL", str(tmp_path / "q"))
+    monkeypatch.setenv("AWQ_CACHE", str(tmp_path / "cache"))
     space = {"__name__": "server"}
     exec(compile(server, "server", "exec"), space)
-    client, encoder = (
-        testing.TestClient(space["app"], raise_server_exceptions=False),
-        space["encoder"],
-    )
+    client = testing.TestClient(space["app"], raise_server_exceptions=False)
+    encoder = Encoder.from_pretrained(tmp_path / "q", device="cpu")
 
     def ask(status=200, **body):
         answer = client.post("/v1/embeddings", json=body)
@@ -630,5 +630,12 @@ def test_code_blocks_of_our_page(sentence_dir, texts, tmp_path, monkeypatch, tok
         torch.frombuffer(bytearray(coded), dtype=torch.float32), expected[0], atol=1e-6, rtol=1e-5
     )
     wrong_sizes = [{"input": "a", "dimensions": size} for size in (0, 9)]
-    for bad in ({"input": []}, {"input": ""}, {"input": [1 << 30]}, *wrong_sizes):
-        assert ask(400, **bad)["error"]["message"]
+    wrong_kinds = [{"input": 3}, {"input": "a", "encoding_format": "hex"}, {}]
+    empty = [{"input": []}, {"input": ""}, {"input": ["a", ""]}]
+    for bad in (*empty, {"input": [1 << 30]}, *wrong_sizes, *wrong_kinds):
+        error = ask(400, **bad)["error"]
+        assert error["message"] and error["type"] == "invalid_request_error"
+    with ThreadPoolExecutor(8) as pool:  # requests that share calls get what they get alone
+        rows = pool.map(lambda text: ask(input=text)["data"][0]["embedding"], texts * 2)
+    expected = encoder.encode(texts * 2, normalize=True)
+    torch.testing.assert_close(torch.tensor(list(rows)), expected, atol=1e-6, rtol=1e-5)
