@@ -230,28 +230,6 @@ def as_saved(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             model._weight_conversions = had
 
 
-def without_a_place(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Linears whose packed tensors would not be found again under the names that they are saved
-    with.
-
-    The source may store a linear's weight as a tensor under the linear's own name. What is renamed
-    for that tensor while loading then hits `qweight` and its siblings too. names: of linears with
-    tensors of their own in the files, experts not among them.
-    """
-    names = set(names)
-    if not isinstance(model, modeling_utils.PreTrainedModel):
-        return set()
-    alone = names - set(merged_on_disk(model, names))
-    try:
-        saved = as_saved(model, {f"{name}.qweight": torch.zeros(1) for name in alone})
-    except ImportError:  # transformers 4 saves under the model's own names
-        return set()
-    except Exception as error:  # converters may ask for more than there is
-        logger.debug("converters cannot be read backwards: %s", error)
-        return set()
-    return alone - {key.removesuffix(".qweight") for key in current_keys(model, saved)}
-
-
 def _renamings_of_transformers_4(model: Any) -> list[Any]:
     """4.52 to 4.57 rename tensors of the vision-language models that say so, and of no others."""
     names = [kind.__name__.lower() for kind in type(model).__mro__]

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 from awq.calibration import CalibrationBatch
 from awq.calibration.batches import BATCH_TOKENS, rebatched
-from awq.checkpoint.match import without_a_place
 from awq.config import AwqConfig
 from awq.core.weight import QuantizedWeight
 from awq.errors import CalibrationError
 from awq.folds import InputGroup
 from awq.nn.blocks import BlockList, find_block_lists
 from awq.nn.decoder_inputs import with_decoder_inputs
-from awq.nn.experts import named_experts
 from awq.nn.hidden import HiddenStates
 from awq.nn.linear import WQLinear
 from awq.nn.presence import BlockStore
@@ -99,7 +97,6 @@ class QuantizeRun:
             model, reached, config, not options.export_compatible, unreached, list(towers)
         )
         skip_in_mixtures(plan, model)
-        _skip_unreadable(plan, model)
         twins = _take_twins(plan, model)
         if store is not None:
             store.begin(reached, plan.targets, config)
@@ -319,14 +316,6 @@ def _complete(model: nn.Module, batch: CalibrationBatch) -> CalibrationBatch:
         if name not in ("input_ids", "attention_mask")
     }
     return batch._replace(extra=extra)
-
-
-def _skip_unreadable(plan: Plan, model: nn.Module) -> None:
-    """Takes out what no reader would find in the files."""
-    owners = tuple(f"{owner}." for owner in named_experts(model))
-    lost = without_a_place(model, {n for n in plan.targets if not n.startswith(owners)})
-    if lost:
-        plan.skip(lost, "transformers would not find its packed weight in the files")
 
 
 def _warn_of_few_tokens(report: QuantReport, widest: int) -> None:
