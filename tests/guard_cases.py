@@ -118,11 +118,11 @@ def product_cases(fence: Fence) -> Iterator[tuple[str, float]]:
     for shape in SHAPES:
         packed, weight = fenced_weight(fence, shape)
         for dtype, planes in ((d, p) for d in ROUNDING for p in (products.PLANES[d], 1)):
-            kernel, worst = products.compiled(dtype, planes), 0.0
+            compute, worst = products.product(dtype, planes), 0.0
             bias = fence.copy(torch.randn(shape[1]).to(dtype))
             for tokens in TOKENS:
                 x = fence.copy(torch.randn(tokens, shape[0]).to(dtype))
-                y = products.run(kernel, x, packed, bias, planes)
+                y = compute(x, packed, bias)
                 worst = max(worst, relative(y, x.double() @ weight.t() + bias.double()))
             yield f"product {shape} {dtype} {planes} planes", worst - (3e-2 if planes == 1 else 0)
         rows = dense.dequantized(packed, 0, shape[1])
@@ -215,8 +215,7 @@ def overrun(fence: Fence) -> None:
     """A weight whose last block is missing: the kernel reads beyond it."""
     packed, _ = fenced_weight(fence, SHAPES[0])
     short = packed._replace(qweight=fence.copy(packed.qweight[:-1]))
-    kernel = products.compiled(torch.float32, 3)
-    products.run(kernel, fence.copy(torch.randn(1, 128)), short, None, 3)
+    products.product(torch.float32, 3)(fence.copy(torch.randn(1, 128)), short, None)
 
 
 CASES: tuple[Callable[[Fence], Iterator[tuple[str, float]]], ...] = (

@@ -21,6 +21,7 @@ from awq.formats import get_layout
 from awq.kernels import Shape, choose, explain, reference, use_backend
 from awq.kernels import cpu as backend
 from awq.kernels.cpu import dense, engine, pool
+from awq.kernels.cpu.product_launch import Product
 from awq.kernels.cpu.products import emit_linear
 from awq.kernels.cpu.targets import TARGETS
 from awq.kernels.cpu.team import SIZE, UNTIL
@@ -64,7 +65,8 @@ def served(target):
 @pytest.fixture
 def forget():
     """Caches as in a new process, before and after."""
-    caches = (backend.problem, engine.program, engine.binding, engine.host_target, engine.openmp)
+    caches = (backend.problem, backend.product, engine.program, engine.binding)
+    caches += (engine.host_target, engine.openmp)
     backends.forget()
     for cached in caches:
         cached.cache_clear()
@@ -97,20 +99,17 @@ def test_every_kind_of_cpu_equals_the_dense_product(target, dtype):
         pytest.skip(f"needs a CPU with {target.name}")
     torch.manual_seed(0)
     kinds = [
-        (planes, engine.Program(emit_linear, dtype, target, planes), bound)
+        (Product(engine.Program(emit_linear, dtype, target, planes), planes), bound)
         for planes, bound in ((backend.PLANES[dtype], 0), (1, 3e-2))
     ]
     for shape in SHAPES:
         weight, bias = random_weight(*shape), torch.randn(shape[1]).to(dtype)
         packed = pack(weight)
-        for planes, kernel, bound in kinds:
+        for product, bound in kinds:
             for tokens in (1, 2, 3, 15):
                 x = torch.randn(tokens, shape[0]).to(dtype)
                 for b in (None, bias):
-                    assert (
-                        error(backend.run(kernel, x, packed, b, planes), x, weight, b)
-                        < ROUNDING[dtype] + bound
-                    )
+                    assert error(product(x, packed, b), x, weight, b) < ROUNDING[dtype] + bound
 
 
 @pytest.mark.parametrize("name, bound", [("cpu", 0), ("cpu_int8", 3e-2)])
@@ -205,7 +204,7 @@ def test_without_openmp_python_threads_compute_the_same(monkeypatch, forget):
     kernel = engine.Program(emit_linear, torch.float32, engine.host_target(), 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(pool, "cores_at_start", lambda: 8)
-    assert torch.equal(backend.run(kernel, x, packed, None, 3), expected)
+    assert torch.equal(Product(kernel, 3)(x, packed, None), expected)
 
 
 def test_siblings_are_joined_and_split():
@@ -250,8 +249,8 @@ def test_reasons():
 
 
 def test_a_wrong_library_is_found_and_passed_over(monkeypatch, forget):
-    right = backend.run
-    monkeypatch.setattr(backend, "run", lambda *arguments: right(*arguments) * 1.01)
+    right = Product.__call__
+    monkeypatch.setattr(Product, "__call__", lambda *arguments: right(*arguments) * 1.01)
     assert "trial product was wrong" in reasons(CPU, torch.float32, Shape(128, 24, 32))["cpu"]
     weight, x = random_weight(128, 24, 32), torch.randn(2, 128)
     module = WQLinear.from_quantized(weight)

@@ -14,7 +14,7 @@ from torch import nn
 from awq import AwqConfig, Encoder, quantize_model
 from awq.calibration import load_calibration
 from awq.embed import graphs
-from awq.embed.encoder import _buckets
+from awq.embed.batching import batches_by_length
 from awq.embed.heads import Dense, Pooling
 from awq.errors import AwqError, ConfigError, ModelError
 
@@ -336,14 +336,23 @@ def test_right_padding_and_order(bert_dir):
         torch.testing.assert_close(encoder.encode(text), row, atol=1e-5, rtol=1e-5)
 
 
+def test_the_longest_text_can_be_set_afterwards(bert_dir):
+    """As sentence-transformers allows it."""
+    encoder = Encoder.from_pretrained(bert_dir, device="cpu")
+    whole, long = encoder.encode(["the cat"]), "the cat " * 20
+    encoder.max_seq_length = 4
+    assert len(encoder._tokenize([long])["input_ids"][0]) == 4
+    torch.testing.assert_close(encoder.encode([long]), whole)
+
+
 def test_buckets():
     lengths = [3, 50, 4, 48, 3, 5, 49, 2]
     for size in (1, 2, 3, 8, 100):
-        parts = list(_buckets(lengths, size))
+        parts = list(batches_by_length(lengths, size))
         assert (
             sorted(i for p in parts for i in p) == list(range(8)) and max(map(len, parts)) <= size
         )
-    assert [[lengths[i] for i in p] for p in _buckets(lengths, 8)] == [
+    assert [[lengths[i] for i in p] for p in batches_by_length(lengths, 8)] == [
         [50, 49, 48],
         [5, 4],
         [3, 3],

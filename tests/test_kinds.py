@@ -279,7 +279,6 @@ def test_a_block_that_runs_in_two_places_is_stored_once(tmp_path):
         n_mamba_heads=2,
         mamba_d_state=8,
         mamba_dt_rank=16,
-        layer_types=layers,
         layers_block_type=layers,
         attn_layer_period=2,
         attn_layer_offset=1,

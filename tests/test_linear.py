@@ -4,6 +4,7 @@ differentiates."""
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from awq.core.weight import round_to_nearest
 from awq.errors import ConfigError
@@ -45,6 +46,34 @@ def test_gradient_reaches_the_input():
     y = x.detach().clone().requires_grad_()
     F.linear(y, weight.dequantize(), module.bias).backward(grad)
     torch.testing.assert_close(x.grad, y.grad)
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_call_that_is_watched_goes_through_the_operator():
+    """Modes, transforms and tensors without data see the operator; otherwise its function is
+    called at once, and gives the same bits."""
+    module, _, _ = make()
+    x = torch.randn(3, 64)
+    module(x)  # moves the weight to the layout that its backend computes on
+    with Seen() as seen:
+        expected = module(x)
+    assert seen.names == ["awq::linear"]
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            assert torch.equal(module(x), expected)
+    assert torch.equal(torch.func.vmap(module)(x), expected)
+    assert module.to("meta")(x.to("meta")).is_meta
 
 
 def test_compiles_without_a_graph_break():

@@ -20,6 +20,7 @@ from awq.embed.encoder import Encoder
 from awq.errors import ConfigError
 from awq.generate.run.projection import Slice
 from awq.integrations.emb_model_provider import AutoAWQLoader
+from awq.models.base import BaseAWQForCausalLM
 from awq.nn.copies import copy_structure
 from awq.nn.linear import WQLinear
 from awq.nn.locks import lock_of
@@ -51,6 +52,25 @@ def test_everything_at_once(case, unfused_case):
         line for c in (case, unfused_case) for line in thread_cases.everything_at_once(c, dice)
     ]
     assert not wrong, f"seed {SEED}: {wrong[:5]}"
+
+
+def test_quantizations_that_change_settings_of_torch_take_turns(case):
+    """Tuning wants deterministic gradients of the whole process; each of two callers puts the
+    setting back."""
+
+    def tuned(_number):
+        model = BaseAWQForCausalLM(copy.deepcopy(case.dense), "./tiny-qwen2")
+        settings = {"quant_config": thread_cases.SETTINGS, "progress": False}
+        model.quantize(case.rows, preset="fast", tuning=1, **settings)
+        return model.model.state_dict()
+
+    alone = tuned(0)
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(tuned, range(3)))
+    for found in together:
+        assert all(torch.equal(found[name], tensor) for name, tensor in alone.items())
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_each_deed_is_right_alone(case):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from awq.checkpoint.load import body_class, load_model
 from awq.checkpoint.source import Source, check_reachable
 from awq.checkpoint.tokenizer import load_tokenizer
+from awq.embed.batching import batches_by_length
 from awq.embed.compiled import CompiledEncoder, CompiledState
 from awq.embed.directory import SentenceSettings, longest_input, sentence_settings
 from awq.embed.graphs import EncoderGraphs
@@ -29,7 +30,7 @@ from awq.embed.heads import Normalize, Pooling, read_head, through_heads
 from awq.embed.observe import NotReadable
 from awq.embed.proof import compile_encoder
 from awq.embed.request import check_precision
-from awq.embed.tokens import quick_tokens
+from awq.embed.tokens import QuickTokens, quick_tokens
 from awq.errors import ConfigError, ModelError
 from awq.native.request import check_arguments, checked_texts
 from awq.nn.locks import lock_of
@@ -69,6 +70,7 @@ class Encoder(nn.Module):
                 "must be a pooling."
             )
         settings = settings or SentenceSettings()
+        self.quick_tokens: QuickTokens | None = None
         self.max_seq_length = longest_input(model.config, tokenizer, settings)
         # What models without prompts of their own answer to too, so that callers need not know
         # which they hold.
@@ -76,7 +78,6 @@ class Encoder(nn.Module):
         self.default_prompt_name = settings.default_prompt_name
         self._lower_case = settings.lower_case
         self.known_ids = _known_ids(model, tokenizer)
-        self.quick_tokens = quick_tokens(tokenizer, self.max_seq_length)
         # Of inputs by name; the attention mask's is 0.
         self.padding = {
             "input_ids": tokenizer.pad_token_id or 0,
@@ -90,6 +91,16 @@ class Encoder(nn.Module):
         self._accepted = (
             None if any(p.kind is p.VAR_KEYWORD for p in accepted.values()) else set(accepted)
         )
+
+    @property
+    def max_seq_length(self) -> int:
+        """How many tokens of a text are read; the rest is cut off. It may be set."""
+        return self._max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int) -> None:
+        self._max_seq_length = tokens
+        self.quick_tokens = quick_tokens(self.tokenizer, tokens)
 
     @classmethod
     def from_pretrained(
@@ -201,7 +212,7 @@ class Encoder(nn.Module):
         if native is not None and native.why_not(rows["input_ids"]) is None:
             embeddings = self._encode_natively(native, rows, prompt_tokens)[:, :truncate_dim]
             return F.normalize(embeddings, dim=-1) if normalize else embeddings
-        parts = list(_buckets([len(ids) for ids in rows["input_ids"]], batch_size))
+        parts = list(batches_by_length([len(ids) for ids in rows["input_ids"]], batch_size))
         run: Any = self
         if self._on_gpu:
             run = self._graphs
@@ -364,22 +375,6 @@ def _check_ids(rows: list[list[int]], known: int) -> None:
             f"the tokenizer gives the id {largest}, and the model knows 0 to {known - 1}; is it "
             "another model's tokenizer?"
         )
-
-
-def _buckets(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of texts in batches of at most `batch_size`, longest first.
-
-    A batch of at least a quarter of that ends early where a text would be padded by a third of its
-    length: fewer, fuller batches cost more padding than their number saves.
-    """
-    part: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        wasteful = len(part) * 4 >= batch_size and part and lengths[i] * 4 < lengths[part[0]] * 3
-        if part and (len(part) == batch_size or wasteful):
-            yield part
-            part = []
-        part.append(i)
-    yield part
 
 
 def _downloaded(name: str) -> Path:

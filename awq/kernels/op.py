@@ -15,6 +15,7 @@ from awq.backends import backend_for
 from awq.kernels import reference
 from awq.kernels.checks import check_bias, check_input, check_weight, weight_of
 from awq.kernels.packed import Packed
+from awq.kernels.watched import watched
 
 _WEIGHT = "Tensor qweight, Tensor qzeros, Tensor scales"
 _SHAPE = "int in_features, int out_features, int group_size, str format"
@@ -131,4 +132,5 @@ def quantized_linear(
 
     Raises ConfigError when widths, dtypes or devices do not fit.
     """
-    return _op(x, qweight, qzeros, scales, bias, in_features, out_features, group_size, format)
+    call = _op if watched(x, bias) else _linear
+    return call(x, qweight, qzeros, scales, bias, in_features, out_features, group_size, format)

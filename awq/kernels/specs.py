@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class Router:
         return len(self.weight)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Attention:
     """heads: query heads. kv_heads: key and value heads, each shared by heads/kv_heads neighbours.
     scaling: of q·k.
@@ -98,7 +99,7 @@ class Attention:
         """(weight, eps) of the norm of keys, (None, 0) without one."""
         return (None, 0.0) if self.k_norm is None else (self.k_norm.weight, self.k_norm.eps)
 
-    @property
+    @cached_property
     def channels(self) -> int:
         """Of queries, keys and values of one token together."""
         return sum(self.widths)

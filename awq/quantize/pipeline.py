@@ -60,7 +60,7 @@ def quantize_model(
     config, options = config or AwqConfig(), options or QuantizeOptions()
     check_finished(model)
     device = work_device(device_of(model), options)
-    with one_at_a_time(device), experts_as_linears(model, store) as dense_experts:
+    with one_at_a_time(device, options), experts_as_linears(model, store) as dense_experts:
         run = QuantizeRun.start(model.eval(), batches, config, options, store)
         if store is not None:
             reserve(run, store.folder)

@@ -257,17 +257,18 @@ def moved_to(model: nn.Module, device: torch.device) -> Iterator[None]:
         model.to(home)
 
 
-_on_gpus = threading.Lock()
+_settings_of_torch = threading.Lock()
 
 
 @contextmanager
-def one_at_a_time(device: torch.device) -> Iterator[None]:
-    """Quantizations on GPUs follow each other. TF32, deterministic algorithms and the kind of
-    attention belong to the process: two at once would change each other's numbers."""
-    if device.type == "cpu":
+def one_at_a_time(device: torch.device, options: QuantizeOptions) -> Iterator[None]:
+    """Quantizations on GPUs, and those that tune, follow each other. TF32, deterministic algorithms
+    and the kind of attention belong to the process: two at once would change each other's numbers,
+    and leave the settings changed."""
+    if device.type == "cpu" and not options.tuning:
         yield
         return
-    with _on_gpus:
+    with _settings_of_torch:
         yield
 
 

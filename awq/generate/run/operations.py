@@ -98,24 +98,35 @@ def _check_stack(packed: Packed, inputs: int, x: Tensor) -> None:
 def _check_sum(x: Tensor, branch: Tensor | None, norm: Norm | None) -> None:
     """A branch and a norm fit x. Raises ConfigError otherwise."""
     if branch is not None:
-        shape = branch.shape[:-2] + branch.shape[-1:] if branch.dim() > x.dim() else branch.shape
+        shape = _sum_shape(branch, x.dim())
         if shape != x.shape or branch.dtype != x.dtype or branch.device != x.device:
-            raise _refuse(
-                "the branch",
-                branch,
-                f"{x.dtype} {list(x.shape)} on {x.device}, as what it is added to",
-            )
+            wanted = f"{x.dtype} {list(x.shape)} on {x.device}, as what it is added to"
+            raise _refuse("the branch", branch, wanted)
     if norm is not None:
-        for vector in (norm.weight, norm.bias):
-            if vector is not None:
-                _check_vector(vector, x)
+        if norm.weight is not None:
+            _check_vector(norm.weight, x)
+        if norm.bias is not None:
+            _check_vector(norm.bias, x)
+
+
+def _sum_shape(branch: Tensor, axes: int) -> tuple[int, ...]:
+    """A branch's shape, without the axis of its parts where it has one axis more than `axes`."""
+    if branch.dim() <= axes:
+        return branch.shape
+    *places, _, features = branch.shape
+    return *places, features
 
 
 def _check_vector(vector: Tensor, x: Tensor) -> None:
     """Of a norm: a kernel reads as many numbers of it as x is wide."""
-    width = x.shape[-1]
-    fits = vector.shape == (width,) and vector.dtype == torch.float32 and vector.device == x.device
-    if not (fits and vector.is_contiguous()):
+    width = x.size(-1)
+    if (
+        vector.dim() != 1
+        or vector.numel() != width
+        or vector.dtype != torch.float32
+        or vector.device != x.device
+        or not vector.is_contiguous()
+    ):
         raise _refuse("a norm's weight or bias", vector, f"float32 [{width}] on {x.device}")
 
 
@@ -192,11 +203,8 @@ def attend_step(
     far, at most `longest`. Raises ConfigError when they do not fit the cache or the rotary tables.
     """
     _check_attention(qkv, a, cos, sin, cache, longest + 1)
-    if (
-        lengths.dtype != torch.int32
-        or lengths.shape != qkv.shape[:1]
-        or lengths.device != qkv.device
-    ):
+    fits = lengths.dim() == 1 and lengths.size(0) == qkv.size(0)
+    if not fits or lengths.dtype != torch.int32 or lengths.device != qkv.device:
         raise _refuse("lengths", lengths, f"int32 [{len(qkv)}] on {qkv.device}")
     compute = plain.attend if a.why_no_kernel() else _operator("attend", qkv)
     return compute(qkv[:, 0], a, cos, sin, lengths, cache.k, cache.v, longest).unsqueeze(1)
@@ -225,41 +233,38 @@ def _check_attention(
     places: int,
 ) -> None:
     """places: how many positions of the cache and of the rotary tables are read or written."""
-    batch, _, channels = qkv.shape
-    if channels != a.channels:
-        raise _refuse(
-            "the product of queries, keys and values", qkv, f"[batch, tokens, {a.channels}]"
-        )
-    for kept, width in ((cache.k, a.head_dim), (cache.v, a.value_head)):
-        if (
-            kept.shape[:2] != (batch, a.kv_heads)
-            or kept.shape[2] < places
-            or kept.shape[3] != width
-        ):
-            raise _refuse(
-                "the cache",
-                kept,
-                f"[{batch}, {a.kv_heads}, {places} positions or more, {width}]",
-            )
-        if kept.dtype != qkv.dtype or kept.device != qkv.device or not kept.is_contiguous():
-            raise _refuse("the cache", kept, f"{qkv.dtype} on {qkv.device} in one piece")
-    for table in (cos, sin):
-        if table is not None:
-            _check_table(table, a, places, qkv.device)
+    if qkv.size(-1) != a.channels:
+        wanted = f"[batch, tokens, {a.channels}]"
+        raise _refuse("the product of queries, keys and values", qkv, wanted)
+    _check_cache(cache.k, qkv, a.kv_heads, places, a.head_dim)
+    _check_cache(cache.v, qkv, a.kv_heads, places, a.value_head)
+    if cos is not None:
+        _check_table(cos, a, places, qkv.device)
+    if sin is not None:
+        _check_table(sin, a, places, qkv.device)
+
+
+def _check_cache(kept: Tensor, qkv: Tensor, heads: int, places: int, width: int) -> None:
+    """Keys or values [batch, heads, places or more, width]."""
+    batch = qkv.size(0)
+    rows, kept_heads, positions, kept_width = kept.shape
+    if rows != batch or kept_heads != heads or positions < places or kept_width != width:
+        wanted = f"[{batch}, {heads}, {places} positions or more, {width}]"
+        raise _refuse("the cache", kept, wanted)
+    if kept.dtype != qkv.dtype or kept.device != qkv.device or not kept.is_contiguous():
+        raise _refuse("the cache", kept, f"{qkv.dtype} on {qkv.device} in one piece")
 
 
 def _check_table(table: Tensor, a: Attention, places: int, device: torch.device) -> None:
+    positions, pairs = table.shape
     if (
-        table.shape[0] < places
-        or table.shape[1] * 2 != a.rotary
+        positions < places
+        or pairs * 2 != a.rotary
         or table.dtype != torch.float32
         or table.device != device
     ):
-        raise _refuse(
-            "a rotary table",
-            table,
-            f"float32 [{places} positions or more, {a.rotary // 2}] on {device}",
-        )
+        wanted = f"float32 [{places} positions or more, {a.rotary // 2}] on {device}"
+        raise _refuse("a rotary table", table, wanted)
 
 
 def head(x: Tensor, module: nn.Module) -> Tensor:

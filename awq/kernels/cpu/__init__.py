@@ -14,14 +14,17 @@ unit; what each kind of CPU has: `targets`; compiling and threads: `engine`.
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from awq.kernels.cpu.engine import Program, binding, host_target, program
-from awq.kernels.cpu.pool import team_size
+from awq.kernels.cpu.engine import binding, host_target
 from awq.kernels.packed import Packed, Shape
 from awq.kernels.trial import trial_error
+
+if TYPE_CHECKING:
+    from awq.kernels.cpu.product_launch import Product
 
 LAYOUT = "rows16"
 OPERATORS = dict.fromkeys(
@@ -31,9 +34,6 @@ MATRIX_UNIT_MIN_TOKENS = 128  # fewer are not worth a dense weight
 PLANES = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 # of the trial product by planes, beside the rounding of its dtype
 _TOLERANCE = {1: 2e-2, 2: 2e-4, 3: 1e-6}
-MAX_CHUNK_INPUTS = 256  # that share one step of the activations
-MAX_SERIAL_VALUES = 1 << 16  # activations that one thread makes bytes of sooner than two
-MAX_CACHED_BYTES = 1 << 19  # of activations that a core keeps near
 
 
 def why_not(
@@ -57,10 +57,8 @@ def problem(dtype: torch.dtype, planes: int) -> str | None:
         binding()
         if host_target() is None:
             return "the CPU has no AVX2, AVX-512 or Arm dot products"
-        kernel = compiled(dtype, planes)
-        error = trial_error(
-            lambda x, packed: run(kernel, x, packed, None, planes), LAYOUT, dtype, (1, 7)
-        )
+        compute = product(dtype, planes)
+        error = trial_error(lambda x, packed: compute(x, packed, None), LAYOUT, dtype, (1, 7))
     except ImportError as failure:
         return str(failure)
     except Exception as failure:  # LLVM refuses in many ways, and a linear must still be computed
@@ -72,11 +70,12 @@ def problem(dtype: torch.dtype, planes: int) -> str | None:
     return None if error < allowed else f"a trial product was wrong by {error:.3g}"
 
 
-def compiled(dtype: torch.dtype, planes: int) -> Program:
-    """The product's kernel. Raises ImportError or what LLVM raises."""
-    from awq.kernels.cpu.products import emit_linear
+@cache
+def product(dtype: torch.dtype, planes: int) -> Product:
+    """What computes products for activations of `dtype`. Raises ImportError or what LLVM raises."""
+    from awq.kernels.cpu import product_launch
 
-    return program(emit_linear, dtype, host_target(), planes)
+    return product_launch.product(dtype, planes)
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -89,8 +88,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         from awq.kernels.cpu import dense
 
         return dense.linear(x, packed, bias)
-    planes = PLANES[x.dtype]
-    return run(compiled(x.dtype, planes), x, packed, bias, planes)
+    return product(x.dtype, PLANES[x.dtype])(x, packed, bias)
 
 
 @cache
@@ -110,54 +108,3 @@ def has_matrix_unit() -> bool:
         )
     except Exception:  # as in `problem`; the other kernels serve
         return False
-
-
-def run(kernel: Program, x: Tensor, packed: Packed, bias: Tensor | None, planes: int) -> Tensor:
-    """x [..., in] times the packed weight, in the threads that torch uses; `kernel` is `compiled`
-    for x's dtype and `planes`."""
-    from awq.kernels.cpu.products import PRODUCT
-
-    inputs, outputs, group = packed.shape
-    x = x.contiguous()
-    tokens = x.numel() // inputs
-    chunk = chunk_of(group)
-    y = x.new_empty(*x.shape[:-1], outputs)
-    if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
-    plane_bytes = tokens * planes * inputs
-    step_bytes = tokens * (inputs // chunk) * 4
-    scratch = torch.empty(plane_bytes + 2 * step_bytes, dtype=torch.uint8)
-    start = scratch.data_ptr()
-    threads = team_size()
-    task = PRODUCT.pack(
-        quantize_threads=threads if tokens * inputs > MAX_SERIAL_VALUES else 1,
-        threads=threads,
-        x=x,
-        y=y,
-        codes=packed.qweight,
-        scales=packed.scales,
-        zeros=packed.qzeros,
-        bias=bias,
-        planes=start,
-        steps=start + plane_bytes,
-        sums=start + plane_bytes + step_bytes,
-        tokens=tokens,
-        inputs=inputs,
-        outputs=outputs,
-        group=group,
-        chunk=chunk,
-        cached=max(8, MAX_CACHED_BYTES // (planes * inputs) // 8 * 8),
-    )
-    kernel(task)
-    return y
-
-
-@cache
-def chunk_of(group: int) -> int:
-    """Inputs that share one step of the activations: the group, or the largest even part of it, by
-    eights, up to 256."""
-    return group if group <= MAX_CHUNK_INPUTS else _largest_part(group)
-
-
-def _largest_part(group: int) -> int:
-    return max(part for part in range(8, MAX_CHUNK_INPUTS + 1, 8) if group % part == 0)
