@@ -301,6 +301,7 @@ def test_graphs_are_dropped_by_any_thread_and_never_while_another_is_recorded(mo
 
 def test_quantizations_on_gpus_follow_each_other():
     """Those on a CPU, which change no setting of the process, run at once."""
+    from awq.quantize.options import QuantizeOptions
     from awq.quantize.run import one_at_a_time
 
     running = {"cuda": 0, "cpu": 0}
@@ -308,7 +309,7 @@ def test_quantizations_on_gpus_follow_each_other():
     both = threading.Barrier(2)
 
     def quantizes(kind):
-        with one_at_a_time(torch.device(kind)):
+        with one_at_a_time(torch.device(kind), QuantizeOptions()):
             running[kind] += 1
             most[kind] = max(most[kind], running[kind])
             if kind == "cpu":
