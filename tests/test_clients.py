@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from transformers import AutoModel
+from transformers import AutoModel, AwqConfig
 
 from awq import AutoAWQForCausalLM
 from awq.cli import main
@@ -60,6 +60,14 @@ with use_backend("reference"):
     )
     assert done.returncode == 0, done.stderr
     assert "llvmlite" in done.stderr and "slow" in done.stderr
+
+
+def test_fusing_that_transformers_asks_for_is_not_passed_over_in_silence(quantized, caplog):
+    asked = AwqConfig(do_fuse=True, fuse_max_seq_len=32)
+    if not hasattr(asked, "do_fuse"):
+        pytest.skip("transformers has no do_fuse (since 5)")
+    AutoModel.from_pretrained(quantized, quantization_config=asked)
+    assert "from_quantized(path, fuse_layers=True)" in caplog.text
 
 
 PROGRAM = """
