@@ -37,6 +37,8 @@ def make_tokenizer():
         bos_token="<s>",
         eos_token="</s>",
         model_max_length=512,
+        # as language models' tokenizers say; transformers 4 would add token types by itself
+        model_input_names=["input_ids", "attention_mask"],
         chat_template=template,
     )
 
