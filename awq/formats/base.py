@@ -43,10 +43,7 @@ class Format:
         layout cannot hold.
         """
         if weight.bits != 4:
-            raise ConfigError(
-                f"packed formats hold 4 bits, not {weight.bits}; use export_compatible=True for "
-                "dense weights."
-            )
+            raise ConfigError(f"packed formats hold 4 bits, not {weight.bits}.")
         out_features, in_features = weight.codes.shape
         problem = self.why_not(in_features, out_features, weight.group_size)
         if problem:
