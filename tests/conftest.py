@@ -80,6 +80,8 @@ def make_tokenizer(pad_side: str = "right"):
         unk_token="<unk>",
         padding_side=pad_side,
         model_max_length=64,
+        # what transformers 5 assumes; 4 would add token types, which decoders do not take
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

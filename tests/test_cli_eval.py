@@ -109,6 +109,22 @@ def test_embeddings_side_by_side_and_pairs_alone(capsys, place, bert_dir):
     assert 0.5 < texts["min_cosine"] < texts["mean_cosine"] < 1
 
 
+def test_texts_of_an_embedding_model_may_stand_one_a_line(capsys, place, bert_dir, texts, tmp_path):
+    """As `awq embed --input` and calibration read them; empty lines between them change nothing."""
+    common = ["eval", place / "bert-awq", "--base", bert_dir, "--text"]
+    found = []
+    for name, between in (("lines.txt", "\n"), ("paragraphs.txt", "\n\n")):
+        (tmp_path / name).write_text(between.join(texts[:12]))
+        found.append(run_json(capsys, *common, tmp_path / name)["figures"])
+    assert found[0] == found[1] and found[0]["texts"] == 12
+    (tmp_path / "one.txt").write_text(texts[0])
+    arguments = ["quantize", bert_dir, tmp_path / "q", "--group-size", "16"]
+    arguments += ["--evaluate", tmp_path / "one.txt"]
+    for given in ([*common, tmp_path / "one.txt"], arguments):
+        assert main([*map(str, given)]) == 2
+        assert "one.txt holds one text; embeddings" in capsys.readouterr().err
+
+
 def test_eval_gates_end_with_status_1(capsys, place):
     common = ["eval", place / "llama-awq", "--base", place / "llama", "--text", place / "texts.txt"]
     assert run_json(capsys, *common, "--max-kl", 100)["failed_gates"] == []

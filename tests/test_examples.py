@@ -52,10 +52,18 @@ def quantized_encoder(texts, tmp_path_factory):
     return folder / "awq"
 
 
+STREAMS = {"awq.models.planning", "awq.models.streaming"}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_a_module(
     name, llama_dir, bert_dir, quantized, quantized_encoder, texts, tmp_path, monkeypatch
 ):
+    if name in STREAMS:
+        pytest.importorskip(
+            "transformers.core_model_loading",
+            reason="transformers has no loading by parts before 5",
+        )
     for source, place in (
         (llama_dir, "my-model"),
         (bert_dir, "my-encoder"),

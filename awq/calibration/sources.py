@@ -167,10 +167,11 @@ class _NoSuchColumn(Exception):
         self.columns = [str(name) for name in columns][:MAX_COLUMNS_SHOWN]
 
 
-def file_texts(path: Path, column: str = "text") -> list[str]:
+def file_texts(path: Path, column: str = "text", text_per_line: bool = False) -> list[str]:
     """Texts of a local file: paragraphs of .txt/.md, or one column of .jsonl, .json, .csv, .tsv or
-    .parquet."""
-    texts = [sample for sample in file_samples(path, column) if isinstance(sample, str)]
+    .parquet. text_per_line: lines of a .txt or .md without empty lines instead."""
+    samples = file_samples(path, column, text_per_line)
+    texts = [sample for sample in samples if isinstance(sample, str)]
     if not texts:
         raise CalibrationError(f"{path} holds no text.")
     return texts

@@ -337,13 +337,12 @@ def _evaluation(arguments: argparse.Namespace) -> Any:
         return None
     from pathlib import Path
 
-    from awq.calibration.sources import file_texts
     from awq.errors import CalibrationError
-    from awq.evals.models import scored_pairs
+    from awq.evals.models import scored_pairs, texts_to_compare
 
     path = Path(arguments.evaluate)
     if not path.is_file():
         raise CalibrationError(f"evaluation file {path} does not exist.")
     if path.suffix.lower() != ".tsv":
-        return file_texts(path, arguments.text_column)
+        return texts_to_compare(path, arguments.text_column)
     return scored_pairs(path)

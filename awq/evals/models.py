@@ -145,7 +145,7 @@ def evaluate_embeddings(
     if not path.is_file():
         raise CalibrationError(f"text file {path} does not exist.")
     pairs = scored_pairs(path) if path.suffix.lower() == ".tsv" else None
-    listed = file_texts(path, column) if pairs is None else [*pairs[1], *pairs[2]]
+    listed = texts_to_compare(path, column) if pairs is None else [*pairs[1], *pairs[2]]
     if pairs is None and base is None:
         raise ConfigError(
             "texts show how far embeddings moved from those of --base; give it, or a .tsv of "
@@ -158,6 +158,17 @@ def evaluate_embeddings(
     return PairFigures(
         len(scores), pair_spearman(after[: len(scores)], after[len(scores) :], scores)
     )
+
+
+def texts_to_compare(path: Path, column: str = "text") -> list[str]:
+    """Texts of a user's file for an embedding model, one a line where no empty lines part them.
+
+    Raises CalibrationError when there are fewer than two: a text alone has no neighbours.
+    """
+    texts = file_texts(path, column, text_per_line=True)
+    if len(texts) < 2:
+        raise CalibrationError(f"{path} holds one text; embeddings are compared on two or more.")
+    return texts
 
 
 def scored_pairs(path: Path) -> tuple[list[float], list[str], list[str]]:
