@@ -118,11 +118,8 @@ def test_texts_of_an_embedding_model_may_stand_one_a_line(capsys, place, bert_di
         found.append(run_json(capsys, *common, tmp_path / name)["figures"])
     assert found[0] == found[1] and found[0]["texts"] == 12
     (tmp_path / "one.txt").write_text(texts[0])
-    arguments = ["quantize", bert_dir, tmp_path / "q", "--group-size", "16"]
-    arguments += ["--evaluate", tmp_path / "one.txt"]
-    for given in ([*common, tmp_path / "one.txt"], arguments):
-        assert main([*map(str, given)]) == 2
-        assert "one.txt holds one text; embeddings" in capsys.readouterr().err
+    assert main([*map(str, common), str(tmp_path / "one.txt")]) == 2
+    assert "one.txt holds one text; embeddings" in capsys.readouterr().err
 
 
 def test_eval_gates_end_with_status_1(capsys, place):
