@@ -125,17 +125,15 @@ def _token(given: str | None) -> str:
 def _user(repository: str, token: str) -> dict[str, Any]:
     """What the hub knows about the owner of the token."""
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return HfApi(token=token).whoami()
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code == 401:
+    # of whichever client this release uses; before 1.0 a refusal is no HfHubHTTPError
+    except Exception as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
             raise ConfigError(
                 f"{constants.ENDPOINT} does not accept the token: {first_line(error)}"
             ) from error
-        raise CheckpointError(_unreachable(repository, error)) from error
-    except Exception as error:  # of the network, in whichever client this release uses
         raise CheckpointError(_unreachable(repository, error)) from error
 
 
