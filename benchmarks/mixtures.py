@@ -32,7 +32,7 @@ from awq.calibration import CalibrationBatch
 from awq.config import AwqConfig
 from awq.kernels.triton.timing import graph_time, warm_up
 from awq.models.base import BaseAWQForCausalLM
-from awq.nn.blocks import hidden_of
+from awq.nn.block_calls import hidden_of
 from awq.nn.packed_experts import AwqExperts
 from awq.quantize import QuantizeOptions, pipeline, quantize_model
 

@@ -6,7 +6,9 @@ import torch
 import zoo
 
 from awq.errors import ModelError
-from awq.nn.blocks import find_block_lists, hidden_of, record_block_calls
+from awq.nn.block_calls import hidden_of
+from awq.nn.blocks import find_block_lists
+from awq.nn.recording import record_block_calls
 
 
 @torch.no_grad()

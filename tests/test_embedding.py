@@ -402,7 +402,8 @@ def test_padding_leaks_nothing(family, tokenizer, texts):
 def test_pairs_keep_their_token_types(tmp_path, texts):
     """A cross-encoder is calibrated on what it will see: both texts in one row, the second one of
     type 1."""
-    from awq.nn.blocks import find_block_lists, record_block_calls
+    from awq.nn.blocks import find_block_lists
+    from awq.nn.recording import record_block_calls
 
     directory = reranker_directory(tmp_path / "m", steps=0)
     model = AutoAWQForCausalLM.from_pretrained(str(directory))

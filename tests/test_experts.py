@@ -28,7 +28,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from awq.checkpoint.expert_names import expert_names
 from awq.folds.find import find_folds
-from awq.nn.blocks import hidden_of
+from awq.nn.block_calls import hidden_of
 from awq.nn.capture import NothingFromTheHost
 from awq.nn.experts import (
     conceal_experts,

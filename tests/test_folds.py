@@ -7,7 +7,9 @@ import zoo
 
 from awq.folds import TOLERANCE, Fold, InputGroup, apply_fold, discover, prove
 from awq.folds.proof import holds
-from awq.nn.blocks import BlockCall, find_block_lists, record_block_calls
+from awq.nn.block_calls import BlockCall
+from awq.nn.blocks import find_block_lists
+from awq.nn.recording import record_block_calls
 from awq.nn.surgery import named_linears
 
 

@@ -9,7 +9,7 @@ from awq import AwqConfig, QuantizeOptions, quantize_model
 from awq.calibration import CalibrationBatch
 from awq.core.rounding import feedback_factor
 from awq.errors import ConfigError
-from awq.nn.blocks import BlockCall
+from awq.nn.block_calls import BlockCall
 from awq.nn.hidden import HiddenStates
 from awq.nn.hooks import input_of
 from awq.nn.walk import BlockInputs, BlockVisit

@@ -16,10 +16,11 @@ from awq.errors import ModelError
 from awq.folds import apply_fold
 from awq.folds.find import find_folds
 from awq.models.base import BaseAWQForCausalLM
-from awq.nn.blocks import find_block_lists, reached_lists
+from awq.nn.blocks import find_block_lists
 from awq.nn.decoder_inputs import with_decoder_inputs
 from awq.nn.hooks import hooked
 from awq.nn.linear import WQLinear
+from awq.nn.reached import reached_lists
 from awq.nn.walk import BlockWalk
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))

@@ -6,7 +6,8 @@ import zoo
 
 from awq import AwqConfig, QuantizeOptions, quantize_model
 from awq.calibration import CalibrationBatch
-from awq.nn.blocks import BlockCall, find_block_lists
+from awq.nn.block_calls import BlockCall
+from awq.nn.blocks import find_block_lists
 from awq.nn.hooks import hooked
 from awq.nn.walk import BlockWalk
 from awq.quantize import block as block_module

@@ -39,7 +39,8 @@ from awq.checkpoint.source import Source
 from awq.checkpoint.work_folder import WorkFolder
 from awq.config import AwqConfig
 from awq.errors import CheckpointError, ConfigError, ModelError
-from awq.nn.blocks import BlockList, find_block_lists, map_tensors
+from awq.nn.block_calls import map_tensors
+from awq.nn.blocks import BlockList, find_block_lists
 from awq.nn.copies import copy_structure
 from awq.nn.experts import (
     ExpertShape,

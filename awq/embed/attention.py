@@ -24,7 +24,7 @@ from awq.embed.observe import Event, NotReadable, near, norm_of
 from awq.generate.read.trace import rotary_tables
 from awq.kernels.reference.decode import apply_norm
 from awq.kernels.specs import Norm
-from awq.nn.blocks import BlockCall
+from awq.nn.block_calls import BlockCall
 from awq.nn.linear import WQLinear
 
 Rotary = tuple[Tensor, Tensor]

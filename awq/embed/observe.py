@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from awq.kernels.reference.decode import apply_norm
 from awq.kernels.specs import Norm
-from awq.nn.blocks import float_copy, hidden_of, is_product
+from awq.nn.block_calls import hidden_of
+from awq.nn.blocks import float_copy, is_product
 from awq.nn.hooks import Call, listening
 from awq.nn.norms import is_norm, read_norm
 

@@ -39,17 +39,12 @@ from awq.embed.observe import (
 )
 from awq.embed.tables import final_norm, read_tables, relative_bias
 from awq.kernels.specs import Norm
-from awq.nn.blocks import (
-    BlockCall,
-    BlockList,
-    find_block_lists,
-    is_product,
-    map_tensors,
-    record_block_calls,
-)
+from awq.nn.block_calls import BlockCall, map_tensors
+from awq.nn.blocks import BlockList, find_block_lists, is_product
 from awq.nn.copies import copy_structure
 from awq.nn.linear import WQLinear
 from awq.nn.norms import is_norm
+from awq.nn.recording import record_block_calls
 
 PROBE_TOKENS = 24
 MAX_TOKENS = 4096  # the mask of a longer text would take much memory to read

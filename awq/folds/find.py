@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from awq.folds.discovery import discover
 from awq.folds.fold import InputGroup
 from awq.folds.proof import prove
-from awq.nn.blocks import find_block_lists, reached_lists
+from awq.nn.blocks import find_block_lists
 from awq.nn.decoder_inputs import with_decoder_inputs
+from awq.nn.reached import reached_lists
 from awq.nn.walk import ONE_TOKEN_ROWS, PROBE_TOKENS, BlockWalk
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from awq.folds.fold import Fold, InputGroup, apply_fold, row_divisor
-from awq.nn.blocks import BlockCall, float_copy
+from awq.nn.block_calls import BlockCall
+from awq.nn.blocks import float_copy
 from awq.nn.hooks import hooked
 
 TOLERANCE = 1e-4  # relative, float32

@@ -17,7 +17,7 @@ from awq.errors import AwqError
 from awq.kernels.specs import Attention as Attention
 from awq.kernels.specs import Norm as Norm
 from awq.kernels.specs import Router as Router
-from awq.nn.blocks import BlockCall
+from awq.nn.block_calls import BlockCall
 
 
 class NotFusable(AwqError):

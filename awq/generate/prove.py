@@ -28,7 +28,8 @@ from awq.generate.run.block import FusedBlock, Prompt, Step
 from awq.generate.run.cache import LayerCache, MixerStates, allocate, new_states
 from awq.generate.run.decoder import FusedDecoder, quantized_head
 from awq.generate.run.operations import summed
-from awq.nn.blocks import BlockCall, float_copy
+from awq.nn.block_calls import BlockCall
+from awq.nn.blocks import float_copy
 from awq.nn.copies import copy_structure
 from awq.nn.locks import lock_of
 from awq.nn.memory import trim

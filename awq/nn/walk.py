@@ -30,18 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from awq.errors import ModelError
-from awq.nn.blocks import (
-    BlockCall,
-    BlockList,
-    OneBlock,
-    block_names,
-    record_block_calls,
-    record_one_block,
-)
+from awq.nn.block_calls import BlockCall
+from awq.nn.blocks import BlockList, OneBlock, block_names
 from awq.nn.decoder_inputs import placeholder_ids, with_decoder_inputs
 from awq.nn.hidden import HiddenStates, Room
 from awq.nn.memory import release_cached
 from awq.nn.presence import BlockStore, Progress
+from awq.nn.recording import record_block_calls, record_one_block
 from awq.nn.surgery import device_of
 
 logger = logging.getLogger("awq.nn")

@@ -20,9 +20,10 @@ from awq.calibration.batches import BATCH_TOKENS
 from awq.config import AwqConfig
 from awq.errors import CheckpointError, ConfigError, ModelError
 from awq.formats import get_format
-from awq.nn.blocks import BlockList, block_names, record_block_calls
+from awq.nn.blocks import BlockList, block_names
 from awq.nn.hidden import Room
 from awq.nn.memory import available_memory, resident_memory
+from awq.nn.recording import record_block_calls
 from awq.nn.surgery import device_of, linear_shape
 from awq.quantize.resources import (
     BlockShape,

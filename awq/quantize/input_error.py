@@ -19,7 +19,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from awq.nn.blocks import BlockCall
+from awq.nn.block_calls import BlockCall
 from awq.nn.hidden import HiddenStates, moved
 from awq.nn.hooks import hooked, inputs_of
 from awq.nn.surgery import device_of, linear_shape

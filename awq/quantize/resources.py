@@ -19,7 +19,7 @@ from awq.config import AwqConfig
 from awq.core.ranges import SHRINK
 from awq.core.refinement import SYSTEMS
 from awq.core.scales import RATIOS
-from awq.nn.blocks import BlockCall
+from awq.nn.block_calls import BlockCall
 from awq.nn.hooks import hooked
 from awq.nn.surgery import linear_shape, named_linears
 from awq.quantize.group import ROUNDED_VALUES

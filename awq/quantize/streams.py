@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from awq.nn.blocks import BlockCall
+from awq.nn.block_calls import BlockCall
 from awq.nn.hooks import hooked
 
 TOLERANCE = 1e-3  # of the linear's output: streams carry values a thousand times as large

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from awq.errors import CalibrationError, ConfigError, ModelError
-from awq.nn.blocks import BlockList, reached_lists
+from awq.nn.blocks import BlockList
 from awq.nn.decoder_inputs import placeholder_ids
+from awq.nn.reached import reached_lists
 
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 

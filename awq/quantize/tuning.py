@@ -28,7 +28,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from awq.calibration import CalibrationBatch
 from awq.calibration.batches import rebatched
 from awq.core.weight import QuantizedWeight, storable_scale
-from awq.nn.blocks import find_block_lists, hidden_of, map_tensors, no_cache, replaced_forwards
+from awq.nn.block_calls import hidden_of, map_tensors, no_cache, replaced_forwards
+from awq.nn.blocks import find_block_lists
 from awq.nn.surgery import replace_module
 from awq.quantize.progress import ProgressLines
 

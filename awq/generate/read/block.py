@@ -41,7 +41,8 @@ from awq.generate.read.residuals import Branch, read_residuals
 from awq.generate.read.settings import settings_of
 from awq.generate.read.trace import AttentionCall, Event, Trace, rotary_tables
 from awq.kernels.reference.attention import rotate
-from awq.nn.blocks import BlockCall, is_product
+from awq.nn.block_calls import BlockCall
+from awq.nn.blocks import is_product
 from awq.nn.norms import is_norm, read_norm
 
 

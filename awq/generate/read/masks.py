@@ -16,7 +16,7 @@ from torch import Tensor
 from awq.generate.plan import NotFusable
 from awq.generate.read.passes import PIECE, Passes
 from awq.kernels.reference.attention import causal_mask
-from awq.nn.blocks import BlockCall
+from awq.nn.block_calls import BlockCall
 
 MASKED = -1e4  # what is added to a score that is not to count is below
 

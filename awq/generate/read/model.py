@@ -19,7 +19,7 @@ from awq.generate.read.masks import read_windows
 from awq.generate.read.passes import PIECE as PIECE
 from awq.generate.read.passes import NormCall, Passes, Seen
 from awq.generate.read.trace import rotary_tables
-from awq.nn.blocks import BlockCall
+from awq.nn.block_calls import BlockCall
 from awq.nn.surgery import get_weight
 
 

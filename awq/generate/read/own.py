@@ -26,7 +26,7 @@ from awq.generate.read.passes import PIECE
 from awq.generate.read.residuals import Branch, read_residuals
 from awq.generate.read.settings import settings_of
 from awq.generate.read.trace import ModuleCall, Trace
-from awq.nn.blocks import CACHES, BlockCall
+from awq.nn.block_calls import CACHES, BlockCall
 from awq.nn.norms import is_norm
 
 

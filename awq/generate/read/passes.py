@@ -18,17 +18,12 @@ from transformers import DynamicCache
 
 from awq.errors import ModelError
 from awq.generate.plan import NotFusable
-from awq.nn.blocks import (
-    BlockCall,
-    BlockList,
-    OneBlock,
-    find_block_lists,
-    reached_lists,
-    record_block_calls,
-    run_body,
-)
+from awq.nn.block_calls import BlockCall, run_body
+from awq.nn.blocks import BlockList, OneBlock, find_block_lists
 from awq.nn.hooks import Call, listening
 from awq.nn.norms import is_norm
+from awq.nn.reached import reached_lists
+from awq.nn.recording import record_block_calls
 
 PIECE = 12  # tokens of one sequence of a skeleton pass
 

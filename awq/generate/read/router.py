@@ -18,7 +18,7 @@ from awq.generate.plan import Mixture, RouterSource
 from awq.generate.read.channels import same_numbers
 from awq.kernels.reference.decode import ACTIVATIONS
 from awq.kernels.reference.mixture import route
-from awq.nn.blocks import hidden_of
+from awq.nn.block_calls import hidden_of
 from awq.nn.hooks import Call, listening
 from awq.nn.packed_experts import AwqExperts
 

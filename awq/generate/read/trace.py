@@ -21,7 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from awq.generate.plan import NotFusable
 from awq.kernels.reference.attention import attend
-from awq.nn.blocks import BlockCall, hidden_of, is_product, split_call
+from awq.nn.block_calls import BlockCall, hidden_of, split_call
+from awq.nn.blocks import is_product
 from awq.nn.hooks import Call, listening
 from awq.nn.packed_experts import AwqExperts
 

@@ -12,7 +12,7 @@ from awq.generate.run.projection import Projection, join, joinable
 from awq.generate.run.where import Prompt as Prompt
 from awq.generate.run.where import Step as Step
 from awq.kernels.reference.decode import heads_flat
-from awq.nn.blocks import hidden_of
+from awq.nn.block_calls import hidden_of
 
 
 class FusedBlock(nn.Module):
