@@ -11,6 +11,8 @@ import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
+from awq.config import METHOD, METHODS
+
 _QUANTIZERS = "transformers.quantizers.auto"
 _TABLES = {
     "AUTO_QUANTIZER_MAPPING": "AwqHfQuantizer",
@@ -59,7 +61,7 @@ class _Later:
 def _register_quantizer(auto: Any) -> None:
     for table, ours in _TABLES.items():
         entries = getattr(auto, table)
-        entries["awq"] = _Later(ours, entries.get("awq"))
+        entries.update(dict.fromkeys(METHODS, _Later(ours, entries.get(METHOD))))
 
 
 def _register_adapters(lora_model: Any) -> None:

@@ -17,6 +17,9 @@ from awq.errors import ConfigError
 
 logger = logging.getLogger("awq")
 
+METHOD = "awq"  # as `config.json` names it
+# transformers looks a method up as it is spelled, and loads random numbers for one it does not know
+METHODS = (METHOD, METHOD.upper(), METHOD.title())
 FORMATS = ("gemm", "gemv", "gemv_fast")
 # The tensors of a packed linear, in every format and layout.
 PACKED_TENSORS = ("qweight", "qzeros", "scales")
@@ -61,6 +64,14 @@ def _names(given: Any) -> tuple[str, ...]:
     ):
         raise ConfigError(f"modules_to_not_convert is {given!r}; use a list of names of modules.")
     return tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
+
+
+def quant_method(stored: Any) -> str:
+    """The `quant_method` of what stands under `quantization_config` in a `config.json`, or of
+    transformers' object for it, in lower case: tools spell it as they like."""
+    get = stored.get if isinstance(stored, Mapping) else lambda name: getattr(stored, name, None)
+    method = get("quant_method")
+    return str(getattr(method, "value", method)).lower()
 
 
 @dataclass(frozen=True)
@@ -143,11 +154,10 @@ class AwqConfig:
 
     @classmethod
     def _from_known(cls, settings: Mapping[str, Any]) -> AwqConfig:
-        method = settings.get("quant_method", "awq")
-        if str(getattr(method, "value", method)) != "awq":
+        if "quant_method" in settings and quant_method(settings) != METHOD:
             raise ConfigError(
-                f"quant_method is {method!r}; this package reads 'awq' checkpoints. `awq convert` "
-                "turns those of compressed-tensors into them."
+                f"quant_method is {settings['quant_method']!r}; this package reads 'awq' "
+                "checkpoints. `awq convert` turns those of compressed-tensors into them."
             )
         given: dict[str, Any] = {}
         for key, value in settings.items():
@@ -178,7 +188,7 @@ class AwqConfig:
     def to_transformers_dict(self) -> dict[str, Any]:
         """What stands under `quantization_config` in `config.json`."""
         return {
-            "quant_method": "awq",
+            "quant_method": METHOD,
             "bits": self.bits,
             "group_size": self.group_size,
             # A reader that sees `zero_point: false` leaves its fast path; constant zeros say the

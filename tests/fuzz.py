@@ -52,6 +52,7 @@ from awq.models.planning import plan_quantization
 # relative error: casting a norm to 16 bits changes that much, a made-up tensor far more
 SAME = 1e-2
 MAX_SECONDS = 20  # of one door
+SILENT_SECONDS = 3 * MAX_SECONDS  # of a process, which is then killed
 DOORS_EACH = 3  # of a mutant
 # then a new one is forked: whatever one mutant does to a process ends there
 MUTANTS_A_PROCESS = 100
@@ -286,8 +287,14 @@ def watch() -> list[str]:
     return seen
 
 
-def try_mutant(seed: int, originals: dict, home: Path, seen: list[str]) -> Outcomes:
-    """One mutant through some doors of its original."""
+def try_mutant(
+    seed: int,
+    originals: dict,
+    home: Path,
+    seen: list[str],
+    begin: Callable[[Door], None] | None = None,
+) -> Outcomes:
+    """One mutant through some doors of its original. begin: called before each door."""
     found = Outcomes()
     chance = random.Random(seed)
     name = chance.choice(sorted(originals))
@@ -297,6 +304,8 @@ def try_mutant(seed: int, originals: dict, home: Path, seen: list[str]) -> Outco
     shutil.copytree(original, folder)
     kind, what = mutants.mutate(folder, chance)
     for door in chance.sample(doors, min(DOORS_EACH, len(doors))):
+        if begin is not None:
+            begin(door)
         result = outcome(door, folder, kind, what)
         if seen or list(home.rglob(mutants.MARKER)):
             result = f"FAULT code {seen}"
@@ -308,34 +317,69 @@ def try_mutant(seed: int, originals: dict, home: Path, seen: list[str]) -> Outco
 
 
 def run_in_a_process(seeds: list[int], originals: dict, home: Path) -> Outcomes:
-    """The mutants of these seeds in a forked process; one that dies is a fault of the mutant it was
-    at."""
+    """The mutants of these seeds in a forked process; one that dies, or hangs in machine code where
+    no alarm reaches it, is a fault of the mutant it was at."""
     record = home / "record.jsonl"
     record.write_text("")
     child = os.fork()
     if child == 0:
-        seen = watch()
-        with record.open("a") as file:
-            for seed in seeds:
-                print(json.dumps({"begun": seed}), file=file, flush=True)
-                result = try_mutant(seed, originals, home, seen)
-                line = {"seed": seed, "counts": dict(result.counts), "faults": result.faults}
-                print(json.dumps(line), file=file, flush=True)
+        try:
+            _record_mutants(seeds, originals, home, record)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # nothing of the parent's is unwound here
         os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    hung, status = _wait(child, record)
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     found = Outcomes()
     for line in lines:
         if "seed" in line:
             found.add(Outcomes(0, collections.Counter(line["counts"]), line["faults"]))
     if status and lines:
-        at = lines[-1].get("begun", lines[-1].get("seed"))
-        found.counts["FAULT crash"] += 1
-        found.faults.append(f"seed {at}: FAULT crash, status {status}")
+        last = lines[-1]
+        at = last.get("begun", last.get("seed"))
+        if hung and not last.get("own", True):
+            found.counts["theirs"] += 1
+        else:
+            kind = "hang" if hung else "crash"
+            found.counts[f"FAULT {kind}"] += 1
+            found.faults.append(f"seed {at}: FAULT {kind}, {last.get('door')}, status {status}")
         left = seeds[seeds.index(at) + 1 :]
         if left:
             found.add(run_in_a_process(left, originals, home))
     return found
+
+
+def _record_mutants(seeds: list[int], originals: dict, home: Path, record: Path) -> None:
+    seen = watch()
+    with record.open("a") as file:
+
+        def write(**line: Any) -> None:
+            print(json.dumps(line), file=file, flush=True)
+
+        for seed in seeds:
+            write(begun=seed)
+
+            def begin(door: Door, seed: int = seed) -> None:
+                write(begun=seed, door=door.call.__name__, own=door.own)
+
+            result = try_mutant(seed, originals, home, seen, begin)
+            write(seed=seed, counts=dict(result.counts), faults=result.faults)
+
+
+def _wait(child: int, record: Path) -> tuple[bool, int]:
+    """(whether the child was killed because it wrote nothing for too long, its exit code)."""
+    size, since = 0, time.monotonic()
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return False, os.waitstatus_to_exitcode(status)
+        if record.stat().st_size != size:
+            size, since = record.stat().st_size, time.monotonic()
+        if time.monotonic() - since > SILENT_SECONDS:
+            os.kill(child, signal.SIGKILL)
+            return True, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        time.sleep(0.02)
 
 
 def run(originals: dict, seeds: Iterable[int], seconds: float | None = None) -> Outcomes:

@@ -105,7 +105,7 @@ def _reshape(name: str, tensors: dict, chance: random.Random) -> dict:
     """Another shape; of a square one, whose transpose nobody could tell, the transpose is left
     out."""
     tensor = tensors[name]
-    shapes = [tensor.flatten(), tensor.unsqueeze(0), tensor.t().clone()]
+    shapes = [tensor.flatten(), tensor.unsqueeze(0), tensor.transpose(0, -1).clone()]
     return {name: chance.choice([new for new in shapes if new.shape != tensor.shape])}
 
 

@@ -76,6 +76,26 @@ def test_perplexity_is_transformers_own_loss(capsys, place):
     assert low < found["perplexity"] < high
 
 
+def test_a_model_with_a_tower_for_images_continues_texts(capsys, place, tmp_path):
+    from conftest import make_tokenizer
+    from test_kinds import vision_language
+
+    model = vision_language("llava")
+    model.config.architectures = [type(model).__name__]
+    model.save_pretrained(tmp_path / "seer")
+    make_tokenizer().save_pretrained(tmp_path / "seer")
+    options = ["--text", place / "texts.txt", "--window", 16]
+    alone = run_json(capsys, "eval", tmp_path / "seer", *options)["figures"]
+    beside = run_json(capsys, "eval", tmp_path / "seer", "--base", tmp_path / "seer", *options)
+    text = (place / "texts.txt").read_text()
+    ids = make_tokenizer()(text, add_special_tokens=False, return_tensors="pt").input_ids
+    parts = [part for part in ids.split(16, dim=1) if part.shape[1] > 1]
+    with torch.no_grad():
+        losses = [float(model(part, labels=part).loss) * (part.shape[1] - 1) for part in parts]
+    assert alone["loss"] == pytest.approx(sum(losses) / alone["tokens"], abs=1e-3)
+    assert beside["figures"]["mean_kl"] == pytest.approx(0, abs=1e-6)
+
+
 def test_base_and_quantized_side_by_side(capsys, place):
     common = ["--text", place / "texts.txt", "--window", 32]
     beside = run_json(capsys, "eval", place / "llama-awq", "--base", place / "llama", *common)[

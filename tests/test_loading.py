@@ -178,6 +178,18 @@ def test_configs_of_other_writers():
     )
 
 
+@pytest.mark.parametrize("method", ["AWQ", "Awq"])
+def test_the_method_in_any_case(wide, copy, method):
+    """transformers would go on with random numbers for a method that it does not know."""
+    edit_config(copy, quant_method=method)
+    ids = zoo.token_batch(2, 6)["input_ids"]
+    for door in (AutoModelForCausalLM.from_pretrained, load_model):
+        with torch.no_grad():
+            assert torch.equal(door(copy)(ids).logits, door(wide[1])(ids).logits)
+    with pytest.raises(ConfigError, match="quantized already"):
+        AutoAWQForCausalLM.from_pretrained(str(copy))
+
+
 def test_dequantize(wide):
     model, folder = wide
     loaded = AutoModelForCausalLM.from_pretrained(folder).dequantize()

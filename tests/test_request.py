@@ -263,6 +263,72 @@ def test_nothing_is_the_bundled_text(nothing, monkeypatch):
     assert (request.kind, request.samples, request.own) == ("bundled", [], False)
 
 
+# What the table of `awq.calibration.request` names → (what is given, what is read of it).
+NAMED = {
+    "None": (lambda: None, "bundled", []),
+    '"pileval" without a network': (lambda: "pileval", "bundled", []),
+    "a file's path": (None, "texts", TEXTS),
+    "the name of a dataset on the hub": (lambda: "owner/texts", "texts", TEXTS),
+    "an iterable of strings": (lambda: deque(TEXTS), "texts", TEXTS),
+    "list": (lambda: list(TEXTS), "texts", TEXTS),
+    "tuple": (lambda: tuple(TEXTS), "texts", TEXTS),
+    "set": (lambda: set(TEXTS), "texts", sorted(TEXTS)),
+    "generator": (lambda: (t for t in TEXTS), "texts", TEXTS),
+    "numpy array": (lambda: np.array(TEXTS), "texts", TEXTS),
+    "pandas Series": (lambda: frame({"a": TEXTS})["a"], "texts", TEXTS),
+    "an iterable of chats": (lambda: iter(CHATS), "chats", CHATS),
+    "each a list of messages": (lambda: [list(chat) for chat in CHATS], "chats", CHATS),
+    "a table": (lambda: arrow({"text": TEXTS, "n": [1, 2]}), "texts", TEXTS),
+    "datasets.Dataset": (lambda: dataset({"text": TEXTS}), "texts", TEXTS),
+    "pandas.DataFrame": (lambda: frame({"text": TEXTS}), "texts", TEXTS),
+    "an iterable of dicts": (lambda: iter([{"text": t} for t in TEXTS]), "texts", TEXTS),
+    "an iterable of pairs of strings": (lambda: iter(PAIRS), "pairs", PAIRS),
+    "{prompt name: texts}": (lambda: {"query": TEXTS}, "prompts", TEXTS),
+    "token ids": (lambda: iter(IDS), "ids", IDS),
+    "tensors": (lambda: [torch.tensor(row) for row in IDS], "ids", IDS),
+    "arrays": (lambda: [np.array(row) for row in IDS], "ids", IDS),
+    "lists of integers": (lambda: IDS, "ids", IDS),
+    "outputs of a tokenizer": (
+        lambda: {"input_ids": torch.tensor(PADDED), "attention_mask": torch.tensor(MASK)},
+        "ids",
+        IDS,
+    ),
+}
+
+
+def named_in_the_table():
+    """The kinds that the left column of the module's own table names."""
+    import re
+
+    from awq.calibration import request
+
+    lines = request.__doc__.split("    ----", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
+    left = [line[4:59] for line in lines]  # the column is as wide as the line above it
+    rows = " ".join(line if line.startswith(" ") else f"; {line}" for line in left)
+    parts = re.split(r"; |, or |, |: (?![^{]*})", " ".join(rows.split()))
+    return [part.strip(" ,;") for part in parts if part.strip(" ,;")]
+
+
+def test_every_kind_of_the_table_is_read_to_its_values(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    library = pytest.importorskip("datasets")
+    load = library.load_dataset
+
+    def hub(name, **options):
+        return [{"text": t} for t in TEXTS] if name == "owner/texts" else load(name, **options)
+
+    monkeypatch.setattr(library, "load_dataset", hub)
+    named = named_in_the_table()
+    missing = [name for name in named if name not in NAMED]
+    assert len(named) > 20 and not missing, missing
+    for name in named:
+        make, kind, values = NAMED[name]
+        request = read_request(make() if make else write_texts(tmp_path / "texts.txt"))
+        found = [r["input_ids"] for r in request.rows] if kind == "ids" else request.samples
+        assert (request.kind, list(found)) == (kind, list(values)), name
+    print(f"{len(named)} of {len(named)} kinds of the table read to their values")
+
+
 def test_pairs_and_prompts():
     assert read_request(PAIRS).pairs == read_request([list(p) for p in PAIRS]).pairs == PAIRS
     request = read_request({"query": TEXTS, "document": np.array(["red"]), "pair": PAIRS})

@@ -287,6 +287,9 @@ def main(rounds: int, seed: int, device: str = "cpu", limit: float = math.inf) -
         found = first_callers(case, dice) if i % 4 < 2 else everything_at_once(case, dice)
         tried["first callers" if i % 4 < 2 else "everything at once"] += 1
         wrong += [f"round {i}, {case.family}: {line}" for line in found]
+        if i % 10 == 9:
+            done = f"{i + 1} rounds, {len(wrong)} wrong"
+            print(done, f"{time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     seconds = round(time.perf_counter() - start, 1)
     about = {
         "seed": seed,

@@ -270,10 +270,13 @@ def expert_error(
     experts = torch.stack([torch.randperm(count, generator=generator)[:top] for _ in range(tokens)])
     weights = torch.rand(tokens, top, generator=generator).half() if weighted else None
     offset = torch.randn(count, out_features, generator=generator).half() if bias else None
-    first, second = (
-        expert_launch.fused(x, packed, offset, experts, weights, Config(*config), not by_sorting)
-        for _ in range(2)
-    )
+
+    def run(chosen):
+        few = not by_sorting
+        return expert_launch.fused(x, packed, offset, chosen, weights, Config(*config), few)
+
+    first, second = run(experts), run(experts)
+    _check_unknown_experts(run, experts, count, first)
     assert torch.equal(first, second) and not launcher.counters(x.device).take(1).any()
     expected = moe.one_by_one(
         x.double(),
@@ -288,6 +291,16 @@ def expert_error(
     if weights is not None:
         expected = expected * weights.double().unsqueeze(-1)
     return ((first.double() - expected).norm() / expected.norm()).item()
+
+
+def _check_unknown_experts(run, experts, count, known):
+    """Rows of experts that there are not give NaN, and every other row its own bits."""
+    for number in (-1, count, 1 << 20, -(1 << 40), (1 << 32) + 1):
+        chosen = experts.clone()
+        chosen[-1, -1] = chosen[0, 0] = number
+        lost = (chosen != experts).unsqueeze(-1).expand_as(known)
+        found = run(chosen)
+        assert found[lost].isnan().all() and torch.equal(found[~lost], known[~lost]), number
 
 
 # experts, hidden, inner, group, tokens, top_k, bias, activation, alternating, configuration

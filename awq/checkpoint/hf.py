@@ -368,15 +368,17 @@ def mark_quantized(model: Any, config: settings.AwqConfig) -> None:
 def register() -> None:
     """Makes transformers load `quant_method: "awq"` through this package. `import awq` arranges it;
     calling again is harmless."""
-    current = [table.get("awq") for table in _TABLES]
+    current = [table.get(settings.METHOD) for table in _TABLES]
     if current[0] is not AwqHfQuantizer:
         _previous[:] = [getattr(entry, "previous", entry) for entry in current]
         for table, ours in zip(_TABLES, (AwqHfQuantizer, AwqConfig)):
-            table["awq"] = ours
+            table.update(dict.fromkeys(settings.METHODS, ours))
 
 
 def unregister() -> None:
     """Gives transformers its own AWQ loader back."""
     register()
     for table, entry in zip(_TABLES, _previous):
-        table["awq"] = entry
+        for name in settings.METHODS:
+            table.pop(name, None)
+        table[settings.METHOD] = entry

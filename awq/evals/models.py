@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from awq.calibration.sources import file_texts
 from awq.checkpoint.load import load_model, model_class
@@ -66,9 +66,21 @@ class PairFigures:
 
 
 def is_language_model(model: str | Path) -> bool:
-    """Whether a directory or hub id generates text; other models are judged by their embeddings."""
-    name = model_class(Source.open(model)).__name__
-    return name == AutoModelForCausalLM.__name__ or name.endswith(("ForCausalLM", "LMHeadModel"))
+    """Whether a directory or hub id continues texts, with towers for images or without; other
+    models are judged by their embeddings."""
+    return _text_class(Source.open(model)) is not None
+
+
+def _text_class(source: Source) -> Any:
+    """The class whose logits continue a text, or None for a model that has none."""
+    kind = model_class(source)
+    if kind is AutoModelForCausalLM or kind.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        return AutoModelForCausalLM
+    if kind is AutoModelForImageTextToText:
+        return kind
+    generates = getattr(kind, "can_generate", None)
+    two_stacks = bool(getattr(source.config, "is_encoder_decoder", False))
+    return kind if generates is not None and generates() and not two_stacks else None
 
 
 def token_ids(model: str | Path, text: str | Path, column: str = "text") -> Tensor:
@@ -94,6 +106,11 @@ def token_ids(model: str | Path, text: str | Path, column: str = "text") -> Tens
     )
 
 
+def _for_texts(model: str | Path, dtype: torch.dtype | str) -> Any:
+    source = Source.open(model)
+    return load_model(source, dtype, kind=_text_class(source) or AutoModelForCausalLM)
+
+
 @torch.no_grad()
 def evaluate_text(
     model: str | Path,
@@ -117,9 +134,9 @@ def evaluate_text(
             f"{window}."
         )
     place = usable_device(device)
-    judged = load_model(model, dtype, kind=AutoModelForCausalLM).to(place)
+    judged = _for_texts(model, dtype).to(place)
     if base is not None:
-        original = load_model(base, dtype, kind=AutoModelForCausalLM).to(place)
+        original = _for_texts(base, dtype).to(place)
         return divergence(original, judged, input_ids, window, limit)
     losses = token_losses(judged, input_ids, window, limit).double()
     mean = float(losses.mean())

@@ -21,6 +21,7 @@ from transformers import AutoModel
 from awq.checkpoint.load import load_model
 from awq.checkpoint.source import Source
 from awq.checkpoint.tokenizer import load_tokenizer
+from awq.config import METHOD, quant_method
 from awq.embed.directory import longest_input, sentence_settings
 from awq.errors import AwqError, ConfigError
 from awq.nn.linear import WQLinear
@@ -206,13 +207,8 @@ class AutoAWQLoader(BaseModelLoader):
         return Source.open(self._source, self._trust, **self._hub).config
 
     def _is_quantized(self) -> bool:
-        found = getattr(self._config(), "quantization_config", None)
-        method = (
-            found.get("quant_method")
-            if isinstance(found, dict)
-            else getattr(found, "quant_method", None)
-        )
-        return str(getattr(method, "value", method)) == "awq"
+        stored = getattr(self._config(), "quantization_config", None)
+        return quant_method(stored) == METHOD
 
 
 def parameter_count(model: nn.Module) -> int:

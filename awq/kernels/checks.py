@@ -8,6 +8,7 @@ about a microsecond of a call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from math import prod
 
@@ -104,7 +105,7 @@ def check_experts(
     otherwise.
 
     count None: the numbers are not looked at, as of tensors that have none. A GPU is not asked for
-    them either, since that would stop it; who routes tokens there answers for them.
+    them either, since that would stop it: its kernels give NaN for numbers out of range.
     """
     if (
         experts.dtype not in (torch.int32, torch.int64)
@@ -128,12 +129,16 @@ def check_experts(
                 f"{list(experts.shape)} on {device}."
             )
     if count is not None and device.type == "cpu" and experts.numel():
-        lowest, highest = (int(t) for t in experts.aminmax())
-        if lowest < 0 or highest >= count:
-            raise ConfigError(
-                f"experts are numbered {lowest} to {highest}, and there are {count}: 0 to "
-                f"{count - 1}."
-            )
+        check_expert_range([int(t) for t in experts.aminmax()], count)
+
+
+def check_expert_range(numbers: Sequence[int], count: int) -> None:
+    """Ascending numbers of experts out of 0 … count − 1. Raises ConfigError otherwise."""
+    if numbers and (numbers[0] < 0 or numbers[-1] >= count):
+        raise ConfigError(
+            f"experts are numbered {numbers[0]} to {numbers[-1]}, and there are {count}: 0 to "
+            f"{count - 1}."
+        )
 
 
 def _text(tensor: Tensor) -> str:

@@ -17,7 +17,14 @@ from torch import Tensor
 from awq.backends import backend_for
 from awq.errors import ConfigError
 from awq.kernels import reference
-from awq.kernels.checks import check_bias, check_experts, check_input, check_weight, weight_of
+from awq.kernels.checks import (
+    check_bias,
+    check_expert_range,
+    check_experts,
+    check_input,
+    check_weight,
+    weight_of,
+)
 from awq.kernels.op import LIBRARY
 from awq.kernels.packed import Packed
 
@@ -72,7 +79,8 @@ def moe_linear(
     projection).
     packed: a stack of experts (`stack_experts`) in the layout of the backend that is to serve, or
     any other.
-    experts: int64 or int32 [tokens, top_k], values 0 … experts − 1; a GPU does not check them.
+    experts: int64 or int32 [tokens, top_k], values 0 … experts − 1. A GPU that need not stop for
+    them gives NaN for others.
     weights: float [tokens, top_k]; with them a token's outputs are weighted in float32 and added
     up.
     bias: [experts, out].
@@ -125,17 +133,22 @@ def one_by_one(
     tokens, top = experts.shape
     y = x.new_empty((tokens * top, packed.shape.out_features))
     source = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    for number, rows in _rows_by_expert(experts):
+    for number, rows in _rows_by_expert(experts, len(packed.qweight)):
         inputs = source[rows // top if x.dim() == 2 else rows]
         y[rows] = linear(inputs, expert_of(packed, number), None if bias is None else bias[number])
     y = y.view(tokens, top, packed.shape.out_features)
     return y if weights is None else (y.float() * weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
 
 
-def _rows_by_expert(experts: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(expert, its rows out of tokens · top_k) for every expert that has any."""
+def _rows_by_expert(experts: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
+    """(expert, its rows out of tokens · top_k) for every expert that has any, out of `count`.
+
+    Raises ConfigError for other numbers: what is asked of the device anyway is looked at.
+    """
     flat = experts.reshape(-1)
-    for number in flat.unique().tolist():
+    numbers = flat.unique().tolist()
+    check_expert_range(numbers, count)
+    for number in numbers:
         yield number, (flat == number).nonzero().squeeze(-1)
 
 
@@ -190,7 +203,7 @@ def _input_grad(
     packed = Packed(qweight, qzeros, scales, shape, format)
     rows_of_grad = grad.reshape(-1, out_features)
     result = grad.new_empty((rows_of_grad.shape[0], in_features))
-    for number, rows in _rows_by_expert(experts):
+    for number, rows in _rows_by_expert(experts, len(qweight)):
         dense = dequantize(expert_of(packed, number), grad.dtype)
         result[rows] = reference.product(rows_of_grad[rows], dense.t(), None)
     return result.view(*experts.shape, in_features)

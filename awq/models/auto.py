@@ -16,6 +16,7 @@ from awq.checkpoint.source import HUB_ARGUMENTS, Source, hub_arguments
 from awq.checkpoint.streaming import StreamedBlocks
 from awq.checkpoint.tokenizer import find_tokenizer
 from awq.checkpoint.work_folder import WorkFolder
+from awq.config import METHOD, quant_method
 from awq.errors import ConfigError, ModelError
 from awq.models.base import BaseAWQForCausalLM
 from awq.models.embedding import AwqEmbeddingModel
@@ -191,14 +192,8 @@ def _check_dequantizes(source: Source, wanted: Any) -> None:
     dense ones."""
     if bool(getattr(wanted, "dequantize", False)):
         return
-    stored = source.config.quantization_config
-    method = (
-        stored.get("quant_method")
-        if isinstance(stored, dict)
-        else getattr(stored, "quant_method", None)
-    )
-    method = str(getattr(method, "value", method)).lower()
-    if method == "awq":
+    method = quant_method(source.config.quantization_config)
+    if method == METHOD:
         raise ConfigError(
             f"{source.name} is quantized already; load it with from_quantized, or "
             "give the full-precision model to quantize."

@@ -39,12 +39,25 @@ def _rows_of_first(experts, first, R, ROWS: tl.constexpr, BM: tl.constexpr):
     """(expert of row `first`, that row's rank among its expert's, the rows of that rank and the BM
     − 1 next; R for none)."""
     r = tl.arange(0, ROWS)
-    expert = tl.load(experts + first).to(tl.int32)
-    mine = (tl.load(experts + r, mask=r < R, other=-1).to(tl.int32) == expert).to(tl.int32)
+    expert = tl.load(experts + first)
+    mine = ((tl.load(experts + r, mask=r < R, other=0) == expert) & (r < R)).to(tl.int32)
     rank = tl.cumsum(mine, 0) - 1
     begin = tl.sum(tl.where(r < first, mine, 0), 0)
     hit = (mine[:, None] > 0) & (rank[:, None] == begin + tl.arange(0, BM)[None, :])
     return expert, begin, R + tl.sum(tl.where(hit, r[:, None] - R, 0), 0)
+
+
+@triton.jit
+def _in_range(number, E):
+    """A number of an expert as one that there is: what is read stays inside of the weights."""
+    return tl.minimum(tl.maximum(number, 0), E - 1)
+
+
+@triton.jit
+def _experts_of(experts, r, R, E, BINS: tl.constexpr):
+    """The experts of rows r, `_in_range`; BINS − 1 behind the last row."""
+    found = _in_range(tl.load(experts + r, mask=r < R, other=0), E).to(tl.int32)
+    return tl.where(r < R, found, BINS - 1)
 
 
 @triton.jit
@@ -64,8 +77,7 @@ def _fetch_ahead(
     """Asks for the first AHEAD steps of this program's weights, if `experts` says which already."""
     STEPS: tl.constexpr = (K + 128 - 1) // 128
     PER: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    guess = tl.load(experts + block, cache_modifier=".cg").to(tl.int64)
-    guess = tl.minimum(tl.maximum(guess, 0), E - 1)
+    guess = _in_range(tl.load(experts + block, cache_modifier=".cg").to(tl.int64), E)
     words = qweight.to(tl.pointer_type(tl.int8)) + guess * (STEPS * NP * 64)
     steps = tl.minimum(slice * PER + tl.arange(0, AHEAD), STEPS - 1).to(tl.int64)
     lines = tl.minimum(tile * BN * 64 + tl.arange(0, BN // 2) * 128, NP * 64 - 128)
@@ -173,11 +185,11 @@ def expert_kernel(
     """y [R, N] = factor · (x [R / TOP, K] · weightᵀ + bias), row by row of each row's expert. Grid:
     (blocks, ⌈N/BN⌉, SPLIT).
 
-    experts int [R], values 0 … E − 1, with blocks = R when ROWS is given: 1 for rows of which no
-    two have one expert, else a power of two ≥ R and 16. Without, order int32 [blocks · BM] and
-    owner int32 [blocks] of `route_kernel`. TOP: rows that share a row of x (1: none does). factors
-    [R], any float dtype. GROUPS: groups of K. partial float32 [SPLIT, R, tiles · BN] and arrived
-    int32 [blocks · tiles] are used when SPLIT > 1.
+    experts int [R], values 0 … E − 1: a row of any other is NaN. blocks = R when ROWS is given: 1
+    for rows of which no two have one expert, else a power of two ≥ R and 16. Without, order int32
+    [blocks · BM] and owner int32 [blocks] of `route_kernel`. TOP: rows that share a row of x (1:
+    none does). factors [R], any float dtype. GROUPS: groups of K. partial float32 [SPLIT, R,
+    tiles · BN] and arrived int32 [blocks · tiles] are used when SPLIT > 1.
     GATED: an activation's name, or "". With one, y [R, N/2] = factor · act(gate) · up; ALTERNATING:
     rows of gate and up take turns, instead of all of one and then all of the other.
     """
@@ -201,7 +213,7 @@ def expert_kernel(
             # not before: what the next kernel fetches ahead is then known
             gdc_launch_dependents()
     if ROWS == 1:
-        expert = tl.load(experts + block).to(tl.int32)
+        expert = tl.load(experts + block)
         rows = tl.where(tl.arange(0, BM) == 0, block, R)
     elif ROWS > 0:
         expert, begin, rows = _rows_of_first(experts, block, R, ROWS, BM)
@@ -212,6 +224,8 @@ def expert_kernel(
         if expert < 0:
             return
         rows = tl.load(order + block * BM + tl.arange(0, BM))
+    known = (expert >= 0) & (expert < E)
+    expert = _in_range(expert, E)
     words = qweight + expert.to(tl.int64) * (BLOCKS * NP * 32)
     scales = grid + expert.to(tl.int64) * (GROUPS * NP)
     acc = sum_of_slice(
@@ -251,6 +265,12 @@ def expert_kernel(
                     partial + s * plane + where, mask=inside, other=0.0, cache_modifier=".cg"
                 )
             tl.store(counter, 0)
+        if ROWS > 0:
+            acc = tl.where(known, acc, float("nan"))
+        else:
+            # a block of the sort's is of an expert that there is, but not all of its rows need be
+            number = tl.load(experts + rows, mask=rows < R, other=0)
+            acc = tl.where(((number >= 0) & (number < E))[None, :], acc, float("nan"))
         if HAS_BIAS:
             acc += tl.load(bias + expert.to(tl.int64) * N + row, mask=row < N, other=0.0).to(
                 tl.float32
@@ -279,7 +299,7 @@ def route_kernel(
     """Rows in the order of their experts, each expert's padded to whole blocks of BM. Grid: (E +
     1,), one program per expert.
 
-    experts int [R], values 0 … E − 1. order int32 [BLOCKS · BM]: rows, R for padding. owner int32
+    experts int [R], `_in_range` here. order int32 [BLOCKS · BM]: rows, R for padding. owner int32
     [BLOCKS]: a block's expert; the last program writes −1 to the blocks that are left over. BINS: a
     power of two > E.
     """
@@ -291,8 +311,7 @@ def route_kernel(
     counts = tl.zeros((BINS,), tl.int32)
     start = 0
     while start < R:
-        found = tl.load(experts + start + r, mask=start + r < R, other=BINS - 1).to(tl.int32)
-        counts += tl.histogram(found, BINS)
+        counts += tl.histogram(_experts_of(experts, start + r, R, E, BINS), BINS)
         start += CHUNK
     blocks = tl.where(bins < E, (counts + BM - 1) // BM, 0)
     first = tl.sum(tl.where(bins < me, blocks, 0), 0)
@@ -307,9 +326,7 @@ def route_kernel(
         at = first * BM
         start = 0
         while start < R:
-            mine = (
-                tl.load(experts + start + r, mask=start + r < R, other=BINS - 1).to(tl.int32) == me
-            )
+            mine = _experts_of(experts, start + r, R, E, BINS) == me
             tl.store(order + at + tl.cumsum(mine.to(tl.int32), 0) - 1, start + r, mask=mine)
             at += tl.sum(mine.to(tl.int32), 0)
             start += CHUNK
