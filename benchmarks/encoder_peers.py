@@ -295,7 +295,7 @@ def _timed(encode: Encode, texts: list[str], seconds: float) -> dict[str, float]
             encode(texts)
     times: list[float] = []
     start = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - start < seconds:
+    while not times or time.perf_counter() - start < seconds:
         began = time.perf_counter()
         encode(texts)
         times.append(time.perf_counter() - began)
@@ -349,8 +349,6 @@ class Peer:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    for name in arguments.peers:  # once before: files come into the cache, images are stored
-        Peer(name, arguments).process.kill()
     peers = [Peer(name, arguments) for name in arguments.peers]
     left_out = {peer.name: peer.why_not() for peer in peers if not peer.is_ready}
     peers = [peer for peer in peers if peer.is_ready]
@@ -418,6 +416,14 @@ def prepare(arguments: argparse.Namespace) -> None:
         print(f"not exported: {error}", file=sys.stderr)
 
 
+def start_once(arguments: argparse.Namespace) -> None:
+    """Files come into the system's cache, images of encoders are stored."""
+    for name in arguments.peers:
+        process = Peer(name, arguments).process
+        process.kill()
+        process.wait()
+
+
 def show(result: dict[str, Any]) -> None:
     for name, reason in result["left_out"].items():
         print(f"{name}: left out, {reason}")
@@ -445,6 +451,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help="a folder that keeps the peers' models")
     parser.add_argument("--prepare", action="store_true", help="only write into --work")
+    parser.add_argument("--prepared", action="store_true", help="a run with --prepare was before")
     arguments = parser.parse_args()
     if arguments.worker:
         serve(arguments)
@@ -455,6 +462,8 @@ def main() -> None:
         arguments.work = arguments.work or Path(folder)
         arguments.work.mkdir(exist_ok=True)
         prepare(arguments)
+        if arguments.prepare or not arguments.prepared:
+            start_once(arguments)
         if arguments.prepare:
             return
         result = measure(arguments)
