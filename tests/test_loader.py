@@ -1,14 +1,19 @@
 """Contract of the embedding provider's loader, with our own base class and with a stand-in for the
 host package."""
 
+import copy
 import importlib
 import inspect
+import pickle
 import sys
 import textwrap
 from abc import ABC
 
 import pytest
 import torch
+from conftest import make_tokenizer
+from test_compiled_encoder import SIZES
+from zoo import build
 
 from awq import AutoAWQForEmbedding
 from awq.errors import AwqError, ConfigError
@@ -146,6 +151,67 @@ def test_the_services_own_pooling(loader_class, quantized):
             for e in (encoding, alone)
         )
     torch.testing.assert_close(batch[:1], single, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def wide(texts, tmp_path_factory):
+    """A quantized encoder that can be compiled."""
+    pytest.importorskip("llvmlite")
+    folder = tmp_path_factory.mktemp("wide")
+    made = build("bert", SIZES)
+    made.config.architectures = [type(made).__name__]
+    made.save_pretrained(folder / "dense")
+    make_tokenizer().save_pretrained(folder / "dense")
+    model = AutoAWQForEmbedding.from_pretrained(str(folder / "dense"))
+    settings = {"q_group_size": 32}
+    model.quantize(texts=texts, quant_config=settings, preset="fast", general_texts=False)
+    model.save_quantized(folder / "quantized")
+    return str(folder / "quantized")
+
+
+@torch.no_grad()
+def test_the_model_of_a_cpu_runs_compiled(wide, texts):
+    """It gives what its plain forward gives, and calls that ask for more get it there."""
+    from awq.embed.body import plain_forward
+    from awq.integrations.emb_model_provider import AutoAWQLoader
+
+    model, tokenizer = AutoAWQLoader(wide, device="cpu").load_model()
+    plain = plain_forward(model)
+    inputs = tokenizer([*texts, "a"], padding=True, truncation=True, return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    types = torch.arange(inputs["input_ids"].numel()).view_as(inputs["input_ids"]) % 2
+    seen = inputs["attention_mask"].bool()
+    for given in (inputs, inputs | {"token_type_ids": types}, {"input_ids": types + 5}):
+        kept = seen if "attention_mask" in given else torch.ones_like(seen)
+        found, expected = model(**given), plain(**given)
+        torch.testing.assert_close(
+            found.last_hidden_state[kept], expected.last_hidden_state[kept], atol=2e-5, rtol=1e-4
+        )
+        assert found.last_hidden_state.dtype == torch.float32
+        if expected.pooler_output is not None:
+            torch.testing.assert_close(
+                found.pooler_output, expected.pooler_output, atol=2e-5, rtol=1e-4
+            )
+    assert model.forward.state, model.forward.state.reason
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(**inputs).last_hidden_state, plain(**inputs).last_hidden_state)
+    # what the program does not give
+    assert model(**inputs, output_hidden_states=True).hidden_states is not None
+    found = model(**inputs).last_hidden_state  # compiled: nothing stands where padding is
+    assert not found[~seen].any()
+    assert isinstance(model(**inputs, return_dict=False), tuple)
+    left = inputs | {"attention_mask": inputs["attention_mask"].flip(1)}
+    assert torch.equal(model(**left).last_hidden_state, plain(**left).last_hidden_state)
+    with torch.enable_grad():
+        assert model(**inputs).last_hidden_state.requires_grad
+    calls = []
+    linear = next(m for m in model.modules() if isinstance(m, WQLinear))
+    hook = linear.register_forward_hook(lambda *_: calls.append(1))
+    model(**inputs)
+    hook.remove()
+    assert calls
+    with pytest.raises(IndexError):
+        model(**inputs, token_type_ids=types + 2)
 
 
 def test_the_hosts_own_loader_reads_the_directory_too(quantized):

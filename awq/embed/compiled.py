@@ -60,6 +60,10 @@ class CompiledEncoder:
         found = self.runner.embeddings(rows, types, prompt_tokens, self.helpers)
         return torch.from_numpy(found)
 
+    def hidden_states(self, rows: Rows, types: Rows | None = None) -> Tensor:
+        """float32 [tokens of all rows together, hidden]: what pooling is given."""
+        return torch.from_numpy(self.runner.hidden_states(rows, types))
+
     @property
     def helpers(self) -> int:
         """Threads that may help a caller: as many as there are cores, and torch may use."""

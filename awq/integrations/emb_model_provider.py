@@ -22,6 +22,7 @@ from awq.checkpoint.load import load_model
 from awq.checkpoint.source import Source
 from awq.checkpoint.tokenizer import load_tokenizer
 from awq.config import METHOD, quant_method
+from awq.embed.body import speed_up
 from awq.embed.directory import longest_input, sentence_settings
 from awq.errors import AwqError, ConfigError
 from awq.nn.linear import WQLinear
@@ -40,6 +41,7 @@ logger = logging.getLogger("awq.integrations")
 
 class AutoAWQLoader(BaseModelLoader):
     """Loads an AWQ checkpoint as a plain transformers model, whose call gives `last_hidden_state`.
+    On a CPU such calls run through the compiled program where it gives the same (`embed.body`).
 
     model_name: local directory or hub id. model_path: local directory, preferred when given.
     device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". dtype: of everything that is
@@ -122,7 +124,9 @@ class AutoAWQLoader(BaseModelLoader):
             )
         tokenizer = load_tokenizer(self._source, self._trust, **self._hub)
         model = load_model(self._source, self._dtype, self._trust, AutoModel, **self._hub)
-        self._model, self._tokenizer = model.to(self.get_device()), tokenizer
+        self._model, self._tokenizer = model.to(self.get_device()).eval(), tokenizer
+        if self.get_device() == "cpu":
+            speed_up(self._model)
         # where a host's own methods look for them
         self.model, self.tokenizer = self._model, self._tokenizer
 

@@ -70,6 +70,26 @@ class Runner:
         helpers: at most so many threads beside the caller's own; they come when they have made such
         calls quicker. Raises ValueError for ids and lengths that cannot be.
         """
+        out, call = self._computed(rows, types, prompt_tokens, helpers)
+        self._keep(call)
+        return out
+
+    def hidden_states(self, rows: Rows, types: Rows | None = None) -> np.ndarray:
+        """float32 [tokens of all rows together, hidden]: what is pooled, of any number of rows."""
+        lengths = [len(row) for row in rows]
+        parts = []
+        for start, stop in packs(lengths):
+            own = rows[start:stop]
+            own_types = None if types is None else types[start:stop]
+            _, call = self._computed(own, own_types, 0, None)
+            parts.append(call.hidden_states().copy())
+            self._keep(call)
+        return np.concatenate(parts)
+
+    def _computed(
+        self, rows: Rows, types: Rows | None, prompt_tokens: int, helpers: int | None
+    ) -> tuple[np.ndarray, _Call]:
+        """Embeddings, and the call whose memory holds the rest."""
         lengths = [len(row) for row in rows]
         self._check(rows, lengths)
         tokens = sum(lengths)
@@ -88,9 +108,12 @@ class Runner:
         self._run(call, helpers)
         if team is not None:
             team.note(helpers > 0, (time.perf_counter() - began) / tokens)
+        return out, call
+
+    def _keep(self, call: _Call) -> None:
+        """For the next caller."""
         if len(self._calls) < MAX_KEPT_CALLS:
             self._calls.append(call)
-        return out
 
     def _run(self, call: _Call, helpers: int) -> None:
         if helpers and self._pool.run(call.address, helpers):
@@ -202,6 +225,11 @@ class _Call:
             positions -= np.repeat(starts[:-1], lengths)
         self._part("counters", 8 * COUNTERS_PER_PHASE * self._spec.phases)[:] = 0
         self.set(workers=helpers + 1)
+
+    def hidden_states(self) -> np.ndarray:
+        """float32 [tokens, hidden], as the last call left them."""
+        tokens, width = self._shape[1], self._spec.hidden
+        return self._part("hidden", 4 * tokens * width).view(np.float32).reshape(tokens, width)
 
     def _lay_out(self, texts: int, tokens: int, longest: int, workers: int) -> None:
         sizes = _sizes(self._spec, texts, tokens, longest)
