@@ -2,11 +2,16 @@
 an uninterrupted run.
 
     python benchmarks/resume.py MODEL --kills 30 --group-size 16 --calib-data texts.txt
+    python benchmarks/resume.py MODEL --calib-data texts.txt --full-disk /mnt/small
 
 MODEL: a directory. Each kill is SIGKILL to a process of its own, at a moment drawn over the time
 that an uninterrupted run takes; it is resumed by `awq quantize --resume OUT`, which is killed too
 with a chance of one half. Processes are forked, so that no time goes into imports. Prints JSON:
 kills, where they hit, and how many results are identical.
+
+--full-disk: a folder on a file system of its own. There a run finds the disk filled by somebody
+else when its first block is done, must end with an error, and is resumed when there is room again;
+and while a run works, another one into the same output must be refused.
 """
 
 from __future__ import annotations
@@ -21,7 +26,9 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from awq.cli import main as main_of_awq
 
@@ -78,6 +85,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="32")
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full-disk", type=Path)
     given = parser.parse_args()
     import awq.models.streaming  # noqa: F401  # before processes are forked
 
@@ -90,6 +98,31 @@ def main() -> None:
     seconds = time.monotonic() - begun
     expected = digest(home / "whole")
 
+    result: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "seconds_uninterrupted": round(seconds, 1),
+    }
+    if given.full_disk:
+        result |= on_a_full_disk(given, options, expected)
+        result |= beside_another_run(given, options, expected)
+        wanted = result["resumed"] == "identical" == result["first_of_two"]
+    else:
+        result |= killed_and_resumed(given, options, expected, home, seconds)
+        wanted = result["identical"] == result["kills"]
+    shutil.rmtree(home)
+    print(json.dumps(result))
+    if not wanted:
+        raise SystemExit(1)
+
+
+def killed_and_resumed(
+    given: argparse.Namespace,
+    options: list[str],
+    expected: dict[str, str],
+    home: Path,
+    seconds: float,
+) -> dict[str, Any]:
+    """Kills, each resumed. expected: `digest` of an uninterrupted run, which took `seconds`."""
     draw = random.Random(given.seed)
     left, identical, early = [], 0, 0
     while len(left) < given.kills:
@@ -98,7 +131,7 @@ def main() -> None:
         if not killed(run, draw.uniform(0, 1) * seconds):
             shutil.rmtree(output)
             continue
-        work = output.with_name(output.name + ".awq-work")
+        work = work_of(output)
         left.append(finished_blocks(work))
         if output.exists():  # killed behind the exchange of directories
             early += 1
@@ -110,18 +143,70 @@ def main() -> None:
             finish(start("quantize", str(given.model), str(output), *options))
         identical += digest(output) == expected and not work.exists()
         shutil.rmtree(output)
-    shutil.rmtree(home)
-    result = {
-        "command": " ".join(sys.argv),
+    return {
         "kills": len(left),
         "finished_blocks_at_kill": left,
         "killed_after_the_exchange": early,
         "identical": identical,
-        "seconds_uninterrupted": round(seconds, 1),
     }
-    print(json.dumps(result))
-    if identical < len(left):
-        raise SystemExit(1)
+
+
+def on_a_full_disk(
+    given: argparse.Namespace, options: list[str], expected: dict[str, str]
+) -> dict[str, Any]:
+    """A run whose disk is full from its first finished block on, and is not later."""
+    output, filler = given.full_disk / "full", given.full_disk / "filler"
+    run = start("quantize", str(given.model), str(output), *options)
+    wait_for_a_block(output)
+    fill(filler)
+    status = os.waitstatus_to_exitcode(os.waitpid(run, 0)[1])
+    left = finished_blocks(work_of(output))
+    appeared = output.exists()
+    filler.unlink()
+    finish(start("quantize", "--resume", str(output)))
+    same = digest(output) == expected and not work_of(output).exists()
+    shutil.rmtree(output)
+    return {
+        "status_on_the_full_disk": status,
+        "finished_blocks": left,
+        "output_appeared": appeared,
+        "resumed": "identical" if same and status > 0 and not appeared else "no",
+    }
+
+
+def beside_another_run(
+    given: argparse.Namespace, options: list[str], expected: dict[str, str]
+) -> dict[str, Any]:
+    """Two runs into one output: the status of the second, and the result of the first."""
+    output = given.full_disk / "two"
+    run = start("quantize", str(given.model), str(output), *options)
+    wait_for_a_block(output)
+    second = start("quantize", str(given.model), str(output), *options)
+    status = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
+    finish(run)
+    same = digest(output) == expected
+    return {
+        "status_of_the_second": status,
+        "first_of_two": "identical" if same and status > 0 else "no",
+    }
+
+
+def work_of(output: Path) -> Path:
+    return output.with_name(output.name + ".awq-work")
+
+
+def wait_for_a_block(output: Path) -> None:
+    while not finished_blocks(work_of(output)):
+        if output.exists():
+            raise SystemExit("the run ended before its first block was seen; give a larger model")
+        time.sleep(0.02)
+
+
+def fill(path: Path) -> None:
+    """Writes until the disk is full, to its last byte."""
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(bytes(1 << 16)) == 1 << 16:
+            pass
 
 
 if __name__ == "__main__":

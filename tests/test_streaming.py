@@ -110,9 +110,25 @@ def press_ctrl_c():
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_same_as_in_memory(kind, tmp_path, monkeypatch):
+def read_and_write_ahead(monkeypatch):
+    """As with a GPU: blocks are read and written in a thread, while others are worked on."""
+    always = property(lambda store: True, lambda store, value: None)
+    monkeypatch.setattr(StreamedBlocks, "ahead", always, raising=False)
+
+
+@pytest.mark.parametrize(
+    "kind, ahead",
+    [
+        *((kind, False) for kind in KINDS),
+        ("tied", True),
+        ("mixture", True),
+        ("encoder_decoder", True),
+    ],
+)
+def test_the_same_as_in_memory(kind, ahead, tmp_path, monkeypatch):
     """Also when Ctrl-C came between: then another call goes on behind the finished blocks."""
+    if ahead:
+        read_and_write_ahead(monkeypatch)
     make, finished = KINDS[kind]
     source = saved(make(), tmp_path / "source")
     model = AutoAWQForCausalLM.from_pretrained(str(source))
@@ -272,7 +288,10 @@ def test_a_second_run_into_one_output_is_refused(unfinished, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs Linux or macOS: limits of files")
-def test_a_full_disk_loses_no_finished_block(llama_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_full_disk_loses_no_finished_block(ahead, llama_dir, tmp_path, monkeypatch):
+    if ahead:
+        read_and_write_ahead(monkeypatch)
     given = (llama_dir, tmp_path / "out", SETTINGS, IDS)
     quantize_directory(llama_dir, tmp_path / "whole", SETTINGS, IDS)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

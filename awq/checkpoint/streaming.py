@@ -18,6 +18,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -85,6 +86,11 @@ class StreamedBlocks:
         self._work = work
         self.room: Room | None = None
         self.phase: Callable[[str], AbstractContextManager[None]] = lambda _name: nullcontext()
+        self.ahead = False
+        # Reads and writes one after the other, in the order in which they were asked for.
+        self._aside = ThreadPoolExecutor(1, "awq-blocks")
+        self._coming: dict[str, Future[nn.Module]] = {}
+        self._written: Future[None] | None = None
         self._progress: Callable[[], Progress] | None = None
         self.lists = find_block_lists(self._original)
         self._names = [f"{prefix}.{i}" for prefix, blocks in self.lists for i in range(len(blocks))]
@@ -171,12 +177,27 @@ class StreamedBlocks:
         state = without_second_names(finished, finished.state_dict())
         tensors = {f"{name}.{key}": tensor for key, tensor in state.items()}
         tensors = tensors_on_disk(self.model, tensors, self._names_on_disk)
-        self.work.add_block(tensors, block.state_dict() if stays else None)
+        self._write(tensors, block.state_dict() if stays else None)
         if self._progress is not None and self.work.is_due:
+            self._wait_for_writing()
             self.work.save_progress(self._progress())
         if not stays:
             block.to("meta")
             block.forward = partial(_gone, name)
+
+    def _write(self, tensors: dict[str, Tensor], runs_again: dict[str, Tensor] | None) -> None:
+        """Of `WorkFolder.add_block`; while the next block is worked on, where `ahead`."""
+        self._wait_for_writing()
+        if self.ahead:
+            self._written = self._aside.submit(self.work.add_block, tensors, runs_again)
+        else:
+            self.work.add_block(tensors, runs_again)
+
+    def _wait_for_writing(self) -> None:
+        """Until all blocks are on the disk. Raises what their writing raised."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
 
     def why_not_expose(self, name: str, original: nn.Module, shape: ExpertShape) -> str | None:
         """See `BlockStore.why_not_expose`."""
@@ -205,6 +226,7 @@ class StreamedBlocks:
 
     def parts(self) -> Parts:
         """The model when all of its blocks were visited."""
+        self._wait_for_writing()
         inside = tuple(f"{name}." for name in self._visited)
         state = self.model.state_dict()
         rest = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
@@ -213,10 +235,14 @@ class StreamedBlocks:
     # Reading
 
     def _read_ahead(self, name: str) -> None:
-        """Asks the system for the weights of the block that comes next, while this one is worked
-        on."""
+        """Gets the block that comes next while this one is worked on: its weights where `ahead`,
+        else their pages into the system's cache."""
         place = self._visited.index(name) + 1
         if place == len(self._visited):
+            return
+        if self.ahead:
+            following = self._visited[place]
+            self._coming[following] = self._aside.submit(self._filled, following)
             return
         members = self._members[self._visited[place]]
         ranges = []
@@ -226,13 +252,15 @@ class StreamedBlocks:
 
     def _fill(self, name: str, block: nn.Module) -> None:
         """Gives a block of `model` its weights; experts are linears where they are so in it."""
-        filled = self._filled(name)
+        coming = self._coming.pop(name, None)
+        filled = self._filled(name) if coming is None else coming.result()
         exposed = {inner: experts.names for inner, experts in named_experts(block).items()}
         expose_experts(filled, exposed, lambda *_: None)  # judged when the model was exposed
         filled.eval()
         for content in ("_modules", "_parameters", "_buffers"):
             block.__dict__[content] = filled.__dict__[content]
 
+    @torch.no_grad()  # which a thread does not inherit
     def _filled(self, name: str) -> nn.Module:
         """The block of the original model, with its weights; the caller may keep it."""
         spare = copy_structure(self._original.get_submodule(name))

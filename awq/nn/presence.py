@@ -41,8 +41,9 @@ class BlockStore(Protocol):
     """What a walk and the quantizer ask of whoever keeps the blocks of a model.
 
     room: what memory the hidden states of the calibration may take; None: without a limit.
-    phase: times what is done inside under a name. folder: where finished blocks are written; None:
-    nowhere.
+    phase: times what is done inside under a name. ahead: whether blocks are read and written while
+    others are worked on, for the host's cores and memory are free then. folder: where finished
+    blocks are written; None: nowhere.
     """
 
     @property
@@ -50,6 +51,7 @@ class BlockStore(Protocol):
 
     room: Room | None
     phase: Callable[[str], AbstractContextManager[None]]
+    ahead: bool
 
     def begin(
         self, lists: Sequence[BlockList], targets: Collection[str], config: AwqConfig

@@ -74,7 +74,7 @@ def forecast(run: QuantizeRun, work: Work) -> Forecast:
     peaks = [block_peak(shape, work, options, kind) for shape, _ in shapes]
     stored = max(shape.stored for shape, _ in shapes)
     hidden = activation_bytes(work, options)
-    inside = max(peaks) if kind == "cpu" else stored
+    inside = max(peaks) if kind == "cpu" else 2 * stored  # the next one is read ahead
     outside = _stored_outside(model)
     after = bytes_after(model, run.plan.targets, run.config)
     blocks = sum(shape.stored * count for shape, count in shapes)

@@ -174,6 +174,7 @@ def _rounding_steps(
     steps = []
     for number, group in enumerate(shape.groups):
         base = held + sum(later.gram for later in shape.groups[number:])
+        base += sum(earlier.bytes // FLOAT for earlier in shape.groups[:number])  # their codes
         chunk = min(group.bytes, FLOAT * ROUNDED_VALUES["cpu" if kind == "cpu" else "cuda"])
         copies = _FEEDBACK_COPIES if feedback else _COPIES
         rows = group.stacked + round(copies * chunk) + group.bytes // FLOAT

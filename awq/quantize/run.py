@@ -135,6 +135,7 @@ class QuantizeRun:
         )
         if store is not None:
             store.phase = run.phase
+            store.ahead = device.type != "cpu"
         return run
 
     @property
