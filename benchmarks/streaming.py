@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,17 @@ def write_model(shape: str, layers: int, folder: Path) -> None:
         found = re.search(r"layers\.(\d+)\.", name)
         groups.setdefault(found[1] if found else "rest", {})[name] = tuple(parameter.shape)
     weight_map = {}
-    for number, tensors in enumerate(groups.values(), 1):
+
+    def write(number: int, tensors: dict[str, tuple[int, ...]]) -> None:
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         # The values matter little, and drawing them takes longer than writing them.
         made = {name: _random(size) * (1 + number / 256) for name, size in tensors.items()}
         save_file(made, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    _drawn()
+    with ThreadPoolExecutor(1 + (os.cpu_count() or 1) // 4) as writers:
+        list(writers.map(write, range(1, len(groups) + 1), groups.values()))
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 

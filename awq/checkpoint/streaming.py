@@ -41,7 +41,7 @@ from awq.checkpoint.work_folder import WorkFolder
 from awq.config import AwqConfig
 from awq.errors import CheckpointError, ConfigError, ModelError
 from awq.nn.block_calls import map_tensors
-from awq.nn.blocks import BlockList, find_block_lists
+from awq.nn.blocks import BlockList, block_names, find_block_lists
 from awq.nn.copies import copy_structure
 from awq.nn.experts import (
     ExpertShape,
@@ -109,10 +109,9 @@ class StreamedBlocks:
     ) -> None:
         """See `BlockStore.begin`."""
         self._config = config
-        visited = [f"{prefix}.{i}" for prefix, blocks in lists for i in range(len(blocks))]
-        last = lists[-1][0]
+        visited = [name for entry in lists for name in block_names(entry)]
         # An encoder's quantized blocks run again when the decoder's inputs are recorded.
-        self._run_later = {name for name in visited if not name.startswith(f"{last}.")}
+        self._run_later = set(visited) - set(block_names(lists[-1]))
         self._visited, self._targets = visited, targets
         for name in self._names:
             if name not in visited:
