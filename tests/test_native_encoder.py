@@ -14,6 +14,7 @@ from test_encoder import sentence_directory
 from zoo import build
 
 from awq import AutoAWQForEmbedding, Encoder, NativeEncoder
+from awq.embed.heads import Pooling
 from awq.embed.prepare import prepare
 from awq.embed.tokens import TRIED
 from awq.errors import ConfigError, ModelError
@@ -157,3 +158,16 @@ def test_the_oldest_files_make_room(own_store, monkeypatch):
     assert not (own_store / NAME).exists() and store.load("b") is not None
     monkeypatch.setenv("AWQ_CACHE", "off")
     assert store.load("b") is None and not store.save("d", b"")
+
+
+def test_nothing_falls_back_in_silence(both, caplog):
+    """What torch runs instead is logged with the reason; for texts, the first time."""
+    _, encoder = both
+    too_long = [[1] * (encoder.native.runner.image.longest + 1)]
+    assert not encoder.native.takes(too_long) and not encoder.native.takes(too_long)
+    other = Encoder(encoder.model, encoder.tokenizer, [Pooling(("max",))])
+    assert not other.compiled
+    assert "pooling of max" in other.compiled.reason
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert sum("positions end" in text for text in warnings) == 1
+    assert sum("pooling of max" in text for text in warnings) == 1

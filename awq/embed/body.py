@@ -56,7 +56,7 @@ class _Request(NamedTuple):
         if self.types is not None and plan.types is not None:
             if not _are_below(len(plan.types), self.types):
                 return False
-        return program.why_not(self.rows) is None
+        return program.takes(self.rows)
 
 
 def _are_below(end: int, rows: list[list[int]]) -> bool:

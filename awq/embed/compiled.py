@@ -8,6 +8,7 @@ than rounding is refused. `kernels.cpu.encoder.program` says what the program do
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from awq.embed.build import build_image
 from awq.embed.structure import EncoderPlan
 from awq.native.runner import Rows, Runner
+
+logger = logging.getLogger("awq.embed")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,15 @@ class CompiledEncoder:
         self.runner = Runner(build_image(plan, pooling, normalize, precision))
         self.spec = self.runner.spec
         self.why_not = self.runner.why_not
+        self._has_warned = False
+
+    def takes(self, rows: Rows) -> bool:
+        """Whether these rows can be computed. The first time that they cannot, the log says why."""
+        reason = self.why_not(rows)
+        if reason is not None and not self._has_warned:
+            self._has_warned = True
+            logger.warning("Such texts are not run compiled, but by torch: %s.", reason)
+        return reason is None
 
     def __call__(
         self,

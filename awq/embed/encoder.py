@@ -38,6 +38,7 @@ from awq.nn.surgery import usable_device
 
 logger = logging.getLogger("awq.embed")
 
+COMPILED_POOLING = (("mean",), ("cls",), ("lasttoken",))
 _COMPILING = threading.Lock()  # encoders are read and compiled one at a time
 
 # of a hub repository; exports for other runtimes are not needed
@@ -209,7 +210,7 @@ class Encoder(nn.Module):
         rows = self._tokenize([before + text for text in texts])
         prompt_tokens = self._prompt_tokens(before)
         native = self.native
-        if native is not None and native.why_not(rows["input_ids"]) is None:
+        if native is not None and native.takes(rows["input_ids"]):
             embeddings = self._encode_natively(native, rows, prompt_tokens)[:, :truncate_dim]
             return F.normalize(embeddings, dim=-1) if normalize else embeddings
         parts = list(batches_by_length([len(ids) for ids in rows["input_ids"]], batch_size))
@@ -258,12 +259,10 @@ class Encoder(nn.Module):
     def _compile(self) -> tuple[CompiledEncoder | None, CompiledState]:
         pooling = self.heads[0]
         assert isinstance(pooling, Pooling)
-        if len(pooling.modes) != 1 or pooling.modes[0] not in ("mean", "cls", "lasttoken"):
-            return None, CompiledState(
-                False, f"pooling of {', '.join(pooling.modes)} is not compiled"
-            )
         normalize = len(self.heads) > 1 and isinstance(self.heads[1], Normalize)
         try:
+            if tuple(pooling.modes) not in COMPILED_POOLING:
+                raise NotReadable(f"pooling of {', '.join(pooling.modes)} is not compiled")
             native = compile_encoder(self.model, pooling.modes[0], normalize, self._precision)
         except (NotReadable, ImportError) as error:
             reason = str(error)
@@ -271,9 +270,7 @@ class Encoder(nn.Module):
             reason = f"reading it failed: {type(error).__name__} {error}"
         else:
             return native, CompiledState(True)
-        asked = self._precision != "exact"
-        level = logging.WARNING if asked else logging.INFO
-        logger.log(level, "The encoder is not compiled: %s.", reason)
+        logger.warning("The encoder is not compiled, torch runs it: %s.", reason)
         return None, CompiledState(False, reason)
 
     def _encode_natively(
