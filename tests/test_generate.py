@@ -12,7 +12,13 @@ import pytest
 import torch
 import transformers
 import zoo
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from awq import AutoAWQForCausalLM
@@ -350,6 +356,22 @@ def test_any_step_over_a_static_cache(family):
         call = dict(**prompts(rows), max_new_tokens=new, do_sample=False, pad_token_id=0)
         theirs = model.generate(**call)
         assert torch.equal(generate_fused(model, static, **call), theirs)
+
+
+def test_a_cache_that_forgets_what_the_mask_shows():
+    """Moshi's window is its cache's alone: the steps after a long prompt see less than the prompt
+    did, which no fused block does. A cache that the window does not reach is fused."""
+    sizes = dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
+    more = dict(sliding_window=16, vocab_size=64, max_position_embeddings=96, pad_token_id=0)
+    config = transformers.MoshiConfig(**sizes, **more, audio_vocab_size=32)
+    torch.manual_seed(0)
+    model = transformers.MoshiForCausalLM(config).float().eval()
+    if not any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers):
+        pytest.skip("transformers has no window in Moshi's cache")
+    for build in (build_decoder, build_static):
+        with pytest.raises(NotFusable, match="cache forgets tokens that the mask shows"):
+            build(model, 64)
+    assert build_decoder(model, 16).max_seq_len == 16
 
 
 def test_states_change_in_place_and_begin_anew():

@@ -181,6 +181,11 @@ def _read_config(
     # config classes of a hundred authors fail in as many ways on values they did not expect
     except Exception as error:
         reason = first_line(error)
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model {name} has code of its own beside its weights; read it, then pass "
+                "trust_remote_code=True to run it."
+            ) from error
         if directory is None:
             raise ModelError(
                 f"model {name} does not exist as a directory, and the hub does not give it: "

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from awq.generate.plan import NotFusable
 from awq.generate.read.passes import PIECE, Passes
@@ -24,8 +25,39 @@ MASKED = -1e4  # what is added to a score that is not to count is below
 def read_windows(passes: Passes, max_seq_len: int) -> dict[int, int | None]:
     """Block → how many of the last tokens it sees, the present one included; None: all of them.
 
-    A block whose mask is not known is left out. Raises NotFusable for a mask of another kind.
+    A block whose mask is not known is left out. Raises NotFusable for a mask of another kind, and
+    where transformers' cache drops keys that the mask shows.
     """
+    masks = _masks(passes, max_seq_len)
+    check_cache(passes.model, masks, max_seq_len)
+    return {block: _window(mask) for block, mask in masks.items()}
+
+
+def read_masks(model: Any, ids: Tensor, max_seq_len: int) -> dict[int, Tensor]:
+    """Block → which keys the last tokens of a full cache see, bool [tokens, keys], where that is
+    known.
+
+    model: a copy that nobody else runs. ids: int64 [1, PIECE]. Raises NotFusable.
+    """
+    return _masks(Passes(model, ids), max_seq_len)
+
+
+def check_cache(model: Any, masks: dict[int, Tensor], max_seq_len: int) -> None:
+    """Raises NotFusable where the cache of transformers' `generate` forgets tokens that a mask
+    shows: the steps after a long prompt then see less than the prompt did (Moshi)."""
+    try:
+        layers = DynamicCache(config=model.config.get_text_config()).layers
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return  # before 4.56; or a cache of a kind of its own
+    for block, layer in enumerate(layers):
+        window = getattr(layer, "sliding_window", None)
+        if window is None or window >= max_seq_len or block not in masks:
+            continue
+        if int(masks[block][-1].sum()) > window:
+            raise NotFusable("transformers' cache forgets tokens that the mask shows")
+
+
+def _masks(passes: Passes, max_seq_len: int) -> dict[int, Tensor]:
     if max_seq_len <= PIECE:
         return {}
     try:
@@ -33,7 +65,7 @@ def read_windows(passes: Passes, max_seq_len: int) -> dict[int, int | None]:
     except NotFusable:  # an older release, or a cache of a kind of its own
         return {}
     masks = ((block, _mask_of(call, max_seq_len)) for block, call in enumerate(calls))
-    return {block: _window(mask) for block, mask in masks if mask is not None}
+    return {block: mask for block, mask in masks if mask is not None}
 
 
 def _mask_of(call: BlockCall, keys: int) -> Tensor | None:

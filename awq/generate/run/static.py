@@ -22,8 +22,11 @@ from transformers import StaticCache, cache_utils
 
 from awq.errors import ConfigError
 from awq.generate.plan import NotFusable
+from awq.generate.read.masks import check_cache, read_masks
+from awq.generate.read.passes import PIECE
 from awq.generate.run.graph import StepGraph
 from awq.nn.capture import NothingFromTheHost, no_waiting
+from awq.nn.copies import copy_structure
 
 _PROBE = 9  # tokens of the longest prompt of the proof
 _TOLERANCE, _ROUGH = 1e-4, 0.03  # of the logits' norm; the second in 16 bits
@@ -212,6 +215,7 @@ def build_static(model: Any, max_seq_len: int) -> StaticDecoder:
         max_seq_len = min(max_seq_len, known)
     if max_seq_len < _PROBE + 2:
         raise NotFusable(f"max_seq_len={max_seq_len} is too short to prove it")
+    _check_windows(model, max_seq_len)
     try:
         return _proven(StaticDecoder(model, max_seq_len))
     except NotFusable as first:
@@ -219,6 +223,31 @@ def build_static(model: Any, max_seq_len: int) -> StaticDecoder:
             return _proven(StaticDecoder(model, max_seq_len, whole_mask=False))
         except NotFusable:
             raise first from None
+
+
+def _check_windows(model: Any, max_seq_len: int) -> None:
+    """Raises NotFusable unless the mask knows every window that only the cache would keep here."""
+    layers = StaticCache(model.config, max_seq_len).layers
+    narrow = [
+        block
+        for block, layer in enumerate(layers)
+        if getattr(layer, "is_sliding", False) and layer.get_max_length() < max_seq_len
+    ]
+    if not narrow:
+        return
+    ids = _random_ids(model, 1, PIECE)
+    masks = read_masks(copy_structure(model), ids, max_seq_len)
+    if not all(block in masks for block in narrow):
+        raise NotFusable("a sliding window moves the cache, and no mask shows it")
+    check_cache(model, masks, max_seq_len)
+
+
+def _random_ids(model: Any, rows: int, tokens: int) -> Tensor:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    first = min(3, vocabulary - 1)
+    ids = torch.randint(first, vocabulary, (rows, tokens), generator=generator)
+    return ids.to(model.device)
 
 
 def _proven(decoder: StaticDecoder) -> StaticDecoder:
@@ -240,39 +269,32 @@ def _proven(decoder: StaticDecoder) -> StaticDecoder:
 def _error(decoder: StaticDecoder) -> float:
     """The largest relative difference to the model's plain forward, row by row: two prompts and two
     steps each."""
-    model, lengths = decoder.model, [_PROBE, _PROBE - 4]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(
-        min(3, vocabulary - 1),
-        vocabulary,
-        (2, _PROBE + 2),
-        generator=torch.Generator().manual_seed(0),
-    )
-    ids = ids.to(decoder.device)
+    lengths = [_PROBE, _PROBE - 4]
+    ids = _random_ids(decoder.model, 2, _PROBE + 2)
     found = [decoder.prefill(ids[:, :-2], lengths)]
     counts = torch.tensor(lengths, dtype=torch.int32, device=ids.device)
     _look_for_waits(decoder, ids[:, -2], counts)
     for step in range(2):
-        token = ids[:, -2 + step]
-        found.append(decoder.step(token, counts + step, _PROBE + step).clone())
-    expected = _of_transformers(decoder, ids, lengths)
-    ours = torch.stack(found, 1)
-    errors = (ours - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
-    return float(errors.max())
+        logits = decoder.step(ids[:, step - 2], counts + step, _PROBE + step)
+        found.append(logits.clone())
+    expected = _of_transformers(decoder, ids, counts)
+    sizes = expected.norm(dim=-1).clamp(min=1e-30)
+    difference = torch.stack(found, 1) - expected
+    return float((difference.norm(dim=-1) / sizes).max())
 
 
-def _of_transformers(decoder: StaticDecoder, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+def _of_transformers(decoder: StaticDecoder, ids: Tensor, lengths: Tensor) -> Tensor:
     """The logits [rows, 3, vocabulary] of the last prompt token and of two more, as the model's
-    plain forward gives them for rows that are padded on the left."""
-    tokens = ids.shape[1]
-    whole, mask = torch.zeros_like(ids), torch.zeros_like(ids)
-    positions = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        start = _PROBE - length
-        whole[row, start:] = torch.cat([ids[row, :length], ids[row, -2:]])
-        mask[row, start:] = 1
-        positions[row, start:] = torch.arange(tokens - start, device=ids.device)
+    plain forward gives them for rows that are padded on the left.
+
+    ids: [rows, tokens], the prompt's first, the two others last. lengths: [rows] of prompts.
+    """
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    places = columns - (_PROBE - lengths.unsqueeze(1))  # negative in the padding
+    positions = places.clamp(min=0).long()
+    whole = ids.gather(1, torch.where(columns < _PROBE, positions, columns))
     given = {"position_ids": positions} if decoder.takes_positions else {}
+    mask = (places >= 0).long()
     out = decoder.model(input_ids=whole, attention_mask=mask, use_cache=False, **given)
     return out.logits[:, -3:].float()
 
