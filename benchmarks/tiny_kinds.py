@@ -13,6 +13,7 @@ outlying channels, so that activations stay in range and a wrong fold shows.
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -120,6 +121,17 @@ TOKENS: dict[str, int | None] = {
     "forced_eos_token_id": 2,
     "forced_bos_token_id": None,
 }
+# What `draw` chooses from, by the names of fields.
+DRAWS: list[tuple[str, list[Any]]] = [
+    (r"tie_word_embeddings", [True, False]),
+    (r"(attention|mlp|qkv|use|use_qkv|o_proj|feed_forward)_bias|bias", [True, False]),
+    (r"use_qk_norm|qk_layernorm|qk_norm|parallel_attn|use_parallel_residual", [True, False]),
+    (r"num_key_value_heads", [1, 2, 4]),
+    (r"intermediate_size|ffn_dim|d_ff|n_inner", [64, 96, 136, 224]),
+    (r"hidden_size|d_model|n_embd", [64, 96, 128]),
+    (r"head_dim", [8, 16, 24, 32]),
+    (r"vocab_size", [VOCABULARY, VOCABULARY + 5, 160]),
+]
 LEFT_ALONE = ("architectures", "id2label", "label2id", "torch_dtype", "dtype", "problem_type")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "layers")
 HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -467,8 +479,12 @@ class Kind:
 
     @property
     def base(self) -> str:
-        """The type in transformers; "gemma4@moe" is a variant."""
-        return self.type.partition("@")[0]
+        """The type in transformers; "gemma4@moe" is a variant, "llama#7" a draw."""
+        return self.type.partition("#")[0].partition("@")[0]
+
+    def drawn(self, seed: int) -> Kind:
+        """The same kind with other sizes and switches."""
+        return dataclasses.replace(self, type=f"{self.type}#{seed}")
 
     @property
     def generates(self) -> bool:
@@ -540,10 +556,14 @@ def _names(mapping: dict[str, Any]) -> dict[str, str]:
 
 
 def tiny_config(type_: str) -> Any:
-    """A small config of a model type or variant."""
+    """A small config of a model type or variant; "llama#7" is llama of the sizes and switches that
+    are drawn with seed 7."""
+    type_, _, seed = type_.partition("#")
     base = type_.partition("@")[0]
     config_class = CONFIG_MAPPING[base]
     settings = shrunk(config_class, {**EXCEPTIONS.get(base, {}), **VARIANTS.get(type_, {})})
+    if seed:
+        draw(config_class, settings, int(seed))
     config = config_class(**settings)
     if (
         getattr(config, "is_encoder_decoder", False)
@@ -551,6 +571,23 @@ def tiny_config(type_: str) -> Any:
     ):
         config.decoder_start_token_id = settings.get("pad_token_id") or 0  # as in every checkpoint
     return config
+
+
+def draw(config_class: Any, settings: dict[str, Any], seed: int) -> None:
+    """Other sizes and switches than the usual ones for the text part of `settings`, in place: what
+    people who do not know these rules would try."""
+    generator = random.Random(seed)
+    default = config_class()
+    part = settings.get("text_config")
+    if isinstance(part, dict):
+        default, settings = default.text_config, part
+    held = {field.name for field in dataclasses.fields(type(default))}
+    for pattern, choices in DRAWS:
+        for name in sorted(held):
+            now = settings.get(name, default.__dict__.get(name))
+            same_kind = type(now) in {type(choice) for choice in choices}
+            if re.fullmatch(pattern, name) and same_kind:
+                settings[name] = generator.choice(choices)
 
 
 def shrunk(

@@ -301,6 +301,7 @@ def main() -> None:
         help="directory of what was found so far",
     )
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--draw", type=int, help="with sizes and switches of this seed, no page")
     parser.add_argument("--redo", action="store_true", help="check again what is there already")
     parser.add_argument("--failed", action="store_true", help="check again what failed")
     parser.add_argument("--list", action="store_true", help="print the kinds and stop")
@@ -310,6 +311,8 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page and the results only")
     given = parser.parse_args()
     kinds = chosen(given.types, given.roles)
+    if given.draw is not None:
+        kinds = [kind.drawn(given.draw) for kind in kinds]
     if given.list:
         print("\n".join(map(str, kinds)))
         return
@@ -328,7 +331,7 @@ def main() -> None:
         waiting = [kind for kind in kinds if str(kind) not in known]
         sweep(waiting, given.state, given.workers, given.seconds, given.lines)
     results = read(given.state)
-    if given.page or not (given.types or given.roles):
+    if given.page or not (given.types or given.roles or given.draw is not None):
         PAGE.write_text(page(results), encoding="utf-8")
         common.write(RESULTS, "cpu", {"kinds": results})
     failures = sum(bool(result["failed"]) for result in results.values())
