@@ -226,12 +226,14 @@ class GluedLinears:
         for stored, found in self.rows.items():
             weight = self._read(model, stored, found)
             for number, name in enumerate(found.linears):
-                index = (found.owner == number).nonzero().squeeze(1)
+                is_own = found.owner == number
+                index = is_own.nonzero().squeeze(1)
                 rows[name].append(found.row[index])
                 weights[name].append(_taken(weight, index))
         for name in self.names:
             order = torch.cat(rows[name]).argsort()
-            self._put(model, name, _taken(_joined(weights[name]), order))
+            whole = _joined(weights[name])
+            self._put(model, name, _taken(whole, order))
 
     def _put(self, model: Any, name: str, weight: QuantizedWeight) -> None:
         """A packed linear in the place of its placeholder."""

@@ -116,18 +116,29 @@ def refit_scales(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Qu
 
 
 def _refit_rows(target: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Tensor:
-    size, old = quantized.group_size, quantized.scales.float()
-    out, groups = old.shape
+    """New scales float16 [out, groups] of some rows; target: their weight @ gram [out, in]."""
+    size = quantized.group_size
+    old = quantized.scales.float()
     steps = quantized.steps().float()
-    system = torch.empty(out, groups, groups, device=gram.device)
-    for g in range(groups):
-        part = slice(g * size, (g + 1) * size)
-        system[:, g] = (steps[:, part] @ gram[part]).mul_(steps).view(out, groups, size).sum(-1)
-    missing = (target * steps).view(out, groups, size).sum(-1) - (
-        system @ old.unsqueeze(-1)
-    ).squeeze(-1)
-    system = system.double()
-    diagonal = system.diagonal(dim1=1, dim2=2)
+
+    def group_sums(values: Tensor) -> Tensor:
+        return values.view(*old.shape, size).sum(-1)
+
+    systems = torch.empty(*old.shape, old.shape[1], device=gram.device)
+    for g, own_steps in enumerate(steps.split(size, 1)):
+        rows_of_gram = gram[g * size : (g + 1) * size]
+        systems[:, g] = group_sums((own_steps @ rows_of_gram).mul_(steps))
+    reached = (systems @ old.unsqueeze(-1)).squeeze(-1)
+    missing = group_sums(target * steps) - reached
+    systems = systems.double()
+    change = _solved(systems, missing.double()).float()
+    wanted = (old + change).nan_to_num(0.0)
+    return storable_scale(wanted.clamp(min=0.3 * old, max=3 * old)).half()
+
+
+def _solved(systems: Tensor, values: Tensor) -> Tensor:
+    """x [out, groups] of systems [out, groups, groups] · x = values, with a ridge that is written
+    into the systems."""
+    diagonal = systems.diagonal(dim1=1, dim2=2)
     diagonal.add_(_RIDGE * diagonal.mean(-1, keepdim=True) + 1e-30)
-    change = torch.linalg.solve(system, missing.double().unsqueeze(-1)).squeeze(-1).float()
-    return storable_scale((old + change).nan_to_num(0.0).clamp(min=0.3 * old, max=3 * old)).half()
+    return torch.linalg.solve(systems, values.unsqueeze(-1)).squeeze(-1)

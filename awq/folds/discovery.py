@@ -230,11 +230,13 @@ def _read_digit(changed: Tensor, reference: Tensor, base: int) -> tuple[Tensor, 
     energy = reference.pow(2).sum(0)
     ratio = (changed * reference).sum(0) / energy.clamp(min=1e-30)
     rest = changed - ratio * reference
+    size = changed.norm(dim=0).clamp(min=1e-30)
+    is_multiple = rest.norm(dim=0) < _MAX_CHANNEL_ERROR * size
     level = (ratio - LOWEST_FACTOR) / FACTOR_RANGE * base
     digit = level.round()
-    is_multiple = rest.norm(dim=0) < _MAX_CHANNEL_ERROR * changed.norm(dim=0).clamp(min=1e-30)
     is_digit = (level - digit).abs() < _MAX_DIGIT_ERROR
-    return digit.long(), is_multiple & is_digit & (digit >= 0)
+    is_digit &= digit >= 0
+    return digit.long(), is_multiple & is_digit
 
 
 def _tokens_of(

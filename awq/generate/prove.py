@@ -249,12 +249,13 @@ def _whole_tables(
     ones."""
     columns = cos.shape[-1]
     for name, (short, _) in rotary_tables(call).items():
-        short = short.reshape(-1, *short.shape[-2:])[:1].float()
-        width = short.shape[-1]
+        places, width = short.shape[-2:]
+        first_piece = short.reshape(-1, places, width)[:1].float()
         for chosen in (slice(0, columns), slice(0, None, width // columns)):
-            if short[..., chosen].shape[-1] == columns and torch.equal(short[..., chosen], cos[:1]):
-                whole_cos, whole_sin = tables[name]
-                return whole_cos[:, chosen].contiguous(), whole_sin[:, chosen].contiguous()
+            recognized = first_piece[..., chosen]
+            if torch.equal(recognized, cos[:1]):
+                whole_cos, whole_sin = (whole[:, chosen] for whole in tables[name])
+                return whole_cos.contiguous(), whole_sin.contiguous()
     raise NotFusable("the rotary table of the block cannot be followed beyond the first positions")
 
 

@@ -76,22 +76,20 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 def _dense_product(x: Tensor, packed: Packed) -> Tensor:
     """bfloat16 [tokens, in] → [tokens, N]."""
-    inputs, group = packed.shape.in_features, packed.shape.group_size
+    inputs, _, group = packed.shape
     order = row_order()
-    width, data = len(order), packed.qweight.view(-1, inputs, len(order) // 2)
-    grid = (
-        packed.scales.view(-1, len(data), width, 2)[:, :, order]
-        .permute(3, 1, 0, 2)
-        .unsqueeze(3)
-        .contiguous()
-    )
-    # [block, groups, 1, B]; contiguous, or the product below takes 100 times as long
-    scales, offsets = grid
-    out = x.new_empty(len(x), len(data), width)
+    width = len(order)
+    data = packed.qweight.view(-1, inputs, width // 2)
+    blocks = len(data)
+    in_order = packed.scales.view(-1, blocks, width, 2)[:, :, order]
+    # [block, groups, 1, width]; contiguous, or the product below takes 100 times as long
+    scales, offsets = in_order.permute(3, 1, 0, 2).unsqueeze(3).contiguous()
+    out = x.new_empty(len(x), blocks, width)
     step = max(1, _PIECE // (inputs * width))
-    for first in range(0, len(data), step):
+    for first in range(0, blocks, step):
         part = slice(first, first + step)
-        codes = nibbles(data[part]).view(-1, inputs // group, group, width).to(torch.bfloat16)
-        dense = torch.addcmul(offsets[part], codes.sub_(8), scales[part]).view(-1, inputs, width)
-        out[:, part] = torch.matmul(x, dense).transpose(0, 1)
+        codes = nibbles(data[part]).view(-1, inputs // group, group, width)
+        centered = codes.to(torch.bfloat16).sub_(8)
+        dense = torch.addcmul(offsets[part], centered, scales[part])
+        out[:, part] = torch.matmul(x, dense.view(-1, inputs, width)).transpose(0, 1)
     return out[:, :, order.argsort()].view(len(x), -1)

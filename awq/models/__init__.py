@@ -1,8 +1,9 @@
 """AutoAWQ's entry points: thin, all logic is below."""
 
 from awq.models.auto import AutoAWQForCausalLM, AutoAWQForEmbedding
-from awq.models.base import AwqModel, BaseAWQForCausalLM
+from awq.models.base import BaseAWQForCausalLM
 from awq.models.embedding import AwqEmbeddingModel
+from awq.models.model import AwqModel
 
 __all__ = [
     "AutoAWQForCausalLM",

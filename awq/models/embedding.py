@@ -22,7 +22,8 @@ from awq.embed.encoder import Encoder
 from awq.embed.heads import through_heads
 from awq.errors import CalibrationError, ConfigError
 from awq.evals.similarity import judge
-from awq.models.base import AwqModel, check_quantizer
+from awq.models.arguments import check_quantizer
+from awq.models.model import AwqModel
 from awq.quantize import QuantReport
 from awq.quantize.tuning import Embed
 

@@ -115,9 +115,11 @@ def split_outputs(linear: WQLinear, sizes: Sequence[int]) -> list[WQLinear]:
 @torch.no_grad()
 def take_outputs(linear: WQLinear, rows: Tensor) -> WQLinear:
     """A linear with outputs `rows` (int64) of the given one, in that order."""
-    tensors = linear.quantized()[:3]
-    codes, scales, zeros = (tensor[rows.to(tensor.device)] for tensor in tensors)
-    weight, bias = QuantizedWeight(codes, scales, zeros), linear.bias
-    if bias is not None:
-        bias = bias[rows.to(bias.device)]
+
+    def taken(tensor: Tensor) -> Tensor:
+        return tensor[rows.to(tensor.device)]
+
+    codes, scales, zeros = map(taken, linear.quantized()[:3])
+    weight = QuantizedWeight(codes, scales, zeros)
+    bias = None if linear.bias is None else taken(linear.bias)
     return WQLinear.from_quantized(weight, bias, linear.format, linear.layout, linear.dtype)

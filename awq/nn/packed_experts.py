@@ -204,16 +204,19 @@ class AwqExperts(ExpertRules):
     def weights_of(self, number: int) -> dict[str, tuple[QuantizedWeight, Tensor | None]]:
         """Name ("w1") → (canonical weight, bias) of one expert's linears, as a checkpoint holds
         them."""
-        first, bias = self.first.weight_of(number), self.first.bias_of(number)
+        names = self.names
+        first = self.first.weight_of(number)
+        bias = self.first.bias_of(number)
         found: dict[str, tuple[QuantizedWeight, Tensor | None]] = {}
         if self.shape.has_gate:
-            gate, up = zip(*(self.shape.split(tensor, 0) for tensor in first[:3]))
-            biases = (None, None) if bias is None else self.shape.split(bias, 0)
-            found[self.names.gate] = QuantizedWeight(*(t.contiguous() for t in gate)), biases[0]
-            found[self.names.up] = QuantizedWeight(*(t.contiguous() for t in up)), biases[1]
+            gate, up = _parted(self.shape, first)
+            gate_bias, up_bias = (None, None) if bias is None else self.shape.split(bias, 0)
+            found[names.gate] = gate, gate_bias
+            found[names.up] = up, up_bias
         else:
-            found[self.names.up] = first, bias
-        found[self.names.down] = self.second.weight_of(number), self.second.bias_of(number)
+            found[names.up] = first, bias
+        down_bias = self.second.bias_of(number)
+        found[names.down] = self.second.weight_of(number), down_bias
         return found
 
     def linear_names(self) -> list[str]:
@@ -306,13 +309,22 @@ class AwqExperts(ExpertRules):
         self, tensors: dict[str, Tensor], number: int, name: str
     ) -> tuple[QuantizedWeight, Tensor | None]:
         """(canonical weight, bias) of one expert's linear, out of checkpoint tensors."""
-        down = name == self.names.down
-        inputs = self.second.in_features if down else self.first.in_features
-        outputs = self.second.out_features if down else self.shape.inner
-        device, size = self.first.qweight.device, (self.second if down else self.first).group_size
-        parts = {kind: tensors[f"{number}.{name}.{kind}"].to(device) for kind in PACKED_TENSORS}
-        weight = get_format(self.first.format).unpack(parts, inputs, outputs, size)
-        return weight, tensors.get(f"{number}.{name}.bias")
+        home = self.second if name == self.names.down else self.first
+        outputs = self.shape.inner if home is self.first else home.out_features
+        prefix = f"{number}.{name}"
+        device = self.first.qweight.device
+        parts = {kind: tensors[f"{prefix}.{kind}"].to(device) for kind in PACKED_TENSORS}
+        codec = get_format(self.first.format)
+        weight = codec.unpack(parts, home.in_features, outputs, home.group_size)
+        return weight, tensors.get(f"{prefix}.bias")
+
+
+def _parted(shape: ExpertShape, first: QuantizedWeight) -> tuple[QuantizedWeight, QuantizedWeight]:
+    """The gate and up of a joined weight, each in tensors of its own."""
+    pairs = [shape.split(tensor, 0) for tensor in first[:3]]
+    gate = QuantizedWeight(*(pair[0].contiguous() for pair in pairs))
+    up = QuantizedWeight(*(pair[1].contiguous() for pair in pairs))
+    return gate, up
 
 
 def _joined(shape: ExpertShape, gate: QuantizedWeight, up: QuantizedWeight) -> QuantizedWeight:
@@ -324,12 +336,15 @@ def _first_stack(linears: ExpertLinears, triples: list[tuple[Any, Any, Any]]) ->
     shape = linears.shape
     if not shape.has_gate:
         return _stack([up for _, up, _ in triples])
-    weights, biases = [], []
+    weights = []
+    biases = []
     for gate, up, _ in triples:
         weights.append(_joined(shape, gate.quantized(), up.quantized()))
         if gate.bias is not None:
             biases.append(shape.join(gate.bias, up.bias, 0))
-    return ExpertStack(weights, biases or None, triples[0][0].format, triples[0][0].format)
+    first_gate, *_ = triples[0]
+    format = first_gate.format
+    return ExpertStack(weights, biases or None, format, format)
 
 
 def _stack(linears: list[WQLinear]) -> ExpertStack:

@@ -257,9 +257,12 @@ def probe_inputs(
         return _decoder_probes(inputs[0])
     real = [(item["input_ids"], _real_tokens(item, placeholders)) for item in inputs]
     ids, mask = max(real, key=lambda pair: int(pair[1].sum(1).max()))
-    rows = mask.sum(1).argsort(descending=True, stable=True)[:PROBE_ROWS]
-    ids, mask = ids[rows], mask[rows]
-    length = max(1, min(PROBE_TOKENS, int(mask.sum(1).min())))
+    longest_first = mask.sum(1).argsort(descending=True, stable=True)
+    rows = longest_first[:PROBE_ROWS]
+    ids = ids[rows]
+    mask = mask[rows]
+    shortest = int(mask.sum(1).min())
+    length = max(1, min(PROBE_TOKENS, shortest))
     many = torch.stack([row[keep][:length] for row, keep in zip(ids, mask)])
 
     tokens = torch.cat([ids[mask] for ids, mask in real[:8]]).unique()

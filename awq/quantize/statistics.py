@@ -37,7 +37,8 @@ class InputStatistics:
     def add(self, x: Tensor, mask: Tensor | None, weight: float = 1.0) -> None:
         """x: [..., in]; mask: bool [batch, tokens] of real tokens; weight: of each of them. Rows
         that cannot be summed are dropped and counted."""
-        (rows,) = self._keep([x.detach().reshape(-1, x.shape[-1]).float()], mask)
+        values = x.detach().float()
+        (rows,) = self._keep([values.reshape(-1, x.shape[-1])], mask)
         self.gram.addmm_(rows.t(), rows, alpha=weight)
         self.sum.add_(rows.sum(0), alpha=weight)
         self.abs_sum.add_(rows.abs().sum(0), alpha=weight)

@@ -217,12 +217,16 @@ def _table_forms(cos: Tensor) -> list[tuple[int, slice]]:
     """(r, which columns hold the r frequencies): given twice as halves, twice as neighbours, or
     once."""
     width = cos.shape[-1]
-    forms = [(width, slice(None))]
-    if width % 2 == 0:
-        if torch.equal(cos[..., : width // 2], cos[..., width // 2 :]):
-            forms.insert(0, (width // 2, slice(0, width // 2)))
-        if torch.equal(cos[..., 0::2], cos[..., 1::2]):
-            forms.insert(0, (width // 2, slice(0, None, 2)))
+    once = (width, slice(None))
+    if width % 2:
+        return [once]
+    forms = [once]
+    half = width // 2
+    left, right = cos.split(half, -1)
+    if torch.equal(left, right):
+        forms.insert(0, (half, slice(0, half)))
+    if torch.equal(cos[..., 0::2], cos[..., 1::2]):
+        forms.insert(0, (half, slice(0, None, 2)))
     return forms
 
 
@@ -238,10 +242,14 @@ def _as_halves(found: _Projections, rotation: _Rotation | None) -> tuple[Attenti
     attention = found.attention
     if rotation is None:
         return attention, Source(found.names, torch.cat([found.query, found.key, found.value]))
-    dim, order = attention.head_dim, rotation.order
-    within = torch.cat([order, torch.arange(len(order), dim, device=order.device)])
-    query = found.query.view(attention.heads, dim)[:, within].flatten()
-    key = found.key.view(attention.kv_heads, dim)[:, within].flatten()
+    dim = attention.head_dim
+    order = rotation.order
+    unrotated = torch.arange(len(order), dim, device=order.device)
+    within = torch.cat([order, unrotated])
+    queries = found.query.view(attention.heads, dim)
+    keys = found.key.view(attention.kv_heads, dim)
+    query = queries[:, within].flatten()
+    key = keys[:, within].flatten()
     attention = replace(
         attention,
         rotary=len(order),

@@ -100,9 +100,12 @@ def _tables(call: BlockCall, positions: int) -> dict[str, tuple[Tensor, Tensor]]
     """[pieces, PIECE, r] or [1, …] → [positions, r] in float32."""
     found = {}
     for name, (cos, sin) in rotary_tables(call).items():
-        if cos.numel() // cos.shape[-1] != positions:
+        rows = cos.numel() // cos.shape[-1]
+        if rows != positions:
             raise NotFusable("rotary tables are not made for the positions that the model is given")
-        found[name] = (cos.float().reshape(positions, -1), sin.float().reshape(positions, -1))
+        whole_cos = cos.float().reshape(positions, -1)
+        whole_sin = sin.float().reshape(positions, -1)
+        found[name] = whole_cos, whole_sin
     return found
 
 

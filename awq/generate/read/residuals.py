@@ -96,10 +96,12 @@ def _norms_of_sums(
     found: Trace, attention: Branch, mlp: Branch, norms: list[Event]
 ) -> Residuals | None:
     """Both branches are added first and normalized then; None where that is not so."""
-    first, last = _that_wrote(mlp.x, norms), _that_wrote(found.out, norms)
+    first = _that_wrote(mlp.x, norms)
+    last = _that_wrote(found.out, norms)
     if first is None or last is None or first is last:
         return None
-    factor = _factor(first.x - found.hidden, attention.y.view(found.hidden.shape))
+    added = first.x - found.hidden
+    factor = _factor(added, attention.y.view(added.shape))
     _factor(last.x - mlp.x, mlp.y)
     return Residuals(False, factor, None, _norm_of(first), None, _norm_of(last), norms_sums=True)
 

@@ -79,15 +79,18 @@ class FusedBlock(nn.Module):
         return y if norm is None else ops.normalize(y, norm)
 
     def _attention(self, qkv: Tensor, cache: LayerCache, where: Prompt | Step) -> Tensor:
-        a = self.plan.attention
-        cos, sin = self.plan.cos, self.plan.sin
+        plan = self.plan
+        a = plan.attention
         assert a is not None
         if isinstance(where, Step):
             lengths, longest = where.lengths, where.longest
-            return ops.attend_step(qkv, a, cos, sin, cache, lengths, longest)
-        q = ops.cache_prompt(qkv, a, cos, sin, cache, where.start)
-        seen = cache.until(where.start + qkv.shape[1])
-        return heads_flat(ops.attend_cached(q, seen, a))
+            return ops.attend_step(qkv, a, plan.cos, plan.sin, cache, lengths, longest)
+        start = where.start
+        tokens = qkv.shape[1]
+        queries = ops.cache_prompt(qkv, a, plan.cos, plan.sin, cache, start)
+        seen = cache.until(start + tokens)
+        heads = ops.attend_cached(queries, seen, a)
+        return heads_flat(heads)
 
 
 class FusedMixture(nn.Module):
@@ -130,14 +133,18 @@ class FusedMlp(nn.Module):
     def _interleaved(self, block: nn.Module) -> tuple[int, Source]:
         """(n, n channels of the gate and n of up in turn) where product and activation are one
         kernel; else (0, as they are)."""
-        p, linears = self.plan, [block.get_submodule(name) for name in self.plan.first.names]
-        if not p.gated or p.activation_name is None or not joinable(linears, p.first):
-            return 0, p.first
+        plan = self.plan
+        first = plan.first
+        linears = [block.get_submodule(name) for name in first.names]
+        if not plan.gated or plan.activation_name is None:
+            return 0, first
+        if not joinable(linears, first):
+            return 0, first
         count = ops.gate_interleave(linears[0])  # type: ignore[arg-type]
-        if not count or len(p.first.rows) % (2 * count):
-            return 0, p.first
-        rows = p.first.rows.view(2, -1, count).transpose(0, 1).flatten()
-        return count, Source(p.first.names, rows)
+        if not count or len(first.rows) % (2 * count):
+            return 0, first
+        in_turn = first.rows.view(2, -1, count).transpose(0, 1)
+        return count, Source(first.names, in_turn.flatten())
 
 
 def _product(block: nn.Module, source: Source, merge: bool) -> nn.Module:

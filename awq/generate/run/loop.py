@@ -259,13 +259,16 @@ class _Watch:
     """
 
     def __init__(self, criteria: Any, config: Any, ids: Tensor) -> None:
-        self.criteria, self.ids = criteria, ids
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self.pad = getattr(config, "_pad_token_tensor", None) if ends else None
-        self.going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        rows = len(ids)
+        self.criteria = criteria
+        self.ids = ids
+        self.pad = None
+        if any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+            self.pad = getattr(config, "_pad_token_tensor", None)
+        self.going = torch.ones(rows, dtype=torch.bool, device=ids.device)
         self.ahead = ids.is_cuda
         if self.ahead:
-            self.host = torch.empty(len(ids) + 1, dtype=ids.dtype, pin_memory=True)
+            self.host = torch.empty(rows + 1, dtype=ids.dtype, pin_memory=True)
             self.event = torch.cuda.Event()
 
     def put(self, token: Tensor, scores: Tensor, place: int) -> None:
@@ -276,13 +279,15 @@ class _Watch:
             self.event.record()
 
     def _note(self, token: Tensor, scores: Tensor, place: int) -> Tensor:
+        """[batch + 1]: the tokens that were written, and whether any row goes on."""
         if self.pad is not None:
             token = torch.where(self.going, token, self.pad.to(token.device))
         self.ids[:, place] = token
-        self.going = self.going & ~self.criteria(self.ids[:, : place + 1], scores).to(
-            self.going.device
-        )
-        return torch.cat([token, self.going.any().unsqueeze(0).to(token.dtype)])
+        written = self.ids[:, : place + 1]
+        ended = self.criteria(written, scores).to(self.going.device)
+        self.going = self.going & ~ended
+        any_goes_on = self.going.any().unsqueeze(0)
+        return torch.cat([token, any_goes_on.to(token.dtype)])
 
     def get(self) -> tuple[Tensor, bool]:
         """The token of each row on the host, and whether any row goes on."""

@@ -248,11 +248,20 @@ def _check_cache(kept: Tensor, qkv: Tensor, heads: int, places: int, width: int)
     """Keys or values [batch, heads, places or more, width]."""
     batch = qkv.size(0)
     rows, kept_heads, positions, kept_width = kept.shape
-    if rows != batch or kept_heads != heads or positions < places or kept_width != width:
-        wanted = f"[{batch}, {heads}, {places} positions or more, {width}]"
+    if (
+        rows != batch
+        or kept_heads != heads
+        or positions < places
+        or kept_width != width
+        or kept.dtype != qkv.dtype
+        or kept.device != qkv.device
+        or not kept.is_contiguous()
+    ):
+        wanted = (
+            f"{qkv.dtype} [{batch}, {heads}, {places} positions or more, {width}] "
+            f"on {qkv.device} in one piece"
+        )
         raise _refuse("the cache", kept, wanted)
-    if kept.dtype != qkv.dtype or kept.device != qkv.device or not kept.is_contiguous():
-        raise _refuse("the cache", kept, f"{qkv.dtype} on {qkv.device} in one piece")
 
 
 def _check_table(table: Tensor, a: Attention, places: int, device: torch.device) -> None:
