@@ -46,7 +46,9 @@ from awq.checkpoint import save_checkpoint
 from awq.config import AwqConfig
 from awq.folds import apply_fold
 from awq.folds.find import find_folds
-from awq.nn.experts import every_token, expose_experts, fused_experts
+from awq.nn.expert_shape import fused_experts
+from awq.nn.experts import every_token
+from awq.nn.expose import expose_experts
 from awq.quantize import QuantizeOptions, quantize_model
 
 CONFIG = AwqConfig(group_size=32)

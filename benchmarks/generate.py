@@ -39,7 +39,7 @@ from awq.core.weight import QuantizedWeight
 from awq.evals.speed import generation_speed, seconds, weight_bytes
 from awq.models.base import BaseAWQForCausalLM
 from awq.models.generation import Fusion
-from awq.nn.experts import ExpertNames, fused_experts
+from awq.nn.expert_shape import ExpertNames, fused_experts
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
 from awq.nn.packed_experts import AwqExperts, ExpertStack

@@ -30,13 +30,9 @@ from awq.checkpoint.expert_names import expert_names
 from awq.folds.find import find_folds
 from awq.nn.block_calls import hidden_of
 from awq.nn.capture import NothingFromTheHost
-from awq.nn.experts import (
-    conceal_experts,
-    every_token,
-    expose_experts,
-    fused_experts,
-    named_experts,
-)
+from awq.nn.expert_shape import fused_experts
+from awq.nn.experts import every_token, named_experts
+from awq.nn.expose import conceal_experts, expose_experts
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
 from awq.nn.packed_experts import AwqExperts, pack_experts

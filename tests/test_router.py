@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from awq.core.weight import round_to_nearest
 from awq.generate.read.router import read_mixture
 from awq.kernels.reference.mixture import route
-from awq.nn.experts import expose_experts
+from awq.nn.expose import expose_experts
 from awq.nn.linear import WQLinear
 from awq.nn.packed_experts import pack_experts
 from awq.nn.surgery import replace_module

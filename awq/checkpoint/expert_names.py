@@ -25,7 +25,7 @@ from torch import Tensor
 from awq.checkpoint.match import current_names
 from awq.folds.fold import reader_names
 from awq.nn.blocks import is_product
-from awq.nn.experts import ExpertNames, ExpertShape, fused_experts
+from awq.nn.expert_shape import ExpertNames, ExpertShape, fused_experts
 from awq.nn.packed_experts import AwqExperts
 
 logger = logging.getLogger("awq.checkpoint")

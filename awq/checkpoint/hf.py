@@ -40,7 +40,9 @@ from awq.checkpoint.files import (
 from awq.checkpoint.glued import GluedLinears
 from awq.checkpoint.match import check_shapes, match_names
 from awq.errors import CheckpointError
-from awq.nn.experts import expose_experts, named_experts, weight_names
+from awq.nn.expert_shape import weight_names
+from awq.nn.experts import named_experts
+from awq.nn.expose import expose_experts
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
 from awq.nn.memory import leave_files, trim

@@ -43,13 +43,9 @@ from awq.errors import CheckpointError, ConfigError, ModelError
 from awq.nn.block_calls import map_tensors
 from awq.nn.blocks import BlockList, block_names, find_block_lists
 from awq.nn.copies import copy_structure
-from awq.nn.experts import (
-    ExpertShape,
-    conceal_experts,
-    expose_experts,
-    named_experts,
-    why_not_expose,
-)
+from awq.nn.expert_shape import ExpertShape
+from awq.nn.experts import named_experts
+from awq.nn.expose import conceal_experts, expose_experts, why_not_expose
 from awq.nn.hidden import Room
 from awq.nn.linear import WQLinear
 from awq.nn.packed_experts import pack_experts

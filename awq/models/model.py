@@ -30,7 +30,7 @@ from awq.models.arguments import check_streamed, quantize_options
 from awq.nn.blocks import find_block_lists
 from awq.nn.copies import copy_structure
 from awq.nn.decoder_inputs import start_token
-from awq.nn.experts import fused_experts
+from awq.nn.expert_shape import fused_experts
 from awq.nn.layout import restore
 from awq.nn.linear import WQLinear
 from awq.nn.locks import lock_of

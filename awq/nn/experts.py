@@ -1,146 +1,30 @@
-"""Experts of a mixture as ordinary linears, and back: `ExpertLinears`.
+"""Experts of a mixture as ordinary linears: `ExpertLinears`.
 
-transformers 5 holds all experts of a layer in two 3-D parameters (`gate_up_proj` and `down_proj`)
-behind one contract: `forward(hidden_states [tokens, hidden], top_k_index [tokens, top_k],
-top_k_weights [tokens, top_k])`. Quantization works on
-linears: it looks for what reads one tensor, proves folds, gathers a Gram matrix for each input. So
-before it begins, `expose_experts` puts an `ExpertLinears` in the place of every such module. Its
-children are one small module per expert with `gate`, `up` and `down` linears, whose weights are
-views of the 3-D parameters. `conceal_experts` puts the original back.
+Quantization works on linears: it looks for what reads one tensor, proves folds, gathers a Gram
+matrix for each input. transformers 5 holds experts in 3-D parameters (`awq.nn.expert_shape`). The
+children of an `ExpertLinears` are one small module per expert with `gate`, `up` and `down` linears,
+whose weights are views of the 3-D parameters; `awq.nn.expose` puts it in the place of a module of
+experts, and the original back.
 
 What the class of experts does between its products (clamped gates, interleaved rows, a norm behind
 the expert) stays that class's own code: the emptied original module is kept and its `_apply_gate`,
-`act_fn` and `post_expert_norm` are called. Nothing here knows a model by name; `expose_experts`
-compares the outputs of both modules on random tokens and leaves a module alone whose outputs
-differ.
-
-A few classes keep the parameters without the flags of transformers' contract. Their flags are read
-off shapes and signature. Llama 4's takes *sorted rows* in one argument, `forward(hidden_states
-[experts · tokens, hidden])`: every expert has a row for every token, weighted by the router
-beforehand, and zero where the token is not routed to it.
+`act_fn` and `post_expert_norm` are called. Nothing here knows a model by name.
 """
 
 from __future__ import annotations
 
-import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from awq.nn.surgery import replace_module
-
-logger = logging.getLogger("awq.nn")
-
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # of transformers' contract
-_TRIAL_TOKENS = 16
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
-_TOLERANCE_16_BIT = 0.03
-
-
-class ExpertNames(NamedTuple):
-    """What the three linears of an expert are called, below the expert's number ("w1", "w3",
-    "w2")."""
-
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-
-
-@dataclass(frozen=True)
-class ExpertShape:
-    """How a class of experts stores its weights.
-
-    has_gate: gate and up share one parameter; interleaved: their rows alternate instead of
-    following each other;
-    transposed: weights are [experts, in, out]; has_bias: there are biases [experts, out] beside
-    them; sorted_rows: the forward takes every expert's rows in turn, and no choice of experts;
-    identities: numbers from `num_experts` on that hand a token on as it is.
-    """
-
-    num_experts: int
-    hidden: int
-    inner: int
-    has_gate: bool = True
-    interleaved: bool = False
-    transposed: bool = False
-    has_bias: bool = False
-    sorted_rows: bool = False
-    identities: int = 0
-
-    def join(self, gate: Tensor, up: Tensor, dim: int) -> Tensor:
-        """Gate and up beside each other along `dim`, as the class's activation takes them."""
-        if not self.interleaved:
-            return torch.cat([gate, up], dim)
-        dim = dim % gate.dim()
-        return torch.stack([gate, up], dim + 1).flatten(dim, dim + 1)
-
-    def split(self, joined: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """(gate, up) as views; the inverse of `join`."""
-        if not self.interleaved:
-            half = joined.shape[dim] // 2
-            return joined.narrow(dim, 0, half), joined.narrow(dim, half, half)
-        index: list[Any] = [slice(None)] * joined.dim()
-        index[dim] = slice(0, None, 2)
-        gate = joined[tuple(index)]
-        index[dim] = slice(1, None, 2)
-        return gate, joined[tuple(index)]
-
-
-def shape_of_experts(module: nn.Module) -> ExpertShape | None:
-    """The shape of a module that holds experts as 3-D parameters behind a contract that is known
-    here, or None."""
-    has_gate = bool(getattr(module, "has_gate", "gate_up_proj" in module._parameters))
-    up = module._parameters.get("gate_up_proj" if has_gate else "up_proj")
-    down = module._parameters.get("down_proj")
-    if up is None or down is None or up.dim() != 3 or down.dim() != 3 or len(up) < len(down):
-        return None
-    sorted_rows = _takes_sorted_rows(module)
-    if sorted_rows is None:
-        return None
-    parts = 2 if has_gate else 1
-    # [experts, parts · inner, hidden] beside [experts, hidden, inner], or the last two axes of both
-    # exchanged
-    transposed = bool(
-        getattr(
-            module,
-            "is_transposed",
-            up.shape[2] == parts * down.shape[1] and up.shape[1] == down.shape[2],
-        )
-    )
-    inner, hidden = (down.shape[1], down.shape[2]) if transposed else (down.shape[2], down.shape[1])
-    rows = up.shape[2] if transposed else up.shape[1]
-    if rows != parts * inner:
-        return None
-    interleaved = not getattr(module, "is_concatenated", True)
-    has_bias = bool(getattr(module, "has_bias", "down_proj_bias" in module._parameters))
-    identities = len(up) - len(down)
-    return ExpertShape(
-        len(down),
-        hidden,
-        inner,
-        has_gate,
-        interleaved,
-        transposed,
-        has_bias,
-        sorted_rows,
-        identities,
-    )
-
-
-def _takes_sorted_rows(module: nn.Module) -> bool | None:
-    """Whether the forward takes rows sorted by expert; False: tokens and their choice of experts;
-    None: something else."""
-    if all(hasattr(module, flag) for flag in _FLAGS):
-        return False
-    given = list(inspect.signature(type(module).forward).parameters)[1:]
-    if given[:3] == ["hidden_states", "top_k_index", "top_k_weights"]:
-        return False
-    return True if given == ["hidden_states"] else None
+from awq.nn.expert_shape import (
+    ExpertNames,
+    ExpertShape,
+    weight_names,
+)
 
 
 class ExpertRules(nn.Module):
@@ -208,12 +92,6 @@ class ExpertRules(nn.Module):
             if name.startswith("__") or "_original" not in self.__dict__:
                 raise
             return getattr(self.__dict__["_original"][0], name)
-
-
-def weight_names(shape: ExpertShape) -> list[str]:
-    """Names of the parameters that hold all experts, gate and up first."""
-    names = ["gate_up_proj" if shape.has_gate else "up_proj", "down_proj"]
-    return names + [f"{name}_bias" for name in names if shape.has_bias]
 
 
 class ExpertLinears(ExpertRules):
@@ -366,142 +244,6 @@ def named_experts(model: nn.Module) -> dict[str, ExpertLinears]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, ExpertLinears)
     }
-
-
-def fused_experts(model: nn.Module) -> dict[str, ExpertShape]:
-    """Name → shape of every module that holds experts as 3-D parameters behind a contract that is
-    known here."""
-    shapes = {name: shape_of_experts(module) for name, module in model.named_modules()}
-    return {name: shape for name, shape in shapes.items() if shape is not None}
-
-
-Judge = Callable[[str, nn.Module, ExpertShape], "str | None"]
-
-
-@torch.no_grad()
-def expose_experts(
-    model: nn.Module,
-    names: Mapping[str, ExpertNames] | None = None,
-    judge: Judge | None = None,
-) -> dict[str, str]:
-    """Puts an `ExpertLinears` in the place of every module of fused experts; returns module name →
-    why it was left alone.
-
-    names: what each module's linears are called in checkpoints; only modules named here are
-    exposed, None means all. The first module of every class is tried on random tokens, or asked
-    `judge` for (arguments: name, module, shape), where the weights are elsewhere.
-    """
-    left: dict[str, str] = {}
-    verdicts: dict[Any, str | None] = {}
-    for name, shape in fused_experts(model).items():
-        if names is not None and name not in names:
-            continue
-        original = model.get_submodule(name)
-        kind = type(original), shape
-        if kind not in verdicts:
-            verdicts[kind] = (
-                why_not_expose(original, shape) if judge is None else judge(name, original, shape)
-            )
-        reason = verdicts[kind]
-        if reason is not None:
-            left[name] = reason
-            continue
-        replace_module(model, name, ExpertLinears(original, shape, (names or {}).get(name)))
-    return left
-
-
-def why_not_expose(original: nn.Module, shape: ExpertShape) -> str | None:
-    """None when the experts as linears compute what the original computes."""
-    example = next(original.parameters())
-    if example.is_meta:
-        return None
-    trial = _trial_inputs(shape, example)
-    kept = dict(original._parameters)
-    try:
-        expected = original(*trial).float()
-        found = ExpertLinears(original, shape)(*trial).float()
-    except Exception as error:  # someone else's forward: what it wants more is not known here
-        return f"its experts cannot be tried: {type(error).__name__}: {error}"
-    finally:
-        original._parameters.clear()
-        original._parameters.update(kept)
-    change = float((found - expected).norm() / expected.norm().clamp(min=1e-20))
-    if change <= _TOLERANCE.get(example.dtype, _TOLERANCE_16_BIT):
-        return None
-    return f"its experts as linears differ from {type(original).__name__} by {change:.1e}"
-
-
-def _trial_inputs(shape: ExpertShape, example: Tensor) -> tuple[Tensor, ...]:
-    """Arguments of a forward over a few random tokens, in the dtype and on the device of
-    `example`."""
-    generator = torch.Generator().manual_seed(0)
-    if shape.sorted_rows:
-        x = torch.randn(_TRIAL_TOKENS * shape.num_experts, shape.hidden, generator=generator)
-        return (x.to(example.device, example.dtype),)
-    top_k = min(2, shape.num_experts)
-    x = torch.randn(_TRIAL_TOKENS, shape.hidden, generator=generator)
-    order = torch.rand(
-        _TRIAL_TOKENS, shape.num_experts + shape.identities, generator=generator
-    ).argsort(-1)
-    weights = torch.rand(_TRIAL_TOKENS, top_k, generator=generator)
-    x, weights = (tensor.to(example.device, example.dtype) for tensor in (x, weights))
-    return x, order[:, :top_k].to(example.device), weights
-
-
-@torch.no_grad()
-def conceal_experts(model: nn.Module) -> None:
-    """Puts the original module back where all of an `ExpertLinears` is dense still; weights are
-    copied into one tensor."""
-    for name, experts in named_experts(model).items():
-        linears = [
-            linear
-            for n in range(experts.shape.num_experts)
-            for linear in experts.linears(n)
-            if linear is not None
-        ]
-        if all(isinstance(linear, nn.Linear) for linear in linears):
-            replace_module(model, name, _fused(experts))
-
-
-def _fused(experts: ExpertLinears) -> nn.Module:
-    shape = experts.shape
-    triples = [experts.linears(number) for number in range(shape.num_experts)]
-    weights = [
-        [None if m is None else cast(Tensor, m.weight) for m in triple] for triple in triples
-    ]
-    biases = None
-    if shape.has_bias:
-        biases = [
-            [None if m is None else cast(Tensor, m.bias) for m in triple] for triple in triples
-        ]
-    return restore_original(experts, weights, biases)
-
-
-def restore_original(
-    rules: ExpertRules, weights: list[list[Tensor | None]], biases: list[list[Tensor | None]] | None
-) -> nn.Module:
-    """The module of transformers with dense weights again.
-
-    weights: for every expert [gate or None, up, down], each [out, in]; biases likewise, each [out].
-    """
-    shape, original = rules.shape, rules.original
-    first = "gate_up_proj" if shape.has_gate else "up_proj"
-    for ending, triples in (("", weights), ("_bias", biases)):
-        if triples is None:
-            continue
-        joined, downs = [], []
-        for gate, up, down in triples:
-            assert up is not None and down is not None
-            joined.append(up if gate is None else shape.join(gate, up, 0))
-            downs.append(down)
-        for name, tensors in ((first, joined), ("down_proj", downs)):
-            stacked = torch.stack(tensors)
-            if name == first and rules._unread is not None and not ending:
-                stacked = torch.cat([stacked, rules._unread.to(stacked)])
-            if shape.transposed and not ending:
-                stacked = stacked.transpose(1, 2).contiguous()
-            original.register_parameter(name + ending, nn.Parameter(stacked, requires_grad=False))
-    return original
 
 
 @contextmanager

@@ -25,14 +25,9 @@ from awq.core.weight import QuantizedWeight
 from awq.formats import get_format, get_layout
 from awq.kernels import Packed, Shape, layout_for
 from awq.kernels.moe import expert_of, moe_linear
-from awq.nn.experts import (
-    ExpertLinears,
-    ExpertNames,
-    ExpertRules,
-    ExpertShape,
-    named_experts,
-    restore_original,
-)
+from awq.nn.expert_shape import ExpertNames, ExpertShape
+from awq.nn.experts import ExpertLinears, ExpertRules, named_experts
+from awq.nn.expose import restore_original
 from awq.nn.linear import WQLinear
 from awq.nn.surgery import replace_module
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from awq.config import AwqConfig
 from awq.nn.blocks import BlockList
-from awq.nn.experts import ExpertShape
+from awq.nn.expert_shape import ExpertShape
 from awq.nn.hidden import Room
 
 
@@ -76,4 +76,4 @@ class BlockStore(Protocol):
         without an error."""
 
     def why_not_expose(self, name: str, original: nn.Module, shape: ExpertShape) -> str | None:
-        """`awq.nn.experts.why_not_expose` for a module of fused experts, on its true weights."""
+        """`awq.nn.expose.why_not_expose` for a module of fused experts, on its true weights."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from awq.nn.experts import fused_experts
+from awq.nn.expert_shape import fused_experts
 from awq.nn.surgery import is_linear, linear_shape
 
 SIZES = (1, 2, 4, 8, 16)  # engines take powers of two

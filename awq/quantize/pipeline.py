@@ -21,7 +21,7 @@ from tqdm import tqdm
 from awq.calibration import CalibrationBatch
 from awq.checkpoint.expert_names import expert_names
 from awq.config import AwqConfig
-from awq.nn.experts import conceal_experts, expose_experts
+from awq.nn.expose import conceal_experts, expose_experts
 from awq.nn.packed_experts import pack_experts
 from awq.nn.presence import BlockStore
 from awq.nn.surgery import device_of
