@@ -316,9 +316,11 @@ class AwqExperts(ExpertRules):
 
 def _parted(shape: ExpertShape, first: QuantizedWeight) -> tuple[QuantizedWeight, QuantizedWeight]:
     """The gate and up of a joined weight, each in tensors of its own."""
-    pairs = [shape.split(tensor, 0) for tensor in first[:3]]
-    gate = QuantizedWeight(*(pair[0].contiguous() for pair in pairs))
-    up = QuantizedWeight(*(pair[1].contiguous() for pair in pairs))
+    codes, up_codes = shape.split(first.codes, 0)
+    scales, up_scales = shape.split(first.scales, 0)
+    zeros, up_zeros = shape.split(first.zeros, 0)
+    gate = QuantizedWeight(codes.contiguous(), scales.contiguous(), zeros.contiguous())
+    up = QuantizedWeight(up_codes.contiguous(), up_scales.contiguous(), up_zeros.contiguous())
     return gate, up
 
 
