@@ -226,6 +226,7 @@ class GluedLinears:
         for stored, found in self.rows.items():
             weight = self._read(model, stored, found)
             for number, name in enumerate(found.linears):
+                # one stored tensor may hold rows of several linears
                 is_own = found.owner == number
                 index = is_own.nonzero().squeeze(1)
                 rows[name].append(found.row[index])

@@ -79,17 +79,21 @@ def _dense_product(x: Tensor, packed: Packed) -> Tensor:
     inputs, _, group = packed.shape
     order = row_order()
     width = len(order)
+    groups = inputs // group
     data = packed.qweight.view(-1, inputs, width // 2)
     blocks = len(data)
-    in_order = packed.scales.view(-1, blocks, width, 2)[:, :, order]
+    pairs = packed.scales.view(groups, blocks, width, 2)
+    in_order = pairs[:, :, order]
     # [block, groups, 1, width]; contiguous, or the product below takes 100 times as long
     scales, offsets = in_order.permute(3, 1, 0, 2).unsqueeze(3).contiguous()
     out = x.new_empty(len(x), blocks, width)
     step = max(1, _PIECE // (inputs * width))
     for first in range(0, blocks, step):
         part = slice(first, first + step)
-        codes = nibbles(data[part]).view(-1, inputs // group, group, width)
+        codes = nibbles(data[part]).view(-1, groups, group, width)
         centered = codes.to(torch.bfloat16).sub_(8)
-        dense = torch.addcmul(offsets[part], centered, scales[part])
-        out[:, part] = torch.matmul(x, dense.view(-1, inputs, width)).transpose(0, 1)
+        grouped = torch.addcmul(offsets[part], centered, scales[part])
+        dense = grouped.view(-1, inputs, width)
+        y = torch.matmul(x, dense)  # [blocks, tokens, width]
+        out[:, part] = y.transpose(0, 1)
     return out[:, :, order.argsort()].view(len(x), -1)

@@ -135,11 +135,15 @@ class WQLinear(nn.Module):
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """`qweight`, `qzeros` and `scales` as a checkpoint of `format` holds them."""
         with _changing:
-            packed, kept = self.packed, self._kept
+            packed = self.packed
+            kept = self._kept
         if packed.layout == self.format:
             return {"qweight": packed.qweight, "qzeros": packed.qzeros, "scales": packed.scales}
         tensors = get_format(self.format).pack(packed.unpack())
-        return tensors | {name: tensor.to(packed.qweight.device) for name, tensor in kept.items()}
+        device = packed.qweight.device
+        for name, tensor in kept.items():
+            tensors[name] = tensor.to(device)
+        return tensors
 
     def set_layout(self, layout: str) -> None:
         """Moves the weight to another layout, in place and without loss; the old buffers are freed.

@@ -316,12 +316,15 @@ class AwqExperts(ExpertRules):
 
 def _parted(shape: ExpertShape, first: QuantizedWeight) -> tuple[QuantizedWeight, QuantizedWeight]:
     """The gate and up of a joined weight, each in tensors of its own."""
-    codes, up_codes = shape.split(first.codes, 0)
-    scales, up_scales = shape.split(first.scales, 0)
-    zeros, up_zeros = shape.split(first.zeros, 0)
-    gate = QuantizedWeight(codes.contiguous(), scales.contiguous(), zeros.contiguous())
-    up = QuantizedWeight(up_codes.contiguous(), up_scales.contiguous(), up_zeros.contiguous())
-    return gate, up
+
+    def part(number: int) -> QuantizedWeight:
+        codes, scales, zeros = (
+            shape.split(tensor, 0)[number].contiguous()
+            for tensor in (first.codes, first.scales, first.zeros)
+        )
+        return QuantizedWeight(codes, scales, zeros)
+
+    return part(0), part(1)
 
 
 def _joined(shape: ExpertShape, gate: QuantizedWeight, up: QuantizedWeight) -> QuantizedWeight:

@@ -281,9 +281,11 @@ class _Watch:
     def _note(self, token: Tensor, scores: Tensor, place: int) -> Tensor:
         """[batch + 1]: the tokens that were written, and whether any row goes on."""
         if self.pad is not None:
-            token = torch.where(self.going, token, self.pad.to(token.device))
+            pad = self.pad.to(token.device)
+            token = torch.where(self.going, token, pad)
+        stop = place + 1
         self.ids[:, place] = token
-        written = self.ids[:, : place + 1]
+        written = self.ids[:, :stop]
         ended = self.criteria(written, scores).to(self.going.device)
         self.going = self.going & ~ended
         any_goes_on = self.going.any().unsqueeze(0)

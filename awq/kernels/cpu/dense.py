@@ -42,13 +42,16 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """x [..., in], bfloat16 → [..., out]."""
     inputs, outputs, _ = packed.shape
     rows = x.reshape(-1, inputs)
-    step = max(ROWS, MAX_DENSE_VALUES // inputs // ROWS * ROWS)
-    bias = None if bias is None else bias.to(x.dtype)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    blocks = MAX_DENSE_VALUES // inputs // ROWS
+    step = max(1, blocks) * ROWS
     parts = []
     for first in range(0, outputs, step):
         last = min(first + step, outputs)
+        weight = dequantized(packed, first, last)
         own_bias = None if bias is None else bias[first:last]
-        parts.append(F.linear(rows, dequantized(packed, first, last), own_bias))
+        parts.append(F.linear(rows, weight, own_bias))
     out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return out.view(*x.shape[:-1], outputs)
 
