@@ -35,7 +35,7 @@ def test_only_scales_change_and_held_out_loss_falls(family, kind, monkeypatch):
         return tuning.tune_scales(model, weights, *args)
 
     monkeypatch.setattr(pipeline, "tune_scales", watched)
-    model, report = quantized(family, tuning=3)
+    model, report = quantized(family, tuning=6)
     assert (
         report.tuning["kind"] == kind and report.tuning["loss_after"] < report.tuning["loss_before"]
     )
@@ -52,6 +52,27 @@ def test_only_scales_change_and_held_out_loss_falls(family, kind, monkeypatch):
     ends = [name for name in plain if "embed" in name or "lm_head" in name]
     assert ends and all(torch.equal(model.state_dict()[name], plain[name]) for name in ends)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_epoch_that_gains_nothing_is_taken_back(monkeypatch):
+    """At a rate that ruins every scale, the state from before is the result."""
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 10.0)
+    with monkeypatch.context() as patch:
+        nothing = tuning.TuningReport("kl", 0, 0, 0.0, 0.0)
+        patch.setattr(pipeline, "tune_scales", lambda model, weights, *args: (weights, nothing))
+        before, _ = quantized("llama")
+    after, report = quantized("llama", tuning=1)
+    assert report.tuning["best_epoch"] == 0
+    states = before.state_dict(), after.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_rates_fall_until_an_epoch_gains(monkeypatch):
+    """From a rate that is far too high tuning still comes to a gain."""
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 0.3)
+    _, report = quantized("llama", tuning=12)
+    assert report.tuning["best_epoch"] > 1
+    assert report.tuning["loss_after"] < report.tuning["loss_before"]
 
 
 @pytest.mark.gpu

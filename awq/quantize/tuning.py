@@ -12,7 +12,7 @@ choices. Only float16 scales change, so the file format and its cost at run time
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +36,12 @@ from awq.quantize.progress import ProgressLines
 # float hidden states [batch, tokens, features] and mask [batch, tokens] → embeddings
 Embed = Callable[[Tensor, Tensor], Tensor]
 
-LEARNING_RATE = 2e-3  # of the relative change of a scale, Adam with a cosine schedule
+LEARNING_RATE = 5e-4  # of the relative change of a scale, Adam with a cosine schedule
+_SLOWER = 3  # the rate is divided by it after an epoch that gained nothing
 _STEP_TOKENS, _STEP_ROWS = 2048, 32  # largest micro-batch
+_TOGETHER = 4  # micro-batches in a step of the optimizer
 _HELD_OUT = 8  # one batch in eight judges
-_WARM_UP = 10
+_WARM_UP = 10  # steps, and at most a tenth of all
 # quantized weights above which the blocks' activations are computed twice instead of kept
 _LARGE = 1 << 29
 
@@ -216,56 +218,88 @@ def tune_scales(
 ) -> tuple[dict[str, QuantizedWeight], TuningReport]:
     """Tunes the scales of the modules named in `weights`; returns new weights and what was gained.
 
-    The model's modules of those names are replaced while it runs and put back after it.
+    An epoch that does not lower the held-out loss is taken back, and the rates fall to a third. The
+    model's modules of those names are replaced while it runs and put back after it.
     """
     device = next(model.parameters()).device
     tuned = {
         name: TunedLinear(weight, getattr(model.get_submodule(name), "bias", None), device)
         for name, weight in weights.items()
     }
-    training, judging = match.training, match.judging
     with _tuning(model, tuned), _float32_on_cpu(model):
-        best_loss = before = _mean_distance(match, judging)
+        best_loss = before = _mean_distance(match, match.judging)
         best, best_epoch = _state(tuned), 0
-        steps = epochs * len(training)
-        optimizer = torch.optim.Adam(
-            [linear.change for linear in tuned.values()], lr=LEARNING_RATE, betas=(0.9, 0.99)
-        )
-        generator = torch.Generator().manual_seed(seed)
-        step, lines = 0, ProgressLines("tuning step", steps)
+        training = _Training(tuned, match, epochs, seed)
+        lines = ProgressLines("tuning step", training.steps)
         with tqdm(
-            total=steps,
+            total=training.steps,
             desc="AWQ tuning",
             unit="step",
             disable=None if progress is None else not progress,
         ) as bar:
             for epoch in range(1, epochs + 1):
-                for choice in torch.randperm(len(training), generator=generator).tolist():
-                    rate = (
-                        min(1.0, (step + 1) / _WARM_UP)
-                        * 0.5
-                        * (1 + math.cos(math.pi * step / steps))
-                    )
-                    optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
-                    with torch.enable_grad():
-                        total, tokens = match.distance(training[choice])
-                        weight = match.batches[training[choice]].weight
-                        (weight * total / max(1, tokens)).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    step += 1
+                for done in training.epoch():
                     bar.update()
-                    lines.done(step, f"{match.kind} {best_loss:.5f}")
-                loss = _mean_distance(match, judging)
+                    lines.done(done, f"{match.kind} {best_loss:.5f}")
+                loss = _mean_distance(match, match.judging)
                 bar.set_postfix({match.kind: f"{loss:.5f}", "before": f"{before:.5f}"})
                 if loss < best_loss:
                     best, best_loss, best_epoch = _state(tuned), loss, epoch
+                    continue
+                training.slower()
+                for name, linear in tuned.items():
+                    linear.change.copy_(best[name])
     scales = {
-        name: storable_scale(best[name]).half().to(weight.scales.device)
+        name: storable_scale(weight.scales.float().to(device) * (1 + best[name]))
         for name, weight in weights.items()
     }
-    report = TuningReport(match.kind, epochs, best_epoch, before, best_loss)
-    return {name: weight._replace(scales=scales[name]) for name, weight in weights.items()}, report
+    found = {
+        name: weight._replace(scales=scales[name].half().to(weight.scales.device))
+        for name, weight in weights.items()
+    }
+    return found, TuningReport(match.kind, epochs, best_epoch, before, best_loss)
+
+
+class _Training:
+    """Steps of Adam over the training batches; rates rise at first and fall as a cosine does."""
+
+    def __init__(
+        self, tuned: Mapping[str, TunedLinear], match: OutputMatch, epochs: int, seed: int
+    ) -> None:
+        self.match, self.done, self._share = match, 0, 1.0
+        self.steps = epochs * -(-len(match.training) // _TOGETHER)
+        self._warm_up = max(1, min(_WARM_UP, self.steps // 10))
+        changes = [linear.change for linear in tuned.values()]
+        self._optimizer = torch.optim.Adam(changes, betas=(0.9, 0.99))
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def slower(self) -> None:
+        """Goes on with a third of the rates, and without what the steps before have gathered."""
+        self._share /= _SLOWER
+        self._optimizer.state.clear()
+
+    def epoch(self) -> Iterator[int]:
+        """Every batch once, some in each step; yields the number of steps so far."""
+        batches = self.match.training
+        order = torch.randperm(len(batches), generator=self._generator).tolist()
+        for start in range(0, len(order), _TOGETHER):
+            fall = 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
+            rise = min(1.0, (self.done + 1) / self._warm_up)
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._share * rise * fall * LEARNING_RATE
+            chosen = order[start : start + _TOGETHER]
+            for choice in chosen:
+                self._add_gradient(batches[choice], 1 / len(chosen))
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self.done += 1
+            yield self.done
+
+    def _add_gradient(self, batch: int, share: float) -> None:
+        with torch.enable_grad():
+            total, tokens = self.match.distance(batch)
+            weight = share * self.match.batches[batch].weight
+            (weight * total / max(1, tokens)).backward()
 
 
 def micro_batches(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
@@ -299,8 +333,8 @@ def in_large_batches(
     return [*training, *judges], frozenset(places)
 
 
-def _state(tuned: dict[str, TunedLinear]) -> dict[str, Tensor]:
-    return {name: linear.scale.detach().clone() for name, linear in tuned.items()}
+def _state(tuned: Mapping[str, TunedLinear]) -> dict[str, Tensor]:
+    return {name: linear.change.detach().clone() for name, linear in tuned.items()}
 
 
 @torch.no_grad()
