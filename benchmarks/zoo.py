@@ -41,6 +41,7 @@ from tiny_kinds import EXCLUDED, Kind, all_kinds
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = ROOT / "docs" / "zoo.md", ROOT / "benchmarks" / "results" / "zoo.json"
+ON_A_GPU = RESULTS.with_name("zoo-gpu-h200.json")
 CPU_SECONDS, WALL_SECONDS, MEMORY = 400, 1500, 12 << 30
 START = time.monotonic()
 ROLES = {
@@ -199,6 +200,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "blocks; *partly fused* on them with the parts that are named in the model's own code, "
         "over the same cache; *plain* on",
         "transformers' own, which a GPU captures as a CUDA graph where that can be proven.",
+        "",
+        *_on_a_gpu(json.loads(ON_A_GPU.read_text(encoding="utf-8"))),
     ]
     for role, title in ROLES.items():
         parts += [
@@ -212,6 +215,28 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     parts += ["", "## Left out", ""]
     parts += [f"- {type_}: {reason}" for type_, reason in sorted(EXCLUDED.items())]
     return "\n".join(parts) + "\n"
+
+
+def _on_a_gpu(found: dict[str, Any]) -> list[str]:
+    """How decoders generated there: a sentence of counts, one of what gave other tokens."""
+    kinds = found["kinds"]
+    states = {"fused": "fused", "partly fused": "partly fused", "captured": "captured"}
+    parts = []
+    for state, name in states.items():
+        rows = [row for row in kinds.values() if _state_of(row) == state]
+        graphs = sum(bool(row.get("graph")) for row in rows)
+        parts.append(f"{len(rows)} {name} ({graphs} in CUDA graphs)")
+    others = [name.partition(":")[0] for name, row in kinds.items() if row.get("same") is False]
+    return [
+        f"On an {found['device']}, transformers {found['transformers']}, of {len(kinds)} decoders "
+        f"in float16: {', '.join(parts)};",
+        f"other tokens than transformers' loop: {', '.join(others) or 'none'} "
+        f"(`{ON_A_GPU.name}`, {found['commit'][:7]}).",
+    ]
+
+
+def _state_of(row: dict[str, Any]) -> str:
+    return row.get("fusion", "").partition(":")[0]
 
 
 def _releases(results: dict[str, dict[str, Any]]) -> str:

@@ -60,10 +60,14 @@ KINDS: dict[str, dict[str, Any]] = {
         topk_group=1,
         topk_method="greedy",
     ),
+    "gemma3_text": dict(
+        head_dim=32, num_key_value_heads=2, sliding_window=16, query_pre_attn_scalar=32
+    ),
 }
 GROUP_SIZE, NEW_TOKENS, PROMPT_TOKENS = 32, 12, 6
 CANDIDATES, PROMPTS = 64, 4  # prompts drawn, and those kept: where our greedy choices are clearest
 DTYPE = "float16"
+DTYPES = {"gemma3_text": "bfloat16"}  # vLLM refuses float16 for these
 EXPECTED = "expected.json"
 
 
@@ -159,7 +163,7 @@ def serve(directory: Path) -> int:
     model = LLM(
         str(directory),
         skip_tokenizer_init=True,
-        dtype=DTYPE,
+        dtype=DTYPES.get(directory.name, DTYPE),
         max_model_len=128,
         enforce_eager=True,
         max_num_seqs=4,
