@@ -334,3 +334,74 @@ def test_a_setting_that_is_no_number(folder, tmp_path):
     ):
         with pytest.raises(AwqError, match="NaN"):
             door()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_dtypes_are_looked_at_behind_transformers_own_door_too(folder, dtype):
+    edit(folder, lambda tensors: tensors.update({NORM: tensors[NORM].to(dtype)}))
+    with pytest.raises(CheckpointError, match="input_layernorm"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_dtypes_of_tensors_that_transformers_renames(tmp_path):
+    """LLaVA's files name the language model otherwise than its class does today."""
+    from test_kinds import vision_language
+
+    model = vision_language("llava")
+    model.config.architectures = [type(model).__name__]
+    model.save_pretrained(tmp_path)
+
+    def change(tensors):
+        name = next(name for name in tensors if name.endswith("1.input_layernorm.weight"))
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+    edit(tmp_path, change)
+    with pytest.raises(CheckpointError, match="F8_E4M3"):
+        AutoAWQForCausalLM.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", ["", {"a": 1}, 2.5, [], [1, "x"], True])
+def test_ids_of_tokens_are_numbers(folder, value):
+    """transformers takes them as they stand, and fails when it generates."""
+    settings = {"eos_token_id": value, "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(AwqError, match="eos_token_id|generation_config"):
+        AutoAWQForCausalLM.from_quantized(str(folder))
+
+
+@pytest.mark.parametrize("value", ["x", {}, -1, 0, True])
+def test_a_tokenizers_longest_text_is_a_number(tmp_path, value):
+    from awq.checkpoint.tokenizer import load_tokenizer
+
+    make_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": value}))
+    with pytest.raises(ModelError, match="model_max_length"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_its_unknown_token(tmp_path):
+    """It reads the texts it knows, and would fail at the first other one."""
+    from awq.checkpoint.tokenizer import load_tokenizer
+
+    make_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    definition["model"]["unk_token"] = "<nowhere>"
+    path.write_text(json.dumps(definition))
+    with pytest.raises(ModelError, match="cannot read text|transformers can load"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_a_billion_ids(tmp_path):
+    """Readers would make tables of that length."""
+    from awq.checkpoint.tokenizer import load_tokenizer
+
+    make_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    vocabulary = definition["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 10**9
+    path.write_text(json.dumps(definition))
+    with pytest.raises(ModelError, match="up to 1000000000"):
+        load_tokenizer(tmp_path)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.checkpoint.files import FLOATS
-from awq.checkpoint.match import all_current_keys, current_keys
+from awq.checkpoint.match import all_current_keys, current_keys, key_pairs
 from awq.errors import CheckpointError
 from awq.formats.gemv_fast import zeros_are_whole
 from awq.nn.activation import ScaledActivation
@@ -293,11 +293,11 @@ def check_stored_floats(
         name for name, parameter in model.named_parameters() if parameter.is_floating_point()
     }
     base = getattr(model, "base_model_prefix", "")
-    for name, entry in headers.items():
-        spelled = {name, f"{base}.{name}", name.removeprefix(f"{base}.")}
-        if entry["dtype"] not in (*FLOATS, "F64") and spelled & parameters:
+    for key, name in key_pairs(model, headers):
+        spelled = {key, f"{base}.{key}", key.removeprefix(f"{base}."), name}
+        if headers[name]["dtype"] not in (*FLOATS, "F64") and spelled & parameters:
             raise CheckpointError(
-                f"{path} holds {name} as {entry['dtype']}; it must be a 16- or 32-bit "
+                f"{path} holds {name} as {headers[name]['dtype']}; it must be a 16- or 32-bit "
                 "floating-point tensor."
             )
 

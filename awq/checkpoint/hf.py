@@ -25,6 +25,7 @@ from awq.checkpoint.account import (
     check_packed_numbers,
     check_parameter_shapes,
     check_stored_biases,
+    check_stored_floats,
     parameter_shapes,
     place_activation_scales,
     settle_dtypes,
@@ -152,6 +153,7 @@ class AwqHfQuantizer(HfQuantizer):
         whole = {name: t for name, t in self.packed.items() if name not in self.glued.rows}
         self.matched = replace_linears(model, self.settings, whole)
         check_stored_biases(self.packed, headers)
+        check_stored_floats(model, headers, model.config._name_or_path)
         self.shared = stored_elsewhere(model, self.matched)
         for name in self.shared:
             replace_module(model, name, nn.Identity())  # which has no tensors that could be missing

@@ -30,6 +30,7 @@ from awq.checkpoint.source import Source, first_line, hub_arguments
 from awq.errors import AwqError, CheckpointError, ModelError
 
 # torch's default dtype belongs to the process, and transformers changes it while it builds a model.
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _one_at_a_time = threading.RLock()
 
 
@@ -144,7 +145,23 @@ def load_model(
     if getattr(source.config, "quantization_config", None) is None or source.packed:
         check_stored_floats(model, source.headers, source.name)
     check_finite(model, source.name)
+    _check_special_ids(model, source.name)
     return model.eval()
+
+
+def _check_special_ids(model: Any, path: str | Path) -> None:
+    """Refuses settings of `generate` that name tokens by anything but numbers; transformers would
+    fail when it generates."""
+    settings = getattr(model, "generation_config", None)
+    for name in _SPECIAL_IDS:
+        value = getattr(settings, name, None)
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        if value is None or (listed and all(type(i) is int for i in listed)):
+            continue
+        raise CheckpointError(
+            f"{path} gives {name} as {value!r:.100} in its generation_config.json or config.json; "
+            "it must be a token's number, or a list of them."
+        )
 
 
 def _forget_storage(model: Any) -> None:

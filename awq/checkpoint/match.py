@@ -103,12 +103,18 @@ def current_keys(model: Any, stored: Iterable[str]) -> dict[str, str]:
     Tensors that transformers would join into one (a model's experts) keep the name of the joined
     tensor; the last one wins.
     """
+    return dict(key_pairs(model, stored))
+
+
+def key_pairs(model: Any, stored: Iterable[str]) -> list[tuple[str, str]]:
+    """(name in the installed transformers, name in the checkpoint) of every tensor; several may be
+    joined into one."""
     steps = conversions_of(model)
     renamings = [step for step in steps if not hasattr(step, "operations")]
     joinings = [step for step in steps if hasattr(step, "operations")]
     stored = list(stored)
     packed = {name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")}
-    keys = {}
+    names = []
     for name in stored:
         key = name
         for step in renamings:
@@ -116,8 +122,8 @@ def current_keys(model: Any, stored: Iterable[str]) -> dict[str, str]:
         if name.rpartition(".")[0] not in packed:  # tensors of packed linears stay as they are
             for step in joinings:
                 key, _ = step.rename_source_key(key)
-        keys[key] = name
-    return keys
+        names.append((key, name))
+    return names
 
 
 def merged_on_disk(model: Any, packed: Iterable[str]) -> list[str]:

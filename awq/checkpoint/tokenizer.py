@@ -3,6 +3,7 @@ files are missing."""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ from awq.calibration.samples import tokenizer_of
 from awq.calibration.sources import first_line
 from awq.checkpoint.modules import body_directory
 from awq.errors import ModelError
+from awq.nn.locks import lock_of
 
 logger = logging.getLogger("awq.checkpoint")
+
+MAX_IDS_A_TOKEN, MAX_IDS_BESIDE = 4, 1 << 20
+UNKNOWN = "a \ue000 word"  # with a character of no language
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False, **download: Any) -> Any:
     """The tokenizer of a local directory or hub id. Raises ModelError when there is none with a
     vocabulary."""
     place = body_directory(Path(path)) if Path(path).is_dir() else path
+    _check_ids(Path(place) / "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             place, trust_remote_code=trust_remote_code, **download
@@ -35,7 +41,43 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False, **download
             f"{path} has no tokenizer files (a vocabulary is missing); copy them from the "
             "original model."
         )
+    _check_use(tokenizer, path)
     return tokenizer
+
+
+def _check_ids(definition: Path) -> None:
+    """Refuses a vocabulary whose largest id is far beyond its size: readers make tables of that
+    length. What cannot be read here is the reader's to refuse."""
+    try:
+        found = json.loads(definition.read_bytes()) if definition.is_file() else {}
+        tokens = {token["content"]: token["id"] for token in found.get("added_tokens") or ()}
+        tokens |= found["model"]["vocab"]
+        largest = max(tokens.values())
+        if not largest > MAX_IDS_A_TOKEN * len(tokens) + MAX_IDS_BESIDE:
+            return
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return
+    raise ModelError(
+        f"{definition} numbers {len(tokens)} tokens up to {largest}; the file is broken."
+    )
+
+
+def _check_use(tokenizer: Any, path: str | Path) -> None:
+    """Refuses a tokenizer that would fail at some text later: settings are taken as they stand in
+    its file."""
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest > 0:
+        raise ModelError(
+            f"{path} has a tokenizer whose model_max_length is {longest!r}; it must be a positive "
+            "number of tokens."
+        )
+    try:
+        with lock_of(tokenizer):
+            tokenizer(UNKNOWN)
+    except Exception as error:  # of the tokenizer's own machine code
+        raise ModelError(
+            f"{path} has a tokenizer that cannot read text: {first_line(error)}"
+        ) from error
 
 
 def find_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
