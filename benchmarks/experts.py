@@ -13,14 +13,19 @@ the first two with the router's weight to the power 0 (tokens count alike), 1 an
 held-out text: loss in nats per byte, and the Kullback-Leibler divergence from the dense model,
 which shows less noise.
 
-    python benchmarks/experts.py [--minutes 2] [--rows 8 32 128] [--out
-    benchmarks/results/experts.json]
+With --from plain all calibration rows are English or code (bytes of ASCII), so that held-out text
+in other scripts reaches experts that calibration did not: what borrowing is for. The divergence is
+told for both kinds of text.
+
+    python benchmarks/experts.py [--minutes 2] [--rows 8 32 128] [--from plain] [--seeds 2 3 4]
+    [--out benchmarks/results/experts.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +45,8 @@ from awq.quantize.statistics import InputStatistics
 
 LENGTH, BATCH = 64, 16
 HELD_OUT_ROWS = 128
+# shares of bytes of ASCII: from here on a row is plain, and up to there it is of another script
+PLAIN, OTHER = 0.98, 0.7
 SIZES = dict(
     vocab_size=256,
     hidden_size=64,
@@ -94,14 +101,26 @@ def logits_of(model: MixtralForCausalLM, rows: Tensor) -> Tensor:
     return torch.cat([model(part).logits for part in rows.split(BATCH)])
 
 
+def share_of_ascii(rows: Tensor) -> Tensor:
+    """Of each row of bytes, float [rows]."""
+    return (rows < 128).float().mean(1)
+
+
 def judge(logits: Tensor, dense: Tensor, rows: Tensor) -> dict[str, float]:
+    """loss and divergence over all rows, and the divergence of plain rows and of other scripts."""
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
     divergence = (
         F.kl_div(logits.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none")
         .sum(-1)
-        .mean()
+        .mean(1)
     )
-    return {"loss": float(loss), "kl": float(divergence)}
+    share = share_of_ascii(rows)
+    return {
+        "loss": float(loss),
+        "kl": float(divergence.mean()),
+        "kl_plain": float(divergence[share >= PLAIN].mean()),
+        "kl_other": float(divergence[share <= OTHER].mean()),
+    }
 
 
 @contextmanager
@@ -141,6 +160,15 @@ def main() -> None:
         default=[8, 32, 128],
         help=f"calibration rows of {LENGTH} tokens",
     )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        choices=["all", "plain"],
+        default="all",
+        help="text to calibrate on",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2], help="of the choice of rows")
+    parser.add_argument("--powers", type=float, nargs="+", default=[0, 1, 2])
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument(
         "--model", type=Path, help="a file to keep the trained weights in, or to take them from"
@@ -166,12 +194,14 @@ def main() -> None:
     jobs += [
         (f"{name}, weight^{power}", {}, (name, power))
         for name in ("routed", "borrow")
-        for power in (0, 1, 2)
+        for power in args.powers
     ]
     jobs += [("all", {}, ("all", 0))]
     config = AwqConfig(group_size=args.group_size)
-    for count in args.rows:
-        picked = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(2))[:count]]
+    source = rows if args.source == "all" else rows[share_of_ascii(rows) >= PLAIN]
+    for seed, count in itertools.product(args.seeds, args.rows):
+        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
+        picked = source[order[:count]]
         batches = [CalibrationBatch(picked, torch.ones_like(picked))]
         for name, options, chosen in jobs:
             quantized = copy.deepcopy(model)
@@ -182,16 +212,23 @@ def main() -> None:
             found = judge(logits_of(quantized, held_out), dense, held_out)
             tokens = [n for layer in report.experts.values() for n in layer.routed]
             found |= {"fewest_tokens": min(tokens), "most_tokens": max(tokens)}
-            results[f"{count} rows, {name}"] = found
+            results[f"seed {seed}, {count} rows, {name}"] = found
             print(
-                f"{count:3} rows  {name:18} loss {found['loss']:.4f}  KL {found['kl']:.5f}  "
-                f"tokens {min(tokens)}–{max(tokens)}"
+                f"{seed} {count:3} rows  {name:18} loss {found['loss']:.4f}  KL {found['kl']:.5f}  "
+                f"plain {found['kl_plain']:.5f}  other {found['kl_other']:.5f}  "
+                f"tokens {min(tokens)}–{max(tokens)}",
+                flush=True,
             )
     if args.out:
         write(
             args.out,
             "cpu",
-            {"minutes": args.minutes, "group_size": args.group_size, "results": results},
+            {
+                "minutes": args.minutes,
+                "group_size": args.group_size,
+                "calibrated_on": args.source,
+                "results": results,
+            },
         )
 
 

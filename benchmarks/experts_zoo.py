@@ -198,13 +198,13 @@ def passes(row: dict[str, Any]) -> bool:
     return bool(doors_equal and kept and row["error"] <= row["nearest"] and row.get("bytes"))
 
 
-def apart(kind: Kind) -> dict[str, Any] | None:
+def apart(kind: Kind, seconds: int) -> dict[str, Any] | None:
     """`sweep` in a process of its own, so that what one type breaks or takes does not reach the
     next."""
     path = Path(tempfile.mkdtemp()) / "row.json"
     process = os.fork()
     if process == 0:
-        signal.alarm(SECONDS_PER_TYPE)
+        signal.alarm(seconds)
         try:
             row = sweep(kind)
         except BaseException as error:
@@ -217,9 +217,7 @@ def apart(kind: Kind) -> dict[str, Any] | None:
         os._exit(0)
     os.waitpid(process, 0)
     return (
-        json.loads(path.read_text())
-        if path.exists()
-        else {"failed": f"took more than {SECONDS_PER_TYPE} s"}
+        json.loads(path.read_text()) if path.exists() else {"failed": f"took more than {seconds} s"}
     )
 
 
@@ -229,16 +227,19 @@ def main() -> None:
         "--types", nargs="*", help="model types; all that hold experts when left out"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/experts_zoo.json"))
+    parser.add_argument("--seconds", type=int, default=SECONDS_PER_TYPE, help="for one type")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     rows: dict[str, Any] = {}
+    if arguments.types and arguments.out.exists():  # the others keep their rows
+        rows = json.loads(arguments.out.read_text())["types"]
     for kind in all_kinds():
         if kind.role == "seqcls" or (arguments.types and kind.type not in arguments.types):
             continue
-        row = apart(kind)
+        row = apart(kind, arguments.seconds)
         if row is None:
             continue
         rows[str(kind)] = row

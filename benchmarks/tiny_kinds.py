@@ -514,9 +514,9 @@ def _classes() -> dict[tuple[str, str], str]:
         _names(auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
         _names(auto.MODEL_MAPPING_NAMES),
     )
-    multimodal = _names(auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES) | _names(
-        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    )
+    # younger than transformers 4
+    every = getattr(auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
+    multimodal = _names(every) | _names(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     found: dict[tuple[str, str], str] = {}
     for type_, name in causal.items():
         whole = name.endswith("ForConditionalGeneration") or multimodal.get(type_) == name

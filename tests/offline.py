@@ -20,6 +20,7 @@ import torch
 from awq.formats.planar import padded
 from awq.kernels.packed import Shape
 from awq.kernels.triton.configs import GATE_INTERLEAVE, Config
+from awq.kernels.triton.held_launch import Held, blocks_of
 
 TARGETS: tuple[int | str, ...] = (80, 86, 89, 90, 100, "gfx90a", "gfx942", "gfx1100")
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -161,6 +162,91 @@ def compile_experts(
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
     return compile_kernel(
         expert_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {})
+    )
+
+
+def compile_held(
+    target: int | str,
+    shape: Shape,
+    form: Held,
+    dtype: torch.dtype = torch.float16,
+    gated: str = "",
+) -> Code:
+    """The kernel that holds its weights as `held_launch.product` would compile it on `target`."""
+    from awq.kernels.triton.held import held_kernel
+
+    nvidia, x = isinstance(target, int), _POINTERS[dtype]
+    arguments = {"x": x, "qweight": "*i16", "grid": "*i32", "bias": x, "y": x, "M": "i32"}
+    pdl = nvidia and int(target) >= 90
+    constants = {
+        "N": shape.out_features,
+        "K": shape.in_features,
+        "GROUP": shape.group_size,
+        "NP": padded(*shape[:2])[1],
+        "TP": blocks_of(shape),
+        "BM": 8,
+        "BN": form.bn,
+        "HAS_BIAS": True,
+        "ASM": nvidia,
+        "GATED": gated,
+        "INTERLEAVE": GATE_INTERLEAVE,
+        "PDL": pdl,
+    }
+    options: dict[str, Any] = {"num_warps": form.warps, "num_stages": 1}
+    return compile_kernel(
+        held_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {})
+    )
+
+
+def compile_held_experts(
+    target: int | str,
+    shape: Shape,
+    form: Held,
+    dtype: torch.dtype = torch.float16,
+    gated: str = "",
+) -> Code:
+    """`compile_held` for experts of one token: gate and up with an activation, else down."""
+    from awq.kernels.triton.held import held_expert_kernel
+
+    nvidia, x = isinstance(target, int), _POINTERS[dtype]
+    arguments = {
+        "x": x,
+        "qweight": "*i16",
+        "grid": "*i32",
+        "bias": x,
+        "factors": "*fp32",
+        "experts": "*i32",
+        "y": x,
+        "R": "i32",
+        "E": "i32",
+    }
+    pdl = nvidia and int(target) >= 90
+    constants = {
+        "TOP": 8 if gated else 1,
+        "N": shape.out_features,
+        "K": shape.in_features,
+        "GROUP": shape.group_size,
+        "GROUPS": shape.in_features // shape.group_size,
+        "NP": padded(*shape[:2])[1],
+        "TP": blocks_of(shape),
+        "BM": 8,
+        "BN": form.bn,
+        "HAS_BIAS": False,
+        "HAS_FACTORS": not gated,
+        "GATED": gated,
+        "ALTERNATING": False,
+        "INTERLEAVE": GATE_INTERLEAVE,
+        "BEFORE": not gated,
+        "ASM": nvidia,
+        "PDL": pdl,
+    }
+    options: dict[str, Any] = {"num_warps": form.warps, "num_stages": 1}
+    return compile_kernel(
+        held_expert_kernel,
+        target,
+        arguments,
+        constants,
+        options | ({"launch_pdl": True} if pdl else {}),
     )
 
 

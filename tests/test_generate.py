@@ -681,7 +681,7 @@ def compiled(target, kernel, dtype, **constants):
     """A decode kernel's machine code for a GPU that is not there."""
     import offline
 
-    from awq.kernels.triton import decoding
+    from awq.kernels.triton import attending, decoding, heads
 
     pointers = {
         "qkv": dtype,
@@ -699,7 +699,8 @@ def compiled(target, kernel, dtype, **constants):
     }
     numbers = dict.fromkeys(("factor", "eps", "scaling", "softcap", "q_eps", "k_eps"), "fp32")
     numbers |= dict.fromkeys(("tokens", "start", "positions"), "i32")
-    function = getattr(decoding, kernel)
+    homes = {"attend_kernel": attending, "split_kernel": heads}
+    function = getattr(homes.get(kernel, decoding), kernel)
     pdl = isinstance(target, int) and target >= 90
     constants = {
         n: (constants | {"PDL": pdl})[n] for n in function.arg_names if n in constants or n == "PDL"

@@ -246,10 +246,12 @@ def rule_for_experts(
         )
         assert config is not None
         return config
-    split = 1
+    split, tiles = 1, -(-outputs // 128)
+    # so many programs run at once: a second wave costs more than longer ones
     while (
         bm <= 32
-        and -(-outputs // 128) * split < 3 * multiprocessors
+        and tiles * split < 3 * multiprocessors
+        and 2 * tiles * split <= 4 * multiprocessors
         and split < 16
         and steps // (2 * split) >= 2
     ):

@@ -1,5 +1,5 @@
 """The operators of a decode step on a GPU: sizes, constants and scratch memory of the kernels in
-`decoding`.
+`decoding`, `heads` and `attending`.
 
 Each does what the function of its name in `awq.kernels.reference.decode` says, where shapes and
 errors are told.
@@ -17,7 +17,7 @@ from torch import Tensor
 from awq.kernels.packed import Packed
 from awq.kernels.reference import decode as reference
 from awq.kernels.specs import Attention, Norm
-from awq.kernels.triton import decoding
+from awq.kernels.triton import attending, decoding, heads
 from awq.kernels.triton.configs import GATE_INTERLEAVE
 from awq.kernels.triton.launcher import (
     Launcher,
@@ -26,7 +26,7 @@ from awq.kernels.triton.launcher import (
     has_dependent_launch,
     on_device,
 )
-from awq.kernels.triton.matmul_launch import config_of, fused, through_dense
+from awq.kernels.triton.matmul_launch import product, through_dense
 
 FEW_ROWS = 64  # fewer leave multiprocessors idle, so blocks are small
 SMALL_BLOCK, LARGE_BLOCK = 512, 2048  # channels of an activation, by one program
@@ -109,11 +109,9 @@ def gated(x: Tensor, packed: Packed, bias: Tensor | None, name: str, interleave:
     if packed.layout != "planar" or interleave != GATE_INTERLEAVE:
         return reference.gated(x, packed, bias, name, interleave)
     rows = x.reshape(-1, x.shape[-1])
-    config = config_of(rows, packed.shape, len(rows))
-    if config is None or len(rows) == 0:
+    y = product(rows, packed, bias, name) if len(rows) else None
+    if y is None:
         y = activate(through_dense(rows, packed, bias), name, True, interleave)
-    else:
-        y = fused(rows, packed, bias, config, name)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -141,7 +139,7 @@ def split(
         a.normed,
         a.centered,
     )
-    kernel = launcher_of(decoding.split_kernel, qkv.device.index, qkv.dtype, constants, 8)
+    kernel = launcher_of(heads.split_kernel, qkv.device.index, qkv.dtype, constants, 8)
     tables, q_eps, k_eps = _tables(qkv, a, cos, sin)
     with on_device(qkv.device):
         kernel(
@@ -217,7 +215,7 @@ def _attend_launcher(
         a.normed,
         a.centered,
     )
-    return launcher_of(decoding.attend_kernel, index, dtype, constants, warps)
+    return launcher_of(attending.attend_kernel, index, dtype, constants, warps)
 
 
 def _tables(

@@ -13,6 +13,7 @@ from awq.kernels.packed import Packed, Shape
 from awq.kernels.reference import mixture as reference
 from awq.kernels.triton import experts as kernels
 from awq.kernels.triton.configs import GATE_INTERLEAVE, Config, config_for_experts
+from awq.kernels.triton.held_launch import expert_form_for, expert_product
 from awq.kernels.triton.launcher import (
     Launcher,
     architecture,
@@ -65,12 +66,31 @@ def expert_parts(
     rows = experts.numel()
     if x.dtype == torch.float32 or rows == 0:
         return reference.expert_parts(x, first, second, biases, experts, weights, name, alternating)
-    few, index = rows <= FEW, x.device.index
-    count = first.qweight.shape[0]
-    config = _config(index, first.shape, rows, count)
-    inner = fused(x, first, biases[0], experts, None, config, few, name, alternating)
-    config = _config(index, second.shape, rows, count)
-    return fused(inner, second, biases[1], experts, weights, config, few, chosen_before=True)
+    inner = _part(x, first, biases[0], experts, None, name, alternating)
+    return _part(inner, second, biases[1], experts, weights, chosen_before=True)
+
+
+def _part(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    experts: Tensor,
+    weights: Tensor | None,
+    gated: str = "",
+    alternating: bool = False,
+    chosen_before: bool = False,
+) -> Tensor:
+    """`fused`, or through `held`, whichever is the faster."""
+    rows, index = experts.numel(), x.device.index
+    held = expert_form_for(index, packed.shape, *experts.shape) if chosen_before else None
+    if held is not None:
+        return expert_product(
+            x, packed, bias, experts, weights, held, gated, alternating, chosen_before
+        )
+    config = _config(index, packed.shape, rows, packed.qweight.shape[0])
+    return fused(
+        x, packed, bias, experts, weights, config, rows <= FEW, gated, alternating, chosen_before
+    )
 
 
 def fused(

@@ -13,6 +13,8 @@ from awq.formats.planar import padded
 from awq.kernels.packed import Packed, Shape
 from awq.kernels.triton import matmul
 from awq.kernels.triton.configs import GATE_INTERLEAVE, Config, config_for
+from awq.kernels.triton.held_launch import form_for
+from awq.kernels.triton.held_launch import product as held_product
 from awq.kernels.triton.launcher import (
     Launcher,
     architecture,
@@ -48,9 +50,20 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty(*x.shape[:-1], shape.out_features)
-    config = config_of(x, shape, tokens)
-    out = through_dense(rows, packed, bias) if config is None else fused(rows, packed, bias, config)
+    out = product(rows, packed, bias)
+    out = through_dense(rows, packed, bias) if out is None else out
     return out.view(*x.shape[:-1], shape.out_features)
+
+
+def product(x: Tensor, packed: Packed, bias: Tensor | None, gated: str = "") -> Tensor | None:
+    """x [tokens, in] → [tokens, out], or with an activation [tokens, out/2] as `fused` does, in the
+    way that is the fastest; None where a dense weight is, which knows no activation."""
+    tokens = x.shape[0]
+    held = None if x.dtype == torch.float32 else form_for(x.device.index, packed.shape, tokens)
+    if held is not None:
+        return held_product(x, packed, bias, held, gated)
+    config = config_of(x, packed.shape, tokens)
+    return None if config is None else fused(x, packed, bias, config, gated)
 
 
 @cache
