@@ -45,13 +45,15 @@ def channels_of(base, g, GROUP: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr
     [rows, D], zeros beyond DIM and GROUP."""
     d = tl.arange(0, D)
     inside = (g[:, None] < GROUP) & (d[None, :] < DIM)
-    v = tl.load(base + g[:, None] * DIM + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    head = base + g[:, None] * DIM
+    loaded = tl.load(head + d[None, :], mask=inside, other=0.0)
+    v = loaded.to(tl.float32)
     u = v
     if R > 0:
-        partner = tl.where(d < R, d + R, tl.where(d < 2 * R, d - R, d))
-        u = tl.load(base + g[:, None] * DIM + partner[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
+        ahead = tl.where(d < 2 * R, d - R, d)
+        partner = tl.where(d < R, d + R, ahead)
+        loaded = tl.load(head + partner[None, :], mask=inside, other=0.0)
+        u = loaded.to(tl.float32)
     return v, u
 
 

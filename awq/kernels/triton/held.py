@@ -32,13 +32,16 @@ def _held(qweight, grid, row, t, i, K: tl.constexpr, GROUP: tl.constexpr, NP: tl
     block = t
     if STEPS & (STEPS - 1) != 0:
         block = tl.minimum(t, STEPS - 1)  # beyond the last x is 0
-    words = tl.load(
-        qweight + block[:, None, None] * (NP * 32) + row[None, :, None] * 32 + i[None, None, :]
-    )
+    rows = row[None, :, None] * 32
+    place = rows + i[None, None, :]
+    start = block[:, None, None] * (NP * 32)
+    words = tl.load(qweight + start + place)
     group = t * 0
     if GROUP < K:
         group = block // (GROUP // 128)
-    return words, tl.load(grid + group[:, None] * NP + row[None, :])
+    corner = group[:, None] * NP
+    scales = tl.load(grid + corner + row[None, :])
+    return words, scales
 
 
 @triton.jit

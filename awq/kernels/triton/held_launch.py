@@ -62,11 +62,14 @@ def form_for(index: int | None, shape: Shape, tokens: int) -> Held | None:
 def expert_form_for(index: int | None, shape: Shape, tokens: int, top: int) -> Held | None:
     """`form_for` for the second product of `top` experts; the first does better in steps."""
     name, processors = architecture(index)
-    measured = name == "sm90" and tokens == 1 and fits(shape)
-    if not measured or blocks_of(shape) > MOST_BLOCKS // 2:
+    measured = name == "sm90" and tokens == 1
+    if not measured or not fits(shape):
         return None
-    programs = top * -(-shape.out_features // EXPERT_FORM.bn)
-    return EXPERT_FORM if programs <= MOST_PROGRAMS * processors else None
+    if blocks_of(shape) > MOST_BLOCKS // 2:
+        return None
+    tiles = -(-shape.out_features // EXPERT_FORM.bn)
+    room = MOST_PROGRAMS * processors
+    return EXPERT_FORM if top * tiles <= room else None
 
 
 def _result(x: Tensor, shape: tuple[int, ...]) -> Tensor:
