@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from awq.kernels.triton.experts import _gated, _gated_rows
+from awq.kernels.triton.experts import _in_range as in_range
 from awq.kernels.triton.experts import _store as store_rows
 from awq.kernels.triton.matmul import _grid, _planes
 from awq.kernels.triton.matmul import _store as store_product
@@ -152,7 +153,7 @@ def held_expert_kernel(
     PDL: tl.constexpr,
 ):
     """y [R, N] = factor · (x [R / TOP, K] · weightᵀ + bias), row by row of each row's expert; no
-    two rows have one expert. Grid: (R, ⌈N/BN⌉).
+    two rows have one expert, and a row of an expert that there is not is NaN. Grid: (R, ⌈N/BN⌉).
 
     BEFORE: the kernel in front waited for what made `experts`, so they are read before the wait.
     The rest: as of `expert_kernel`.
@@ -175,7 +176,9 @@ def held_expert_kernel(
             gdc_wait()
             # not before: the next kernel reads `experts` ahead of its own wait
             gdc_launch_dependents()
-    expert = tl.load(experts + r, cache_modifier=".cg").to(tl.int64)
+    number = tl.load(experts + r, cache_modifier=".cg").to(tl.int64)
+    known = (number >= 0) & (number < E)
+    expert = in_range(number, E)
     words, grid_words = _held(
         qweight + expert * (BLOCKS * NP * 32),
         grid + expert * (GROUPS * NP),
@@ -189,6 +192,7 @@ def held_expert_kernel(
     if PDL and BEFORE:
         gdc_wait()
     total = _sum(x, rows // TOP, R // TOP, words, grid_words, t, i, K, TP, ASM, BF16)
+    total = tl.where(known, total, float("nan"))
     if HAS_BIAS:
         total += tl.load(bias + expert * N + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
     if GATED == "":
