@@ -12,6 +12,9 @@ import torch
 # kernels run in Python, on CPU tensors: for tests
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OLDEST = (8, 0)  # NVIDIA compute capability
+# The first release with what lets a kernel start before the one in front has ended. torch 2.8
+# brings it; each release of torch works with one of Triton.
+_OLDEST_RELEASE = (3, 4)
 
 
 @cache
@@ -28,6 +31,10 @@ def triton_problem(device: torch.device) -> str | None:
     try:
         import triton
 
+        release = triton.__version__
+        if tuple(int(part) for part in release.split(".")[:2]) < _OLDEST_RELEASE:
+            oldest = ".".join(map(str, _OLDEST_RELEASE))
+            return f"Triton {release} is older than {oldest}; install torch 2.8 or later"
         # builds its driver interface, which needs a C compiler
         triton.runtime.driver.active.get_current_target()
     except Exception as error:  # whatever Triton raises here, another backend serves

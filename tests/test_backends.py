@@ -6,6 +6,7 @@ import torch
 import zoo
 from test_layout import random_weight
 
+from awq._triton import triton_problem
 from awq.backends import operator, use_backend
 from awq.errors import ConfigError
 from awq.generate import build_decoder
@@ -189,3 +190,12 @@ def test_decode_operators_refuse_what_does_not_fit():
     for change in wrong:
         with pytest.raises(ConfigError):
             step(**(right | change))
+
+
+def test_a_triton_that_is_too_old_is_told_and_not_imported(monkeypatch):
+    """torch 2.6 and 2.7 bring one without what the kernels import; the reference serves there."""
+    triton = pytest.importorskip("triton", reason="needs Linux, for Triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    found = triton_problem.__wrapped__(torch.device("cuda:0"))
+    assert found == "Triton 3.3.1 is older than 3.4; install torch 2.8 or later"
