@@ -28,7 +28,7 @@ from awq.models import embedding
 from awq.quantize import tuning
 
 PLAIN_DISTANCE = tuning.OutputMatch.distance
-PLAIN_RATE = tuning.LEARNING_RATE
+PLAIN_RATE = tuning.OF_EMBEDDINGS.rate
 
 
 def pooled_distance(share: float) -> Callable:
@@ -142,7 +142,7 @@ def main() -> None:
         )
         embedding.GENERAL_SENTENCES = settings.pop("general", usual)
         tuning.OutputMatch.distance = PLAIN_DISTANCE if share is None else pooled_distance(share)
-        tuning.LEARNING_RATE = rate
+        tuning.OF_EMBEDDINGS = tuning.Pace(rate, together=1)
         model = AutoAWQForEmbedding.from_pretrained(arguments.model, torch_dtype="float32")
         model.model.to(arguments.device)
         before = model.encode(measured)

@@ -137,7 +137,8 @@ def test_texts_files_pairs_and_prompts_reach_calibration(
 ):
     """The tokens that calibration sees are those that the model will be asked with."""
     seen = []
-    from awq.models import base, embedding
+    from awq.models import embedding
+    from awq.models import model as base
 
     def recording(data, tokenizer, **kwargs):
         seen.append((list(getattr(data, "samples", data)), kwargs["max_length"], kwargs["mode"]))

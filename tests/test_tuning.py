@@ -56,7 +56,7 @@ def test_only_scales_change_and_held_out_loss_falls(family, kind, monkeypatch):
 
 def test_an_epoch_that_gains_nothing_is_taken_back(monkeypatch):
     """At a rate that ruins every scale, the state from before is the result."""
-    monkeypatch.setattr(tuning, "LEARNING_RATE", 10.0)
+    monkeypatch.setattr(tuning, "OF_TOKENS", tuning.Pace(10.0, 4))
     with monkeypatch.context() as patch:
         nothing = tuning.TuningReport("kl", 0, 0, 0.0, 0.0)
         patch.setattr(pipeline, "tune_scales", lambda model, weights, *args: (weights, nothing))
@@ -69,7 +69,7 @@ def test_an_epoch_that_gains_nothing_is_taken_back(monkeypatch):
 
 def test_rates_fall_until_an_epoch_gains(monkeypatch):
     """From a rate that is far too high tuning still comes to a gain."""
-    monkeypatch.setattr(tuning, "LEARNING_RATE", 0.3)
+    monkeypatch.setattr(tuning, "OF_TOKENS", tuning.Pace(0.3, 4))
     _, report = quantized("llama", tuning=12)
     assert report.tuning["best_epoch"] > 1
     assert report.tuning["loss_after"] < report.tuning["loss_before"]

@@ -36,14 +36,26 @@ from awq.quantize.progress import ProgressLines
 # float hidden states [batch, tokens, features] and mask [batch, tokens] → embeddings
 Embed = Callable[[Tensor, Tensor], Tensor]
 
-LEARNING_RATE = 5e-4  # of the relative change of a scale, Adam with a cosine schedule
 _SLOWER = 3  # the rate is divided by it after an epoch that gained nothing
 _STEP_TOKENS, _STEP_ROWS = 2048, 32  # largest micro-batch
-_TOGETHER = 4  # micro-batches in a step of the optimizer
 _HELD_OUT = 8  # one batch in eight judges
 _WARM_UP = 10  # steps, and at most a tenth of all
 # quantized weights above which the blocks' activations are computed twice instead of kept
 _LARGE = 1 << 29
+
+
+@dataclass(frozen=True)
+class Pace:
+    """rate: of the relative change of a scale, Adam with a cosine schedule. together: micro-batches
+    in a step."""
+
+    rate: float
+    together: int
+
+
+# What a next token tells of a model is noisy, so a step sums over more of it. Each measured on its
+# own kind of model (docs/notes/quality_log.md).
+OF_TOKENS, OF_EMBEDDINGS = Pace(5e-4, 4), Pace(2e-3, 1)
 
 
 @dataclass
@@ -267,7 +279,8 @@ class _Training:
         self, tuned: Mapping[str, TunedLinear], match: OutputMatch, epochs: int, seed: int
     ) -> None:
         self.match, self.done, self._share = match, 0, 1.0
-        self.steps = epochs * -(-len(match.training) // _TOGETHER)
+        self._pace = OF_TOKENS if match.kind == "kl" else OF_EMBEDDINGS
+        self.steps = epochs * -(-len(match.training) // self._pace.together)
         self._warm_up = max(1, min(_WARM_UP, self.steps // 10))
         changes = [linear.change for linear in tuned.values()]
         self._optimizer = torch.optim.Adam(changes, betas=(0.9, 0.99))
@@ -282,12 +295,12 @@ class _Training:
         """Every batch once, some in each step; yields the number of steps so far."""
         batches = self.match.training
         order = torch.randperm(len(batches), generator=self._generator).tolist()
-        for start in range(0, len(order), _TOGETHER):
+        for start in range(0, len(order), self._pace.together):
             fall = 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
             rise = min(1.0, (self.done + 1) / self._warm_up)
             for group in self._optimizer.param_groups:
-                group["lr"] = self._share * rise * fall * LEARNING_RATE
-            chosen = order[start : start + _TOGETHER]
+                group["lr"] = self._share * rise * fall * self._pace.rate
+            chosen = order[start : start + self._pace.together]
             for choice in chosen:
                 self._add_gradient(batches[choice], 1 / len(chosen))
             self._optimizer.step()
