@@ -64,10 +64,8 @@ def _register_quantizer(auto: Any) -> None:
         entries.update(dict.fromkeys(METHODS, _Later(ours, entries.get(METHOD))))
 
 
-def _register_adapters(lora_model: Any) -> None:
-    from awq.integrations import peft
-
-    peft.register(lora_model)
+def _register_adapters(_lora_model: Any) -> None:
+    import awq.integrations.peft  # noqa: F401 (which registers itself)
 
 
 _WAITING = {_QUANTIZERS: _register_quantizer, "peft.tuners.lora.model": _register_adapters}

@@ -129,3 +129,13 @@ def test_importing_awq_imports_no_peft_and_order_does_not_matter():
     subprocess.run([sys.executable, "-c", code], check=True)
     code = "import peft.tuners.lora.model as m, awq; assert m.dispatch_awq.knows_packed_linears"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("first", ["awq.integrations.peft", "peft", "awq, peft"])
+def test_whatever_is_imported_first(first):
+    code = (
+        f"import {first}; import awq; from peft.tuners.lora import model; "
+        "assert model.dispatch_awq.knows_packed_linears"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -10,13 +10,14 @@ work: the packed linear, plus the adapter's product beside it. A fused model is 
 of its slices gives way to the linear it stands for, and the fused blocks, which know of no adapter,
 are not used any more.
 
-`awq._register` calls `register` when PEFT is imported, so that `import awq` imports no PEFT. Tested
-with PEFT 0.18 and 0.21.
+`awq._register` imports this module when PEFT is imported, so that `import awq` imports no PEFT.
+Tested with PEFT 0.18 and 0.21.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -98,3 +99,6 @@ def _packed_names(model: nn.Module) -> set[str]:
     slices = {name for name, module in model.named_modules() if isinstance(module, Slice)}
     packed = {name for name, module in model.named_modules() if isinstance(module, WQLinear)}
     return slices | {name for name in packed if name.rpartition(".")[0] not in slices}
+
+
+register(sys.modules["peft.tuners.lora.model"])
