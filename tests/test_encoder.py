@@ -388,3 +388,16 @@ def test_bad_input(bert_dir, tmp_path):
         Pooling(("median",))
     with pytest.raises(ModelError, match="must be a pooling"):
         Encoder(encoder.model, encoder.tokenizer, [Dense(nn.Linear(2, 2), nn.Tanh())])
+
+
+def test_only_a_quantized_model_that_torch_runs_is_worth_a_warning(bert_dir, caplog):
+    """A model in full precision is where it belongs; a quantized one loses its speed."""
+    from test_saving import packed_model
+
+    tokenizer = Encoder.from_pretrained(bert_dir, device="cpu").tokenizer
+    packed = packed_model("bert", hidden_size=64, intermediate_size=128)
+    for model, told in ((zoo.tiny_model("bert"), False), (packed, True)):
+        caplog.clear()
+        encoder = Encoder(model.eval(), tokenizer, [Pooling(("weightedmean",))])
+        assert not encoder.compiled
+        assert ("torch runs it" in caplog.text) == told

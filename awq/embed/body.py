@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
-from awq.embed.compiled import CompiledEncoder, CompiledState
+from awq.embed.compiled import CompiledEncoder, CompiledState, level_of_fallback
 from awq.embed.observe import NotReadable
 from awq.embed.proof import compile_encoder
 
@@ -168,7 +168,8 @@ class CompiledForward:
         finally:
             model.forward = self  # type: ignore[assignment,method-assign]
         if not self.state:
-            logger.warning("The model is not compiled, torch runs it: %s.", self.state.reason)
+            level = level_of_fallback(model)
+            logger.log(level, "The model is not compiled, torch runs it: %s.", self.state.reason)
 
     def _output(self, hidden: Tensor) -> Any:
         assert self._program is not None

@@ -23,7 +23,7 @@ from awq.checkpoint.load import body_class, load_model
 from awq.checkpoint.source import Source, check_reachable
 from awq.checkpoint.tokenizer import load_tokenizer
 from awq.embed.batching import batches_by_length
-from awq.embed.compiled import CompiledEncoder, CompiledState
+from awq.embed.compiled import CompiledEncoder, CompiledState, level_of_fallback
 from awq.embed.directory import SentenceSettings, longest_input, sentence_settings
 from awq.embed.graphs import EncoderGraphs
 from awq.embed.heads import Normalize, Pooling, read_head, through_heads
@@ -270,7 +270,8 @@ class Encoder(nn.Module):
             reason = f"reading it failed: {type(error).__name__} {error}"
         else:
             return native, CompiledState(True)
-        logger.warning("The encoder is not compiled, torch runs it: %s.", reason)
+        level = level_of_fallback(self.model)
+        logger.log(level, "The encoder is not compiled, torch runs it: %s.", reason)
         return None, CompiledState(False, reason)
 
     def _encode_natively(
