@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from awq import AutoAWQForCausalLM, Encoder
 from awq.checkpoint import save_checkpoint
+from awq.checkpoint.account import check_report
 from awq.checkpoint.compare import compare_checkpoints
 from awq.checkpoint.convert import convert_checkpoint
 from awq.checkpoint.files import read_header
@@ -405,3 +406,18 @@ def test_a_tokenizer_of_a_billion_ids(tmp_path):
     path.write_text(json.dumps(definition))
     with pytest.raises(ModelError, match="up to 1000000000"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "family, name",
+    [
+        ("bert", "embeddings.position_ids"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+    ],
+)
+def test_tables_that_a_model_computes_itself_are_no_surplus(family, name):
+    """Files of older releases hold them; transformers 5.0 calls them unexpected."""
+    model = zoo.tiny_model(family)
+    check_report(model, {"unexpected_keys": [name]}, "somewhere")
+    with pytest.raises(CheckpointError, match=r"no place in \w+: head\.weight"):
+        check_report(model, {"unexpected_keys": [name, "head.weight"]}, "somewhere")

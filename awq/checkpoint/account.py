@@ -59,10 +59,11 @@ def check_report(
             "them with random numbers. "
             "Download or save the checkpoint again, or correct its config.json."
         )
+    computed = _computed_tables(model)
     surplus = [
         name
         for name in report.get("unexpected_keys", ())
-        if not (body_only and _outside(model, name))
+        if not (body_only and _outside(model, name)) and name.rpartition(".")[2] not in computed
     ]
     if surplus:
         raise CheckpointError(
@@ -75,6 +76,12 @@ def check_report(
         raise CheckpointError(
             f"{path} holds tensors of other shapes than {kind} has: {_first(mismatched)}."
         )
+
+
+def _computed_tables(model: nn.Module) -> set[str]:
+    """What the model calls the tables that it computes itself and never saves. Files of older
+    releases hold some: `position_ids`, `inv_freq`."""
+    return {name for module in model.modules() for name in module._non_persistent_buffers_set}
 
 
 def settle_dtypes(model: Any, expected: Mapping[str, torch.dtype]) -> None:

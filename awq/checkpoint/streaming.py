@@ -15,6 +15,7 @@ return. Only the structure of the output counts there, so such calls run on the 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -278,11 +279,13 @@ class StreamedBlocks:
             dtype=self._original.dtype,
             weight_mapping=conversions_of(self._original),
         )
+        load = convert_and_load_state_dict_in_model
+        plans = {}
+        if "tp_plan" in inspect.signature(load).parameters:  # transformers 5.0
+            plans = {"tp_plan": None, "dtype_plan": self._original.dtype_plan}
         with no_progress_bars():  # one would come for every block
-            info, _ = convert_and_load_state_dict_in_model(
-                self._original, _read(self._headers, names), settings
-            )
-        return set(info.missing_keys)
+            found, *_ = load(self._original, _read(self._headers, names), settings, **plans)
+        return set(getattr(found, "missing_keys", found))
 
     def _load_outside(self) -> None:
         """Loads what lies in no block, makes what the files do not hold, and ties what is tied."""
