@@ -21,6 +21,8 @@ METHOD = "awq"  # as `config.json` names it
 # transformers looks a method up as it is spelled, and loads random numbers for one it does not know
 METHODS = (METHOD, METHOD.upper(), METHOD.title())
 FORMATS = ("gemm", "gemv", "gemv_fast")
+# Layouts that `awq convert` knows beside them: llm-compressor's files, and ordinary weights.
+COMPRESSED_TENSORS, DENSE = "compressed-tensors", "dense"
 # The tensors of a packed linear, in every format and layout.
 PACKED_TENSORS = ("qweight", "qzeros", "scales")
 _FORMAT_ALIASES = {"gemvfast": "gemv_fast", "gemv-fast": "gemv_fast"}

@@ -61,7 +61,6 @@ def compile_product(
         "arrived": "*i32" if config.split > 1 else x,
         "M": "i32",
     }
-    pdl = nvidia and int(target) >= 90
     constants = {
         "N": shape.out_features,
         "K": shape.in_features,
@@ -73,15 +72,13 @@ def compile_product(
         "SCALE_WEIGHT": config.scale_weight,
         "HAS_BIAS": bias,
         "ASM": nvidia,
-        "PDL": pdl,
+        "PDL": starts_early(target),
         "AHEAD": config.ahead(shape.in_features),
         "GATED": gated,
         "INTERLEAVE": GATE_INTERLEAVE,
     }
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
-    return compile_kernel(
-        matmul_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {})
-    )
+    return compile_kernel(matmul_kernel, target, arguments, constants, options)
 
 
 def compile_dequantize(target: int | str, shape: Shape, dtype: torch.dtype = torch.float16) -> Code:
@@ -101,9 +98,8 @@ def compile_dequantize(target: int | str, shape: Shape, dtype: torch.dtype = tor
         "NP": padded(*shape[:2])[1],
         "BN": 64,
     }
-    pdl = isinstance(target, int) and target >= 90
-    options = {"num_warps": 4} | ({"launch_pdl": True} if pdl else {})
-    return compile_kernel(dequantize_kernel, target, arguments, constants | {"PDL": pdl}, options)
+    constants["PDL"] = starts_early(target)
+    return compile_kernel(dequantize_kernel, target, arguments, constants, {"num_warps": 4})
 
 
 def compile_experts(
@@ -137,7 +133,6 @@ def compile_experts(
         "R": "i32",
         "E": "i32",
     }
-    pdl = nvidia and int(target) >= 90
     constants = {
         "TOP": top,
         "N": shape.out_features,
@@ -157,12 +152,10 @@ def compile_experts(
         "INTERLEAVE": GATE_INTERLEAVE,
         "AHEAD": ahead,
         "ASM": nvidia,
-        "PDL": pdl,
+        "PDL": starts_early(target),
     }
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
-    return compile_kernel(
-        expert_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {})
-    )
+    return compile_kernel(expert_kernel, target, arguments, constants, options)
 
 
 def compile_held(
@@ -177,7 +170,6 @@ def compile_held(
 
     nvidia, x = isinstance(target, int), _POINTERS[dtype]
     arguments = {"x": x, "qweight": "*i16", "grid": "*i32", "bias": x, "y": x, "M": "i32"}
-    pdl = nvidia and int(target) >= 90
     constants = {
         "N": shape.out_features,
         "K": shape.in_features,
@@ -190,12 +182,10 @@ def compile_held(
         "ASM": nvidia,
         "GATED": gated,
         "INTERLEAVE": GATE_INTERLEAVE,
-        "PDL": pdl,
+        "PDL": starts_early(target),
     }
     options: dict[str, Any] = {"num_warps": form.warps, "num_stages": 1}
-    return compile_kernel(
-        held_kernel, target, arguments, constants, options | ({"launch_pdl": True} if pdl else {})
-    )
+    return compile_kernel(held_kernel, target, arguments, constants, options)
 
 
 def compile_held_experts(
@@ -220,7 +210,6 @@ def compile_held_experts(
         "R": "i32",
         "E": "i32",
     }
-    pdl = nvidia and int(target) >= 90
     constants = {
         "TOP": 8 if gated else 1,
         "N": shape.out_features,
@@ -238,7 +227,7 @@ def compile_held_experts(
         "INTERLEAVE": GATE_INTERLEAVE,
         "BEFORE": not gated,
         "ASM": nvidia,
-        "PDL": pdl,
+        "PDL": starts_early(target),
     }
     options: dict[str, Any] = {"num_warps": form.warps, "num_stages": 1}
     return compile_kernel(
@@ -246,7 +235,7 @@ def compile_held_experts(
         target,
         arguments,
         constants,
-        options | ({"launch_pdl": True} if pdl else {}),
+        options,
     )
 
 
@@ -262,15 +251,21 @@ def compile_route(target: int | str, experts: int, bm: int) -> Code:
         "E": "i32",
         "BLOCKS": "i32",
     }
-    pdl = isinstance(target, int) and target >= 90
-    constants = {"BINS": 1 << experts.bit_length(), "BM": bm, "CHUNK": 1024, "PDL": pdl}
+    constants = {"BINS": 1 << experts.bit_length(), "BM": bm, "CHUNK": 1024}
+    constants["PDL"] = starts_early(target)
     return compile_kernel(
         route_kernel,
         target,
         arguments,
         constants,
-        {"num_warps": 4} | ({"launch_pdl": True} if pdl else {}),
+        {"num_warps": 4},
     )
+
+
+def starts_early(target: int | str) -> bool:
+    """Whether a kernel may start before the one in front has ended, as
+    `launcher.has_dependent_launch` finds on the device."""
+    return isinstance(target, int) and target >= 90
 
 
 def compile_kernel(
@@ -305,6 +300,8 @@ def compile_kernel(
         {(names.index(name),): value for name, value in constants.items()},
         aligned,
     )
+    if constants.get("PDL"):
+        options = options | {"launch_pdl": True}
     compiled = compile(source, target=gpu, options=options)
     if not isinstance(target, int):
         text = compiled.asm["amdgcn"]

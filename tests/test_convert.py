@@ -166,12 +166,11 @@ def test_what_awq_cannot_hold_is_refused_with_names(packed, tmp_path, kind):
 
 
 def test_large_weights_become_shards(packed, tmp_path, monkeypatch):
-    from awq.checkpoint import convert, shard_writer
+    from awq.checkpoint import convert
+    from awq.checkpoint.shards import ShardWriter
 
     model, folder = packed
-    monkeypatch.setattr(
-        convert, "ShardWriter", lambda place: shard_writer.ShardWriter(place, limit=40_000)
-    )
+    monkeypatch.setattr(convert, "ShardWriter", lambda place: ShardWriter(place, limit=40_000))
     convert_checkpoint(folder, tmp_path / "dense", "dense")
     shards = sorted((tmp_path / "dense").glob("*.safetensors"))
     assert len(shards) > 3 and all(file.stat().st_size < 60_000 for file in shards)

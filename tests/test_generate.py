@@ -701,7 +701,7 @@ def compiled(target, kernel, dtype, **constants):
     numbers |= dict.fromkeys(("tokens", "start", "positions"), "i32")
     homes = {"attend_kernel": attending, "split_kernel": heads}
     function = getattr(homes.get(kernel, decoding), kernel)
-    pdl = isinstance(target, int) and target >= 90
+    pdl = offline.starts_early(target)
     constants = {
         n: (constants | {"PDL": pdl})[n] for n in function.arg_names if n in constants or n == "PDL"
     }

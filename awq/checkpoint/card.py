@@ -12,7 +12,7 @@ from typing import Any
 
 from awq.checkpoint.files import read_json
 from awq.checkpoint.modules import body_directory
-from awq.config import AwqConfig
+from awq.config import COMPRESSED_TENSORS, DENSE, AwqConfig
 
 # What a reader must still be told about the original model: above all its licence.
 _INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
@@ -30,7 +30,7 @@ _COMPRESSED = (
     "{bits}-bit AWQ weights (arXiv 2306.00978), group size {group_size}, in the format of "
     "compressed-tensors."
 )
-_ABOUT = {"dense": _DENSE, "compressed-tensors": _COMPRESSED}  # all others are AWQ's
+_ABOUT = {DENSE: _DENSE, COMPRESSED_TENSORS: _COMPRESSED}  # all others are AWQ's
 _NEEDS = "# pip install compressed-tensors\n"
 # The name on PyPI may still be AutoAWQ's, whose last version is 0.2.9.
 _REGISTER = "import awq  # autoawq 0.3.0 or later, so that transformers loads this checkpoint\n"
@@ -98,7 +98,7 @@ def write_card(
     """
     title = name or f"{Path(str(source)).name if source else 'model'}-awq"
     card = directory / "README.md"
-    layout = config.format if packed else "dense"
+    layout = config.format if packed else DENSE
     parts = [
         f"---\n{_metadata(card, directory, source)}---\n\n# {title}\n",
         _about(config, layout),
@@ -204,7 +204,7 @@ def _usage(directory: Path, config: AwqConfig, layout: str, name: str) -> str:
     elif auto == "AutoModelForCausalLM":
         snippets += [_GENERATE] if packed else []
         snippets += [_VLLM] if _vllm_reads(config, layout) else []
-    register = _REGISTER if packed else _NEEDS if layout == "compressed-tensors" else ""
+    register = _REGISTER if packed else _NEEDS if layout == COMPRESSED_TENSORS else ""
     texts = [
         snippet.strip("\n").format(register=register, auto=auto, name=name) + "\n"
         for snippet in snippets
@@ -213,10 +213,10 @@ def _usage(directory: Path, config: AwqConfig, layout: str, name: str) -> str:
 
 
 def _vllm_reads(config: AwqConfig, layout: str) -> bool:
-    if layout == "dense":
+    if layout == DENSE:
         return False  # it does, as any other model; nothing needs to be said
     fits = config.zero_point and config.group_size in _VLLM_GROUP_SIZES
-    return fits and layout in ("gemm", "compressed-tensors")
+    return fits and layout in ("gemm", COMPRESSED_TENSORS)
 
 
 def _recovery(evaluation: Any) -> list[str]:

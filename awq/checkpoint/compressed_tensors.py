@@ -24,12 +24,11 @@ from torch import Tensor
 
 from awq.checkpoint.account import is_finite
 from awq.checkpoint.files import FLOATS, PackedTensors
-from awq.config import AwqConfig
+from awq.config import COMPRESSED_TENSORS, AwqConfig
 from awq.core.weight import QuantizedWeight
 from awq.errors import CheckpointError, ConfigError
 from awq.formats.base import pack_words, unpack_words
 
-NAME = "compressed-tensors"
 FIRST = "weight_packed"
 _KINDS = (FIRST, "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 _NEEDED = (FIRST, "weight_scale", "weight_shape")
@@ -58,7 +57,7 @@ def write_settings(config: AwqConfig, dense: list[str]) -> dict[str, Any]:
     }
     group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
     return {
-        "quant_method": NAME,
+        "quant_method": COMPRESSED_TENSORS,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
@@ -95,7 +94,7 @@ def settings_of(config: Any) -> dict[str, Any] | None:
     given = getattr(config, "quantization_config", None)
     if given is not None and not isinstance(given, dict):
         given = given.to_dict() if hasattr(given, "to_dict") else None
-    return given if given and str(given.get("quant_method")) == NAME else None
+    return given if given and str(given.get("quant_method")) == COMPRESSED_TENSORS else None
 
 
 def read_settings(settings: Mapping[str, Any], headers: Mapping[str, Any]) -> AwqConfig:
@@ -112,14 +111,18 @@ def read_settings(settings: Mapping[str, Any], headers: Mapping[str, Any]) -> Aw
             f"config_groups have the group sizes {sorted(sizes)}; AWQ's files have one."
         )
     named = [name for name in settings.get("ignore") or [] if not name.startswith("re:")]
-    matrices = [
+    dense = sorted({*named, *dense_matrices(headers)})
+    return AwqConfig(group_size=sizes.pop(), modules_to_not_convert=tuple(dense))
+
+
+def dense_matrices(headers: Mapping[str, Any]) -> set[str]:
+    """Modules whose `weight` has two axes and is not packed. Linears among them must be named to a
+    reader that would take all linears for packed ones."""
+    return {
         name.removesuffix(".weight")
         for name, entry in headers.items()
         if name.endswith(".weight") and len(entry["shape"]) == 2
-    ]
-    return AwqConfig(
-        group_size=sizes.pop(), modules_to_not_convert=tuple(sorted({*named, *matrices}))
-    )
+    }
 
 
 def _group_size(name: str, group: Any) -> int:

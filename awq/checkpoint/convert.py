@@ -18,14 +18,13 @@ from awq.checkpoint.companions import copy_files
 from awq.checkpoint.directory import complete_directory
 from awq.checkpoint.files import INDEX_FILE, read_json, weight_files
 from awq.checkpoint.packed import PackedCheckpoint
-from awq.checkpoint.shard_writer import ShardWriter
-from awq.config import FORMATS, normalize_format
+from awq.checkpoint.shards import ShardWriter
+from awq.config import COMPRESSED_TENSORS, DENSE, FORMATS, normalize_format
 from awq.core.weight import QuantizedWeight
 from awq.errors import ConfigError
 from awq.formats import get_format
 
-DENSE = "dense"
-LAYOUTS = (*FORMATS, compressed_tensors.NAME, DENSE)
+LAYOUTS = (*FORMATS, COMPRESSED_TENSORS, DENSE)
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,6 @@ class _Layout:
     """How one linear is written, and what config.json says of all (None: it is an ordinary
     model)."""
 
-    name: str
     tensors: Callable[[str, QuantizedWeight], dict[str, Tensor]]
     settings: dict[str, Any] | None
 
@@ -70,7 +68,7 @@ def layout_name(version: str) -> str:
     """Canonical name of a layout: "GEMM" → "gemm". Raises ConfigError for one that is not in
     `LAYOUTS`."""
     plain = str(getattr(version, "value", version)).lower().replace("_", "-")
-    if plain in (compressed_tensors.NAME, DENSE):
+    if plain in (COMPRESSED_TENSORS, DENSE):
         return plain
     try:
         return normalize_format(version)
@@ -83,10 +81,10 @@ def layout_name(version: str) -> str:
 def _layout(name: str, opened: PackedCheckpoint) -> _Layout:
     dtype = _model_dtype(opened)
     if name == DENSE:
-        return _Layout(name, lambda linear, w: {f"{linear}.weight": w.dequantize(dtype)}, None)
-    if name == compressed_tensors.NAME:
-        settings = compressed_tensors.write_settings(opened.config, opened.dense_matrices())
-        return _Layout(name, lambda linear, w: compressed_tensors.pack(linear, w, dtype), settings)
+        return _Layout(lambda linear, w: {f"{linear}.weight": w.dequantize(dtype)}, None)
+    if name == COMPRESSED_TENSORS:
+        settings = compressed_tensors.write_settings(opened.config, opened.dense())
+        return _Layout(lambda linear, w: compressed_tensors.pack(linear, w, dtype), settings)
     packed_format = get_format(name)
 
     def tensors(linear: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -96,7 +94,7 @@ def _layout(name: str, opened: PackedCheckpoint) -> _Layout:
             raise ConfigError(f"{linear}: {error}") from error
         return {f"{linear}.{kind}": part.contiguous() for kind, part in parts.items()}
 
-    return _Layout(name, tensors, opened.config.with_(format=name).to_transformers_dict())
+    return _Layout(tensors, opened.config.with_(format=name).to_transformers_dict())
 
 
 def _model_dtype(opened: PackedCheckpoint) -> torch.dtype:

@@ -15,7 +15,7 @@ from awq.checkpoint.files import PackedTensors, check_complete
 from awq.checkpoint.match import fits_dtype
 from awq.checkpoint.modules import body_directory
 from awq.checkpoint.source import Source
-from awq.config import PACKED_TENSORS, AwqConfig
+from awq.config import COMPRESSED_TENSORS, PACKED_TENSORS, AwqConfig
 from awq.core.weight import QuantizedWeight
 from awq.errors import CheckpointError, ConfigError
 from awq.formats import get_format
@@ -53,7 +53,7 @@ class PackedCheckpoint:
             def read(name: str) -> QuantizedWeight:
                 return compressed_tensors.read(name, linears[name], config)
 
-            layout, first = compressed_tensors.NAME, compressed_tensors.FIRST
+            layout, first = COMPRESSED_TENSORS, compressed_tensors.FIRST
         else:
             config, linears = opened.settings, opened.packed
 
@@ -65,14 +65,9 @@ class PackedCheckpoint:
             raise CheckpointError(f"{directory} holds no packed weights (no tensor named {first}).")
         return cls(opened, body, layout, config, linears, first, read)
 
-    def dense_matrices(self) -> list[str]:
-        """Modules whose `weight` has two axes and is not packed, with those that the config
-        names; linears among them must be named to a reader that would pack all linears."""
-        matrices = {
-            name.removesuffix(".weight")
-            for name, entry in self.source.headers.items()
-            if name.endswith(".weight") and len(entry["shape"]) == 2
-        }
+    def dense(self) -> list[str]:
+        """Modules that are not packed: those that the config names, and all other matrices."""
+        matrices = compressed_tensors.dense_matrices(self.source.headers)
         return sorted(matrices | set(self.config.modules_to_not_convert))
 
 

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
-from awq.checkpoint.files import INDEX_FILE, read_header, weight_files
+from awq.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_header, weight_files
 from awq.errors import ConfigError
+
+SHARD_BYTES = 5 * 10**9  # as transformers cuts
 
 _SIZE = re.compile(r"[0-9]+(\.[0-9]+)?[KMGT]B", re.IGNORECASE)
 
@@ -56,17 +59,22 @@ def join_shards(body: Path, parts: Sequence[Path], parameters: int) -> None:
     weight_map: dict[str, str] = {}
     size = 0
     for number, path in enumerate([*written, *parts], 1):
-        name = f"model-{number:05d}-of-{total:05d}.safetensors"
+        name = _shard_name(number, total)
         weight_map |= dict.fromkeys(read_header(path), name)
         size += _bytes_of_tensors(path)
         if path.parent == body:
             path.rename(body / name)
         else:
             _link(path, body / name)
-    index = {
-        "metadata": {"total_parameters": parameters, "total_size": size},
-        "weight_map": weight_map,
-    }
+    _write_index(body, weight_map, {"total_parameters": parameters, "total_size": size})
+
+
+def _shard_name(number: int, total: int) -> str:
+    return f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def _write_index(body: Path, weight_map: dict[str, str], metadata: dict[str, int]) -> None:
+    index = {"metadata": metadata, "weight_map": weight_map}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (body / INDEX_FILE).write_text(text, encoding="utf-8")
 
@@ -83,3 +91,51 @@ def _link(path: Path, place: Path) -> None:
         os.link(path, place)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(path, place)
+
+
+class ShardWriter:
+    """Takes tensors in any order and writes them as one `model.safetensors`, or as shards with an
+    index.
+
+    folder: an existing folder. limit: bytes of a shard; one shard at a time is in memory. Nothing
+    has its name before `close`.
+    """
+
+    def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
+        self.folder = folder
+        self.limit = limit
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._total_bytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Tensors that belong into one shard, by name."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if self._pending and self._pending_bytes + size > self.limit:
+            self._flush()
+        self._pending |= tensors
+        self._pending_bytes += size
+        self._total_bytes += size
+
+    def close(self) -> None:
+        """Writes what is left and gives the shards their names."""
+        self._flush()
+        if len(self._shards) == 1:
+            self._shards[0][0].rename(self.folder / SINGLE_FILE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, (path, tensors) in enumerate(self._shards, 1):
+            name = _shard_name(number, len(self._shards))
+            path.rename(self.folder / name)
+            weight_map |= dict.fromkeys(tensors, name)
+        _write_index(self.folder, weight_map, {"total_size": self._total_bytes})
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        path = self.folder / f"part-{len(self._shards)}.safetensors"
+        save_file(self._pending, path, metadata={"format": "pt"})
+        self._shards.append((path, list(self._pending)))
+        self._pending = {}
+        self._pending_bytes = 0

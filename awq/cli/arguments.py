@@ -7,11 +7,13 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
+from awq.config import COMPRESSED_TENSORS, DENSE
+
 if TYPE_CHECKING:
     from awq.evals.gates import Gates
 
 VERSIONS = ("GEMM", "GEMV", "GEMVFast")
-OTHER_LAYOUTS = ("compressed-tensors", "dense")  # those of other programs
+OTHER_LAYOUTS = (COMPRESSED_TENSORS, DENSE)  # those of other programs
 PRESETS = ("fast", "balanced", "best")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
