@@ -8,23 +8,17 @@ instead of ids, padding on the left, hooks inside of the model.
 from __future__ import annotations
 
 import functools
-import logging
 import types
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
-from awq.embed.compiled import CompiledEncoder, CompiledState, level_of_fallback
-from awq.embed.observe import NotReadable
-from awq.embed.proof import compile_encoder
-
-logger = logging.getLogger("awq.embed")
+from awq.embed.compiled import CompiledEncoder, CompiledState
+from awq.embed.proof import COMPILING, try_to_compile
 
 INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
-COMPILING = Lock()
 
 
 def speed_up(model: nn.Module) -> None:
@@ -158,18 +152,9 @@ class CompiledForward:
         model.forward = self._plain  # type: ignore[method-assign]
         precision = "float32" if self._dtype == torch.float32 else "exact"
         try:
-            self._program = compile_encoder(model, "mean", False, precision)
-            self.state = CompiledState(True)
-        except (NotReadable, ImportError) as error:
-            self.state = CompiledState(False, str(error))
-        except Exception as error:  # any model may come; its own forward stays
-            reason = f"reading it failed: {type(error).__name__} {error}"
-            self.state = CompiledState(False, reason)
+            self._program, self.state = try_to_compile("model", model, ("mean",), False, precision)
         finally:
             model.forward = self  # type: ignore[assignment,method-assign]
-        if not self.state:
-            level = level_of_fallback(model)
-            logger.log(level, "The model is not compiled, torch runs it: %s.", self.state.reason)
 
     def _output(self, hidden: Tensor) -> Any:
         assert self._program is not None

@@ -12,12 +12,11 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from awq.embed.build import build_image
 from awq.embed.structure import EncoderPlan
 from awq.native.runner import Rows, Runner
-from awq.nn.linear import WQLinear
 
 logger = logging.getLogger("awq.embed")
 
@@ -31,12 +30,6 @@ class CompiledState:
 
     def __bool__(self) -> bool:
         return self.active
-
-
-def level_of_fallback(model: nn.Module) -> int:
-    """How loud it is that torch runs a model: only of a quantized one is anything else expected."""
-    packed = any(isinstance(module, WQLinear) for module in model.modules())
-    return logging.WARNING if packed else logging.DEBUG
 
 
 class CompiledEncoder:

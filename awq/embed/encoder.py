@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,11 @@ from awq.checkpoint.load import body_class, load_model
 from awq.checkpoint.source import Source, check_reachable
 from awq.checkpoint.tokenizer import load_tokenizer
 from awq.embed.batching import batches_by_length
-from awq.embed.compiled import CompiledEncoder, CompiledState, level_of_fallback
+from awq.embed.compiled import CompiledEncoder, CompiledState
 from awq.embed.directory import SentenceSettings, longest_input, sentence_settings
 from awq.embed.graphs import EncoderGraphs
 from awq.embed.heads import Normalize, Pooling, read_head, through_heads
-from awq.embed.observe import NotReadable
-from awq.embed.proof import compile_encoder
+from awq.embed.proof import COMPILING, try_to_compile
 from awq.embed.request import check_precision
 from awq.embed.tokens import QuickTokens, quick_tokens
 from awq.errors import ConfigError, ModelError
@@ -38,8 +36,6 @@ from awq.nn.surgery import usable_device
 
 logger = logging.getLogger("awq.embed")
 
-COMPILED_POOLING = (("mean",), ("cls",), ("lasttoken",))
-_COMPILING = threading.Lock()  # encoders are read and compiled one at a time
 
 # of a hub repository; exports for other runtimes are not needed
 _KEPT = ["*.json", "*.txt", "*.model", "*.safetensors", "*.py"]
@@ -250,7 +246,7 @@ class Encoder(nn.Module):
 
     def _native_program(self) -> CompiledEncoder | None:
         if self._native_state is None:
-            with _COMPILING:
+            with COMPILING:
                 if self._native_state is None:
                     self._native, self._native_state = self._compile()
         return self._native
@@ -260,19 +256,9 @@ class Encoder(nn.Module):
         pooling = self.heads[0]
         assert isinstance(pooling, Pooling)
         normalize = len(self.heads) > 1 and isinstance(self.heads[1], Normalize)
-        try:
-            if tuple(pooling.modes) not in COMPILED_POOLING:
-                raise NotReadable(f"pooling of {', '.join(pooling.modes)} is not compiled")
-            native = compile_encoder(self.model, pooling.modes[0], normalize, self._precision)
-        except (NotReadable, ImportError) as error:
-            reason = str(error)
-        except Exception as error:  # any model may come; transformers' own forward stays
-            reason = f"reading it failed: {type(error).__name__} {error}"
-        else:
-            return native, CompiledState(True)
-        level = level_of_fallback(self.model)
-        logger.log(level, "The encoder is not compiled, torch runs it: %s.", reason)
-        return None, CompiledState(False, reason)
+        return try_to_compile(
+            "encoder", self.model, tuple(pooling.modes), normalize, self._precision
+        )
 
     def _encode_natively(
         self, native: CompiledEncoder, rows: dict[str, list[list[int]]], prompt_tokens: int

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from threading import RLock
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from awq.embed.compiled import CompiledEncoder
+from awq.embed.compiled import CompiledEncoder, CompiledState
 from awq.embed.observe import NotReadable
 from awq.embed.structure import EncoderPlan, read_encoder
+from awq.nn.linear import WQLinear
 
 PROOF_LENGTHS = (1, 7, 16, 33, 70)
 MAX_PROVEN_WINDOW = 256  # wider ones would need long texts to prove
@@ -19,6 +22,36 @@ MAX_PROVEN_WINDOW = 256  # wider ones would need long texts to prove
 PROOF_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 PROOF_ERROR_OF_FLOATS = 1e-5
 PROOF_ERROR_OF_BYTES = 0.12  # a cosine of 0.993 of the rarest texts, random words
+
+
+COMPILED_POOLING = (("mean",), ("cls",), ("lasttoken",))
+COMPILING = RLock()  # models are read and compiled one at a time
+
+logger = logging.getLogger("awq.embed")
+
+
+def try_to_compile(
+    who: str, model: nn.Module, pooling: tuple[str, ...], normalize: bool, precision: str
+) -> tuple[CompiledEncoder | None, CompiledState]:
+    """`compile_encoder`, or None and why torch goes on to run `who`."""
+    try:
+        if pooling not in COMPILED_POOLING:
+            raise NotReadable(f"pooling of {', '.join(pooling)} is not compiled")
+        program = compile_encoder(model, pooling[0], normalize, precision)
+    except (NotReadable, ImportError) as error:
+        reason = str(error)
+    except Exception as error:  # any model may come; its own forward stays
+        reason = f"reading it failed: {type(error).__name__} {error}"
+    else:
+        return program, CompiledState(True)
+    logger.log(level_of_fallback(model), "The %s is not compiled, torch runs it: %s.", who, reason)
+    return None, CompiledState(False, reason)
+
+
+def level_of_fallback(model: nn.Module) -> int:
+    """How loud it is that torch runs a model: only of a quantized one is anything else expected."""
+    packed = any(isinstance(module, WQLinear) for module in model.modules())
+    return logging.WARNING if packed else logging.DEBUG
 
 
 def compile_encoder(
