@@ -5,8 +5,10 @@
 Quantized random models in float16 (`tiny_kinds`; dense where they cannot be quantized): three
 prompts padded on the left, eight greedy tokens, beside transformers' own loop on the same GPU.
 `graph` says whether the step ran as a CUDA graph; `same`, whether the tokens are equal or part at a
-tie. Each kind is a process of its own, for a fault on a GPU ends a process. What is not done after
-`--seconds` is listed as left over.
+tie; where they part, `parts` says after how many tokens of each row and by how much. Each kind is a
+process of its own, for a fault on a GPU ends a process. First come those that no earlier result
+shows as proven there. The file is written whenever a kind ends; what is not done after `--seconds`
+is listed as left over, and `--keep` takes it from an earlier result, with the commit of that.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from awq.models.base import BaseAWQForCausalLM
 START = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = ROOT / "benchmarks" / "results" / "zoo.json"
+EARLIER = KNOWN.with_name("zoo-gpu-h200.json")
 TIE = 0.05  # in standard deviations of the logits, in 16 bits
 KIND_SECONDS = 60
 
@@ -84,6 +88,8 @@ def look_at(kind: Kind, device: str) -> dict[str, Any]:
     graphs = getattr(decoder, "graphs", None) or getattr(decoder, "graph", None)
     found["graph"] = bool(graphs)
     found["same"] = same(ours, theirs) or same_alone(model, item, ours, settings)
+    if not found["same"]:
+        found["parts"] = partings(ours, theirs)
     found["warnings"] = reasons.lines
     return found
 
@@ -92,14 +98,21 @@ def same(ours: torch.Tensor, theirs: Any) -> bool:
     """Whether all rows are equal, or part where the two tokens are as good as equal."""
     if ours.shape != theirs.sequences.shape:
         return False
+    return all(gap <= TIE for _, gap in partings(ours, theirs))
+
+
+def partings(ours: torch.Tensor, theirs: Any) -> list[tuple[int, float]]:
+    """For each row that is not equal: the new tokens that are, and how far the logit of our next
+    token is below that of theirs, in standard deviations."""
     start = ours.shape[1] - len(theirs.scores)
+    found = []
     for row, (a, b) in enumerate(zip(ours, theirs.sequences)):
         places = (a != b).nonzero().flatten()
         if len(places):
             place = int(places[0])
-            if _gap(theirs.scores[place - start][row].float(), a[place], b[place]) > TIE:
-                return False
-    return True
+            gap = _gap(theirs.scores[place - start][row].float(), a[place], b[place])
+            found.append((place - start, round(gap, 4)))
+    return found
 
 
 def same_alone(model: Any, item: dict, ours: torch.Tensor, settings: dict[str, Any]) -> bool:
@@ -116,8 +129,15 @@ def same_alone(model: Any, item: dict, ours: torch.Tensor, settings: dict[str, A
     return True
 
 
-def sweep(kinds: list[Kind], device: str, workers: int, seconds: float) -> dict[str, Any]:
-    """Kind → what it does, for those that are done in time."""
+def sweep(
+    kinds: list[Kind],
+    device: str,
+    workers: int,
+    seconds: float,
+    note: Callable[[dict[str, Any]], None],
+) -> None:
+    """Looks at the kinds that are done in time. note: told of all that was found, kind → what it
+    does, whenever there is more."""
     folder = Path(tempfile.mkdtemp())
     waiting, running = list(kinds), {}
     while (waiting or running) and time.monotonic() - START < seconds:
@@ -131,14 +151,16 @@ def sweep(kinds: list[Kind], device: str, workers: int, seconds: float) -> dict[
                 done, _ = os.waitpid(pid, 0)
             if done:
                 del running[pid]
+                note(_read(folder))
         time.sleep(0.02)
     for pid in running:
         os.kill(pid, 9)
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        row = json.loads(path.read_text(encoding="utf-8"))
-        found[row.pop("kind")] = row
-    return found
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """Kind → what it does, of those that are done."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return {row.pop("kind"): row for row in rows}
 
 
 def _begin(kind: Kind, device: str, folder: Path) -> int:
@@ -149,7 +171,7 @@ def _begin(kind: Kind, device: str, folder: Path) -> int:
     try:
         row = look_at(kind, device)
     except BaseException as error:  # of anybody's model: the others go on
-        row = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        row = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
     row |= {"kind": str(kind), "seconds": round(time.monotonic() - begun, 1)}
     new = folder / f"{kind.type}.{kind.role}.new"
     new.write_text(json.dumps(row), encoding="utf-8")
@@ -158,10 +180,19 @@ def _begin(kind: Kind, device: str, folder: Path) -> int:
 
 
 def in_order(kinds: list[Kind]) -> list[Kind]:
-    """Those first of which least is known: what was not fused when the zoo was swept."""
-    known = json.loads(KNOWN.read_text(encoding="utf-8"))["kinds"]
-    fused = {name for name, result in known.items() if result.get("fusion") == "fused"}
-    return sorted(kinds, key=lambda kind: str(kind) in fused)
+    """Those first of which least is known: what an earlier run did not show as proven, what was not
+    fused when the zoo was swept."""
+    earlier = _kinds_of(EARLIER)
+    fused = {name for name, row in _kinds_of(KNOWN).items() if row.get("fusion") == "fused"}
+    return sorted(kinds, key=lambda kind: (_proven(earlier.get(str(kind), {})), str(kind) in fused))
+
+
+def _kinds_of(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))["kinds"] if path.is_file() else {}
+
+
+def _proven(row: dict[str, Any]) -> bool:
+    return bool(row.get("same") and row.get("graph"))
 
 
 def counts(found: dict[str, Any]) -> dict[str, int]:
@@ -169,8 +200,7 @@ def counts(found: dict[str, Any]) -> dict[str, int]:
     result: dict[str, int] = {}
     for row in found.values():
         state = row.get("fusion", "error").partition(":")[0]
-        good = row.get("same") and row.get("graph")
-        name = f"{state}, same tokens, graph" if good else state
+        name = f"{state}, same tokens, graph" if _proven(row) else state
         result[name] = result.get(name, 0) + 1
     return result
 
@@ -185,6 +215,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--roles", default="causal", help="comma-separated roles")
     parser.add_argument("--types", default="", help="comma-separated types")
+    parser.add_argument("--keep", action="store_true", help="what was known of the others, too")
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -192,11 +223,22 @@ def main() -> None:
     kinds = [kind for kind in all_kinds() if kind.role in given.roles.split(",")]
     if given.types:
         kinds = [kind for kind in kinds if kind.type in given.types.split(",")]
-    found = sweep(in_order(kinds), given.device, given.workers, given.seconds)
-    left = sorted({str(kind) for kind in kinds} - set(found))
-    result = {"counts": counts(found), "left_over": left, "kinds": found}
-    common.write(given.json, given.device, result)
-    print(json.dumps(result["counts"], indent=1), f"{len(left)} left over")
+    names = {str(kind) for kind in kinds}
+    kept = {name: row for name, row in _kinds_of(EARLIER).items() if name in names}
+    where = common.head(given.device)
+
+    def keep(found: dict[str, Any]) -> None:
+        found = {name: row | {"commit": where["commit"]} for name, row in found.items()}
+        if given.keep:
+            found = kept | found
+        left = sorted(names - set(found))
+        result = {"counts": counts(found), "left_over": left, "kinds": found}
+        given.json.write_text(json.dumps(where | result, indent=1) + "\n", encoding="utf-8")
+
+    keep({})
+    sweep(in_order(kinds), given.device, given.workers, given.seconds, keep)
+    result = json.loads(given.json.read_text(encoding="utf-8"))
+    print(json.dumps(result["counts"], indent=1), f"{len(result['left_over'])} left over")
 
 
 if __name__ == "__main__":
