@@ -28,6 +28,7 @@ def triton_problem(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST:
         major, minor = torch.cuda.get_device_capability(device)
         return f"compute capability {major}.{minor}; Triton needs {_OLDEST[0]}.{_OLDEST[1]}"
+
     try:
         import triton
 
@@ -42,4 +43,5 @@ def triton_problem(device: torch.device) -> str | None:
             f"Triton cannot start: {type(error).__name__}: "
             f"{str(error).strip().splitlines()[-1] if str(error) else ''}"
         )
+
     return None

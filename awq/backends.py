@@ -119,9 +119,11 @@ def _choose(
         if layout is not None and backend.LAYOUT not in (None, layout):
             reason = f"it computes on layout {backend.LAYOUT}, not {layout}"
             continue
+
         reason = backend.why_not(device, dtype, shape)
         if reason is None:
             return name
+
     raise ConfigError(
         f"backend {forced} cannot serve a linear of {shape} on {device} with {dtype}: {reason}."
     )
@@ -180,15 +182,19 @@ def explain(module: Any, dtype: torch.dtype = torch.float16) -> Explanation:
     why the others do not."""
     device, shape = module.qweight.device, module.packed.shape
     name = choose(device, dtype, shape, module.layout)
+
     others = {}
     for other, reason in reasons(device, dtype, shape).items():
         if other == name:
             continue
+
         layout = get_backend(other).LAYOUT
         if reason is None and layout not in (None, module.layout):
             reason = (
                 f"the weights are not in its layout {layout} yet; the first forward outside "
                 "of compilation moves them"
             )
+
         others[other] = reason or f"{name} comes first"
+
     return Explanation(name, module.layout, others)

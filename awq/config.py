@@ -102,6 +102,7 @@ class AwqConfig:
             raise ConfigError(f"zero_point is {self.zero_point!r}; use True or False.")
         if isinstance(self.bits, bool) or self.bits != 4:
             raise ConfigError(f"bits is {self.bits!r}; AWQ's formats hold 4 bits: use 4 (w_bit 4).")
+
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and size < 8):
             raise ConfigError(
@@ -143,6 +144,7 @@ class AwqConfig:
                 "quantization_config: keys of other tools, without effect here: %s",
                 ", ".join(foreign),
             )
+
         given = {
             key: value for key, value in settings.items() if key in known and value is not None
         }
@@ -152,6 +154,7 @@ class AwqConfig:
         if "version" in given and given.get("format") not in FORMATS:
             # GPTQModel says "gemm" there too, others what the file's container is
             given.pop("format", None)
+
         return cls._from_known(given)
 
     @classmethod
@@ -161,11 +164,13 @@ class AwqConfig:
                 f"quant_method is {settings['quant_method']!r}; this package reads 'awq' "
                 "checkpoints. `awq convert` turns those of compressed-tensors into them."
             )
+
         given: dict[str, Any] = {}
         for key, value in settings.items():
             name = _SPELLINGS.get(key, key)
             if name == "quant_method":
                 continue
+
             if name == "format":
                 value = normalize_format(value)
             if name in given and given[name] != value:
@@ -174,6 +179,7 @@ class AwqConfig:
                     f"{value!r}."
                 )
             given[name] = value
+
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def load_calibration(
     """
     if mode not in ("pack", "rows"):
         raise CalibrationError(f"mode is {mode!r}; use 'pack' or 'rows'.")
+
     check_count("max_samples", max_samples)
     check_count("max_length", max_length)
     padding = pad_id if pad_id is not None else getattr(tokenizer, "pad_token_id", None)
@@ -96,10 +97,12 @@ def load_calibration(
         raise CalibrationError(
             "the calibration data is empty; give at least one text with at least one token."
         )
+
     if mode == "pack" and not request.whole_rows:
         rows = _packed(rows, max_length)
     else:
         rows = [part for row in rows for part in _pieces(row, max_length)]
+
     return _batches(rows[:max_samples], padding or 0)
 
 
@@ -118,6 +121,7 @@ def _token_rows(
     """Rows of ids without padding; those of texts are cut already in mode "rows"."""
     if request.kind == "ids":
         return request.rows
+
     texts: Sequence[Any] = request.samples
     if request.kind == "bundled":
         logger.warning(
@@ -126,6 +130,7 @@ def _token_rows(
         texts = bundled_texts(short=mode == "rows")
         if is_tokenizer(request.tokenizer):
             texts = spelled_texts(texts, request.tokenizer)
+
     if not texts:
         return []
     if request.kind == "chats" or not is_tokenizer(request.tokenizer):
@@ -134,10 +139,12 @@ def _token_rows(
         )
     if mode == "pack":
         return tokenize(request.tokenizer, texts, special=False, enough=max_samples * max_length)
+
     if request.kind == "bundled":
         texts = [texts[i] for i in evenly_spread(len(texts), max_samples)]
     rows = tokenize(request.tokenizer, texts[: max_samples * MAX_TEXTS_PER_ROW], max_length)
     _warn_of_cuts(texts, rows[:max_samples], max_length)
+
     return rows
 
 
@@ -205,6 +212,7 @@ def _batches(rows: list[Row], pad: int, tokens: int = BATCH_TOKENS) -> list[Cali
                 extra,
             )
         )
+
     return batches
 
 
@@ -235,6 +243,7 @@ def with_general_rows(
     every = rows + joined
     weight = min(MAX_WEIGHT, (1 - GENERAL_SHARE) * every / rows)
     rest = (every - weight * rows) / joined
+
     return [b._replace(weight=weight) for b in own] + [b._replace(weight=rest) for b in general]
 
 
@@ -265,9 +274,11 @@ def rendered_chats(tokenizer: Any) -> list[str]:
     template = getattr(tokenizer, "chat_template", None)
     if template is None:
         return []
+
     chats: list[dict[str, Any]] = [{"messages": chat} for chat in bundled_chats()]
     if "tool_calls" in str(template):
         chats = bundled_tool_chats() + chats
+
     texts = []
     for chat in chats:
         try:
@@ -277,6 +288,7 @@ def rendered_chats(tokenizer: Any) -> list[str]:
             return []
         except CalibrationError as error:  # some templates know no system role
             logger.debug("a bundled chat is left out: %s", error)
+
     return texts
 
 
@@ -316,6 +328,7 @@ def rebatched(
         for value in b.extra.values()
     ):
         return list(batches)
+
     rows: dict[float, list[Row]] = {}
     for batch in batches:
         for i, mask in enumerate(batch.attention_mask.bool()):
@@ -324,6 +337,7 @@ def rebatched(
                 part = slice(places[0], places[-1] + 1)
                 row = {key: value[i, part].tolist() for key, value in batch.model_inputs().items()}
                 rows.setdefault(batch.weight, []).append(row)
+
     return [
         batch._replace(weight=weight)
         for weight, alike in rows.items()

@@ -24,16 +24,19 @@ def clean_texts(texts: Iterable[str | None]) -> list[str]:
     """
     if isinstance(texts, str):
         raise CalibrationError("texts is one string; give a list of strings.")
+
     cleaned: dict[str, None] = {}
     for text in texts:
         if text is None:
             continue
         if not isinstance(text, str):
             raise CalibrationError(f"texts hold a {type(text).__name__}; give strings.")
+
         spaced = re.sub(r"\s+", " ", text.translate(_INVISIBLE))
         kept = "".join(c for c in spaced if unicodedata.category(c) not in _STRAY).strip()
         if kept:
             cleaned[kept] = None
+
     return list(cleaned)
 
 

@@ -25,17 +25,20 @@ def unpadded(item: Mapping, pad_id: int | None) -> list[Row]:
     """
     if "input_ids" not in item:
         raise CalibrationError(f"a calibration sample has keys {shown(item)} but no input_ids.")
+
     types = item.get("token_type_ids")
     if _is_ragged(item["input_ids"]):  # lengths differ: the tokenizer did not pad
         found = zip(
             item["input_ids"], types if types is not None else [None] * len(item["input_ids"])
         )
         return [as_row(integers(ids).tolist(), kinds) for ids, kinds in found if len(ids)]
+
     ids = integers(item["input_ids"])
     ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
     mask = _mask(item, ids, pad_id)
     kinds = torch.zeros_like(ids) if types is None else _fitting("token_type_ids", types, ids)
     rows = zip(ids, kinds, mask)
+
     return [
         as_row(row[keep].tolist(), kind[keep].tolist())
         for row, kind, keep in rows
@@ -50,9 +53,11 @@ def _mask(item: Mapping, ids: Tensor, pad_id: int | None) -> Tensor:
         return _fitting("attention_mask", item["attention_mask"], ids).bool()
     if pad_id is None:
         return torch.ones_like(ids, dtype=torch.bool)
+
     real = (ids != pad_id).long()
     from_start = real.cumsum(1).clamp(max=1)
     from_end = real.flip(1).cumsum(1).flip(1).clamp(max=1)
+
     return (from_start * from_end).bool()  # a padding id inside a text stays
 
 
@@ -76,8 +81,10 @@ def integers(values: Any) -> Tensor:
         raise CalibrationError(
             f"a calibration sample is {type(values).__name__}, not token ids or text."
         ) from error
+
     if ids.is_meta:
         raise CalibrationError("calibration ids are on the meta device, where they have no values.")
+
     empty = ids.numel() == 0
     whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     if ids.dim() not in (1, 2) or not (whole or empty):
@@ -96,6 +103,7 @@ def _fitting(name: str, values: Any, ids: Tensor) -> Tensor:
         raise CalibrationError(
             f"{name} is {type(values).__name__}; give numbers like the ids."
         ) from error
+
     if found.numel() != ids.numel():
         raise CalibrationError(
             f"{name} has shape {tuple(found.shape)}, the ids {tuple(ids.shape)}; they must be "

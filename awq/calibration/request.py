@@ -79,6 +79,7 @@ class CalibrationRequest:
         ids."""
         if self.kind == "prompts":
             return [text for texts in self.prompts.values() for text in texts]
+
         held: dict[str, list[Any]] = {
             "texts": self.texts,
             "chats": self.chats,
@@ -125,13 +126,16 @@ def read_request(
     data, tokenizer = tell_apart(first, second, tokenizer)
     if isinstance(data, CalibrationRequest):
         return data
+
     for name, value in (("split", split), ("text_column", text_column)):
         if not isinstance(value, str) or not value:
             raise CalibrationError(f"{name} is {value!r}; give a name.")
+
     reader = _Reader(split, text_column, pad_id)
     own = True
     if isinstance(data, (str, os.PathLike)):
         data, own = named_samples(data, split, text_column, limit, text_per_line)
+
     request = reader.read(data, own)
     return request if tokenizer is None else request.with_tokenizer(tokenizer)
 
@@ -182,6 +186,7 @@ class _Reader:
                     f"the dataset has no split {self.split!r}, only {shown(data)}; give split."
                 )
             return self.read(data[self.split], own)
+
         prompts = {}
         for name, texts in data.items():
             if isinstance(texts, (str, Mapping)) or not isinstance(texts, Iterable):
@@ -191,12 +196,14 @@ class _Reader:
                     f"{type(texts).__name__}; give a tokenizer's output, or a list of texts for "
                     "each prompt name."
                 )
+
             found = self.read(texts, own)
             if found.kind not in ("texts", "pairs"):
                 raise CalibrationError(
                     f"prompt {str(name)!r} holds {found.kind}; give a list of texts."
                 )
             prompts[str(name)] = found.texts or [text for pair in found.pairs for text in pair]
+
         if not prompts:
             raise CalibrationError("calibration data is an empty mapping; give texts or token ids.")
         return CalibrationRequest("prompts", prompts=prompts, own=own)
@@ -205,6 +212,7 @@ class _Reader:
         """Ids as one tensor or array, or an array of strings or other objects."""
         if isinstance(data, np.ndarray) and data.dtype.kind in "OUST" and data.ndim:
             return self._items(data.tolist(), own)
+
         ids = integers(data)
         if ids.dim() == 2:
             return self._ids(unpadded({"input_ids": ids}, self.pad_id), whole_rows=True)
@@ -219,12 +227,14 @@ class _Reader:
                 values = data[column]
                 return values.to_pylist() if hasattr(values, "to_pylist") else values.tolist()
             return [self._cell(row, column) for row in islice(data, MAX_SAMPLES_READ)]
+
         iterable = isinstance(data, Iterable) or hasattr(data, "__getitem__")
         if isinstance(data, (bytes, bytearray, str)) or not iterable:
             raise CalibrationError(
                 f"calibration data is {type(data).__name__}; give texts, token ids, a file or a "
                 "dataset name."
             )
+
         items = list(islice(data, MAX_SAMPLES_READ))
         # sets have no order of their own
         return sorted(items, key=repr) if isinstance(data, (set, frozenset)) else items
@@ -248,11 +258,13 @@ class _Reader:
         items = [item for item in items if item is not None]
         if items and all(is_integer(item) for item in items):
             return self._ids([as_row([int(item) for item in items])])
+
         if items and all(is_message(item) for item in items):
             items = [items]  # one chat, not a list of them
         kinds = dict.fromkeys(_kind_of(item) for item in items)
         if len(kinds) > 1:
             raise CalibrationError(f"calibration data mixes {' and '.join(kinds)}; give one kind.")
+
         kind = next(iter(kinds), "texts")
         read: dict[str, Callable[[list[Any], bool], CalibrationRequest]] = {
             "strings": self._texts,
@@ -288,6 +300,7 @@ class _Reader:
         columns = list(dict.fromkeys(str(key) for item in items[:64] for key in item))
         if "input_ids" in columns and self.column not in columns:
             return self._ids([row for item in items for row in unpadded(item, self.pad_id)])
+
         try:
             column = self._column_of(columns)
         except CalibrationError as error:
@@ -295,6 +308,7 @@ class _Reader:
                 f"calibration samples have keys {shown(columns)} but no input_ids and no column "
                 f"{self.column!r}; give text_column."
             ) from error
+
         return self._items([item.get(column) for item in items], own)
 
     def _ids(self, rows: list[Row], whole_rows: bool = False) -> CalibrationRequest:
@@ -311,11 +325,13 @@ def _kind_of(item: Any) -> str:
         return "strings"
     if isinstance(item, Mapping):
         return "dicts"
+
     if isinstance(item, (list, tuple)) and item:
         if all(isinstance(part, str) for part in item):
             return "pairs" if len(item) == 2 else "lists of strings"
         if all(is_message(part) for part in item):
             return "chats"
+
     if isinstance(item, (Tensor, np.ndarray, list, tuple, range)):
         return "token ids"
     raise CalibrationError(f"a calibration sample is {type(item).__name__}, not token ids or text.")
@@ -325,6 +341,7 @@ def _columns(data: Any) -> list[str] | None:
     """Column names of a table (datasets, pandas, pyarrow); None for anything else."""
     if isinstance(data, (Mapping, list, tuple, str)):
         return None
+
     names = getattr(data, "column_names", None)
     if names is None and hasattr(data, "iloc"):
         names = getattr(data, "columns", None)
@@ -332,4 +349,5 @@ def _columns(data: Any) -> list[str] | None:
     if names is None and hasattr(data, "features"):
         first = next(iter(data), None)
         names = list(first) if isinstance(first, Mapping) else None
+
     return None if names is None else [str(name) for name in names]

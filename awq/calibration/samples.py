@@ -73,6 +73,7 @@ def _processed(sample: Mapping[str, Any], processor: Any) -> dict[str, Any]:
             f"calibration samples with {', '.join(n for n in MEDIA if n in sample)} need the "
             "model's processor: quantize(AutoProcessor.from_pretrained(…), calib_data=samples)."
         )
+
     given = {name: value for name, value in sample.items() if value is not None}
     text = given.get("text")
     try:
@@ -94,6 +95,7 @@ def _batch(
         ids = tensors.pop("input_ids")
         mask = tensors.pop("attention_mask", torch.ones_like(ids))
         return CalibrationBatch(ids, mask, tensors)
+
     if labels is not None and "decoder_input_ids" not in tensors:
         tensors["decoder_input_ids"] = _shifted(torch.as_tensor(labels), start_token)
     if "decoder_input_ids" not in tensors:
@@ -101,6 +103,7 @@ def _batch(
             f"calibration sample {place} gives {', '.join(item) or 'nothing'}, but no ids that the "
             "model reads; give text beside it."
         )
+
     ids = tensors.pop("decoder_input_ids")
     mask = tensors.pop("decoder_attention_mask", torch.ones_like(ids))
     return CalibrationBatch(ids, mask, tensors, decoder=True)

@@ -42,6 +42,7 @@ def bundled_texts(short: bool = False) -> list[str]:
     passages = [p.strip() for p in text.split("\n\n") if p.strip()]
     if not short:
         return passages
+
     pieces = (
         piece for p in passages for line in p.split("\n") for piece in _SENTENCE_END.split(line)
     )
@@ -92,6 +93,7 @@ def named_samples(
     path = _existing(name)
     if path is not None:
         return file_samples(path, column, text_per_line), True
+
     name = os.fspath(name)
     if Path(name).suffix.lower() in _SUFFIXES or name.startswith(("/", "~", ".")):
         raise CalibrationError(f"calibration file {_shown(name)} does not exist.")
@@ -115,6 +117,7 @@ def _existing(name: str | os.PathLike) -> Path | None:
     # too long, an unknown user, a zero byte, bytes
     except (OSError, RuntimeError, ValueError, TypeError):
         return None
+
     if folder:
         raise CalibrationError(
             f"{_shown(name)} is a directory; give one file of texts ({', '.join(_SUFFIXES)})."
@@ -139,18 +142,21 @@ def _hub_samples(name: str, split: str, column: str, limit: int) -> list[Any] | 
                 f"calibration dataset {dataset}, split {split!r}, cannot be loaded ({reason}); "
                 "give texts or a local file, or None for the bundled text."
             ) from error
+
         logger.warning(
             "calibration dataset %s cannot be loaded (%s); the bundled text takes its place.",
             dataset,
             reason,
         )
         return None
+
     columns = sorted({key for row in rows[:64] for key in row})
     column = _column_of(columns, column)
     if rows and column not in columns:
         raise CalibrationError(
             f"dataset {dataset} has no column {column!r}, only {columns}; give text_column."
         )
+
     samples = _only_samples(row.get(column) for row in rows)
     if not samples:
         raise CalibrationError(
@@ -201,6 +207,7 @@ def file_samples(path: Path, column: str = "text", text_per_line: bool = False) 
         raise CalibrationError(
             f"{path} cannot be read as calibration texts with column {column!r}: {reason}."
         ) from error
+
     samples = _only_samples(values)
     if not samples:
         raise CalibrationError(f"{path} holds no text.")
@@ -218,6 +225,7 @@ def _text_file_values(path: Path, column: str, text_per_line: bool) -> list[obje
         return [_field(json.loads(line), column) for line in text.split("\n") if line.strip()]
     if suffix == ".json":
         return [_field(row, column) for row in json.loads(text)]
+
     paragraphs = _EMPTY_LINE.split(text)
     if text_per_line and len([p for p in paragraphs if p.strip()]) == 1:
         return list(text.split("\n"))
@@ -241,6 +249,7 @@ def _parquet_column(path: Path, column: str) -> list[object]:
         import pyarrow.parquet
     except ImportError as error:
         raise CalibrationError(f"{path} needs pyarrow: pip install pyarrow.") from error
+
     columns = pyarrow.parquet.read_schema(path).names
     column = _column_of(columns, column)
     if column not in columns:
@@ -255,6 +264,7 @@ def _field(row: object, column: str) -> object:
         return row
     if not isinstance(row, dict):
         raise TypeError(f"a row is {row!r}, neither a text nor an object with columns")
+
     column = _column_of(row, column)
     if column not in row:
         raise _NoSuchColumn(row)

@@ -40,8 +40,10 @@ def tokenize(
         if found and len(found["input_ids"]):
             rows.append(as_row(found["input_ids"], found.get("token_type_ids")))
             total += len(rows[-1]["input_ids"])
+
         if enough is not None and total >= enough:
             break
+
     return rows
 
 
@@ -63,6 +65,7 @@ def prepare_calibration_tokens(
     """
     if isinstance(texts, str):
         raise CalibrationError("texts is one string; give a list of strings.")
+
     rows = tokenize(tokenizer, list(texts), max_length)
     if not rows:
         raise CalibrationError(f"none of the {len(texts)} calibration texts holds a token.")

@@ -59,6 +59,7 @@ def check_report(
             "them with random numbers. "
             "Download or save the checkpoint again, or correct its config.json."
         )
+
     computed = _computed_tables(model)
     surplus = [
         name
@@ -71,6 +72,7 @@ def check_report(
             "ignored. "
             "Correct architectures or the sizes in its config.json."
         )
+
     mismatched = [str(entry[0]) for entry in report.get("mismatched_keys", ())]
     if mismatched:
         raise CheckpointError(
@@ -185,6 +187,7 @@ def place_activation_scales(model: nn.Module, headers: dict[str, dict[str, Any]]
     ]
     modules = dict(model.named_modules())
     base = getattr(model, "base_model_prefix", "")
+
     placed = []
     for name, key in current_keys(model, stored).items():
         spelled = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
@@ -194,11 +197,13 @@ def place_activation_scales(model: nn.Module, headers: dict[str, dict[str, Any]]
         )
         if place is None or any(True for _ in modules[place].parameters()):
             continue
+
         shape = headers[key]["shape"]
         _check_scaled_width(modules, place, shape, key)
         scales = torch.empty(shape, device="meta")
         replace_module(model, place, ScaledActivation(modules[place], scales))
         placed.append(place)
+
     _check_every_block(modules, placed)
     return placed
 
@@ -260,11 +265,13 @@ def check_packed_numbers(model: nn.Module, matched: Sequence[str]) -> None:
         ):
             if tensor.is_floating_point() and not is_finite(tensor):
                 broken.append(f"{name}.{kind}")
+
     if broken:
         raise CheckpointError(
             f"the checkpoint holds numbers that are not finite in {_first(broken)}; download it "
             "again."
         )
+
     uneven = [name for name in matched if _has_uneven_zeros(model.get_submodule(name))]
     if uneven:
         raise CheckpointError(

@@ -108,6 +108,7 @@ def write_card(
     ]
     if report is not None:
         parts += [*_recovery(report.evaluation), *_making(report)]
+
     card.write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -117,10 +118,12 @@ def rewrite_card(directory: Path, config: AwqConfig, old: str, new: str) -> None
     path = directory / "README.md"
     if not path.is_file():
         return
+
     card = path.read_bytes()  # what a stranger wrote need not be UTF-8
     sentence, title = _about(config, old).encode(), _TITLE.search(card)
     if sentence not in card or title is None:
         return
+
     name = title.group(1).decode("utf-8", "replace")
     card = card.replace(sentence, _about(config, new).encode())
     usage = _usage(directory, config, new, name).encode()
@@ -137,6 +140,7 @@ def with_name(card: bytes, name: str) -> bytes:
     title = _TITLE.search(card)
     if title is None:
         return card
+
     old, new = title.group(1), name.encode()
     for form in (b"# %s\n", b'("%s"', b"vllm serve %s\n"):
         card = card.replace(form % old, form % new)
@@ -151,10 +155,12 @@ def hub_id(source: str | Path | None) -> str | None:
     """
     if not source:
         return None
+
     path = Path(str(source))
     for part in path.parts:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
+
     return None if path.is_absolute() or path.exists() else str(source)
 
 
@@ -165,6 +171,7 @@ def _metadata(card: Path, directory: Path, source: str | Path | None) -> str:
         found = (metadata_load(card) if card.is_file() else None) or {}
     except Exception:  # a broken card of the original must not stop the saving of the new model
         found = {}
+
     sentences = (directory / "modules.json").exists()
     library = "sentence-transformers" if sentences else "transformers"
     fields: dict[str, Any] = {"library_name": library}
@@ -172,10 +179,12 @@ def _metadata(card: Path, directory: Path, source: str | Path | None) -> str:
         fields["pipeline_tag"] = "sentence-similarity"
     elif _auto_name(directory) == "AutoModelForCausalLM":
         fields["pipeline_tag"] = "text-generation"
+
     fields |= {key: found[key] for key in _INHERITED if found.get(key)}
     origin = hub_id(source)
     if origin is not None:
         fields |= {"base_model": origin, "base_model_relation": "quantized"}
+
     data = ModelCardData(**fields, tags=["awq", "4-bit", "quantized"])
     return data.to_yaml() + "\n"
 
@@ -199,11 +208,13 @@ def _usage(directory: Path, config: AwqConfig, layout: str, name: str) -> str:
     auto = _auto_name(directory)
     packed = layout not in _ABOUT
     snippets = [_TRANSFORMERS]
+
     if (directory / "modules.json").exists():
         snippets = [_SENTENCES, _ENCODER, _TRANSFORMERS] if packed else [_SENTENCES, _TRANSFORMERS]
     elif auto == "AutoModelForCausalLM":
         snippets += [_GENERATE] if packed else []
         snippets += [_VLLM] if _vllm_reads(config, layout) else []
+
     register = _REGISTER if packed else _NEEDS if layout == COMPRESSED_TENSORS else ""
     texts = [
         snippet.strip("\n").format(register=register, auto=auto, name=name) + "\n"
@@ -223,6 +234,7 @@ def _recovery(evaluation: Any) -> list[str]:
     """A table of what was measured before and after; nothing where nothing was measured."""
     if evaluation is None:
         return []
+
     found = evaluation.to_dict()
     rows = ["## Recovery\n", "| figure | original | quantized |", "|---|---|---|"]
     if "perplexity_before" in found:
@@ -233,13 +245,17 @@ def _recovery(evaluation: Any) -> list[str]:
         )
         rows.append(f"| KL divergence, nats a token | 0 | {found['mean_kl']:.4f} |")
         rows.append(f"| same most likely token | 100 % | {100 * found['top1_agreement']:.2f} % |")
+
         return [*rows, ""]
+
     rows.append(f"| cosine to the original's embeddings, mean | 1 | {found['mean_cosine']:.4f} |")
     rows.append(f"| … least of {found['texts']} texts | 1 | {found['min_cosine']:.4f} |")
     rows.append(f"| neighbours that stay, of 10 | 10 | {10 * found['neighbour_overlap']:.2f} |")
+
     for key, label in (("spearman", "Spearman ×100, sentence pairs"), ("ndcg", "nDCG@10")):
         if found.get(f"{key}_before") is not None:
             rows.append(f"| {label} | {found[f'{key}_before']:.4g} | {found[f'{key}_after']:.4g} |")
+
     return [*rows, ""]
 
 
@@ -254,6 +270,7 @@ def _making(report: Any) -> list[str]:
         parts.append(f"Settings: {settings}.\n")
     if versions:
         parts.append(f"Versions: {versions}.\n")
+
     return [*parts, "Per linear: `quantization_report.json`.\n"]
 
 

@@ -55,6 +55,7 @@ def source_directory(source: str | Path | None) -> Path | None:
                 str(source), ignore_patterns=[f"*{ending}" for ending in WEIGHT_ENDINGS] + folders
             )
         )
+
         # A pattern of the hub's client matches in folders too: those of dense heads, whose weights
         # belong here, come after.
         parts = sorted(module_folders(root) - FOLDERS_LEFT_OUT)
@@ -106,6 +107,7 @@ def copy_files(source: Path, target: Path, wanted: Callable[[Path], bool]) -> No
             if error.errno in _NO_SPACE:
                 raise
             skipped.append(str(inner))
+
     if skipped:
         logger.warning(
             "%s: left out, for they cannot be read or lie elsewhere: %s",
@@ -131,8 +133,10 @@ def companion_files(source: Path, skipped: list[str]) -> Iterator[Path]:
             if not real.is_relative_to(root):
                 skipped.append(str((here / name).relative_to(source)))
                 continue
+
             seen.add(real)
             kept.append(name)
+
         folders[:] = kept
         for name in sorted(files):
             path = here / name

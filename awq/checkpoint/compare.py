@@ -46,6 +46,7 @@ def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
     none."""
     one, two = PackedCheckpoint.open(first), PackedCheckpoint.open(second)
     shared = [name for name in one.linears if name in two.linears]
+
     differing = {}
     equal = 0
     for name in shared:
@@ -53,6 +54,7 @@ def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
         equal += same
         if not same:
             differing[name] = share
+
     return Comparison(
         settings=_settings(one, two),
         weight_bytes=(_size(one.source), _size(two.source)),

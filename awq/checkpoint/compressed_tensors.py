@@ -105,11 +105,13 @@ def read_settings(settings: Mapping[str, Any], headers: Mapping[str, Any]) -> Aw
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise ConfigError("quantization_config has no config_groups; nothing says how to read it.")
+
     sizes = {_group_size(name, group) for name, group in groups.items()}
     if len(sizes) > 1:
         raise ConfigError(
             f"config_groups have the group sizes {sorted(sizes)}; AWQ's files have one."
         )
+
     named = [name for name in settings.get("ignore") or [] if not name.startswith("re:")]
     dense = sorted({*named, *dense_matrices(headers)})
     return AwqConfig(group_size=sizes.pop(), modules_to_not_convert=tuple(dense))
@@ -137,9 +139,11 @@ def _group_size(name: str, group: Any) -> int:
             f"config_groups: {name} has {weights.get('num_bits')} bits of type "
             f"{weights.get('type')!r}; AWQ's files hold integers of 4 bits."
         )
+
     strategy = weights.get("strategy")
     if strategy == "channel":
         return -1
+
     size = weights.get("group_size")
     if strategy not in (None, "group") or not isinstance(size, int):
         raise ConfigError(
@@ -175,11 +179,13 @@ def read(name: str, entries: Linear, config: AwqConfig) -> QuantizedWeight:
             f"{name} has groups of inputs in an order of their own (weight_g_idx), which AWQ's "
             "files cannot hold."
         )
+
     for kind, entry in entries.items():
         if entry["dtype"] not in _DTYPES[kind]:
             raise CheckpointError(
                 f"{name}: {kind} has dtype {entry['dtype']}; the checkpoint is broken."
             )
+
     parts = {kind: _tensor(f"{name}.{kind}", entry) for kind, entry in entries.items()}
     out_features, in_features = _shape(name, parts["weight_shape"])
     groups = in_features // config.group_size_of(in_features, name)
@@ -188,17 +194,20 @@ def read(name: str, entries: Linear, config: AwqConfig) -> QuantizedWeight:
         "weight_scale": (out_features, groups),
         "weight_zero_point": (-(-out_features // 8), groups),
     }
+
     for kind, shape in expected.items():
         if kind in parts and tuple(parts[kind].shape) != shape:
             raise CheckpointError(
                 f"{name}: {kind} has shape {list(parts[kind].shape)}, not {list(shape)}; the "
                 "checkpoint is broken."
             )
+
     codes = unpack_words(parts[FIRST])[:, :in_features].contiguous()
     zeros = torch.full((out_features, groups), _MIDDLE, dtype=torch.uint8)
     if "weight_zero_point" in parts:
         words = parts["weight_zero_point"].t().contiguous()
         zeros = unpack_words(words)[:, :out_features].t().contiguous()
+
     return QuantizedWeight(codes, _storable(name, parts["weight_scale"]), zeros)
 
 

@@ -59,6 +59,7 @@ def names_of_model(target: Path) -> set[str]:
     shards, its modules' folders."""
     if not target.is_dir():
         return set()
+
     names = {path.name for path in target.iterdir() if is_model_file(path.name)}
     if (target / "config.json").exists():
         names |= module_folders(target)
@@ -66,6 +67,7 @@ def names_of_model(target: Path) -> set[str]:
             names |= set(shards_of(target / INDEX_FILE))
         except CheckpointError:
             logger.debug("%s has no index of shards that can be read", target)
+
     return names
 
 
@@ -73,6 +75,7 @@ def keep_users_files(old: Path, new: Path) -> None:
     """Gives the new directory, by links or copies, what the old one has beside its model."""
     if not old.is_dir():
         return
+
     gone = names_of_model(old)
     for path in sorted(old.iterdir()):
         if path.name not in gone and not is_temporary(path.name):

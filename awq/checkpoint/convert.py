@@ -56,11 +56,13 @@ def convert_checkpoint(source: str | Path, target: str | Path, version: str) -> 
     root = Path(source)
     inner = opened.body.relative_to(root)
     weights = {file.name for file in weight_files(opened.body)} | {INDEX_FILE}
+
     with complete_directory(target, root) as work:
         copy_files(root, work, lambda file: file.parent != inner or file.name not in weights)
         _write_weights(opened, layout, work / inner)
         _write_settings(work / inner / "config.json", layout.settings)
         rewrite_card(work, opened.config, opened.layout, name)
+
     return len(opened.linears)
 
 
@@ -85,6 +87,7 @@ def _layout(name: str, opened: PackedCheckpoint) -> _Layout:
     if name == COMPRESSED_TENSORS:
         settings = compressed_tensors.write_settings(opened.config, opened.dense())
         return _Layout(lambda linear, w: compressed_tensors.pack(linear, w, dtype), settings)
+
     packed_format = get_format(name)
 
     def tensors(linear: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -106,6 +109,7 @@ def _model_dtype(opened: PackedCheckpoint) -> torch.dtype:
     found = found or getattr(config, "torch_dtype", None)
     if isinstance(found, str):
         found = getattr(torch, found, None)
+
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
@@ -123,6 +127,7 @@ def _write_weights(opened: PackedCheckpoint, layout: _Layout, folder: Path) -> N
                     writer.add({name: file.get_tensor(name)})
                 elif name.endswith(f".{opened.first}"):
                     writer.add(layout.tensors(linear, opened.read(linear)))
+
     writer.close()
 
 

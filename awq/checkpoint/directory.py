@@ -58,6 +58,7 @@ def check_target(target: str | Path, source: str | Path | None = None) -> Path:
     path = _absolute(target)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"cannot save to {path}: it is a file; give a directory.")
+
     if source is not None and Path(source).is_dir():
         _check_apart(path, Path(os.path.realpath(source)))
     _check_content(path)
@@ -66,16 +67,19 @@ def check_target(target: str | Path, source: str | Path | None = None) -> Path:
     _remove_work(work)
     os.close(lock)
     _remove_empty(made)
+
     return path
 
 
 def _absolute(target: str | Path) -> Path:
     if not isinstance(target, (str, os.PathLike)) or not str(target):
         raise ConfigError(f"the directory to save to is {target!r}; give a path.")
+
     try:
         path = Path(target).expanduser().resolve()
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{str(target)!r} cannot be the name of a directory: {error}.") from error
+
     if len(path.name.encode()) > MAX_NAME_BYTES:
         raise ConfigError(
             f"the name {path.name[:40]}… is longer than the {MAX_NAME_BYTES} bytes that file "
@@ -104,6 +108,7 @@ def _check_content(target: Path) -> None:
     told."""
     if not target.is_dir() or (target / "config.json").exists() or _died_inside(target):
         return
+
     strange = sorted(
         path.name for path in target.iterdir() if path.is_file() and is_model_file(path.name)
     )
@@ -132,6 +137,7 @@ def complete_directory(target: str | Path, source: str | Path | None = None) -> 
     recover(path)
     made = _missing_parents(path)
     work, lock = _make_work(path)
+
     saved = False
     try:
         yield work
@@ -143,6 +149,7 @@ def complete_directory(target: str | Path, source: str | Path | None = None) -> 
             keep_users_files(path, work)
             flush_all(work)
             _exchange_directories(work, path)
+
         for parent in {path, path.parent, *(folder.parent for folder in made)}:
             flush_one(parent)
         saved = True
@@ -215,6 +222,7 @@ def _take(folder: Path) -> int | None:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -228,10 +236,12 @@ def keeps_its_place(target: Path) -> bool:
     is closed to us."""
     if not target.is_dir():
         return False
+
     try:
         here = Path.cwd()
     except OSError:
         here = Path("/")
+
     closed = not os.access(target.parent, os.W_OK | os.X_OK)
     return os.path.ismount(target) or here.is_relative_to(target) or closed
 
@@ -259,8 +269,10 @@ def _lock_new(work: Path) -> int | None:
         descriptor = os.open(work, os.O_RDONLY)
     except FileNotFoundError:
         return None
+
     if try_lock(descriptor, work) and work.exists():
         return descriptor
+
     os.close(descriptor)
     return None
 
@@ -302,6 +314,7 @@ def _exchange_directories(work: Path, target: Path) -> None:
         except BaseException:
             old.rename(target)
             raise
+
         flush_one(target.parent)
         _remove_work(old)
     flush_one(target.parent)
@@ -321,6 +334,7 @@ def _swap_in_one_step(first: Path, second: Path) -> bool:
         == 0
     ):
         return True
+
     code = ctypes.get_errno()
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
@@ -333,6 +347,7 @@ def _exchange_files(work: Path, target: Path) -> None:
     new = sorted((path.name for path in work.iterdir()), key=lambda name: name == "config.json")
     backup = work / ".before"
     backup.mkdir()
+
     done: list[tuple[Path, Path]] = []
     try:
         replaced = names_of_model(target).union(new)
@@ -340,9 +355,11 @@ def _exchange_files(work: Path, target: Path) -> None:
             if (target / name).exists():
                 done.append((target / name, backup / name))
                 (target / name).rename(backup / name)
+
         for name in new:
             done.append((work / name, target / name))
             (work / name).rename(target / name)
+
         flush_one(target)
     except BaseException:
         for before, after in reversed(done):

@@ -46,6 +46,7 @@ def expert_names(model: Any) -> dict[str, ExpertNames]:
         if kind not in known:
             known[kind] = _names_of(model, name, shape) or ExpertNames()
         names[name] = known[kind]
+
     return names
 
 
@@ -59,6 +60,7 @@ def router_spellings(model: Any) -> set[str]:
     for name, module in model.named_modules():
         if not isinstance(module, AwqExperts):
             continue
+
         parent = name.rpartition(".")[0]
         for inner in reader_names(model.get_submodule(parent)):
             full = f"{parent}.{inner}"
@@ -73,6 +75,7 @@ def _on_disk(model: Any, names: Iterable[str]) -> list[str]:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:
         return []
+
     weights = {f"{name}.weight": model.get_submodule(name).weight for name in names}
     return [
         key.removesuffix(".weight")
@@ -94,6 +97,7 @@ def names_in_files(model: Any, stored: Iterable[str]) -> dict[str, ExpertNames]:
             if f"{name}.0.{candidate.down}" in today:
                 found[name] = candidate
                 break
+
     return found
 
 
@@ -103,18 +107,21 @@ def _names_of(model: Any, name: str, shape: ExpertShape) -> ExpertNames | None:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # transformers 4 has no 3-D experts of this contract
         return None
+
     try:
         with torch.device("cpu"):  # models are built on the meta device, and labels need values
             saved = revert_weight_conversion(model, _miniature(name, shape))
     except Exception as error:  # converters may ask for more than a miniature has
         logger.debug("%s: its converters cannot be read backwards: %s", name, error)
         return None
+
     parts: dict[tuple[int, int], str] = {}
     for key, tensor in saved.items():
         labels = tensor.unique().tolist()
         if len(labels) != 1 or not key.endswith(".weight"):
             return None
         parts[divmod(int(labels[0]), 3)] = key.removesuffix(".weight")
+
     wanted = [_GATE, _UP, _DOWN] if shape.has_gate else [_UP, _DOWN]
     return _common_names(model, name, shape, parts, wanted)
 
@@ -128,6 +135,7 @@ def _miniature(name: str, shape: ExpertShape) -> dict[str, Tensor]:
         tensors["gate_up_proj"] = shape.join(labels + _GATE, labels + _UP, 1)
     else:
         tensors["up_proj"] = labels + _UP
+
     if shape.transposed:
         tensors = {key: tensor.transpose(1, 2).contiguous() for key, tensor in tensors.items()}
     return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
@@ -145,8 +153,10 @@ def _common_names(
             stored = parts.get((number, part))
             if stored is None or not today[stored].startswith(prefix):
                 return None
+
             ending = today[stored].removeprefix(prefix)
             if common.setdefault(part, ending) != ending:
                 return None
+
     gate = common.get(_GATE, ExpertNames().gate)
     return ExpertNames(gate, common[_UP], common[_DOWN])

@@ -60,6 +60,7 @@ def shards_of(index: Path) -> list[str]:
         raise CheckpointError(
             f"{index} has no weight_map of tensor names to file names; save the checkpoint again."
         )
+
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
@@ -79,10 +80,12 @@ def files_of(config: Any, given: Iterable[str] | None = None) -> list[Path]:
     """
     if given:
         return [Path(f) for f in given if str(f).endswith(".safetensors")]
+
     name = getattr(config, "_name_or_path", "") or ""
     files = weight_files(name)
     if not files and name and not Path(name).exists():
         files = weight_files(cached_directory(name, getattr(config, "_commit_hash", None)) or "")
+
     return files
 
 
@@ -95,6 +98,7 @@ def cached_directory(repository: str, revision: str | None = None) -> Path | Non
         config = try_to_load_from_cache(repository, "config.json", revision=revision)
     except HFValidationError:
         return None
+
     return Path(config).parent if isinstance(config, str) else None
 
 
@@ -115,12 +119,14 @@ def spans_of(path: Path, names: Collection[str]) -> list[tuple[int, int]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
+
     first = 8 + length  # byte of the tensors
     spans = []
     for name in names:
         if name in header:
             start, stop = header[name]["data_offsets"]
             spans.append((first + start, first + stop))
+
     return spans
 
 
@@ -183,6 +189,7 @@ def packed_among(headers: dict[str, dict[str, Any]]) -> PackedTensors:
         module, _, kind = name.rpartition(".")
         if kind in PACKED_TENSORS:
             modules.setdefault(module, {})[kind] = entry
+
     return {
         module: tensors
         for module, tensors in modules.items()
@@ -199,6 +206,7 @@ def check_complete(name: str, tensors: Mapping[str, Mapping[str, Any]]) -> None:
             f"{name}: the checkpoint lacks {', '.join(missing)}; the file is incomplete, save it "
             "again."
         )
+
     zeros, scales = tensors["qzeros"]["dtype"], tensors["scales"]["dtype"]
     if zeros in FLOATS and zeros != scales:
         raise CheckpointError(
@@ -257,6 +265,7 @@ def _regular(path: Path) -> os.stat_result:
         status = path.stat()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is not a regular file; it is not read.")
     return status
@@ -272,6 +281,7 @@ def check_directory(path: str | Path) -> None:
     root = Path(path)
     if not (root / "config.json").exists():
         raise CheckpointError(f"{root} has no config.json; it is not a model directory.")
+
     config = read_json(root / "config.json")
     files = weight_files(root)
     if (root / INDEX_FILE).exists():
@@ -280,6 +290,7 @@ def check_directory(path: str | Path) -> None:
         raise CheckpointError(
             f"{root} has no .safetensors weights; convert the model to safetensors first."
         )
+
     packed = packed_tensors(files)
     check_packed(packed)
     if packed and not config.get("quantization_config"):
@@ -298,12 +309,14 @@ def _check_index(root: Path, files: set[str]) -> None:
     missing = sorted(named - present - files)
     if missing:
         raise CheckpointError(f"{root} lacks {', '.join(missing)}, named in {index.name}.")
+
     stray = sorted(present - named)
     if stray:
         raise CheckpointError(
             f"{root} holds {', '.join(stray)}, which {index.name} does not name; remove what is "
             "stale."
         )
+
     weight_map = read_json(index)["weight_map"]
     for file in sorted(named):
         header = read_header(root / file)

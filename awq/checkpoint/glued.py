@@ -69,23 +69,28 @@ def _rows_of(model: Any, sizes: Mapping[str, int]) -> tuple[dict[str, StoredRows
     except Exception as error:  # converters may ask for more than there is
         logger.debug("converters cannot be read backwards: %s", error)
         return {}, set(sizes)
+
     found: dict[str, StoredRows] = {}
     stuck: set[str] = set()
     for key, tensor in saved.items():
         moved = tensor.dim() == 2 and tensor.shape[1] == _COLUMNS
         if not moved or not torch.equal(tensor[:, 0], tensor[:, 1]):
             return {}, set(sizes)
+
         numbers = tensor[:, 0].long()
         owner = torch.searchsorted(starts, numbers, right=True) - 1
         used = owner.unique()
         if len(used) == 1 and len(numbers) == sizes[names[int(used)]]:
             continue
+
         linears = tuple(names[i] for i in used.tolist())
         if not key.endswith(".weight"):
             stuck.update(linears)
             continue
+
         place = torch.searchsorted(used, owner)
         found[key.removesuffix(".weight")] = StoredRows(linears, place, numbers - starts[owner])
+
     return found, stuck
 
 
@@ -108,6 +113,7 @@ def in_source_cut(model: Any, tensors: Mapping[str, Tensor] | None = None) -> di
     rest = {name: tensor for name, tensor in tensors.items() if name not in ignored}
     modules = _linears_of(model, rest)
     rows, stuck = stored_rows(model, {name: _outputs_of(m) for name, m in modules.items()})
+
     cut: dict[str, Tensor] = {}
     done: set[str] = set()
     for stored, found in rows.items():
@@ -122,6 +128,7 @@ def in_source_cut(model: Any, tensors: Mapping[str, Tensor] | None = None) -> di
             stored_tensors = get_format(packed[0].format).pack(whole)
             cut |= {f"{stored}.{kind}": stored_tensors[kind] for kind in PACKED_TENSORS}
             done.update(found.linears)
+
     if stuck:
         logger.warning(
             "%s: %s … cannot be cut as in the source; they keep the names of the installed "
@@ -129,12 +136,15 @@ def in_source_cut(model: Any, tensors: Mapping[str, Tensor] | None = None) -> di
             type(model).__name__,
             min(stuck),
         )
+
     for name in done:  # one linear may be several tensors in the source
         for kind in PACKED_TENSORS:
             del rest[f"{name}.{kind}"]
+
     packed_names = {key.removesuffix(".qweight") for key in rest if key.endswith(".qweight")}
     stuck |= unreturning(model, packed_names - set(merged_on_disk(model, modules)))
     kept = {name: rest.pop(name) for name in list(rest) if name.rpartition(".")[0] in stuck}
+
     return as_saved(model, rest) | kept | cut
 
 
@@ -200,10 +210,12 @@ class GluedLinears:
         sizes = {name: linear_shape(linear)[1] for name, linear in linears.items()}
         self.config, self.packed = config, packed
         self.rows: dict[str, StoredRows] = {}
+
         for stored, found in stored_rows(model, sizes)[0].items():
             name = _in_files(stored, packed)
             if name is not None:
                 self.rows[name] = found
+
         for name, found in self.rows.items():
             self._check(name, found, linears)
         owners = (found.linears for found in self.rows.values())
@@ -231,6 +243,7 @@ class GluedLinears:
                 index = is_own.nonzero().squeeze(1)
                 rows[name].append(found.row[index])
                 weights[name].append(_taken(weight, index))
+
         for name in self.names:
             order = torch.cat(rows[name]).argsort()
             whole = _joined(weights[name])
@@ -245,11 +258,13 @@ class GluedLinears:
     def _read(self, model: Any, stored: str, found: StoredRows) -> QuantizedWeight:
         inputs = model.get_submodule(found.linears[0]).in_features
         group_size = self.config.group_size_of(inputs, stored)
+
         tensors = {}
         for kind in PACKED_TENSORS:
             path = self.packed[stored][kind]["file"]
             with safe_open(path, "pt") as file:
                 tensors[kind] = file.get_tensor(f"{stored}.{kind}")
+
         tensors["scales"] = tensors["scales"].half()
         codec = get_format(self.config.format)
         return codec.unpack(tensors, inputs, len(found.row), group_size)

@@ -35,6 +35,7 @@ def check_push(repository: str, token: str | None = None) -> None:
             f"the token {access.get('displayName', '')!r} may only read; pushing to {repository} "
             "needs one with write access (`hf auth login`, or HF_TOKEN)."
         )
+
     owners = [user.get("name"), *(one.get("name") for one in user.get("orgs", []))]
     if role == "write" and owner not in owners:  # a fine-grained token does not list its owners
         raise ConfigError(
@@ -63,6 +64,7 @@ def push_directory(
     root = Path(directory)
     if not root.is_dir() or not any(root.glob("**/config.json")):
         raise CheckpointError(f"{root} holds no saved model to push (no config.json).")
+
     _check_name(repository)
     chosen = _token(token)
     try:
@@ -83,10 +85,12 @@ def _send(root: Path, repository: str, private: bool, token: str, message: str) 
         is_card = inner == "README.md"
         content = with_name(path.read_bytes(), repository) if is_card else path
         files.append(CommitOperationAdd(inner, content))
+
     if left_out:
         logger.warning("not pushed, since they lie outside of %s: %s", root, ", ".join(left_out))
     api = HfApi(token=token)
     api.create_repo(repository, private=private, exist_ok=True)
+
     return str(api.create_commit(repository, files, commit_message=message).commit_url)
 
 
@@ -99,6 +103,7 @@ def _check_name(repository: str) -> str:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise ConfigError(f"cannot push to {repository!r}: {first_line(error)}") from error
+
     owner, slash, _ = repository.partition("/")
     if not slash:
         raise ConfigError(
@@ -113,6 +118,7 @@ def _token(given: str | None) -> str:
 
     if constants.HF_HUB_OFFLINE:
         raise ConfigError("pushing needs the hub, and HF_HUB_OFFLINE is set; unset it.")
+
     token = given or get_token()
     if token is None:
         raise ConfigError(

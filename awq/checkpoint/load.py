@@ -45,6 +45,7 @@ def model_class(source: Source) -> Any:
     architecture = named[0] if isinstance(named[0], str) else ""
     if source.is_embedder and not architecture.endswith("EncoderModel"):
         return AutoModel
+
     remote = source.trust_remote_code and bool(getattr(config, "auto_map", None))
     kind = getattr(transformers, architecture, None) if architecture and not remote else None
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
@@ -78,9 +79,11 @@ def _auto_class_of(config: Any, kind: Any) -> Any:
     expected = getattr(kind, "config_class", None)
     if isinstance(expected, type) and isinstance(config, expected):
         return None
+
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in auto._model_mapping and auto._model_mapping[type(config)] is kind:
             return auto
+
     return None
 
 
@@ -129,6 +132,7 @@ def load_model(
             f"model {source.name} of type {source.config.model_type} has no causal language model "
             "in transformers."
         )
+
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     arguments = {
         **kwargs,
@@ -140,10 +144,12 @@ def load_model(
         model, report = _from_pretrained(chosen, source, arguments)
     if source.is_quantized and not source.packed:
         _forget_storage(model)
+
     check_report(model, report, source.name, body_only=chosen is AutoModel or kind is not None)
     check_float_parameters(model, source.name)
     if getattr(source.config, "quantization_config", None) is None or source.packed:
         check_stored_floats(model, source.headers, source.name)
+
     check_finite(model, source.name)
     _check_special_ids(model, source.name)
     return model.eval()

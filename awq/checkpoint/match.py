@@ -44,16 +44,19 @@ def match_names(model: Any, packed: PackedTensors) -> dict[str, str]:
             if spelling in today:
                 matched[name] = today[spelling]
                 break
+
     left = set(packed) - set(matched.values())
     if left:
         matched |= _by_ending([n for n in linears if n not in matched], sorted(left))
         left -= set(matched.values())
+
     if not matched:
         raise CheckpointError(
             f"none of the checkpoint's {len(packed)} quantized weights (first: "
             f"{min(packed, default='none')}) "
             f"belongs to {type(model).__name__}."
         )
+
     if left:
         _check_left_over(model, sorted(left), matched)
     return matched
@@ -114,6 +117,7 @@ def key_pairs(model: Any, stored: Iterable[str]) -> list[tuple[str, str]]:
     joinings = [step for step in steps if hasattr(step, "operations")]
     stored = list(stored)
     packed = {name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")}
+
     names = []
     for name in stored:
         key = name
@@ -122,7 +126,9 @@ def key_pairs(model: Any, stored: Iterable[str]) -> list[tuple[str, str]]:
         if name.rpartition(".")[0] not in packed:  # tensors of packed linears stay as they are
             for step in joinings:
                 key, _ = step.rename_source_key(key)
+
         names.append((key, name))
+
     return names
 
 
@@ -145,6 +151,7 @@ def all_current_keys(model: Any, stored: Iterable[str]) -> set[str]:
     steps = conversions_of(model)
     renamings = [step for step in steps if not hasattr(step, "operations")]
     joinings = [step for step in steps if hasattr(step, "operations")]
+
     stored = list(stored)
     found = set(current_keys(model, stored))
     for name in stored:
@@ -155,6 +162,7 @@ def all_current_keys(model: Any, stored: Iterable[str]) -> set[str]:
             key, source = step.rename_source_key(name)
             if source is not None:
                 found |= {key.replace(first, other) for other in others}
+
     return found
 
 
@@ -184,14 +192,17 @@ def _saved_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
         steps = [step.reverse_transform() for step in reversed(conversions_for_saving(model))]
     except ImportError:  # transformers 4 saves under the model's own names
         return {key: key for key in keys}
+
     joinings = [step for step in steps if hasattr(step, "operations")]
     renamings = [step for step in steps if not hasattr(step, "operations")]
+
     found = {}
     for key in keys:
         name = next((new for s in joinings for new, by in [s.rename_source_key(key)] if by), key)
         for step in renamings:
             name, _ = step.rename_source_key(name)
         found[key] = name
+
     return found
 
 
@@ -219,6 +230,7 @@ def conversions_for_saving(model: Any) -> list[Any]:
     current: dict[str, Any] = {"add_legacy": False} if "add_legacy" in known else {}
     used = {repr(step) for step in getattr(model, "_weight_conversions", None) or ()}
     steps = get_model_conversion_mapping(model, **current)
+
     return [step for step in steps if not isinstance(step, prefixes) or repr(step) in used]
 
 
@@ -265,6 +277,7 @@ def _by_ending(names: list[str], packed: list[str]) -> dict[str, str]:
     for name in names:
         for ending in _endings(name):
             owners[ending].append(name)
+
     found: dict[str, str] = {}
     for stored in packed:
         known = (ending for ending in _endings(stored) if ending in owners)
@@ -272,6 +285,7 @@ def _by_ending(names: list[str], packed: list[str]) -> dict[str, str]:
         if longest is None or len(owners[longest]) != 1:
             continue
         found.setdefault(owners[longest][0], stored)
+
     return found
 
 
@@ -294,6 +308,7 @@ def check_shapes(name: str, module: nn.Module, tensors: dict[str, dict], config:
         found, in_features, out_features, config.group_size_of(in_features, name), config.format
     ):
         return
+
     sizes = [size for size in (16, 32, 64, 128, 256, in_features) if in_features % size == 0]
     really = [
         (f, size)

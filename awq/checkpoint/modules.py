@@ -23,12 +23,14 @@ def read_modules(root: Path) -> tuple[tuple[str, Path], ...]:
     path = root / "modules.json"
     if not path.exists():
         return ()
+
     listed = read_any_json(path)
     if not isinstance(listed, list) or not listed:
         raise CheckpointError(
             f"{path} is not a list of sentence-transformers modules; copy it from the original "
             "model."
         )
+
     modules = []
     for entry in listed:
         kind, part = (
@@ -38,12 +40,14 @@ def read_modules(root: Path) -> tuple[tuple[str, Path], ...]:
             raise CheckpointError(
                 f"{path}: {entry!r} is not a module with a type and a path; copy the original file."
             )
+
         folder = root / part
         if Path(part).is_absolute() or not _real(folder).is_relative_to(_real(root)):
             raise CheckpointError(
                 f"{path}: path {part!r} leads outside the directory; the checkpoint is refused."
             )
         modules.append((kind.rpartition(".")[2], folder))
+
     folders = [_real(folder) for _, folder in modules]
     if len(set(folders)) < len(folders):
         raise CheckpointError(f"{path} gives two modules the same path; copy the original file.")

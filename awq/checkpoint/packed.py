@@ -61,6 +61,7 @@ class PackedCheckpoint:
                 return read_packed(name, linears[name], config)
 
             layout, first = config.format, "qweight"
+
         if not linears:
             raise CheckpointError(f"{directory} holds no packed weights (no tensor named {first}).")
         return cls(opened, body, layout, config, linears, first, read)
@@ -84,10 +85,12 @@ def read_packed(
     for kind in PACKED_TENSORS:
         with safe_open(entries[kind]["file"], "pt") as file:
             parts[kind] = file.get_tensor(f"{name}.{kind}")
+
     if parts["qweight"].dim() != 2:
         raise CheckpointError(
             f"{name}: qweight has shape {list(parts['qweight'].shape)}, not two axes."
         )
+
     packed_format = get_format(config.format)
     in_features, out_features = packed_format.features_of(parts["qweight"])
     size = config.group_size_of(in_features, name)

@@ -60,6 +60,7 @@ def save_checkpoint(
         else None
     )
     inner = body_directory(origin).relative_to(origin) if origin is not None else Path()
+
     with complete_directory(directory, origin) as work:
         body = work / inner
         body.mkdir(parents=True, exist_ok=True)
@@ -76,6 +77,7 @@ def save_checkpoint(
                     body, max_shard_size=shard_size, state_dict=rest, **parts.names
                 )
                 join_shards(body, parts.files, model.num_parameters())
+
         if origin is not None:
             copy_companions(origin, work)
         if tokenizer is not None and not (body / "tokenizer_config.json").exists():
@@ -135,6 +137,7 @@ def without_second_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[s
         if isinstance(module, (WQLinear, AwqExperts)):
             again += [f"{name}."] if module in seen else []
             seen.add(module)
+
     return {name: t for name, t in tensors.items() if not name.startswith(tuple(again))}
 
 
@@ -153,6 +156,7 @@ def tensors_on_disk(
         tensors = revert_weight_conversion(model, tensors)
     else:
         tensors = in_source_cut(model, tensors)
+
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 

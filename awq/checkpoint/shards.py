@@ -56,16 +56,19 @@ def join_shards(body: Path, parts: Sequence[Path], parameters: int) -> None:
     written = weight_files(body)
     (body / INDEX_FILE).unlink(missing_ok=True)
     total = len(written) + len(parts)
+
     weight_map: dict[str, str] = {}
     size = 0
     for number, path in enumerate([*written, *parts], 1):
         name = _shard_name(number, total)
         weight_map |= dict.fromkeys(read_header(path), name)
         size += _bytes_of_tensors(path)
+
         if path.parent == body:
             path.rename(body / name)
         else:
             _link(path, body / name)
+
     _write_index(body, weight_map, {"total_parameters": parameters, "total_size": size})
 
 
@@ -124,16 +127,19 @@ class ShardWriter:
         if len(self._shards) == 1:
             self._shards[0][0].rename(self.folder / SINGLE_FILE)
             return
+
         weight_map: dict[str, str] = {}
         for number, (path, tensors) in enumerate(self._shards, 1):
             name = _shard_name(number, len(self._shards))
             path.rename(self.folder / name)
             weight_map |= dict.fromkeys(tensors, name)
+
         _write_index(self.folder, weight_map, {"total_size": self._total_bytes})
 
     def _flush(self) -> None:
         if not self._pending:
             return
+
         path = self.folder / f"part-{len(self._shards)}.safetensors"
         save_file(self._pending, path, metadata={"format": "pt"})
         self._shards.append((path, list(self._pending)))

@@ -68,6 +68,7 @@ class Source:
             check_directory(body_directory(directory))
         else:
             check_reachable(name, download)
+
         config = _read_config(name, directory, trust_remote_code, download)
         if directory is None:
             directory = cached_directory(str(name), getattr(config, "_commit_hash", None))
@@ -174,6 +175,7 @@ def _read_config(
     if directory is not None and not download.get("subfolder"):
         place = body_directory(directory)
         others.pop("subfolder", None)
+
     try:
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **others)
     except AwqError:

@@ -34,6 +34,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False, **download
     except Exception as error:  # tokenizers fail in as many ways as there are kinds of them
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path} has no tokenizer that transformers can load: {reason}") from error
+
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # transformers 5 makes one up from the model type when the files are missing: every word
         # would be unknown.
@@ -41,6 +42,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False, **download
             f"{path} has no tokenizer files (a vocabulary is missing); copy them from the "
             "original model."
         )
+
     _check_use(tokenizer, path)
     return tokenizer
 

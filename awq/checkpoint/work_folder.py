@@ -75,6 +75,7 @@ class WorkFolder:
             content = {"about": _ABOUT, "arguments": self.arguments, "settings": now}
             self._write_json("run.json", content)
             return
+
         names = [n for n in {**before, **now} if before.get(n) != now.get(n)]
         raise CheckpointError(
             f"{self.path} holds finished blocks of another quantization: "
@@ -118,6 +119,7 @@ class WorkFolder:
         for batch in range(max(map(len, progress.hidden.values()), default=0)):
             name = _name_of_hidden(progress.finished, batch)
             self._write_tensors(name, _batch_of(progress.hidden, batch))
+
         content = {
             "finished": progress.finished,
             "hidden": {name: len(tensors) for name, tensors in progress.hidden.items()},
@@ -128,6 +130,7 @@ class WorkFolder:
         for old in self.path.glob("hidden-*"):
             if not old.name.startswith(_name_of_hidden(progress.finished)):
                 old.unlink()
+
         self._saved_at = time.monotonic()
         self._saving_took = self._saved_at - start
 
@@ -141,9 +144,11 @@ class WorkFolder:
             names = [f"block-{number:05d}.safetensors" for number in range(finished)]
             self._files = [self.path / name for name in names]
             saved = [self.path / _name_of_hidden(finished, batch) for batch in range(count)]
+
             for path in (*self._files, *saved):
                 with safe_open(path, "pt"):  # which compares its size with its header
                     pass
+
             hidden: dict[str, Sequence[Tensor]] = {
                 name: _SavedHidden(self.path, finished, name, count)
                 for name, count in content["hidden"].items()
@@ -189,6 +194,7 @@ def arguments_of(target: str | Path) -> dict[str, Any]:
     folder = place_of(target)
     if not (folder / "run.json").exists():
         raise CheckpointError(f"there is nothing to resume: {folder} does not exist.")
+
     arguments = read_json(folder / "run.json").get("arguments")
     if not isinstance(arguments, dict):
         raise CheckpointError(
@@ -214,6 +220,7 @@ def work_folder(
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(f"cannot write beside {target}: {error}.") from error
+
     work = WorkFolder(folder, check_target(target), arguments)
     done = False
     try:
@@ -241,6 +248,7 @@ def _leave(work: WorkFolder, done: bool) -> None:
         (work.path / "progress.json").unlink(missing_ok=True)
         shutil.rmtree(work.path)
         return
+
     for left in (work.path / "unfinished", *work.path.glob(f"{ACTIVATIONS}*")):
         left.unlink(missing_ok=True)
     logger.warning(

@@ -65,6 +65,7 @@ class _Help(argparse.HelpFormatter):
             or "default" in text
         ):
             return text
+
         shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
         return f"{text} (default: {shown})".strip()
 
@@ -90,6 +91,7 @@ class _Version(argparse.Action):
         for name in ("torch", "transformers"):
             version = installed_version(name)
             parts.append(f"no {name}" if version is None else f"{name} {version}")
+
         print(", ".join(parts))
         parser.exit()
 
@@ -113,6 +115,7 @@ def make_parser() -> _Parser:
         )
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.set_defaults(run=module.run, parser=sub)
+
     return parser
 
 
@@ -124,9 +127,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.verb is None:
         make_parser().print_help(sys.stderr)
         return ERROR
+
     if not sys.stderr.isatty():
         # A pipe or a log file gets no bars. transformers and the hub look when they are imported.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
     try:
         with _silence() if arguments.quiet else nullcontext():
             status = arguments.run(arguments)
@@ -143,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.debug:
             raise
         return _failed(arguments, _one_line(error))
+
     return OK if status is None else status
 
 
@@ -155,6 +161,7 @@ def _read(parser: _Parser, given: list[str]) -> argparse.Namespace:
     if unknown:
         verb = getattr(arguments, "parser", parser)
         verb.error(_unknown(unknown[0].partition("=")[0], verb.options()))
+
     return arguments
 
 

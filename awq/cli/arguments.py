@@ -80,6 +80,7 @@ def limit(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
+
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is no number")
     return value

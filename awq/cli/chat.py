@@ -48,16 +48,19 @@ def run(arguments: argparse.Namespace) -> None:
         import torch
 
         torch.manual_seed(arguments.seed)
+
     conversation = Conversation.open(arguments)
     terminal = sys.stdin.isatty()
     if terminal:
         _read_lines_comfortably()
         print("Type a message, or /help. Ctrl-D ends.", file=sys.stderr)
+
     while True:
         try:
             line = input("> " if terminal else "").strip()
         except EOFError:
             break
+
         if not line:
             continue
         if line.startswith("/"):
@@ -65,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
                 break
             continue
         _answer(conversation, line)
+
     if arguments.json:
         show({"messages": conversation.messages}, True)
 

@@ -20,5 +20,6 @@ def run(arguments: argparse.Namespace) -> None:
         import shtab
     except ImportError as error:
         raise ConfigError("completion scripts need shtab: pip install shtab.") from error
+
     script = shtab.complete(make_parser(), shell=arguments.shell)
     show({"shell": arguments.shell, "script": script}, arguments.json, script)

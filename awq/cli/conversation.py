@@ -42,6 +42,7 @@ class Conversation:
 
         if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
             raise ConfigError("temperature must be 0 or more, and top-p above 0 and at most 1.")
+
         model = AutoAWQForCausalLM.from_quantized(
             arguments.model,
             device=arguments.device,
@@ -83,6 +84,7 @@ class Conversation:
         rest = rest.strip()
         if name in ("/exit", "/quit"):
             return False
+
         if name == "/help":
             self._note("\n".join(f"{command:14s}{about}" for command, about in COMMANDS.items()))
         elif name == "/reset":
@@ -102,6 +104,7 @@ class Conversation:
             self._save(rest)
         else:
             self._note(f"{name} is no command; /help lists them.")
+
         return True
 
     def _retry(self) -> None:
@@ -116,6 +119,7 @@ class Conversation:
         if not name:
             self._note("/save needs the name of a file.")
             return
+
         try:
             Path(name).write_text(
                 json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
@@ -123,6 +127,7 @@ class Conversation:
         except OSError as error:
             self._note(f"{name} cannot be written: {error}.")
             return
+
         self._note(f"saved to {name}")
 
     def _answer(self) -> str:
@@ -134,6 +139,7 @@ class Conversation:
         streamer = None
         if not self.arguments.json:
             streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
         out = self.model.generate(
             **inputs,
             max_new_tokens=min(self.arguments.max_new_tokens, room),
@@ -142,6 +148,7 @@ class Conversation:
         )
         text = self.tokenizer.decode(out[0, length:], skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": text})
+
         return text
 
     def _sampling(self) -> dict[str, Any]:

@@ -42,9 +42,11 @@ def run(arguments: argparse.Namespace) -> None:
     texts = arguments.texts + _lines(arguments.input)
     if not texts:
         raise ConfigError("no texts to embed; give some, or a file with --input.")
+
     output = None if arguments.output is None else output_file("--output", arguments.output)
     if output is not None and output.suffix not in WRITERS:
         raise ConfigError(f"--output {output}: write to a file named {', '.join(WRITERS)}.")
+
     from awq.embed.encoder import Encoder
 
     encoder = Encoder.from_pretrained(
@@ -61,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{len(texts)} embeddings of {vectors.shape[1]} features written to {output}",
         )
         return
+
     similarity = (vectors @ vectors.t()).tolist()
     show(
         {"embeddings": vectors.tolist(), "cosine": similarity},
@@ -85,6 +88,7 @@ def _encoded(encoder: Any, texts: list[str], arguments: argparse.Namespace) -> A
                 )
             )
             bar.update(len(piece))
+
     return torch.cat(parts)
 
 
@@ -94,10 +98,12 @@ def _lines(name: str | None) -> list[str]:
 
     if name is None:
         return []
+
     try:
         whole = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         raise CalibrationError(f"{name} cannot be read as a file of texts: {error}.") from error
+
     return [line for line in whole.split("\n") if line.strip()]
 
 
@@ -129,6 +135,7 @@ def _for_people(texts: list[str], vectors: Any, similarity: list[list[float]]) -
     advice = "--json prints the embeddings, --output FILE writes them"
     if len(texts) == 1 or len(texts) > MAX_TABLE_TEXTS:
         return f"{len(texts)} embeddings of {vectors.shape[1]} features; {advice}."
+
     lines = [
         f"{' '.join(f'{value:.3f}' for value in row)}  {text}"
         for text, row in zip(texts, similarity)

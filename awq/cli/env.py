@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         "gpus": devices,
     }
     found |= {name: installed_version(name) for name in PACKAGES}
+
     # its own name for itself says which build it is (+cpu, +cu130)
     found["torch"] = torch.__version__
     found["variables"] = {
@@ -67,10 +68,12 @@ def _kernels() -> dict[str, dict[str, str]]:
     asked = {"cpu": torch.float32}
     if torch.cuda.is_available():
         asked["cuda"] = torch.float16
+
     found = {}
     for device, dtype in asked.items():
         why = reasons(torch.device(device), dtype, shape)
         found[device] = {name: reason or "yes" for name, reason in why.items()}
+
     return found
 
 
@@ -95,6 +98,7 @@ def _kernel_lines(kernels: dict[str, dict[str, str]]) -> list[str]:
 def _shown(value: Any) -> str:
     if value is None:
         return "not installed"
+
     if isinstance(value, dict):
         value = [f"{key}={inner}" for key, inner in value.items()]
     if isinstance(value, list):

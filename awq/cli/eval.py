@@ -59,9 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("nothing to measure on; give --text FILE, or --tasks.")
     if gates.wanted and (arguments.text is None or arguments.base is None):
         raise ConfigError("gates compare with the original: give --base and --text.")
+
     language = is_language_model(arguments.model)
     gates.check(not language, True)
     result: dict[str, Any] = {"model": arguments.model, "base": arguments.base}
+
     lines: list[str] = []
     failures: list[str] = []
     if arguments.text is not None:
@@ -70,9 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
         result["figures"] = found.to_dict()
         lines.append(found.summary())
         failures = gates.failures(found.to_dict())
+
     if arguments.tasks:
         result["tasks"] = _on_tasks(arguments, language)
         lines += _task_lines(result["tasks"])
+
     result["failed_gates"] = failures
     show(result, arguments.json, "\n".join(lines))
     return FAILED_GATE if failed_gates("eval", failures) else OK
@@ -130,6 +134,7 @@ def _on_tasks(
             )
         else:
             found[role] = embedding_scores(place, arguments.tasks, arguments.device)
+
     return found
 
 

@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
                 "blocks": [],
             }
             rows.setdefault((group.consumers, fold), row)["blocks"].append(block)
+
     lines = ["| blocks | linears that read one tensor | fold |", "|---|---|---|"]
     for row in rows.values():
         blocks = (
@@ -40,6 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         lines.append(
             f"| {blocks} | {', '.join(row['linears'])} | {row['fold'] or '— ' + row['reason']} |"
         )
+
     show(
         {"model": arguments.model, "groups": list(rows.values())}, arguments.json, "\n".join(lines)
     )

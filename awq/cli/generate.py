@@ -29,10 +29,12 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ModelError(f"{arguments.model} has no tokenizer.")
+
     prompt = arguments.prompt
     if arguments.chat:
         chat = [{"role": "user", "content": prompt}]
         prompt = apply_chat_template(tokenizer, chat, tokenize=False, add_generation_prompt=True)
+
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     streamer = (
         None

@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     root = Path(arguments.model)
     if not root.is_dir():
         raise ModelError(f"model {root} does not exist as a directory.")
+
     directory = body_directory(root)
     check_directory(directory)
     config = read_json(directory / "config.json")
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise CheckpointError(
             f"{directory} is not quantized: config.json has no quantization_config."
         )
+
     settings = AwqConfig.from_file(stored)
     files = weight_files(directory)
     headers = tensor_headers(files)
@@ -71,6 +73,7 @@ def _for_people(result: dict[str, Any]) -> str:
         "not quantized": shown or "nothing named",
         "weights": _weights(result),
     }
+
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
 
 

@@ -46,6 +46,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():  # /dev/stdout, a pipe
         yield path
         return
+
     work = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield work

@@ -107,11 +107,13 @@ def _signs_of_life(quiet: bool) -> Iterator[logging.Logger]:
     if quiet or sys.stderr.isatty():
         yield steps
         return
+
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     level = steps.level
     steps.addHandler(handler)
     steps.setLevel(logging.INFO)
+
     try:
         yield steps
     finally:
@@ -123,6 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
     with _signs_of_life(arguments.quiet) as steps:
         if arguments.dry_run:
             return _plan(arguments)
+
         _check_names(arguments)
         _check_push(arguments)
         if arguments.resume is not None:
@@ -137,6 +140,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     if arguments.model is None:
         raise ConfigError("give the model to plan for.")
+
     settings = _settings(arguments)
     planned = ("quant_config", "preset", "device", "max_calib_samples", "max_calib_seq_len")
     plan = plan_quantization(
@@ -146,6 +150,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         **{name: settings[name] for name in planned if name in settings},
     )
     show(plan.to_dict(), arguments.json, plan.summary())
+
     return OK
 
 
@@ -201,6 +206,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         settings["max_calib_samples"] = arguments.samples
     if arguments.prompt_name is not None:
         settings["prompt_name"] = arguments.prompt_name
+
     return settings
 
 
@@ -222,6 +228,7 @@ def _show(report: Any, arguments: argparse.Namespace, keeps_gates: bool = True) 
     if arguments.push is not None and keeps_gates:
         result["pushed"] = _push(arguments)
         lines.append(f"pushed to {result['pushed']}")
+
     show(result, arguments.json, "\n".join(lines))
 
 
@@ -247,6 +254,7 @@ def _stream(arguments: argparse.Namespace, steps: logging.Logger) -> int:
             "--evaluate and its gates need the whole model in memory, and --stream holds one block "
             "of it; use `awq eval` afterwards."
         )
+
     _tell_settings(arguments, steps)
     report = quantize_directory(
         arguments.model,
@@ -256,6 +264,7 @@ def _stream(arguments: argparse.Namespace, steps: logging.Logger) -> int:
         **_settings(arguments),
     )
     _show(report, arguments)
+
     return OK
 
 
@@ -273,28 +282,34 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
         raise ConfigError(
             f"--prompt-name: for embedding models, and {arguments.model} is no such directory."
         )
+
     gates = gates_of(arguments)
     gates.check(embedding, arguments.evaluate is not None)
+
     options: dict[str, Any] = {}
     if embedding:
         options["evaluate"] = _evaluation(arguments)
     elif arguments.evaluate is not None:
         _evaluation_ids(arguments)  # a bad file is said before hours of work
+
     steps.info("loading %s", arguments.model)
     door = AutoAWQForEmbedding if embedding else AutoAWQForCausalLM
     model = door.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
     model.tokenizer = load_tokenizer(arguments.model)
     _tell_settings(arguments, steps)
     report = model.quantize(model.tokenizer, **_settings(arguments), **options)
+
     if not embedding and arguments.evaluate is not None:
         steps.info("comparing with the original on %s", arguments.evaluate)
         report.evaluation = _moved(arguments, model)
+
     report.command = shlex.join(arguments.command_line)
     steps.info("saving to %s", arguments.output)
     model.save_quantized(arguments.output)
     figures = report.evaluation.to_dict() if report.evaluation is not None else {}
     failures = gates.failures(figures)
     _show(report, arguments, keeps_gates=not failures)
+
     return FAILED_GATE if failed_gates("quantize", failures) else OK
 
 
@@ -322,6 +337,7 @@ def _evaluation_ids(arguments: argparse.Namespace) -> Any:
             f"--evaluate: {arguments.model} is neither a language model nor a "
             "sentence-transformers directory."
         )
+
     ids = token_ids(arguments.model, arguments.evaluate, arguments.text_column)
     if len(ids) < MIN_TEXTS:
         raise ConfigError(
@@ -335,6 +351,7 @@ def _evaluation(arguments: argparse.Namespace) -> Any:
     when not given."""
     if arguments.evaluate is None:
         return None
+
     from pathlib import Path
 
     from awq.errors import CalibrationError

@@ -20,6 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.html is None:
         show(view.raw, arguments.json, render_text(view))
         return
+
     with whole_file(output_file("--html", arguments.html)) as work:
         work.write_text(render_page(view), encoding="utf-8")
     show({"html": arguments.html}, arguments.json, f"wrote {arguments.html}")

@@ -53,11 +53,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("name a quantized model, or linears as --shapes NxK.")
     if not torch.cuda.is_available():  # before a model is loaded for it
         raise ConfigError("kernels are tuned on the GPU that is to run them, and there is none.")
+
     shapes = sorted({*given, *(_of_model(arguments.model) if arguments.model else ())})
     for shape in shapes:
         reason = why_not(torch.device("cuda", 0), torch.float16, shape)
         if reason is not None:
             raise ConfigError(f"a linear of {shape} does not run on Triton's kernels: {reason}.")
+
     from awq.kernels.triton import configs, launcher, tuning
 
     gpu, (architecture, processors) = torch.cuda.get_device_name(0), launcher.architecture(0)
@@ -69,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.workers or os.cpu_count() or 1,
         (lambda line: None) if arguments.json else print,
     )
+
     rows: list[dict[str, Any]] = []
     for (shape, dtype, m), times in found.items():
         present = configs.config_for(architecture, processors, shape, m, dtype)
@@ -83,6 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
                 "times_as_fast": None if gain is None else round(gain, 3),
             }
         )
+
     tuning.write_table(path, gpu, found)
     result = {"gpu": gpu, "table": str(path), "best": rows}
     show(result, arguments.json, f"{len(rows)} entries written to {path}{_faster(rows)}")
@@ -109,6 +113,7 @@ def _given(arguments: argparse.Namespace) -> list[Any]:
             raise ConfigError(f"--shapes takes outputs x inputs, e.g. 4096x14336, not {text!r}.")
         n, k = map(int, sizes)
         found.append(Shape(k, n, k if arguments.group_size == -1 else arguments.group_size))
+
     return found
 
 
@@ -134,4 +139,5 @@ def _of_model(path: str) -> set[Any]:
     decoder = loaded.fuse() if hasattr(loaded, "fuse") else None
     blocks = () if decoder is None else decoder.blocks
     joined = (module for block in blocks for module in block.modules())
+
     return found | shapes(joined)

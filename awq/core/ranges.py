@@ -42,6 +42,7 @@ def search_range(
         best = best_range(weight.contiguous(), blocks, shrink, bits, zero_point)
         if best is not None:
             return _range_of(weight, best.long(), shrink, group_size, bits, zero_point)
+
     rows = max(1, _CHUNK.get(weight.device.type, _CHUNK["cuda"]) // weight.shape[1])
     parts = [
         _search_rows(part, blocks, group_size, bits, zero_point) for part in weight.split(rows)
@@ -77,8 +78,10 @@ def _search_rows(
             if best_loss is None:
                 best_loss, best_scale, best_zero = loss, scale, zero
                 continue
+
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
+
     return best_scale, best_zero

@@ -44,6 +44,7 @@ def descend(
         quantized.zeros.float().t().contiguous(),
     )
     diagonal = gram.diagonal().clone()
+
     # a dead channel has no slope either: its code stays
     gram.diagonal()[diagonal == 0] = 1.0
     width, out = codes.shape
@@ -51,6 +52,7 @@ def descend(
     moves = torch.empty(min(BLOCK, width), out, device=weight.device)
     step = operator("descend_block", weight.device, torch.float32) or _descend_block
     new_codes = torch.empty_like(codes)
+
     for _ in range(sweeps):
         for start in range(0, width, BLOCK):
             stop = min(start + BLOCK, width)
@@ -68,6 +70,7 @@ def descend(
             )
             slope.addmm_(gram[:, start:stop], moves[: stop - start])
         codes, new_codes = new_codes, codes
+
     gram.diagonal().copy_(diagonal)  # a copy of the whole would be 3.3 GB for 28,672 inputs
     return quantized._replace(codes=codes.t().contiguous())
 
@@ -112,6 +115,7 @@ def refit_scales(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Qu
         _refit_rows(part, gram, QuantizedWeight(codes, old, zeros, quantized.bits))
         for part, codes, old, zeros in zip(*(t.split(rows) for t in (target, *quantized[:3])))
     ]
+
     return quantized._replace(scales=torch.cat(scales))
 
 
@@ -128,11 +132,13 @@ def _refit_rows(target: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Ten
     for g, own_steps in enumerate(steps.split(size, 1)):
         rows_of_gram = gram[g * size : (g + 1) * size]
         systems[:, g] = group_sums((own_steps @ rows_of_gram).mul_(steps))
+
     reached = (systems @ old.unsqueeze(-1)).squeeze(-1)
     missing = group_sums(target * steps) - reached
     systems = systems.double()
     change = _solved(systems, missing.double()).float()
     wanted = (old + change).nan_to_num(0.0)
+
     return storable_scale(wanted.clamp(min=0.3 * old, max=3 * old)).half()
 
 

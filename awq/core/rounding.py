@@ -36,8 +36,10 @@ def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Ten
     """
     if not 0 < damping < math.inf:
         raise ConfigError(f"damping is {damping!r}; give a finite number above 0.")
+
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
+
     # A dead input channel: any weight will do there; 1 keeps the matrix regular without moving the
     # others.
     mean = float(diagonal.double().where(diagonal != 0, 1.0).mean())
@@ -49,6 +51,7 @@ def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Ten
             'are too large for float32. Quantize with rounding="nearest", or look for a norm with '
             "outsized weights."
         )
+
     _invert(panels)
     width = len(order)
     factor = torch.zeros_like(gram, memory_format=torch.contiguous_format)
@@ -57,6 +60,7 @@ def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Ten
         start = width - len(panel)
         stop = start + panel.shape[1]
         factor[: width - start, width - stop : width - start] = panel.flip(0, 1)
+
     return order, factor
 
 
@@ -72,12 +76,14 @@ def _damped_cholesky(gram: Tensor, order: Tensor, damping: float) -> Panels | No
     """
     if not all(bool(rows.isfinite().all()) for rows in gram.split(COLUMNS)):
         return None
+
     total = 0.0
     for power in range(MAX_DAMPINGS):
         total += damping * 10.0**power
         panels = _lower_panels(gram, order, total)
         if _factorize(panels):
             return panels
+
     return None
 
 
@@ -107,6 +113,7 @@ def _factorize(panels: Panels) -> bool:
         failures.append(failed)
         below.copy_(torch.linalg.solve_triangular(root.t(), below, upper=True, left=False))
         first = width
+
         for later in panels[number + 1 :]:
             columns = panel[first : first + later.shape[1]]
             later.addmm_(panel[first:], columns.t(), alpha=-1)
@@ -128,6 +135,7 @@ def _invert(panels: Panels) -> None:
         product = below @ inverse  # B A⁻¹
         own.copy_(inverse)
         below.zero_()
+
         first = 0
         for later in panels[number + 1 :]:
             rows = product[first : first + later.shape[1]]
@@ -150,11 +158,13 @@ def round_with_feedback(
     codes = torch.empty(width, out, dtype=torch.uint8, device=weight.device)
     errors = torch.empty(BLOCK, out, device=weight.device)
     step = operator("round_block", weight.device, torch.float32) or _round_block
+
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
         step(rest, factor, scales, zeros, group_of, codes, errors, start, stop, 2**bits - 1)
         if stop < width:
             rest[stop:].addmm_(factor[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
+
     natural = torch.empty_like(codes)
     natural[order] = codes
     return QuantizedWeight(natural.t().contiguous(), scale.half(), zero.to(torch.uint8), bits)

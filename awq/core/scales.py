@@ -56,17 +56,21 @@ def scale_candidates(
     active = x_mean > 0
     if not active.any():
         return names, one
+
     x = x_mean.clamp(min=1e-4 * float(x_mean[active].mean()))
     ratios = torch.tensor(RATIOS, device=x.device).unsqueeze(1)
     by_activation = x**ratios
     forms = [by_activation[1:]]  # ratio 0 is the identity again
     names += [("activation", ratio) for ratio in RATIOS[1:]]
+
     if duo:
         forms.append(by_activation / (w_mean ** (1 - ratios) + 1e-4))
         names += [("duo", ratio) for ratio in RATIOS]
+
     s = torch.cat(forms).clamp_(min=1e-4)
     highest = s.where(active, -torch.inf).amax(1, keepdim=True)
     s /= (highest * s.where(active, torch.inf).amin(1, keepdim=True)).sqrt()
+
     return names, torch.cat([one, s.where(active, 1.0)])
 
 
@@ -80,12 +84,14 @@ def row_losses(delta: Tensor, gram: Tensor) -> Tensor:
     width = delta.shape[1]
     columns = max(_SMALLEST, -(-width // _PARTS))
     total = torch.zeros(len(delta), device=delta.device)
+
     for start in range(0, width, columns):
         own = delta[:, start : start + columns]
         product = own @ gram[start : start + columns, start : start + columns]
         if start:
             product.addmm_(delta[:, :start], gram[:start, start : start + columns], alpha=2)
         total += product.mul_(own).sum(-1)
+
     return total
 
 
@@ -116,6 +122,7 @@ def search_scale(
     names, scales = scale_candidates(x_mean, weight_importance(weight, group_size), duo)
     scales = tie(scales)
     losses = _losses(weight, gram, scales, group_size, bits, zero_point).tolist()
+
     # NaN last, then the first of equals
     best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i], i))
     kind, ratio = names[best]
@@ -138,12 +145,14 @@ def _losses(
         losses = [scaled_losses(rows, upper, part, group_size, bits, zero_point) for part in parts]
         if losses[0] is not None:
             return torch.cat(losses)
+
     total = torch.zeros(len(scales), device=weight.device)
     for rows in weight.split(max(1, limit // width)):
         parts = scales.split(max(1, limit // rows.numel()))
         total += torch.cat(
             [_gram_losses(rows, gram, part, group_size, bits, zero_point) for part in parts]
         )
+
     return total
 
 

@@ -84,6 +84,7 @@ def scale_and_zero(
     if not zero_point:
         scale = storable_scale(high.clamp(min=1e-5) / (2 ** (bits - 1) - 1))
         return scale, torch.full_like(scale, 2 ** (bits - 1))
+
     scale = storable_scale((high - low).clamp(min=1e-5) / top)
     return scale, (-low / scale).round().clamp(0, top)
 

@@ -90,6 +90,7 @@ def read_surroundings(call: BlockCall, short: BlockCall) -> Surroundings:
         if not all(torch.equal(whole[:tokens], part) for whole, part in zip(table, beginning)):
             raise NotReadable("its rotary tables depend on the length of the text")
         tables.append(table)
+
     return Surroundings(tuple(tables), _sight(call))
 
 
@@ -107,6 +108,7 @@ def _sight(call: BlockCall) -> Sight | None:
     mask = _mask(call)
     if mask is None:
         return None
+
     seen = mask if mask.dtype == torch.bool else mask >= 0
     tokens = len(seen)
     ahead = int(seen[0].sum()) - 1
@@ -142,6 +144,7 @@ def read_attention(
     """
     width = context.shape[-1]
     dim = width // heads
+
     ways = list(_ways(around, dim))
     for qkv, parts in _orders(linears, width):
         q, q_norm = _normed(parts[0], norms, dim)
@@ -160,6 +163,7 @@ def read_attention(
                     causal=way.sight.causal,
                     window=way.sight.window,
                 )
+
     raise NotReadable("its attention is not softmax(q · kᵀ) · v of what its linears give")
 
 
@@ -227,6 +231,7 @@ def _reads(event: Event, made: Tensor) -> bool:
     """Whether a norm reads made [tokens, channels], heads before tokens or after them."""
     if event.x.numel() != made.numel():
         return False
+
     layouts = [event.x]
     if event.x.dim() == 4:
         layouts.append(event.x.transpose(1, 2))
@@ -240,6 +245,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, way: _Way, relative: Tensor | None)
     if way.rotary is not None:
         q = _rotate(q, way.rotary)
         k = _rotate(k, way.rotary)
+
     k = k.repeat_interleave(repeats, 0)
     v = v.repeat_interleave(repeats, 0)
     scores = q @ k.transpose(1, 2) * way.scaling
@@ -247,6 +253,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, way: _Way, relative: Tensor | None)
     distance = places - places[:, None]
     if relative is not None:
         scores = scores + relative[:, distance + relative.shape[1] // 2]
+
     scores = scores.masked_fill(_hidden(distance, way.sight), float("-inf"))
     context = scores.softmax(-1) @ v
     return context.transpose(0, 1).flatten(1)
@@ -259,6 +266,7 @@ def _hidden(distance: Tensor, sight: Sight) -> Tensor:
         hidden |= distance > 0
     if sight.window is not None:
         hidden |= distance.abs() > sight.window
+
     return hidden
 
 

@@ -18,4 +18,5 @@ def batches_by_length(lengths: list[int], batch_size: int) -> Iterator[list[int]
             yield part
             part = []
         part.append(i)
+
     yield part

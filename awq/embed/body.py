@@ -47,9 +47,11 @@ class _Request(NamedTuple):
         plan = program.plan
         if not _are_below(len(plan.words), self.rows):
             return False
+
         if self.types is not None and plan.types is not None:
             if not _are_below(len(plan.types), self.types):
                 return False
+
         return program.takes(self.rows)
 
 
@@ -70,11 +72,13 @@ def _request(input_ids: Any, attention_mask: Any, token_type_ids: Any) -> _Reque
     ids = input_ids
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
         return None
+
     for other in (ids, attention_mask, token_type_ids):
         if other is None:
             continue
         if other.shape != ids.shape or other.device.type != "cpu":
             return None
+
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     lengths = (mask != 0).sum(1, keepdim=True)
     seen = torch.arange(ids.shape[1]) < lengths
@@ -113,13 +117,16 @@ class CompiledForward:
         request = None if args else self._request(kwargs)
         if request is None:
             return self._plain(*args, **kwargs)
+
         program = self._made()
         if program is None or not request.is_for(program):
             return self._plain(*args, **kwargs)
+
         found = program.hidden_states(request.rows, request.types)
         texts, tokens = request.seen.shape
         hidden = torch.zeros(texts, tokens, found.shape[-1])
         hidden[request.seen] = found
+
         return self._output(hidden.to(dtype=self._dtype))
 
     def _request(self, inputs: dict[str, Any]) -> _Request | None:
@@ -128,6 +135,7 @@ class CompiledForward:
             return None
         if not self._is_for_reading():
             return None
+
         ids = inputs.get("input_ids")
         mask = inputs.get("attention_mask")
         return _request(ids, mask, inputs.get("token_type_ids"))

@@ -60,11 +60,13 @@ def _code(dtype: torch.dtype, spec: EncoderSpec) -> bytes:
     target = engine.host_target()
     if target is None:
         raise NotReadable("the CPU has no AVX2, AVX-512 or Arm dot products")
+
     settings = f"{dtype}{spec}{target}{host_name()}{sources()}"
     name = hashlib.sha256(settings.encode()).hexdigest() + ".o"
     kept = store.load(name)
     if kept is not None:
         return bytes(kept)
+
     code = engine.object_code(emit_encoder, dtype, target, spec)
     store.save(name, code)
     return code
@@ -91,6 +93,7 @@ def _spec(plan: EncoderPlan, pooling: str, normalize: bool, planes: int) -> Enco
         raise NotReadable("its norms are of several kinds")
     if len({_kind(b.attention) for b in plan.blocks}) != 1:
         raise NotReadable("its blocks attend in several ways")
+
     head_norm = attention.q_norm
     return EncoderSpec(
         hidden=hidden,
@@ -128,6 +131,7 @@ def _group_size(plan: EncoderPlan) -> int:
     for block in plan.blocks:
         linears = (*block.attention.qkv, block.o, *block.up, block.down)
         found |= {linear.group_size for linear in linears}
+
     if len(found) != 1 or max(found) > MAX_GROUP:
         groups = ", ".join(map(str, sorted(found)))
         raise NotReadable(f"its linears have groups of {groups}; one size up to 256 is possible")
@@ -154,6 +158,7 @@ def _kind(attention: AttentionPlan) -> tuple:
         or len({n.eps for n in given}) > 1
     ):
         raise NotReadable("its queries and keys have norms of another kind than RMSNorm")
+
     pairs = 0 if attention.rotary is None else attention.rotary[0].shape[1]
     return (
         attention.kv_heads,
@@ -177,6 +182,7 @@ class _Memory:
         """Its offset. The same tensor lies there once."""
         if tensor is None:
             return NOWHERE
+
         if id(tensor) not in self._offsets:
             self._offsets[id(tensor)] = self._size
             self._parts.append(tensor)
@@ -206,10 +212,12 @@ class _Weights:
         self._norm(self.fields, "norm", plan.norm)
         self._norm(self.fields, "first_norm", first)
         self.fields = {name: place for name, place in self.fields.items() if place != NOWHERE}
+
         rows = []
         for i in range(len(plan.blocks)):
             layer = self._layer(plan, spec, i)
             rows.append([layer[name] for name in LAYER.fields])
+
         self.layers = np.array(rows, np.int64)
         self.memory = self._memory.settle()
 
@@ -222,13 +230,16 @@ class _Weights:
         self._linear(fields, "down", (block.down,))
         after_attention: Norm | None = block.attention_norm
         after_mlp: Norm | None = block.mlp_norm
+
         if spec.pre_norm:
             after_attention = block.mlp_norm
             after_mlp = plan.final_norm if is_last else plan.blocks[i + 1].attention_norm
+
         self._norm(fields, "norm1", after_attention)
         self._norm(fields, "norm2", after_mlp)
         for name, post in zip(("post1", "post2"), block.post_norms or (None, None)):
             self._norm(fields, name, post)
+
         relative = self._memory.add(plan.relative)
         return (
             fields
@@ -258,9 +269,11 @@ class _Weights:
             raise NotReadable("a joined linear has outputs that are no multiple of 16")
         if packed[-1].shape.out_features % 16:
             raise NotReadable("a linear has outputs that are no multiple of 16")
+
         for field, part in (("codes", "qweight"), ("scales", "scales"), ("zeros", "qzeros")):
             joined = torch.cat([getattr(p, part).view(torch.uint8).flatten() for p in packed])
             fields[f"{name}_{field}"] = self._memory.add(joined)
+
         zeros = [torch.zeros(p.shape.out_features) for p in packed]
         biases = [
             z if linear.bias is None else linear.bias.float() for z, linear in zip(zeros, linears)

@@ -39,11 +39,13 @@ def sentence_settings(directory: str | Path) -> SentenceSettings:
     modules = read_modules(root)
     general = _optional(root / "config_sentence_transformers.json")
     home = modules[0][1] if modules else root
+
     # Early releases named the file after the architecture: sentence_roberta_config.json and its
     # kin.
     files = sorted(home.glob("sentence_*_config.json"))
     inner = read_json(files[0]) if files else {}
     place = files[0] if files else root
+
     return SentenceSettings(
         modules=modules,
         max_length=_length(inner.get("max_seq_length"), place),
@@ -96,6 +98,7 @@ def is_sentence_model(path: str | Path) -> bool:
     embeddings (not of a cross-encoder)."""
     if Path(path).exists() or str(path).startswith((".", "/", "~")):
         return is_embedder(Path(path))
+
     from huggingface_hub import snapshot_download
 
     check_reachable(path)
@@ -118,6 +121,7 @@ def longest_input(config: Any, tokenizer: Any, settings: SentenceSettings) -> in
     positions = position_limit(config)
     if settings.max_length:
         return min(settings.max_length, positions or settings.max_length)
+
     limits = [positions, getattr(tokenizer, "model_max_length", None)]
     known = [n for n in limits if isinstance(n, int) and 0 < n < UNLIMITED]
     return min(known, default=512)

@@ -66,15 +66,18 @@ class Encoder(nn.Module):
                 f"the first module after the transformer is {type(self.heads[0]).__name__}; it "
                 "must be a pooling."
             )
+
         settings = settings or SentenceSettings()
         self.quick_tokens: QuickTokens | None = None
         self.max_seq_length = longest_input(model.config, tokenizer, settings)
+
         # What models without prompts of their own answer to too, so that callers need not know
         # which they hold.
         self.prompts = {"query": "", "document": "", **settings.prompts}
         self.default_prompt_name = settings.default_prompt_name
         self._lower_case = settings.lower_case
         self.known_ids = _known_ids(model, tokenizer)
+
         # Of inputs by name; the attention mask's is 0.
         self.padding = {
             "input_ids": tokenizer.pad_token_id or 0,
@@ -122,6 +125,7 @@ class Encoder(nn.Module):
         root = Path(path)
         if not root.exists() and not str(path).startswith((".", "/", "~")):
             root = _downloaded(str(path))
+
         settings = sentence_settings(root)
         body = settings.modules[0][1] if settings.modules else root
         source = Source.open(body, trust_remote_code)
@@ -133,6 +137,7 @@ class Encoder(nn.Module):
                 f"{path} is an encoder-decoder model; use SentenceTransformer({str(path)!r}) for "
                 "it."
             )
+
         encoder = cls.around(
             load_model(source, dtype, kind=kind), root, trust_remote_code=trust_remote_code
         )
@@ -151,6 +156,7 @@ class Encoder(nn.Module):
                 f"{path} begins with a module of kind {settings.modules[0][0]}, not with a "
                 "transformer."
             )
+
         heads = [read_head(kind, folder) for kind, folder in settings.modules[1:]]
         if not heads:
             logger.warning(
@@ -158,12 +164,14 @@ class Encoder(nn.Module):
                 "used.",
                 path,
             )
+
         body = settings.modules[0][1] if settings.modules else path
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(body, trust_remote_code)
         encoder = cls(model, tokenizer, heads, settings)
         encoder.heads.to(
             encoder.device
         )  # the model stays where it is, its weights may be elsewhere
+
         return encoder
 
     @property
@@ -200,6 +208,7 @@ class Encoder(nn.Module):
         """
         if isinstance(texts, str):
             return self.encode([texts], batch_size, normalize, prompt_name, truncate_dim, prompt)[0]
+
         texts = checked_texts(texts)
         check_arguments(truncate_dim, prompt, batch_size)
         before = prompt if prompt is not None else self.prompt_text(prompt_name)
@@ -209,11 +218,13 @@ class Encoder(nn.Module):
         if native is not None and native.takes(rows["input_ids"]):
             embeddings = self._encode_natively(native, rows, prompt_tokens)[:, :truncate_dim]
             return F.normalize(embeddings, dim=-1) if normalize else embeddings
+
         parts = list(batches_by_length([len(ids) for ids in rows["input_ids"]], batch_size))
         run: Any = self
         if self._on_gpu:
             run = self._graphs
             run.look()
+
         # on the model's device until the end: a copy after each batch would make a GPU wait for it
         found = []
         for part in parts:
@@ -223,6 +234,7 @@ class Encoder(nn.Module):
             )
             embeddings = embeddings[:, :truncate_dim].float()
             found.append(F.normalize(embeddings, dim=-1) if normalize else embeddings)
+
         together = torch.cat(found).cpu()
         return together[torch.tensor([i for part in parts for i in part]).argsort()]
 
@@ -269,6 +281,7 @@ class Encoder(nn.Module):
         inside = 2 if native.spec.normalize else 1  # heads that are part of the program
         for head in list(self.heads)[inside:]:
             embeddings = head(embeddings)
+
         return embeddings
 
     def __getstate__(self) -> dict[str, Any]:
@@ -315,12 +328,14 @@ class Encoder(nn.Module):
             fill = {"input_ids": [pad], "token_type_ids": [0], "attention_mask": [1]}
             for key, values in rows.items():
                 rows[key] = [row or fill[key] for row in values]
+
         mask = [[1] * len(ids) for ids in rows["input_ids"]]
         return {"attention_mask": mask, **rows}
 
     def _rows(self, texts: list[str]) -> dict[str, list[list[int]]]:
         if self.quick_tokens is not None:
             return self.quick_tokens(texts)
+
         # a fast tokenizer keeps padding and truncation as state, and borrows itself only once
         with lock_of(self.tokenizer):
             found = self.tokenizer(texts, truncation=True, max_length=self.max_seq_length)

@@ -64,6 +64,7 @@ class _ByShapeAlone(NothingFromTheHost):
         if self.place is None:
             self.copies.append(function(*args, **(kwargs or {})))
             return self.copies[-1]
+
         self.place += 1
         return self.copies[self.place - 1]
 
@@ -87,12 +88,14 @@ class Graph:
         self.block = torch.stack(list(inputs.values())).to(stream.device)
         static = dict(zip(self.names, self.block))
         mode = _ByShapeAlone()
+
         with on_stream(stream):
             with mode:
                 # what has to be compiled or allocated is so before the capture
                 forward(static, prompt_tokens)
             with mode.again(), no_waiting():
                 forward(static, prompt_tokens)
+
         with mode.again():
             self.graph, self.result = capture(lambda: forward(static, prompt_tokens), stream, pool)
         self.copies = mode.copies  # the graph reads them
@@ -157,6 +160,7 @@ class EncoderGraphs:
             or torch.is_autocast_enabled()
         ):
             return self.encoder(inputs, prompt_tokens)
+
         key = (rows, length, prompt_tokens, *inputs)
         # Tensors made in inference mode could not be written to by calls outside of it.
         with (
@@ -168,10 +172,12 @@ class EncoderGraphs:
             graph = self.graphs.get(key)
             if graph is not None:
                 return graph(self._enlarged(inputs, rows, length))[:texts].clone()
+
             expected = self.encoder(inputs, prompt_tokens)
             if key in self.seen and len(self.graphs) < _MOST:
                 self._capture(key, self._enlarged(inputs, rows, length), prompt_tokens, expected)
             self.seen.add(key)
+
             return expected
 
     def _capture(
@@ -192,6 +198,7 @@ class EncoderGraphs:
                 self.graphs[key], self.pool = graph, graph.pool
                 return
             self.reason = f"its results differ by {max(errors):.1e}"
+
         self.graphs.clear()
         logger.warning("the encoder runs without CUDA graphs: %s", self.reason)
 

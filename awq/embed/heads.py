@@ -78,17 +78,20 @@ def _dense_tensors(folder: Path) -> tuple[Tensor, Tensor | None]:
             f"{path} holds {', '.join(sorted(header)[:3])}; a dense head has linear.weight and "
             "linear.bias."
         )
+
     for name, entry in header.items():
         if entry["dtype"] not in FLOATS:
             raise CheckpointError(
                 f"{path}: {name} has dtype {entry['dtype']}; it must be a floating one."
             )
+
     tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise CheckpointError(
                 f"{path} holds numbers that are not finite in {name}; download or make it again."
             )
+
     return tensors["linear.weight"], tensors.get("linear.bias")
 
 
@@ -113,6 +116,7 @@ class Pooling(nn.Module):
         if named is None:
             flags = {mode for key, mode in _FLAGS.items() if settings.flag(key, False)}
             named = [mode for mode in MODES if mode in flags] or ["mean"]
+
         modes = [named] if isinstance(named, str) else named
         if not isinstance(modes, list) or not all(mode in MODES for mode in modes) or not modes:
             raise CheckpointError(
@@ -129,6 +133,7 @@ class Pooling(nn.Module):
             first = min(prompt_tokens, mask.shape[1] - 1)
             mask = mask.clone()
             mask[:, :first] = 0
+
         weights = mask.unsqueeze(-1).float()
         positions = torch.arange(1, mask.shape[1] + 1, device=mask.device).view(1, -1, 1)
         found = {
@@ -143,6 +148,7 @@ class Pooling(nn.Module):
             ),
             "lasttoken": lambda: hidden[torch.arange(len(hidden), device=hidden.device), last],
         }
+
         return torch.cat([found[mode]() for mode in self.modes], dim=-1)
 
 
@@ -162,6 +168,7 @@ class Dense(nn.Module):
             raise ModelError(
                 f"{folder}: a dense head with these settings is read by sentence-transformers only."
             )
+
         weight, bias = _dense_tensors(folder)
         wanted = [settings.size("out_features"), settings.size("in_features")]
         if list(weight.shape) != wanted:
@@ -175,10 +182,12 @@ class Dense(nn.Module):
                 f"{folder}: the bias in model.safetensors is not the one that config.json speaks "
                 "of."
             )
+
         linear = nn.Linear(wanted[1], wanted[0], bias is not None, device="meta")
         linear.weight = nn.Parameter(weight)
         if bias is not None:
             linear.bias = nn.Parameter(bias)
+
         return cls(linear, settings.activation())
 
     def forward(self, embeddings: Tensor) -> Tensor:

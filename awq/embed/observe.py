@@ -67,8 +67,10 @@ def observe(model: Any, blocks: list[nn.Module], ids: Tensor) -> Observation:
             stack.enter_context(listening(_read_inside(block), after=_noted(calls.events)))
         stack.enter_context(listening(_read_around(model, blocks), after=_noted(found.around)))
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
     if getattr(output, "last_hidden_state", None) is None:
         raise NotReadable("its forward gives no hidden states")
+
     found.last = output.last_hidden_state
     return found
 
@@ -121,11 +123,13 @@ def norm_of(event: Event) -> Norm:
     norm = _norm_in_float32(event)
     if norm is None or not near(apply_norm(event.x.float(), norm), event.y):
         raise NotReadable(f"{type(event.module).__name__} is neither LayerNorm nor RMSNorm")
+
     width, device = event.x.shape[-1], event.x.device
     if norm.weight is None:
         norm = replace(norm, weight=torch.ones(width, device=device))
     if norm.bias is None:
         norm = replace(norm, bias=torch.zeros(width, device=device))
+
     return norm
 
 

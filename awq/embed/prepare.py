@@ -23,6 +23,7 @@ def prepare(root: Path, dtype: str, precision: str) -> None:
     native = encoder.native
     if native is None:
         raise ModelError(f"{encoder.compiled.reason}.")
+
     image = replace(native.runner.image, texts=texts)
     store.save(name, image.to_bytes())
 
@@ -35,6 +36,7 @@ def _texts(encoder: Encoder) -> dict[str, Any]:
         raise ModelError("it has dense heads; use Encoder.")
     if quick is None or encoder.known_ids is not None:
         raise ModelError("its tokenizer is not one that the tokenizers library alone can be.")
+
     assert isinstance(pooling, Pooling)
     tokenizer = encoder.tokenizer
     return {

@@ -44,6 +44,7 @@ def try_to_compile(
         reason = f"reading it failed: {type(error).__name__} {error}"
     else:
         return program, CompiledState(True)
+
     logger.log(level_of_fallback(model), "The %s is not compiled, torch runs it: %s.", who, reason)
     return None, CompiledState(False, reason)
 
@@ -76,6 +77,7 @@ def prove(compiled: CompiledEncoder, model: Any) -> float:
         for n in _proof_lengths(compiled.plan)
     ]
     together = compiled(rows)
+
     worst = 0.0
     for row, found in zip(rows, together):
         ids = torch.tensor([row])
@@ -85,8 +87,10 @@ def prove(compiled: CompiledEncoder, model: Any) -> float:
         expected = _pooled(hidden, compiled.spec.pooling)
         if compiled.spec.normalize:
             expected = F.normalize(expected, dim=-1)
+
         error = float((found - expected).norm() / expected.norm())
         worst = max(worst, error if error == error else float("inf"))
+
     allowed = PROOF_ERROR.get(compiled.plan.words.dtype, 1e-3)
     if compiled.spec.planes == 3 and compiled.plan.words.dtype == torch.float32:
         allowed = PROOF_ERROR_OF_FLOATS

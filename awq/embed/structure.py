@@ -106,13 +106,16 @@ def read_encoder(model: Any) -> EncoderPlan:
     """
     if model.training:
         raise NotReadable("the model is in training mode")
+
     heads = getattr(model.config, "num_attention_heads", None)
     if not heads:
         raise NotReadable("its config does not say how many heads attention has")
+
     twin = copy_structure(model)
     lists = find_block_lists(twin)
     if len(lists) != 1:
         raise NotReadable(f"it has {len(lists)} lists of blocks")
+
     words = twin.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(
@@ -127,18 +130,22 @@ def read_encoder(model: Any) -> EncoderPlan:
     longest = min(getattr(model.config, "max_position_embeddings", None) or 512, MAX_TOKENS)
     if tables.positions is not None:
         longest = min(longest, len(tables.positions) - tables.position_offset)
+
     relative = relative_bias(twin, heads)
     around = _surroundings(twin, lists, ids, longest)
     linears = [_read_linears(block) for block in seen.blocks]
     form = _mlp_form(linears)
+
     plans = []
     for block, own, given in zip(seen.blocks, linears, around):
         attention = read_attention(
             own.attention, _head_norms(block, own), own.o.x, int(heads), given, relative
         )
         plans.append(_read_block(block, own, form, attention))
+
     if len({(plan.pre_norm, plan.post_norms is None) for plan in plans}) > 1:
         raise NotReadable("norms lie elsewhere in some of its blocks than in others")
+
     final = final_norm(seen.around, last.made, seen.last, plans[0].pre_norm)
     return EncoderPlan(
         words=words.weight,
@@ -164,11 +171,13 @@ def _surroundings(
     short_ids = ids[:, :longest]
     inputs = [{"input_ids": whole}, {"input_ids": short_ids}]
     long, short = record_block_calls(model, lists, inputs).calls[0]
+
     known: dict[tuple[int, ...], Surroundings] = {}
     for call, brief in zip(long, short):
         key = _identity(call)
         if key not in known:
             known[key] = read_surroundings(call, brief)
+
     return [known[_identity(call)] for call in long]
 
 
@@ -208,6 +217,7 @@ def _read_linears(calls: BlockEvents) -> _Linears:
         raise NotReadable(f"a linear of {dense[0].module} is not quantized")
     if len(linears) < 4:
         raise NotReadable(f"a block has {len(linears)} linears")
+
     first = linears[0].x
     # Bit for bit: what the MLP reads may be near it, where attention adds little.
     attention = [e for e in linears if torch.equal(e.x, first)]
@@ -229,6 +239,7 @@ def _read_block(
     of_heads = _head_norms(calls, linears)
     norms = [e for e in calls.events if is_norm(e.module) and e not in of_heads]
     found = _read_norms(norms, calls, linears)
+
     return BlockPlan(
         attention=attention,
         o=packed(linears.o),
@@ -261,6 +272,7 @@ def _read_norms(norms: list[Event], calls: BlockEvents, linears: _Linears) -> _N
     plans = [norm_of(e) for e in around]
     if not posts and len(around) == 2 and _come_last(around, calls, linears):
         return _Norms(False, plans[0], plans[1])
+
     if posts:
         branches = [post.y for post in posts]
     if len(branches) == 2 and _come_first(around, calls, linears, branches):
@@ -285,6 +297,7 @@ def _come_last(norms: list[Event], calls: BlockEvents, linears: _Linears) -> boo
     given, made = calls.given, calls.made
     first_sum = given + linears.o.y
     second_sum = one.y + linears.down.y
+
     return (
         torch.equal(linears.attention[0].x, given)
         and torch.equal(linears.up[0].x, one.y)
@@ -303,12 +316,14 @@ def _come_first(
     """
     if len(norms) not in (1, 2):
         return False
+
     *before, two = norms
     read = calls.given
     for one in before:
         if not torch.equal(one.x, calls.given):
             return False
         read = one.y
+
     first_sum = calls.given + branches[0]
     second_sum = two.x + branches[1]
     return (
@@ -338,11 +353,13 @@ def _form_errors(block: _Linears) -> dict[_Form, float]:
     """How far each form is from what the last linear was given."""
     outputs = [e.y.float() for e in block.up]
     wanted = block.down.x.float()
+
     errors = {}
     for name, act in ACTIVATIONS.items():
         for (gated, order), (gate, *value) in _inputs_of_forms(outputs).items():
             made = math.prod(value, start=act(gate))
             errors[_Form(name, gated, order)] = distance(made, wanted)
+
     return errors
 
 
@@ -352,7 +369,9 @@ def _inputs_of_forms(outputs: list[Tensor]) -> dict[_Choice, list[Tensor]]:
     if len(outputs) == 1:
         found[False, (0,)] = outputs
         found[True, (0,)] = list(outputs[0].chunk(2, -1))
+
     if len(outputs) == 2:
         found[True, (0, 1)] = outputs
         found[True, (1, 0)] = outputs[::-1]
+
     return found

@@ -38,9 +38,11 @@ def read_tables(words: nn.Module, events: list[Event], given: Tensor, tokens: in
     types: Tensor | None = None
     offset = 0
     total = first.y.float()
+
     for event in events:
         if not _is_summed(event, words):
             continue
+
         module: Any = event.module
         table = module.weight.detach().float()
         rows = event.x.reshape(-1)[-tokens:]
@@ -52,7 +54,9 @@ def read_tables(words: nn.Module, events: list[Event], given: Tensor, tokens: in
             raise NotReadable(
                 "it adds an embedding that depends on more than word, position and type"
             )
+
         total = total + event.y.float()
+
     norm = _norm_of_sum(events, total, given)
     return Tables(_words_factor(first), positions, offset, types, norm)
 
@@ -72,6 +76,7 @@ def _norm_of_sum(events: list[Event], total: Tensor, given: Tensor) -> Norm | No
         if not near(total, given.float()):
             raise NotReadable("what its first block reads is not the sum of its embeddings")
         return None
+
     read = norms[0].x.float()
     if not near(total.expand_as(read), read):
         raise NotReadable("what its first norm reads is not the sum of its embeddings")
@@ -97,6 +102,7 @@ def final_norm(events: list[Event], made: Tensor, last: Tensor, pre_norm: bool) 
     for event in events:
         if pre_norm and is_norm(event.module) and near(event.x, made) and near(event.y, last):
             return norm_of(event)
+
     if near(made, last):
         return None
     raise NotReadable("something lies between its last block and what it gives")
@@ -113,10 +119,12 @@ def relative_bias(model: Any, heads: int) -> Tensor | None:
     ]
     if not tables:
         return None
+
     owner = next(m for m in model.modules() if any(child is tables[0] for child in m.children()))
     compute: Any = getattr(owner, "compute_position_bias", None)
     longest = min(int(getattr(model.config, "max_position_embeddings", 512)), 2048)
     if compute is None:
         raise NotReadable("it adds a bias to attention whose table nobody reads here")
+
     whole = compute(torch.zeros(1, longest, 1, dtype=tables[0].weight.dtype))[0].float()
     return torch.cat([whole[:, 1:, 0].flip(1), whole[:, 0, :]], 1).contiguous()

@@ -42,14 +42,17 @@ def quick_tokens(tokenizer: Any, longest: int) -> QuickTokens | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
+
     with lock_of(tokenizer):
         texts = [*TRIED, TRIED[0] * longest]
         found = tokenizer(texts, truncation=True, max_length=longest)
         definition = backend.to_str()
+
     side = getattr(tokenizer, "truncation_side", "right")
     quick = QuickTokens(definition, longest, side, "token_type_ids" in found)
     try:
         same = all(found[name] == rows for name, rows in quick(texts).items())
     except Exception:  # of the library's machine code, where a vocabulary contradicts itself
         return None
+
     return quick if same else None

@@ -76,6 +76,7 @@ class Divergence:
         tail = ", ".join(f"{name} %: {value:.4f}" for name, value in self.kl_percentiles.items())
         same_low, same_high = (100 * bound for bound in self.agreement_interval)
         less, more = (100 * (bound - 1) for bound in self.ratio_interval)
+
         return (
             f"KL divergence from full precision on {self.tokens} tokens: {self.mean_kl:.4f} nats "
             f"({low:.4f}–{high:.4f}; {tail})\n"
@@ -116,10 +117,12 @@ def divergence(
             f"divergence needs a window of at least 2 tokens; got {input_ids.numel()} tokens, "
             f"window {window}."
         )
+
     parts = []
     with _loaded(reference, device) as before, _loaded(model, device) as after:
         for ids in windows:
             parts.append(_compare(_logits(before, ids), _logits(after, ids), ids[1:]))
+
     return _summarised(torch.cat(parts, 1), seed)
 
 
@@ -146,6 +149,7 @@ def bootstrap_interval(
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     tail = (1 - CONFIDENCE) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+
     return low, high
 
 
@@ -172,6 +176,7 @@ def _loaded(model: Any, device: str | torch.device | None) -> Iterator[Callable]
     if not isinstance(model, (str, Path)):
         yield model
         return
+
     from transformers import AutoModelForCausalLM
 
     from awq.checkpoint.load import load_model
@@ -194,8 +199,10 @@ def _compare(before: Tensor, after: Tensor, wanted: Tensor) -> Tensor:
             f"the models predict {before.shape[-1]} and {after.shape[-1]} tokens; give two of one "
             "vocabulary."
         )
+
     after = after.to(before.device)
     wanted = wanted.to(before.device)
+
     rows = []
     for start in range(0, len(before), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
@@ -210,6 +217,7 @@ def _compare(before: Tensor, after: Tensor, wanted: Tensor) -> Tensor:
                 ]
             )
         )
+
     return torch.cat(rows, 1).cpu()
 
 

@@ -69,16 +69,19 @@ class Gates:
             value = _figure(figures, "mean_kl", "max_kl")
             if not value <= self.max_kl:
                 found.append(f"mean KL {value:.4g} is above {self.max_kl:g}")
+
         if self.max_ppl_increase is not None:
             value = 100 * (_figure(figures, "perplexity_ratio", "max_ppl_increase") - 1)
             if not value <= self.max_ppl_increase:
                 found.append(
                     f"perplexity rose by {value:.4g} %, more than {self.max_ppl_increase:g} %"
                 )
+
         if self.min_cosine is not None:
             value = _figure(figures, "mean_cosine", "min_cosine")
             if not value >= self.min_cosine:
                 found.append(f"mean cosine {value:.4g} is below {self.min_cosine:g}")
+
         return found
 
 

@@ -78,6 +78,7 @@ def _text_class(source: Source) -> Any:
         return AutoModelForCausalLM
     if kind is AutoModelForImageTextToText:
         return kind
+
     generates = getattr(kind, "can_generate", None)
     two_stacks = bool(getattr(source.config, "is_encoder_decoder", False))
     return kind if generates is not None and generates() and not two_stacks else None
@@ -93,6 +94,7 @@ def token_ids(model: str | Path, text: str | Path, column: str = "text") -> Tens
     path = Path(text)
     if not path.is_file():
         raise CalibrationError(f"text file {path} does not exist.")
+
     if path.suffix.lower() in (".txt", ".md"):
         try:
             whole = path.read_text(encoding="utf-8-sig")
@@ -100,6 +102,7 @@ def token_ids(model: str | Path, text: str | Path, column: str = "text") -> Tens
             raise CalibrationError(f"{path} cannot be read as UTF-8 text: {error}.") from error
     else:
         whole = "\n\n".join(file_texts(path, column))
+
     tokenizer = load_tokenizer(str(model))
     return torch.tensor(
         tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
@@ -133,11 +136,13 @@ def evaluate_text(
             f"perplexity needs at least 2 tokens, got {len(input_ids[:limit])} in windows of "
             f"{window}."
         )
+
     place = usable_device(device)
     judged = _for_texts(model, dtype).to(place)
     if base is not None:
         original = _for_texts(base, dtype).to(place)
         return divergence(original, judged, input_ids, window, limit)
+
     losses = token_losses(judged, input_ids, window, limit).double()
     mean = float(losses.mean())
     return TextFigures(len(losses), mean, exp_of(mean), perplexity_interval(losses))
@@ -161,6 +166,7 @@ def evaluate_embeddings(
     path = Path(texts)
     if not path.is_file():
         raise CalibrationError(f"text file {path} does not exist.")
+
     pairs = scored_pairs(path) if path.suffix.lower() == ".tsv" else None
     listed = texts_to_compare(path, column) if pairs is None else [*pairs[1], *pairs[2]]
     if pairs is None and base is None:
@@ -168,9 +174,11 @@ def evaluate_embeddings(
             "texts show how far embeddings moved from those of --base; give it, or a .tsv of "
             "scored pairs."
         )
+
     after = _embedded(model, listed, prompt_name, dtype, device)
     if base is not None:
         return judge(_embedded(base, listed, prompt_name, dtype, device), after, pairs)
+
     scores = pairs[0] if pairs is not None else []
     return PairFigures(
         len(scores), pair_spearman(after[: len(scores)], after[len(scores) :], scores)
@@ -196,6 +204,7 @@ def scored_pairs(path: Path) -> tuple[list[float], list[str], list[str]]:
         raise CalibrationError(
             f"{path} does not hold lines of score, sentence and sentence: {error}."
         ) from error
+
     if not pairs[0]:
         raise CalibrationError(
             f"{path} holds no line of score, sentence and sentence, separated by tabs."

@@ -25,6 +25,7 @@ def token_losses(
         raise ValueError(f"perplexity needs at least 2 tokens, got {len(ids)}.")
     if window < 2:
         raise ValueError(f"window is {window}; a window of at least 2 tokens predicts something.")
+
     device = device_of(model)
     losses = []
     for part in ids.split(window):
@@ -33,6 +34,7 @@ def token_losses(
         part = part.to(device)
         logits = model(input_ids=part.unsqueeze(0)).logits[0, :-1]
         losses.append(F.cross_entropy(logits.float(), part[1:], reduction="none").cpu())
+
     return torch.cat(losses)
 
 

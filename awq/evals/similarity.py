@@ -78,6 +78,7 @@ def neighbour_overlap(before: Tensor, after: Tensor, k: int = 10) -> float:
             f"neighbours of {count} and {len(after)} texts with k {k}: give at least 2 texts, the "
             "same for both."
         )
+
     k = min(k, count - 1)
     first, second = (_nearest(e, e, k, leave_out_self=True) for e in (before, after))
     return float((first.unsqueeze(2) == second.unsqueeze(1)).any(2).double().mean())
@@ -92,9 +93,11 @@ def ndcg(queries: Tensor, documents: Tensor, relevant: Sequence[int], k: int = 1
     """
     if len(relevant) != len(queries):
         raise ValueError(f"{len(relevant)} relevant documents for {len(queries)} queries.")
+
     found = _nearest(queries, documents, min(k, len(documents)))
     gains = 1 / torch.arange(2, found.shape[1] + 2, dtype=torch.float64).log2()
     hits = found == torch.as_tensor(list(relevant)).unsqueeze(1)
+
     return float((hits.double() @ gains).mean())
 
 
@@ -108,7 +111,9 @@ def _nearest(queries: Tensor, documents: Tensor, k: int, leave_out_self: bool = 
         if leave_out_self:
             row = torch.arange(len(cosine))
             cosine[row, start + row] = -torch.inf
+
         found.append(cosine.topk(k, dim=1).indices)
+
     return torch.cat(found)
 
 
@@ -144,10 +149,12 @@ class EmbeddingDrift:
                 f"sentence pairs, Spearman ×100: {self.spearman_before:.2f} before, "
                 f"{self.spearman_after:.2f} after"
             )
+
         if self.ndcg_before is not None:
             lines.append(
                 f"retrieval, nDCG@10: {self.ndcg_before:.4f} before, {self.ndcg_after:.4f} after"
             )
+
         return "\n".join(lines)
 
 
@@ -169,6 +176,7 @@ def judge(
             f"embeddings of shape {tuple(before.shape)} and {tuple(after.shape)} are not of the "
             "same texts."
         )
+
     cosine = F.cosine_similarity(before.float(), after.float(), dim=-1)
     figures: dict[str, float] = {}
     if pairs is not None:
@@ -178,11 +186,13 @@ def judge(
                 f"{len(before)} embeddings for {count} pairs; embed the first sentences, then the "
                 "second ones."
             )
+
         asked = [i for i, score in enumerate(scores) if score >= relevant]
         for name, e in (("before", before), ("after", after)):
             figures[f"spearman_{name}"] = pair_spearman(e[:count], e[count:], scores)
             if asked:
                 figures[f"ndcg_{name}"] = ndcg(e[:count][asked], e[count:], asked)
+
     overlap = neighbour_overlap(before, after)
     return EmbeddingDrift(
         len(before), float(cosine.mean()), float(cosine.min()), overlap, **figures

@@ -55,12 +55,14 @@ def generation_speed(
     ids = ids.to(model.device)
     if ids.is_cuda:
         torch.cuda.reset_peak_memory_stats()
+
     first = seconds(model, ids, 2, **kwargs)
     for _ in range(2):
         seconds(model, ids, 2, **kwargs)
     prefill = statistics.median(seconds(model, ids, 1, **kwargs) for _ in range(max(3, repeats)))
     whole = statistics.median(seconds(model, ids, new, **kwargs) for _ in range(repeats))
     peak = (torch.cuda.max_memory_allocated() if ids.is_cuda else _process_peak()) / 1e9
+
     return Speed(
         batch,
         prompt,
@@ -88,6 +90,7 @@ def seconds(model: Any, ids: Tensor, new: int, **kwargs: Any) -> float:
     )
     if ids.is_cuda:
         torch.cuda.synchronize()
+
     return time.perf_counter() - start
 
 
@@ -98,6 +101,7 @@ def weight_bytes(model: Any) -> int:
     for module in model.modules():
         if isinstance(module, (WQLinear, ExpertStack)):
             tensors += module.buffers()
+
     head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
     if head is None or getattr(head, "weight", None) is not table:
         tensors = [tensor for tensor in tensors if tensor is not table]
@@ -116,6 +120,7 @@ def read_bandwidth(device: torch.device | str, size: int = 1 << 29) -> float:
         start = time.perf_counter()
         values.sum().item()
         best = max(best, size / (time.perf_counter() - start))
+
     return best
 
 
@@ -125,6 +130,7 @@ def _process_peak() -> float:
         import resource
     except ImportError:  # Windows
         return float("nan")
+
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 

@@ -32,6 +32,7 @@ def language_model_scores(
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("tasks need lm-eval: pip install lm-eval.")
+
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -43,6 +44,7 @@ def language_model_scores(
         raise ConfigError(
             f"lm-eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists them."
         )
+
     found = simple_evaluate(
         model="hf",
         model_args={"pretrained": str(model), "dtype": dtype},
@@ -72,6 +74,7 @@ def embedding_scores(
             f"tasks of embedding models need {' and '.join(missing)}: pip install mteb "
             "sentence-transformers."
         )
+
     import mteb
     from sentence_transformers import SentenceTransformer
 
@@ -81,6 +84,7 @@ def embedding_scores(
         chosen = [mteb.get_task(name) for name in tasks]
     except KeyError as error:
         raise ConfigError(f"mteb knows no such task: {' '.join(str(error).split())}") from error
+
     encoder = SentenceTransformer(str(model), device=device)
     # No cache: MTEB's goes by a model's name, and local directories share one.
     found = mteb.evaluate(encoder, chosen, cache=None, show_progress_bar=False)

@@ -53,4 +53,5 @@ def _random_inputs(model: nn.Module, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randint(0, len(known), (ONE_TOKEN_ROWS, PROBE_TOKENS), generator=generator)
     ids = known[picked].to(embedding.weight.device)
+
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -36,9 +36,11 @@ class Fold:
         grouped-query attention."""
         if self.rows is None:
             return scale
+
         size = max(1, int(self.rows.max()) + 1)
         rows = self.rows.to(scale.device)
         known, rows = rows >= 0, rows.clamp(min=0)
+
         # Fixed point: a GPU adds in any order, and only sums of integers are the same in each.
         logs = torch.where(known, scale.double().log() * _UNIT, 0).round().long()
         total = torch.zeros(
@@ -48,15 +50,18 @@ class Fold:
             0, rows, known.long()
         )
         mean = (total.double() / _UNIT / count.clamp(min=1)).exp().to(scale.dtype)
+
         return torch.where(known, mean[..., rows], torch.ones_like(scale))
 
     def describe(self) -> str:
         """One line for people: "v_proj rows, each feeding 3 channels"."""
         if self.rows is None:
             return self.producer + (" (1+w)" if self.kind == "norm_plus_one" else "")
+
         known = self.rows[self.rows >= 0]
         used = len(known.unique())
         tied = f", tied {len(known) // used}" if len(known) > used else ""
+
         return f"{self.producer} ({used} rows{tied})"
 
 
@@ -78,10 +83,12 @@ def apply_fold(block: nn.Module, fold: Fold, scale: Tensor) -> None:
     for name in fold.consumers:
         weight = get_weight(block.get_submodule(name))
         weight.mul_(scale.to(weight))
+
     producer: Any = block.get_submodule(fold.producer)
     if fold.kind != "linear":
         _divide(producer, scale, plus_one=fold.kind == "norm_plus_one")
         return
+
     weight, divisor = get_weight(producer), row_divisor(block, fold, scale)
     weight.div_(divisor.to(weight).unsqueeze(1))
     if getattr(producer, "bias", None) is not None:

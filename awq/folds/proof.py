@@ -50,6 +50,7 @@ def outputs_of(block: nn.Module, names: Sequence[str], calls: Calls) -> Outputs:
         for call, hidden in calls:
             for value in _floating(call.outputs(block, hidden)):  # some hand on more than one
                 note("", value)
+
     return outputs
 
 
@@ -76,6 +77,7 @@ def largest_change(
     differs in number or shape."""
     if before.keys() != after.keys():
         return float("inf")
+
     worst = 0.0
     for name, old in before.items():
         new = after[name]
@@ -84,6 +86,7 @@ def largest_change(
         for a, b in zip(new, old):
             error = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-20))
             worst = max(worst, error if error == error else float("inf"))
+
     return worst
 
 
@@ -118,6 +121,7 @@ def holds(
     producers = [fold.producer for fold, _ in folds]
     before = outputs_of(block, consumers, calls)
     device = before[""][0].device
+
     divisors: dict[str, Tensor] = {}  # of the rows of linear producers
     with restored(block, [*consumers, *producers]):
         for fold, in_features in folds:
@@ -127,6 +131,7 @@ def holds(
                 divisor = row_divisor(block, fold, scale)
                 divisors[fold.producer] = divisors.get(fold.producer, 1.0) * divisor
         after = outputs_of(block, consumers, calls)
+
     # A producer that is itself a consumer (v reads the norm, o reads v) gives its output divided,
     # on purpose.
     for name in divisors.keys() & after.keys():
@@ -157,10 +162,12 @@ def prove(
     """
     if not any(group.fold for group in groups):
         return list(groups)
+
     generator = generator or torch.Generator().manual_seed(0)
     probe, calls = float_copy(block), float_calls(calls)
     if holds(probe, groups, calls, generator) <= TOLERANCE:
         return list(groups)
+
     alone = [_without_false_fold(group, [], probe, calls, generator) for group in groups]
     kept: list[InputGroup] = []
     for group in alone:  # folds that hold alone but not together: the earlier one stays
@@ -168,6 +175,7 @@ def prove(
         kept.append(
             _without_false_fold(group, others, probe, calls, generator) if others else group
         )
+
     return kept
 
 
@@ -181,6 +189,7 @@ def _without_false_fold(
     """The group, without its fold if that changes the block beside the folds of the others."""
     if group.fold is None:
         return group
+
     change = holds(probe, [*others, group], calls, generator)
     if change <= TOLERANCE:
         return group

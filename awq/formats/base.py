@@ -44,6 +44,7 @@ class Format:
         """
         if weight.bits != 4:
             raise ConfigError(f"packed formats hold 4 bits, not {weight.bits}.")
+
         out_features, in_features = weight.codes.shape
         problem = self.why_not(in_features, out_features, weight.group_size)
         if problem:

@@ -72,6 +72,7 @@ def zeros_are_whole(scales: Tensor, qzeros: Tensor) -> bool:
     fits = torch.where(whole == 0, qzeros == 0, near & (whole >= 0) & (whole <= 15))
     smallest = _SMALLEST_NORMAL if scales.dtype == torch.float16 else 0.0
     blurred = (scales.abs() < smallest) & (scales != 0)
+
     return bool((fits | blurred | ((scales == 0) & (qzeros == 0))).all())
 
 
@@ -80,6 +81,7 @@ def _decode(
 ) -> QuantizedWeight:
     groups = in_features // group_size
     scales = transposed(tensors["scales"][:groups])
+
     # A scale of 0 (never ours) would give 0/0; its zero point has no effect.
     ratio = (-tensors["qzeros"][:groups].t().float() / scales.float()).nan_to_num(0.0)
     return QuantizedWeight(

@@ -51,6 +51,7 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
     )
     offsets = (8 - weight.zeros.float()) * weight.scales.float()
     pair = torch.stack((weight.scales.float(), offsets), -1).transpose(0, 1)  # [groups, out, 2]
+
     return {
         "qweight": _packed(F.pad(weight.codes, (0, 0, 0, extra))),
         "qzeros": F.pad(transposed(grid), (0, extra)),
@@ -68,6 +69,7 @@ def _decode(
     grid = (
         transposed(tensors["qzeros"][:, :out_features]).view(torch.int16).view(out_features, -1, 2)
     )
+
     return QuantizedWeight(
         codes, grid[..., 0].contiguous().view(torch.float16), grid[..., 1].to(torch.uint8)
     )

@@ -30,6 +30,7 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
     out_features, in_features = weight.codes.shape
     inputs, outputs = padded(in_features, out_features)
     extra = outputs - out_features
+
     # [out, t, byte, half, i]
     codes = F.pad(weight.codes, (0, inputs - in_features, 0, extra)).view(outputs, -1, 2, 2, 32)
     # [t, out, i, byte]
@@ -39,6 +40,7 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
         .view(torch.int32)
         .squeeze(-1)
     )
+
     return {
         "qweight": data.view(torch.int16).squeeze(-1),
         "qzeros": data.new_empty(0),
@@ -59,6 +61,7 @@ def _decode(
     grid = (
         transposed(tensors["scales"][:, :out_features]).view(torch.int16).view(out_features, -1, 2)
     )
+
     return QuantizedWeight(
         codes, grid[..., 0].contiguous().view(torch.float16), grid[..., 1].to(torch.uint8)
     )

@@ -39,6 +39,7 @@ def _rows(blocks: Tensor, out_features: int) -> Tensor:
 def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
     extra = -len(weight.codes) % ROWS
     codes = F.pad(weight.codes, (0, 0, 0, extra)) if extra else weight.codes.contiguous()
+
     # four bytes at a time: [n, row, k, half]
     words = codes.view(torch.int32).unflatten(0, (-1, ROWS)).unflatten(2, (-1, 2))
     data = (words[..., 0] | (words[..., 1] << 4)).transpose(1, 2).contiguous()

@@ -64,6 +64,7 @@ def build_decoder(
         devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
         if len(devices) != 1 or next(iter(devices)).type == "meta":
             raise NotFusable(f"the model is spread over {', '.join(sorted(map(str, devices)))}")
+
         plan, expected = _read_and_compute(model, max_seq_len)
         decoder = FusedDecoder(plan, model, batch_size, merge)
         try:
@@ -71,6 +72,7 @@ def build_decoder(
         except BaseException:
             decoder.restore()
             raise
+
         if quantize_head:
             decoder.head = quantized_head(plan.head)
         trim()
@@ -86,6 +88,7 @@ def _read_and_compute(model: Any, max_seq_len: int) -> tuple[DecoderPlan, Tensor
         known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(known, int) or not PIECE <= known < max_seq_len:
             raise
+
         plan = _read_and_prove(model, _twin(model), known)
         logger.info(
             "max_seq_len is %d, the positions that the model knows, instead of %d: %s",
@@ -93,6 +96,7 @@ def _read_and_compute(model: Any, max_seq_len: int) -> tuple[DecoderPlan, Tensor
             max_seq_len,
             reason,
         )
+
     ids = probe_ids(plan)
     twin = _twin(model)
     return plan, twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
@@ -138,10 +142,12 @@ def prove_whole(decoder: FusedDecoder, expected: Tensor) -> None:
         return
     if length == 1:
         return
+
     lengths = torch.full((1,), length - 1, dtype=torch.int32, device=ids.device)
     with torch.inference_mode():
         prompt = decoder.prefill(ids[:, :-1], [length - 1])
         step = decoder.eager_step(ids[:, -1], lengths, length - 1)
+
     tolerance = _WHOLE_ROUGH if decoder.dtype.itemsize < 4 else _WHOLE
     for logits, own, what in zip((prompt, step), theirs[-2:], ("a prompt", "a step")):
         error = float((logits[0] - own).norm() / own.norm().clamp(min=1e-30))
@@ -149,6 +155,7 @@ def prove_whole(decoder: FusedDecoder, expected: Tensor) -> None:
             raise NotFusable(
                 f"the fused model's logits differ from transformers' by {error:.1e} after {what}"
             )
+
     decoder.cache = []
 
 
@@ -165,6 +172,7 @@ def _read_and_prove(model: Any, twin: Any, max_seq_len: int) -> DecoderPlan:
     plans = [plan for plan, _ in chosen]
     keeps_states = any(kept for _, kept in chosen)
     blocks: Any = model.get_submodule(around.name)
+
     return DecoderPlan(
         plans,
         list(blocks),
@@ -194,17 +202,20 @@ def proven_plan(
     block = around.blocks[index]
     calls = around.near[index], around.far[index]
     hidden = probe(around.width, device_of(block))
+
     first: NotFusable | None = None
     for plan in plans_of(around, index, templates):
         try:
             if isinstance(plan, NotFusable):
                 raise plan
+
             if plan.attention is not None and index in around.windows:
                 attention = replace(plan.attention, window=around.windows[index])
                 plan = replace(plan, attention=attention)
             return plan, prove(plan, block, hidden, calls, max_seq_len, states)
         except NotFusable as reason:
             first = first or reason
+
     assert first is not None
     raise first
 
@@ -217,6 +228,7 @@ def plans_of(
     call = around.near[index].to(device_of(block), torch.float32)
     hidden = probe(around.width, device_of(block))
     real = trace(block, call, hidden)
+
     reason = "what was read of it is not what it does"
     try:
         yield _with_tables(
@@ -225,8 +237,10 @@ def plans_of(
     except NotFusable as error:
         yield error
         reason = str(error)
+
     if real.calls and index not in around.windows:
         return  # a module's own attention may see less than it says
+
     template = templates.of(around.near[index], around.everywhere[index], around.changed[index])
     try:
         yield from own_plans(real, call, template, reason)
@@ -281,6 +295,7 @@ def prove(
     """
     copy = float_copy(block)
     last = max(0, -(-max_seq_len // PIECE) * PIECE - PIECE)
+
     keeps_states = False
     for call, start in zip(calls, (0, last)):
         expected = call.to(device_of(copy), torch.float32).run(copy, hidden) - hidden
@@ -291,6 +306,7 @@ def prove(
         _contribution(fused, hidden[:, :-1], cache, Prompt(0))
         step = _contribution(fused, hidden[:, -1:], cache, Step(lengths, PIECE - 1))
         keeps_states |= cache.states is not None and not cache.states.empty
+
         for ours, theirs, what in (
             (whole, expected, "a prompt"),
             (step, expected[:, -1:], "one token"),
@@ -301,6 +317,7 @@ def prove(
                     f"the fused block differs from transformers' by {error:.1e} on {what} at "
                     f"position {start}"
                 )
+
     return keeps_states
 
 
@@ -319,6 +336,7 @@ def _moved(plan: BlockPlan, start: int, max_seq_len: int) -> BlockPlan:
         return replace(plan, own=replace(plan.own, call=call))
     if plan.cos is None or plan.sin is None:
         return plan
+
     places = _places(start, max_seq_len, plan.cos.device)
     return replace(plan, cos=plan.cos[places], sin=plan.sin[places])
 
@@ -343,7 +361,9 @@ def _contribution(
         raise NotFusable(
             f"a part of the block cannot be run alone: {type(error).__name__}: {error}"
         ) from error
+
     if branch is None:
         return x - hidden
+
     whole = branch if branch.dim() == x.dim() else summed(branch)
     return x + fused.plan.factor * whole - hidden

@@ -66,6 +66,7 @@ class AutoAWQLoader(BaseModelLoader):
                 f"model_name is {model_name!r} and model_path {model_path!r}; give a local "
                 "directory or a hub id."
             )
+
         # By keyword: older hosts have cache_dir before trust_remote_code.
         super().__init__(
             model_name=model_name,
@@ -92,6 +93,7 @@ class AutoAWQLoader(BaseModelLoader):
         wanted = str(device if device is not None else self._device)
         if wanted == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
+
         kind, _, index = wanted.partition(":")
         if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
             raise ConfigError(f'device is {wanted!r}; use "auto", "cpu", "cuda" or "cuda:N".')
@@ -122,11 +124,13 @@ class AutoAWQLoader(BaseModelLoader):
                 f"(awq quantize {self._source} OUTPUT) or use the host's loader for "
                 "full-precision models."
             )
+
         tokenizer = load_tokenizer(self._source, self._trust, **self._hub)
         model = load_model(self._source, self._dtype, self._trust, AutoModel, **self._hub)
         self._model, self._tokenizer = model.to(self.get_device()).eval(), tokenizer
         if self.get_device() == "cpu":
             speed_up(self._model)
+
         # where a host's own methods look for them
         self.model, self.tokenizer = self._model, self._tokenizer
 
@@ -159,6 +163,7 @@ class AutoAWQLoader(BaseModelLoader):
             tokenizer = self._tokenizer or load_tokenizer(self._source, self._trust, **self._hub)
         except AwqError as error:
             return info | {"error": str(error)}
+
         length = longest_input(config, tokenizer, sentence_settings(self._source))
         sizes = {
             "embedding_dimension": config.hidden_size,
@@ -186,6 +191,7 @@ class AutoAWQLoader(BaseModelLoader):
         except (AwqError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             logger.error("%s cannot be used: %s", self._source, error)
             return False
+
         finite = bool(torch.isfinite(hidden).all())
         if not finite:
             logger.error("%s gives hidden states that are not finite.", self._source)
@@ -197,6 +203,7 @@ class AutoAWQLoader(BaseModelLoader):
         with lock_of(self):
             self._model = self._tokenizer = None
             self.model = self.tokenizer = None
+
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -54,6 +54,7 @@ def register(lora_model: Any) -> None:
     is harmless."""
     if getattr(lora_model.dispatch_awq, "knows_packed_linears", False):
         return
+
     lora_model.dispatch_awq = _dispatcher(lora_model.dispatch_awq)
     tuners_utils._maybe_include_all_linear_layers = _with_packed(
         tuners_utils._maybe_include_all_linear_layers
@@ -65,6 +66,7 @@ def _dispatcher(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def dispatch(target: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         get_base: Any = getattr(target, "get_base_layer", None)
         base = target if get_base is None else get_base()
+
         # of a fused model: the adapter gets a linear of its own
         if isinstance(base, Slice) and base is target:
             target = base = base.part()
@@ -73,6 +75,7 @@ def _dispatcher(theirs: Callable[..., Any]) -> Callable[..., Any]:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Unsupported layer type")
                 return PackedLoraLinear(target, adapter_name, *args, **kwargs)
+
         return theirs(target, adapter_name, *args, **kwargs)
 
     dispatch.knows_packed_linears = True  # type: ignore[attr-defined]

@@ -81,6 +81,7 @@ def check_weight(
         and scales.get_device() == index
     ):
         return
+
     found = ", ".join(map(_text, (qweight, qzeros, scales)))
     raise ConfigError(
         f"packed tensors of {wanted.shape} in layout {wanted.layout} are "
@@ -117,6 +118,7 @@ def check_experts(
             "int32 or int64 [tokens, top_k] "
             f"on {device}."
         )
+
     if weights is not None:
         if (
             weights.shape != experts.shape
@@ -128,6 +130,7 @@ def check_experts(
                 "must be floating numbers "
                 f"{list(experts.shape)} on {device}."
             )
+
     if count is not None and device.type == "cpu" and experts.numel():
         check_expert_range([int(t) for t in experts.aminmax()], count)
 

@@ -51,6 +51,7 @@ def stack_experts(experts: Sequence[Packed]) -> Packed:
         raise ConfigError(
             "experts can be stacked when there are some, and their shapes and layouts are the same."
         )
+
     qweight, qzeros, scales = (torch.stack(tensors) for tensors in zip(*(e[:3] for e in experts)))
     return Packed(qweight, qzeros, scales, experts[0].shape, experts[0].layout)
 
@@ -136,6 +137,7 @@ def one_by_one(
     for number, rows in _rows_by_expert(experts, len(packed.qweight)):
         inputs = source[rows // top if x.dim() == 2 else rows]
         y[rows] = linear(inputs, expert_of(packed, number), None if bias is None else bias[number])
+
     y = y.view(tokens, top, packed.shape.out_features)
     return y if weights is None else (y.float() * weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
 
@@ -174,10 +176,12 @@ def _moe_linear(
         check_bias(bias, (len(qweight), out_features), qweight.device)
     if x.shape[:-1] != experts.shape[: x.dim() - 1] or x.dim() not in (2, 3):
         raise ConfigError(f"x of {list(x.shape)} does not fit experts of {list(experts.shape)}.")
+
     backend = backend_for(x.device, x.dtype, shape, format)
     packed = Packed(qweight, qzeros, scales, shape, format)
     own = getattr(backend, "moe_linear", None)
     y = None if own is None else own(x, packed, bias, experts, weights)
+
     return one_by_one(x, packed, bias, experts, weights, backend.linear) if y is None else y
 
 
@@ -203,9 +207,11 @@ def _input_grad(
     packed = Packed(qweight, qzeros, scales, shape, format)
     rows_of_grad = grad.reshape(-1, out_features)
     result = grad.new_empty((rows_of_grad.shape[0], in_features))
+
     for number, rows in _rows_by_expert(experts, len(qweight)):
         dense = dequantize(expert_of(packed, number), grad.dtype)
         result[rows] = reference.product(rows_of_grad[rows], dense.t(), None)
+
     return result.view(*experts.shape, in_features)
 
 
@@ -256,11 +262,13 @@ def _backward(ctx, grad: Tensor):
             )
             grad_weights = (y.float() * grad.float().unsqueeze(1)).sum(-1).to(weights.dtype)
         grad = (grad.float().unsqueeze(1) * weights.float().unsqueeze(-1)).to(grad.dtype)
+
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.awq.moe_linear_input_grad(
             grad, qweight, qzeros, scales, experts, *ctx.shape
         )
         grad_x = grad_x.sum(1) if ctx.shared_rows else grad_x
+
     return grad_x, None, None, None, None, None, grad_weights, None, None, None, None
 
 

@@ -47,6 +47,7 @@ def _linear(
     check_weight(qweight, qzeros, scales, wanted)
     if bias is not None:
         check_bias(bias, (out_features,), qweight.device)
+
     backend = backend_for(x.device, x.dtype, shape, format)
     return backend.linear(x, Packed(qweight, qzeros, scales, shape, format), bias)
 
@@ -68,6 +69,7 @@ def _input_grad(
     check_weight(qweight, qzeros, scales, wanted)
     backend = backend_for(grad.device, grad.dtype, shape, format)
     dequantize = getattr(backend, "dequantize", reference.dequantize)
+
     return reference.product(
         grad, dequantize(Packed(qweight, qzeros, scales, shape, format), grad.dtype).t(), None
     )

@@ -121,6 +121,7 @@ class Attention:
             return f"values have {self.value_head} channels, keys {self.head_dim}"
         if self.sinks is not None:
             return "it has sinks"
+
         q, k = self.q_norm, self.k_norm
         if q is None and k is None:
             return None

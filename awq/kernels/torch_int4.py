@@ -47,12 +47,14 @@ def problem() -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX"):
         return f"torch has fast code for AVX2 and AVX-512 only, and this CPU is {capability}"
+
     try:
         error = trial_error(
             lambda x, packed: linear(x, packed, None), LAYOUT, torch.bfloat16, (1, 7, MANY)
         )
     except Exception as failure:  # an operator without a promise to stay
         return f"torch's product failed: {type(failure).__name__} {str(failure).split(chr(10))[0]}"
+
     return None if error < 2e-2 else f"a trial product was wrong by {error:.3g}"
 
 
@@ -65,12 +67,14 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         out = _product(rows.contiguous(), packed.qweight, shape.group_size, packed.scales)
     else:
         out = _dense_product(rows, packed)
+
     if out.shape[1] != shape.out_features:
         out = out[:, : shape.out_features]
     if x.dtype != torch.bfloat16:
         out = out.to(x.dtype)
     if bias is not None:
         out = out + bias.to(x.dtype)
+
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], shape.out_features)
 
 
@@ -84,6 +88,7 @@ def _dense_product(x: Tensor, packed: Packed) -> Tensor:
     blocks = len(data)
     pairs = packed.scales.view(groups, blocks, width, 2)
     in_order = pairs[:, :, order]
+
     # [block, groups, 1, width]; contiguous, or the product below takes 100 times as long
     scales, offsets = in_order.permute(3, 1, 0, 2).unsqueeze(3).contiguous()
     out = x.new_empty(len(x), blocks, width)
@@ -96,4 +101,5 @@ def _dense_product(x: Tensor, packed: Packed) -> Tensor:
         dense = grouped.view(-1, inputs, width)
         y = torch.matmul(x, dense)  # [blocks, tokens, width]
         out[:, part] = y.transpose(0, 1)
+
     return out[:, :, order.argsort()].view(len(x), -1)

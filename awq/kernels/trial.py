@@ -33,9 +33,11 @@ def trial_error(
     tensors = get_layout(layout).pack(weight)
     packed = Packed(tensors["qweight"], tensors["qzeros"], tensors["scales"], shape, layout)
     dense, worst = weight.dequantize().double(), 0.0
+
     for count in tokens:
         x = torch.randn(count, 256, generator=generator).to(dtype)
         expected = reference.product(x.double(), dense, None)
         error = (product(x, packed).double() - expected).norm() / expected.norm()
         worst = max(worst, float(error.nan_to_num(float("inf"))))
+
     return worst

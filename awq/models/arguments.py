@@ -50,6 +50,7 @@ def quantize_options(given: dict[str, Any]) -> QuantizeOptions:
     for name in unknown:
         if name in _SAID_NOW:
             raise ConfigError(f"quantize() does not know {name}; say {_SAID_NOW[name]} instead.")
+
     if unknown:
         known = ", ".join(QuantizeOptions.__dataclass_fields__)
         raise ConfigError(

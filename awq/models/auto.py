@@ -33,6 +33,7 @@ def _dtype(value: Any) -> torch.dtype | str:
     "auto"."""
     if value is None or value == "auto" or isinstance(value, torch.dtype):
         return "auto" if value is None else value
+
     found = getattr(torch, str(value).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
         raise ConfigError(
@@ -84,10 +85,12 @@ class AutoAWQForCausalLM:
         kwargs = {**_download(download_kwargs), **model_init_kwargs}
         if device_map is not None:
             kwargs["device_map"] = device_map
+
         source = Source.open(model_path, trust_remote_code, **hub_arguments(kwargs))
         if source.is_quantized:
             _check_dequantizes(source, kwargs.get("quantization_config"))
         model = load_model(source, dtype, kind=cls._class_of(source), **kwargs)
+
         return cls._wrapper_of(source)(model, str(model_path), trust_remote_code=trust_remote_code)
 
     @classmethod
@@ -165,6 +168,7 @@ class AutoAWQForCausalLM:
             | _download(download_kwargs)
             | config_kwargs
         )
+
         if device_map is not None and device is None:
             kwargs["device_map"] = device_map
         elif "device_map" not in kwargs:
@@ -172,6 +176,7 @@ class AutoAWQForCausalLM:
             # straight there: weights are moved to their kernels' layout where they land
             if target.type != "cpu":
                 kwargs["device_map"] = {"": target}
+
         model = load_model(source, dtype, kind=cls._class_of(source), **kwargs)
         tokenizer = find_tokenizer(source.location, trust_remote_code)
         loaded = cls._wrapper_of(source)(
@@ -179,6 +184,7 @@ class AutoAWQForCausalLM:
         )
         if fuse_layers and isinstance(loaded, BaseAWQForCausalLM) and loaded.can_generate():
             loaded.fuse_layers(max_seq_len, batch_size, quantize_lm_head, capture_unfused)
+
         return loaded
 
     @classmethod
@@ -192,17 +198,20 @@ def _check_dequantizes(source: Source, wanted: Any) -> None:
     dense ones."""
     if bool(getattr(wanted, "dequantize", False)):
         return
+
     method = quant_method(source.config.quantization_config)
     if method == METHOD:
         raise ConfigError(
             f"{source.name} is quantized already; load it with from_quantized, or "
             "give the full-precision model to quantize."
         )
+
     advice = "start from the full-precision model"
     if method in _DEQUANTIZING:
         advice += (
             f", or pass quantization_config=transformers.{_DEQUANTIZING[method]}(dequantize=True)"
         )
+
     raise ConfigError(
         f"{source.name} is stored in {method} already, whose error would add to that of 4 bits; "
         f"{advice}."

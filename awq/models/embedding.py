@@ -98,12 +98,14 @@ class AwqEmbeddingModel(AwqModel):
         data, given = tell_apart(tokenizer, data)
         if given is not None and not self._tokenizer_known:
             self.tokenizer = given
+
         # General texts are sentences here, and join below.
         check_quantizer(options.pop("quantizer_cls", None))
         for name in _IGNORED:
             options.pop(name, None)
         if "apply_clip" in options:
             options["clip"] = options.pop("apply_clip")
+
         others = {
             "split": split,
             "text_column": text_column,
@@ -131,6 +133,7 @@ class AwqEmbeddingModel(AwqModel):
             )
         if self.tokenizer is None:
             raise CalibrationError(f"{self.path} has no tokenizer; give one, or token ids.")
+
         request = request.with_tokenizer(self.tokenizer)
         encoder = self.encoder
         ready = [
@@ -140,6 +143,7 @@ class AwqEmbeddingModel(AwqModel):
             raise CalibrationError(
                 "no calibration text is left after cleaning; give at least one that is not empty."
             )
+
         count = min(len(ready), max_calib_samples or self.sample_count())
         chosen = evenly_spread(len(ready), count)
         rest = sorted(set(range(len(ready))) - set(chosen))
@@ -148,9 +152,11 @@ class AwqEmbeddingModel(AwqModel):
         before = encoder.encode(held_out, **prompt) if held_out else None
         others["max_calib_seq_len"] = min(max_calib_seq_len, encoder.max_seq_length)
         calibration = [ready[i] for i in chosen]
+
         if general_texts:
             known = {*ready, *held_out}
             calibration += [text for text in self._general_sentences() if text not in known]
+
         report = self._quantize(
             self.tokenizer, quant_config, calibration, max_calib_samples=len(calibration), **others
         )
@@ -162,6 +168,7 @@ class AwqEmbeddingModel(AwqModel):
         """The directory's own pooling and heads, on the device of what they are given."""
         if self.tokenizer is None:
             return None
+
         heads = copy.deepcopy(self.encoder.heads)
 
         def embed(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -202,6 +209,7 @@ def _with_prompts(encoder: Encoder, texts: Any, prompt_name: str | None) -> list
             f"texts come by prompt name ({', '.join(texts)}); prompt_name {prompt_name!r} cannot "
             "be given as well."
         )
+
     named = texts.items() if isinstance(texts, dict) else [(prompt_name, texts)]
     return [encoder.prompt_text(name) + text for name, part in named for text in clean_texts(part)]
 
@@ -216,6 +224,7 @@ def _to_judge(
         return (rest if len(rest) >= 20 and evaluate is None else []), None, {"prompt": ""}
     if isinstance(evaluate, tuple) and len(evaluate) == 3 and not isinstance(evaluate[0], str):
         return [*evaluate[1], *evaluate[2]], evaluate, {"prompt_name": prompt_name}
+
     found = clean_texts(evaluate)
     if len(found) < 2:
         raise ConfigError(

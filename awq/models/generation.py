@@ -124,12 +124,14 @@ class FusedGeneration:
                 f"{type(self.model).__name__} is no language model; call it for last_hidden_state, "
                 "or let `Encoder` (`awq embed`) make embeddings."
             )
+
         if (
             max_seq_len is not None
             and "max_length" not in kwargs
             and "max_new_tokens" not in kwargs
         ):
             kwargs["max_length"] = max_seq_len
+
         if args:
             kwargs["inputs"], args = args[0], args[1:]
         self._check(kwargs)
@@ -137,6 +139,7 @@ class FusedGeneration:
         if isinstance(ids, Tensor) and ids.shape[0] == 1 and "attention_mask" not in kwargs:
             # one prompt has no padding; transformers would warn
             kwargs["attention_mask"] = torch.ones_like(ids)
+
         ending = getattr(self.model.generation_config, "eos_token_id", None)
         if (
             ending is not None
@@ -144,6 +147,7 @@ class FusedGeneration:
             and "generation_config" not in kwargs
         ):
             kwargs.setdefault("pad_token_id", ending[0] if isinstance(ending, list) else ending)
+
         return self._generate(*args, generator=generator, **kwargs)
 
     def _check(self, kwargs: dict[str, Any]) -> None:
@@ -171,11 +175,13 @@ class FusedGeneration:
                 reason = "called from within a running generate, as by a streamer"
             if decoder is not None and reason is None:
                 return generate_fused(self.model, decoder, generator, **kwargs)
+
         if generator is not None:
             raise ConfigError(
                 f"generate(generator=…) needs the fused loop ({reason}); use torch.manual_seed "
                 "instead."
             )
+
         logger.debug("transformers' own loop: %s", reason)
         return self.model.generate(*args, **kwargs)
 
@@ -199,6 +205,7 @@ class FusedGeneration:
                 self.unfuse()
             if self._fusion == PENDING:
                 self._build()
+
             return self._decoder
 
     def _build(self) -> None:

@@ -81,6 +81,7 @@ class AwqModel(nn.Module):
         self._tokenizer = tokenizer
         self._tokenizer_known = self.is_quantized
         self._trust_remote_code = trust_remote_code
+
         # packed linears of an export_compatible run, until pack()
         self._blocks: StreamedBlocks | None = None  # of a model that is not in memory
         self._waiting: dict[str, WQLinear] = {}
@@ -145,6 +146,7 @@ class AwqModel(nn.Module):
                 f"the model from {self.path} is quantized already; start from the full-precision "
                 "model."
             )
+
         if not self._is_decoder() and options.get("correction") is None:
             options["correction"] = ENCODER_CORRECTION
         config, chosen = self._checked(
@@ -154,16 +156,19 @@ class AwqModel(nn.Module):
         batches = self._calibration(
             tokenizer, calib_data, split, text_column, max_calib_samples, max_calib_seq_len, general
         )
+
         if export_compatible:
             report = self._quantize_dense(batches, config, chosen)
         else:
             report = quantize_model(
                 self.model, batches, config, chosen, self._blocks, self._embedding()
             )
+
         self.report, self.awq_config = report, config
         self.is_quantized = not export_compatible
         if self.is_quantized:
             mark_quantized(self.model, config)
+
         return report
 
     def _embedding(self) -> Embed | None:
@@ -197,16 +202,19 @@ class AwqModel(nn.Module):
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
                 raise ConfigError(f"{name} is {value!r}; use a whole number of at least 1.")
+
         if chosen.device is not None:
             usable_device(chosen.device)
         if self._blocks is not None:
             check_streamed(chosen, export_compatible)
         check_quantizable(self.model, config, self.path, streamed=self._blocks is not None)
+
         if not fused_experts(self.model):  # experts are made linears later, and count in the plan
             with suppress(ModelError):  # a model without blocks is judged later
                 lists = find_block_lists(self.model)
                 if len(lists) == 1:  # of several, calibration tells which are quantized
                     make_plan(self.model, lists, config, packed=not export_compatible)
+
         return config, chosen
 
     def _calibration(
@@ -227,6 +235,7 @@ class AwqModel(nn.Module):
             return media_batches(
                 media[: samples or _SAMPLES], processor, self._inputs(), start_token(self.model)
             )
+
         if tokenizer is not None and not self._tokenizer_known:
             self.tokenizer = tokenizer
         pad_id = self._pad_id() if tokenizer is None else getattr(tokenizer, "pad_token_id", None)
@@ -243,6 +252,7 @@ class AwqModel(nn.Module):
         # token ids are the caller's own choice of samples: all of them are used
         if samples is None:
             samples = max(_SAMPLES, len(request.rows))
+
         batches = load_calibration(
             request,
             request.tokenizer,
@@ -254,6 +264,7 @@ class AwqModel(nn.Module):
         if decoder and general and request.own and request.kind != "ids":
             batches = with_general_rows(batches, request.tokenizer, samples)
         accepted = self._inputs()
+
         # A tokenizer may tell the texts of a pair apart for a model that does not.
         return [
             b._replace(extra={k: v for k, v in b.extra.items() if k in accepted}) for b in batches
@@ -271,6 +282,7 @@ class AwqModel(nn.Module):
         dense, dtype = named_linears(self.model), self.model.dtype
         report = quantize_model(self.model, batches, config, options, embed=self._embedding())
         report.options["export_compatible"] = True
+
         with unfinished(self.model):
             for name, linear in dense.items():  # two of them may have become one packed linear
                 packed = self.model.get_submodule(name)
@@ -278,6 +290,7 @@ class AwqModel(nn.Module):
                     get_weight(linear).copy_(packed.dequantize())
                     replace_module(self.model, name, linear.to(self.device, dtype))
                     self._waiting[name] = packed
+
         return report
 
     def pack(self) -> None:
@@ -287,6 +300,7 @@ class AwqModel(nn.Module):
             return
         if not self._waiting:
             raise ConfigError("pack() needs quantize(..., export_compatible=True) before it.")
+
         for name, packed in self._waiting.items():
             replace_module(self.model, name, packed.to(self.device))
         self._waiting, self.is_quantized = {}, True
@@ -302,6 +316,7 @@ class AwqModel(nn.Module):
         self._check_whole()
         if not self.is_quantized and self.report is None:
             raise ConfigError("the model is not quantized; call quantize() first.")
+
         if not safetensors:
             logger.warning("safetensors=False is ignored: weights are written as safetensors only.")
         save_checkpoint(
@@ -345,6 +360,7 @@ class AwqModel(nn.Module):
         if any(tensor.is_meta for tensor in (*self.model.parameters(), *self.model.buffers())):
             # offloaded: accelerate's hooks know where the weights are, and nothing is fused
             return self.model
+
         with lock_of(self.model):
             model = copy_structure(self.model)
         restore(model)

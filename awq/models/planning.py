@@ -125,6 +125,7 @@ def plan_quantization(
     tokens = (max_calib_samples or _SAMPLES) * max_calib_seq_len
     if chosen.rounding == "feedback" and door is AutoAWQForCausalLM:
         tokens *= 2  # general texts join the caller's
+
     plan = _planned(blocks, config, chosen, tokens)
     if place is not None:
         check_disk(place, plan.disk)
@@ -146,6 +147,7 @@ def _planned(
         needed = forecast(run, planned_work(model, tokens))
         fitting = check_memory(needed)
         parallel = tensor_parallel(split_inputs(model, targets), config.group_size)
+
         return QuantizationPlan(
             sorted(targets),
             run.plan.skipped,

@@ -78,14 +78,17 @@ def quantize_directory(
     embedding = is_sentence_model(source)
     if embedding and options.setdefault("evaluate", False) is not False:
         raise ConfigError("evaluate needs the whole model in memory; use `awq eval` afterwards.")
+
     opened = open_full_precision(source, trust_remote_code, **given)
     door = AutoAWQForEmbedding if embedding else AutoAWQForCausalLM
     return_freed_memory()
+
     with work_folder(output, arguments) as work:
         model = door.streamed(opened, work, torch_dtype)
         report = model.quantize(model.tokenizer, quant_config, calib_data, **options)
         report.command = command
         model.save_quantized(output, shard_size=shard_size)
+
     return report
 
 

@@ -55,11 +55,13 @@ class NativeEncoder:
         root = Path(path)
         if not root.is_dir():
             raise ModelError(f"model {path} does not exist as a directory.")
+
         name = image_name(root, dtype, precision)
         content = store.load(name)
         if content is None:
             _prepare(root, dtype, precision)
             content = store.load(name)
+
         if content is None:
             raise ModelError(
                 f"the compiled encoder of {path} cannot be kept: {store.VARIABLE} must name a "
@@ -85,6 +87,7 @@ class NativeEncoder:
         """
         if isinstance(texts, str):
             return self.encode([texts], normalize, prompt_name, truncate_dim, prompt)[0]
+
         checked = checked_texts(texts)
         check_arguments(truncate_dim, prompt)
         before = prompt if prompt is not None else self._prompt(prompt_name)
@@ -92,9 +95,11 @@ class NativeEncoder:
         why_not = self._runner.why_not(ids)
         if why_not is not None:
             raise ConfigError(f"{why_not}; Encoder takes such texts.")
+
         skipped = self._prompt_tokens(before)
         found = self._runner.embeddings(ids, types, skipped, self._runner.helpers)
         found = found[:, :truncate_dim]
+
         return _normalized(found) if normalize else found
 
     def count_tokens(self, texts: Sequence[str]) -> int:
@@ -109,6 +114,7 @@ class NativeEncoder:
             pad = self._texts["pad"]
             ids = [row or [pad] for row in ids]
             types = [row or [0] for row in types]
+
         has_types = self._texts["has_types"]
         return ids, types if has_types else None
 
@@ -143,6 +149,7 @@ def image_name(root: Path, dtype: str, precision: str) -> str:
     for path in files:
         found.update(f"\0{path.relative_to(root)}\0".encode())
         add_file(found, path)
+
     place = f"{host_name()} matrix unit {matrix_unit.is_usable()}"
     found.update(f"\0{dtype}\0{precision}\0{place}\0{sources()}".encode())
     return found.hexdigest() + ENDING

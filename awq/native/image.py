@@ -76,16 +76,19 @@ class Image:
         length = int.from_bytes(content[:_LENGTH_BYTES], "little")
         end = _LENGTH_BYTES + length
         head = json.loads(bytes(content[_LENGTH_BYTES:end]))
+
         parts = {}
         for name, size in head.pop("sizes").items():
             start = -(-end // LINE) * LINE
             end = start + size
             parts[name] = content[start:end]
+
         spec = EncoderSpec(**head.pop("spec"))
         is_address = np.frombuffer(bytes(parts["is_address"]), bool)
         layers = np.frombuffer(bytes(parts["layers"]), np.int64)
         memory = large_pages(len(parts["memory"]))
         memory[:] = np.frombuffer(parts["memory"], np.uint8)
+
         return cls(
             spec=spec,
             job=tuple(head.pop("job")),
@@ -112,4 +115,5 @@ def large_pages(size: int) -> np.ndarray:
         ctypes.CDLL(None).madvise(place, whole, advice)
     except (OSError, AttributeError, TypeError):  # only faster
         pass
+
     return memory[start : start + size]

@@ -17,11 +17,13 @@ def binding() -> Any:
         from llvmlite import binding
     except ImportError as error:
         raise ImportError("llvmlite is not installed; pip install 'autoawq[cpu]'") from error
+
     version = tuple(int(part) for part in llvmlite.__version__.split(".")[:2])
     if version < MINIMUM:
         raise ImportError(
             f"llvmlite {llvmlite.__version__} is older than 0.45; pip install -U 'autoawq[cpu]'"
         )
+
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     return binding
@@ -45,6 +47,7 @@ def host_name() -> str:
     b = binding()
     version = ".".join(map(str, b.llvm_version_info))
     features = b.get_host_cpu_features().flatten()
+
     return f"llvmlite {llvmlite.__version__} LLVM {version} {b.get_host_cpu_name()} {features}"
 
 

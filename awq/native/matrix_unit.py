@@ -23,8 +23,10 @@ def is_usable() -> bool:
     """Asks for it, where there is one."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
+
     found = binding().get_host_cpu_features()
     if not all(found.get(name) for name in FEATURES):
         return False
+
     answer = ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA)
     return answer == 0

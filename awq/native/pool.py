@@ -47,6 +47,7 @@ def group_folders(controller: str) -> list[Path]:
         lines = MEMBERSHIP.read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
         return []
+
     found: list[Path] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
@@ -55,6 +56,7 @@ def group_folders(controller: str) -> list[Path]:
         elif controller in controllers.split(","):
             for mount in {controllers, controller}:
                 found += _upwards(CGROUPS / mount, path)
+
     return found
 
 
@@ -96,6 +98,7 @@ class Pool:
         self.helpers = helpers
         if not helpers:
             return
+
         libc = ctypes.CDLL(None)
         if libc.sem_init(ctypes.c_void_p(self._address + 8 * POOL_SEMAPHORE), 0, 0) != 0:
             self.helpers = 0
@@ -110,6 +113,7 @@ class Pool:
         """The job with helpers; False when another caller has them."""
         if not self._free.acquire(blocking=False):
             return False
+
         try:
             self._call(self._address, job, min(helpers, self.helpers))
         finally:

@@ -13,6 +13,7 @@ def checked_texts(texts: Any) -> list[str]:
     text at all."""
     if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
         raise ConfigError(f"texts are {type(texts).__name__}; give a string or a list of strings.")
+
     listed = list(texts)
     strange = sorted({type(text).__name__ for text in listed if not isinstance(text, str)})
     if strange:

@@ -35,6 +35,7 @@ class Runner:
         self.spec = image.spec
         if self.spec.matrix_unit and not matrix_unit.is_usable():
             raise OSError("this process may not use the CPU's matrix unit")
+
         self._layers = _placed(image)
         self._forward, self._pool, self._code = _program(image.code)
         self._index = {name: i for i, name in enumerate(image.job)}
@@ -84,6 +85,7 @@ class Runner:
             _, call = self._computed(own, own_types, 0, None)
             parts.append(call.hidden_states().copy())
             self._keep(call)
+
         return np.concatenate(parts)
 
     def _computed(
@@ -101,6 +103,7 @@ class Runner:
             call = self._calls.pop()
         except IndexError:
             call = _Call(self.spec, self._index, self._template.copy())
+
         out = np.empty((len(rows), self.spec.hidden), np.float32)
         call.fill(rows, types, lengths, self.image.position_offset, helpers)
         call.set(out=out.ctypes.data, prompt_tokens=prompt_tokens)
@@ -108,6 +111,7 @@ class Runner:
         self._run(call, helpers)
         if team is not None:
             team.note(helpers > 0, (time.perf_counter() - began) / tokens)
+
         return out, call
 
     def _keep(self, call: _Call) -> None:
@@ -128,6 +132,7 @@ class Runner:
                 f"texts have {shortest} to {longest} tokens; 1 to {self.image.longest} are "
                 "possible."
             )
+
         least, most = min(map(min, rows)), max(map(max, rows))
         if least < 0 or most >= self.image.vocabulary:
             raise ValueError(
@@ -139,6 +144,7 @@ class Runner:
         longest = max(map(len, rows))
         if longest > self.image.longest:
             return f"a text has {longest} tokens, and positions end at {self.image.longest}"
+
         # Families that begin to count positions after the padding's own give a padding word no
         # position of its own.
         padding = self.image.position_offset - 1
@@ -154,6 +160,7 @@ class Runner:
         values["layers"] = self._layers.ctypes.data
         values["words"] = image.words.ctypes.data
         values["max_distance"] = image.max_distance
+
         return np.array([values.get(name, 0) for name in image.job], np.int64)
 
 
@@ -166,6 +173,7 @@ def packs(lengths: list[int]) -> list[tuple[int, int]]:
             found.append((start, i))
             start, tokens = i, 0
         tokens += length
+
     return [*found, (start, len(lengths))]
 
 
@@ -213,6 +221,7 @@ class _Call:
         if shape != self._shape:
             self._lay_out(*shape)
             self._shape = shape
+
         self._numbers("ids", tokens)[:] = np.fromiter(chain.from_iterable(rows), np.int32, tokens)
         kinds = 0 if types is None else np.fromiter(chain.from_iterable(types), np.int32, tokens)
         self._numbers("types", tokens)[:] = kinds
@@ -223,6 +232,7 @@ class _Call:
         positions[:] = np.arange(position_offset, position_offset + tokens)
         if len(rows) > 1:
             positions -= np.repeat(starts[:-1], lengths)
+
         self._part("counters", 8 * COUNTERS_PER_PHASE * self._spec.phases)[:] = 0
         self.set(workers=helpers + 1)
 
@@ -239,12 +249,14 @@ class _Call:
         whole = sum(lines.values()) + LINE
         if len(self._memory) < whole:
             self._memory = np.empty(whole + whole // 4, np.uint8)
+
         base = self._memory.ctypes.data
         offset = -base % LINE
         for name, size in lines.items():
             self._parts[name] = offset
             self.set(**{name: base + offset})
             offset += size
+
         self.set(tokens=tokens)
         self.set(texts=texts)
         self.set(scratch_values=scratch // 4)
@@ -268,6 +280,7 @@ def _sizes(spec: EncoderSpec, texts: int, tokens: int, longest: int) -> dict[str
     widest = max(spec.hidden, spec.inner, spec.context)
     groups = widest // spec.group
     rows = -(-tokens // TILE_TOKENS) * TILE_TOKENS
+
     return {
         "ids": 4 * tokens,
         "types": 4 * tokens,

@@ -18,6 +18,7 @@ def sources() -> str:
     for folder in ("native", "embed", "kernels/cpu"):
         for path in sorted((root / folder).rglob("*.py")):
             add_file(found, path)
+
     return found.hexdigest()
 
 

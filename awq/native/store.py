@@ -43,12 +43,14 @@ def load(name: str) -> memoryview | None:
     place = folder()
     if place is None:
         return None
+
     try:
         _check(os.stat(place, follow_symlinks=False), stat.S_ISDIR)
         file = os.open(place / name, os.O_RDONLY | os.O_NOFOLLOW)
     except (OSError, ValueError) as error:
         logger.debug("%s is not used: %s", name, error)
         return None
+
     try:
         _check(os.fstat(file), stat.S_ISREG)
         mapped = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
@@ -58,6 +60,7 @@ def load(name: str) -> memoryview | None:
         return None
     finally:
         os.close(file)
+
     return memoryview(mapped)[HEADER_BYTES:]
 
 
@@ -66,23 +69,27 @@ def save(name: str, content: bytes) -> bool:
     place = folder()
     if place is None:
         return False
+
     temporary = None
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check(os.stat(place, follow_symlinks=False), stat.S_ISDIR)
         _make_room(place, len(content))
         descriptor, temporary = tempfile.mkstemp(dir=place)
+
         with os.fdopen(descriptor, "wb") as file:
             file.write((MAGIC + _digest(name, content)).ljust(HEADER_BYTES, b"\0"))
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+
         os.replace(temporary, place / name)
     except (OSError, ValueError) as error:
         logger.info("%s is not kept: %s", name, error)
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         return False
+
     return True
 
 
@@ -111,6 +118,7 @@ def _check_digest(name: str, file: int) -> None:
     while piece := os.pread(file, PIECE, place):
         found.update(piece)
         place += len(piece)
+
     if header != (MAGIC + found.digest()).ljust(HEADER_BYTES, b"\0"):
         raise ValueError("its digest is wrong")
 

@@ -64,6 +64,7 @@ def split_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
     args = tuple(None if _is_cache(a) else a for a in args)
     if args and isinstance(args[0], Tensor):
         return args[0], BlockCall(args[1:], kept)
+
     where = _key_of_hidden(kept)
     hidden = kept.pop(where)
     return hidden, BlockCall(args, kept, where)

@@ -47,6 +47,7 @@ def find_block_lists(model: nn.Module) -> list[BlockList]:
             and not all(isinstance(member, nn.ModuleList) for member in module)  # lists of lists
         ):
             found.append((name, module))
+
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing "

@@ -59,12 +59,14 @@ class NothingFromTheHost(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is torch.tensor and len(args) == 1 and isinstance(args[0], (bool, int, float)):
             return torch.full((), *args, **kwargs)
+
         if (
             function is Tensor.__getitem__
             and isinstance(args[1], tuple)
             and sum(map(_is_list, args[1])) == 1
         ):
             args = (args[0], tuple(_one_wide(i) for i in args[1]))
+
         return function(*args, **kwargs)
 
 
@@ -92,6 +94,7 @@ class NoWaiting(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._waits(function, args, kwargs):
             raise RuntimeError(f"{function} makes the host wait for the device")
+
         with self:  # in inference mode operators arrive here before they are taken apart
             result = function.decompose(*args, **kwargs)
         return function(*args, **kwargs) if result is NotImplemented else result

@@ -29,12 +29,14 @@ def with_decoder_inputs(model: nn.Module, item: dict[str, Tensor]) -> dict[str, 
     """
     if not takes_decoder_inputs(model) or "decoder_input_ids" in item:
         return item
+
     ids, mask = item["input_ids"], item["attention_mask"]
     if ids.shape[1] > 1:
         start = torch.full_like(ids[:, :1], start_token(model))
         kept = max(0, ids.shape[1] - 2)
         ids = torch.cat([start, ids[:, :kept]], 1)
         mask = torch.cat([torch.ones_like(start), mask[:, :kept]], 1)
+
     return {**item, "decoder_input_ids": ids, "decoder_attention_mask": mask}
 
 

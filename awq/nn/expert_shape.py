@@ -62,10 +62,12 @@ class ExpertShape:
         if not self.interleaved:
             half = joined.shape[dim] // 2
             return joined.narrow(dim, 0, half), joined.narrow(dim, half, half)
+
         index: list[Any] = [slice(None)] * joined.dim()
         index[dim] = slice(0, None, 2)
         gate = joined[tuple(index)]
         index[dim] = slice(1, None, 2)
+
         return gate, joined[tuple(index)]
 
 
@@ -77,9 +79,11 @@ def shape_of_experts(module: nn.Module) -> ExpertShape | None:
     down = module._parameters.get("down_proj")
     if up is None or down is None or up.dim() != 3 or down.dim() != 3 or len(up) < len(down):
         return None
+
     sorted_rows = _takes_sorted_rows(module)
     if sorted_rows is None:
         return None
+
     parts = 2 if has_gate else 1
     # [experts, parts · inner, hidden] beside [experts, hidden, inner], or the last two axes of both
     # exchanged
@@ -94,9 +98,11 @@ def shape_of_experts(module: nn.Module) -> ExpertShape | None:
     rows = up.shape[2] if transposed else up.shape[1]
     if rows != parts * inner:
         return None
+
     interleaved = not getattr(module, "is_concatenated", True)
     has_bias = bool(getattr(module, "has_bias", "down_proj_bias" in module._parameters))
     identities = len(up) - len(down)
+
     return ExpertShape(
         len(down),
         hidden,
@@ -115,6 +121,7 @@ def _takes_sorted_rows(module: nn.Module) -> bool | None:
     None: something else."""
     if all(hasattr(module, flag) for flag in _FLAGS):
         return False
+
     given = list(inspect.signature(type(module).forward).parameters)[1:]
     if given[:3] == ["hidden_states", "top_k_index", "top_k_weights"]:
         return False

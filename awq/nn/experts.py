@@ -38,6 +38,7 @@ class ExpertRules(nn.Module):
     def __init__(self, original: nn.Module, shape: ExpertShape, names: ExpertNames) -> None:
         super().__init__()
         first = original._parameters.get(weight_names(shape)[0])
+
         # Rows that stand for experts without weights are never read; they go back as they were.
         self._unread = (
             first.data[shape.num_experts :].clone()
@@ -50,6 +51,7 @@ class ExpertRules(nn.Module):
             self.add_module(name, child)
         for name, parameter in original.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+
         # in a tuple: not a child, so that its parts are not counted twice
         self._original = (original,)
         self.shape, self.names = shape, names
@@ -67,6 +69,7 @@ class ExpertRules(nn.Module):
             return original.act_fn(joined)
         if hasattr(original, "_apply_gate"):
             return original._apply_gate(joined)
+
         gate, up = self.shape.split(joined, -1)
         return original.act_fn(gate) * up
 
@@ -138,6 +141,7 @@ class ExpertLinears(ExpertRules):
         of sorted rows."""
         if top_k_index is None or top_k_weights is None:
             return self._of_sorted_rows(hidden_states)
+
         total = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
         for number in range(self.shape.num_experts):
             chosen = top_k_index == number
@@ -145,9 +149,11 @@ class ExpertLinears(ExpertRules):
                 weight = (top_k_weights * chosen).sum(-1, keepdim=True)
                 total = total + self.run_expert(number, hidden_states).float() * weight.float()
                 continue
+
             tokens, slots = torch.where(chosen)
             if not len(tokens):
                 continue
+
             weight = top_k_weights[tokens, slots]
             if self.watch is not None:
                 self.watch(number, tokens, weight)
@@ -155,6 +161,7 @@ class ExpertLinears(ExpertRules):
                 number, hidden_states[tokens]
             ).float() * weight.float().unsqueeze(-1)
             total = total.index_add(0, tokens, part)
+
         if self.shape.identities:
             total = total + self.handed_on(hidden_states, top_k_index, top_k_weights)
         return total.to(hidden_states.dtype)
@@ -168,11 +175,13 @@ class ExpertLinears(ExpertRules):
             if self.every_token:
                 output[number] = self.run_expert(number, rows)
                 continue
+
             tokens = rows.any(-1).nonzero().squeeze(-1)
             if self.watch is not None:
                 self.watch(number, tokens, torch.ones_like(tokens, dtype=torch.float32))
             if len(tokens):
                 output[number, tokens] = self.run_expert(number, rows[tokens])
+
         return output.view(-1, self.shape.hidden)
 
     def layer_inputs(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -183,6 +192,7 @@ class ExpertLinears(ExpertRules):
         """
         if not self.shape.sorted_rows:
             return x, mask
+
         real = x.any(-1)
         if mask is not None:
             real = real & mask.reshape(-1).repeat(self.shape.num_experts)
@@ -197,16 +207,19 @@ def _expert(
     expert = nn.Module()
     parts: dict[str, tuple[Tensor, Tensor | None]] = {}
     up, up_bias = _matrix(weights, first, number, shape)
+
     if shape.has_gate:
         gate, up = shape.split(up, 0)
         gate_bias = None
         if up_bias is not None:
             gate_bias, up_bias = shape.split(up_bias, 0)
         parts[names.gate] = gate, gate_bias
+
     parts[names.up] = up, up_bias
     parts[names.down] = _matrix(weights, "down_proj", number, shape)
     for name, (weight, bias) in parts.items():
         _put(expert, name, _linear(weight, bias))
+
     return expert
 
 
@@ -236,6 +249,7 @@ def _put(root: nn.Module, name: str, module: nn.Module) -> None:
         if part not in root._modules:
             root.add_module(part, nn.Module())
         root = cast(nn.Module, root._modules[part])
+
     root.add_module(leaf, module)
 
 
@@ -268,4 +282,5 @@ def expert_of(block: nn.Module, name: str) -> tuple[str, int] | None:
         if isinstance(module, ExpertLinears):
             return (".".join(parts[:place]), int(part)) if part.isdigit() else None
         module = None if module is None else module._modules.get(part)
+
     return None

@@ -39,17 +39,20 @@ def expose_experts(
     for name, shape in fused_experts(model).items():
         if names is not None and name not in names:
             continue
+
         original = model.get_submodule(name)
         kind = type(original), shape
         if kind not in verdicts:
             verdicts[kind] = (
                 why_not_expose(original, shape) if judge is None else judge(name, original, shape)
             )
+
         reason = verdicts[kind]
         if reason is not None:
             left[name] = reason
             continue
         replace_module(model, name, ExpertLinears(original, shape, (names or {}).get(name)))
+
     return left
 
 
@@ -58,6 +61,7 @@ def why_not_expose(original: nn.Module, shape: ExpertShape) -> str | None:
     example = next(original.parameters())
     if example.is_meta:
         return None
+
     trial = _trial_inputs(shape, example)
     kept = dict(original._parameters)
     try:
@@ -68,6 +72,7 @@ def why_not_expose(original: nn.Module, shape: ExpertShape) -> str | None:
     finally:
         original._parameters.clear()
         original._parameters.update(kept)
+
     change = float((found - expected).norm() / expected.norm().clamp(min=1e-20))
     if change <= _TOLERANCE.get(example.dtype, _TOLERANCE_16_BIT):
         return None
@@ -81,6 +86,7 @@ def _trial_inputs(shape: ExpertShape, example: Tensor) -> tuple[Tensor, ...]:
     if shape.sorted_rows:
         x = torch.randn(_TRIAL_TOKENS * shape.num_experts, shape.hidden, generator=generator)
         return (x.to(example.device, example.dtype),)
+
     top_k = min(2, shape.num_experts)
     x = torch.randn(_TRIAL_TOKENS, shape.hidden, generator=generator)
     order = torch.rand(
@@ -88,6 +94,7 @@ def _trial_inputs(shape: ExpertShape, example: Tensor) -> tuple[Tensor, ...]:
     ).argsort(-1)
     weights = torch.rand(_TRIAL_TOKENS, top_k, generator=generator)
     x, weights = (tensor.to(example.device, example.dtype) for tensor in (x, weights))
+
     return x, order[:, :top_k].to(example.device), weights
 
 
@@ -112,11 +119,13 @@ def _fused(experts: ExpertLinears) -> nn.Module:
     weights = [
         [None if m is None else cast(Tensor, m.weight) for m in triple] for triple in triples
     ]
+
     biases = None
     if shape.has_bias:
         biases = [
             [None if m is None else cast(Tensor, m.bias) for m in triple] for triple in triples
         ]
+
     return restore_original(experts, weights, biases)
 
 
@@ -132,16 +141,20 @@ def restore_original(
     for ending, triples in (("", weights), ("_bias", biases)):
         if triples is None:
             continue
+
         joined, downs = [], []
         for gate, up, down in triples:
             assert up is not None and down is not None
             joined.append(up if gate is None else shape.join(gate, up, 0))
             downs.append(down)
+
         for name, tensors in ((first, joined), ("down_proj", downs)):
             stacked = torch.stack(tensors)
             if name == first and rules._unread is not None and not ending:
                 stacked = torch.cat([stacked, rules._unread.to(stacked)])
             if shape.transposed and not ending:
                 stacked = stacked.transpose(1, 2).contiguous()
+
             original.register_parameter(name + ending, nn.Parameter(stacked, requires_grad=False))
+
     return original

@@ -33,6 +33,7 @@ def prepare(model: nn.Module, dtype: torch.dtype | None = None) -> int:
         linear.settle(dtype)
     if linears:
         _note_without_llvmlite(linears[0], dtype)
+
     return len(linears)
 
 
@@ -77,11 +78,13 @@ def concatenate_outputs(linears: Sequence[WQLinear]) -> WQLinear:
             "linears can be joined along their outputs when inputs and groups are the same, not "
             f"with {found}."
         )
+
     parts = [m.quantized() for m in linears]
     codes, scales, zeros = (torch.cat(tensors) for tensors in zip(*(part[:3] for part in parts)))
     weight = QuantizedWeight(codes, scales, zeros)
     biases = [m.bias for m in linears]
     dtype = next((b.dtype for b in biases if b is not None), None)
+
     bias: Tensor | None = None
     if dtype is not None:
         bias = torch.cat(
@@ -90,6 +93,7 @@ def concatenate_outputs(linears: Sequence[WQLinear]) -> WQLinear:
                 for m in linears
             ]
         )
+
     layout = linears[0].layout if len({m.layout for m in linears}) == 1 else None
     return WQLinear.from_quantized(weight, bias, linears[0].format, layout, linears[0].dtype)
 
@@ -102,6 +106,7 @@ def split_outputs(linear: WQLinear, sizes: Sequence[int]) -> list[WQLinear]:
         raise ConfigError(
             f"a linear of {linear.out_features} outputs cannot be split into {list(sizes)}."
         )
+
     parts = zip(*(tensor.split(list(sizes)) for tensor in linear.quantized()[:3]))
     biases = linear.bias.split(list(sizes)) if linear.bias is not None else [None] * len(sizes)
     return [
@@ -122,4 +127,5 @@ def take_outputs(linear: WQLinear, rows: Tensor) -> WQLinear:
     codes, scales, zeros = map(taken, linear.quantized()[:3])
     weight = QuantizedWeight(codes, scales, zeros)
     bias = None if linear.bias is None else taken(linear.bias)
+
     return WQLinear.from_quantized(weight, bias, linear.format, linear.layout, linear.dtype)

@@ -75,6 +75,7 @@ class WQLinear(nn.Module):
         self.format = self.layout = codec.name
         self.dtype = dtype or torch.float16
         self._settled: Packed | None = None  # None until a layout was chosen for the device
+
         # tensors of the checkpoint that packing again would not give back bit for bit
         self._kept: dict[str, Tensor] = {}
         problem = codec.why_not(in_features, out_features, self.group_size)
@@ -83,6 +84,7 @@ class WQLinear(nn.Module):
                 f"{codec.name} cannot store a linear of {in_features} inputs and {out_features} "
                 f"outputs: {problem}"
             )
+
         for name, tensor in codec.empty(in_features, out_features, self.group_size, device).items():
             self.register_buffer(name, tensor)
         self.register_buffer(
@@ -115,6 +117,7 @@ class WQLinear(nn.Module):
             self.register_buffer(name, tensor)
         if bias is not None:
             self.register_buffer("bias", bias.detach().clone())
+
         return self
 
     @property
@@ -137,12 +140,15 @@ class WQLinear(nn.Module):
         with _changing:
             packed = self.packed
             kept = self._kept
+
         if packed.layout == self.format:
             return {"qweight": packed.qweight, "qzeros": packed.qzeros, "scales": packed.scales}
+
         tensors = get_format(self.format).pack(packed.unpack())
         device = packed.qweight.device
         for name, tensor in kept.items():
             tensors[name] = tensor.to(device)
+
         return tensors
 
     def set_layout(self, layout: str) -> None:
@@ -166,6 +172,7 @@ class WQLinear(nn.Module):
                 get_layout(layout).pack(weight),
                 before if codec.bijective else codec.pack(weight),
             )
+
             # Padding that is not zero, or scaled zeros rounded otherwise: rare, small, and needed
             # to save the same bytes.
             self._kept = {
@@ -174,6 +181,7 @@ class WQLinear(nn.Module):
                 if t is not again[n]
                 and not torch.equal(t.view(torch.uint8), again[n].view(torch.uint8))
             }
+
         self._buffers.update(after)
         self.layout = layout
 
@@ -189,11 +197,13 @@ class WQLinear(nn.Module):
             assert qweight is not None
             if qweight.is_meta or (qweight.is_cuda and torch.cuda.is_current_stream_capturing()):
                 return self.packed
+
             self._recognize(qweight)
             self.dtype = dtype
             shape = Shape(self.in_features, self.out_features, self.group_size)
             self.set_layout(layout_for(qweight.device, dtype, shape) or self.layout)
             self._settled = self.packed
+
             return self._settled
 
     def _recognize(self, qweight: Tensor) -> None:
@@ -219,7 +229,9 @@ class WQLinear(nn.Module):
                 or scales is not settled[2]
             ):
                 settled = self.settle(x.dtype)
+
             qweight, qzeros, scales, _, layout = settled
+
         return quantized_linear(
             x,
             qweight,
@@ -262,10 +274,12 @@ class WQLinear(nn.Module):
         self._settled = None  # it would keep the old tensors alive
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+
         for name, old in kept.items():
             new = self._buffers[name]
             if new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
+
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -39,10 +39,12 @@ def leave_files(model: nn.Module) -> int:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is None or tensor.device.type != "cpu" or not tensor.numel():
                 continue
+
             index = bisect_right(starts, tensor.data_ptr()) - 1
             if index >= 0 and tensor.data_ptr() < ranges[index][1]:
                 tensor.data = tensor.data.clone()
                 copied += tensor.nbytes
+
     return copied
 
 
@@ -83,6 +85,7 @@ def _mapped_files() -> list[tuple[int, int]]:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
+
     found = [
         line.split(maxsplit=1)[0].split("-") for line in lines if line.rstrip().endswith(_SUFFIX)
     ]
@@ -126,6 +129,7 @@ def _own_limit() -> list[int]:
     """What `ulimit -v` leaves."""
     if sys.platform == "win32":
         return []
+
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]

@@ -26,6 +26,7 @@ def is_norm(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Embedding) or is_product(module):
         return False
+
     parameters = list(module.parameters(recurse=False))
     if not parameters:
         return "norm" in type(module).__name__.lower()

@@ -56,6 +56,7 @@ class ExpertStack(nn.Module):
         self.group_size, self.num_experts = weights[0].group_size, len(weights)
         self.format, self.layout = format, layout
         self._settled: Tensor | None = None
+
         # Not persistent: a checkpoint shows each expert by itself
         # (`AwqExperts.checkpoint_tensors`).
         for kind in PACKED_TENSORS:
@@ -101,6 +102,7 @@ class ExpertStack(nn.Module):
         qweight = self.qweight
         if qweight.is_meta or (qweight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
+
         shape = Shape(self.in_features, self.out_features, self.group_size)
         self.set_layout(layout_for(qweight.device, dtype, shape) or self.layout)
         self._settled = self.qweight
@@ -126,6 +128,7 @@ class ExpertStack(nn.Module):
             new = self._buffers[name]
             if new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
+
         return self
 
     def extra_repr(self) -> str:
@@ -182,9 +185,11 @@ class AwqExperts(ExpertRules):
             return self.finish(self.second(inner, owner)).squeeze(1)
         if self.shape.identities:
             return self._with_identities(hidden_states, top_k_index, top_k_weights)
+
         inner = self.activate(self.first(hidden_states, top_k_index))
         if not self.has_norm:
             return self.second(inner, top_k_index, top_k_weights)
+
         output = self.finish(self.second(inner, top_k_index))
         return (output.float() * top_k_weights.float().unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
@@ -202,6 +207,7 @@ class AwqExperts(ExpertRules):
         names = self.names
         first = self.first.weight_of(number)
         bias = self.first.bias_of(number)
+
         found: dict[str, tuple[QuantizedWeight, Tensor | None]] = {}
         if self.shape.has_gate:
             gate, up = _parted(self.shape, first)
@@ -210,6 +216,7 @@ class AwqExperts(ExpertRules):
             found[names.up] = up, up_bias
         else:
             found[names.up] = first, bias
+
         down_bias = self.second.bias_of(number)
         found[names.down] = self.second.weight_of(number), down_bias
         return found
@@ -230,6 +237,7 @@ class AwqExperts(ExpertRules):
                 tensors |= {f"{number}.{name}.{kind}": packed[kind] for kind in PACKED_TENSORS}
                 if bias is not None:
                     tensors[f"{number}.{name}.bias"] = bias.contiguous()
+
         return tensors
 
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
@@ -243,6 +251,7 @@ class AwqExperts(ExpertRules):
         weights = [missing + [part[name][0].dequantize(dtype) for name in order] for part in parts]
         if not self.shape.has_bias:
             return restore_original(self, weights, None)
+
         biases = [
             missing + [cast(Tensor, part[name][1]).to(dtype) for name in order] for part in parts
         ]
@@ -292,11 +301,13 @@ class AwqExperts(ExpertRules):
                     if gate_bias is None or up_bias is None
                     else self.shape.join(gate_bias, up_bias, 0)
                 )
+
             firsts.append(up)
             seconds.append(down)
             if up_bias is not None and down_bias is not None:
                 first_biases.append(up_bias)
                 second_biases.append(down_bias)
+
         self.first.load(firsts, first_biases)
         self.second.load(seconds, second_biases)
 
@@ -311,6 +322,7 @@ class AwqExperts(ExpertRules):
         parts = {kind: tensors[f"{prefix}.{kind}"].to(device) for kind in PACKED_TENSORS}
         codec = get_format(self.first.format)
         weight = codec.unpack(parts, home.in_features, outputs, home.group_size)
+
         return weight, tensors.get(f"{prefix}.bias")
 
 
@@ -336,12 +348,14 @@ def _first_stack(linears: ExpertLinears, triples: list[tuple[Any, Any, Any]]) ->
     shape = linears.shape
     if not shape.has_gate:
         return _stack([up for _, up, _ in triples])
+
     weights = []
     biases = []
     for gate, up, _ in triples:
         weights.append(_joined(shape, gate.quantized(), up.quantized()))
         if gate.bias is not None:
             biases.append(shape.join(gate.bias, up.bias, 0))
+
     first_gate, *_ = triples[0]
     format = first_gate.format
     return ExpertStack(weights, biases or None, format, format)

@@ -38,16 +38,19 @@ def reached_lists(
     names = [name for entry in lists for name in block_names(entry)]
     seen = _observed(model, names, short)
     order = {name: place for place, name in enumerate(seen)}
+
     reached: list[BlockList] = []
     for entry in lists:
         own = block_names(entry)
         if not all(name in seen for name in own):
             continue
+
         prefix, blocks = entry
         if len(blocks) < 2 or _is_chain(model, entry, short, [seen[name] for name in own]):
             reached.append(entry)
         else:
             reached += [(prefix, OneBlock(block, i)) for i, block in enumerate(blocks)]
+
     return sorted(reached, key=lambda entry: order[block_names(entry)[0]])
 
 
@@ -85,6 +88,7 @@ def _observed(
             block = model.get_submodule(name)
             stack.enter_context(listening([block], partial(before, name), partial(after, name)))
         run_body(model, item)
+
     return seen
 
 
@@ -132,6 +136,7 @@ def _alike(call: BlockCall, true: BlockCall) -> bool:
         # masks hold infinities
         if not _close(given.nan_to_num(), wanted.nan_to_num()):
             return False
+
     return True
 
 

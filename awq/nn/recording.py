@@ -53,6 +53,7 @@ def record_block_calls(
     wraps = _output_structures(model, lists, inputs[0])
     recorded: list[list[list[BlockCall]]] = [[] for _ in lists]
     entering: list[list[Tensor]] = [[] for _ in lists]
+
     for item in inputs:
         seen: dict[tuple[int, int], tuple[Tensor, BlockCall]] = {}
         stubs = {block: _stub(seen, key, wraps[key]) for key, block in blocks.items()}
@@ -65,8 +66,10 @@ def record_block_calls(
                     f"{name}.{missing[0]} is never called by the model's forward; it cannot be "
                     "calibrated."
                 )
+
             entering[i].append(seen[i, 0][0].detach())
             recorded[i].append([seen[i, j][1] for j in range(len(members))])
+
     return BlockCalls(recorded, entering)
 
 
@@ -90,6 +93,7 @@ def record_one_block(
             run_body(model, item)
         if not seen:
             raise ModelError(f"{name} is never called by the model's forward; it stays unknown.")
+
         entering.append(seen[0][0].detach())
         calls.append(seen[0][1])
     return calls, entering
@@ -140,10 +144,12 @@ def short_inputs(item: dict[str, Tensor]) -> dict[str, Tensor]:
     sound stand beside the tokens: their first axis counts patches, and ids stand for each."""
     if not all(name.endswith(_TOKEN_INPUTS) for name in item):
         return item
+
     short = {}
     for name, tensor in item.items():
         row = tensor[:1, :_SHORT_TOKENS]
         short[name] = torch.ones_like(row) if name.endswith("attention_mask") else row
+
     return short
 
 

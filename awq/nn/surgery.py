@@ -25,11 +25,13 @@ def is_linear(module: nn.Module) -> bool:
     """
     if not isinstance(module, LINEARS):
         return False
+
     kind = type(module)
     if kind.forward in (nn.Linear.forward, Conv1D.forward):
         return True
     if module.weight.is_meta:
         return _gives_product(module)
+
     if kind not in _acts_as_linear:
         _acts_as_linear[kind] = _gives_product(module)
     return _acts_as_linear[kind]
@@ -49,6 +51,7 @@ def _gives_product(module: nn.Module) -> bool:
         expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     except Exception:  # someone else's forward; one that fails here is no plain product
         return False
+
     if not isinstance(y, Tensor) or y.shape != expected.shape:
         return False
     return y.is_meta or float((y.float() - expected).norm()) <= 0.03 * float(expected.norm())
@@ -95,8 +98,10 @@ def usable_device(wanted: Any = None) -> torch.device:
         )
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f'device is {wanted!r}; use "cpu", "cuda" or "cuda:N".') from error
+
     if device.type != "cuda":
         return device
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) >= count:
         raise ConfigError(

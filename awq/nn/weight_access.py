@@ -52,6 +52,7 @@ class _MetadataView(Tensor):
             for value in _flat((*args, *kwargs.values())):
                 if isinstance(value, _MetadataView):
                     value.__dict__["used"]()
+
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
 
@@ -135,7 +136,9 @@ def changed_by_forward(model: Any) -> list[str]:
         fresh = type(model)(copy.deepcopy(model.config)).eval()
         versions = {name: parameter._version for name, parameter in fresh.named_parameters()}
         fresh.base_model(input_ids=torch.ones(1, 2, dtype=torch.long))
+
     if fresh is None:
         return []
+
     now = dict(fresh.named_parameters())
     return [name for name, version in versions.items() if now[name]._version != version]

@@ -84,9 +84,11 @@ class BlockQuantizer:
             proven = prove(self.block, known, self.visit.many, generator)
             if _folds_in(proven) == _folds_in(known):
                 return proven
+
         guesses = discover(self.block, self.visit.single, self.visit.many, generator)
         groups = prove(self.block, guesses, self.visit.many, generator)
         self.run.known_folds[structure] = groups
+
         for group in groups:
             if group.fold is None:
                 logger.info(
@@ -95,6 +97,7 @@ class BlockQuantizer:
                     ", ".join(group.consumers),
                     group.reason,
                 )
+
         return groups
 
     def _within_one_block(self, group: InputGroup) -> InputGroup:
@@ -103,6 +106,7 @@ class BlockQuantizer:
         fold = group.fold
         if fold is None:
             return group
+
         names = {f"{self.visit.name}.{name}" for name in (fold.producer, *fold.consumers)}
         if not names & self.run.shared:
             return group
@@ -120,6 +124,7 @@ class BlockQuantizer:
         shared = [name for name in readers if name not in routed]
         layers = list(named_experts(self.block))
         routed_tokens: dict[str, list[Tensor]] = {name: [] for name in layers}
+
         with (
             collect_inputs(self.block, shared, holder) as statistics,
             collect_experts(self.block, routed, holder, statistics, routed_tokens),
@@ -133,21 +138,25 @@ class BlockQuantizer:
                 holder.mask, holder.encoder = masks
                 holder.weight = batch.weight
                 call.run(self.block, hidden)
+
         for group in self.groups:
             if not expert_of(self.block, group.consumers[0]):
                 statistics.setdefault(
                     group.consumers[0], InputStatistics(group.in_features, self.visit.device)
                 )
+
         for owner, tokens in complete_experts(
             self.block, statistics, routed, routed_tokens
         ).items():
             self.run.report.experts[f"{self.visit.name}.{owner}"] = tokens
+
         found_any = any(found.tokens for found in statistics.values())
         if not found_any and any(found.dropped for found in statistics.values()):
             raise ModelError(
                 f"{self.visit.name}: no calibration token has finite activations; use another "
                 "dtype or other texts."
             )
+
         for name, found in statistics.items():
             if found.dropped:
                 self._warn(
@@ -155,6 +164,7 @@ class BlockQuantizer:
                     "left out."
                 )
             found.shrink_to_diagonal()
+
         self.statistics = statistics
 
     # 3. Activation-aware scales
@@ -169,11 +179,13 @@ class BlockQuantizer:
             if _no_finite_loss(choice) and group.fold is not None and run.options.scaling:
                 self._warn(f"{', '.join(group.consumers)}: no finite loss; scale 1 is kept.")
             self.choices.append(choice)
+
         for part in self.parts:
             statistics = self.statistics[part.statistics]
             self.losses_rtn |= round_to_nearest_losses(
                 self.block, part.group, part.names, statistics, run.config
             )
+
         for group, choice in zip(self.groups, self.choices):
             if group.fold is not None and choice.kind != "identity":
                 apply_fold(self.block, group.fold, choice.scale)
@@ -185,6 +197,7 @@ class BlockQuantizer:
         yet quantized."""
         if not self.run.corrects_inputs:
             return
+
         assert self.visit.calibration is not None
         if self.visit.index == 0:
             self.run.original_hidden = self.run.kept_hidden(self.visit.calibration.hidden)
@@ -200,6 +213,7 @@ class BlockQuantizer:
         streams = find_streams(self.block, alone, *self.visit.many[0])
         if device_of(self.run.model) != self.visit.device:
             release_cached(self.visit.device)
+
         self.original = OriginalInputs(
             self.block,
             names,
@@ -226,6 +240,7 @@ class BlockQuantizer:
             )
             for result in results:
                 self._write(result)
+
         self.results += results
 
     def _behind_scale(self, name: str, scale: Tensor) -> InputStatistics:
@@ -235,10 +250,12 @@ class BlockQuantizer:
         if self.original is None or name not in self.original.names:
             own.divide_by(scale)
             return own
+
         del own
         with self.run.phase("input error"):
             found = self._input_error(name, self.original)
         assert found is not None  # the original's input is known
+
         return found
 
     def _input_error(self, name: str, original: OriginalInputs) -> InputErrorStatistics | None:
@@ -271,6 +288,7 @@ class BlockQuantizer:
             self.run.install(self.block, result.name, full_name, result.weight, dtype)
             if self.run.options.tuning:
                 self.run.weights[full_name] = result.weight
+
             result.report.loss_rtn = self.losses_rtn[result.name]
             result.report.name = full_name
             self.run.report.linears.append(result.report)
@@ -298,6 +316,7 @@ def once_per_token(statistics: InputStatistics, visit: BlockVisit) -> bool:
     )
     encoder = sum(0 if mask is None else int(mask.sum()) for mask in inputs.encoder_masks)
     seen = statistics.tokens + statistics.dropped
+
     return (
         statistics.calls == len(inputs.hidden) and statistics.tokens > 0 and seen in (own, encoder)
     )
@@ -318,21 +337,26 @@ def input_error(
     """
     if name not in original.names:
         return None
+
     stream = original.streams.get(name)
     width, out = linear_shape(block.get_submodule(name))
     found = InputErrorStatistics(width, visit.device, 0 if stream is None else out)
     names = [name] if stream is None else [name, stream.reader]
+
     for index, ((call, hidden), *masks) in enumerate(
         zip(visit.calls(), visit.masks(), visit.encoder_masks())
     ):
         if index in unused:
             continue
+
         now = inputs_of(block, names, partial(call.run, block, hidden))
         before = original.of(names, index)
         missing = None
         if stream is not None:
             missing = stream_error(now[stream.reader], before[stream.reader], stream.factor)
+
         mask, weight = fitting_mask(now[name], *masks), 1.0 if weights is None else weights[index]
         found.add_pair(now[name], before[name], mask, missing, weight)
+
     found.shrink_to_diagonal()
     return found

@@ -25,6 +25,7 @@ def check_quantizable(
     check_exclusions(model, config.modules_to_not_convert)
     if streamed:
         return  # its blocks are looked at when they are read
+
     offloaded = [
         name
         for name, tensor in chain(model.named_parameters(), model.named_buffers())
@@ -36,6 +37,7 @@ def check_quantizable(
             "(device_map); load the model on the "
             "CPU to quantize it: blocks are moved to the GPU one at a time."
         )
+
     changed = changed_by_forward(model)
     if changed:
         raise ModelError(
@@ -52,6 +54,7 @@ def check_exclusions(model: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         if any(f".{name}." in f".{module}." for module in modules):
             continue
+
         parts = sorted(
             {part for module in modules for part in module.split(".") if not part.isdigit()}
         )

@@ -101,6 +101,7 @@ def statistics_name(block: nn.Module, group: InputGroup) -> str:
     for name in group.consumers:
         if expert_of(block, name) is None:
             return name
+
     owner, _ = expert_of(block, group.consumers[0]) or ("", 0)
     alone = len({expert_of(block, name) for name in group.consumers}) == 1
     return group.consumers[0] if alone else owner
@@ -169,6 +170,7 @@ def collect_experts(
             mask = mask.reshape(-1)[tokens]
         if name not in statistics:
             statistics[name] = RoutedStatistics(x.shape[-1], x.device)
+
         found: Any = statistics[name]
         found.add_routed(x, mask, weights * holder.weight)
 
@@ -218,6 +220,7 @@ def complete_experts(
             place = expert_of(block, name)
             if place is None or place[0] != owner:
                 continue
+
             number = place[1]
             linear: Any = block.get_submodule(name)
             found: Any = statistics.setdefault(
@@ -225,10 +228,12 @@ def complete_experts(
             )
             tokens.routed[number] = found.tokens
             found.normalize()
+
             if name.endswith(f".{experts.names.down}"):
                 tokens.borrowed[number] = _borrow_inner(experts, number, found, hidden[owner])
             else:
                 found.borrow(layer)
+
         report[owner] = tokens
     return report
 
@@ -239,14 +244,17 @@ def _borrow_inner(
     """For the second product: its expert runs on as many of the layer's tokens as are lacking."""
     if found.wanted <= 0:
         return 0
+
     seen = InputStatistics(len(found.gram), found.gram.device)
     gate, up, _ = experts.linears(number)
+
     # Evenly spread over the batches, so that no text is left out.
     step = max(1, sum(len(x) for x in hidden) // found.wanted)
     for x in hidden:
         rows = x[::step]
         first = up(rows) if gate is None else experts.shape.join(gate(rows), up(rows), -1)
         seen.add(experts.activate(first), None)
+
     return found.borrow(seen)
 
 
@@ -261,6 +269,7 @@ def skip_in_mixtures(plan: Plan, model: nn.Module) -> None:
         plan.skip(
             plan_routers, "a router: a changed choice of experts costs more than its few weights"
         )
+
     latent = {name for name in plan.targets if name.rpartition(".")[2] == DEQUANTIZED_BY_ENGINES}
     if latent:
         plan.skip(latent, "serving engines dequantize it when they load it")
@@ -279,6 +288,7 @@ def router_names(model: nn.Module) -> set[str]:
         count = _number_of_experts(module)
         if count is None:
             continue
+
         parent = name.rpartition(".")[0]
         for inner, linear in model.get_submodule(parent).named_modules():
             full = f"{parent}.{inner}" if parent else inner
@@ -294,6 +304,7 @@ def _number_of_experts(module: nn.Module) -> int | None:
         return module.shape.num_experts + module.shape.identities
     if not isinstance(module, nn.ModuleList) or len(module) < 2:
         return None
+
     alike = len({type(member) for member in module}) == 1
     linears = [m for m in module[0].modules() if isinstance(m, nn.Linear)]
     if alike and len(linears) >= 2:

@@ -79,6 +79,7 @@ def forecast(run: QuantizeRun, work: Work) -> Forecast:
     after = bytes_after(model, run.plan.targets, run.config)
     blocks = sum(shape.stored * count for shape, count in shapes)
     seconds = sum(count * block_seconds(s, work, options, rates) for s, count in shapes)
+
     return Forecast(
         # `before` holds what lies outside the blocks; a save copies it once more
         ram=before + max(inside + hidden, outside),
@@ -129,9 +130,11 @@ def check_memory(needed: Forecast) -> Forecast:
         free, _ = torch.cuda.mem_get_info()
         if free < needed.gpu:
             raise ConfigError(_lack("GPU memory", needed.gpu, free))
+
     free_ram = available_memory()
     if free_ram is None:
         return needed
+
     free_ram += resident_memory()
     fitting = needed.on_disk(max(0, free_ram - (needed.ram - needed.activations)))
     if fitting.ram > free_ram:
@@ -177,6 +180,7 @@ def _calls_of(run: QuantizeRun, entry: BlockList) -> list:
         recorded = record_block_calls(run.model, [entry], [item])
     except ModelError:
         return [(None, None)] * len(entry[1])
+
     calls, hidden = recorded.calls[0][0], recorded.hidden[0][0]
     return [(call, hidden) for call in calls]
 

@@ -91,6 +91,7 @@ def round_to_nearest_losses(
         )
         energy = gram_loss(weight, statistics.gram).clamp(min=_LEAST_ENERGY)
         losses[name] = float(gram_loss(delta, statistics.gram) / energy)
+
     return losses
 
 
@@ -119,9 +120,11 @@ def quantize_group(
     with_bias = options.bias_correction and _have_bias(block, names)
     with_feedback = options.rounding == "feedback" and statistics.tokens > 0
     lack, mean_change = None, torch.zeros(len(stacked), device=gram.device)
+
     if isinstance(statistics, InputErrorStatistics) and with_feedback:
         lack, mean_change = statistics.lack(stacked, options.correction or 0.0, with_bias)
         statistics.forget_error()
+
     factor = feedback_factor(gram) if with_feedback else None
     chunks, shifts = [], []
     for part in _row_chunks(stacked):
@@ -131,6 +134,7 @@ def quantize_group(
         found = quantize_rows(target, gram, size, config, options, factor)
         chunks.append(found)
         shifts.append((stacked[part] - found.weight.dequantize()) @ statistics.mean)
+
     rows = _joined(chunks)
     energies = row_losses(stacked, statistics.gram)
     shift = torch.cat(shifts) + mean_change
@@ -157,6 +161,7 @@ def quantize_group(
         )
         weight = QuantizedWeight(codes, scales, zeros, config.bits)
         results.append(QuantizedLinear(name, weight, report, bias_change if with_bias else None))
+
     for result in results:
         result.report.seconds = (time.perf_counter() - start) / len(results)
     return results
@@ -199,6 +204,7 @@ def _joined(chunks: list[QuantizedRows]) -> QuantizedRows:
     """The rows of all chunks, in order."""
     if len(chunks) == 1:
         return chunks[0]
+
     weights = [chunk.weight for chunk in chunks]
     weight = QuantizedWeight(
         torch.cat([part.codes for part in weights]),
@@ -247,6 +253,7 @@ def quantize_rows(
         nearest, row_losses(nearest.dequantize().sub_(weight), gram), nothing.bool(), nothing
     )
     ranges = full
+
     if options.clip:
         searched = search_range(weight, gram, group_size, bits, config.zero_point)
         narrowed = (searched[0] != full[0]).float().mean(1)
@@ -254,10 +261,12 @@ def quantize_rows(
             best, quantize_nearest(weight, *searched, bits), weight, gram, False, narrowed
         )
         ranges = best.weight.scales.float(), best.weight.zeros.float()
+
     if factor is not None:
         codes = round_with_feedback(weight, *factor, *ranges, bits)
         codes = refine(weight, gram, codes, options.refinement or 0)
         best = _better_rows(best, codes, weight, gram, True, best.narrowed)
+
     return best
 
 

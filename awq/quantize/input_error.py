@@ -65,6 +65,7 @@ class InputErrorStatistics(InputStatistics):
         self.sum.add_(now.sum(0), alpha=weight)
         self.error.addmm_(error.t(), now, alpha=weight)
         self.error_sum.add_(error.sum(0), alpha=weight)
+
         for lack in rest:
             self.stream.addmm_(lack.t(), now, alpha=weight)
             self.stream_sum.add_(lack.sum(0), alpha=weight)
@@ -100,6 +101,7 @@ class InputErrorStatistics(InputStatistics):
             )
             product += stream
             mean += self.stream_sum / max(1, self.tokens + self.missing_tokens)
+
         return product.mul_(share), mean
 
 
@@ -150,8 +152,10 @@ class OriginalInputs:
                 # the block overwrites them: they are computed again when they are asked for
                 self._outputs = []
                 return
+
             kept.append(inputs)
             self._outputs.append(output)
+
         self._kept = kept
 
     @property

@@ -75,6 +75,7 @@ class QuantizeOptions:
             value = getattr(self, name)
             if value not in allowed and not (name == "rounding" and value is None):
                 raise ConfigError(f"{name} is {value!r}; use one of {', '.join(allowed)}.")
+
         for name in ("refinement", "tuning"):
             _check_whole_number(name, getattr(self, name), MAX_ROUNDS, optional=True)
         _check_whole_number("seed", self.seed, MAX_SEED)
@@ -83,15 +84,18 @@ class QuantizeOptions:
             isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1
         ):
             raise ConfigError(f"correction is {share!r}; use a share from 0 to 1.")
+
         for name in _SWITCHES:
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "progress" and value is None):
                 raise ConfigError(f"{name} is {value!r}; use True or False.")
+
         object.__setattr__(self, "towers", _names(self.towers))
         if self.device is not None:
             usable_device(self.device)
             # torch.device too; a report is written as JSON
             object.__setattr__(self, "device", str(self.device))
+
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

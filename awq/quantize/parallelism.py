@@ -59,6 +59,7 @@ def tensor_parallel(split_inputs: Mapping[str, int], group_size: int) -> TensorP
         is_finer = group_size == -1 or group < group_size
         if is_finer and allowed > max([size, *finer.values()]):
             finer[group] = allowed
+
     return TensorParallel(size, limit, finer)
 
 
@@ -84,12 +85,14 @@ def split_inputs(model: nn.Module, targets: Collection[str]) -> dict[str, int]:
     """
     config = getattr(model, "config", None)
     hidden = None if config is None else getattr(config.get_text_config(), "hidden_size", None)
+
     found = {}
     for name, module in model.named_modules():
         if name in targets and is_linear(module):
             inputs, outputs = linear_shape(module)
             if outputs == hidden:
                 found[name] = inputs
+
     for name, shape in fused_experts(model).items():
         found[f"{name}.down_proj"] = shape.inner
     return found

@@ -60,6 +60,7 @@ def quantize_model(
     config, options = config or AwqConfig(), options or QuantizeOptions()
     check_finished(model)
     device = work_device(device_of(model), options)
+
     with one_at_a_time(device, options), experts_as_linears(model, store) as dense_experts:
         run = QuantizeRun.start(model.eval(), batches, config, options, store)
         if store is not None:
@@ -69,6 +70,7 @@ def quantize_model(
                 match = run.output_match(embed)
                 walk = run.walk()
                 run.go_on(walk)
+
             hide = None if options.progress is None else not options.progress
             lines = ProgressLines("block", len(walk))
             with unfinished(model), tqdm(walk, desc="AWQ", unit="block", disable=hide) as bar:
@@ -76,9 +78,11 @@ def quantize_model(
                     quantize_block(run, visit)
                     bar.set_postfix(loss=f"{run.report.loss:.4f}", rtn=f"{run.report.loss_rtn:.4f}")
                     lines.done(done, f"loss {run.report.loss:.4f}")
+
             if match is not None:
                 with unfinished(model):
                     tune(run, match)
+
     run.report.warnings += [
         f"{name} stays dense: {reason}." for name, reason in dense_experts.items()
     ]
@@ -115,9 +119,11 @@ def quantize_block(run: QuantizeRun, visit: BlockVisit) -> None:
             block.fold_scales()
         with run.phase("input error"):
             block.note_original_inputs()
+
         block.round_weights()
         with run.phase("outputs"):
             block.advance()
+
     with run.phase("packing"):
         block.pack()
 
@@ -132,4 +138,5 @@ def tune(run: QuantizeRun, match: OutputMatch) -> None:
         )
         for name, weight in weights.items():
             run.install(run.model, name, name, weight)
+
     run.report.tuning = asdict(tuning)

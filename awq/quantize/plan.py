@@ -74,18 +74,22 @@ def make_plan(
             if isinstance(module, LINEARS):
                 plan.skipped[name] = f"{type(module).__name__} does more than a linear"
             continue
+
         reason = _why_dense(name, lists, config, unreached, towers)
         if reason:
             plan.skipped[name] = reason
             continue
+
         in_features, out_features = linear_shape(module)
         weights[name] = in_features * out_features
         widths[name] = in_features
+
         try:
             size = config.group_size_of(in_features, name)
         except ConfigError as error:
             odd[name] = str(error)
             continue
+
         reason = (
             get_format(config.format).why_not(in_features, out_features, size) if packed else None
         )
@@ -93,10 +97,12 @@ def make_plan(
             plan.skipped[name] = reason
         else:
             plan.targets.add(name)
+
     _skip_odd(plan, odd, weights, widths)
     if packed and isinstance(model, PreTrainedModel):
         lost = nameless(model, plan.targets)
         plan.skip(lost, "the source's files hold its weight as a bare tensor, not as a module's")
+
     _name_bare(plan, model, lists)
     return plan
 
@@ -112,11 +118,13 @@ def _why_dense(
     tower = next((prefix for prefix in unreached if name.startswith(f"{prefix}.")), None)
     if tower is not None:
         return f"the calibration inputs do not reach {tower}"
+
     tower = next((prefix for prefix in towers if name.startswith(f"{prefix}.")), None)
     if tower is not None:
         return f"a tower that was not asked for (towers): {tower}"
     if not name.startswith(tuple(f"{prefix}." for prefix, _ in lists)):
         return "outside the repeated blocks"
+
     pattern = excluded_by(name, config.modules_to_not_convert)
     return None if pattern is None else f"excluded by modules_to_not_convert: {pattern}"
 
@@ -133,6 +141,7 @@ def _skip_odd(
     if share > MAX_ODD_SHARE and fitting_group_sizes(widths[name] for name in odd):
         more = f" ({len(odd) - 1} more linears have the same problem)" if len(odd) > 1 else ""
         raise ConfigError(next(iter(odd.values())) + more)
+
     plan.skip(set(odd), "the group size does not divide its in_features")
     if odd:
         plan.warnings.append(
@@ -157,6 +166,7 @@ def _name_bare(plan: Plan, model: nn.Module, lists: Sequence[BlockList]) -> None
         share = sum(members.values()) / max(1, total)
         if share < MIN_BARE_SHARE:
             continue
+
         plan.skipped |= dict.fromkeys(
             sorted(members), f"{kind} holds its weights in tensors of its own, not in linears"
         )
@@ -177,6 +187,7 @@ def _bare_weights(
             module, _NOT_BARE
         ):
             continue
+
         matrices = [p for p in module.parameters(recurse=False) if _is_matrix(p)]
         if matrices:
             yield name, module, sum(p.numel() for p in matrices)

@@ -31,6 +31,7 @@ class ProgressLines:
         now = time.perf_counter()
         if 1 < steps < self.total and now - self.last < SECONDS_BETWEEN_LINES:
             return
+
         self.last = now
         spent = now - self.start
         left = spent / steps * (self.total - steps)

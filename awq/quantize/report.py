@@ -89,6 +89,7 @@ class QuantReport:
                 f"scales tuned: held-out {t['kind']} {t['loss_before']:.5f} -> "
                 f"{t['loss_after']:.5f}, epoch {t['best_epoch']}"
             )
+
         if self.evaluation is not None:
             lines.append(self.evaluation.summary())
         return "\n".join(lines + [f"warning: {w}" for w in self.warnings])

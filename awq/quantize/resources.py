@@ -91,21 +91,25 @@ def block_shape(
     read the same tensor form a group. Linears that the call does not reach form one each."""
     targets = [n for n in named_linears(block) if f"{name}.{n}" in plan.targets]
     tensors = [*block.parameters(), *block.buffers()]
+
     members: dict[object, list[str]] = {}
     seen = set()
     for inner, read in _inputs_read(block, targets, call, hidden):
         if inner not in seen:
             members.setdefault(read, []).append(inner)
             seen.add(inner)
+
     for inner in targets:
         if inner not in seen:
             members[inner] = [inner]
+
     groups = []
     for names in members.values():
         shapes = [linear_shape(block.get_submodule(inner)) for inner in names]
         inputs = shapes[0][0]
         scales = inputs // config.group_size_of(inputs, names[0])
         groups.append(LinearGroup(inputs, tuple(outputs for _, outputs in shapes), scales))
+
     stored = sum(tensor.nbytes for tensor in tensors)
     return BlockShape(sum(tensor.numel() for tensor in tensors), stored, tuple(groups))
 
@@ -117,6 +121,7 @@ def _inputs_read(
     run without values."""
     if call is None or hidden is None:
         return []
+
     seen: list[tuple[str, Tensor]] = []
     meta = torch.device("meta")
 
@@ -128,6 +133,7 @@ def _inputs_read(
             call.to(meta).run(block, hidden.to(meta))
     except Exception:  # routing by values has none
         return []
+
     return [(name, id(tensor)) for name, tensor in seen]
 
 
@@ -150,6 +156,7 @@ def block_peak(shape: BlockShape, work: Work, options: QuantizeOptions, kind: st
         block + grams + _nearest(widest),
     ]
     steps += _rounding_steps(shape, work, options, kind)
+
     return max(steps)
 
 
@@ -171,6 +178,7 @@ def _rounding_steps(
     held = FLOAT * shape.numbers
     if corrected:
         held += _original_inputs(shape, work)
+
     steps = []
     for number, group in enumerate(shape.groups):
         base = held + sum(later.gram for later in shape.groups[number:])
@@ -178,16 +186,21 @@ def _rounding_steps(
         chunk = min(group.bytes, FLOAT * ROUNDED_VALUES["cpu" if kind == "cpu" else "cuda"])
         copies = _FEEDBACK_COPIES if feedback else _COPIES
         rows = group.stacked + round(copies * chunk) + group.bytes // FLOAT
+
         if corrected:
             steps.append(base + group.gram + group.bytes)  # sums of the error, and of the stream
             base += group.bytes  # what the outputs lack
+
         if feedback:
             base += group.gram  # the factor
             steps.append(base + group.gram + group.stacked)  # panels in float64, half of them zeros
+
         if options.refinement:
             entries = SYSTEMS["cpu" if kind == "cpu" else "cuda"]
             rows += _SYSTEM_BYTES * min(entries, sum(group.outputs) * group.scales**2)
+
         steps.append(base + rows)
+
     return steps
 
 
@@ -219,15 +232,18 @@ def block_seconds(
     candidates = 2 * len(RATIOS) if options.scaling else 0
     ranges = len(SHRINK) ** 2 if options.clip else 0
     products = 2.0 * work.tokens * shape.numbers * passes
+
     roundings = 0.0
     for group in shape.groups:
         weights = group.inputs * sum(group.outputs)
         products += 2.0 * work.tokens * group.inputs**2 * grams
         products += 1.2 * weights * group.inputs * (candidates + 4)
         roundings += weights * (candidates + ranges)
+
         if options.rounding == "feedback":
             products += 1.4 * group.inputs**3
             products += 8.0 * weights * group.inputs
+
     return products / rates[0] + roundings / rates[1]
 
 

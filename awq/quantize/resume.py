@@ -72,6 +72,7 @@ def restore_progress(run: QuantizeRun, progress: Progress) -> None:
     original = progress.hidden.get(_ORIGINAL)
     if original is not None:
         run.original_hidden = run.kept_hidden(original)
+
     report.linears = [_line_from_json(line) for line in notes["linears"]]
     report.warnings[:] = notes["warnings"]
     report.phases = notes["phases"]
@@ -100,6 +101,7 @@ def _groups_to_json(groups: list[InputGroup]) -> list[dict[str, Any]]:
             rows = None if fold.rows is None else fold.rows.tolist()
             parts = (fold.consumers, fold.producer, fold.kind, rows)
             entry["fold"] = dict(zip(("consumers", "producer", "kind", "rows"), parts))
+
         found.append({**entry, "reason": group.reason})
     return found
 

@@ -89,6 +89,7 @@ class QuantizeRun:
         """Raises ConfigError, CalibrationError or ModelError for what cannot be quantized."""
         if not batches or not any(int(b.attention_mask.sum()) for b in batches):
             raise CalibrationError("the calibration data holds no token; give at least one text.")
+
         lists = find_block_lists(model)
         item = _model_inputs(model, batches[0])
         reached, towers = chosen_lists(model, lists, item, options.towers)
@@ -100,15 +101,18 @@ class QuantizeRun:
         twins = _take_twins(plan, model)
         if store is not None:
             store.begin(reached, plan.targets, config)
+
         widest = max(linear_shape(model.get_submodule(name))[0] for name in plan.targets)
         device = work_device(device_of(model), options)
         tokens = _batch_tokens(device, widest)
         batches = rebatched(batches, tokens)
         tuning_batches: list[CalibrationBatch] = []
         judges = frozenset[int]()
+
         if options.tuning:
             tuning_batches = micro_batches(batches)
             batches, judges = in_large_batches(tuning_batches, tokens)
+
         batches = [_complete(model, batch) for batch in batches]
         tuning_batches = [_complete(model, batch) for batch in tuning_batches]
         report = QuantReport(
@@ -133,9 +137,11 @@ class QuantizeRun:
             twins,
             store=store,
         )
+
         if store is not None:
             store.phase = run.phase
             store.ahead = device.type != "cpu"
+
         return run
 
     @property
@@ -176,6 +182,7 @@ class QuantizeRun:
         """Takes up where an earlier run ended, if blocks are kept for that."""
         if self.store is None:
             return
+
         progress = self.store.go_on(settings_of(self), lambda: progress_of(self, walk))
         if progress is not None:
             walk.go_on(progress)
@@ -200,6 +207,7 @@ class QuantizeRun:
         if self.options.export_compatible:
             get_weight(linear).copy_(weight.dequantize())
             return
+
         bias = getattr(linear, "bias", None)
         packed = WQLinear.from_quantized(
             weight, bias, self.config.format, dtype=dtype or linear.weight.dtype
@@ -224,6 +232,7 @@ def _take_twins(plan: Plan, model: nn.Module) -> dict[str, list[str]]:
             first = owners.setdefault((id(tensors.weight), id(tensors.bias)), name)
             if first != name:
                 twins.setdefault(first, []).append(name)
+
     plan.targets -= {name for names in twins.values() for name in names}
     return twins
 
@@ -245,6 +254,7 @@ def moved_to(model: nn.Module, device: torch.device) -> Iterator[None]:
     if home == device:
         yield
         return
+
     try:
         model.to(device)
     except torch.OutOfMemoryError:
@@ -252,6 +262,7 @@ def moved_to(model: nn.Module, device: torch.device) -> Iterator[None]:
             "the model does not fit on %s: scales are tuned on %s, which takes long.", device, home
         )
         model.to(home)
+
     try:
         yield
     finally:
@@ -311,6 +322,7 @@ def _complete(model: nn.Module, batch: CalibrationBatch) -> CalibrationBatch:
     """The batch with what an encoder-decoder needs."""
     if batch.decoder:
         return batch
+
     inputs = with_decoder_inputs(model, batch.model_inputs())
     extra = {
         name: tensor

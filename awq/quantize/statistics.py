@@ -29,6 +29,7 @@ class InputStatistics:
         self.gram = torch.zeros(in_features, in_features, device=device)
         self.sum = torch.zeros(in_features, device=device)
         self.abs_sum = torch.zeros(in_features, device=device)
+
         # read at the end: a GPU would be waited for
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
         self.pseudo_tokens = 0
@@ -54,6 +55,7 @@ class InputStatistics:
         if mask is not None and mask.numel() == len(keep):
             keep = usable & mask.reshape(-1)
             usable = usable | ~mask.reshape(-1)
+
         self._counts += torch.stack([keep.sum(), (~usable).sum()])
         return [part.where(keep.unsqueeze(-1), 0.0) for part in parts]
 
@@ -83,6 +85,7 @@ class InputStatistics:
         """
         if self.tokens == 0:
             return
+
         count = max(self.missing_tokens, round(SHRINKAGE * self.tokens))
         trust = self.tokens / (self.tokens + _RELIABLE_TOKENS) if self.missing_tokens else 1.0
         mean = trust * self.mean

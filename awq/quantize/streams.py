@@ -52,12 +52,14 @@ def find_streams(
     readers = [name for name, _ in block.named_modules() if name]
     with hooked(block, readers, before=note_input), hooked(block, names, after=note_output):
         last = call.run(block, hidden)
+
     found = {}
     for name, (output, count) in outputs.items():
         sums = [value for _, value in inputs[count:]] + [last]
         stream = _stream_of(output, inputs[:count], sums)
         if stream is not None:
             found[name] = stream
+
     return found
 
 
@@ -69,17 +71,20 @@ def _stream_of(
     energy = float(output.pow(2).sum())
     if energy == 0:
         return None
+
     for reader, stream in before:
         if stream.shape != output.shape:
             continue
         for total in sums:
             if total.shape != output.shape:
                 continue
+
             change = total - stream
             factor = float((change * output).sum()) / energy
             rest = float((change - factor * output).norm())
             if abs(factor) > TOLERANCE and rest <= TOLERANCE * abs(factor) * energy**0.5:
                 return Stream(reader, 1.0 if abs(factor - 1) < TOLERANCE else factor)
+
     return None
 
 

@@ -37,6 +37,7 @@ def chosen_lists(
             raise ConfigError(
                 f"towers: {tower!r} is no list of blocks of the model; it has {names}."
             )
+
     missing = asked - {prefix for prefix, _ in reached}
     if missing:
         raise CalibrationError(
@@ -45,6 +46,7 @@ def chosen_lists(
         )
     if set(item) <= set(_TOKENS):
         return reached, {}
+
     by_text = _reached_by_text(model, lists, item)
     others = {prefix: blocks for prefix, blocks in reached if prefix not in by_text | asked}
     return [entry for entry in reached if entry[0] not in others], others
@@ -57,6 +59,7 @@ def _reached_by_text(
     (a decoder of sound)."""
     if "input_ids" not in item:
         return {prefix for prefix, _ in lists}
+
     ids = item["input_ids"][:1]
     known = torch.tensor(sorted(placeholder_ids(model)), dtype=ids.dtype, device=ids.device)
     text = ids[:, ~torch.isin(ids[0], known)]

@@ -24,6 +24,7 @@ def error_chart(points: Sequence[tuple[str, float, float]], height: int = 240) -
     values = [value for _, ours, nearest in points for value in (ours, nearest) if value > 0]
     if not values:
         return ""
+
     low = 10 ** math.floor(math.log10(min(values)))
     high = 10 ** math.ceil(math.log10(max(values)))
     if high <= low:
@@ -50,6 +51,7 @@ def error_chart(points: Sequence[tuple[str, float, float]], height: int = 240) -
         marks.append(
             f'<circle class="after" cx="{x:.1f}" cy="{y_of(ours):.1f}" r="3.2">{tip}</circle>'
         )
+
     middle = (LEFT + WIDTH - RIGHT) / 2
     marks.append(
         f'<text class="axis" x="{middle}" y="{height - 8}" text-anchor="middle">first block → '
@@ -65,6 +67,7 @@ def bar_chart(rows: Sequence[tuple[str, float, str]], label: str) -> str:
     longest = max((value for _, value, _ in rows), default=0.0)
     if longest <= 0:
         return ""
+
     step, names, end = 26, 190, 120
     marks = []
     for index, (name, value, text) in enumerate(rows):
@@ -80,6 +83,7 @@ def bar_chart(rows: Sequence[tuple[str, float, str]], label: str) -> str:
         marks.append(
             f'<text class="axis" x="{names + width + 8:.1f}" y="{y + 13}">{escape(text)}</text>'
         )
+
     return _svg(marks, len(rows) * step + 6, label)
 
 
@@ -89,8 +93,10 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], label: str) -> str:
     columns = max((len(values) for _, values in rows), default=0)
     if most <= 0 or columns == 0:
         return ""
+
     names, step = 120, 18
     width = (WIDTH - names) / columns
+
     marks = []
     for row, (name, values) in enumerate(rows):
         y = row * step
@@ -106,6 +112,7 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], label: str) -> str:
                 f'width="{max(1.0, width - 1):.1f}" height="{step - 2}"'
             )
             marks.append(f'<rect class="bar" {place} fill-opacity="{strength:.2f}">{tip}</rect>')
+
     return _svg(marks, len(rows) * step + 4, label)
 
 

@@ -64,6 +64,7 @@ def _head(view: ReportView) -> str:
         f"Output error {view.loss:.4f}, rounding to nearest {view.loss_nearest:.4f} (relative, "
         "mean over linears)."
     )
+
     return (
         f'<h1>{escape(view.title)}</h1>\n<p class="lead">{lead}</p>\n<div '
         f'class="tiles">\n{drawn}\n</div>'
@@ -99,6 +100,7 @@ def _errors(view: ReportView) -> str:
     )
     if not chart:
         return ""
+
     key = '<p class="key"><i class="k1"></i>rounded to nearest<i class="k2"></i>this run</p>'
     return f"<h2>Error of every linear</h2>\n{key}\n{chart}"
 
@@ -119,6 +121,7 @@ def _roles(view: ReportView) -> str:
         by_role[linear.role].append(linear)
     if not 1 < len(by_role) <= 60:
         return ""
+
     rows = []
     for role, members in by_role.items():
         loss = _mean([m.loss for m in members])
@@ -136,6 +139,7 @@ def _roles(view: ReportView) -> str:
                 f"{100 * narrowed:.0f} %",
             )
         )
+
     heads = ["linear", "error", "nearest", "left", "scales folded", "groups with a narrower range"]
     return f"<h2>By place in the block</h2>\n{_table(heads, rows, numeric={1, 2, 3, 4, 5})}"
 
@@ -145,6 +149,7 @@ def _experts(view: ReportView) -> str:
     chart = heat_map(rows, "Calibration tokens per expert, one row per layer")
     if not chart:
         return ""
+
     fewest = min(min(values) for _, values in rows)
     note = f'<p class="note">The least used expert saw {fewest:,.0f} tokens.</p>'
     return f"<h2>Tokens per expert</h2>\n{note}\n{chart}"
@@ -156,10 +161,12 @@ def _dense(view: ReportView) -> str:
         by_reason[reason].append(name)
     if not by_reason:
         return ""
+
     rows = []
     for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         rows.append((reason, str(len(names)), shown))
+
     return (
         "<h2>What stayed dense, and "
         f"why</h2>\n{_table(['reason', 'linears', 'names'], rows, numeric={1})}"
@@ -181,8 +188,10 @@ def _settings(view: ReportView) -> str:
             for name, value in (view.raw.get(part) or {}).items()
             if value is not None
         ]
+
     if not rows:
         return ""
+
     table = _table(["", "setting", "value"], rows)
     return f"<details>\n<summary>Settings and versions</summary>\n{table}\n</details>"
 
@@ -197,6 +206,7 @@ def _all_linears(view: ReportView) -> str:
         )
         shape = " × ".join(str(size) for size in linear.shape)
         rows.append((linear.name, shape, f"{linear.loss:.5f}", f"{linear.loss_nearest:.5f}", scale))
+
     table = _table(["linear", "shape", "error", "nearest", "scale"], rows, numeric={2, 3})
     return f"<details>\n<summary>Every linear ({len(rows)})</summary>\n{table}\n</details>"
 
@@ -214,6 +224,7 @@ def _table(heads: list[str], rows: Sequence[tuple[str, ...]], numeric: Collectio
     head = line("th", heads)
     body = "\n".join(line("td", row) for row in rows)
     table = f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
     return f'<div class="scroll">{table}</div>'
 
 

@@ -87,6 +87,7 @@ def read_report(path: str | Path) -> ReportView:
         raise CheckpointError(
             f"{file} does not exist; `save_quantized` writes it into the directory it saves."
         )
+
     raw = read_json(file)
     try:
         _check_kinds(raw)
@@ -110,6 +111,7 @@ def _check_kinds(raw: dict[str, Any]) -> None:
     for name in _TABLES:
         if not isinstance(raw.get(name) or {}, dict):
             raise TypeError(f"{name} is no table")
+
     for value in (*(raw.get(name) or 0 for name in _NUMBERS), *(raw.get("phases") or {}).values()):
         _number(value)
     if not isinstance(raw.get("warnings") or [], list):

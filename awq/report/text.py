@@ -23,6 +23,7 @@ def render_text(view: ReportView) -> str:
         f"  {item.name:<{width}}  {item.loss:.4f}  nearest {item.loss_nearest:.4f}"
         for item in worst
     ]
+
     if view.skipped:
         lines += ["", "dense"]
         lines += [
@@ -30,4 +31,5 @@ def render_text(view: ReportView) -> str:
         ]
         hidden = len(view.skipped) - WORST_SHOWN
         lines += [f"  and {hidden} more"] if hidden > 0 else []
+
     return "\n".join(lines)

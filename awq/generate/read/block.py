@@ -56,6 +56,7 @@ def read_block(neutral: Trace, real: Trace, call: BlockCall) -> BlockPlan:
         raise NotFusable(
             "attention does not go through transformers' attention interface exactly once per block"
         )
+
     projections = _read_projections(neutral, neutral.attention)
     rotation = _read_rotation(neutral.attention, real.attention, call)
     attention, qkv = _as_halves(projections, rotation)
@@ -64,6 +65,7 @@ def read_block(neutral: Trace, real: Trace, call: BlockCall) -> BlockPlan:
     mlp = read_mlp(neutral, [event for event in neutral.events if event.name not in own])
     entry = next(event for event in neutral.events if event.name == qkv.names[0])
     residuals = read_residuals(neutral, Branch(entry.x, out.y), Branch(mlp.x, mlp.y))
+
     return residuals.plan(
         attention=attention,
         qkv=qkv,
@@ -116,6 +118,7 @@ def _read_projections(found: Trace, call: AttentionCall) -> _Projections:
     if rows is None:  # scaled before, rather than in, attention
         factor = call.q.shape[-1] ** -0.5
         rows = find_channels(flat(heads_last(query)), [flat(event.y) * factor for event in linears])
+
     places = [rows] + [
         find_channels(flat(heads_last(x)), [flat(event.y) for event in linears])
         for x in (key, value)
@@ -123,12 +126,14 @@ def _read_projections(found: Trace, call: AttentionCall) -> _Projections:
     for name, place in zip(("query", "key", "value"), places):
         if place is None:
             raise NotFusable(f"{name} vectors are not outputs of linears, rotated or not")
+
     known: list[Tensor] = places  # type: ignore[assignment]
 
     used, rows = owners(torch.cat(known), [event.y.shape[-1] for event in linears])
     linears = [linears[i] for i in used]
     if any(not torch.equal(event.x, linears[0].x) for event in linears):
         raise NotFusable("queries, keys and values come from linears with different inputs")
+
     attention = Attention(
         heads=call.q.shape[1],
         kv_heads=call.k.shape[1],
@@ -191,11 +196,13 @@ def _read_rotation(
     pairs = ((neutral.q, real.q), (neutral.k, real.k))
     if all(torch.equal(before, after) for before, after in pairs):
         return None
+
     for cos, sin in rotary_tables(call).values():
         cos, sin = (table.float().reshape(-1, *table.shape[-2:]) for table in (cos, sin))
         for half, columns in _table_forms(cos):
             if 2 * half > neutral.q.shape[-1]:
                 continue
+
             c, s = cos[..., columns], sin[..., columns]
             for order in _channel_orders(half, cos.device):
                 if all(
@@ -203,6 +210,7 @@ def _read_rotation(
                     for before, after in pairs
                 ):
                     return _Rotation(order, c, s)
+
     raise NotFusable("queries and keys are rotated in a way that is not known here")
 
 
@@ -220,6 +228,7 @@ def _table_forms(cos: Tensor) -> list[tuple[int, slice]]:
     once = (width, slice(None))
     if width % 2:
         return [once]
+
     forms = [once]
     half = width // 2
     left, right = cos.split(half, -1)
@@ -227,6 +236,7 @@ def _table_forms(cos: Tensor) -> list[tuple[int, slice]]:
         forms.insert(0, (half, slice(0, half)))
     if torch.equal(cos[..., 0::2], cos[..., 1::2]):
         forms.insert(0, (half, slice(0, None, 2)))
+
     return forms
 
 
@@ -242,6 +252,7 @@ def _as_halves(found: _Projections, rotation: _Rotation | None) -> tuple[Attenti
     attention = found.attention
     if rotation is None:
         return attention, Source(found.names, torch.cat([found.query, found.key, found.value]))
+
     dim = attention.head_dim
     order = rotation.order
     unrotated = torch.arange(len(order), dim, device=order.device)
@@ -256,6 +267,7 @@ def _as_halves(found: _Projections, rotation: _Rotation | None) -> tuple[Attenti
         q_norm=_reordered(attention.q_norm, within, attention),
         k_norm=_reordered(attention.k_norm, within, attention),
     )
+
     return attention, Source(found.names, torch.cat([query, key, found.value]))
 
 
@@ -265,6 +277,7 @@ def _reordered(norm: Norm | None, within: Tensor, attention: Attention) -> Norm 
         return norm
     if not attention.norm_heads:
         raise NotFusable("a norm over all heads before an interleaved rotation")
+
     weight = None if norm.weight is None else norm.weight[within]
     bias = None if norm.bias is None else norm.bias[within]
     return replace(norm, weight=weight, bias=bias)

@@ -33,9 +33,11 @@ def find_channels(wanted: Tensor, sources: Sequence[Tensor]) -> Tensor | None:
     """
     if not sources:
         return None
+
     pool = torch.cat(list(sources), 1)
     if pool.shape[0] != wanted.shape[0]:
         return None
+
     known, order = _fingerprints(pool).sort()
     place = order[torch.searchsorted(known, _fingerprints(wanted)).clamp(max=len(known) - 1)]
     if not torch.equal(pool[:, place], wanted) or len(place.unique()) != len(place):
@@ -50,10 +52,12 @@ def owners(places: Tensor, widths: Sequence[int]) -> tuple[list[int], Tensor]:
     owner = torch.searchsorted(ends, places, right=True)
     used = owner.unique().tolist()
     shift = torch.zeros(len(widths), dtype=torch.long, device=places.device)
+
     before = 0
     for i in used:
         shift[i] = before - (int(ends[i]) - widths[i])
         before += widths[i]
+
     return used, places + shift[owner]
 
 

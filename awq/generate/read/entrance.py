@@ -40,6 +40,7 @@ def read_entrance(
     raw = everywhere.raw
     if vectors.shape != raw.shape[1:]:
         raise NotFusable("the embedding's width is not the blocks'")
+
     rounding = 4 * torch.finfo(raw.dtype).eps
     factor = _multiple(raw[0].float(), vectors)
     slack = rounding * float(raw[0].float().abs().mean())
@@ -49,10 +50,12 @@ def read_entrance(
         for part in map(Tensor.float, raw.split(64))
     ):
         return Entrance(_one(factor, rounding), None, norm, False)
+
     if len(raw) > 1 and torch.equal(raw[0], raw[1]):  # the model counts its tokens itself
         tokens = max(max_seq_len, PIECE)
         raw = passes.in_a_row(tokens).raw[:1]
         vectors = vectors.repeat(-(-tokens // PIECE), 1)[:tokens]
+
     # Positions do not change with the ids, so the difference tells the factor, and the rest is
     # theirs.
     others = changed.raw[0].float()
@@ -70,6 +73,7 @@ def read_entrance(
             "what enters the blocks is not a multiple of the embedding and a vector for each "
             "position"
         )
+
     positions = positions.flatten(0, 1)
     padded = _counts_padding(passes, factor * vectors[:PIECE], positions)
     return Entrance(factor, positions, norm, padded)
@@ -94,6 +98,7 @@ def read_outer_norm(call: NormCall | None) -> Norm | None:
     function."""
     if call is None:
         return None
+
     module = copy.deepcopy(call.module).float()
     x = call.x[:1].float()
     norm = read_norm(module, x, module(x))

@@ -60,10 +60,12 @@ def check_cache(model: Any, masks: dict[int, Tensor], max_seq_len: int) -> None:
 def _masks(passes: Passes, max_seq_len: int) -> dict[int, Tensor]:
     if max_seq_len <= PIECE:
         return {}
+
     try:
         calls = passes.after(max_seq_len - PIECE).calls
     except NotFusable:  # an older release, or a cache of a kind of its own
         return {}
+
     masks = ((block, _mask_of(call, max_seq_len)) for block, call in enumerate(calls))
     return {block: mask for block, mask in masks if mask is not None}
 

@@ -34,19 +34,23 @@ def read_mlp(found: Trace, events: Sequence[Event]) -> MlpFound:
         left = left_as_it_is(mixture.name, mixture.x, mixture.y)
         routed = read_mixture(mixture.module, mixture.name, mixture.x)
         return replace(left, plan=replace(left.plan, routed=routed))
+
     linears = [event for event in events if is_product(event.module)]
     if len(linears) < 2:
         raise NotFusable(f"the MLP has {len(linears)} linears, not two or three")
+
     *first, last = linears
     if any(not torch.equal(event.x, first[0].x) for event in first):
         raise NotFusable(
             "the MLP's first linears do not share one input (a mixture of experts, perhaps)"
         )
+
     outputs = torch.cat([flat(event.y) for event in first], 1)
     for event in events:
         rows = _rows_of_activation(event, outputs)
         if rows is None:
             continue
+
         gated = len(rows) > event.x.shape[-1]
         product = event.y
         if gated:
@@ -56,6 +60,7 @@ def read_mlp(found: Trace, events: Sequence[Event]) -> MlpFound:
             name = _activation_name(event.module, event.x)
             plan = MlpPlan(source, last.name, gated, event.module, name)
             return MlpFound(plan, first[0].x, last.y)
+
     raise NotFusable("the MLP is not act(gate)·up or act(up) followed by a linear")
 
 
@@ -70,10 +75,12 @@ def _rows_of_activation(event: Event, outputs: Tensor) -> Tensor | None:
     the rest; None for others."""
     if is_product(event.module) or is_norm(event.module) or event.y.shape != event.x.shape:
         return None
+
     total = outputs.shape[1]
     place = find_channels(flat(event.x), [outputs])
     if place is None or len(place) not in (total, total // 2):
         return None
+
     rest = torch.ones(total, dtype=torch.bool, device=place.device)
     rest[place] = False
     return torch.cat([place, rest.nonzero().flatten()])
@@ -91,4 +98,5 @@ def _activation_name(module: nn.Module, x: Tensor) -> str | None:
     for name, function in ACTIVATIONS.items():
         if torch.allclose(function(ramp), y, rtol=1e-5, atol=1e-6):
             return name
+
     return None

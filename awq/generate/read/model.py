@@ -56,9 +56,11 @@ def read_model(model: Any, max_seq_len: int) -> ModelFrame:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or not isinstance(embedding, nn.Module):
         raise NotFusable("the model has no embedding or no head")
+
     ids = _random_ids(embedding, next(model.parameters()).device)
     passes = Passes(model, ids)
     places = _places(max_seq_len, ids.device)
+
     # of two rows, so that no call looks like packed sequences
     near = passes.at(places[:1].expand(2, -1).contiguous(), head=True)
     far = passes.at(places[-1:].expand(2, -1).contiguous())
@@ -66,6 +68,7 @@ def read_model(model: Any, max_seq_len: int) -> ModelFrame:
     tables = [_tables(call, places.numel()) for call in everywhere.calls]
     _check_tables(tables, near.calls, "the first")
     changed = passes.at(places[:1].expand(2, -1).contiguous(), ids.roll(1, 1))
+
     return ModelFrame(
         passes.name,
         list(passes.blocks),
@@ -103,6 +106,7 @@ def _tables(call: BlockCall, positions: int) -> dict[str, tuple[Tensor, Tensor]]
         rows = cos.numel() // cos.shape[-1]
         if rows != positions:
             raise NotFusable("rotary tables are not made for the positions that the model is given")
+
         whole_cos = cos.float().reshape(positions, -1)
         whole_sin = sin.float().reshape(positions, -1)
         found[name] = whole_cos, whole_sin
@@ -129,11 +133,13 @@ def _head(model: Any, near: Seen) -> tuple[Norm | None, float, float | None]:
     hidden, x, logits = near.hidden, near.head_x, near.logits
     if x is None or logits is None:
         raise NotFusable("the model gives no logits")
+
     norm, before_head = _final_norm(near, hidden, x)
     plain = model.get_output_embeddings()(x).float()
     logits = logits.float()
     if not bool(logits.isfinite().all()):
         raise NotFusable("the head gives logits that are not finite")
+
     factor = float((plain * logits).sum() / plain.square().sum().clamp(min=1e-30))
     tolerance = 1e-5 if hidden.dtype == torch.float32 else 4 * torch.finfo(hidden.dtype).eps
     if torch.allclose(
@@ -141,6 +147,7 @@ def _head(model: Any, near: Seen) -> tuple[Norm | None, float, float | None]:
     ):
         factor *= before_head
         return norm, (1.0 if abs(factor - 1) < 1e-4 else factor), None
+
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     if cap and torch.allclose(
         logits, cap * torch.tanh(plain / cap), rtol=tolerance, atol=tolerance * cap
@@ -157,6 +164,7 @@ def _final_norm(near: Seen, hidden: Tensor, x: Tensor) -> tuple[Norm | None, flo
     for call, y in candidates:
         if torch.equal(x, y):
             return read_outer_norm(call), 1.0
+
     rounding = 4 * torch.finfo(hidden.dtype).eps
     for call, y in candidates:
         factor = float((x.float() * y.float()).sum() / y.float().square().sum().clamp(min=1e-30))
@@ -167,4 +175,5 @@ def _final_norm(near: Seen, hidden: Tensor, x: Tensor) -> tuple[Norm | None, flo
             atol=rounding * float(x.float().abs().max()),
         ):
             return read_outer_norm(call), factor
+
     raise NotFusable("between the last block and the head there is more than a norm")

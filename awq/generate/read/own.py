@@ -62,6 +62,7 @@ class Templates:
             if id(everywhere) not in self._known:
                 self._known[id(everywhere)] = everywhere, _template(near, everywhere, changed)
             return self._known[id(everywhere)][1]
+
         if isinstance(near, (tuple, list)) and len(near):
             try:
                 return type(near)(map(self._value, near, everywhere, changed))
@@ -75,13 +76,16 @@ def _template(near: Tensor, everywhere: Tensor, changed: Tensor) -> Any:
         return Unknown("depends on the tokens")
     if _is_mask(everywhere):
         return None  # attention knows what it may see
+
     pieces = everywhere.numel() // max(1, everywhere[..., :1].numel())
     shape = everywhere.shape
     if everywhere.dim() >= 2 and shape[1] == PIECE:
         return Table(everywhere.flatten(0, 1))
+
     if everywhere.dim() == 4 and shape[2] == PIECE:
         if all(torch.equal(everywhere[0], other) for other in everywhere[1:]):
             return Table(everywhere[0].flatten(0, 1), shape[0])
+
     if everywhere.dim() == 1 and pieces == PIECE:
         return None  # numbers of the columns, which transformers 4 gave every block
     return Unknown("does not follow from the positions")
@@ -108,6 +112,7 @@ def own_plans(found: Trace, given: BlockCall, template: BlockCall, reason: str) 
     """
     if found.calls > 1:
         return
+
     attention = None if found.attention is None else _attention_of(found)
     known = _Known(given, template)
     for call in _mixers(found):
@@ -118,6 +123,7 @@ def own_plans(found: Trace, given: BlockCall, template: BlockCall, reason: str) 
             yield _around(found, call, own)
         except NotFusable:
             continue
+
     block = next((call for call in found.modules if not call.name), None)
     if block is not None:
         own = OwnCode("", known.express(block.call), _cache_key(block.module), attention, reason)
@@ -145,6 +151,7 @@ def _mixers(found: Trace) -> list[ModuleCall]:
     inner = [call for call in found.modules if call.name]
     if found.calls:
         return [call for call in reversed(inner) if call.attends]
+
     inputs = [found.hidden]
     inputs += [e.y for e in found.events if is_norm(e.module) and same_numbers(e.x, found.hidden)]
     return [call for call in inner if any(same_numbers(call.x, x) for x in inputs)]
@@ -160,6 +167,7 @@ def _around(found: Trace, mixer: ModuleCall, own: OwnCode) -> BlockPlan:
     residuals = read_residuals(
         found, Branch(mixer.x, mixer.y), None if mlp is None else Branch(mlp.x, mlp.y)
     )
+
     return residuals.plan(
         attention=own.attention,
         qkv=None,

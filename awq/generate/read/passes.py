@@ -111,6 +111,7 @@ class Passes:
         mask = torch.ones_like(ids)
         mask[1, :padding] = 0
         item = {"input_ids": ids, "attention_mask": mask}
+
         try:
             return self._run(item, _generate)
         except NotFusable:  # older releases take the cache off what blocks return
@@ -143,6 +144,7 @@ class Passes:
             raise NotFusable(
                 f"the model's own forward does not run without its blocks: {error}"
             ) from error
+
         return Seen(found.hidden[0][0], found.calls[0][0], notes.norms, notes.head_x, notes.logits)
 
 
@@ -180,6 +182,7 @@ def text_blocks(model: Any, ids: Tensor) -> BlockList:
             lists = reached_lists(model, lists, item)
     except ModelError as error:
         raise NotFusable(str(error)) from error
+
     if any(isinstance(blocks, OneBlock) for _, blocks in lists):
         raise NotFusable(f"{lists[0][0]}: a block reads more than the block before it gives")
     if len(lists) != 1:

@@ -61,14 +61,17 @@ def read_residuals(found: Trace, attention: Branch, mlp: Branch | None) -> Resid
         sums = _norms_of_sums(found, attention, mlp, norms)
         if sums is not None:
             return sums
+
     before = _that_wrote(attention.x, norms)
     if not torch.equal(found.hidden, attention.x if before is None else before.x):
         raise NotFusable("attention does not read the block's input")
+
     post = _that_read(attention.y, norms)
     branch = (attention.y if post is None else post.y).view(found.hidden.shape)
     if mlp is None:
         factor = _factor(found.out - found.hidden, branch)
         return Residuals(False, factor, _norm_of(before), _norm_of(post), None, None)
+
     mlp_post = _that_read(mlp.y, norms)
 
     second, parallel, stream = None, True, found.hidden
@@ -77,11 +80,13 @@ def read_residuals(found: Trace, attention: Branch, mlp: Branch | None) -> Resid
         # some models flatten the batch here
         stream = (mlp.x if second is None else second.x).view(found.hidden.shape)
         parallel = torch.equal(stream, found.hidden)
+
     if parallel:
         last = (mlp.y if mlp_post is None else mlp_post.y).view(found.hidden.shape)
         factor = _factor(found.out - found.hidden, branch + last)
     else:
         factor = _factor(stream - found.hidden, branch)
+
     return Residuals(
         parallel,
         factor,
@@ -100,9 +105,11 @@ def _norms_of_sums(
     last = _that_wrote(found.out, norms)
     if first is None or last is None or first is last:
         return None
+
     added = first.x - found.hidden
     factor = _factor(added, attention.y.view(added.shape))
     _factor(last.x - mlp.x, mlp.y)
+
     return Residuals(False, factor, None, _norm_of(first), None, _norm_of(last), norms_sums=True)
 
 

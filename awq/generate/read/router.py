@@ -36,28 +36,34 @@ def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
     parts = [(n, m) for n, m in module.named_modules() if isinstance(m, AwqExperts)]
     if len(parts) != 1:
         return None
+
     place, experts = parts[0]
     activation = _activation_of(experts)
     if activation is None:
         return None
+
     calls: list[Call] = []
     with listening([experts], after=calls.append):
         y = hidden_of(module(x))
     if len(calls) != 1 or len(calls[0].args) != 3:
         return None
+
     rows, index, weights = calls[0].args
     if not same_numbers(rows, x) or not same_numbers(calls[0].output, y):
         return None  # something else is added, as by shared experts
+
     others = _tensors_beside(module, place)
     source = _router_of(others, experts.shape.num_experts, rows, index, weights)
     if source is None:
         return None
+
     weight, bias, correction = (
         None if tensor is None else f"{name}.{tensor}"
         for tensor in (source.weight, source.bias, source.correction)
     )
     assert weight is not None
     router = replace(source, weight=weight, bias=bias, correction=correction)
+
     return Mixture(f"{name}.{place}", router, activation)
 
 
@@ -66,14 +72,17 @@ def _activation_of(experts: AwqExperts) -> str | None:
     shape = experts.shape
     if not shape.has_gate or shape.sorted_rows or shape.identities or experts.has_norm:
         return None
+
     generator = torch.Generator().manual_seed(3)
     joined = _TRIAL_CHANNELS * torch.randn(16, 2 * shape.inner, generator=generator)
     joined = joined.to(experts.first.qweight.device)
     found = experts.activate(joined)
     gate, up = shape.split(joined, -1)
+
     for name, function in ACTIVATIONS.items():
         if torch.allclose(function(gate) * up, found, rtol=1e-5, atol=1e-5):
             return name
+
     return None
 
 
@@ -101,6 +110,7 @@ def _router_of(
             error = (factor * found - expected).abs().max()
             if error <= _TOLERANCE * expected.abs().max():
                 return replace(source, factor=factor)
+
     return None
 
 

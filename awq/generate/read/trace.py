@@ -117,6 +117,7 @@ def trace(block: nn.Module, call: BlockCall, hidden: Tensor, neutral: bool = Fal
             sinks=settings.get("s_aux"),
         )
         found.attention = AttentionCall(query, key, value, y, {"scaling": scaling, **settings})
+
         return y.transpose(1, 2).contiguous(), None
 
     try:
@@ -128,6 +129,7 @@ def trace(block: nn.Module, call: BlockCall, hidden: Tensor, neutral: bool = Fal
         raise NotFusable(
             f"the block cannot be run alone: {type(error).__name__}: {error}"
         ) from error
+
     return found
 
 
@@ -152,10 +154,12 @@ class _Parts:
         place, calls = self._begun.pop()
         if not _is_given_a_tensor(call):
             return
+
         x, others = split_call(call.args, call.kwargs)
         y = hidden_of(call.output)
         if not isinstance(y, Tensor) or not y.numel() == x.numel() == self.found.hidden.numel():
             return
+
         attends = self.found.calls > calls
         name = self.names[call.module]
         self.found.modules.insert(place, ModuleCall(name, call.module, others, x, y, attends))
@@ -232,6 +236,7 @@ def _attention_replaced(block: nn.Module, function) -> Iterator[None]:
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
             config._attn_implementation = _INTERFACE
+
     token = _caught.set(function)
     try:
         yield

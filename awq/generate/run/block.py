@@ -29,6 +29,7 @@ class FusedBlock(nn.Module):
         if plan.qkv is not None and plan.attention_out is not None:
             self.qkv = _product(block, plan.qkv, merge)
             self.attention_out = block.get_submodule(plan.attention_out)
+
         self.mlp = None if plan.mlp is None else FusedMlp(plan.mlp, block, merge)
         routed = None if plan.mlp is None else plan.mlp.routed
         self.mixture = None if routed is None else FusedMixture(routed, block)
@@ -51,6 +52,7 @@ class FusedBlock(nn.Module):
             _, x = ops.add_norm(x, a, p.factor, p.attention_post_norm)
             _, x = ops.add_norm(x, self.mlp(x), p.factor, p.mlp_post_norm)
             return x, None
+
         if p.attention_post_norm is not None:
             a = ops.normalize(a, p.attention_post_norm)
         if self.mlp is None:
@@ -63,6 +65,7 @@ class FusedBlock(nn.Module):
             parts = self.mixture(normed, *choice)
             post = p.mlp_post_norm
             return x, parts if post is None else ops.normalize(ops.summed(parts), post)
+
         x, normed = ops.add_norm(x, a, p.factor, p.mlp_norm)
         return x, self._mlp(normed)
 
@@ -85,11 +88,13 @@ class FusedBlock(nn.Module):
         if isinstance(where, Step):
             lengths, longest = where.lengths, where.longest
             return ops.attend_step(qkv, a, plan.cos, plan.sin, cache, lengths, longest)
+
         start = where.start
         tokens = qkv.shape[1]
         queries = ops.cache_prompt(qkv, a, plan.cos, plan.sin, cache, start)
         seen = cache.until(start + tokens)
         heads = ops.attend_cached(queries, seen, a)
+
         return heads_flat(heads)
 
 
@@ -124,10 +129,12 @@ class FusedMlp(nn.Module):
         p = self.plan
         if p.module is not None:
             return hidden_of(self.last(x)).reshape(x.shape)
+
         if self.interleave and p.activation_name is not None:
             h = ops.gated(x, self.first, p.activation_name, self.interleave)  # type: ignore[arg-type]
         else:
             h = ops.activate(self.first(x), p.activation, p.activation_name, p.gated)
+
         return self.last(h)
 
     def _interleaved(self, block: nn.Module) -> tuple[int, Source]:
@@ -140,9 +147,11 @@ class FusedMlp(nn.Module):
             return 0, first
         if not joinable(linears, first):
             return 0, first
+
         count = ops.gate_interleave(linears[0])  # type: ignore[arg-type]
         if not count or len(first.rows) % (2 * count):
             return 0, first
+
         in_turn = first.rows.view(2, -1, count).transpose(0, 1)
         return count, Source(first.names, in_turn.flatten())
 

@@ -56,6 +56,7 @@ class FusedDecoder:
         self.states: MixerStates | None = None
         self.graphable = self.device.type == "cuda"
         self.blocks: list[FusedBlock] = []
+
         try:
             factor = 1.0
             for block_plan, block in zip(plan.blocks, plan.modules):
@@ -64,6 +65,7 @@ class FusedDecoder:
         except BaseException:
             self.restore()
             raise
+
         self.linears = list(self._linears())
 
     @property
@@ -115,6 +117,7 @@ class FusedDecoder:
         rows = self.cache[0].k.shape[0] if self.cache else 0
         if rows <= self.batch_size:
             return
+
         self.recent.append(batch)
         unused = len(self.recent) == KEPT_CALLS and max(self.recent) < rows
         if unused or self.device.type != "cuda":
@@ -136,6 +139,7 @@ class FusedDecoder:
                 "the model is generating; take it apart (unfuse, cast, move) after generate has "
                 "returned."
             )
+
         for block in self.plan.modules:
             separate(block)
         self.blocks = []
@@ -157,11 +161,13 @@ class FusedDecoder:
             raise ConfigError(
                 f"a prompt of {tokens} tokens does not fit max_seq_len={self.max_seq_len}."
             )
+
         self.reserve(batch)
         self.padding[:batch] = torch.tensor(padding or [0] * batch, device=ids.device)
         if self.plan.states is None:
             cache = [layer.part(slice(0, batch)) for layer in self.cache]
             return self._logits(self._last_of(ids, lengths, cache, self.padding[:batch]))
+
         found, states = [], []
         for rows in self._rows_at_once(lengths):
             own = self.plan.states()
@@ -171,6 +177,7 @@ class FusedDecoder:
                 self._last_of(ids[rows, :length], lengths[rows], cache, self.padding[rows])
             )
             states.append(own)
+
         self._keep(MixerStates.joined(states), batch)
         return self._logits(torch.cat(found))
 
@@ -201,6 +208,7 @@ class FusedDecoder:
         batch, tokens = ids.shape
         last = torch.tensor(lengths, device=ids.device) - 1
         found: Tensor | None = None
+
         # recurrent mixers of transformers begin anew with every call of more than one token
         piece = max(1, _PROMPT_TOKENS // batch) if self.plan.states is None else tokens
         for start in range(0, tokens, piece):
@@ -215,6 +223,7 @@ class FusedDecoder:
                 if found is None
                 else torch.where((last >= start).unsqueeze(1), chosen, found)
             )
+
         assert found is not None
         return found
 
@@ -241,6 +250,7 @@ class FusedDecoder:
             graph = self._graph_of_step(ids, lengths)
         if self.states is not None and kept is not None:
             self.states.put(kept)
+
         return graph
 
     def _graph_of_step(self, ids: Tensor, lengths: Tensor) -> StepGraph | None:
@@ -249,10 +259,12 @@ class FusedDecoder:
         except RuntimeError as reason:
             if not self.foreign:
                 raise
+
             # an operator of the model's own code that copies to the host inside, where no trial
             # sees it
             logger.warning(_NO_GRAPH, reason)
             return None
+
         self.graphs[len(ids)] = graph
         return graph
 
@@ -263,6 +275,7 @@ class FusedDecoder:
         """
         if not self.foreign:
             return True
+
         last = self.max_seq_len - 1
         self.eager_step(ids, lengths, last)  # the first run may wait for what it compiles
         try:
@@ -271,6 +284,7 @@ class FusedDecoder:
         except RuntimeError as reason:
             logger.warning(_NO_GRAPH, reason)
             return False
+
         return True
 
     def eager_step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
@@ -301,6 +315,7 @@ class FusedDecoder:
             x = (x.float() + p.positions[positions.long()]).to(x.dtype)
         if p.embedding_norm is not None:
             x = ops.normalize(x, p.embedding_norm)
+
         branch = None
         for block, layer in zip(self.blocks, cache):
             x, branch = block(x, branch, layer, where)
@@ -319,8 +334,10 @@ def quantized_head(head: nn.Module) -> nn.Module:
     itself when packed already."""
     if not is_linear(head):
         return head
+
     weight, bias = get_weight(head), getattr(head, "bias", None)
     size = next((s for s in (128, 64, 32) if weight.shape[1] % s == 0), weight.shape[1])
     linear = WQLinear.from_quantized(round_to_nearest(weight, size), bias)
     linear.settle(weight.dtype)
+
     return linear

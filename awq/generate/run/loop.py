@@ -63,14 +63,17 @@ def why_not(model: Any, kwargs: dict[str, Any]) -> str | None:
     mode = merged.get_generation_mode(kwargs.get("assistant_model"))
     if mode.value not in _OUR_MODES:
         return f"{mode.value.replace('_', ' ')} is transformers' own"
+
     wanted = [n for n in ("output_attentions", "output_hidden_states") if getattr(merged, n, None)]
     if wanted:
         return f"{', '.join(wanted)}: fused blocks keep none"
     if merged.use_cache is False:
         return "use_cache=False"
+
     for name in _THEIRS:
         if kwargs.get(name) is not None:
             return f"{name} is given"
+
     for name in _model_inputs(kwargs, config):
         return f"{name} is an input of the model's own forward"
     return None
@@ -160,6 +163,7 @@ def _ordinary(result: Any) -> Any:
     """The result in tensors that training may use: those made in inference mode it may not."""
     if isinstance(result, Tensor):
         return result.clone()
+
     for name, value in result.items():
         result[name] = (
             tuple(t.clone() for t in value) if isinstance(value, tuple) else value.clone()
@@ -186,6 +190,7 @@ class _Run:
         self.padding = [ids.shape[1] - length for length in self.lengths]
         if min(self.lengths) == 0:
             raise ConfigError("a prompt of the batch is empty: its attention_mask is 0 everywhere.")
+
         longest = ids.shape[1] if decoder.counts_padding else max(self.lengths)
         if longest + self.room > decoder.max_seq_len:
             raise ConfigError(
@@ -194,6 +199,7 @@ class _Run:
                 "ask for fewer (max_new_tokens), or load with a larger max_seq_len or with "
                 "fuse_layers=False."
             )
+
         # true tokens first: rows of the cache have no padding
         order = mask.argsort(dim=1, descending=True, stable=True)
         self.prompts = self.ids.gather(1, order)[:, : max(self.lengths)]
@@ -207,12 +213,14 @@ class _Run:
         kept: dict[str, list] = {"scores": [], "logits": []}
         logits = self._prefill()
         longest = max(self.lengths)
+
         for step in range(self.room):
             with torch_on_one_core() if logits.numel() <= FEW_SCORES else nullcontext():
                 scores = processors(ids[:, : width + step], logits)
                 self._keep(kept, scores, logits)
                 token = self._choose(scores)
                 watch.put(token, scores, width + step)
+
             last = step + 1 == self.room
             if watch.ahead and not last:  # under way before the host looks
                 logits = decoder.step(token, lengths, longest)
@@ -222,14 +230,17 @@ class _Run:
             if not more or last:
                 width += step + 1
                 break
+
             if not watch.ahead:
                 logits = decoder.step(token, lengths, longest)
             lengths, longest = lengths + 1, longest + 1
+
         if streamer is not None:
             streamer.end()
         sequences = ids[:, :width].clone()
         if not config.return_dict_in_generate:
             return sequences
+
         found = {name: tuple(tensors) or None for name, tensors in kept.items()}
         return GenerateDecoderOnlyOutput(sequences=sequences, **found)  # type: ignore[arg-type]
 
@@ -265,6 +276,7 @@ class _Watch:
         self.pad = None
         if any(hasattr(criterion, "eos_token_id") for criterion in criteria):
             self.pad = getattr(config, "_pad_token_tensor", None)
+
         self.going = torch.ones(rows, dtype=torch.bool, device=ids.device)
         self.ahead = ids.is_cuda
         if self.ahead:
@@ -283,12 +295,14 @@ class _Watch:
         if self.pad is not None:
             pad = self.pad.to(token.device)
             token = torch.where(self.going, token, pad)
+
         stop = place + 1
         self.ids[:, place] = token
         written = self.ids[:, :stop]
         ended = self.criteria(written, scores).to(self.going.device)
         self.going = self.going & ~ended
         any_goes_on = self.going.any().unsqueeze(0)
+
         return torch.cat([token, any_goes_on.to(token.dtype)])
 
     def get(self) -> tuple[Tensor, bool]:

@@ -63,9 +63,11 @@ def add_norm_route(
         raise _refuse(
             "the router's weight", weight, f"[experts, {x.shape[-1]}] on {x.device} in one piece"
         )
+
     for vector in (router.bias, router.correction):
         if vector is not None:
             _check_vector(vector, weight[:, 0])
+
     return _operator("add_norm_route", x)(x, branch, factor, norm, router)
 
 
@@ -86,6 +88,7 @@ def expert_parts(
     alternating = experts.shape.interleaved
     y = compute(rows, first, second, biases, index, weights, activation, alternating)
     batch_and_tokens, parts_and_features = x.shape[:-1], y.shape[1:]
+
     return y.view(*batch_and_tokens, *parts_and_features)
 
 
@@ -150,6 +153,7 @@ def activate(
         return _operator("activate", h)(h, name, gated)
     if not gated:
         return activation(h)
+
     gate, up = h.chunk(2, -1)
     return activation(gate) * up
 
@@ -206,6 +210,7 @@ def attend_step(
     fits = lengths.dim() == 1 and lengths.size(0) == qkv.size(0)
     if not fits or lengths.dtype != torch.int32 or lengths.device != qkv.device:
         raise _refuse("lengths", lengths, f"int32 [{len(qkv)}] on {qkv.device}")
+
     compute = plain.attend if a.why_no_kernel() else _operator("attend", qkv)
     return compute(qkv[:, 0], a, cos, sin, lengths, cache.k, cache.v, longest).unsqueeze(1)
 
@@ -236,6 +241,7 @@ def _check_attention(
     if qkv.size(-1) != a.channels:
         wanted = f"[batch, tokens, {a.channels}]"
         raise _refuse("the product of queries, keys and values", qkv, wanted)
+
     _check_cache(cache.k, qkv, a.kv_heads, places, a.head_dim)
     _check_cache(cache.v, qkv, a.kv_heads, places, a.value_head)
     if cos is not None:

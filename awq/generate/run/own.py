@@ -45,6 +45,7 @@ class OwnModule:
         )
         if self.own.cache is not None:
             call.kwargs[self.own.cache] = cache.states
+
         token = _attend.set(_Attending(self.own.attention, cache, where))
         try:
             return call.run(self.module, x).reshape(x.shape)
@@ -75,11 +76,13 @@ class _Attending:
         assert a is not None
         if isinstance(self.where, Step):
             return self._step(a, self.where, q, k, v), None
+
         start = self.where.start
         seen = self.cache.until(start + q.shape[2])
         seen.k[:, :, start:] = k
         seen.v[:, :, start:] = v
         y = ops.attend_cached(q, seen, a)
+
         return y.transpose(1, 2).contiguous(), None
 
     def _step(self, a: Attention, where: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class Shared:
         """All outputs for x; sibling: the number of the one that asks."""
         if torch.compiler.is_compiling():
             return self.linear(x)  # the compiler sees that the siblings compute the same
+
         last: _Product | None = getattr(self._threads, "last", None)
         if (
             last is None
@@ -68,6 +69,7 @@ class Shared:
             or last.state != _state_of(x)
         ):
             last = _Product(x, self.linear(x), _state_of(x), set(range(self.siblings)))
+
         last.waiting.discard(sibling)
         self._threads.last = last if last.waiting else None  # kept no longer than needed
         return last.y
@@ -122,6 +124,7 @@ class Slice(nn.Module):
         linear._kept = self._kept
         if not self._biased:  # a sibling of one with a bias
             linear.register_buffer("bias", None)
+
         return linear
 
     def state_dict(
@@ -151,12 +154,14 @@ def join(block: nn.Module, source: Source) -> WQLinear | None:
     linears = [block.get_submodule(name) for name in source.names]
     if not joinable(linears, source) or (len(linears) == 1 and _in_order(source.rows)):
         return None
+
     packed: Sequence[WQLinear] = linears  # type: ignore[assignment]
     sizes = [m.out_features for m in packed]
     with torch.inference_mode(False):
         linear = concatenate_outputs(packed)
         if not _in_order(source.rows):
             linear = take_outputs(linear, source.rows)
+
     shared, places = Shared(linear, len(packed)), source.rows.argsort().split(sizes)
     for i, (name, rows, sibling) in enumerate(zip(source.names, places, packed)):
         replace_module(block, name, Slice(shared, i, rows, sibling))

@@ -30,6 +30,7 @@ def check_request(vocabulary: int, kwargs: dict[str, Any]) -> None:
     ids = kwargs.get("input_ids", kwargs.get("inputs"))
     if ids is None:
         return
+
     _check_ids(ids, vocabulary)
     mask = kwargs.get("attention_mask")
     if mask is not None:
@@ -59,6 +60,7 @@ def _check_ids(ids: Any, vocabulary: int) -> None:
         raise ConfigError(
             f"input_ids of shape {tuple(ids.shape)} hold no token; give at least one for each row."
         )
+
     low, high = torch.stack(ids.aminmax()).tolist()
     if low < 0 or high >= vocabulary:
         wrong = low if low < 0 else high

@@ -83,6 +83,7 @@ class StaticDecoder:
         if self.batch == batch:
             self.cache.reset()
             return
+
         self._forget()  # before the new one is made: both need not fit
         self.cache = _static_cache(self.model.config, self.max_seq_len)
         self.mask = torch.zeros(batch, self.max_seq_len, dtype=torch.long, device=self.device)
@@ -105,6 +106,7 @@ class StaticDecoder:
             raise ConfigError(
                 f"a prompt of {tokens} tokens does not fit max_seq_len={self.max_seq_len}."
             )
+
         self.reserve(batch)
         before = (tokens - torch.tensor(lengths, device=ids.device)).unsqueeze(1)
         self.padding.copy_(before.squeeze(1))
@@ -112,6 +114,7 @@ class StaticDecoder:
         self.mask.copy_(place >= before)
         positions = (place[:tokens] - before).clamp(min=0)
         mask = self.mask if self.whole_mask else self.mask[:, :tokens]
+
         return self._run(ids.gather(1, positions), positions, mask)
 
     @torch.inference_mode()
@@ -120,6 +123,7 @@ class StaticDecoder:
         `FusedDecoder.step`."""
         if self.device.type != "cuda":
             return self.eager_step(ids, lengths, longest)
+
         if self.graph is None:
             kept = [state.clone() for state in self.states()]
             self.graph = StepGraph(self.eager_step, ids, lengths, self.max_seq_len)
@@ -145,6 +149,7 @@ class StaticDecoder:
                 count = getattr(layer, counter, None)
                 if count is not None:
                     count.copy_(place)
+
         # On a GPU transformers computes the experts of one token without asking for their numbers;
         # so does its own `generate`.
         experts = getattr(self.model, "_optimize_model_for_decode", nullcontext)
@@ -167,10 +172,12 @@ def why_not_static(model: Any) -> str | None:
         return "it reads more than one sequence of tokens"
     if len({t.device for t in (*model.parameters(), *model.buffers())}) != 1:
         return "the model is spread over several devices"
+
     try:
         layers = _static_cache(config, _PROBE).layers
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         return f"transformers has no static cache for it: {error}"
+
     counters = [vars(layer).get("cumulative_length") for layer in layers]
     if not all(count is None or isinstance(count, Tensor) for count in counters):
         return "this transformers counts the tokens of a static cache on the host"
@@ -197,6 +204,7 @@ def _static_cache(config: Any, max_seq_len: int) -> Any:
             states = getattr(layer, "number_of_states", None)
             more = {} if states is None else {"number_of_states": states}
             cache.layers[i] = kind(max_cache_len=max_seq_len, **more)
+
     return cache
 
 
@@ -210,11 +218,13 @@ def build_static(model: Any, max_seq_len: int) -> StaticDecoder:
     reason = why_not_static(model)
     if reason is not None:
         raise NotFusable(reason)
+
     known = getattr(model.config, "max_position_embeddings", None)
     if isinstance(known, int) and known > 0:
         max_seq_len = min(max_seq_len, known)
     if max_seq_len < _PROBE + 2:
         raise NotFusable(f"max_seq_len={max_seq_len} is too short to prove it")
+
     _check_windows(model, max_seq_len)
     try:
         return _proven(StaticDecoder(model, max_seq_len))
@@ -235,6 +245,7 @@ def _check_windows(model: Any, max_seq_len: int) -> None:
     ]
     if not narrow:
         return
+
     ids = _random_ids(model, 1, PIECE)
     masks = read_masks(copy_structure(model), ids, max_seq_len)
     if not all(block in masks for block in narrow):
@@ -261,6 +272,7 @@ def _proven(decoder: StaticDecoder) -> StaticDecoder:
         ) from failure
     finally:
         decoder.restore()
+
     if not error <= (_ROUGH if decoder.dtype.itemsize < 4 else _TOLERANCE):
         raise NotFusable(f"over a static cache the logits differ by {error:.1e}")
     return decoder
@@ -274,12 +286,15 @@ def _error(decoder: StaticDecoder) -> float:
     found = [decoder.prefill(ids[:, :-2], lengths)]
     counts = torch.tensor(lengths, dtype=torch.int32, device=ids.device)
     _look_for_waits(decoder, ids[:, -2], counts)
+
     for step in range(2):
         logits = decoder.step(ids[:, step - 2], counts + step, _PROBE + step)
         found.append(logits.clone())
+
     expected = _of_transformers(decoder, ids, counts)
     sizes = expected.norm(dim=-1).clamp(min=1e-30)
     difference = torch.stack(found, 1) - expected
+
     return float((difference.norm(dim=-1) / sizes).max())
 
 
@@ -296,6 +311,7 @@ def _of_transformers(decoder: StaticDecoder, ids: Tensor, lengths: Tensor) -> Te
     given = {"position_ids": positions} if decoder.takes_positions else {}
     mask = (places >= 0).long()
     out = decoder.model(input_ids=whole, attention_mask=mask, use_cache=False, **given)
+
     return out.logits[:, -3:].float()
 
 
@@ -304,6 +320,7 @@ def _look_for_waits(decoder: StaticDecoder, ids: Tensor, lengths: Tensor) -> Non
     which leaves torch in disorder."""
     if decoder.device.type != "cuda":
         return
+
     kept = [state.clone() for state in decoder.states()]
     decoder.eager_step(ids, lengths, _PROBE)  # the first run may wait for what it compiles
     with no_waiting():

@@ -66,6 +66,7 @@ def problem(dtype: torch.dtype, planes: int) -> str | None:
             f"llvmlite cannot compile for this CPU: {type(failure).__name__} "
             f"{str(failure).split(chr(10))[0]}"
         )
+
     allowed = _TOLERANCE[planes] + torch.finfo(dtype).eps
     return None if error < allowed else f"a trial product was wrong by {error:.3g}"
 
@@ -96,6 +97,7 @@ def has_matrix_unit() -> bool:
     """Whether this CPU multiplies tiles of bfloat16, and a trial of it is right."""
     if not binding().get_host_cpu_features().get("amx-bf16"):
         return False
+
     from awq.kernels.cpu import dense
 
     try:

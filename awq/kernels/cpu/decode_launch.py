@@ -31,6 +31,7 @@ def add_norm(
     if norm is None:
         total = x if branch is None else x + (branch if factor == 1.0 else factor * branch)
         return total, total
+
     x = x.contiguous()
     total = x if branch is None else torch.empty_like(x)
     y, width = torch.empty_like(x), x.shape[-1]
@@ -58,6 +59,7 @@ def add_norm(
         eps=eps,
     )
     kernel(task)
+
     return total, y
 
 
@@ -65,6 +67,7 @@ def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
     """See `awq.kernels.reference.decode.activate`."""
     if interleave:
         return reference.activate(h, name, gated, interleave)
+
     h = h.contiguous()
     width = h.shape[-1] // (2 if gated else 1)
     y = h.new_empty((*h.shape[:-1], width))
@@ -72,6 +75,7 @@ def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
         threads=_threads(4 * y.numel()), h=h, y=y, rows=y.numel() // width, width=width
     )
     program(emit_activate, h.dtype, name, gated)(task)
+
     return y
 
 
@@ -120,6 +124,7 @@ def attend(
         longest=longest,
     )
     kernel(task)
+
     return out
 
 
@@ -139,6 +144,7 @@ def dense(x: Tensor, weight: Tensor) -> Tensor:
         outputs=outputs,
     )
     program(emit_dense, weight.dtype)(task)
+
     return y
 
 

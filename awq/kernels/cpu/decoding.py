@@ -79,10 +79,12 @@ def emit_add_norm(
     t = ADD_NORM.reader(b, task, element)
     x, branch, total, y, width, factor, eps = t.x, t.branch, t.total, t.y, t.width, t.factor, t.eps
     weights, biases = t.weight, t.bias
+
     with b.loop(*b.part(t.rows, index, count)) as row:
         start = row * width
         source = (total if add else x) + start
         target = y + start
+
         if add:
             left, right = x + start, branch + start
 
@@ -103,9 +105,11 @@ def emit_add_norm(
                 value = value * weights.vector(i, lanes)
             if bias:
                 value = value + biases.vector(i, lanes)
+
             target.put_floats(i, value)
 
         b.strip(width, put_norm)
+
     return [b.finish()]
 
 
@@ -144,6 +148,7 @@ def emit_activate(module: ir.Module, element: ir.Type, name: str, gated: bool) -
             target.put_floats(i, value)
 
         b.strip(width, body)
+
     return [b.finish()]
 
 
@@ -196,6 +201,7 @@ def emit_attend(
         limited = (window > 0) & (earliest > 0)
         first = b.select(limited, earliest, 0)
         seen = stop - first
+
         with b.loop(0, group) as member:
             which = (head * group + member) * dim
             prepare(base + which, q_weight, q_eps, length)
@@ -208,8 +214,10 @@ def emit_attend(
                     double = b.splat(score * 2.0 / softcap, 1)
                     share = b.lane(logistic(b, double), 0)
                     score = softcap * (share * 2.0 - 1.0)
+
                 scores[j] = score
                 most.value = b.maximum(most.value, score)
+
             top = most.value
 
             def weigh(i: Value, lanes: int) -> Value:
@@ -228,6 +236,7 @@ def emit_attend(
                 result.put_floats(i, acc.value * b.splat(inverse, lanes))
 
             b.strip(dim, gather)
+
     return [b.finish()]
 
 
@@ -244,6 +253,7 @@ def _copy_head(
     if weights is None:
         b.strip(dim, lambda i, lanes: q.put_floats(i, source.floats(i, lanes)))
         return
+
     inverse, center = _moments(b, source, dim, eps, mean)
 
     def body(i: Value, lanes: int) -> None:
@@ -275,6 +285,7 @@ def emit_dense(module: ir.Module, element: ir.Type) -> list[ir.Function]:
     t = DENSE.reader(b, task, element)
     x, weight, y, rows, inputs, outputs = t.x, t.weight, t.y, t.rows, t.inputs, t.outputs
     value_bytes = 4 if element == F32 else 2
+
     with b.loop(*b.part(outputs, index, count)) as n:
         line = weight + n * inputs
         with b.loop(0, rows) as row:
@@ -286,4 +297,5 @@ def emit_dense(module: ir.Module, element: ir.Type) -> list[ir.Function]:
                 return source.vector(i, lanes) * line.floats(i, lanes)
 
             y[row * outputs + n] = b.total(inputs, products)
+
     return [b.finish()]

@@ -44,14 +44,17 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, inputs)
     if bias is not None:
         bias = bias.to(x.dtype)
+
     blocks = MAX_DENSE_VALUES // inputs // ROWS
     step = max(1, blocks) * ROWS
+
     parts = []
     for first in range(0, outputs, step):
         last = min(first + step, outputs)
         weight = dequantized(packed, first, last)
         own_bias = None if bias is None else bias[first:last]
         parts.append(F.linear(rows, weight, own_bias))
+
     out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return out.view(*x.shape[:-1], outputs)
 
@@ -74,6 +77,7 @@ def dequantized(packed: Packed, start: int, stop: int) -> Tensor:
         group=group,
     )
     program(emit_dequantize, torch.bfloat16)(task)
+
     return dense
 
 
@@ -95,11 +99,13 @@ def emit_dequantize(module: ir.Module, element: ir.Type) -> list[ir.Function]:
         t.group,
     )
     groups = inputs // group
+
     with b.loop(*b.part(t.blocks, index, count)) as block:
         first = block * ROWS
         left = outputs - first
         rows = b.select(left < ROWS, left, ROWS)
         lines = codes + first * (inputs // 2)
+
         with b.loop(0, rows) as r:
             own = lines + r * 4
             out = y + (first + r) * inputs
@@ -108,10 +114,12 @@ def emit_dequantize(module: ir.Module, element: ir.Type) -> list[ir.Function]:
                 scale = b.splat(b.half_to_float(scales.load(place, align=2)), DEPTH)
                 zero = b.splat(b.unsigned_to_float(zeros[place], F32), DEPTH)
                 start = g * group
+
                 with b.loop(start, start + group, DEPTH) as k:
                     four = (own + k * 8).load_as(I32, align=4)
                     halves = (four & LOW_NIBBLES, four.shift_right(4) & LOW_NIBBLES)
                     codes_of_row = b.joined([b.bitcast(half, vec(I8, 4)) for half in halves])
                     steps = b.unsigned_to_float(codes_of_row, vec(F32, DEPTH))
                     out.put_floats(k, (steps - zero) * scale)
+
     return [b.finish()]

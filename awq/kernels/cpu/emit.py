@@ -230,12 +230,14 @@ class Emitter:
             return value
         if kind == F16:
             return Value(self, self.builder.fptrunc(value.ir, vec(F16, lanes)))
+
         wide = vec(I32, lanes)
         bits = self.bitcast(value, wide)
         odd = bits.shift_right(16) & 1
         rounded = bits + (odd + 0x7FFF)
         is_nan = Value(self, self.builder.fcmp_unordered("uno", value.ir, value.ir))
         rounded = self.select(is_nan, self.const(wide, 0x7FC00000), rounded)
+
         return self.trunc(rounded.shift_right(16), vec(I16, lanes))
 
     # Vectors
@@ -279,6 +281,7 @@ class Emitter:
         """The sum of a vector's lanes, in any order."""
         if value.type.count == 1:
             return self.lane(value, 0)
+
         name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
         function = self.declared(name, F32, [F32, value.type])
         return Value(
@@ -324,5 +327,6 @@ class Emitter:
         y = self.const(type, 1 / 720)
         for c in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
             y = self.fma(y, r, c)
+
         power = (self._saturated(n) + 127) << 23
         return y * self.bitcast(power, type)

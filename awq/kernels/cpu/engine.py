@@ -51,6 +51,7 @@ def openmp() -> dict[str, int]:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
         return {}
+
     paths = {
         line.split(maxsplit=5)[-1]
         for line in lines
@@ -66,6 +67,7 @@ def openmp() -> dict[str, int]:
             }
         except (OSError, AttributeError):
             continue
+
     return {}
 
 
@@ -81,10 +83,12 @@ def torch_on_one_core() -> Iterator[None]:
     if not functions:
         yield
         return
+
     get = ctypes.CFUNCTYPE(ctypes.c_int)(functions["omp_get_max_threads"])
     set = ctypes.CFUNCTYPE(None, ctypes.c_int)(functions["omp_set_num_threads"])
     before = get()
     set(1)
+
     try:
         yield
     finally:
@@ -98,6 +102,7 @@ def machine_code(module: Any, machine: Any) -> Any:
     options = binding().create_pipeline_tuning_options(speed_level=3)
     passes = binding().create_pass_builder(machine, options)
     passes.getModulePassManager().run(parsed, passes)
+
     return parsed
 
 
@@ -117,6 +122,7 @@ class Program:
             b.add_symbol(name, address)
         if cpu is None:
             cpu, features = b.get_host_cpu_name(), b.get_host_cpu_features().flatten()
+
         machine = b.Target.from_default_triple().create_target_machine(
             cpu=cpu, features=features or "", opt=3, jit=True
         )
@@ -124,6 +130,7 @@ class Program:
         self._engine = b.create_mcjit_compiler(machine_code(module, machine), machine)
         self._engine.finalize_object()
         address = self._engine.get_function_address
+
         if addresses:
             kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
             self._run = _with_state(kind(address("run")))
@@ -162,6 +169,7 @@ def kernel_module(
     parts = emit(module, ELEMENTS[str(dtype).removeprefix("torch.")], *settings)
     if openmp:
         emit_entry(module, parts)
+
     return module, [part.name for part in parts]
 
 

@@ -56,6 +56,7 @@ def activation(b: Emitter, v: Value, name: str) -> Value:
     if name == "gelu":
         half = 0.5 * v
         return b.fma(half, erf(b, v * _SQRT_HALF), half)
+
     positive = b.maximum(v, 0.0)
     return positive * positive if name == "relu2" else positive
 
@@ -71,6 +72,7 @@ def erf(b: Emitter, x: Value) -> Value:
     y = b.const(x.type, 1.061405429)
     for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         y = b.fma(y, t, c)
+
     tail = y * t * b.exp(-(size * size))
     return b.math("copysign", 1.0 - tail, x)
 
@@ -102,6 +104,7 @@ def quick_exp(b: Emitter, v: Value) -> Value:
     y = b.const(v.type, _POWERS[-1])
     for c in _POWERS[-2::-1]:
         y = b.fma(y, r, c)
+
     power = (b.bitcast(shifted, ints) - _ROUNDER_BITS) << 23
     return b.bitcast(b.bitcast(y, ints) + power, v.type)
 
@@ -114,6 +117,7 @@ def quick_activation(b: Emitter, v: Value, name: str) -> Value:
         y = b.const(v.type, _ERF[-1])
         for c in _ERF[-2::-1]:
             y = b.fma(y, square, c)
+
         half = v * 0.5
         return b.fma(half, y * inside, half)
     if name in ("silu", "gelu_tanh"):

@@ -37,6 +37,7 @@ class Product:
         y = x.new_empty(*x.shape[:-1], outputs)
         if bias is not None:
             bias = bias.to(x.dtype).contiguous()
+
         plane_bytes = tokens * planes * inputs
         step_bytes = tokens * (inputs // chunk) * 4
         scratch = torch.empty(plane_bytes + 2 * step_bytes, dtype=torch.uint8)
@@ -62,6 +63,7 @@ class Product:
             cached=max(8, MAX_CACHED_BYTES // (planes * inputs) // 8 * 8),
         )
         self.kernel(task)
+
         return y
 
 

@@ -59,6 +59,7 @@ def emit_quantize(module: ir.Module, element: ir.Type, planes: int) -> ir.Functi
     chunks = inputs // chunk
     limit = 127.0 * 256 ** (planes - 1)
     floats, ints = vec(F32, DEPTH), vec(I32, DEPTH)
+
     with b.loop(*b.part(t.tokens, index, count)) as token:
         first = token * planes
         rows = [out + (first + p) * inputs for p in range(planes)]
@@ -70,10 +71,12 @@ def emit_quantize(module: ir.Module, element: ir.Type, planes: int) -> ir.Functi
             with b.loop(start, stop, DEPTH) as k:
                 value = row.floats(k, DEPTH)
                 most.value = b.maximum(most.value, b.math("fabs", value))
+
             largest = b.intrinsic("llvm.vector.reduce.fmaximum.v8f32", F32, [most.value])
             step = largest / limit
             factor = b.splat(b.select(largest.differs(0.0), limit / largest, 0.0), DEPTH)
             total = b.variable(ints, 0)
+
             with b.loop(start, stop, DEPTH) as k:
                 v = b.round_to_int(row.floats(k, DEPTH) * factor)
                 total.value = total.value + v
@@ -81,10 +84,12 @@ def emit_quantize(module: ir.Module, element: ir.Type, planes: int) -> ir.Functi
                     byte = b.trunc(v, vec(I8, DEPTH))
                     rows[p][k] = byte
                     v = (v - b.sext(byte, ints)) >> 8
+
             sum = b.intrinsic("llvm.vector.reduce.add.v8i32", I32, [total.value])
             place = token * chunks + c
             steps[place] = step
             sums[place] = b.signed_to_float(sum, F32)
+
     return b.finish()
 
 
@@ -137,11 +142,13 @@ def emit_tile(module: ir.Module, target: Target, element: ir.Type, tile: _Tile) 
     scales, zeros = t.scales, t.zeros
     totals = {pair: b.variable(vec(F32), 0.0) for pair in tile.pairs()}
     integers = {key: b.variable(vec(I32), 0) for key in tile.sums()}
+
     with b.loop(0, groups) as g:
         places = [start + g * ROWS for start in grids]
         scale = [b.to_float(scales.vector(n, LANES)) for n in places]
         zero = [b.unsigned_to_float(zeros.vector(n, LANES), vec(F32)) for n in places]
         first = g * chunks_per_group
+
         with b.loop(first, first + chunks_per_group) as c:
             for variable in integers.values():
                 variable.value = b.const(vec(I32), 0)
@@ -154,6 +161,7 @@ def emit_tile(module: ir.Module, target: Target, element: ir.Type, tile: _Tile) 
                     value = _combined(b, tile, r, i, integers)
                     value = b.fma(-zero[r], sum, value)
                     totals[r, i].value = b.fma(value, scale[r] * step, totals[r, i].value)
+
     _store(b, t, element, blocks, tokens, totals, outputs)
     return b.finish()
 
@@ -173,6 +181,7 @@ def _add_products(
         b.prefetch(codes[r] + (offset + PREFETCH_BYTES))
         word = codes[r].vector(offset, 4 * LANES)
         halves = (word & 15, word.shift_right(4))
+
         for i in range(tile.tokens):
             for p in range(tile.planes):
                 for h, half in enumerate(halves):
@@ -191,6 +200,7 @@ def _combined(
         halves = [integers[r, i, p, s].value for s in range(tile.split)]
         whole = halves[0] + halves[1] if tile.split == 2 else halves[0]
         parts.append(b.signed_to_float(whole, vec(F32)))
+
     value = parts[0]
     for part in parts[1:]:
         value = b.fma(value, b.const(vec(F32), 256.0), part)
@@ -214,10 +224,12 @@ def _store(
         kind = {F32: "f32", F16: "f16", I16: "i16"}[element]
         align = b.const(I32, 1)
         offset = b.variable(vec(F32), 0.0)
+
         with b.when(t.bias.is_given()):
             operands = [t.bias + n, align, mask, b.const(vec(element), 0)]
             loaded = b.intrinsic(f"llvm.masked.load.v16{kind}.p0", vec(element), operands)
             offset.value = b.to_float(loaded)
+
         for i, token in enumerate(tokens):
             value = b.from_float(totals[r, i].value + offset.value, element)
             place = t.y + (token * outputs + n)
@@ -236,6 +248,7 @@ def emit_products(module: ir.Module, target: Target, element: ir.Type, planes: i
     for rows in {1, target.rows}:
         for width in widths:
             tiles[rows, width] = emit_tile(module, target, element, _Tile(rows, width, planes))
+
     b, task, index, count = Emitter.define_part(module, "products")
     t = PRODUCT.reader(b, task, element)
     tokens, cached = t.tokens, t.cached
@@ -262,7 +275,9 @@ def emit_products(module: ir.Module, target: Target, element: ir.Type, planes: i
         end = b.select(end < tokens, end, tokens)
         if target.rows > 1:
             sweep(target.rows, first, middle, begin, end)
+
         sweep(1, middle if target.rows > 1 else first, last, begin, end)
+
     return b.finish()
 
 

@@ -39,6 +39,7 @@ class Target(NamedTuple):
         lane."""
         if self.lanes == LANES:
             return self._step(b, total, codes, values)
+
         n = self.lanes
         parts = []
         for i in range(0, LANES, n):
@@ -48,6 +49,7 @@ class Target(NamedTuple):
                 b.slice(values, 4 * i, 4 * n),
             )
             parts.append(own)
+
         return b.joined([self._step(b, *part) for part in parts])
 
     def _step(self, b: Emitter, total: Value, codes: Value, values: Value) -> Value:
@@ -56,6 +58,7 @@ class Target(NamedTuple):
         if len(self.step) == 1:
             words = [b.bitcast(bytes_, total.type) for bytes_ in (codes, values)]
             return b.intrinsic(self.step[0], total.type, [total, *words])
+
         # Pairs of bytes to int16 (at most 2 · 15 · 128, which fits), pairs of those to int32.
         multiply_bytes, multiply_pairs = self.step
         pairs = b.intrinsic(

@@ -51,6 +51,7 @@ def emit_entry(module: ir.Module, parts: Sequence[ir.Function]) -> None:
     team = _emit_team(module, clock)
     shares = [_emit_share(module, part, clock) for part in parts]
     b, (task, state) = Emitter.define(module, "run", [PTR, PTR])
+
     for i, (part, share) in enumerate(zip(parts, shares)):
         threads = b.call(size, [task.load(i, align=8), state])
         with b.builder.if_else(threads.equals(1).ir) as (alone, together):
@@ -58,6 +59,7 @@ def emit_entry(module: ir.Module, parts: Sequence[ir.Function]) -> None:
                 b.call(part, [task, b.const(I64, 0), b.const(I64, 1)])
             with together:
                 b.call(team, [Pointer(b, share, I64), task, threads, state])
+
     b.finish()
 
 
@@ -69,12 +71,14 @@ def _emit_size(module: ir.Module, clock: ir.Function) -> ir.Function:
     threads = Value(b, function.args[0])
     state = Pointer(b, function.args[1], I64)
     found = b.variable(I64, threads)
+
     with b.when(threads > 1):
         now = b.call(clock, [])
         until = b.atomic_load(state + UNTIL)
         with b.when(now < until):
             small = b.atomic_load(state + SIZE)
             found.value = b.smaller(threads, small)
+
     b.builder.ret(found.value.ir)
     return function
 
@@ -88,6 +92,7 @@ def _emit_clock(module: ir.Module) -> ir.Function:
     read = b.declared("clock_gettime", I32, [I32, PTR])
     b.builder.call(read, [const(I32, MONOTONIC), time.ir])
     b.builder.ret((time[0] * 1_000_000_000 + time[1]).ir)
+
     return function
 
 
@@ -102,6 +107,7 @@ def _emit_share(module: ir.Module, part: ir.Function, clock: ir.Function) -> ir.
     is_caller = index.equals(0)
     with b.when(is_caller):
         call[BEGAN] = b.call(clock, [])
+
     b.call(part, [task, index, count])
     with b.when(is_caller):
         call[ENDED] = b.call(clock, [])
@@ -126,11 +132,13 @@ def _emit_team(module: ir.Module, clock: ir.Function) -> ir.Function:
     idle = began - b.swap(state + LAST, ended)
     least = b.select(idle > ASLEEP, b.const(I64, LEAST_LOSS_OF_WAKING), LEAST_LOSS)
     is_slow = (lost > worked) & (lost > least)
+
     with b.builder.if_else(is_slow.ir) as (slow, quick):
         with slow:
             _shrink(b, state, threads, ended)
         with quick:
             _recover(b, state, ended)
+
     return b.finish()
 
 

@@ -47,6 +47,7 @@ class Value:
         name = for_floats if is_float(self.type) else for_ints
         if name is None:
             raise TypeError(f"this operator is not for values of type {self.type}")
+
         operands = [
             side.ir if isinstance(side, Value) else const(self.type, side) for side in (left, right)
         ]

@@ -40,6 +40,7 @@ def attend(
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
+
     if mask is None:
         mask = causal_mask(tokens, keys, window, q.device)
     batch, heads, _, dim = q.shape
@@ -47,10 +48,12 @@ def attend(
     scores = torch.einsum("bkgtd,bksd->bkgts", q.float(), k.float()) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+
     scores = scores.masked_fill(~mask.unsqueeze(-3), -torch.inf)
     if sinks is not None:
         column = sinks.float().view(1, k.shape[1], -1, 1, 1).expand(batch, -1, -1, tokens, 1)
         scores = torch.cat([scores, column], -1)
+
     weights = scores.softmax(-1)[..., :keys]
     return (
         torch.einsum("bkgts,bksd->bkgtd", weights, v.float())

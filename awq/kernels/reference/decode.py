@@ -41,6 +41,7 @@ def apply_norm(x: Tensor, norm: Norm) -> Tensor:
         y = y * norm.weight
     if norm.bias is not None:
         y = y + norm.bias
+
     return y.to(x.dtype)
 
 
@@ -74,6 +75,7 @@ def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
     if not interleave:
         gate, up = h.chunk(2, -1)
         return function(gate) * up
+
     gate, up = h.unflatten(-1, (-1, 2, interleave)).unbind(-2)
     return function(gate.flatten(-2)) * up.flatten(-2)
 
@@ -111,6 +113,7 @@ def split_heads(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if cos is not None and sin is not None:
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+
     return q, k, v
 
 
@@ -150,6 +153,7 @@ def split(
     q, k, v = split_heads(qkv, a, cos, sin)
     k_cache[:, :, start:stop] = k
     v_cache[:, :, start:stop] = v
+
     return q
 
 
@@ -180,6 +184,7 @@ def attend(
     seen = keys <= index.unsqueeze(1)
     if a.window is not None:
         seen &= keys > index.unsqueeze(1) - a.window
+
     keys_seen, values_seen = k_cache[:, :, : longest + 1], v_cache[:, :, : longest + 1]
     y = attention_of(
         q,

@@ -27,6 +27,7 @@ def route(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     weights = score.gather(-1, index)
     if router.normalized:
         weights = weights / weights.sum(-1, keepdim=True)
+
     return index.int(), weights * router.factor
 
 
@@ -61,4 +62,5 @@ def expert_parts(
     h = moe_linear(x, first, experts, None, biases[0])
     gate, up = (h[..., ::2], h[..., 1::2]) if alternating else h.chunk(2, -1)
     inner = (ACTIVATIONS[name](gate) * up).contiguous()
+
     return moe_linear(inner, second, experts, weights, biases[1]).unsqueeze(1)

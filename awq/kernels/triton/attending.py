@@ -35,6 +35,7 @@ def _combine(
     total = tl.sum(tl.exp(top - highest[None, :]) * weights, 0)
     acc = tl.zeros((GP, D), tl.float32)
     inside = (g[:, None] < GROUP) & (d[None, :] < DIM)
+
     for s in range(0, active, TOGETHER):
         # several loads are under way at once, or each would wait for the one before
         for other in tl.static_range(TOGETHER):
@@ -45,6 +46,7 @@ def _combine(
             from_sums = sums + (place + program[:, None]) * (G * D) + g[:, None] * D + d[None, :]
             part = tl.load(from_sums, mask=live[:, None] & inside, other=0.0, cache_modifier=".cg")
             acc += part * tl.exp(peak - highest)[:, None]
+
     acc = acc / total[:, None]
     tl.store(
         out + g[:, None] * DIM + d[None, :],
@@ -79,6 +81,7 @@ def _look(
     shrink = tl.exp(peak - above)
     weight = weight * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None] + tl.dot(p.to(q.dtype), v, input_precision=PRECISION)
+
     return above, weight, acc
 
 
@@ -140,6 +143,7 @@ def attend_kernel(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length + 1 - WINDOW, 0)
+
     count = length + 1 - first
     least = tl.where((count <= LEAST) | (count > 4 * LEAST), LEAST, LEAST // 2)
     share = tl.maximum(tl.cdiv(tl.cdiv(count, SPLIT), BLOCK) * BLOCK, least)
@@ -148,6 +152,7 @@ def attend_kernel(
     values = v_cache + (row * KV_HEADS + head) * positions * DIM
     begin = first + slice * share
     end = tl.minimum(begin + share, length + 1)
+
     if PDL:
         gdc_launch_dependents()
         # What is cached, and how much, was written before this step began, so it may be fetched
@@ -172,6 +177,7 @@ def attend_kernel(
                 is_pure=False,
                 pack=1,
             )
+
     # Likewise the first keys and values that this program looks at, and what turns the heads.
     g, d = tl.arange(0, G), tl.arange(0, D)
     cached = tl.minimum(end, length)
@@ -189,6 +195,7 @@ def attend_kernel(
         own = channels + (HEADS + head) * DIM
         one = tl.arange(0, 1)
         q, q_partner = channels_of(channels + head * (GROUP * DIM), g, GROUP, DIM, D, R)
+
         # all loads together, before any is used
         k_new, k_partner = channels_of(own, one, 1, DIM, D, R)
         v_new = tl.load(own + KV_HEADS * DIM + d, mask=d < DIM, other=0.0)
@@ -212,6 +219,7 @@ def attend_kernel(
         peak = tl.full((G,), -float("inf"), tl.float32)
         weight = tl.zeros((G,), tl.float32)
         acc = tl.zeros((G, D), tl.float32)
+
         if begin < cached:
             peak, weight, acc = _look(
                 q,
@@ -227,6 +235,7 @@ def attend_kernel(
                 CAPPED,
                 PRECISION,
             )
+
         for t in range(begin + BLOCK, cached, BLOCK):
             at = t + tl.arange(0, BLOCK)
             where = at.to(tl.int64)[:, None] * DIM + d[None, :]
@@ -236,6 +245,7 @@ def attend_kernel(
             peak, weight, acc = _look(
                 q, k, v, at, cached, peak, weight, acc, scaling, softcap, CAPPED, PRECISION
             )
+
         if end == length + 1:
             # The new token is this program's. It comes from registers: what is stored now could be
             # read back only after a trip through the L2 cache.
@@ -262,12 +272,14 @@ def attend_kernel(
             score_new = tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scaling
             if CAPPED:
                 score_new = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * score_new / softcap)))
+
             above = tl.maximum(peak, score_new)
             p_new = tl.exp(score_new - above)
             shrink = tl.exp(peak - above)
             weight = weight * shrink + p_new
             acc = acc * shrink[:, None] + p_new[:, None] * v_new.to(tl.float32)[None, :]
             peak = above
+
         place = (row * KV_HEADS + head) * SPLIT
         result = out + row * (HEADS * DIM) + head * (GROUP * DIM) + g[:, None] * DIM + d[None, :]
         wanted = (g[:, None] < GROUP) & (d[None, :] < DIM)
@@ -281,6 +293,7 @@ def attend_kernel(
             tl.store(peaks + (place + slice) * (2 * G) + G + g, weight)
             tl.debug_barrier()
             counter = arrived + row * KV_HEADS + head
+
             if tl.atomic_add(counter, 1, sem="acq_rel") == active - 1:
                 first_head = out + row * (HEADS * DIM) + head * (GROUP * DIM)
                 _combine(

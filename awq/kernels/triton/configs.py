@@ -137,6 +137,7 @@ def _read(path: Path) -> dict[str, dict[str, dict[int, Config | None]]]:
             return {}
         if path.stat().st_size > MAX_TABLE_BYTES:
             raise ValueError(f"more than {MAX_TABLE_BYTES:,} bytes")
+
         parts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return {
             name: {
@@ -189,6 +190,7 @@ def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> 
     bucket = next((b for b in BUCKETS if b >= tokens), None)
     if bucket is None or bucket > 256:
         return None
+
     bm, (bn, warps, stages) = (
         min(bucket, 128),
         (128, 8, 3) if bucket >= 128 else (64, 4, 4) if bucket > 8 else (64, 2, 4),
@@ -203,9 +205,11 @@ def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> 
         # fewer rows than the tensor memory path of these GPUs takes, which costs 2.5 times the
         # instructions
         bn, warps = 32, 2
+
     bm = max(bm, 8)
     tiles = -(-shape.out_features // bn) * -(-tokens // bm)
     steps = -(-shape.in_features // 128)
+
     # more sums of large tiles do not fit the registers at the end
     split, most = 1, 16 if bm < 64 else 8 if bm < 128 else 4
     while (
@@ -214,6 +218,7 @@ def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> 
         and steps // (2 * split) >= 2
     ):
         split *= 2
+
     return Config(bm, bn, split, bm >= 128, warps, stages)
 
 
@@ -246,6 +251,7 @@ def rule_for_experts(
         )
         assert config is not None
         return config
+
     split, tiles = 1, -(-outputs // 128)
     # so many programs run at once: a second wave costs more than longer ones
     while (
@@ -256,6 +262,7 @@ def rule_for_experts(
         and steps // (2 * split) >= 2
     ):
         split *= 2
+
     # without Hopper's instructions, 4 warps have too few registers
     warps = 8 if bm == 128 and architecture != "sm90" else 4
     return Config(bm, 128, split, bm >= 64, warps, 6 if bm == 8 else 3)

@@ -55,10 +55,12 @@ def add_norm(
     y = total if norm is None else torch.empty_like(x)
     if rows == 0 or (norm is None and branch is None):
         return total, y
+
     weight = bias = None
     eps, mean = 0.0, False
     if norm is not None:
         weight, bias, eps, mean = norm.weight, norm.bias, norm.eps, norm.centered
+
     block = triton.next_power_of_2(width)
     warps = min(16, max(1, block // 512))
     constants = (
@@ -75,6 +77,7 @@ def add_norm(
     tensors = (x, second, x if weight is None else weight, x if bias is None else bias, total, y)
     with on_device(x.device):
         kernel((rows, 1, 1), tensors, factor, eps)
+
     return total, y
 
 
@@ -91,11 +94,13 @@ def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
     rows = y.numel() // width
     if rows == 0:
         return y
+
     block = SMALL_BLOCK if rows < FEW_ROWS else LARGE_BLOCK
     constants = (width, block, name, gated, interleave)
     kernel = launcher_of(decoding.activate_kernel, h.device.index, h.dtype, constants, block // 256)
     with on_device(h.device):
         kernel((triton.cdiv(width, block), rows, 1), (h, y))
+
     return y
 
 
@@ -108,10 +113,12 @@ def gated(x: Tensor, packed: Packed, bias: Tensor | None, name: str, interleave:
     """Product and activation in one kernel."""
     if packed.layout != "planar" or interleave != GATE_INTERLEAVE:
         return reference.gated(x, packed, bias, name, interleave)
+
     rows = x.reshape(-1, x.shape[-1])
     y = product(rows, packed, bias, name) if len(rows) else None
     if y is None:
         y = activate(through_dense(rows, packed, bias), name, True, interleave)
+
     return y.view(*x.shape[:-1], -1)
 
 
@@ -141,6 +148,7 @@ def split(
     )
     kernel = launcher_of(heads.split_kernel, qkv.device.index, qkv.dtype, constants, 8)
     tables, q_eps, k_eps = _tables(qkv, a, cos, sin)
+
     with on_device(qkv.device):
         kernel(
             (tokens, batch, 1),
@@ -151,6 +159,7 @@ def split(
             start,
             k_cache.shape[2],
         )
+
     return q
 
 
@@ -175,6 +184,7 @@ def attend(
     peaks = torch.empty((rows, 2, group), dtype=torch.float32, device=device)
     kernel = _attend_launcher(a, device.index, qkv.dtype, qkv.element_size(), parts)
     tables, q_eps, k_eps = _tables(qkv, a, cos, sin)
+
     with on_device(device):
         arrived = counters(device).take(batch * a.kv_heads)
         tensors = (qkv, *tables, lengths, k_cache, v_cache, out, sums, peaks, arrived)
@@ -187,6 +197,7 @@ def attend(
             k_eps,
             k_cache.shape[2],
         )
+
     return out
 
 
@@ -215,6 +226,7 @@ def _attend_launcher(
         a.normed,
         a.centered,
     )
+
     return launcher_of(attending.attend_kernel, index, dtype, constants, warps)
 
 

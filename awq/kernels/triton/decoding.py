@@ -26,12 +26,15 @@ def residual_sum(x, branch, row, i, inside, factor, WIDTH: tl.constexpr, PARTS: 
         first = branch + row * (PARTS * WIDTH) + i
         one = tl.load(first, mask=inside, other=0.0)
         added = one.to(tl.float32)
+
         for part in tl.static_range(1, PARTS):
             at = first + part * WIDTH
             one = tl.load(at, mask=inside, other=0.0)
             added += one.to(tl.float32)
+
         total = value.to(tl.float32) + factor * added
         value = total.to(value.dtype)
+
     return value
 
 
@@ -57,6 +60,7 @@ def normalized(
         v = v * w
     if HAS_BIAS:
         v = v + tl.load(bias + i, mask=inside, other=0.0)
+
     return v
 
 
@@ -91,6 +95,7 @@ def add_norm_kernel(
         w = tl.load(weight + i, mask=inside, other=0.0)
     if PDL:
         gdc_wait()
+
     value = residual_sum(x, branch, row, i, inside, factor, WIDTH, PARTS)
     if PARTS > 0:
         tl.store(total + row * WIDTH + i, value, mask=inside)
@@ -115,9 +120,11 @@ def activate_kernel(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     inside = i < WIDTH
+
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+
     if GATED:
         gate, up = columns(i, WIDTH, INTERLEAVE)
         v = activation(
@@ -128,4 +135,5 @@ def activate_kernel(
         ).to(tl.float32)
     else:
         v = activation(tl.load(h + row * WIDTH + i, mask=inside, other=0.0).to(tl.float32), NAME)
+
     tl.store(y + row * WIDTH + i, v.to(y.dtype.element_ty), mask=inside)

@@ -45,6 +45,7 @@ def moe_linear(
             if weights is not None
             else (tokens, top, shape.out_features)
         )
+
     y = fused(
         x, packed, bias, experts, weights, _config(x.device.index, shape, rows, count), rows <= FEW
     )
@@ -87,6 +88,7 @@ def _part(
         return expert_product(
             x, packed, bias, experts, weights, held, gated, alternating, chosen_before
         )
+
     config = _config(index, packed.shape, rows, packed.qweight.shape[0])
     return fused(
         x, packed, bias, experts, weights, config, rows <= FEW, gated, alternating, chosen_before
@@ -130,14 +132,17 @@ def fused(
     )
     dtypes = tuple(None if t is None else t.dtype for t in (x, bias, weights, experts))
     kernel = _experts(index, dtypes, shape, packed.qweight.shape[2], form, config)
+
     with on_device(device):
         if few:
             order = owner = experts
         else:
             order, owner = route(experts, count, config.bm, blocks)
+
         if config.split > 1:
             partial = x.new_empty((config.split, rows, tiles * config.bn), dtype=torch.float32)
             arrived = counters(device).take(blocks * tiles)
+
         first = (
             x,
             packed.qweight,
@@ -151,6 +156,7 @@ def fused(
             rows,
             count,
         )
+
     return y
 
 
@@ -223,4 +229,5 @@ def route(experts: Tensor, count: int, bm: int, blocks: int) -> tuple[Tensor, Te
         count,
         blocks,
     )
+
     return order, owner

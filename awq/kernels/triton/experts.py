@@ -44,6 +44,7 @@ def _rows_of_first(experts, first, R, ROWS: tl.constexpr, BM: tl.constexpr):
     rank = tl.cumsum(mine, 0) - 1
     begin = tl.sum(tl.where(r < first, mine, 0), 0)
     hit = (mine[:, None] > 0) & (rank[:, None] == begin + tl.arange(0, BM)[None, :])
+
     return expert, begin, R + tl.sum(tl.where(hit, r[:, None] - R, 0), 0)
 
 
@@ -107,14 +108,17 @@ def _gated_rows(
     within = j % (2 * INTERLEAVE)
     channel = tile * (BN // 2) + (j // (2 * INTERLEAVE)) * INTERLEAVE + within % INTERLEAVE
     up = (within >= INTERLEAVE).to(tl.int32)
+
     if ALTERNATING:
         row = 2 * channel + up
     else:
         row = channel + up * HALF
+
     if HALF % (BN // 2) != 0:
         row = tl.minimum(row, NP - 1)
     elif not ALTERNATING and HALF % INTERLEAVE == 0:
         row = tl.max_contiguous(tl.multiple_of(row, INTERLEAVE), INTERLEAVE)
+
     return row
 
 
@@ -198,10 +202,12 @@ def expert_kernel(
     block, tile, slice = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile * BN + tl.arange(0, BN)
     row = n
+
     if GATED != "":
         row = _gated_rows(tile, tl.arange(0, BN), N, NP, BN, INTERLEAVE, ALTERNATING)
     elif NP % BN != 0:
         row = tl.minimum(n, NP - 1)
+
     i = tl.arange(0, 32)
     if PDL:
         if AHEAD > 0:
@@ -209,9 +215,11 @@ def expert_kernel(
         if GATED == "":
             gdc_launch_dependents()
         gdc_wait()
+
         if GATED != "":
             # not before: what the next kernel fetches ahead is then known
             gdc_launch_dependents()
+
     if ROWS == 1:
         expert = tl.load(experts + block)
         rows = tl.where(tl.arange(0, BM) == 0, block, R)
@@ -224,6 +232,7 @@ def expert_kernel(
         if expert < 0:
             return
         rows = tl.load(order + block * BM + tl.arange(0, BM))
+
     known = (expert >= 0) & (expert < E)
     expert = _in_range(expert, E)
     words = qweight + expert.to(tl.int64) * (BLOCKS * NP * 32)
@@ -247,6 +256,7 @@ def expert_kernel(
         ASM,
         BF16,
     )
+
     last = True
     if SPLIT > 1:
         WIDE: tl.constexpr = (N + BN - 1) // BN * BN
@@ -257,6 +267,7 @@ def expert_kernel(
         tl.debug_barrier()  # every thread's sums before the release by one of them
         counter = arrived + block * tl.num_programs(1) + tile
         last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1
+
     if last:
         if SPLIT > 1:
             acc = tl.zeros((BN, BM), tl.float32)
@@ -264,17 +275,21 @@ def expert_kernel(
                 acc += tl.load(
                     partial + s * plane + where, mask=inside, other=0.0, cache_modifier=".cg"
                 )
+
             tl.store(counter, 0)
+
         if ROWS > 0:
             acc = tl.where(known, acc, float("nan"))
         else:
             # a block of the sort's is of an expert that there is, but not all of its rows need be
             number = tl.load(experts + rows, mask=rows < R, other=0)
             acc = tl.where(((number >= 0) & (number < E))[None, :], acc, float("nan"))
+
         if HAS_BIAS:
             acc += tl.load(bias + expert.to(tl.int64) * N + row, mask=row < N, other=0.0).to(
                 tl.float32
             )[:, None]
+
         if GATED == "":
             _store(y, acc, factors, rows, n, R, N, HAS_FACTORS)
         else:
@@ -308,20 +323,24 @@ def route_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+
     counts = tl.zeros((BINS,), tl.int32)
     start = 0
     while start < R:
         counts += tl.histogram(_experts_of(experts, start + r, R, E, BINS), BINS)
         start += CHUNK
+
     blocks = tl.where(bins < E, (counts + BM - 1) // BM, 0)
     first = tl.sum(tl.where(bins < me, blocks, 0), 0)
     end = first + tl.sum(tl.where(bins == me, blocks, 0), 0)
     if me == E:
         end, me = BLOCKS, -1
+
     start = 0
     while start < BLOCKS:
         tl.store(owner + start + r, me, mask=(start + r >= first) & (start + r < end))
         start += CHUNK
+
     if me >= 0:
         at = first * BM
         start = 0
@@ -330,5 +349,6 @@ def route_kernel(
             tl.store(order + at + tl.cumsum(mine.to(tl.int32), 0) - 1, start + r, mask=mine)
             at += tl.sum(mine.to(tl.int32), 0)
             start += CHUNK
+
         rest = at + tl.arange(0, BM)
         tl.store(order + rest, R, mask=rest < end * BM)

@@ -27,15 +27,18 @@ def tables_of(
     other = 1.0
     c = 1.0
     s = 0.0
+
     if NORMED:
         own = tl.load(weight + d, mask=d < DIM, other=0.0)
         if R > 0:
             other = tl.load(weight + partner, mask=d < DIM, other=0.0)
+
     if R > 0:
         f = tl.where(d < R, d, d - R)
         c = tl.load(cos + position * R + f, mask=d < 2 * R, other=1.0)
         s = tl.load(sin + position * R + f, mask=d < 2 * R, other=0.0)
         s = tl.where(d < R, -s, s)
+
     return own, other, c, s
 
 
@@ -49,11 +52,13 @@ def channels_of(base, g, GROUP: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr
     loaded = tl.load(head + d[None, :], mask=inside, other=0.0)
     v = loaded.to(tl.float32)
     u = v
+
     if R > 0:
         ahead = tl.where(d < 2 * R, d - R, d)
         partner = tl.where(d < R, d + R, ahead)
         loaded = tl.load(head + partner[None, :], mask=inside, other=0.0)
         u = loaded.to(tl.float32)
+
     return v, u
 
 
@@ -85,10 +90,12 @@ def turned(
             v = tl.where(inside, v - mean, 0.0)
             if R > 0:
                 u = u - mean
+
         inverse = tl.rsqrt(tl.sum(v * v, 1) / DIM + eps)[:, None]
         v = (v * inverse * own[None, :]).to(dtype).to(tl.float32)
         if R > 0:
             u = (u * inverse * other[None, :]).to(dtype).to(tl.float32)
+
     if R > 0:
         v = v * c[None, :] + u * s[None, :]
     return tl.where(inside, v, 0.0)
@@ -156,6 +163,7 @@ def split_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+
     d, h, kv = tl.arange(0, D), tl.arange(0, HEADS2), tl.arange(0, KV2)
     channels = qkv + (row * tokens + token) * ((HEADS + 2 * KV_HEADS) * DIM)
     position = start + token

@@ -33,6 +33,7 @@ def _held(qweight, grid, row, t, i, K: tl.constexpr, GROUP: tl.constexpr, NP: tl
     block = t
     if STEPS & (STEPS - 1) != 0:
         block = tl.minimum(t, STEPS - 1)  # beyond the last x is 0
+
     rows = row[None, :, None] * 32
     place = rows + i[None, None, :]
     start = block[:, None, None] * (NP * 32)
@@ -40,6 +41,7 @@ def _held(qweight, grid, row, t, i, K: tl.constexpr, GROUP: tl.constexpr, NP: tl
     group = t * 0
     if GROUP < K:
         group = block // (GROUP // 128)
+
     corner = group[:, None] * NP
     scales = tl.load(grid + corner + row[None, :])
     return words, scales
@@ -81,6 +83,7 @@ def _sum(
     part = tl.dot(p1, x1, part)
     part = tl.dot(p2, x2, part)
     part = tl.dot(p3, x3, part)
+
     return tl.sum(part * scale.to(tl.float32)[:, :, None], 0)
 
 
@@ -113,12 +116,14 @@ def held_kernel(
     row = n
     if NP % BN != 0:
         row = tl.minimum(n, NP - 1)
+
     m, t, i = tl.arange(0, BM), tl.arange(0, TP), tl.arange(0, 32)
     if PDL:
         gdc_launch_dependents()
     words, grid_words = _held(qweight, grid, row, t, i, K, GROUP, NP)
     if PDL:
         gdc_wait()
+
     total = _sum(x, m, M, words, grid_words, t, i, K, TP, ASM, BF16)
     store_product(y, total, bias, tile * BN, n, m, M, N, BM, BN, HAS_BIAS, GATED, INTERLEAVE)
 
@@ -163,10 +168,12 @@ def held_expert_kernel(
     r, tile = tl.program_id(0), tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
     row = n
+
     if GATED != "":
         row = _gated_rows(tile, tl.arange(0, BN), N, NP, BN, INTERLEAVE, ALTERNATING)
     elif NP % BN != 0:
         row = tl.minimum(n, NP - 1)
+
     t, i = tl.arange(0, TP), tl.arange(0, 32)
     rows = tl.where(tl.arange(0, BM) == 0, r, R)
     if PDL:
@@ -176,6 +183,7 @@ def held_expert_kernel(
             gdc_wait()
             # not before: the next kernel reads `experts` ahead of its own wait
             gdc_launch_dependents()
+
     number = tl.load(experts + r, cache_modifier=".cg").to(tl.int64)
     known = (number >= 0) & (number < E)
     expert = in_range(number, E)
@@ -191,6 +199,7 @@ def held_expert_kernel(
     )
     if PDL and BEFORE:
         gdc_wait()
+
     total = _sum(x, rows // TOP, R // TOP, words, grid_words, t, i, K, TP, ASM, BF16)
     total = tl.where(known, total, float("nan"))
     if HAS_BIAS:

@@ -67,6 +67,7 @@ def expert_form_for(index: int | None, shape: Shape, tokens: int, top: int) -> H
         return None
     if blocks_of(shape) > MOST_BLOCKS // 2:
         return None
+
     tiles = -(-shape.out_features // EXPERT_FORM.bn)
     room = MOST_PROGRAMS * processors
     return EXPERT_FORM if top * tiles <= room else None
@@ -89,9 +90,11 @@ def product(x: Tensor, packed: Packed, bias: Tensor | None, form: Held, gated: s
     kernel = _product(
         device.index, x.dtype, shape, form, None if bias is None else bias.dtype, gated
     )
+
     with on_device(device):
         tensors = (x, packed.qweight, packed.scales, y if bias is None else bias, y)
         kernel((-(-shape.out_features // form.bn), 1, 1), tensors, tokens)
+
     return y
 
 
@@ -118,6 +121,7 @@ def expert_product(
     kernel = _experts(
         device.index, dtypes, shape, rows, sharing, form, gated, alternating, chosen_before
     )
+
     with on_device(device):
         tensors = (
             x,
@@ -130,6 +134,7 @@ def expert_product(
         )
         grid = (top, -(-shape.out_features // form.bn), 1)
         kernel(grid, tensors, top, packed.qweight.shape[0])
+
     return y
 
 

@@ -27,6 +27,7 @@ def architecture(index: int | None) -> tuple[str, int]:
     """("sm90" | "gfx942" …, multiprocessors) of a GPU; the interpreter stands for a small one."""
     if index is None:
         return "interpreter", 4
+
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0], properties.multi_processor_count
@@ -83,6 +84,7 @@ class Launcher:
         self.options = options | FUSED_MULTIPLY_ADD
         if has_dependent_launch(index):
             self.options["launch_pdl"] = True
+
         self.compiled: Any = None
 
     def __call__(
@@ -98,6 +100,7 @@ class Launcher:
                 *tensors, *numbers, *self.constants, stream=current_stream(self.index)
             )
             return
+
         compiled = self.kernel[grid](*tensors, *numbers, *self.constants, **self.options)
         if aligned:
             self.compiled = compiled
@@ -133,11 +136,13 @@ class Counters:
         """At least `count` counters for the current stream."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return self._take_for_graph(count)
+
         self._prepare_for_graphs()
         stream = current_stream(self.device.index) if self.device.type == "cuda" else 0
         own = self.streams.get(stream)
         if own is None or own.numel() < count:
             own = self.streams[stream] = self._zeros(max(count, MIN_COUNTERS))
+
         return own
 
     def _take_for_graph(self, count: int) -> Tensor:
@@ -151,6 +156,7 @@ class Counters:
         capture."""
         if self.arenas and self.used <= ARENA_COUNTERS // 2:
             return
+
         self.arenas.append(self._zeros(ARENA_COUNTERS))
         self.used = 0
         if self.device.type == "cuda":

@@ -90,6 +90,7 @@ def _planes(words, zeros, ASM: tl.constexpr, BF16: tl.constexpr):
         p1 = (((words >> 4) & 15) | BITS).to(dtype, bitcast=True) - offset
         p2 = (((words >> 8) & 15) | BITS).to(dtype, bitcast=True) - offset
         p3 = (((words >> 12) & 15) | BITS).to(dtype, bitcast=True) - offset
+
     return p0, p1, p2, p3
 
 
@@ -104,6 +105,7 @@ def _group_of(t, J: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr):
     """Group of plane J of block t; the padding after K belongs to the last group, where x is 0."""
     if GROUP >= K:
         return t * 0
+
     group = (t * 128 + J * 32) // GROUP
     if K % 128 != 0:
         group = tl.minimum(group, K // GROUP - 1)
@@ -149,6 +151,7 @@ def sum_of_slice(
     PER: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
     TAIL: tl.constexpr = K % 128 != 0 or STEPS % SPLIT != 0
     ONE_GROUP: tl.constexpr = GROUP >= K
+
     # scales looked up per block of 128
     PARTS: tl.constexpr = 1 if GROUP % 128 == 0 or ONE_GROUP else 4
     acc = tl.zeros((BN, BM), tl.float32)
@@ -157,6 +160,7 @@ def sum_of_slice(
         k = t * 128 + i  # beyond the last block x is 0, and the last block's weights are read again
         if STEPS % SPLIT != 0:
             t = tl.minimum(t, STEPS - 1)
+
         words = tl.load(qweight + t * (NP * 32) + row[:, None] * 32 + i[None, :])
         if PARTS == 1:
             zero, scale = _grid(tl.load(grid + _group_of(t, 0, K, GROUP) * NP + row))
@@ -187,9 +191,11 @@ def sum_of_slice(
                     acc = tl.dot(planes[j] * scale[:, None].to(planes[j].dtype), xj, acc)
                 else:
                     acc += tl.dot(planes[j], xj) * scale.to(tl.float32)[:, None]
+
     if ONE_GROUP and not SCALE_WEIGHT:
         _, scale = _grid(tl.load(grid + row))
         acc *= scale.to(tl.float32)[:, None]
+
     return acc
 
 
@@ -274,6 +280,7 @@ def matmul_kernel(
     row = n
     if NP % BN != 0:
         row = tl.minimum(n, NP - 1)
+
     m = block * BM + tl.arange(0, BM)
     i = tl.arange(0, 32)
     if PDL:
@@ -293,7 +300,9 @@ def matmul_kernel(
                 is_pure=False,
                 pack=1,
             )
+
         gdc_wait()
+
     acc = sum_of_slice(
         x, m, M, qweight, grid, row, slice, i, K, GROUP, NP, BM, BN, SPLIT, SCALE_WEIGHT, ASM, BF16
     )
@@ -304,12 +313,14 @@ def matmul_kernel(
         tl.store(partial + slice * plane + where, acc, mask=inside)
         tl.debug_barrier()  # every thread's sums before the release by one of them
         counter = arrived + block * tl.num_programs(0) + tile
+
         if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:
             total = tl.zeros((BN, BM), tl.float32)
             for s in tl.static_range(SPLIT):
                 total += tl.load(
                     partial + s * plane + where, mask=inside, other=0.0, cache_modifier=".cg"
                 )
+
             _store(y, total, bias, tile * BN, n, m, M, N, BM, BN, HAS_BIAS, GATED, INTERLEAVE)
             tl.store(counter, 0)
     else:
@@ -346,6 +357,7 @@ def dequantize_kernel(
         mask = n[:, None] < N
         if K % 128 != 0:
             mask = mask & (k[None, :] < K)
+
         value = step.to(tl.float32) * scale.to(tl.float32)[:, None]
         tl.store(
             dense + local[:, None].to(tl.int64) * K + k[None, :],

@@ -50,6 +50,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty(*x.shape[:-1], shape.out_features)
+
     out = product(rows, packed, bias)
     out = through_dense(rows, packed, bias) if out is None else out
     return out.view(*x.shape[:-1], shape.out_features)
@@ -62,6 +63,7 @@ def product(x: Tensor, packed: Packed, bias: Tensor | None, gated: str = "") -> 
     held = None if x.dtype == torch.float32 else form_for(x.device.index, packed.shape, tokens)
     if held is not None:
         return held_product(x, packed, bias, held, gated)
+
     config = config_of(x, packed.shape, tokens)
     return None if config is None else fused(x, packed, bias, config, gated)
 
@@ -128,6 +130,7 @@ def fused(
     )
     grid = (-(-shape.out_features // config.bn), config.split, -(-tokens // config.bm))
     partial = arrived = y
+
     with on_device(device):
         if config.split > 1:
             partial = x.new_empty((config.split, tokens, shape.out_features), dtype=torch.float32)
@@ -137,6 +140,7 @@ def fused(
             (x, packed.qweight, packed.scales, y if bias is None else bias, y, partial, arrived),
             tokens,
         )
+
     return y
 
 
@@ -147,16 +151,19 @@ def through_dense(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     step = max(64, MAX_DENSE_BYTES // (shape.in_features * x.element_size()) // 64 * 64)
     if step >= shape.out_features:
         return F.linear(x, dequantize(packed, x.dtype), bias)
+
     y = x.new_empty((x.shape[0], shape.out_features))
     dense = x.new_empty((step, shape.in_features))
     for start in range(0, shape.out_features, step):
         stop = min(start + step, shape.out_features)
         part = dense[: stop - start]
         _dequantize_into(part, packed, start)
+
         if bias is None:
             torch.mm(x, part.t(), out=y[:, start:stop])
         else:
             torch.addmm(bias[start:stop], x, part.t(), out=y[:, start:stop])
+
     return y
 
 

@@ -54,6 +54,7 @@ def round_block_kernel(
     column = tl.arange(0, COLUMNS)
     inside = row < out
     tile = _tile(rest, start, row, column, out, columns)
+
     for c in range(columns):
         w = tl.sum(tl.where(column[:, None] == c, tile, 0.0), axis=0)
         group = tl.load(group_of + start + c)
@@ -94,6 +95,7 @@ def descend_block_kernel(
     column = tl.arange(0, COLUMNS)
     inside = row < out
     tile = _tile(slope, start, row, column, out, columns)
+
     for c in range(columns):
         p = tl.sum(tl.where(column[:, None] == c, tile, 0.0), axis=0)
         group = (start + c) // group_size
@@ -110,6 +112,7 @@ def descend_block_kernel(
         pivot = tl.load(gram + (start + c).to(tl.int64) * width + start + c)
         new = _code(code - z - tl.div_rn(p, s * pivot), z, top)
         move = (new - code) * s
+
         # Into another tensor: threads of several warps hold the same row, and one may store before
         # another has loaded.
         tl.store(new_codes + (start + c).to(tl.int64) * out + row, new.to(tl.uint8), mask=inside)

@@ -44,10 +44,12 @@ def _choose(
         logits = tl.where(known, logits, -float("inf"))
         power = tl.exp(logits - tl.max(logits, 0))
         score = power / tl.sum(power, 0)
+
     choice = score
     if CORRECTED:
         choice += tl.load(correction + e, mask=known, other=0.0)
     choice = tl.where(known & (choice == choice), choice, -float("inf"))
+
     # the others along the first axis, which threads hold, so that few of them have to meet
     above = choice[:, None] > choice[None, :]
     before = above | ((choice[:, None] == choice[None, :]) & (e[:, None] < e[None, :]))
@@ -55,6 +57,7 @@ def _choose(
     chosen = rank < TOP
     if NORMALIZED:
         score = score / tl.sum(tl.where(chosen, score, 0.0), 0)
+
     tl.store(index + row * TOP + rank, e, mask=chosen)
     tl.store(weights + row * TOP + rank, score * factor, mask=chosen)
 
@@ -81,6 +84,7 @@ def choose_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+
     found = tl.load(logits + row * E + e, mask=e < E, other=0.0)
     _choose(
         found, e, correction, index, weights, row, factor, E, TOP, SIGMOID, NORMALIZED, CORRECTED
@@ -135,6 +139,7 @@ def add_norm_route_kernel(
     w = 0.0
     if PDL:
         gdc_launch_dependents()
+
     rows = tl.load(
         router + e[:, None] * WIDTH + i[None, :],
         mask=(e[:, None] < E) & inside[None, :],
@@ -144,16 +149,19 @@ def add_norm_route_kernel(
         w = tl.load(weight + i, mask=inside, other=0.0)
     if PDL:
         gdc_wait()
+
     value = residual_sum(x, branch, row, i, inside, factor, WIDTH, PARTS)
     normed = value
     if NORM:
         v = normalized(value, w, bias, i, inside, eps, WIDTH, MEAN, HAS_WEIGHT, HAS_BIAS)
         normed = v.to(y.dtype.element_ty)
+
     if part == 0:
         if PARTS > 0:
             tl.store(total + row * WIDTH + i, value, mask=inside)
         if NORM:
             tl.store(y + row * WIDTH + i, normed, mask=inside)
+
     found = tl.sum(rows.to(tl.float32) * normed.to(tl.float32)[None, :], 1)
     if ROUTER_BIAS:
         found += tl.load(router_bias + e, mask=e < E, other=0.0)

@@ -22,10 +22,12 @@ def route(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     if 0 < len(x) <= FEW_ROWS:
         _, _, index, weights = add_norm_route(x, None, 1.0, None, router)
         return index, weights
+
     logits = F.linear(x.float(), router.weight.float(), router.bias)
     index, weights = _results(len(x), router, x.device)
     if len(x) == 0:
         return index, weights
+
     experts = router.experts
     constants = (
         experts,
@@ -39,6 +41,7 @@ def route(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     correction = logits if router.correction is None else router.correction
     with on_device(x.device):
         kernel((len(x), 1, 1), (logits, correction, index, weights), router.factor)
+
     return index, weights
 
 
@@ -51,6 +54,7 @@ def add_norm_route(
     if not 0 < rows <= FEW_ROWS:
         total, y = add_norm(x, branch, factor, norm)
         return total, y, *route(y.view(-1, width), router)
+
     x = x.contiguous()
     total = x if branch is None else torch.empty_like(x)
     y = total if norm is None else torch.empty_like(x)
@@ -66,12 +70,14 @@ def add_norm_route(
         for t in (norm_weight, norm_bias, router.weight, router.bias, router.correction)
     )
     logits = arrived = index
+
     with on_device(x.device):
         if programs > 1:
             logits = weights.new_empty((rows, router.experts))
             arrived = counters(x.device).take(rows)
         results = (total, y, logits, index, weights, arrived)
         kernel((programs, rows, 1), (x, second, *vectors, *results), factor, eps, router.factor)
+
     return total, y, index, weights
 
 
@@ -110,4 +116,5 @@ def _add_norm_route(
     warps = min(16, max(4, share * block // 2048))
     dtypes = (x.dtype, router.weight.dtype)
     kernel = launcher_of(routing.add_norm_route_kernel, x.device.index, dtypes, constants, warps)
+
     return kernel, share

@@ -115,6 +115,7 @@ def best_range_kernel(
     low, high = _range(w, ZERO_POINT)
     best_loss = tl.full([ROWS], float("inf"), tl.float32)
     found = tl.zeros([ROWS], tl.int32)
+
     for k in range(STEPS * STEPS if ZERO_POINT else STEPS):
         high_factor = tl.load(shrink + (k // STEPS if ZERO_POINT else k))
         low_factor = tl.load(shrink + k % STEPS)
@@ -126,6 +127,7 @@ def best_range_kernel(
         better = loss < best_loss  # the first of equals stays
         best_loss = tl.where(better, loss, best_loss)
         found = tl.where(better, k, found)
+
     tl.store(best + row.to(tl.int64) * groups + group, found.to(tl.uint8), mask=row < out)
 
 
@@ -185,6 +187,7 @@ def row_losses_kernel(
     within = tl.program_id(0) % (TOGETHER * tiles_c)
     height = tl.minimum(tiles_r - band * TOGETHER, TOGETHER)
     tile_r = band * TOGETHER + within % height
+
     # the last column of tiles sums over most, and starts first
     tile_c = tiles_c - 1 - within // height
     row = tile_r * ROWS + tl.arange(0, ROWS)
@@ -194,6 +197,7 @@ def row_losses_kernel(
     left = delta + row.to(tl.int64)[:, None] * width
     right = upper + column[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
+
     for start in range(0, tl.minimum((tile_c + 1) * COLUMNS, width), DEPTH):
         k = start + depth
         a = tl.load(left + k[None, :], mask=inside[:, None] & (k < width)[None, :], other=0.0)
@@ -203,6 +207,7 @@ def row_losses_kernel(
             other=0.0,
         )
         total = tl.dot(a, b, total)
+
     own = tl.load(
         left + column[None, :], mask=inside[:, None] & (column < width)[None, :], other=0.0
     )

@@ -48,6 +48,7 @@ def best_range(
     groups, size, _ = blocks.shape
     if size > MAX_RANGE_GROUP:
         return None
+
     best = torch.empty(out, groups, dtype=torch.uint8, device=weight.device)
     rows, warps = search.range_tile(_capability(weight.device))
     launch(
@@ -69,6 +70,7 @@ def best_range(
         ZERO_POINT=zero_point,
         num_warps=warps,
     )
+
     return best
 
 
@@ -84,6 +86,7 @@ def scaled_losses(
     """
     if group_size > MAX_SCALE_GROUP:
         return None
+
     delta = _scaled_deltas(weight, scales, group_size, bits, zero_point, upper.dtype)
     rows, width = delta.shape
     tile = search.tile_for(_capability(weight.device))
@@ -105,6 +108,7 @@ def scaled_losses(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+
     return partial.sum(0).view(len(scales), -1).sum(1)
 
 
@@ -132,6 +136,7 @@ def _scaled_deltas(
         ZERO_POINT=zero_point,
         num_warps=4 if size <= SCALED_PROGRAM_WEIGHTS else 16,
     )
+
     return delta
 
 

@@ -28,16 +28,19 @@ def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 9, warm: float
     with torch.cuda.stream(side):
         for call in calls:
             call()
+
     torch.cuda.synchronize()
     graph, rounds = torch.cuda.CUDAGraph(), -(-40 // len(calls))
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             for call in calls:
                 call()
+
     begun = time.perf_counter()
     while time.perf_counter() - begun < warm:
         graph.replay()
         torch.cuda.synchronize()
+
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -46,6 +49,7 @@ def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 9, warm: float
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1000 / (len(calls) * rounds))
+
     return statistics.median(times)
 
 
@@ -72,5 +76,6 @@ def random_packed(n: int, k: int, group: int = 128) -> Packed:
         scales = torch.rand(grid_shape) * 0.02 + 1e-3
         zeros = torch.randint(16, grid_shape, dtype=torch.int32)
         no_zeros = torch.empty(0, dtype=torch.uint8)  # they stand beside the scales
+
     scales_and_zeros = scales.half().view(torch.int16).int() + (zeros << 16)
     return Packed(words, no_zeros, scales_and_zeros, Shape(k, n, group), "planar")

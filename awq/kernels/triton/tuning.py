@@ -27,6 +27,7 @@ def candidates(shape: Shape, tokens: int, processors: int) -> list[Config]:
     """Configurations worth timing for so many tokens on a GPU of so many multiprocessors."""
     n, k, m = shape.out_features, shape.in_features, tokens
     bms, scaled, forms = [max(8, m)], [False], [(64, 4), (128, 4), (128, 8)]
+
     splits: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
     loads = (3, 4)
     if m <= 8:
@@ -39,6 +40,7 @@ def candidates(shape: Shape, tokens: int, processors: int) -> list[Config]:
         bms, scaled, splits, forms = [64, 128, 256], [True], (1,), [(128, 4), (128, 8), (256, 8)]
     elif m > 64:
         bms, scaled, splits, forms = [64, 128], [True], (1, 2, 4), [(128, 4), (128, 8), (256, 8)]
+
     found = []
     for (bn, warps), bm, split, flag, stages in itertools.product(
         forms, bms, splits, scaled, loads
@@ -55,6 +57,7 @@ def candidates(shape: Shape, tokens: int, processors: int) -> list[Config]:
             bn * 68 + bm * 256
         ) < 225_000:
             found.append(Config(bm, bn, split, flag, warps, stages))
+
     return found
 
 
@@ -104,6 +107,7 @@ def tune(
     )
     for reason in sorted(set(refused.values()))[:5]:
         say(f"  refused: {reason}")
+
     warm_up()
     stop, found = time.perf_counter() + seconds, {}
     for shape in shapes:
@@ -122,7 +126,9 @@ def tune(
                     f"{t:.1f} {'dense' if c is None else tuple(map(int, c))}" for t, c in rows[:3]
                 )
                 say(f"{n}x{k} {str(dtype)[6:]} {m}: {best}")
+
         del weights
+
     return found
 
 
@@ -149,9 +155,11 @@ def _time(weights: list, x: torch.Tensor, ready: Iterable[Config], stop: float) 
         if time.perf_counter() < stop:
             calls = [lambda w=w: matmul_launch.fused(x, w, None, config) for w in weights]  # type: ignore[misc]
             rows.append(Timing(graph_time(calls, 5), config))
+
     if rows and len(x) >= 128:
         calls = [lambda w=w: matmul_launch.through_dense(x, w, None) for w in weights[:3]]  # type: ignore[misc]
         rows.append(Timing(graph_time(calls, 5), None))
+
     return sorted(rows, key=lambda row: row.microseconds)
 
 
@@ -176,6 +184,7 @@ def compile_job(job: Job) -> str | None:
         )
     except Exception as error:  # whatever Triton raises, it is no candidate
         return f"{type(error).__name__}: {str(error)[:120]}"
+
     return None
 
 
@@ -200,6 +209,7 @@ def write_entries(
         part = table.setdefault(section, {})
         rows = part.get(size, {}) | {str(count): config}
         part[size] = dict(sorted(rows.items(), key=lambda item: int(item[0])))
+
     table["measured_on"] = gpu
     parts = [f'"measured_on": {json.dumps(gpu)}']
     for name in configs.SECTIONS:
@@ -209,5 +219,6 @@ def write_entries(
                 for size, rows in table[name].items()
             )
             parts.append(f'"{name}": {{\n{lines}\n}}')
+
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{" + ", ".join(parts) + "}\n", encoding="utf-8")

@@ -43,6 +43,7 @@ class CompatLinear(WQLinear, metaclass=_ByFormat):
     ) -> None:
         if w_bit != 4:
             raise ConfigError(f"w_bit is {w_bit}; packed linears hold 4 bits.")
+
         super().__init__(
             in_features, out_features, bool(bias), group_size, self.version, dev, torch.float16
         )
@@ -72,6 +73,7 @@ class CompatLinear(WQLinear, metaclass=_ByFormat):
             )
         if scales is None:
             return cls.from_quantized(round_to_nearest(get_weight(linear), group_size, w_bit), bias)
+
         scale = cls._by_rows(scales, out_features).float()
         zero = (
             torch.full_like(scale, 8)
@@ -93,11 +95,13 @@ class CompatLinear(WQLinear, metaclass=_ByFormat):
         instead of the format's."""
         if format is not None and get_format(format).name != cls.version:
             raise ConfigError(f"{cls.__name__} holds version {cls.version}, not {format}.")
+
         out_features, in_features = weight.codes.shape
         module = cls(
             weight.bits, weight.group_size, in_features, out_features, bias is not None, "meta"
         )
         module.dtype = dtype or module.dtype
+
         return module._hold(weight, bias, layout)
 
     @classmethod

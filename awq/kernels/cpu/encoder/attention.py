@@ -38,6 +38,7 @@ def attend(p: Phase, index: Value) -> None:
         for r in range(count):
             position = first + r
             _prepare_query(p, queries + position * spec.channels, q + r * spec.dim, position)
+
         sight = _sight(p, first, count, length, padded)
         tops = _scores(p, transposed, scores, q, head, first, count, sight)
         inverses = [_softmax(b, scores + padded * r, top, sight) for r, top in enumerate(tops)]
@@ -71,8 +72,10 @@ def _prepare_head(
     else:
         with b.loop(0, spec.dim, LANES) as i:
             target[i] = source.vector(i, LANES)
+
     if not spec.rotary:
         return
+
     half = spec.rotary
     lanes = LANES if half % LANES == 0 else 8
     cos, sin = p.layer.cos + position * half, p.layer.sin + position * half
@@ -93,8 +96,10 @@ def _transpose_keys(
         if spec.rotary or spec.qk_norm:
             _prepare_head(p, source, scratch, j, p.layer.k_norm)
             source = scratch
+
         with b.loop(0, spec.dim) as d:
             transposed[d * padded + j] = source[d]
+
     with b.loop(length, padded) as j, b.loop(0, spec.dim) as d:
         transposed[d * padded + j] = b.const(F32, 0.0)
 
@@ -119,6 +124,7 @@ def _sight(p: Phase, first: Value, count: int, length: Value, padded: Value) -> 
         before = first - p.layer.window
         start = b.select(before > 0, before & -LANES, 0)
         ahead = p.layer.window
+
     if spec.causal:
         ahead = b.const(I64, 0)
     stop = (first + (count + LANES - 1) + ahead) & -LANES
@@ -143,12 +149,14 @@ def _scores(
     last = b.splat(b.trunc(sight.length, I32))
     tops = [b.variable(vec(F32), float("-inf")) for _ in range(count)]
     window = b.splat(b.trunc(p.layer.window, I32)) if spec.windowed else None
+
     with b.loop(sight.start, sight.stop, LANES) as j:
         sums = [b.variable(vec(F32), 0.0) for _ in range(count)]
         with b.loop(0, spec.dim) as d:
             key = transposed.vector(d * padded + j, LANES)
             for r, place in enumerate(sums):
                 place.value = b.fma(b.splat(q[d + r * spec.dim]), key, place.value)
+
         places = b.splat(b.trunc(j, I32)) + counting
         inside = places < last
         for r, place in enumerate(sums):
@@ -157,14 +165,17 @@ def _scores(
             if spec.relative:
                 table = p.layer.relative + head * (p.t.max_distance * 2 - 1)
                 score = score + table.vector(j - (first + r) + (p.t.max_distance - 1), LANES)
+
             distance = places - b.splat(b.trunc(first + r, I32))
             if window is not None:
                 seen = seen & (distance <= window) & (-distance <= window)
             if spec.causal:
                 seen = seen & (distance <= 0)
+
             score = b.select(seen, score, float("-inf"))
             scores[padded * r + j] = score
             tops[r].value = larger(b, score, tops[r].value)
+
     return [b.largest(top.value) for top in tops]
 
 
@@ -195,5 +206,6 @@ def _gather(
             value = values.vector(j * spec.channels + i, LANES)
             for r, place in enumerate(sums):
                 place.value = b.fma(b.splat(scores[sight.padded * r + j]), value, place.value)
+
         for r, (place, inverse) in enumerate(zip(sums, inverses)):
             context[i + r * spec.context] = place.value * b.splat(inverse)

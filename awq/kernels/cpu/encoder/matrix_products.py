@@ -62,6 +62,7 @@ class MatrixProducts:
         blocks = b.smaller(left, b.const(I64, 2))
         groups = product.inputs // p.spec.group
         step = max(1, SLAB_INPUTS // p.spec.group)
+
         for first in range(0, groups, step):
             last = min(first + step, groups)
             slab = _Slab(first, last - first)
@@ -81,12 +82,14 @@ class MatrixProducts:
         grid = inputs // group * BLOCK
         codes_of_group = group * BLOCK // 2
         distance = b.const(I64, slab.groups * codes_of_group)
+
         if slab.first + slab.groups == inputs // group:
             back = -slab.first * codes_of_group
             pair = inputs * BLOCK
             up = b.const(I64, back + pair)
             down = b.const(I64, back - pair)
             distance = b.select(p.worker.equals(0), up, down)
+
         with b.loop(0, blocks) as r:
             codes = operands.codes + (r * (inputs * BLOCK // 2) + slab.first * codes_of_group)
             zeros = operands.zeros + (r * grid + slab.first * BLOCK)
@@ -147,6 +150,7 @@ def _settings(module: ir.Module, spec: EncoderSpec) -> ir.GlobalVariable:
     found.global_constant = True
     found.align = LINE
     found.linkage = "internal"
+
     return found
 
 
@@ -169,6 +173,7 @@ def _emit_unpack(module: ir.Module, spec: EncoderSpec) -> ir.Function:
             out = panel + k * BLOCK
             out[0] = (word & 15) - offset
             out[LINE] = word.shift_right(4) - offset
+
     return b.finish()
 
 
@@ -205,6 +210,7 @@ def _emit_tile(module: ir.Module, spec: EncoderSpec) -> ir.Function:
     with b.loop(1, groups) as g:
         _multiply(b, spec, panel, planes, sums_of(g), g, inputs)
         add(g - 1)
+
     add(groups - 1)
     for i, total in enumerate(totals):
         y[outputs * i] = total.value
@@ -230,10 +236,12 @@ def _multiply(
         k = g * spec.group + step * depth
         weights = WEIGHTS[step % 2]
         _tile_call(b, "tileloadd64", weights, panel + k * BLOCK, line)
+
         for p in range(spec.planes):
             activations = FIRST_ACTIVATIONS + p
             _tile_call(b, "tileloadd64", activations, planes + (inputs * p + k), stride)
             _tile_call(b, "tdpbssd", p, activations, weights)
+
     for p in range(spec.planes):
         _tile_call(b, "tilestored64", p, sums + p * TOKENS * LANES, line)
 

@@ -48,6 +48,7 @@ class Operands(NamedTuple):
         piece, pair = index // product.pairs, index % product.pairs
         block = pair * 2
         begin = piece * piece_tokens
+
         return cls(
             codes=_field(p, product, "codes") + block * (inputs * BLOCK // 2),
             scales=_field(p, product, "scales") + block * grid,
@@ -75,4 +76,5 @@ def joined_digits(b: Emitter, sums: Sequence[Value]) -> Value:
     value = b.signed_to_float(whole, vec(F32))
     for digit in sums[2:]:
         value = b.fma(value, b.const(vec(F32), 256.0), b.signed_to_float(digit, vec(F32)))
+
     return value

@@ -68,8 +68,10 @@ def run_phase(
                         front.value = front.value + 1
                     with other:
                         chosen.value = items - 1 - b.fetch_add(counters + 1, 1)
+
                 b.call(function, [job, layer, worker, chosen.value])
                 b.fetch_add(counters + 2, 1)
+
             _wait(b, counters + 2, items)
 
 
@@ -133,6 +135,7 @@ def emit_serve(module: ir.Module, forward: ir.Function) -> ir.Function:
             b.call(forward, [job, ticket])
             b.fetch_add(pool + POOL_BACK, 1)
             found.value = b.const(I64, 1)
+
         return found.value
 
     with endless(b) as leave:
@@ -150,9 +153,11 @@ def emit_serve(module: ir.Module, forward: ir.Function) -> ir.Function:
                     b.when(take_ticket().differs(0)),
                 ):
                     end.value = clock.now() + AWAKE_NS
+
             b.fetch_add(pool + POOL_AWAKE, -1)
             # a caller that counted on this helper a moment ago has not woken it
             take_ticket()
+
     return b.finish()
 
 
@@ -170,9 +175,11 @@ def emit_call(module: ir.Module, forward: ir.Function) -> ir.Function:
     b.swap(pool + POOL_TICKETS, helpers)
     with b.loop(b.fetch_add(pool + POOL_AWAKE, 0), helpers):
         b.builder.call(wake, [(pool + POOL_SEMAPHORE).ir])
+
     b.call(forward, [job, b.const(I64, 0)])
     left = b.swap(pool + POOL_TICKETS, b.const(I64, 0))
     _wait(b, pool + POOL_BACK, helpers - left)
+
     return b.finish()
 
 

@@ -113,6 +113,7 @@ def _emit_forward(
         for i, (function, size) in enumerate(layer_phases):
             items = pieces * size.pairs if isinstance(size, Product) else sizes[size]
             run(function, items, n * PHASES_PER_LAYER + (i + 1), layer)
+
     run(pool, texts, b.const(I64, spec.phases - 1), layers)
     if isinstance(products, MatrixProducts):
         products.end(b)

@@ -20,11 +20,13 @@ def quantize(p: Phase, row: Pointer, token: Value, width: int) -> None:
     steps, sums = p.t.steps + token * groups, p.t.sums + token * groups
     limit = 127.0 * 256 ** (spec.planes - 1)
     to_int = b.round_to_int if spec.planes > 2 else partial(nearest_int, b)
+
     with b.loop(0, groups) as g:
         start = g * spec.group
         most = b.variable(vec(F32), 0.0)
         with b.loop(start, start + spec.group, LANES) as k:
             most.value = larger(b, b.math("fabs", row.vector(k, LANES)), most.value)
+
         largest = b.largest(most.value)
         factor = b.splat(b.select(largest.differs(0.0), limit / largest, 0.0))
         total = b.variable(vec(I32), 0)
@@ -35,6 +37,7 @@ def quantize(p: Phase, row: Pointer, token: Value, width: int) -> None:
                 byte = b.trunc(v, vec(I8))
                 planes[k + plane * width] = byte
                 v = (v - b.sext(byte, vec(I32))) >> 8
+
         steps[g] = largest / limit
         sums[g] = b.signed_to_float(
             b.intrinsic("llvm.vector.reduce.add.v16i32", I32, [total.value]), F32
@@ -69,12 +72,14 @@ def moments(
         with b.loop(0, width, LANES) as i:
             total.value = total.value + source.vector(i, LANES)
         center = b.sum(total.value) / float(width)
+
     squares = b.variable(vec(F32), 0.0)
     with b.loop(0, width, LANES) as i:
         value = source.vector(i, LANES)
         if center is not None:
             value = value - b.splat(center)
         squares.value = b.fma(value, value, squares.value)
+
     return 1.0 / b.math("sqrt", b.sum(squares.value) / float(width) + eps), center
 
 
@@ -84,23 +89,27 @@ def embed(p: Phase, token: Value) -> None:
     b, spec = p.b, p.spec
     row = p.t.hidden + token * spec.hidden
     word = p.t.words + b.sext(p.t.ids[token], I64) * spec.hidden
+
     tables = []
     for table, index in ((p.t.position_table, p.t.positions), (p.t.type_table, p.t.types)):
         place = b.variable(I64, 0)
         with b.when(table.is_given()):
             place.value = b.sext(index[token], I64)
         tables.append((table, place.value * spec.hidden))
+
     with b.loop(0, spec.hidden, LANES) as i:
         row[i] = word.floats(i, LANES) * spec.words_factor
     for table, offset in tables:
         with b.when(table.is_given()), b.loop(0, spec.hidden, LANES) as i:
             row[i] = row.vector(i, LANES) + table.vector(offset + i, LANES)
+
     if spec.embedding_norm:
         norm(p, row, row, p.t.norm_weight, p.t.norm_bias)
     if spec.pre_norm:
         branch = p.t.branch + token * spec.hidden
         norm(p, row, branch, p.t.first_norm_weight, p.t.first_norm_bias)
         row = branch
+
     quantize(p, row, token, spec.hidden)
 
 
@@ -118,10 +127,12 @@ def add_norm(p: Phase, token: Value, number: int) -> None:
         norm(p, row, row, weight, bias)
         quantize(p, row, token, spec.hidden)
         return
+
     norm(p, row, branch, weight, bias)
     if number == 2:
         with b.when(p.layer.keep_norm2.differs(0)), b.loop(0, spec.hidden, LANES) as i:
             row[i] = branch.vector(i, LANES)
+
     quantize(p, branch, token, spec.hidden)
 
 
@@ -144,6 +155,7 @@ def activate(p: Phase, token: Value) -> None:
         if spec.gated:
             value = value * row.vector(i + spec.inner, LANES)
         row[i] = value
+
     quantize(p, row, token, spec.inner)
 
 
@@ -159,6 +171,7 @@ def pool(p: Phase, text: Value) -> None:
     count = b.splat(b.signed_to_float(stop - start, F32))
     out = p.t.out + text * spec.hidden
     squares = b.variable(vec(F32), 0.0)
+
     with b.loop(0, spec.hidden, LANES) as i:
         total = b.variable(vec(F32), 0.0)
         with b.loop(start, stop) as token:
@@ -166,6 +179,7 @@ def pool(p: Phase, text: Value) -> None:
         value = total.value / count
         out[i] = value
         squares.value = b.fma(value, value, squares.value)
+
     if spec.normalize:
         size = b.math("sqrt", b.sum(squares.value))
         factor = b.splat(1.0 / b.maximum(size, 1e-12))

@@ -43,6 +43,7 @@ class VectorProducts:
         groups = inputs // p.spec.group
         planes, steps, sums = p.t.planes, p.t.steps, p.t.sums
         place = operands.begin
+
         for width in self._widths:
             stop = place + (operands.end - place) // width * width
             with b.loop(place, stop, width) as token:
@@ -58,6 +59,7 @@ class VectorProducts:
                 ]
                 sizes = [b.const(I64, inputs), b.const(I64, outputs)]
                 b.call(self._tiles[rows, width], [*pointers, *sizes])
+
             place = stop
 
 
@@ -79,6 +81,7 @@ def _emit_tile(
     groups = inputs // group
     lines = [codes + inputs * (r * BLOCK // 2) for r in range(rows)]
     digits = [[data + inputs * (i * planes + p) for p in range(planes)] for i in range(tokens)]
+
     totals: dict[tuple[int, int], Variable] = {}
     integers: dict[tuple[int, int, int], Variable] = {}
     for r in range(rows):
@@ -87,6 +90,7 @@ def _emit_tile(
             totals[r, i] = b.variable(vec(F32), offset)
             for p in range(planes):
                 integers[r, i, p] = b.variable(vec(I32), 0)
+
     with b.loop(0, groups) as g:
         grids = [(groups * r + g) * BLOCK for r in range(rows)]
         for variable in integers.values():
@@ -102,6 +106,7 @@ def _emit_tile(
                             values = b.bitcast(b.splat(four), vec(I8, 4 * LANES))
                             place = integers[r, i, p]
                             place.value = target.dot(b, place.value, nibbles, values)
+
         for r in range(rows):
             scale = b.to_float(scales.vector(grids[r], LANES))
             zero = b.unsigned_to_float(zeros.vector(grids[r], LANES), vec(F32))
@@ -111,6 +116,7 @@ def _emit_tile(
                 whole = joined_digits(b, [integers[r, i, p].value for p in range(planes)])
                 value = b.fma(-zero, sum, whole)
                 totals[r, i].value = b.fma(value, scale * step, totals[r, i].value)
+
     for (r, i), total in totals.items():
         (y + outputs * i)[r * BLOCK] = total.value
     return b.finish()
