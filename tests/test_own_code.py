@@ -84,13 +84,12 @@ def test_a_step_that_no_graph_can_record_runs_without_one(monkeypatch, caplog):
     wrapper, theirs, ours = generated("deepseek_v3:causal")
     decoder = wrapper.fuse()
 
-    def fails(*_):
+    def fails():
         raise RuntimeError("cannot copy during capture")
 
-    monkeypatch.setattr("awq.generate.run.decoder.StepGraph", fails)
     ids, lengths = torch.tensor([5]), torch.tensor([3], dtype=torch.int32)
-    assert decoder._graph_of_step(ids, lengths) is None and not decoder.graphs
+    assert decoder._captured(decoder.graphs, fails, ids, lengths) is None and not decoder.graphs
     assert "cannot copy during capture" in caplog.text
     decoder.foreign = False  # our own kernels: that would be a fault of ours
     with pytest.raises(RuntimeError, match="during capture"):
-        decoder._graph_of_step(ids, lengths)
+        decoder._captured(decoder.graphs, fails, ids, lengths)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from awq.generate.plan import DecoderPlan
 from awq.generate.run import operations as ops
 from awq.generate.run.block import FusedBlock, Prompt, Step
 from awq.generate.run.cache import LayerCache, MixerStates, allocate
-from awq.generate.run.graph import StepGraph
+from awq.generate.run.graph import GreedyGraph, StepGraph
+from awq.generate.run.greedy import Greedy
 from awq.generate.run.projection import separate
 from awq.nn.blocks import is_product
 from awq.nn.capture import NothingFromTheHost, no_waiting
@@ -29,6 +30,7 @@ logger = logging.getLogger("awq.generate")
 
 _NO_GRAPH = "decode steps are not captured as CUDA graphs, and slower for it: %s."
 _PROMPT_TOKENS = 4096  # of all rows together, in one piece of a prompt
+Captured = TypeVar("Captured", StepGraph, GreedyGraph)
 KEPT_CALLS = 8  # requests for which a GPU keeps a cache that they do not fill
 
 
@@ -47,6 +49,7 @@ class FusedDecoder:
         self.plan, self.model, self.batch_size = plan, model, batch_size
         self.cache: list[LayerCache] = []
         self.graphs: dict[int, StepGraph] = {}  # by batch
+        self.greedy_graphs: dict[int, GreedyGraph] = {}
         self.dtype = model.dtype
         self.running = False  # inside a call of generate
         self.recent: deque[int] = deque(maxlen=KEPT_CALLS)  # rows of the last requests
@@ -124,9 +127,13 @@ class FusedDecoder:
             self._forget_cache()
 
     def _forget_cache(self) -> None:
-        self.graphs.clear()  # they hold the cache's addresses
+        self._forget_graphs()  # they hold the cache's addresses
         self.recent.clear()
         self.cache, self.states = [], None
+
+    def _forget_graphs(self) -> None:
+        self.graphs.clear()
+        self.greedy_graphs.clear()
 
     def restore(self) -> None:
         """Puts separate siblings back into the transformers model; the decoder is of no use
@@ -191,10 +198,11 @@ class FusedDecoder:
 
     def _keep(self, states: MixerStates, batch: int) -> None:
         """The states of a new request; at the same addresses where a graph holds the last ones."""
-        if self.states is not None and batch in self.graphs and self._rows_of_states() == batch:
+        captured = batch in self.graphs or batch in self.greedy_graphs
+        if self.states is not None and captured and self._rows_of_states() == batch:
             self.states.put(states.tensors())
             return
-        self.graphs.clear()
+        self._forget_graphs()
         self.states = states
 
     def _rows_of_states(self) -> int:
@@ -236,26 +244,60 @@ class FusedDecoder:
         them.
         """
         if self.graphable:
-            graph = self.graphs.get(len(ids)) or self._captured(ids, lengths)
+            graph = self.graphs.get(len(ids)) or self._captured(
+                self.graphs,
+                lambda: StepGraph(self.eager_step, ids, lengths, self.max_seq_len),
+                ids,
+                lengths,
+            )
             if graph is not None:
                 return graph(ids, lengths)
             self.graphable = False
         return self.eager_step(ids, lengths, longest)
 
-    def _captured(self, ids: Tensor, lengths: Tensor) -> StepGraph | None:
+    def greedy(self, batch: int) -> Greedy:
+        """What holds the tokens of a greedy call of `batch` rows, for `greedy_step`."""
+        graph = self.greedy_graphs.get(batch)
+        return Greedy(batch, self.device) if graph is None else graph.state
+
+    @torch.inference_mode()
+    def greedy_step(self, state: Greedy, longest: int) -> None:
+        """`step` with the tokens of `state`, and the choice of the next ones."""
+        if self.graphable:
+            graph = self.greedy_graphs.get(len(state.ids)) or self._captured(
+                self.greedy_graphs,
+                lambda: GreedyGraph(self.eager_step, state, self.max_seq_len),
+                state.ids,
+                state.lengths,
+            )
+            if graph is not None:
+                graph()
+                return
+            self.graphable = False
+        state.advance(self.eager_step, longest)
+
+    def _captured(
+        self,
+        graphs: dict[int, Captured],
+        make: Callable[[], Captured],
+        ids: Tensor,
+        lengths: Tensor,
+    ) -> Captured | None:
         """The step as a graph, or None; states are as they were before."""
         kept = None if self.states is None else self.states.keep()
         graph = None
         if self._runs_alone(ids, lengths):
-            graph = self._graph_of_step(ids, lengths)
+            graph = self._graph_of_step(make)
+        if graph is not None:
+            graphs[len(ids)] = graph
         if self.states is not None and kept is not None:
             self.states.put(kept)
 
         return graph
 
-    def _graph_of_step(self, ids: Tensor, lengths: Tensor) -> StepGraph | None:
+    def _graph_of_step(self, make: Callable[[], Captured]) -> Captured | None:
         try:
-            graph = StepGraph(self.eager_step, ids, lengths, self.max_seq_len)
+            return make()
         except RuntimeError as reason:
             if not self.foreign:
                 raise
@@ -264,9 +306,6 @@ class FusedDecoder:
             # sees it
             logger.warning(_NO_GRAPH, reason)
             return None
-
-        self.graphs[len(ids)] = graph
-        return graph
 
     def _runs_alone(self, ids: Tensor, lengths: Tensor) -> bool:
         """Whether a step never asks the GPU for a number, which no capture can.

@@ -7,7 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from awq.generate.run.greedy import Greedy
 from awq.nn.capture import capture, on_stream
+
+Step = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class StepGraph:
@@ -20,7 +23,7 @@ class StepGraph:
 
     def __init__(
         self,
-        step: Callable[[Tensor, Tensor, int], Tensor],
+        step: Step,
         ids: Tensor,
         lengths: Tensor,
         max_seq_len: int,
@@ -36,3 +39,19 @@ class StepGraph:
         self.lengths.copy_(lengths)
         self.graph.replay()
         return self.logits
+
+
+class GreedyGraph:
+    """Replays a step and the choice of its tokens, whose place `state` is; nothing is handed over
+    between two replays."""
+
+    def __init__(self, step: Step, state: Greedy, max_seq_len: int) -> None:
+        self.state = state
+        last = max_seq_len - 1
+        with on_stream(torch.cuda.Stream()):
+            logits = step(state.ids, state.lengths, last)
+            Greedy(len(state.ids), logits.device).note(logits)  # compiles what the choice needs
+        self.graph, self.logits = capture(lambda: state.advance(step, last))
+
+    def __call__(self) -> None:
+        self.graph.replay()

@@ -19,17 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from awq.errors import ConfigError
 from awq.generate.run.decoder import FusedDecoder
+from awq.generate.run.greedy import FEW_SCORES, MOST_ENDS, Mail, Rules
 from awq.generate.run.static import StaticDecoder
 from awq.kernels.cpu.engine import torch_on_one_core
 from awq.nn.locks import lock_of
 
 logger = logging.getLogger("awq.generate")
 
-FEW_SCORES = 1 << 20  # one core looks at them in less time than a step takes
 _OUR_MODES = ("greedy_search", "sample")
 _THEIRS = (
     "inputs_embeds",
@@ -205,12 +206,79 @@ class _Run:
         self.prompts = self.ids.gather(1, order)[:, : max(self.lengths)]
 
     def __call__(self, processors: Any, criteria: Any, streamer: Any) -> Any:
+        rules = self._greedy_rules(processors, criteria)
+        kept: dict[str, list] = {"scores": [], "logits": []}
+        if rules is not None:
+            sequences = self._greedy(rules, streamer)
+        else:
+            sequences = self._one_by_one(processors, criteria, streamer, kept)
+
+        if streamer is not None:
+            streamer.end()
+        if not self.config.return_dict_in_generate:
+            return sequences
+
+        found = {name: tuple(tensors) or None for name, tensors in kept.items()}
+        return GenerateDecoderOnlyOutput(sequences=sequences, **found)  # type: ignore[arg-type]
+
+    def _greedy_rules(self, processors: Any, criteria: Any) -> Rules | None:
+        """When rows end, where the likeliest token is all that is asked; else None."""
+        config = self.config
+        wanted = config.return_dict_in_generate and (config.output_scores or config.output_logits)
+        if config.do_sample or len(processors) or wanted:
+            return None
+
+        room, ends, padding = self.room, [], None
+        for criterion in criteria:
+            if type(criterion) is MaxLengthCriteria:
+                room = min(room, criterion.max_length - self.ids.shape[1])
+            elif type(criterion) is EosTokenCriteria:
+                ends += criterion.eos_token_id.flatten().tolist()
+                padding = getattr(config, "_pad_token_tensor", None)
+            else:
+                return None
+
+        if room < 1 or len(ends) > MOST_ENDS:
+            return None
+        return Rules(room, ends, None if padding is None else int(padding))
+
+    def _greedy(self, rules: Rules, streamer: Any) -> Tensor:
+        """The sequences of a call whose tokens the decoder chooses."""
+        decoder, batch = self.decoder, len(self.ids)
+        logits, longest = self._prefill(), max(self.lengths)
+        state = decoder.greedy(batch)
+        state.begin(logits, self.lengths, rules.ends, rules.padding)
+        mail = Mail(state.found)
+        tokens = []
+
+        for step in range(rules.room):
+            mail.send(state.found)
+            last = step + 1 == rules.room
+            if mail.ahead and not last:  # under way before the host looks
+                decoder.greedy_step(state, longest)
+            found = mail.take()
+            tokens.append(found[:-1])
+            if streamer is not None:
+                streamer.put(found[:-1])
+            if not found[-1] or last:
+                break
+
+            if not mail.ahead:
+                decoder.greedy_step(state, longest)
+            longest += 1
+
+        new = torch.stack(tokens, 1).to(self.ids.device)
+        return torch.cat([self.ids, new], 1)
+
+    def _one_by_one(
+        self, processors: Any, criteria: Any, streamer: Any, kept: dict[str, list]
+    ) -> Tensor:
+        """The sequences of a call that looks at scores; `kept` gets those that are wanted."""
         decoder, config, batch = self.decoder, self.config, len(self.ids)
         ids = torch.cat([self.ids, self.ids.new_zeros(batch, max(self.room, 0))], 1)
         width = self.ids.shape[1]
         watch = _Watch(criteria, config, ids)
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=decoder.device)
-        kept: dict[str, list] = {"scores": [], "logits": []}
         logits = self._prefill()
         longest = max(self.lengths)
 
@@ -235,14 +303,7 @@ class _Run:
                 logits = decoder.step(token, lengths, longest)
             lengths, longest = lengths + 1, longest + 1
 
-        if streamer is not None:
-            streamer.end()
-        sequences = ids[:, :width].clone()
-        if not config.return_dict_in_generate:
-            return sequences
-
-        found = {name: tuple(tensors) or None for name, tensors in kept.items()}
-        return GenerateDecoderOnlyOutput(sequences=sequences, **found)  # type: ignore[arg-type]
+        return ids[:, :width].clone()
 
     def _prefill(self) -> Tensor:
         if self.decoder.counts_padding:
@@ -278,17 +339,16 @@ class _Watch:
             self.pad = getattr(config, "_pad_token_tensor", None)
 
         self.going = torch.ones(rows, dtype=torch.bool, device=ids.device)
-        self.ahead = ids.is_cuda
-        if self.ahead:
-            self.host = torch.empty(rows + 1, dtype=ids.dtype, pin_memory=True)
-            self.event = torch.cuda.Event()
+        self.mail = Mail(ids.new_empty(rows + 1))
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the next step may be started before `get`."""
+        return self.mail.ahead
 
     def put(self, token: Tensor, scores: Tensor, place: int) -> None:
         """token int64 [batch], chosen from scores, comes to column `place`."""
-        self.found = self._note(token, scores, place)
-        if self.ahead:
-            self.host.copy_(self.found, non_blocking=True)
-            self.event.record()
+        self.mail.send(self._note(token, scores, place))
 
     def _note(self, token: Tensor, scores: Tensor, place: int) -> Tensor:
         """[batch + 1]: the tokens that were written, and whether any row goes on."""
@@ -307,7 +367,5 @@ class _Watch:
 
     def get(self) -> tuple[Tensor, bool]:
         """The token of each row on the host, and whether any row goes on."""
-        if not self.ahead:
-            return self.found[:-1].clone(), bool(self.found[-1])
-        self.event.synchronize()
-        return self.host[:-1].clone(), bool(self.host[-1])
+        found = self.mail.take()
+        return found[:-1], bool(found[-1])

@@ -12,9 +12,9 @@ forward; what a model says of itself (that it cannot be compiled, say) does not 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,10 +24,12 @@ from awq.errors import ConfigError
 from awq.generate.plan import NotFusable
 from awq.generate.read.masks import check_cache, read_masks
 from awq.generate.read.passes import PIECE
-from awq.generate.run.graph import StepGraph
+from awq.generate.run.graph import GreedyGraph, StepGraph
+from awq.generate.run.greedy import Greedy
 from awq.nn.capture import NothingFromTheHost, no_waiting
 from awq.nn.copies import copy_structure
 
+Captured = TypeVar("Captured", StepGraph, GreedyGraph)
 _PROBE = 9  # tokens of the longest prompt of the proof
 _TOLERANCE, _ROUGH = 1e-4, 0.03  # of the logits' norm; the second in 16 bits
 
@@ -75,6 +77,7 @@ class StaticDecoder:
     def _forget(self) -> None:
         self.batch = 0
         self.graph: StepGraph | None = None
+        self.greedy_graph: GreedyGraph | None = None
         self.cache: Any = None
         self.mask: Any = None
 
@@ -125,11 +128,34 @@ class StaticDecoder:
             return self.eager_step(ids, lengths, longest)
 
         if self.graph is None:
-            kept = [state.clone() for state in self.states()]
-            self.graph = StepGraph(self.eager_step, ids, lengths, self.max_seq_len)
-            for state, value in zip(self.states(), kept, strict=True):
-                state.copy_(value)  # the step ran before it was captured
+            self.graph = self._captured(
+                lambda: StepGraph(self.eager_step, ids, lengths, self.max_seq_len)
+            )
         return self.graph(ids, lengths)
+
+    def greedy(self, batch: int) -> Greedy:
+        """As `FusedDecoder.greedy`."""
+        graph = self.greedy_graph
+        return Greedy(batch, self.device) if graph is None else graph.state
+
+    @torch.inference_mode()
+    def greedy_step(self, state: Greedy, longest: int) -> None:
+        """As `FusedDecoder.greedy_step`."""
+        if self.device.type != "cuda":
+            state.advance(self.eager_step, longest)
+            return
+        if self.greedy_graph is None:
+            self.greedy_graph = self._captured(
+                lambda: GreedyGraph(self.eager_step, state, self.max_seq_len)
+            )
+        self.greedy_graph()
+
+    def _captured(self, make: Callable[[], Captured]) -> Captured:
+        kept = [state.clone() for state in self.states()]
+        graph = make()
+        for state, value in zip(self.states(), kept, strict=True):
+            state.copy_(value)  # the step ran before it was captured
+        return graph
 
     def states(self) -> list[Tensor]:
         """What a step changes beside the places of its tokens: states of recurrent mixers."""
