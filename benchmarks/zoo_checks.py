@@ -20,7 +20,7 @@ import re
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +67,7 @@ _TOWERS = re.compile(
 _OF_EXPERTS = re.compile(r"experts\.[a-z_0-9]*(bias|weight|scales|blocks)$")
 _OF_ONE_EXPERT = re.compile(r"experts\.\d+\.")
 _PREFIX_OF_EXPERT = re.compile(r".*experts\.\d+\.")
+_NUMBERED = re.compile(r"(?<=\.)\d+\.")  # a number among the parts of a name
 _NO_PRODUCT = re.compile(
     r"embed|position|A_log|conv|norm|latent|query|prompt|tokens|bias|table|registers|cls"
 )  # names of matrices that nothing is multiplied by
@@ -284,12 +285,14 @@ class _Examination:
             for name, dimensions in before.items()
             if dimensions == 3 or _OF_EXPERTS.search(name)
         }
+        owners = parted(before, after)
+        fused |= {name for name in before if name.startswith(owners)}
         if fused - set(after):  # one linear for each expert, as serving engines read such types
             self.result.checks["experts_parted"] = True
             after = {
                 name: dimensions
                 for name, dimensions in after.items()
-                if not _OF_ONE_EXPERT.search(name)
+                if not _OF_ONE_EXPERT.search(name) and not name.startswith(owners)
             }
             before = {
                 name: dimensions
@@ -507,6 +510,17 @@ def without_identities(names: dict[str, int]) -> dict[str, int]:
         return match is None or tensors[match[0]] == most[match[0].rpartition("experts.")[0]]
 
     return {name: count for name, count in names.items() if is_whole(name)}
+
+
+def parted(before: Iterable[str], after: Iterable[str]) -> tuple[str, ...]:
+    """Beginnings of names below which the source has tensors of all experts and ours one module for
+    each."""
+
+    def numbered_below(names: Iterable[str]) -> set[str]:
+        return {name[: found.start()] for name in names for found in _NUMBERED.finditer(name)}
+
+    numbered = numbered_below(after) - numbered_below(before)
+    return tuple(sorted(o for o in numbered if any(name.startswith(o) for name in before)))
 
 
 def text_weights(model: Any) -> dict[str, int]:

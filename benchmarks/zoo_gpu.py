@@ -164,6 +164,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _begin(kind: Kind, device: str, folder: Path) -> int:
+    assert not torch.cuda.is_initialized(), "a forked process could not use the GPU"
     pid = os.fork()
     if pid:
         return pid
@@ -225,7 +226,8 @@ def main() -> None:
         kinds = [kind for kind in kinds if kind.type in given.types.split(",")]
     names = {str(kind) for kind in kinds}
     kept = {name: row for name, row in _kinds_of(EARLIER).items() if name in names}
-    where = common.head(given.device)
+    # of a CPU until all are done: to ask the GPU for its name would keep forked processes from it
+    where = common.head("cpu")
 
     def keep(found: dict[str, Any]) -> None:
         found = {name: row | {"commit": where["commit"]} for name, row in found.items()}
@@ -237,7 +239,8 @@ def main() -> None:
 
     keep({})
     sweep(in_order(kinds), given.device, given.workers, given.seconds, keep)
-    result = json.loads(given.json.read_text(encoding="utf-8"))
+    result = json.loads(given.json.read_text(encoding="utf-8")) | common.head(given.device)
+    given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["counts"], indent=1), f"{len(result['left_over'])} left over")
 
 

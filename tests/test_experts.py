@@ -36,7 +36,14 @@ from awq.nn.expose import conceal_experts, expose_experts
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
 from awq.nn.packed_experts import AwqExperts, pack_experts
+from awq.nn.sorted_products import (
+    SortedProducts,
+    conceal_sorted,
+    expose_sorted,
+    sorted_products,
+)
 from awq.nn.surgery import replace_module
+from awq.quantize.statistics import MaskHolder, collect_inputs
 
 pytestmark = pytest.mark.skipif(
     "has_gate" not in signature(use_experts_implementation).parameters,
@@ -261,8 +268,35 @@ class SomeIdentities(torch.nn.Module):
         return output
 
 
+class Inner(torch.nn.Module):
+    """What DBRX's experts hold their weights in."""
+
+    def __init__(self, rows, hidden):
+        super().__init__()
+        self.w1, self.v1, self.w2 = (
+            torch.nn.Parameter(torch.randn(rows, hidden) / 8) for _ in range(3)
+        )
+        self.activation_fn = torch.nn.SiLU()
+
+
+class ThreeStacks(torch.nn.Module):
+    """DBRX's form: gate, up and the transposed down of all experts one below the other."""
+
+    def __init__(self, experts=4, hidden=64, inner=32):
+        super().__init__()
+        self.num_experts, self.mlp = experts, Inner(experts * inner, hidden)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        x, output = hidden_states.flatten(0, -2), torch.zeros_like(hidden_states).flatten(0, -2)
+        parts = (stack.chunk(self.num_experts) for stack in self.mlp.parameters())
+        for number, (gate, up, down) in enumerate(zip(*parts)):
+            share = (top_k_weights * (top_k_index == number)).sum(-1, keepdim=True)
+            output += share * ((self.mlp.activation_fn(x @ gate.T) * (x @ up.T)) @ down)
+        return output.view(len(hidden_states), -1, hidden_states.shape[-1])
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [SortedExperts, SomeIdentities])
+@pytest.mark.parametrize("kind", [SortedExperts, SomeIdentities, ThreeStacks])
 def test_experts_without_the_flags_of_the_contract(kind):
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"experts": kind()})
@@ -270,6 +304,8 @@ def test_experts_without_the_flags_of_the_contract(kind):
     arguments = (torch.randn(24, 64),)
     if kind is SomeIdentities:
         arguments = (torch.randn(6, 64), torch.rand(6, 5).argsort(-1)[:, :2], torch.rand(6, 2))
+    if kind is ThreeStacks:
+        arguments = (torch.randn(2, 3, 64), torch.rand(6, 4).argsort(-1)[:, :2], torch.rand(6, 2))
     expected = model["experts"](*arguments)
     assert expose_experts(model) == {} and len(named_experts(model)) == 1
     torch.testing.assert_close(model["experts"](*arguments), expected, rtol=1e-4, atol=1e-5)
@@ -291,7 +327,35 @@ def test_experts_without_the_flags_of_the_contract(kind):
     )
 
 
+class Einsum(torch.nn.Module):
+    """Experts in a form of their own: all of them see every token."""
+
+    def __init__(self, experts=4, hidden=64):
+        super().__init__()
+        self.router = torch.nn.Linear(hidden, experts, bias=False)
+        self.matrices = torch.nn.Parameter(torch.randn(experts, hidden, hidden) / 8)
+
+    def forward(self, x):
+        return torch.einsum("bte,btd,edf->btf", self.router(x).softmax(-1), x, self.matrices)
+
+
 def test_experts_in_an_unknown_form_are_named_with_their_share():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).float().eval()
+    for layer in model.model.layers:
+        layer.mlp = Einsum()
+    report = quantize_model(model, [batch_of(3)], CONFIG, QuantizeOptions(preset="fast"))
+    [warning] = [text for text in report.warnings if "Einsum" in text]
+    share = float(warning.split("%")[0]) / 100
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    dense = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.dim() == 3)
+    quantized = sum(line.shape[0] * line.shape[1] for line in report.linears)
+    assert share == pytest.approx(dense / (blocks + quantized), abs=1e-3)
+    assert "model.layers.1.mlp" in report.skipped and warning in report.summary()
+
+
+def jetmoe():
+    """A tiny random one: each product of its experts is a module with a 3-D weight."""
     config = AutoConfig.for_model(
         "jetmoe",
         hidden_size=64,
@@ -302,17 +366,57 @@ def test_experts_in_an_unknown_form_are_named_with_their_share():
         vocab_size=128,
         num_local_experts=4,
         num_experts_per_tok=2,
+        pad_token_id=0,
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval()
-    report = quantize_model(model, [batch_of(3)], CONFIG, QuantizeOptions(preset="fast"))
-    [warning] = [text for text in report.warnings if "JetMoeParallelExperts" in text]
-    share = float(warning.split("%")[0]) / 100
-    blocks = sum(p.numel() for p in model.model.layers.parameters())
-    dense = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.dim() == 3)
-    quantized = sum(line.shape[0] * line.shape[1] for line in report.linears)
-    assert share == pytest.approx(dense / (blocks + quantized), abs=1e-3)
-    assert "model.layers.1.mlp.input_linear" in report.skipped and warning in report.summary()
+    for name, parameter in model.named_parameters():
+        parameter.data *= 1 if "embed" in name or parameter.dim() == 1 else 4
+    return model
+
+
+def test_products_of_sorted_rows_are_quantized_and_load_through_both_doors(tmp_path):
+    model, ids = jetmoe(), ids_of(2)
+    before = logits(model, ids)
+    names = set(sorted_products(model))
+    assert len(names) == 8  # two of each layer's attention, two of its MLP
+    expose_sorted(model)
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-4)
+    conceal_sorted(model)
+    assert set(sorted_products(model)) == names and torch.equal(logits(model, ids), before)
+    report = quantize_model(model, [batch_of(3)], CONFIG)
+    assert {line.name.rpartition(".")[0] for line in report.linears} >= names
+    assert not [line.name for line in report.linears if "router" in line.name]
+    expected = logits(model, ids)
+    save_checkpoint(model, tmp_path / "a", CONFIG, report)
+    tensors = load_file(tmp_path / "a/model.safetensors")
+    assert "model.layers.1.mlp.input_linear.3.qweight" in tensors
+    assert not [name for name, tensor in tensors.items() if tensor.dim() == 3]
+    ours = AutoAWQForCausalLM.from_quantized(
+        str(tmp_path / "a"), torch_dtype="float32", device="cpu"
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert torch.equal(logits(ours.model, ids), expected)
+    assert torch.equal(logits(theirs, ids), expected)
+    dense = theirs.dequantize()
+    assert set(sorted_products(dense)) == names
+    torch.testing.assert_close(logits(dense, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_counts_in_no_statistic_of_sorted_rows():
+    model, batch, holder = jetmoe(), batch_of(3), MaskHolder()
+    expose_sorted(model)
+    holder.mask = batch.attention_mask.bool()
+    names = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    banks = [name for name, m in model.named_modules() if isinstance(m, SortedProducts)]
+    with collect_inputs(model, names, holder) as statistics:
+        model(**batch.model_inputs())
+    real = int(batch.attention_mask.sum())
+    for bank in banks:
+        found = [own.tokens for name, own in statistics.items() if name.startswith(f"{bank}.")]
+        assert sum(found) == 2 * real
+    assert len(banks) == 8 and statistics["model.layers.0.mlp.router.layer"].tokens == real
 
 
 def stored_in_mxfp4(directory):

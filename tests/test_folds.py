@@ -7,8 +7,9 @@ import zoo
 
 from awq.folds import TOLERANCE, Fold, InputGroup, apply_fold, discover, prove
 from awq.folds.proof import holds
-from awq.nn.block_calls import BlockCall
+from awq.nn.block_calls import BlockCall, map_tensors
 from awq.nn.blocks import find_block_lists
+from awq.nn.hooks import hooked
 from awq.nn.recording import record_block_calls
 from awq.nn.surgery import named_linears
 
@@ -193,6 +194,34 @@ def test_proof_puts_parameters_back_even_when_the_block_fails():
         holds(block, groups, [(Breaks(call.args, call.kwargs, call.where), hidden)])
     assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
+
+
+def test_a_first_look_finds_the_same_folds_with_fewer_tokens():
+    block, single, many = first_block(
+        "bert"
+    )  # whose MLP's second linear many guesses are tried for
+    whole = discover(block, single, many)
+    call, hidden = single[0]
+    rows = len(hidden)
+    inputs = [hidden[:4], hidden[4:]]
+
+    def part(length):
+        return lambda t: t[:length] if t.dim() and len(t) == rows else t
+
+    parted = [
+        (BlockCall(call.args, map_tensors(call.kwargs, part(len(h))), call.where), h)
+        for h in inputs
+    ]
+    tokens = []
+    query = "attention.self.query"
+    with hooked(block, [query], before=lambda _, args: tokens.append(len(args[0]))):
+        found = discover(block, parted, many)
+        with_look, tokens[:] = sum(tokens), []
+        discover(block, single, many)
+    assert [(g.consumers, g.fold and g.fold.producer) for g in found] == [
+        (g.consumers, g.fold and g.fold.producer) for g in whole
+    ]
+    assert 2 * with_look < sum(tokens)
 
 
 def test_a_bfloat16_block_is_proven_in_float32():

@@ -27,6 +27,7 @@ from awq.folds.fold import reader_names
 from awq.nn.blocks import is_product
 from awq.nn.expert_shape import ExpertNames, ExpertShape, fused_experts
 from awq.nn.packed_experts import AwqExperts
+from awq.nn.sorted_products import sorted_products
 
 logger = logging.getLogger("awq.checkpoint")
 
@@ -101,8 +102,17 @@ def names_in_files(model: Any, stored: Iterable[str]) -> dict[str, ExpertNames]:
     return found
 
 
+def sorted_in_files(model: Any, stored: Iterable[str]) -> list[str]:
+    """Names of the modules that hold one product of all experts and whose packed linears are among
+    `stored`."""
+    today = set(current_names(model, stored))
+    return [name for name in sorted_products(model) if f"{name}.0" in today]
+
+
 def _names_of(model: Any, name: str, shape: ExpertShape) -> ExpertNames | None:
     """The names that the converters give, or None where they give none for each expert and part."""
+    if shape.stacks:
+        return None
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # transformers 4 has no 3-D experts of this contract

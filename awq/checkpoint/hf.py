@@ -30,7 +30,7 @@ from awq.checkpoint.account import (
     place_activation_scales,
     settle_dtypes,
 )
-from awq.checkpoint.expert_names import names_in_files
+from awq.checkpoint.expert_names import names_in_files, sorted_in_files
 from awq.checkpoint.files import (
     PackedTensors,
     check_packed,
@@ -41,13 +41,14 @@ from awq.checkpoint.files import (
 from awq.checkpoint.glued import GluedLinears
 from awq.checkpoint.match import check_shapes, match_names
 from awq.errors import CheckpointError
-from awq.nn.expert_shape import weight_names
+from awq.nn.expert_shape import holder_of, weight_names
 from awq.nn.experts import named_experts
 from awq.nn.expose import expose_experts
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
 from awq.nn.memory import leave_files, trim
 from awq.nn.packed_experts import AwqExperts, pack_experts
+from awq.nn.sorted_products import conceal_sorted, expose_sorted
 from awq.nn.surgery import linear_shape, named_linears, output_head, replace_module
 
 logger = logging.getLogger("awq.checkpoint")
@@ -149,6 +150,7 @@ class AwqHfQuantizer(HfQuantizer):
             )
         self.scaled = place_activation_scales(model, headers)
         expose_experts(model, names_in_files(model, self.packed))
+        expose_sorted(model, sorted_in_files(model, self.packed))
         self.glued = GluedLinears(model, self.packed, self.settings)
         whole = {name: t for name, t in self.packed.items() if name not in self.glued.rows}
         self.matched = replace_linears(model, self.settings, whole)
@@ -166,7 +168,8 @@ class AwqHfQuantizer(HfQuantizer):
             module.weight = _initialised(torch.empty(sizes, device="meta"))
         for experts in named_experts(model).values():
             for name in weight_names(experts.shape):
-                object.__setattr__(experts.original, name, _initialised(torch.empty(0)))
+                holder, leaf = holder_of(experts.original, name)
+                object.__setattr__(holder, leaf, _initialised(torch.empty(0)))
         self.shapes = parameter_shapes(model)
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
@@ -176,7 +179,8 @@ class AwqHfQuantizer(HfQuantizer):
             model.get_submodule(name).__dict__.pop("weight", None)
         for experts in named_experts(model).values():
             for name in weight_names(experts.shape):
-                experts.original.__dict__.pop(name, None)
+                holder, leaf = holder_of(experts.original, name)
+                holder.__dict__.pop(leaf, None)
         check_parameter_shapes(model, self.shapes)
         settle_dtypes(model, self.dtypes)
         restore_packed(model, self.matched, self.packed)
@@ -223,6 +227,7 @@ class AwqHfQuantizer(HfQuantizer):
                 if bias is not None:
                     dense.bias = nn.Parameter(bias.to(dense.weight.dtype))
                 replace_module(model, name, dense)
+        conceal_sorted(model)
         return model
 
 

@@ -47,9 +47,10 @@ def discover(
     """Every linear of the block exactly once, grouped by the tensor it reads, in order of
     execution, with its fold if any.
 
-    one_token: calls on sequences of a single token (a batch of many); many: calls on a few longer
-    sequences. generator: of the random scales on which guesses are tried (see `holds`). Works on a
-    float32 copy; the block itself is not touched.
+    one_token: calls on sequences of a single token; the first of several has few of them, enough to
+    show most wrong guesses. many: calls on a few longer sequences. generator: of the random scales
+    on which guesses are tried (see `holds`). Works on a float32 copy; the block itself is not
+    touched.
     """
     generator = generator or torch.Generator().manual_seed(0)
     probe, one_token, many = float_copy(block), float_calls(one_token), float_calls(many)
@@ -152,8 +153,8 @@ def _linear_fold(
     is_true: Callable[[Fold, InputGroup], bool],
 ) -> Fold | None:
     """The nearest earlier linear whose rows feed the group's channels one by one."""
-    reference = _tokens_of(block, group.consumers[0], one_token)
-    if reference is None:
+    looks = _looks(block, group.consumers[0], one_token)
+    if not looks:
         return None
     earlier = order[: order.index(group.consumers[0])]
     expert = expert_of(block, group.consumers[0])
@@ -165,13 +166,28 @@ def _linear_fold(
         for subset in _row_subsets(get_weight(block.get_submodule(producer)).shape[0]):
             if len(subset) * MAX_CHANNELS_PER_ROW < group.in_features:
                 continue
-            rows = _map_rows(block, producer, subset, group, reference, one_token)
+            rows = None
+            for calls, reference in looks:
+                rows = _map_rows(block, producer, subset, group, reference, calls)
+                if rows is None:  # what few tokens refute is not tried on all
+                    break
             if rows is None:
                 continue
             fold = Fold(group.consumers, producer, "linear", rows)
             if is_true(fold, group):
                 return fold
     return None
+
+
+def _looks(block: nn.Module, consumer: str, one_token: Calls) -> list[tuple[Calls, Tensor]]:
+    """(calls, the consumer's input in them) of the first call alone, where that has any, and of
+    all."""
+    found = []
+    for calls in (one_token[:1], one_token) if len(one_token) > 1 else (one_token,):
+        reference = _tokens_of(block, consumer, calls)
+        if reference is not None and bool(reference.any()):
+            found.append((calls, reference))
+    return found
 
 
 def _row_subsets(rows: int) -> Iterator[Tensor]:
@@ -202,8 +218,6 @@ def _map_rows(
     rows = get_weight(block.get_submodule(producer)).shape[0]
     base = int(len(subset) ** 0.5) + 1
     live = reference.norm(dim=0) > 0
-    if not live.any():
-        return None
     place = torch.arange(len(subset))
     position = torch.zeros(group.in_features, dtype=torch.long, device=reference.device)
     for digit in (place // base, place % base):

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from awq.nn.expert_shape import (
     ExpertNames,
     ExpertShape,
+    activation_of,
+    holder_of,
     weight_names,
 )
 
@@ -37,7 +39,7 @@ class ExpertRules(nn.Module):
 
     def __init__(self, original: nn.Module, shape: ExpertShape, names: ExpertNames) -> None:
         super().__init__()
-        first = original._parameters.get(weight_names(shape)[0])
+        first = _stored(original, shape)[weight_names(shape)[0]]
 
         # Rows that stand for experts without weights are never read; they go back as they were.
         self._unread = (
@@ -46,7 +48,8 @@ class ExpertRules(nn.Module):
             else None
         )
         for name in weight_names(shape):
-            original._parameters.pop(name, None)
+            holder, leaf = holder_of(original, name)
+            holder._parameters.pop(leaf, None)
         for name, child in original.named_children():
             self.add_module(name, child)
         for name, parameter in original.named_parameters(recurse=False):
@@ -66,12 +69,12 @@ class ExpertRules(nn.Module):
         inputs [..., inner]."""
         original: Any = self.original
         if not self.shape.has_gate:
-            return original.act_fn(joined)
+            return activation_of(original)(joined)
         if hasattr(original, "_apply_gate"):
             return original._apply_gate(joined)
 
         gate, up = self.shape.split(joined, -1)
-        return original.act_fn(gate) * up
+        return activation_of(original)(gate) * up
 
     def handed_on(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """What experts without weights add to the output: x [tokens, hidden] times their share,
@@ -109,7 +112,7 @@ class ExpertLinears(ExpertRules):
     def __init__(
         self, original: nn.Module, shape: ExpertShape, names: ExpertNames | None = None
     ) -> None:
-        weights = {name: original._parameters.get(name) for name in weight_names(shape)}
+        weights = _stored(original, shape)
         super().__init__(original, shape, names or ExpertNames())
         self.every_token = False
         self.watch: Callable[[int, Tensor, Tensor], None] | None = None
@@ -137,11 +140,12 @@ class ExpertLinears(ExpertRules):
         top_k_index: Tensor | None = None,
         top_k_weights: Tensor | None = None,
     ) -> Tensor:
-        """[tokens, hidden] → [tokens, hidden]; weighted and added up in float32. Without a choice:
-        of sorted rows."""
+        """[..., hidden] → the same; weighted and added up in float32. Without a choice: of sorted
+        rows."""
         if top_k_index is None or top_k_weights is None:
             return self._of_sorted_rows(hidden_states)
 
+        shape, hidden_states = hidden_states.shape, hidden_states.reshape(-1, self.shape.hidden)
         total = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
         for number in range(self.shape.num_experts):
             chosen = top_k_index == number
@@ -164,7 +168,7 @@ class ExpertLinears(ExpertRules):
 
         if self.shape.identities:
             total = total + self.handed_on(hidden_states, top_k_index, top_k_weights)
-        return total.to(hidden_states.dtype)
+        return total.to(hidden_states.dtype).view(shape)
 
     def _of_sorted_rows(self, hidden_states: Tensor) -> Tensor:
         """[experts · tokens, hidden] → the same; what is not routed to an expert is a row of zeros
@@ -191,7 +195,7 @@ class ExpertLinears(ExpertRules):
         x: the argument of `forward`; mask: bool [batch, tokens] of real tokens.
         """
         if not self.shape.sorted_rows:
-            return x, mask
+            return x.reshape(-1, self.shape.hidden), mask
 
         real = x.any(-1)
         if mask is not None:
@@ -202,10 +206,17 @@ class ExpertLinears(ExpertRules):
 def _expert(
     weights: Mapping[str, Tensor | None], number: int, shape: ExpertShape, names: ExpertNames
 ) -> nn.Module:
-    """One expert's linears, as views of the 3-D weights."""
+    """One expert's linears, as views of the stacked weights."""
     first = "gate_up_proj" if shape.has_gate else "up_proj"
     expert = nn.Module()
     parts: dict[str, tuple[Tensor, Tensor | None]] = {}
+    if shape.stacks:
+        views = [_slice(weights[name], number, shape) for name in shape.stacks]
+        views[-1] = views[-1].t()
+        for name, view in zip((names.gate, names.up, names.down), views):
+            _put(expert, name, _linear(view, None))
+        return expert
+
     up, up_bias = _matrix(weights, first, number, shape)
 
     if shape.has_gate:
@@ -221,6 +232,20 @@ def _expert(
         _put(expert, name, _linear(weight, bias))
 
     return expert
+
+
+def _stored(original: nn.Module, shape: ExpertShape) -> dict[str, Tensor | None]:
+    """Name → parameter of what holds all experts; None for what the class has not."""
+    found: dict[str, Tensor | None] = {}
+    for name in weight_names(shape):
+        holder, leaf = holder_of(original, name)
+        found[name] = holder._parameters.get(leaf)
+    return found
+
+
+def _slice(stack: Tensor | None, number: int, shape: ExpertShape) -> Tensor:
+    """One expert's rows [inner, hidden] of a stack."""
+    return cast(Tensor, stack).data[number * shape.inner : (number + 1) * shape.inner]
 
 
 def _matrix(

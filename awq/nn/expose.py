@@ -11,7 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from awq.nn.expert_shape import ExpertNames, ExpertShape, fused_experts
+from awq.nn.expert_shape import (
+    ExpertNames,
+    ExpertShape,
+    fused_experts,
+    holder_of,
+    weight_names,
+)
 from awq.nn.experts import ExpertLinears, ExpertRules, named_experts
 from awq.nn.surgery import replace_module
 
@@ -63,15 +69,17 @@ def why_not_expose(original: nn.Module, shape: ExpertShape) -> str | None:
         return None
 
     trial = _trial_inputs(shape, example)
-    kept = dict(original._parameters)
+    holders = [holder_of(original, name)[0] for name in weight_names(shape)]
+    kept = {holder: dict(holder._parameters) for holder in (original, *holders)}
     try:
         expected = original(*trial).float()
-        found = ExpertLinears(original, shape)(*trial).float()
+        found = ExpertLinears(original, shape)(*trial).float().view_as(expected)
     except Exception as error:  # someone else's forward: what it wants more is not known here
         return f"its experts cannot be tried: {type(error).__name__}: {error}"
     finally:
-        original._parameters.clear()
-        original._parameters.update(kept)
+        for holder, parameters in kept.items():
+            holder._parameters.clear()
+            holder._parameters.update(parameters)
 
     change = float((found - expected).norm() / expected.norm().clamp(min=1e-20))
     if change <= _TOLERANCE.get(example.dtype, _TOLERANCE_16_BIT):
@@ -137,6 +145,9 @@ def restore_original(
     weights: for every expert [gate or None, up, down], each [out, in]; biases likewise, each [out].
     """
     shape, original = rules.shape, rules.original
+    if shape.stacks:
+        return _restored_stacks(original, shape, weights)
+
     first = "gate_up_proj" if shape.has_gate else "up_proj"
     for ending, triples in (("", weights), ("_bias", biases)):
         if triples is None:
@@ -157,4 +168,18 @@ def restore_original(
 
             original.register_parameter(name + ending, nn.Parameter(stacked, requires_grad=False))
 
+    return original
+
+
+def _restored_stacks(
+    original: nn.Module, shape: ExpertShape, weights: list[list[Tensor | None]]
+) -> nn.Module:
+    """As `restore_original`, of experts in three stacks."""
+    for place, name in enumerate(shape.stacks):
+        parts = [cast(Tensor, triple[place]) for triple in weights]
+        if place == len(shape.stacks) - 1:
+            parts = [part.t() for part in parts]
+        holder, leaf = holder_of(original, name)
+        stack = nn.Parameter(torch.cat(parts).contiguous(), requires_grad=False)
+        holder.register_parameter(leaf, stack)
     return original

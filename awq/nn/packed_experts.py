@@ -171,8 +171,8 @@ class AwqExperts(ExpertRules):
         top_k_index: Tensor | None = None,
         top_k_weights: Tensor | None = None,
     ) -> Tensor:
-        """[tokens, hidden] → [tokens, hidden]. top_k_index: int [tokens, top_k]; top_k_weights:
-        float [tokens, top_k].
+        """[..., hidden] → the same. top_k_index: int [tokens, top_k]; top_k_weights: float [tokens,
+        top_k].
 
         Without a choice of experts: of rows sorted by expert, [experts · tokens, hidden].
         """
@@ -183,15 +183,18 @@ class AwqExperts(ExpertRules):
             ).unsqueeze(1)
             inner = self.activate(self.first(hidden_states, owner))
             return self.finish(self.second(inner, owner)).squeeze(1)
+        rows = hidden_states.reshape(-1, self.shape.hidden)
+        return self._of_choice(rows, top_k_index, top_k_weights).view(hidden_states.shape)
+
+    def _of_choice(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """`forward` of rows [tokens, hidden] with their choice of experts."""
         if self.shape.identities:
-            return self._with_identities(hidden_states, top_k_index, top_k_weights)
-
-        inner = self.activate(self.first(hidden_states, top_k_index))
+            return self._with_identities(x, index, weights)
+        inner = self.activate(self.first(x, index))
         if not self.has_norm:
-            return self.second(inner, top_k_index, top_k_weights)
-
-        output = self.finish(self.second(inner, top_k_index))
-        return (output.float() * top_k_weights.float().unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+            return self.second(inner, index, weights)
+        output = self.finish(self.second(inner, index))
+        return (output.float() * weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
 
     def _with_identities(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """`forward` where some of the chosen experts have no weights: any other runs in their

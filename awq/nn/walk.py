@@ -44,6 +44,8 @@ logger = logging.getLogger("awq.nn")
 PROBE_ROWS = 2
 PROBE_TOKENS = 32  # in each row of the many-token probe
 ONE_TOKEN_ROWS = 64
+# of them, in a call of their own: most guesses of folds are wrong, and so many tokens show it
+FIRST_LOOK_ROWS = 4
 
 # arguments and hidden states [batch, tokens, features] of one block, batch by batch
 Calls = list[tuple[BlockCall, Tensor]]
@@ -199,7 +201,7 @@ class BlockWalk:
         """Without calls where the model cannot run on single tokens (it pools them): then no fold
         into a linear is found."""
         try:
-            return _record(self.model, lists, [single])
+            return _record(self.model, lists, _parted(single))
         except ModelError as error:
             logger.info("no one-token probes: %s", error)
             return _nothing()
@@ -288,6 +290,14 @@ def _decoder_probes(item: ModelInputs) -> tuple[ModelInputs, ModelInputs]:
         for name, tensor in item.items()
     }
     return many, single
+
+
+def _parted(single: ModelInputs) -> list[ModelInputs]:
+    """The one-token probe in two: a few rows for a first look, and the others."""
+    rows = len(next(iter(single.values())))
+    ends = [slice(FIRST_LOOK_ROWS), slice(FIRST_LOOK_ROWS, None)]
+    parts = ends if rows > FIRST_LOOK_ROWS else [slice(None)]
+    return [{name: tensor[part] for name, tensor in single.items()} for part in parts]
 
 
 def _without_padding(ids: Tensor) -> ModelInputs:

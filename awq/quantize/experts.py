@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from awq.folds import InputGroup
 from awq.nn.experts import ExpertLinears, expert_of, named_experts
 from awq.nn.hooks import hooked
+from awq.nn.sorted_products import SortedProducts
 from awq.nn.surgery import device_of
 from awq.quantize.plan import Plan
 from awq.quantize.statistics import InputStatistics, MaskHolder
@@ -300,6 +301,8 @@ def router_names(model: nn.Module) -> set[str]:
 
 
 def _number_of_experts(module: nn.Module) -> int | None:
+    if isinstance(module, SortedProducts):
+        return module.num_experts
     if isinstance(module, ExpertLinears):
         return module.shape.num_experts + module.shape.identities
     if not isinstance(module, nn.ModuleList) or len(module) < 2:

@@ -24,6 +24,7 @@ from awq.config import AwqConfig
 from awq.nn.expose import conceal_experts, expose_experts
 from awq.nn.packed_experts import pack_experts
 from awq.nn.presence import BlockStore
+from awq.nn.sorted_products import conceal_sorted, expose_sorted
 from awq.nn.surgery import device_of
 from awq.nn.unfinished import check_finished, unfinished
 from awq.nn.walk import BlockVisit
@@ -94,17 +95,19 @@ def quantize_model(
 def experts_as_linears(
     model: nn.Module, store: BlockStore | None = None
 ) -> Iterator[dict[str, str]]:
-    """Experts that a layer holds in 3-D parameters are linears inside; packed ones share one module
-    afterwards.
+    """Experts that a layer holds in stacked parameters are linears inside; packed ones behind one
+    contract share one module afterwards.
 
     Yields name → reason for the layers of experts that cannot be shown as linears.
     """
     try:
         judge = None if store is None else store.why_not_expose
+        expose_sorted(model)
         yield expose_experts(model, expert_names(model), judge)
     finally:
         pack_experts(model)
         conceal_experts(model)
+        conceal_sorted(model)
 
 
 def quantize_block(run: QuantizeRun, visit: BlockVisit) -> None:

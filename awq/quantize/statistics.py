@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.nn.hooks import hooked
+from awq.nn.sorted_products import watched_rows
 
 TOKENS_PER_CHANNEL = 4  # that a Gram matrix should stand for
 # larger ones' squares, summed over some million tokens, are more than float32 holds
@@ -124,15 +125,19 @@ class InputStatistics:
 
 class MaskHolder:
     """The token masks of the batch that is running; hooks read them. encoder: of the other input of
-    a decoder's blocks. weight: of the batch's tokens."""
+    a decoder's blocks. weight: of the batch's tokens. rows: (their mask,) while an expert reads
+    rows that were sorted by expert."""
 
     mask: Tensor | None = None
     encoder: Tensor | None = None
     weight: float = 1.0
+    rows: tuple[Tensor | None] | None = None
 
     def of(self, x: Tensor) -> Tensor | None:
         """The mask of an input [batch, tokens, in]: the encoder's where that alone has its number
         of tokens."""
+        if self.rows is not None:
+            return self.rows[0]
         return fitting_mask(x, self.mask, self.encoder)
 
 
@@ -158,5 +163,14 @@ def collect_inputs(
             statistics[name] = InputStatistics(x.shape[-1], x.device)
         statistics[name].add(x, holder.of(x), holder.weight)
 
-    with hooked(block, names, before=add):
+    def read_rows(mask: Tensor | None) -> None:
+        holder.rows = (mask,)
+
+    def all_read() -> None:
+        holder.rows = None
+
+    with (
+        hooked(block, names, before=add),
+        watched_rows(block, lambda: holder.mask, read_rows, all_read),
+    ):
         yield statistics

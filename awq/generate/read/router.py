@@ -49,6 +49,7 @@ def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
         return None
 
     rows, index, weights = calls[0].args
+    rows = rows.reshape(-1, rows.shape[-1])
     if not same_numbers(rows, x) or not same_numbers(calls[0].output, y):
         return None  # something else is added, as by shared experts
 
