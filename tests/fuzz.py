@@ -38,6 +38,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Mutants run in forked processes, which cannot use a GPU that their parent has used.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import mutants
 import torch
 

@@ -47,6 +47,14 @@ MINE = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_a_gpu():
+    """A forked process cannot use a GPU that its parent has used."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        yield
+
+
 def write(folder, files):
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -84,8 +84,9 @@ def test_a_product_with_its_activation_rounds_as_the_two(n, k):
         x = torch.randn(tokens, k, device="cuda").half()
         plain = matmul_launch.linear(x, packed, None)
         expected = decode_launch.activate(plain, "silu", True, GATE_INTERLEAVE).float()
-        y = decode_launch.gated(x, packed, None, "silu")
-        assert torch.equal(y, decode_launch.gated(x, packed, None, "silu")), tokens
+        y = decode_launch.gated(x, packed, None, "silu", GATE_INTERLEAVE)
+        again = decode_launch.gated(x, packed, None, "silu", GATE_INTERLEAVE)
+        assert torch.equal(y, again), tokens
         assert (y.float() - expected).norm() < 1e-4 * expected.norm(), tokens
 
 

@@ -250,7 +250,9 @@ def rule_for_experts(
             architecture, multiprocessors, Shape(shape.in_features, outputs, shape.group_size), bm
         )
         assert config is not None
-        return config
+        # RDNA's registers hold no second stage beside an expert's rows: Triton 3.6 spills there
+        one_stage = architecture.startswith("gfx") and not architecture.startswith("gfx9")
+        return config._replace(stages=1) if one_stage else config
 
     split, tiles = 1, -(-outputs // 128)
     # so many programs run at once: a second wave costs more than longer ones
