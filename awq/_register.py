@@ -1,8 +1,8 @@
 """Registers this package with transformers and PEFT the moment they are imported, and not before.
 
 `import awq` must stay light, and `AutoModel.from_pretrained(quantized_dir)` must work after it: a
-finder waits for the import of `transformers.quantizers.auto`, and of `peft.tuners.lora.model`, and
-calls the function of `_WAITING` behind it. This is the only thing `import awq` changes.
+finder waits for the imports of `_WAITING`, and calls the function that stands there behind each.
+This is the only thing `import awq` changes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
+from awq._unread import refuse_unread
 from awq.config import METHOD, METHODS
 
 _QUANTIZERS = "transformers.quantizers.auto"
@@ -68,7 +69,11 @@ def _register_adapters(_lora_model: Any) -> None:
     import awq.integrations.peft  # noqa: F401 (which registers itself)
 
 
-_WAITING = {_QUANTIZERS: _register_quantizer, "peft.tuners.lora.model": _register_adapters}
+_WAITING = {
+    _QUANTIZERS: _register_quantizer,
+    "transformers.modeling_utils": refuse_unread,
+    "peft.tuners.lora.model": _register_adapters,
+}
 
 
 def install() -> None:

@@ -12,7 +12,13 @@ import zoo
 from conftest import make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_loading import edit_config, packed_model, save
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+)
 
 from awq import AutoAWQForCausalLM, Encoder
 from awq.checkpoint import save_checkpoint
@@ -161,6 +167,47 @@ def test_packed_files_need_a_config_that_says_so(folder):
     ):
         with pytest.raises(CheckpointError, match="no quantization_config"):
             door(str(folder))
+
+
+def set_config(folder, **changes):
+    """Top-level keys of config.json; None takes one out."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+UNREAD = {
+    "silent": (None, "has no quantization_config"),
+    "a server's word": ({"quant_method": "awq_marlin", "bits": 4}, "'awq_marlin'"),
+    "of nobody": ({"quant_method": "int4", "bits": 4, "group_size": 16}, "'int4'"),
+    "with a space": ({"quant_method": " awq", "bits": 4, "group_size": 16}, "' awq'"),
+}
+
+
+@pytest.mark.parametrize("files", ["safetensors", "bin"])
+@pytest.mark.parametrize("kind", UNREAD)
+def test_packed_files_that_nothing_reads_are_refused_behind_transformers_own_doors(
+    folder, kind, files
+):
+    stored, words = UNREAD[kind]
+    set_config(folder, quantization_config=stored)
+    if files == "bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    for door in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
+        with pytest.raises(CheckpointError, match=rf"packed weights.*{words}"):
+            door.from_pretrained(folder)
+
+
+def test_transformers_still_loads_whatever_else_has_a_place_or_none(tmp_path):
+    """A dense checkpoint with a method that nobody knows, and one with tensors that are left over,
+    are transformers' matter."""
+    zoo.tiny_model("llama").save_pretrained(tmp_path)
+    edit(tmp_path, lambda t: t.update({"model.layers.0.extra.weight": torch.ones(3)}))
+    set_config(tmp_path, quantization_config={"quant_method": "of nobody"})
+    found = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert "extra" in name or torch.equal(found[name], tensor)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])

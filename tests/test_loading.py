@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import awq
 from awq import AutoAWQForCausalLM, AwqConfig
@@ -322,6 +322,7 @@ def test_register_is_reversible():
     try:
         for table in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
             assert table["awq"].__module__.startswith("transformers.")
+        assert not hasattr(PreTrainedModel._load_pretrained_model, "before_awq")
     finally:
         awq.register()
     assert auto.AUTO_QUANTIZER_MAPPING["awq"] is AwqHfQuantizer

@@ -16,10 +16,12 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
+from transformers import modeling_utils
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from awq import config as settings
+from awq._unread import allow_unread, refuse_unread
 from awq.checkpoint.account import (
     check_blocks,
     check_packed_numbers,
@@ -382,11 +384,13 @@ def register() -> None:
         _previous[:] = [getattr(entry, "previous", entry) for entry in current]
         for table, ours in zip(_TABLES, (AwqHfQuantizer, AwqConfig)):
             table.update(dict.fromkeys(settings.METHODS, ours))
+    refuse_unread(modeling_utils)
 
 
 def unregister() -> None:
     """Gives transformers its own AWQ loader back."""
     register()
+    allow_unread(modeling_utils)
     for table, entry in zip(_TABLES, _previous):
         for name in settings.METHODS:
             table.pop(name, None)
