@@ -1,7 +1,7 @@
 """Packed weights that nothing reads, refused behind transformers' own doors.
 
-transformers loads a checkpoint whose `quant_method` it does not know, or whose config names none, as
-an ordinary one: its packed weights are left over, a warning says so, and random numbers stand in
+transformers loads a checkpoint whose `quant_method` it does not know, or whose config names none,
+as an ordinary one: its packed weights are left over, a warning says so, and random numbers stand in
 their place. `refuse_unread` looks at the report of such a load.
 """
 

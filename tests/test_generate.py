@@ -556,6 +556,36 @@ def test_more_tokens_than_the_cache_holds(llama):
         wrapper.generate(**empty, max_new_tokens=2)
 
 
+ROWS = torch.arange(4, 12).view(2, 4)
+UNCLEAR = {
+    "mask with NaN": (dict(attention_mask=torch.full((2, 4), float("nan"))), "0 and 1"),
+    "mask of other numbers": (dict(attention_mask=torch.full((2, 4), 3)), "0 and 1"),
+    "mask to be added": (dict(attention_mask=torch.full((2, 4), -1e9)), "0 and 1"),
+    "mask without numbers": (dict(attention_mask=torch.ones(2, 4, device="meta")), "numbers"),
+    "ids without numbers": (dict(input_ids=ROWS.to("meta")), "meta device"),
+    "sparse ids": (dict(input_ids=ROWS.to_sparse()), "sparse"),
+    "padding beyond the table": (dict(pad_token_id=10**6), "pad_token_id is 1000000"),
+    "padding below it": (dict(pad_token_id=-1), "pad_token_id is -1"),
+}
+
+
+@pytest.mark.parametrize("kind", UNCLEAR)
+def test_requests_that_no_kernel_may_see(llama, kind):
+    changes, words = UNCLEAR[kind]
+    wrapper = wrapped(llama, 16)
+    with pytest.raises(ConfigError, match=words):
+        wrapper.generate(**{"input_ids": ROWS, "max_new_tokens": 2, **changes})
+
+
+def test_one_row_never_needs_padding(llama):
+    """Older Llamas name -1."""
+    found = [
+        wrapped(llama, 16).generate(ROWS[:1], max_new_tokens=4, do_sample=False, pad_token_id=pad)
+        for pad in (-1, 0)
+    ]
+    assert torch.equal(*found)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A quantized tiny model whose attention has biases, with grouped heads."""

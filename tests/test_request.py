@@ -1,11 +1,13 @@
 """The table of what users may give as calibration data: every kind is read to the values it holds,
 or refused in one line."""
 
+import json
 from collections import deque
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from awq.calibration import load_calibration, sources
 from awq.calibration.request import CalibrationRequest, read_request, tell_apart
@@ -66,6 +68,9 @@ TEXT_KINDS = {
     "arrow table": lambda: arrow({"text": TEXTS}),
     "rows of a table": lambda: [{"text": t, "n": 1} for t in TEXTS],
     "lists of three strings": lambda: [[*TEXTS, "not"]],
+    "loader": lambda: DataLoader(TEXTS),
+    "loader of two texts": lambda: DataLoader(TEXTS, batch_size=2),
+    "loader of rows": lambda: DataLoader([{"text": t, "n": 1} for t in TEXTS], batch_size=2),
     "lone surrogates": lambda: [TEXTS[0] + "\ud800", TEXTS[1]],
 }
 
@@ -98,6 +103,10 @@ ID_KINDS = {
         "input_ids": np.array(PADDED),
         "attention_mask": np.array(MASK),
     },
+    "a loader of outputs": lambda: DataLoader(
+        [{"input_ids": r, "attention_mask": m} for r, m in zip(*map(torch.tensor, (PADDED, MASK)))],
+        batch_size=2,
+    ),
     "an output without padding": lambda: {"input_ids": IDS, "attention_mask": [[1, 1], [1, 1, 1]]},
     "outputs": lambda: [
         {"input_ids": row, "attention_mask": mask} for row, mask in zip(PADDED, MASK)
@@ -395,6 +404,10 @@ REFUSED = {
     "number in a tensor": (torch.tensor(5), "integers"),
     "three dimensions": (torch.zeros(2, 2, 2, dtype=torch.long), "integers"),
     "meta tensor": (torch.zeros(2, 3, dtype=torch.long, device="meta"), "meta"),
+    "sparse tensor": (torch.ones(2, 3, dtype=torch.long).to_sparse(), "left out"),
+    "masked array": (np.ma.array([[1, 2]], mask=[[0, 1]]), "left out"),
+    "a class": (str, "calibration data is type"),
+    "a view of bytes": (memoryview(b"the cat"), "memoryview"),
     "negative": ([[4, -100]], "negative"),
     "huge": ([[2**70]], "token ids"),
     "ragged list of lists": ([[[1], [2, 3]]], "token ids"),
@@ -453,6 +466,41 @@ def test_an_endless_generator_ends(monkeypatch):
     from itertools import repeat
 
     assert len(read_request(repeat("the cat")).texts) == 100_000
+
+
+def test_a_json_file_is_rows_or_columns(tmp_path):
+    """Names of keys and letters of a string are no texts."""
+    path = tmp_path / "t.json"
+    for content in (TEXTS, [{"text": t} for t in TEXTS], {"n": [1, 2], "text": TEXTS}):
+        path.write_text(json.dumps(content))
+        assert read_request(path).texts == TEXTS
+    refused = {
+        "no column 'text', only": {"version": 1, "data": TEXTS},
+        "whose 'text' is no list": {"text": TEXTS[0]},
+        "holds a str": TEXTS[0],
+        "holds a int": 5,
+        "holds a NoneType": None,
+    }
+    for match, content in refused.items():
+        path.write_text(json.dumps(content))
+        with pytest.raises(CalibrationError, match=match):
+            read_request(path)
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    [
+        ("t.csv", 'text,n\n"the cat,1\na dog,2\n', "unexpected end of data in line 3"),
+        ("t.tsv", 'text\tn\n"the cat" runs\t1\n', "in line 2.*doubled"),
+        ("t.csv", "text,text\nthe cat,1\n", "column twice"),
+    ],
+)
+def test_tables_whose_quotation_marks_or_columns_are_not_clear(name, content, match, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CalibrationError, match=match):
+        read_request(tmp_path / name)
+    (tmp_path / "t.csv").write_text('text,n\n"the ""cat"", runs",1\n')
+    assert read_request(tmp_path / "t.csv").texts == ['the "cat", runs']
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,12 @@ def integers(values: Any) -> Tensor:
     if ids.is_meta:
         raise CalibrationError("calibration ids are on the meta device, where they have no values.")
 
+    if ids.layout != torch.strided or isinstance(values, np.ma.MaskedArray):
+        raise CalibrationError(
+            f"calibration ids are a {type(values).__name__} with values left out; give an "
+            "ordinary tensor or array, and an attention mask."
+        )
+
     empty = ids.numel() == 0
     whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     if ids.dim() not in (1, 2) or not (whole or empty):

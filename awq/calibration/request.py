@@ -9,7 +9,7 @@ read by `chats`, token ids by `ids`). Everything behind it sees a `CalibrationRe
     None, or "pileval" without a network                     "bundled"
     a file's path, the name of a dataset on the hub          "texts"
     an iterable of strings: list, tuple, set, generator,     "texts"
-        numpy array, pandas Series
+        numpy array, pandas Series, DataLoader
     an iterable of chats, each a list of messages            "chats"; "texts" with a tokenizer, by
                                                              its chat template
     a table: datasets.Dataset, pandas.DataFrame,             what its column `text_column` holds;
@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from awq.calibration.chats import chat_text, is_message, turn
 from awq.calibration.cleaning import repaired
@@ -155,8 +156,9 @@ def tell_apart(first: Any, second: Any = None, tokenizer: Any = None) -> tuple[A
 
 
 def is_tokenizer(value: Any) -> bool:
-    """Whether `value` can turn texts into ids: it can be called, and it is no data."""
-    return callable(value) and not isinstance(value, (str, Mapping, Tensor, np.ndarray))
+    """Whether `value` can turn texts into ids: it can be called, and it is neither data nor a
+    class."""
+    return callable(value) and not isinstance(value, (str, Mapping, Tensor, np.ndarray, type))
 
 
 class _Reader:
@@ -229,15 +231,23 @@ class _Reader:
             return [self._cell(row, column) for row in islice(data, MAX_SAMPLES_READ)]
 
         iterable = isinstance(data, Iterable) or hasattr(data, "__getitem__")
-        if isinstance(data, (bytes, bytearray, str)) or not iterable:
+        if isinstance(data, (bytes, bytearray, memoryview, str, type)) or not iterable:
             raise CalibrationError(
                 f"calibration data is {type(data).__name__}; give texts, token ids, a file or a "
                 "dataset name."
             )
 
         items = list(islice(data, MAX_SAMPLES_READ))
+        if isinstance(data, DataLoader):
+            items = [sample for batch in items for sample in self._unbatched(batch)]
         # sets have no order of their own
         return sorted(items, key=repr) if isinstance(data, (set, frozenset)) else items
+
+    def _unbatched(self, batch: Any) -> Iterable[Any]:
+        """The samples of a DataLoader's batch. Two texts in one are no pair."""
+        texts = batch.get(self.column) if isinstance(batch, Mapping) else batch
+        listed = isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)
+        return texts if listed else [batch]
 
     def _column_of(self, columns: Sequence[str]) -> str:
         for name in (self.column, "input_ids", *CHAT_COLUMNS):

@@ -224,7 +224,7 @@ def _text_file_values(path: Path, column: str, text_per_line: bool) -> list[obje
         # Not splitlines(): JSON strings may hold U+2028 and its like, at which that would cut.
         return [_field(json.loads(line), column) for line in text.split("\n") if line.strip()]
     if suffix == ".json":
-        return [_field(row, column) for row in json.loads(text)]
+        return _json_values(json.loads(text), column)
 
     paragraphs = _EMPTY_LINE.split(text)
     if text_per_line and len([p for p in paragraphs if p.strip()]) == 1:
@@ -232,14 +232,39 @@ def _text_file_values(path: Path, column: str, text_per_line: bool) -> list[obje
     return list(paragraphs)
 
 
+def _json_values(content: object, column: str) -> list[object]:
+    """Of a list of rows, or of one object that holds a list for each column. Raises TypeError for
+    anything else: names of keys and letters of a string would pass for texts."""
+    if isinstance(content, list):
+        return [_field(row, column) for row in content]
+    if not isinstance(content, dict):
+        raise TypeError(f"it holds a {type(content).__name__}, not a list of rows")
+    column = _column_of(content, column)
+    if column not in content:
+        raise _NoSuchColumn(content)
+    if not isinstance(content[column], list):
+        raise TypeError(f"it is one object whose {column!r} is no list; give a list of rows")
+    return content[column]
+
+
 def _csv_column(text: str, column: str, delimiter: str) -> list[object]:
+    """Values of a column. Raises ValueError for a column that is there twice, and for a quotation
+    mark that is not closed: all that follows would be one text."""
     # long samples are cut later, not refused here
     limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-        if rows.fieldnames is not None and column not in rows.fieldnames:
-            raise _NoSuchColumn(rows.fieldnames)
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        names = list(rows.fieldnames or [])
+        if names and column not in names:
+            raise _NoSuchColumn(names)
+        if names.count(column) > 1:
+            raise ValueError("the header has that column twice")
         return [row[column] for row in rows]
+    except csv.Error as error:
+        raise ValueError(
+            f"{error} in line {rows.line_num}; a text with quotation marks stands in quotation "
+            "marks, and those inside are doubled"
+        ) from error
     finally:
         csv.field_size_limit(limit)
 

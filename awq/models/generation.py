@@ -156,7 +156,10 @@ class FusedGeneration:
         from awq.generate.run.request import check_request
 
         if self.model.main_input_name == "input_ids" and not (_GIVEN_AS_TENSORS & kwargs.keys()):
-            check_request(self.model.get_input_embeddings().weight.shape[0], kwargs)
+            settings = kwargs.get("generation_config") or self.model.generation_config
+            padding = kwargs.get("pad_token_id", getattr(settings, "pad_token_id", None))
+            vocabulary = self.model.get_input_embeddings().weight.shape[0]
+            check_request(vocabulary, kwargs, padding)
 
     def _generate(self, *args: Any, generator: torch.Generator | None, **kwargs: Any) -> Any:
         from awq.generate.run.loop import generate_fused, why_not

@@ -18,12 +18,12 @@ from awq.errors import ConfigError
 _ID_TYPES = (torch.int64, torch.int32)
 
 
-def check_request(vocabulary: int, kwargs: dict[str, Any]) -> None:
+def check_request(vocabulary: int, kwargs: dict[str, Any], padding: Any = None) -> None:
     """Raises ConfigError when ids, mask or the number of new tokens cannot be what is meant.
 
     vocabulary: rows of the model's embedding. kwargs: of `generate`; ids are int64 or int32 [batch,
-    tokens], the mask the same shape with at least one token that counts in every row. What is not
-    given is not checked.
+    tokens], the mask is 0 or 1 in the same shape with at least one token that counts in every row.
+    What is not given is not checked. padding: the id that rows get which end before others.
     """
     for name in ("max_new_tokens", "max_length", "min_new_tokens", "min_length"):
         _check_count(name, kwargs.get(name))
@@ -35,6 +35,8 @@ def check_request(vocabulary: int, kwargs: dict[str, Any]) -> None:
     mask = kwargs.get("attention_mask")
     if mask is not None:
         _check_mask(mask, ids)
+    if len(ids) > 1:
+        _check_padding(padding, vocabulary)
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -51,6 +53,9 @@ def _check_ids(ids: Any, vocabulary: int) -> None:
             f"input_ids are a {kind}; give a tensor [batch, tokens], as tokenizer(text, "
             "return_tensors='pt') does."
         )
+    if ids.is_meta or ids.layout != torch.strided:
+        kind = "on the meta device" if ids.is_meta else str(ids.layout).removeprefix("torch.")
+        raise ConfigError(f"input_ids are {kind}; give an ordinary tensor that holds numbers.")
     if ids.dim() != 2 or ids.dtype not in _ID_TYPES:
         raise ConfigError(
             f"input_ids are {ids.dtype} of shape {tuple(ids.shape)}; give int64 ids [batch, "
@@ -77,5 +82,23 @@ def _check_mask(mask: Any, ids: Tensor) -> None:
             f"attention_mask is {found} for input_ids {tuple(ids.shape)}; give a tensor of the "
             "same shape."
         )
-    if not bool((mask != 0).any(dim=1).all()):
+    if mask.is_meta or mask.layout != torch.strided:
+        raise ConfigError("attention_mask holds no numbers; give an ordinary tensor of 0 and 1.")
+    counts = mask == 1
+    known, filled = torch.stack(
+        [(counts | (mask == 0)).all(), counts.any(dim=1).all()]
+    ).tolist()  # together, since a GPU is waited for once
+    if not known:
+        raise ConfigError("attention_mask holds other numbers than 0 and 1.")
+    if not filled:
         raise ConfigError("a prompt of the batch is empty: its attention_mask is 0 everywhere.")
+
+
+def _check_padding(padding: Any, vocabulary: int) -> None:
+    """Of several rows some end first. Their padding is looked up like any other token, by the
+    processors of scores at the latest."""
+    if isinstance(padding, Integral) and not 0 <= padding < vocabulary:
+        raise ConfigError(
+            f"pad_token_id is {padding}; the model knows the ids 0 to {vocabulary - 1}. Give "
+            "pad_token_id=, or one row at a time."
+        )
