@@ -45,8 +45,9 @@ def allow_unread(modeling: Any) -> None:
     """Undoes `refuse_unread`."""
     kind = modeling.PreTrainedModel
     checked = getattr(inspect.getattr_static(kind, _LOAD, None), "__func__", None)
-    if hasattr(checked, "before_awq"):
-        setattr(kind, _LOAD, checked.before_awq)
+    own = getattr(checked, "before_awq", None)
+    if own is not None:
+        setattr(kind, _LOAD, own)
 
 
 def _left_over(result: Any) -> Iterable[str]:

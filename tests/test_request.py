@@ -285,6 +285,7 @@ NAMED = {
     "generator": (lambda: (t for t in TEXTS), "texts", TEXTS),
     "numpy array": (lambda: np.array(TEXTS), "texts", TEXTS),
     "pandas Series": (lambda: frame({"a": TEXTS})["a"], "texts", TEXTS),
+    "DataLoader": (lambda: DataLoader(TEXTS, batch_size=2), "texts", TEXTS),
     "an iterable of chats": (lambda: iter(CHATS), "chats", CHATS),
     "each a list of messages": (lambda: [list(chat) for chat in CHATS], "chats", CHATS),
     "a table": (lambda: arrow({"text": TEXTS, "n": [1, 2]}), "texts", TEXTS),

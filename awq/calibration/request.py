@@ -246,8 +246,10 @@ class _Reader:
     def _unbatched(self, batch: Any) -> Iterable[Any]:
         """The samples of a DataLoader's batch. Two texts in one are no pair."""
         texts = batch.get(self.column) if isinstance(batch, Mapping) else batch
-        listed = isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)
-        return texts if listed else [batch]
+        if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
+            return texts
+
+        return [batch]
 
     def _column_of(self, columns: Sequence[str]) -> str:
         for name in (self.column, "input_ids", *CHAT_COLUMNS):

@@ -97,7 +97,7 @@ def _check_mask(mask: Any, ids: Tensor) -> None:
 def _check_padding(padding: Any, vocabulary: int) -> None:
     """Of several rows some end first. Their padding is looked up like any other token, by the
     processors of scores at the latest."""
-    if isinstance(padding, Integral) and not 0 <= padding < vocabulary:
+    if isinstance(padding, Integral) and not 0 <= int(padding) < vocabulary:
         raise ConfigError(
             f"pad_token_id is {padding}; the model knows the ids 0 to {vocabulary - 1}. Give "
             "pad_token_id=, or one row at a time."
