@@ -441,7 +441,7 @@ def make_originals(home: Path) -> dict:
         SENTENCES,
     )
     made["dense"] = (_dense_model(home / "dense"), [from_pretrained, planned])
-    made["streamed"] = (_dense_model(home / "streamed"), [streamed])
+    made["streamed"] = (_dense_model(home / "streamed", torch.bfloat16), [streamed])
     kinds = {
         "mixture": (mixture("mixtral"), [from_quantized, gemv, info, report, compare, generate]),
         "vision": (vision_language("llava"), [from_quantized, gemv, report]),
@@ -475,10 +475,12 @@ def _with_activation_scales() -> torch.nn.Module:
     return model
 
 
-def _dense_model(folder: Path) -> Path:
+def _dense_model(folder: Path, numbers_of: torch.dtype = torch.float32) -> Path:
+    """numbers_of: a dtype that can hold the float32 weights. A mutant that casts one of them to it
+    keeps the value: else the search for scales may honestly end elsewhere."""
     import zoo
 
-    return _saved(zoo.tiny_model("llama"), folder)
+    return _saved(zoo.tiny_model("llama").to(numbers_of).float(), folder)
 
 
 def _saved(model: Any, folder: Path) -> Path:

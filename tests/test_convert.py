@@ -121,8 +121,14 @@ def test_files_without_zero_points_are_symmetric(packed, tmp_path):
 def break_settings(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     group = config["quantization_config"]["config_groups"]["group_0"]
-    group |= {k: v for k, v in changes.items() if k == "input_activations"}
-    group["weights"] |= {k: v for k, v in changes.items() if k != "input_activations"}
+    group |= {k: v for k, v in changes.items() if k.endswith("_activations")}
+    group["weights"] |= {k: v for k, v in changes.items() if not k.endswith("_activations")}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def break_top(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -137,6 +143,17 @@ def break_tensor(folder, kind, change):
 
 BROKEN = {
     "activations": (lambda f: break_settings(f, input_activations={"num_bits": 8}), "activations"),
+    "output": (lambda f: break_settings(f, output_activations={"num_bits": 8}), "activations"),
+    "names that are none": (lambda f: break_top(f, ignore=[5]), "ignore is"),
+    "one name": (lambda f: break_top(f, ignore="lm_head"), "ignore is"),
+    "sparse": (
+        lambda f: break_top(f, sparsity_config={"format": "sparse-24-bitmask"}),
+        "neither sparse nor turned",
+    ),
+    "turned": (
+        lambda f: break_top(f, transform_config={"config_groups": {"u": {"type": "hadamard"}}}),
+        "neither sparse nor turned",
+    ),
     "eight bits": (lambda f: break_settings(f, num_bits=8), "8 bits"),
     "blocks": (lambda f: break_settings(f, strategy="block"), "strategy 'block'"),
     "group size": (lambda f: break_settings(f, group_size=16), "weight_scale has shape"),

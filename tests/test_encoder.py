@@ -16,7 +16,7 @@ from awq.calibration import load_calibration
 from awq.embed import graphs
 from awq.embed.batching import batches_by_length
 from awq.embed.heads import Dense, Pooling
-from awq.errors import AwqError, ConfigError, ModelError
+from awq.errors import AwqError, CheckpointError, ConfigError, ModelError
 
 WORDS = [
     "the cat",
@@ -126,6 +126,68 @@ def test_heads_prompts_and_truncation_are_sentence_transformers(bert_dir, tmp_pa
     assert not torch.allclose(mine.encode(WORDS, prompt_name="query"), mine.encode(WORDS))
     with pytest.raises(ConfigError, match="query, document, passage"):
         mine.encode("fire", prompt_name="question")
+
+
+def test_the_directory_says_how_many_features_are_kept(bert_dir, tmp_path):
+    directory = sentence_directory(bert_dir, tmp_path / "m", config={"truncate_dim": 5})
+    mine = Encoder.from_pretrained(directory, device="cpu")
+    whole = mine.encode(WORDS, truncate_dim=32)
+    assert whole.shape == (5, 32) and torch.equal(mine.encode(WORDS), whole[:, :5])
+    assert torch.equal(mine.encode(WORDS, truncate_dim=9), whole[:, :9])
+    for value in (0, "5", True):
+        edit_json(directory / "config_sentence_transformers.json", truncate_dim=value)
+        with pytest.raises(CheckpointError, match="truncate_dim is"):
+            Encoder.from_pretrained(directory, device="cpu")
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer.Transformer",
+        "loss.CrossEntropyLoss",
+        "activation.Softmax2d",
+        "activation.PReLU",
+        "container.ModuleList",
+        "batchnorm.BatchNorm1d",
+    ],
+)
+def test_activations_that_are_none(bert_dir, tmp_path, name):
+    """Found when the head is read, not at the first text."""
+    directory = sentence_directory(bert_dir, tmp_path / "m", dense=True)
+    activation = f"torch.nn.modules.{name}"
+    edit_json(directory / "2_Dense/config.json", activation_function=activation)
+    with pytest.raises(CheckpointError, match="activation_function"):
+        Encoder.from_pretrained(directory, device="cpu")
+
+
+def test_heads_that_do_not_belong_together(bert_dir, tmp_path):
+    directory = sentence_directory(bert_dir, tmp_path / "m", dense=True)
+    edit_json(directory / "1_Pooling/config.json", pooling_mode_cls_token=True)
+    with pytest.raises(CheckpointError, match="takes 32 features.*gives 64"):
+        Encoder.from_pretrained(directory, device="cpu").encode(WORDS)
+
+
+@pytest.mark.parametrize("place, kind", [(0, "custom_st.Transformer"), (1, "os.Pooling")])
+def test_modules_of_other_peoples_code_are_not_taken_for_known_ones(
+    bert_dir, tmp_path, place, kind
+):
+    directory = sentence_directory(bert_dir, tmp_path / "m")
+    modules = json.loads((directory / "modules.json").read_text())
+    modules[place]["type"] = kind
+    (directory / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ModelError, match=f"module of kind {kind}"):
+        Encoder.from_pretrained(directory, device="cpu")
+
+
+def test_heads_that_write_elsewhere(bert_dir, tmp_path):
+    directory = sentence_directory(bert_dir, tmp_path / "m", dense=True)
+    edit_json(directory / "2_Dense/config.json", module_output_name="another_embedding")
+    with pytest.raises(ModelError, match="sentence-transformers only"):
+        Encoder.from_pretrained(directory, device="cpu")
 
 
 def test_prompts_that_are_not_pooled(bert_dir, tmp_path):

@@ -16,6 +16,7 @@ LAYERS = {
     "config": 0,
     "_gone": 0,
     "_register": 0,
+    "_unread": 0,
     "_lazy": 0,
     "_bars": 0,
     "_hub": 0,

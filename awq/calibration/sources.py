@@ -9,10 +9,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from awq._hub import ask_hub_once
@@ -28,6 +30,7 @@ _DATASET_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 _EMPTY_LINE = re.compile(r"\n[^\S\n]*\n")
 _MIN_PIECE_CHARACTERS = 16  # of a piece that is worth a row
+_limit_of_fields = Lock()
 _SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -250,10 +253,13 @@ def _json_values(content: object, column: str) -> list[object]:
 def _csv_column(text: str, column: str, delimiter: str) -> list[object]:
     """Values of a column. Raises ValueError for a column that is there twice, and for a quotation
     mark that is not closed: all that follows would be one text."""
-    # long samples are cut later, not refused here
-    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
-    try:
+    with _long_fields(len(text)):  # long samples are cut later, not refused here
         rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        return _csv_values(rows, column)
+
+
+def _csv_values(rows: csv.DictReader, column: str) -> list[object]:
+    try:
         names = list(rows.fieldnames or [])
         if names and column not in names:
             raise _NoSuchColumn(names)
@@ -262,11 +268,21 @@ def _csv_column(text: str, column: str, delimiter: str) -> list[object]:
         return [row[column] for row in rows]
     except csv.Error as error:
         raise ValueError(
-            f"{error} in line {rows.line_num}; a text with quotation marks stands in quotation "
-            "marks, and those inside are doubled"
+            f"{error} in line {rows.reader.line_num}; a text with quotation marks stands in "
+            "quotation marks, and those inside are doubled"
         ) from error
-    finally:
-        csv.field_size_limit(limit)
+
+
+@contextmanager
+def _long_fields(characters: int) -> Iterator[None]:
+    """Tables may have fields of so many characters. The limit belongs to the process, so readers
+    take turns."""
+    with _limit_of_fields:
+        before = csv.field_size_limit(max(characters, csv.field_size_limit()))
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
 
 
 def _parquet_column(path: Path, column: str) -> list[object]:

@@ -112,7 +112,22 @@ def read_settings(settings: Mapping[str, Any], headers: Mapping[str, Any]) -> Aw
             f"config_groups have the group sizes {sorted(sizes)}; AWQ's files have one."
         )
 
-    named = [name for name in settings.get("ignore") or [] if not name.startswith("re:")]
+    ignored = settings.get("ignore") or []
+    if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
+        raise ConfigError(f"ignore is {ignored!r:.100}; it must be a list of names of modules.")
+
+    for name in ("sparsity_config", "transform_config"):
+        given = settings.get(name) or {}
+        if (
+            not isinstance(given, dict)
+            or given.get("format", "dense") != "dense"
+            or (given.get("config_groups"))
+        ):
+            raise ConfigError(
+                f"{name} is {given!r:.100}; AWQ's files hold neither sparse nor turned weights."
+            )
+
+    named = [name for name in ignored if not name.startswith("re:")]
     dense = sorted({*named, *dense_matrices(headers)})
     return AwqConfig(group_size=sizes.pop(), modules_to_not_convert=tuple(dense))
 
@@ -132,7 +147,7 @@ def _group_size(name: str, group: Any) -> int:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise ConfigError(f"config_groups: {name} does not say how weights are stored.")
-    if group.get("input_activations") is not None:
+    if any(group.get(f"{side}_activations") is not None for side in ("input", "output")):
         raise ConfigError(f"config_groups: {name} quantizes activations; AWQ's files cannot.")
     if weights.get("num_bits") != 4 or weights.get("type") != "int":
         raise ConfigError(

@@ -18,7 +18,9 @@ def read_modules(root: Path) -> tuple[tuple[str, Path], ...]:
     """(kind, folder) of every module in `modules.json`, the transformer first; empty without that
     file.
 
-    Raises CheckpointError unless it is a list of modules with different folders inside `root`.
+    A kind of sentence-transformers is one name ("Pooling"); code of somebody else's keeps its whole
+    one ("custom.Pooling"), since it may compute anything. Raises CheckpointError unless it is a
+    list of modules with different folders inside `root`.
     """
     path = root / "modules.json"
     if not path.exists():
@@ -46,7 +48,8 @@ def read_modules(root: Path) -> tuple[tuple[str, Path], ...]:
             raise CheckpointError(
                 f"{path}: path {part!r} leads outside the directory; the checkpoint is refused."
             )
-        modules.append((kind.rpartition(".")[2], folder))
+        own = kind.startswith("sentence_transformers.")
+        modules.append((kind.rpartition(".")[2] if own else kind, folder))
 
     folders = [_real(folder) for _, folder in modules]
     if len(set(folders)) < len(folders):

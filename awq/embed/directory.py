@@ -22,7 +22,7 @@ class SentenceSettings:
     without that file.
 
     max_length: longest input in tokens, if the directory sets one. prompts: name → text put before
-    an input.
+    an input. truncate_dim: how many features of an embedding are kept; None: all.
     """
 
     modules: tuple[tuple[str, Path], ...] = ()
@@ -30,6 +30,7 @@ class SentenceSettings:
     lower_case: bool = False
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
+    truncate_dim: int | None = None
 
 
 def sentence_settings(directory: str | Path) -> SentenceSettings:
@@ -52,6 +53,7 @@ def sentence_settings(directory: str | Path) -> SentenceSettings:
         lower_case=_flag(inner.get("do_lower_case"), place),
         prompts=_prompts(general.get("prompts"), root),
         default_prompt_name=_prompt_name(general, root),
+        truncate_dim=_features(general, root),
     )
 
 
@@ -91,6 +93,16 @@ def _prompt_name(general: dict[str, Any], place: Path) -> str | None:
             "its prompts."
         )
     return name
+
+
+def _features(general: dict[str, Any], place: Path) -> int | None:
+    value = general.get("truncate_dim")
+    if value is not None and (type(value) is not int or value < 1):
+        raise CheckpointError(
+            f"{place}/config_sentence_transformers.json: truncate_dim is {value!r:.100}; it must "
+            "be a whole number of at least 1."
+        )
+    return value
 
 
 def is_sentence_model(path: str | Path) -> bool:

@@ -75,6 +75,7 @@ class Encoder(nn.Module):
         # which they hold.
         self.prompts = {"query": "", "document": "", **settings.prompts}
         self.default_prompt_name = settings.default_prompt_name
+        self.truncate_dim = settings.truncate_dim
         self._lower_case = settings.lower_case
         self.known_ids = _known_ids(model, tokenizer)
 
@@ -198,8 +199,8 @@ class Encoder(nn.Module):
         batch_size: at most so many texts at once. normalize: L2 norm 1, after truncating (the
         model's own normalisation happens in any case). prompt_name: key of `prompts`, put before
         every text; prompt: that text itself.
-        truncate_dim: keep the first so many features. Raises ConfigError for arguments that cannot
-        work.
+        truncate_dim: keep the first so many features; None: what the directory says. Raises
+        ConfigError for arguments that cannot work.
 
         >>> from awq import Encoder
         >>> encoder = Encoder.from_pretrained("my-encoder", device="cpu")
@@ -211,6 +212,7 @@ class Encoder(nn.Module):
 
         texts = checked_texts(texts)
         check_arguments(truncate_dim, prompt, batch_size)
+        truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
         before = prompt if prompt is not None else self.prompt_text(prompt_name)
         rows = self._tokenize([before + text for text in texts])
         prompt_tokens = self._prompt_tokens(before)

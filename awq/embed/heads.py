@@ -51,8 +51,8 @@ class HeadSettings:
             )
         return value
 
-    def activation(self) -> nn.Module:
-        """The module of `torch.nn` that `activation_function` names."""
+    def activation(self, features: int) -> nn.Module:
+        """The module of `torch.nn` that `activation_function` names, tried on [2, features]."""
         value = self.values.get("activation_function", "torch.nn.modules.activation.Tanh")
         module, _, name = value.rpartition(".") if isinstance(value, str) else ("", "", "")
         kind = getattr(nn, name, None) if module.startswith("torch.nn.") else None
@@ -61,11 +61,28 @@ class HeadSettings:
                 f"{self.path}: activation_function {value!r:.100} is not one of torch.nn's."
             )
         try:
-            return kind()
+            with torch.device("meta"):  # some are whole models
+                found = kind().eval()
         except TypeError as error:
             raise CheckpointError(
                 f"{self.path}: activation_function {name} needs settings of its own."
             ) from error
+
+        weights = any(True for _ in (*found.parameters(), *found.buffers()))
+        if weights or not _keeps_rows(found, features):
+            raise CheckpointError(
+                f"{self.path}: activation_function {name} has weights, or does not make one row of "
+                "features of another."
+            )
+        return found
+
+
+def _keeps_rows(module: nn.Module, features: int) -> bool:
+    try:
+        found = module(torch.zeros(2, features))
+    except Exception:  # a loss asks for a target, an image's activation for channels
+        return False
+    return isinstance(found, Tensor) and found.dim() == 2 and len(found) == 2
 
 
 def _dense_tensors(folder: Path) -> tuple[Tensor, Tensor | None]:
@@ -163,8 +180,9 @@ class Dense(nn.Module):
     def read(cls, folder: Path) -> Dense:
         """From `config.json` and `model.safetensors` of a dense folder."""
         settings = HeadSettings(folder)
-        source = settings.values.get("module_input_name", "sentence_embedding")
-        if settings.flag("use_residual", False) or source != "sentence_embedding":
+        names = ("module_input_name", "module_output_name")
+        elsewhere = {settings.values.get(name) for name in names} - {None, "sentence_embedding"}
+        if settings.flag("use_residual", False) or elsewhere:
             raise ModelError(
                 f"{folder}: a dense head with these settings is read by sentence-transformers only."
             )
@@ -188,9 +206,16 @@ class Dense(nn.Module):
         if bias is not None:
             linear.bias = nn.Parameter(bias)
 
-        return cls(linear, settings.activation())
+        return cls(linear, settings.activation(wanted[0]))
 
     def forward(self, embeddings: Tensor) -> Tensor:
+        given, taken = embeddings.shape[-1], self.linear.in_features
+        if given != taken:
+            raise CheckpointError(
+                f"a dense head takes {taken} features, and what stands before it gives {given}: "
+                "the modules do not belong together."
+            )
+
         return self.activation(self.linear(embeddings))
 
 

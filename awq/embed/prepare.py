@@ -50,6 +50,7 @@ def _texts(encoder: Encoder) -> dict[str, Any]:
         "prompts": encoder.prompts,
         "default_prompt": encoder.default_prompt_name,
         "include_prompt": pooling.include_prompt,
+        "truncate_dim": encoder.truncate_dim,
     }
 
 

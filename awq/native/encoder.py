@@ -98,7 +98,8 @@ class NativeEncoder:
 
         skipped = self._prompt_tokens(before)
         found = self._runner.embeddings(ids, types, skipped, self._runner.helpers)
-        found = found[:, :truncate_dim]
+        kept = self._texts["truncate_dim"] if truncate_dim is None else truncate_dim
+        found = found[:, :kept]
 
         return _normalized(found) if normalize else found
 
