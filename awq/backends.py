@@ -89,7 +89,10 @@ def reasons(device: torch.device, dtype: torch.dtype, shape: Shape) -> dict[str,
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, shape: Shape, layout: str | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Shape,
+    layout: str | None = None,
 ) -> str:
     """The name of the backend that serves a linear; with `layout`, among those that compute on it.
 
@@ -111,7 +114,11 @@ def operator(name: str, device: torch.device, dtype: torch.dtype) -> Callable[..
 
 @cache
 def _choose(
-    device: torch.device, dtype: torch.dtype, shape: Shape, layout: str | None, forced: str | None
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Shape,
+    layout: str | None,
+    forced: str | None,
 ) -> str:
     reason = None
     for name in PREFERENCE if forced is None else (forced,):
@@ -131,14 +138,21 @@ def _choose(
 
 @cache
 def _backend(
-    device: torch.device, dtype: torch.dtype, shape: Shape, layout: str, forced: str | None
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Shape,
+    layout: str,
+    forced: str | None,
 ) -> Any:
     return get_backend(_choose(device, dtype, shape, layout, forced))
 
 
 @cache
 def _operator(
-    name: str, device: torch.device, dtype: torch.dtype, forced: str | None
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    forced: str | None,
 ) -> Callable[..., Any] | None:
     for candidate in PREFERENCE if forced is None else (forced, "reference"):
         backend = get_backend(candidate)
@@ -180,7 +194,8 @@ class Explanation(NamedTuple):
 def explain(module: Any, dtype: torch.dtype = torch.float16) -> Explanation:
     """Which backend serves a `WQLinear` for activations of `dtype` on the device where it is, and
     why the others do not."""
-    device, shape = module.qweight.device, module.packed.shape
+    device = module.qweight.device
+    shape = module.packed.shape
     name = choose(device, dtype, shape, module.layout)
 
     others = {}

@@ -217,11 +217,11 @@ class AwqConfig:
         size = in_features if self.group_size == -1 else self.group_size
         if in_features % size:
             fitting = fitting_group_sizes([in_features])
-            hint = (
-                f"use group_size {' or '.join(map(str, fitting))}"
-                if fitting
-                else "use group_size −1"
-            )
+            if fitting:
+                hint = f"use group_size {' or '.join(map(str, fitting))}"
+            else:
+                hint = "use group_size −1"
+
             raise ConfigError(
                 f"{name}: in_features {in_features} is not a multiple of group_size {size}; "
                 f"{hint}, "

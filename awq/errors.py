@@ -27,9 +27,9 @@ def _one_line(text: str) -> str:
 
 
 def _escaped(character: str) -> str:
-    return (
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-    )
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode("ascii")
 
 
 class ConfigError(AwqError, ValueError):

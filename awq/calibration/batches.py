@@ -46,7 +46,8 @@ class CalibrationBatch(NamedTuple):
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments for the model's forward."""
         whose = "decoder_" if self.decoder else ""
-        ids, mask = self.input_ids, self.attention_mask
+        ids = self.input_ids
+        mask = self.attention_mask
         return {f"{whose}input_ids": ids, f"{whose}attention_mask": mask, **self.extra}
 
 
@@ -116,7 +117,10 @@ def check_count(name: str, value: Any) -> None:
 
 
 def _token_rows(
-    request: CalibrationRequest, max_samples: int, max_length: int, mode: str
+    request: CalibrationRequest,
+    max_samples: int,
+    max_length: int,
+    mode: str,
 ) -> list[Row]:
     """Rows of ids without padding; those of texts are cut already in mode "rows"."""
     if request.kind == "ids":
@@ -189,13 +193,16 @@ def evenly_spread(items: int, count: int) -> list[int]:
     >>> evenly_spread(10, 4)
     [0, 2, 5, 7]
     """
-    return [i * items // count for i in range(count)] if count < items else list(range(items))
+    if count < items:
+        return [i * items // count for i in range(count)]
+    return list(range(items))
 
 
 def _batches(rows: list[Row], pad: int, tokens: int = BATCH_TOKENS) -> list[CalibrationBatch]:
     """Rows sorted by length (stable) in batches of about `tokens` padded tokens."""
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
-    batches, start = [], 0
+    batches = []
+    start = 0
     while start < len(ordered):
         longest = len(ordered[start]["input_ids"])
         part = ordered[start : start + max(1, tokens // longest)]

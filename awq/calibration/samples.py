@@ -87,7 +87,10 @@ def _processed(sample: Mapping[str, Any], processor: Any) -> dict[str, Any]:
 
 
 def _batch(
-    item: dict[str, Any], accepted: Collection[str], start_token: int, place: int
+    item: dict[str, Any],
+    accepted: Collection[str],
+    start_token: int,
+    place: int,
 ) -> CalibrationBatch:
     labels = item.pop("labels", None)
     tensors = {name: v for name, v in item.items() if isinstance(v, Tensor) and name in accepted}
@@ -106,6 +109,7 @@ def _batch(
 
     ids = tensors.pop("decoder_input_ids")
     mask = tensors.pop("decoder_attention_mask", torch.ones_like(ids))
+
     return CalibrationBatch(ids, mask, tensors, decoder=True)
 
 

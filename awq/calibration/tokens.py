@@ -32,11 +32,11 @@ def tokenize(
     total = 0
     for text in texts:
         parts = (text,) if isinstance(text, str) else tuple(text)
-        found = (
-            tokenizer(*parts, add_special_tokens=special, **limits)
-            if any(part.strip() for part in parts)
-            else {}
-        )
+        if any(part.strip() for part in parts):
+            found = tokenizer(*parts, add_special_tokens=special, **limits)
+        else:
+            found = {}
+
         if found and len(found["input_ids"]):
             rows.append(as_row(found["input_ids"], found.get("token_type_ids")))
             total += len(rows[-1]["input_ids"])
@@ -56,7 +56,9 @@ def as_row(ids: Sequence[int], types: Sequence[int] | None = None) -> Row:
 
 
 def prepare_calibration_tokens(
-    tokenizer: Any, texts: Sequence[str], max_length: int = 512
+    tokenizer: Any,
+    texts: Sequence[str],
+    max_length: int = 512,
 ) -> list[Tensor]:
     """One int64 tensor [1, n] of token ids per text, n ≤ max_length; texts may differ in length.
 

@@ -38,7 +38,10 @@ _UP_TO_BLOCK_INDEX = re.compile(r"^(.*?\.\d+)\.")
 
 
 def check_report(
-    model: nn.Module, report: dict[str, Any], path: str | Path, body_only: bool = False
+    model: nn.Module,
+    report: dict[str, Any],
+    path: str | Path,
+    body_only: bool = False,
 ) -> None:
     """Refuses a model that transformers could not fill with exactly what the files of `path` hold.
 
@@ -130,7 +133,10 @@ def _outside(model: nn.Module, name: str) -> bool:
 
 
 def check_blocks(
-    model: nn.Module, stored: Iterable[str], matched: Iterable[str], apart: Iterable[str] = ()
+    model: nn.Module,
+    stored: Iterable[str],
+    matched: Iterable[str],
+    apart: Iterable[str] = (),
 ) -> None:
     """Refuses blocks with packed linears that lack other tensors: they would be random numbers.
 
@@ -227,7 +233,10 @@ def _without_index(name: str) -> str:
 
 
 def _check_scaled_width(
-    modules: dict[str, nn.Module], place: str, shape: list[int], key: str
+    modules: dict[str, nn.Module],
+    place: str,
+    shape: list[int],
+    key: str,
 ) -> None:
     """The output of an activation goes into a linear beside it, so its scales are as many as that
     has inputs."""
@@ -241,7 +250,9 @@ def _check_scaled_width(
 
 
 def check_finite(
-    model: nn.Module, path: str | Path, error: Callable[[str], Exception] = CheckpointError
+    model: nn.Module,
+    path: str | Path,
+    error: Callable[[str], Exception] = CheckpointError,
 ) -> None:
     """Refuses parameters that hold NaN or infinity, with their names; those of packed linears are
     `check_packed_numbers`'s."""
@@ -295,7 +306,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_stored_floats(
-    model: nn.Module, headers: Mapping[str, Mapping[str, Any]], path: str | Path
+    model: nn.Module,
+    headers: Mapping[str, Mapping[str, Any]],
+    path: str | Path,
 ) -> None:
     """Refuses whole numbers and 8-bit floats in the files where the model has floating-point
     parameters.

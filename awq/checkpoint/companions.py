@@ -59,11 +59,11 @@ def source_directory(source: str | Path | None) -> Path | None:
         # A pattern of the hub's client matches in folders too: those of dense heads, whose weights
         # belong here, come after.
         parts = sorted(module_folders(root) - FOLDERS_LEFT_OUT)
-        return (
-            Path(snapshot_download(str(source), allow_patterns=[f"{part}/*" for part in parts]))
-            if parts
-            else root
-        )
+        if parts:
+            return Path(
+                snapshot_download(str(source), allow_patterns=[f"{part}/*" for part in parts])
+            )
+        return root
     # the hub's client has many ways to fail, and none of them may lose a quantized model
     except Exception as error:
         logger.warning(

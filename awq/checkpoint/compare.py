@@ -44,7 +44,8 @@ class Comparison:
 def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
     """Compares two local quantized directories. Raises ConfigError or CheckpointError when one is
     none."""
-    one, two = PackedCheckpoint.open(first), PackedCheckpoint.open(second)
+    one = PackedCheckpoint.open(first)
+    two = PackedCheckpoint.open(second)
     shared = [name for name in one.linears if name in two.linears]
 
     differing = {}
@@ -75,9 +76,11 @@ def _settings(one: PackedCheckpoint, two: PackedCheckpoint) -> dict[str, tuple[A
 
 def _difference(name: str, one: PackedCheckpoint, two: PackedCheckpoint) -> tuple[bool, float]:
     """Whether all three tensors are the same, and the share of integers that differ."""
-    first, second = one.read(name), two.read(name)
+    first = one.read(name)
+    second = two.read(name)
     if first.codes.shape != second.codes.shape:
         return False, 1.0
+
     same = all(torch.equal(a, b) for a, b in zip(first[:3], second[:3]))
     return same, float((first.codes != second.codes).double().mean())
 

@@ -196,6 +196,7 @@ def _temporary(target: Path, inside: bool = False) -> list[Path]:
         for p in place.glob(f"{start}*")
         if is_temporary(p.name)
     ]
+
     return [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
 
 
@@ -322,11 +323,11 @@ def _exchange_directories(work: Path, target: Path) -> None:
 
 def _swap_in_one_step(first: Path, second: Path) -> bool:
     """Exchanges two names by the kernel's own call; False where there is none."""
-    call = (
-        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-        if sys.platform.startswith("linux")
-        else None
-    )
+    if sys.platform.startswith("linux"):
+        call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    else:
+        call = None
+
     if call is None:
         return False
     if (

@@ -207,7 +207,8 @@ def check_complete(name: str, tensors: Mapping[str, Mapping[str, Any]]) -> None:
             "again."
         )
 
-    zeros, scales = tensors["qzeros"]["dtype"], tensors["scales"]["dtype"]
+    zeros = tensors["qzeros"]["dtype"]
+    scales = tensors["scales"]["dtype"]
     if zeros in FLOATS and zeros != scales:
         raise CheckpointError(
             f"{name}: qzeros have dtype {zeros} and scales {scales}; the file is broken."

@@ -162,7 +162,9 @@ def _linears_of(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _outputs_of(linear: nn.Module) -> int:
-    return linear.out_features if isinstance(linear, WQLinear) else linear_shape(linear)[1]
+    if isinstance(linear, WQLinear):
+        return linear.out_features
+    return linear_shape(linear)[1]
 
 
 def _packed_of(tensors: dict[str, Tensor], name: str, module: WQLinear) -> QuantizedWeight:
@@ -208,7 +210,8 @@ class GluedLinears:
     def __init__(self, model: Any, packed: PackedTensors, config: AwqConfig) -> None:
         linears = named_linears(model)
         sizes = {name: linear_shape(linear)[1] for name, linear in linears.items()}
-        self.config, self.packed = config, packed
+        self.config = config
+        self.packed = packed
         self.rows: dict[str, StoredRows] = {}
 
         for stored, found in stored_rows(model, sizes)[0].items():
@@ -267,6 +270,7 @@ class GluedLinears:
 
         tensors["scales"] = tensors["scales"].half()
         codec = get_format(self.config.format)
+
         return codec.unpack(tensors, inputs, len(found.row), group_size)
 
 

@@ -56,11 +56,9 @@ def model_class(source: Source) -> Any:
         return kind
     if not architecture and type(config) in AutoModelForCausalLM._model_mapping:
         # BERT and its kin can be built as decoders too; what has a masked head is an encoder.
-        return (
-            AutoModel
-            if type(config) in AutoModelForMaskedLM._model_mapping
-            else AutoModelForCausalLM
-        )
+        if type(config) in AutoModelForMaskedLM._model_mapping:
+            return AutoModel
+        return AutoModelForCausalLM
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return AutoModelForCausalLM
     return AutoModel
@@ -117,11 +115,11 @@ def load_model(
     when files are broken, or tensors missing, left over or not finite.
     """
     register()
-    source = (
-        path
-        if isinstance(path, Source)
-        else Source.open(path, trust_remote_code, **hub_arguments(kwargs))
-    )
+    if isinstance(path, Source):
+        source = path
+    else:
+        source = Source.open(path, trust_remote_code, **hub_arguments(kwargs))
+
     chosen = kind or model_class(source)
     if (
         chosen is AutoModelForCausalLM
@@ -152,6 +150,7 @@ def load_model(
 
     check_finite(model, source.name)
     _check_special_ids(model, source.name)
+
     return model.eval()
 
 
@@ -178,7 +177,9 @@ def _forget_storage(model: Any) -> None:
 
 
 def _from_pretrained(
-    kind: Any, source: Source, arguments: dict[str, Any]
+    kind: Any,
+    source: Source,
+    arguments: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
     before = torch.get_default_dtype()
     try:

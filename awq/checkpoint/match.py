@@ -37,8 +37,11 @@ def match_names(model: Any, packed: PackedTensors) -> dict[str, str]:
     Raises CheckpointError when the files hold packed weights and none of them belongs to this
     model.
     """
-    linears, base = named_linears(model), getattr(model, "base_model_prefix", "")
-    today, matched = current_names(model, packed), {}
+    linears = named_linears(model)
+    base = getattr(model, "base_model_prefix", "")
+    today = current_names(model, packed)
+
+    matched = {}
     for name in linears:
         for spelling in (name, f"{base}.{name}", name.removeprefix(f"{base}.")):
             if spelling in today:

@@ -53,14 +53,17 @@ class PackedCheckpoint:
             def read(name: str) -> QuantizedWeight:
                 return compressed_tensors.read(name, linears[name], config)
 
-            layout, first = COMPRESSED_TENSORS, compressed_tensors.FIRST
+            layout = COMPRESSED_TENSORS
+            first = compressed_tensors.FIRST
         else:
-            config, linears = opened.settings, opened.packed
+            config = opened.settings
+            linears = opened.packed
 
             def read(name: str) -> QuantizedWeight:
                 return read_packed(name, linears[name], config)
 
-            layout, first = config.format, "qweight"
+            layout = config.format
+            first = "qweight"
 
         if not linears:
             raise CheckpointError(f"{directory} holds no packed weights (no tensor named {first}).")
@@ -73,7 +76,9 @@ class PackedCheckpoint:
 
 
 def read_packed(
-    name: str, entries: dict[str, dict[str, Any]], config: AwqConfig
+    name: str,
+    entries: dict[str, dict[str, Any]],
+    config: AwqConfig,
 ) -> QuantizedWeight:
     """The weight of one packed linear of a checkpoint; entries: its part of `Source.packed`.
 

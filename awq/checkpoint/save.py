@@ -54,11 +54,12 @@ def save_checkpoint(
     check_finished(model)
     check_shard_size(shard_size)
     origin = source_directory(source)
-    settings = (
-        config.with_(modules_to_not_convert=unconverted(model)).to_transformers_dict()
-        if packed
-        else None
-    )
+
+    if packed:
+        settings = config.with_(modules_to_not_convert=unconverted(model)).to_transformers_dict()
+    else:
+        settings = None
+
     inner = body_directory(origin).relative_to(origin) if origin is not None else Path()
 
     with complete_directory(directory, origin) as work:
@@ -142,7 +143,9 @@ def without_second_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[s
 
 
 def tensors_on_disk(
-    model: Any, tensors: dict[str, Tensor], names: dict[str, bool]
+    model: Any,
+    tensors: dict[str, Tensor],
+    names: dict[str, bool],
 ) -> dict[str, Tensor]:
     """A part of a model's tensors as save_pretrained would write them.
 
@@ -169,7 +172,8 @@ def _is_quantized(origin: Path | None) -> bool:
 def _config_of(model: Any, settings: dict[str, Any] | None) -> Iterator[None]:
     """Shows `settings` as the model's quantization_config while it is saved, and puts back what was
     there."""
-    config, quantizer = model.config, model.__dict__.pop("hf_quantizer", None)
+    config = model.config
+    quantizer = model.__dict__.pop("hf_quantizer", None)
     had = config.__dict__.pop("quantization_config", None)
     if settings is not None:
         config.quantization_config = settings

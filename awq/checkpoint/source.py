@@ -96,11 +96,9 @@ class Source:
     @cached_property
     def headers(self) -> dict[str, dict[str, Any]]:
         """Tensor name → {dtype, shape, file}; empty while a hub model is not in the cache."""
-        return (
-            tensor_headers(weight_files(body_directory(self.directory)))
-            if self.directory is not None
-            else {}
-        )
+        if self.directory is not None:
+            return tensor_headers(weight_files(body_directory(self.directory)))
+        return {}
 
     @cached_property
     def packed(self) -> PackedTensors:
@@ -168,7 +166,10 @@ def check_reachable(name: str | Path, download: dict[str, Any] | None = None) ->
 
 
 def _read_config(
-    name: str | Path, directory: Path | None, trust_remote_code: bool, download: dict[str, Any]
+    name: str | Path,
+    directory: Path | None,
+    trust_remote_code: bool,
+    download: dict[str, Any],
 ) -> Any:
     place: Any = name
     others = dict(download)

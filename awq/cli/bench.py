@@ -46,11 +46,9 @@ def run(arguments: argparse.Namespace) -> None:
         for batch in arguments.batch_sizes
         for prompt, new in lengths
     ]
-    device, read, bandwidth = (
-        str(model.device),
-        weight_bytes(model.model),
-        read_bandwidth(model.device),
-    )
+    device = str(model.device)
+    read = weight_bytes(model.model)
+    bandwidth = read_bandwidth(model.device)
     result = {
         "model": arguments.model,
         "device": device,

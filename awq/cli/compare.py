@@ -39,6 +39,7 @@ def _for_people(arguments: argparse.Namespace, found: dict[str, Any]) -> str:
     if found["losses"] is not None:
         lines.append(_losses(*found["losses"]))
     lines += _moved(found["differing_weights"])
+
     return "\n".join(lines)
 
 

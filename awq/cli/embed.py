@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.json,
             f"{len(texts)} embeddings of {vectors.shape[1]} features written to {output}",
         )
+
         return
 
     similarity = (vectors @ vectors.t()).tolist()

@@ -33,11 +33,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     lines = ["| blocks | linears that read one tensor | fold |", "|---|---|---|"]
     for row in rows.values():
-        blocks = (
-            row["blocks"][0]
-            if len(row["blocks"]) == 1
-            else f"{row['blocks'][0]} … {row['blocks'][-1]} ({len(row['blocks'])})"
-        )
+        if len(row["blocks"]) == 1:
+            blocks = row["blocks"][0]
+        else:
+            blocks = f"{row['blocks'][0]} … {row['blocks'][-1]} ({len(row['blocks'])})"
         lines.append(
             f"| {blocks} | {', '.join(row['linears'])} | {row['fold'] or '— ' + row['reason']} |"
         )

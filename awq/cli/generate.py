@@ -36,11 +36,11 @@ def run(arguments: argparse.Namespace) -> None:
         prompt = apply_chat_template(tokenizer, chat, tokenize=False, add_generation_prompt=True)
 
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    streamer = (
-        None
-        if arguments.json
-        else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    )
+    if arguments.json:
+        streamer = None
+    else:
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
     out = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
     if arguments.json:
         new = out[0, inputs["input_ids"].shape[1] :]

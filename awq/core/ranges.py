@@ -28,7 +28,11 @@ def block_diagonal(gram: Tensor, group_size: int) -> Tensor:
 
 
 def search_range(
-    weight: Tensor, gram: Tensor, group_size: int, bits: int = 4, zero_point: bool = True
+    weight: Tensor,
+    gram: Tensor,
+    group_size: int,
+    bits: int = 4,
+    zero_point: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero [out, groups] (float32) that minimise Δ_g G_gg Δ_gᵀ over the shrink grid; the
     full range is a candidate.
@@ -47,11 +51,17 @@ def search_range(
     parts = [
         _search_rows(part, blocks, group_size, bits, zero_point) for part in weight.split(rows)
     ]
+
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
 def _range_of(
-    weight: Tensor, best: Tensor, shrink: Tensor, group_size: int, bits: int, zero_point: bool
+    weight: Tensor,
+    best: Tensor,
+    shrink: Tensor,
+    group_size: int,
+    bits: int,
+    zero_point: bool,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero of the candidates `best` [out, groups]: high factor · len(SHRINK) + low
     factor, or one for both."""
@@ -61,22 +71,32 @@ def _range_of(
 
 
 def _search_rows(
-    weight: Tensor, blocks: Tensor, size: int, bits: int, zero_point: bool
+    weight: Tensor,
+    blocks: Tensor,
+    size: int,
+    bits: int,
+    zero_point: bool,
 ) -> tuple[Tensor, Tensor]:
     low, high = group_range(weight, size, zero_point)
     # [groups, rows, size]: one batched product per candidate
     groups = grouped(weight, size).transpose(0, 1).contiguous()
-    best_loss, best_scale, best_zero = None, low, low
+    best_loss = None
+    best_scale = low
+    best_zero = low
+
     for high_factor in SHRINK:
         for low_factor in SHRINK if zero_point else (high_factor,):
             scale, zero = scale_and_zero(low * low_factor, high * high_factor, bits, zero_point)
-            s, z = scale.t().unsqueeze(-1), zero.t().unsqueeze(-1)
+            s = scale.t().unsqueeze(-1)
+            z = zero.t().unsqueeze(-1)
             delta = (
                 (groups / s).round_().add_(z).clamp_(0, 2**bits - 1).sub_(z).mul_(s).sub_(groups)
             )
             loss = torch.bmm(delta, blocks).mul_(delta).sum(-1).t()
             if best_loss is None:
-                best_loss, best_scale, best_zero = loss, scale, zero
+                best_loss = loss
+                best_scale = scale
+                best_zero = zero
                 continue
 
             better = loss < best_loss

@@ -107,7 +107,8 @@ def _factorize(panels: Panels) -> bool:
     failures = []
     for number, panel in enumerate(panels):
         width = panel.shape[1]
-        own, below = panel[:width], panel[width:]
+        own = panel[:width]
+        below = panel[width:]
         root, failed = torch.linalg.cholesky_ex(own)
         own.copy_(root)
         failures.append(failed)
@@ -129,7 +130,8 @@ def _invert(panels: Panels) -> None:
     for number in reversed(range(len(panels))):
         panel = panels[number]
         width = panel.shape[1]
-        own, below = panel[:width], panel[width:]
+        own = panel[:width]
+        below = panel[width:]
         identity = torch.eye(width, dtype=panel.dtype, device=panel.device)
         inverse = torch.linalg.solve_triangular(own, identity, upper=False)
         product = below @ inverse  # B A⁻¹
@@ -144,7 +146,12 @@ def _invert(panels: Panels) -> None:
 
 
 def round_with_feedback(
-    weight: Tensor, order: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bits: int = 4
+    weight: Tensor,
+    order: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int = 4,
 ) -> QuantizedWeight:
     """Codes for weight [out, in] under scale and zero [out, groups]; `order` and `factor` come from
     `feedback_factor`.
@@ -154,7 +161,8 @@ def round_with_feedback(
     out, width = weight.shape
     group_of = (order // (width // scale.shape[1])).to(torch.int32)
     rest = weight.float()[:, order].t().contiguous()  # [in, out]: a column is a contiguous row here
-    scales, zeros = scale.t().contiguous(), zero.t().contiguous()
+    scales = scale.t().contiguous()
+    zeros = zero.t().contiguous()
     codes = torch.empty(width, out, dtype=torch.uint8, device=weight.device)
     errors = torch.empty(BLOCK, out, device=weight.device)
     step = operator("round_block", weight.device, torch.float32) or _round_block
@@ -167,6 +175,7 @@ def round_with_feedback(
 
     natural = torch.empty_like(codes)
     natural[order] = codes
+
     return QuantizedWeight(natural.t().contiguous(), scale.half(), zero.to(torch.uint8), bits)
 
 
@@ -184,9 +193,12 @@ def _round_block(
 ) -> None:
     """Rounds columns start … stop of `rest` [in, out] one after the other; fills their rows of
     codes [in, out], and errors."""
-    block, u = rest[start:stop], factor[start:stop, start:stop]
-    s, z = scales[group_of[start:stop]], zeros[group_of[start:stop]]
+    block = rest[start:stop]
+    u = factor[start:stop, start:stop]
+    s = scales[group_of[start:stop]]
+    z = zeros[group_of[start:stop]]
     diagonal = u.diagonal().tolist()
+
     for c in range(stop - start):
         code = (block[c] / s[c]).round_().add_(z[c]).clamp_(0, top)
         codes[start + c] = code

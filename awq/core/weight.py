@@ -39,9 +39,11 @@ class QuantizedWeight(NamedTuple):
     def steps(self) -> Tensor:
         """codes − zeros [out, in], in units of the scale: int8, or int16 for 8 bits."""
         if self.bits < 8:  # seen as bytes with a sign, without a copy
-            codes, zeros = self.codes.view(torch.int8), self.zeros.view(torch.int8)
+            codes = self.codes.view(torch.int8)
+            zeros = self.zeros.view(torch.int8)
         else:
-            codes, zeros = self.codes.to(torch.int16), self.zeros.to(torch.int16)
+            codes = self.codes.to(torch.int16)
+            zeros = self.zeros.to(torch.int16)
         return (codes.view(*zeros.shape, -1) - zeros.unsqueeze(-1)).view(codes.shape)
 
 
@@ -72,7 +74,10 @@ def group_range(weight: Tensor, group_size: int, zero_point: bool = True) -> tup
 
 
 def scale_and_zero(
-    low: Tensor, high: Tensor, bits: int = 4, zero_point: bool = True
+    low: Tensor,
+    high: Tensor,
+    bits: int = 4,
+    zero_point: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point (float32, same shape) of a range; arXiv 2306.00978 §3 and AutoAWQ's
     pseudo_quantize_tensor.
@@ -98,7 +103,10 @@ def quantize_nearest(weight: Tensor, scale: Tensor, zero: Tensor, bits: int = 4)
 
 
 def round_to_nearest(
-    weight: Tensor, group_size: int, bits: int = 4, zero_point: bool = True
+    weight: Tensor,
+    group_size: int,
+    bits: int = 4,
+    zero_point: bool = True,
 ) -> QuantizedWeight:
     """Min/max group quantization of a weight [out, in] (any float dtype), the baseline of every
     comparison.

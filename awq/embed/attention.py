@@ -99,7 +99,9 @@ def _as_table(pair: Rotary) -> Rotary:
     cos, sin = (table.float().reshape(-1, table.shape[-1]) for table in pair)
     pairs = cos.shape[-1] // 2
     if torch.equal(cos[:, :pairs], cos[:, pairs:]):  # every frequency is given twice
-        cos, sin = cos[:, :pairs], sin[:, :pairs]
+        cos = cos[:, :pairs]
+        sin = sin[:, :pairs]
+
     return cos.contiguous(), sin.contiguous()
 
 
@@ -256,6 +258,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, way: _Way, relative: Tensor | None)
 
     scores = scores.masked_fill(_hidden(distance, way.sight), float("-inf"))
     context = scores.softmax(-1) @ v
+
     return context.transpose(0, 1).flatten(1)
 
 

@@ -138,6 +138,7 @@ class CompiledForward:
 
         ids = inputs.get("input_ids")
         mask = inputs.get("attention_mask")
+
         return _request(ids, mask, inputs.get("token_type_ids"))
 
     def _is_for_reading(self) -> bool:

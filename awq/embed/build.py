@@ -38,6 +38,7 @@ def build_image(plan: EncoderPlan, pooling: str, normalize: bool, precision: str
     spec = _spec(plan, pooling, normalize, PLANES[precision])
     words = plan.words.detach().contiguous()
     weights = _Weights(plan, spec)
+
     return Image(
         spec=spec,
         job=tuple(JOB.fields),
@@ -69,6 +70,7 @@ def _code(dtype: torch.dtype, spec: EncoderSpec) -> bytes:
 
     code = engine.object_code(emit_encoder, dtype, target, spec)
     store.save(name, code)
+
     return code
 
 
@@ -222,7 +224,8 @@ class _Weights:
         self.memory = self._memory.settle()
 
     def _layer(self, plan: EncoderPlan, spec: EncoderSpec, i: int) -> dict[str, int]:
-        block, is_last = plan.blocks[i], i + 1 == len(plan.blocks)
+        block = plan.blocks[i]
+        is_last = i + 1 == len(plan.blocks)
         fields: dict[str, int] = {}
         self._linear(fields, "qkv", block.attention.qkv)
         self._linear(fields, "o", (block.o,))
@@ -249,8 +252,10 @@ class _Weights:
 
     def _attention(self, attention: AttentionPlan) -> dict[str, int]:
         cos, sin = attention.rotary or (None, None)
-        q_norm, k_norm = attention.q_norm, attention.k_norm
+        q_norm = attention.q_norm
+        k_norm = attention.k_norm
         add = self._memory.add
+
         return dict(
             cos=add(cos),
             sin=add(sin),

@@ -36,7 +36,11 @@ class CompiledEncoder:
     """Embeddings [texts, hidden] of token ids, packed one text after the other."""
 
     def __init__(
-        self, plan: EncoderPlan, pooling: str, normalize: bool, precision: str = "exact"
+        self,
+        plan: EncoderPlan,
+        pooling: str,
+        normalize: bool,
+        precision: str = "exact",
     ) -> None:
         self.plan = plan
         self.runner = Runner(build_image(plan, pooling, normalize, precision))

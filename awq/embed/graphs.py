@@ -55,7 +55,11 @@ class _ByShapeAlone(NothingFromTheHost):
         return self
 
     def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        self,
+        function: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
     ) -> Any:
         if function is Tensor.__bool__ and args[0].is_cuda:
             return False  # not all of them are ones
@@ -123,7 +127,8 @@ class EncoderGraphs:
         self.__init__(state["encoder"])  # type: ignore[misc]
 
     def _forget(self, tensors: list[Tensor]) -> None:
-        self.tensors, self.addresses = tensors, [t.data_ptr() for t in tensors]
+        self.tensors = tensors
+        self.addresses = [t.data_ptr() for t in tensors]
         self.most_tokens = 0.0  # of a batch that may have a graph
         self.reason: str | None = None  # why there are no graphs
         self.seen: set[tuple] = set()
@@ -181,7 +186,11 @@ class EncoderGraphs:
             return expected
 
     def _capture(
-        self, key: tuple, inputs: dict[str, Tensor], prompt_tokens: int, expected: Tensor
+        self,
+        key: tuple,
+        inputs: dict[str, Tensor],
+        prompt_tokens: int,
+        expected: Tensor,
     ) -> None:
         try:
             self.stream = self.stream or torch.cuda.Stream(expected.device)
@@ -208,6 +217,7 @@ class EncoderGraphs:
         texts, tokens = inputs["input_ids"].shape
         row = torch.arange(rows).clamp(max=texts - 1)
         fill = self.encoder.padding
+
         return {
             name: F.pad(value[row], (0, length - tokens), value=fill.get(name, 0))
             for name, value in inputs.items()
@@ -229,7 +239,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 def _tensors(root: nn.Module) -> list[Tensor]:
     """Parameters and buffers; `nn.Module.parameters` takes ten times as long."""
-    found, modules = [], [root]
+    found = []
+    modules = [root]
     while modules:
         module = modules.pop()
         found += [
@@ -239,4 +250,5 @@ def _tensors(root: nn.Module) -> list[Tensor]:
             if t is not None
         ]
         modules += [m for m in module._modules.values() if m is not None]
+
     return found

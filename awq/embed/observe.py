@@ -90,7 +90,8 @@ def _read_around(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
 def _noted(events: list[Event]) -> Callable[[Call], None]:
     def note(call: Call) -> None:
         if call.args and isinstance(call.output, Tensor):
-            x, y = call.args[0].detach().clone(), call.output.detach().clone()
+            x = call.args[0].detach().clone()
+            y = call.output.detach().clone()
             events.append(Event(call.module, x, y))
 
     return note
@@ -109,7 +110,8 @@ def distance(a: Tensor, b: Tensor) -> float:
     """‖a − b‖ / ‖b‖; infinite where the shapes differ."""
     if a.shape != b.shape:
         return float("inf")
-    a, b = a.detach().double(), b.detach().double()
+    a = a.detach().double()
+    b = b.detach().double()
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
@@ -124,7 +126,8 @@ def norm_of(event: Event) -> Norm:
     if norm is None or not near(apply_norm(event.x.float(), norm), event.y):
         raise NotReadable(f"{type(event.module).__name__} is neither LayerNorm nor RMSNorm")
 
-    width, device = event.x.shape[-1], event.x.device
+    width = event.x.shape[-1]
+    device = event.x.device
     if norm.weight is None:
         norm = replace(norm, weight=torch.ones(width, device=device))
     if norm.bias is None:
@@ -137,6 +140,7 @@ def norm_of(event: Event) -> Norm:
 def _norm_in_float32(event: Event) -> Norm | None:
     """Read off a float32 copy, on what was watched and moved away from a mean of zero, where
     LayerNorm and RMSNorm are one."""
-    module, x = float_copy(event.module), event.x.float()
+    module = float_copy(event.module)
+    x = event.x.float()
     x = x + x.std()
     return read_norm(module, x, module(x))

@@ -31,7 +31,11 @@ logger = logging.getLogger("awq.embed")
 
 
 def try_to_compile(
-    who: str, model: nn.Module, pooling: tuple[str, ...], normalize: bool, precision: str
+    who: str,
+    model: nn.Module,
+    pooling: tuple[str, ...],
+    normalize: bool,
+    precision: str,
 ) -> tuple[CompiledEncoder | None, CompiledState]:
     """`compile_encoder`, or None and why torch goes on to run `who`."""
     try:
@@ -56,7 +60,10 @@ def level_of_fallback(model: nn.Module) -> int:
 
 
 def compile_encoder(
-    model: Any, pooling: str, normalize: bool, precision: str = "exact"
+    model: Any,
+    pooling: str,
+    normalize: bool,
+    precision: str = "exact",
 ) -> CompiledEncoder:
     """Reads, builds and proves. Raises NotReadable with the reason, ImportError without
     llvmlite."""

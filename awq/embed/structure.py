@@ -125,7 +125,8 @@ def read_encoder(model: Any) -> EncoderPlan:
         generator=generator,
     )
     seen = observe(twin, list(lists[0][1]), ids)
-    first, last = seen.blocks[0], seen.blocks[-1]
+    first = seen.blocks[0]
+    last = seen.blocks[-1]
     tables = read_tables(words, seen.around, first.given, PROBE_TOKENS)
     longest = min(getattr(model.config, "max_position_embeddings", None) or 512, MAX_TOKENS)
     if tables.positions is not None:
@@ -163,7 +164,10 @@ def read_encoder(model: Any) -> EncoderPlan:
 
 
 def _surroundings(
-    model: Any, lists: list[BlockList], ids: Tensor, longest: int
+    model: Any,
+    lists: list[BlockList],
+    ids: Tensor,
+    longest: int,
 ) -> list[Surroundings]:
     """What each block is given at the full length; equal rotary tables are one tensor."""
     repeats = -(-longest // PROBE_TOKENS)
@@ -233,7 +237,10 @@ def _head_norms(calls: BlockEvents, linears: _Linears) -> list[Event]:
 
 
 def _read_block(
-    calls: BlockEvents, linears: _Linears, form: _Form, attention: AttentionPlan
+    calls: BlockEvents,
+    linears: _Linears,
+    form: _Form,
+    attention: AttentionPlan,
 ) -> BlockPlan:
     up = [linears.up[i] for i in form.order]
     of_heads = _head_norms(calls, linears)
@@ -294,7 +301,8 @@ def _is_one_of(x: Tensor, tensors: list[Tensor]) -> bool:
 def _come_last(norms: list[Event], calls: BlockEvents, linears: _Linears) -> bool:
     """Whether both norms read a residual sum, and the second makes the block's output."""
     one, two = norms
-    given, made = calls.given, calls.made
+    given = calls.given
+    made = calls.made
     first_sum = given + linears.o.y
     second_sum = one.y + linears.down.y
 
@@ -308,7 +316,10 @@ def _come_last(norms: list[Event], calls: BlockEvents, linears: _Linears) -> boo
 
 
 def _come_first(
-    norms: list[Event], calls: BlockEvents, linears: _Linears, branches: list[Tensor]
+    norms: list[Event],
+    calls: BlockEvents,
+    linears: _Linears,
+    branches: list[Tensor],
 ) -> bool:
     """Whether the norms make what attention and MLP read, that of attention if there is one.
 
@@ -326,6 +337,7 @@ def _come_first(
 
     first_sum = calls.given + branches[0]
     second_sum = two.x + branches[1]
+
     return (
         torch.equal(linears.attention[0].x, read)
         and torch.equal(linears.up[0].x, two.y)

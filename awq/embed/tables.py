@@ -47,7 +47,8 @@ def read_tables(words: nn.Module, events: list[Event], given: Tensor, tokens: in
         table = module.weight.detach().float()
         rows = event.x.reshape(-1)[-tokens:]
         if len(rows) == tokens and torch.equal(rows - rows[0], torch.arange(tokens)):
-            positions, offset = table, int(rows[0])
+            positions = table
+            offset = int(rows[0])
         elif not rows.any():
             types = table
         else:

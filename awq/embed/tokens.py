@@ -22,7 +22,9 @@ class QuickTokens:
     `tokenizer.json`."""
 
     def __init__(self, definition: str, longest: int, side: str, has_types: bool) -> None:
-        self.definition, self.side, self.has_types = definition, side, has_types
+        self.definition = definition
+        self.side = side
+        self.has_types = has_types
         self._longest = longest
         self._tokens = TextTokens(definition, longest, side)
 

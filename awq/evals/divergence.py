@@ -135,7 +135,9 @@ def token_divergence(reference: Tensor, found: Tensor) -> Tensor:
 
 
 def bootstrap_interval(
-    values: Tensor, seed: int = 0, block: int = BLOCK_TOKENS
+    values: Tensor,
+    seed: int = 0,
+    block: int = BLOCK_TOKENS,
 ) -> tuple[float, float]:
     """95 % interval of the mean of `values` [tokens], resampling blocks of neighbours.
 
@@ -206,7 +208,8 @@ def _compare(before: Tensor, after: Tensor, wanted: Tensor) -> Tensor:
     rows = []
     for start in range(0, len(before), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
-        first, second = before[part].float(), after[part].float()
+        first = before[part].float()
+        second = after[part].float()
         rows.append(
             torch.stack(
                 [

@@ -14,7 +14,10 @@ LARGEST_EXPONENT = 700  # float64 ends at exp(709)
 
 @torch.no_grad()
 def token_losses(
-    model: Any, input_ids: Tensor, window: int = 2048, limit: int | None = None
+    model: Any,
+    input_ids: Tensor,
+    window: int = 2048,
+    limit: int | None = None,
 ) -> Tensor:
     """Negative log likelihood of every predicted token in nats, float32 [predicted] on the CPU.
 
@@ -39,7 +42,10 @@ def token_losses(
 
 
 def perplexity(
-    model: Any, input_ids: Tensor, window: int = 2048, limit: int | None = None
+    model: Any,
+    input_ids: Tensor,
+    window: int = 2048,
+    limit: int | None = None,
 ) -> float:
     """exp of the mean negative log likelihood (nats) of every predicted token.
 

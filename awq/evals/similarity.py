@@ -26,7 +26,10 @@ class Embedder(Protocol):
 
 
 def embeddings_of(
-    model: Embedder, texts: Sequence[str], batch_size: int = 32, **kwargs: Any
+    model: Embedder,
+    texts: Sequence[str],
+    batch_size: int = 32,
+    **kwargs: Any,
 ) -> Tensor:
     """float32 [texts, features] on the CPU from any `encode`; kwargs (prompt_name …) go to it."""
     if not texts:
@@ -81,6 +84,7 @@ def neighbour_overlap(before: Tensor, after: Tensor, k: int = 10) -> float:
 
     k = min(k, count - 1)
     first, second = (_nearest(e, e, k, leave_out_self=True) for e in (before, after))
+
     return float((first.unsqueeze(2) == second.unsqueeze(1)).any(2).double().mean())
 
 
@@ -180,7 +184,8 @@ def judge(
     cosine = F.cosine_similarity(before.float(), after.float(), dim=-1)
     figures: dict[str, float] = {}
     if pairs is not None:
-        scores, count = list(pairs[0]), len(pairs[0])
+        scores = list(pairs[0])
+        count = len(pairs[0])
         if len(before) != 2 * count:
             raise ValueError(
                 f"{len(before)} embeddings for {count} pairs; embed the first sentences, then the "

@@ -41,7 +41,12 @@ class Speed:
 
 
 def generation_speed(
-    model: Any, batch: int = 1, prompt: int = 64, new: int = 64, repeats: int = 3, **kwargs: Any
+    model: Any,
+    batch: int = 1,
+    prompt: int = 64,
+    new: int = 64,
+    repeats: int = 3,
+    **kwargs: Any,
 ) -> Speed:
     """Times `model.generate` on prompts of random tokens. kwargs are passed on to it. new: at least
     2."""
@@ -102,9 +107,11 @@ def weight_bytes(model: Any) -> int:
         if isinstance(module, (WQLinear, ExpertStack)):
             tensors += module.buffers()
 
-    head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    table = model.get_input_embeddings().weight
     if head is None or getattr(head, "weight", None) is not table:
         tensors = [tensor for tensor in tensors if tensor is not table]
+
     # what stands under two names is read once
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 

@@ -59,7 +59,9 @@ def language_model_scores(
 
 
 def embedding_scores(
-    model: str | Path, tasks: Sequence[str], device: str | None = None
+    model: str | Path,
+    tasks: Sequence[str],
+    device: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Task → {"main_score": value}, by `mteb.evaluate` through SentenceTransformer.
 
@@ -88,6 +90,7 @@ def embedding_scores(
     encoder = SentenceTransformer(str(model), device=device)
     # No cache: MTEB's goes by a model's name, and local directories share one.
     found = mteb.evaluate(encoder, chosen, cache=None, show_progress_bar=False)
+
     return {
         result.task_name: {"main_score": float(result.get_score())} for result in found.task_results
     }

@@ -39,7 +39,8 @@ class Fold:
 
         size = max(1, int(self.rows.max()) + 1)
         rows = self.rows.to(scale.device)
-        known, rows = rows >= 0, rows.clamp(min=0)
+        known = rows >= 0
+        rows = rows.clamp(min=0)
 
         # Fixed point: a GPU adds in any order, and only sums of integers are the same in each.
         logs = torch.where(known, scale.double().log() * _UNIT, 0).round().long()
@@ -89,7 +90,8 @@ def apply_fold(block: nn.Module, fold: Fold, scale: Tensor) -> None:
         _divide(producer, scale, plus_one=fold.kind == "norm_plus_one")
         return
 
-    weight, divisor = get_weight(producer), row_divisor(block, fold, scale)
+    weight = get_weight(producer)
+    divisor = row_divisor(block, fold, scale)
     weight.div_(divisor.to(weight).unsqueeze(1))
     if getattr(producer, "bias", None) is not None:
         producer.bias.div_(divisor.to(producer.bias))
@@ -105,6 +107,7 @@ def row_divisor(block: nn.Module, fold: Fold, scale: Tensor) -> Tensor:
         device=scale.device,
     )
     divisor[rows[rows >= 0]] = scale[rows >= 0]
+
     return divisor
 
 

@@ -140,7 +140,10 @@ def holds(
 
 
 def _random_scale(
-    fold: Fold, in_features: int, generator: torch.Generator, device: torch.device
+    fold: Fold,
+    in_features: int,
+    generator: torch.Generator,
+    device: torch.device,
 ) -> Tensor:
     spread = HIGHEST_SCALE - LOWEST_SCALE
     scale = torch.rand(in_features, generator=generator) * spread + LOWEST_SCALE
@@ -164,7 +167,8 @@ def prove(
         return list(groups)
 
     generator = generator or torch.Generator().manual_seed(0)
-    probe, calls = float_copy(block), float_calls(calls)
+    probe = float_copy(block)
+    calls = float_calls(calls)
     if holds(probe, groups, calls, generator) <= TOLERANCE:
         return list(groups)
 

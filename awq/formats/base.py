@@ -55,7 +55,11 @@ class Format:
         )
 
     def unpack(
-        self, tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int
+        self,
+        tensors: Mapping[str, Tensor],
+        in_features: int,
+        out_features: int,
+        group_size: int,
     ) -> QuantizedWeight:
         """Inverse of `pack`: exact, tensor for tensor."""
         return self.decode(tensors, in_features, out_features, group_size)

@@ -43,9 +43,13 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def _decode(
-    tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int
+    tensors: Mapping[str, Tensor],
+    in_features: int,
+    out_features: int,
+    group_size: int,
 ) -> QuantizedWeight:
-    codes, zeros = _unpack_columns(tensors["qweight"]), _unpack_columns(tensors["qzeros"])
+    codes = _unpack_columns(tensors["qweight"])
+    zeros = _unpack_columns(tensors["qzeros"])
     return QuantizedWeight(codes, transposed(tensors["scales"]), zeros)
 
 
@@ -59,7 +63,9 @@ def _shapes(in_features: int, out_features: int, group_size: int) -> Shapes:
 
 
 def _reason(in_features: int, out_features: int, group_size: int) -> str | None:
-    return f"out_features {out_features} is not a multiple of 8" if out_features % 8 else None
+    if out_features % 8:
+        return f"out_features {out_features} is not a multiple of 8"
+    return None
 
 
 def _features(rows: int, columns: int) -> tuple[int, int]:

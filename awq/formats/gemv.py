@@ -34,7 +34,10 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def _decode(
-    tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int
+    tensors: Mapping[str, Tensor],
+    in_features: int,
+    out_features: int,
+    group_size: int,
 ) -> QuantizedWeight:
     groups = in_features // group_size
     zeros = unpack_words(tensors["qzeros"])[:, :groups].contiguous()
@@ -53,7 +56,9 @@ def _shapes(in_features: int, out_features: int, group_size: int) -> Shapes:
 
 
 def _reason(in_features: int, out_features: int, group_size: int) -> str | None:
-    return f"in_features {in_features} is not a multiple of 8" if in_features % 8 else None
+    if in_features % 8:
+        return f"in_features {in_features} is not a multiple of 8"
+    return None
 
 
 def _features(rows: int, columns: int) -> tuple[int, int]:

@@ -77,7 +77,10 @@ def zeros_are_whole(scales: Tensor, qzeros: Tensor) -> bool:
 
 
 def _decode(
-    tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int
+    tensors: Mapping[str, Tensor],
+    in_features: int,
+    out_features: int,
+    group_size: int,
 ) -> QuantizedWeight:
     groups = in_features // group_size
     scales = transposed(tensors["scales"][:groups])
@@ -101,11 +104,9 @@ def _shapes(in_features: int, out_features: int, group_size: int) -> Shapes:
 def _reason(in_features: int, out_features: int, group_size: int) -> str | None:
     if out_features % _ROWS:
         return f"out_features {out_features} is not a multiple of {_ROWS}"
-    return (
-        f"in_features {in_features} is not a multiple of {_STRIDE}"
-        if in_features % _STRIDE
-        else None
-    )
+    if in_features % _STRIDE:
+        return f"in_features {in_features} is not a multiple of {_STRIDE}"
+    return None
 
 
 def _features(rows: int, columns: int) -> tuple[int, int]:

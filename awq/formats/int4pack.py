@@ -60,7 +60,10 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def _decode(
-    tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int
+    tensors: Mapping[str, Tensor],
+    in_features: int,
+    out_features: int,
+    group_size: int,
 ) -> QuantizedWeight:
     order = row_order()
     # [block, in, B] in torch's order
@@ -76,7 +79,8 @@ def _decode(
 
 
 def _shapes(in_features: int, out_features: int, group_size: int) -> Shapes:
-    groups, outputs = in_features // group_size, -(-out_features // ROWS) * ROWS
+    groups = in_features // group_size
+    outputs = -(-out_features // ROWS) * ROWS
     return {
         "qweight": ((outputs, in_features // 2), torch.uint8),
         "qzeros": ((groups, outputs), torch.int32),

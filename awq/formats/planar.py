@@ -49,7 +49,10 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def _decode(
-    tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int
+    tensors: Mapping[str, Tensor],
+    in_features: int,
+    out_features: int,
+    group_size: int,
 ) -> QuantizedWeight:
     words = tensors["qweight"][:, :out_features].contiguous()
     data = words.view(torch.uint8).view(*words.shape, 2).permute(1, 0, 3, 2)  # [out, t, byte, i]

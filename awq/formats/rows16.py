@@ -43,6 +43,7 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
     # four bytes at a time: [n, row, k, half]
     words = codes.view(torch.int32).unflatten(0, (-1, ROWS)).unflatten(2, (-1, 2))
     data = (words[..., 0] | (words[..., 1] << 4)).transpose(1, 2).contiguous()
+
     return {
         "qweight": data.view(torch.uint8),
         "qzeros": _blocks(weight.zeros),
@@ -51,18 +52,23 @@ def _encode(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def _decode(
-    tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int
+    tensors: Mapping[str, Tensor],
+    in_features: int,
+    out_features: int,
+    group_size: int,
 ) -> QuantizedWeight:
     data = tensors["qweight"].view(torch.int32).transpose(1, 2)  # [n, row, k]
     words = torch.stack((data & 0x0F0F0F0F, (data >> 4) & 0x0F0F0F0F), 3)
     codes = words.view(torch.uint8).view(-1, in_features)[:out_features].contiguous()
+
     return QuantizedWeight(
         codes, _rows(tensors["scales"], out_features), _rows(tensors["qzeros"], out_features)
     )
 
 
 def _shapes(in_features: int, out_features: int, group_size: int) -> Shapes:
-    groups, blocks = in_features // group_size, -(-out_features // ROWS)
+    groups = in_features // group_size
+    blocks = -(-out_features // ROWS)
     return {
         "qweight": ((blocks, in_features // DEPTH, 64), torch.uint8),
         "qzeros": ((blocks, groups, ROWS), torch.uint8),
@@ -71,9 +77,9 @@ def _shapes(in_features: int, out_features: int, group_size: int) -> Shapes:
 
 
 def _reason(in_features: int, out_features: int, group_size: int) -> str | None:
-    return (
-        f"in_features {in_features} is not a multiple of {DEPTH}" if in_features % DEPTH else None
-    )
+    if in_features % DEPTH:
+        return f"in_features {in_features} is not a multiple of {DEPTH}"
+    return None
 
 
 ROWS16 = Format("rows16", _encode, _decode, _shapes, _reason)

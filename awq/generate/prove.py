@@ -76,6 +76,7 @@ def build_decoder(
         if quantize_head:
             decoder.head = quantized_head(plan.head)
         trim()
+
         return decoder
 
 
@@ -99,6 +100,7 @@ def _read_and_compute(model: Any, max_seq_len: int) -> tuple[DecoderPlan, Tensor
 
     ids = probe_ids(plan)
     twin = _twin(model)
+
     return plan, twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
 
@@ -221,7 +223,9 @@ def proven_plan(
 
 
 def plans_of(
-    around: ModelFrame, index: int, templates: Templates
+    around: ModelFrame,
+    index: int,
+    templates: Templates,
 ) -> Iterator[BlockPlan | NotFusable]:
     """Plans of one block, the fastest first, or reasons why there is none."""
     block = float_copy(around.blocks[index])
@@ -257,7 +261,9 @@ def _with_tables(plan: BlockPlan, around: ModelFrame, index: int, call: BlockCal
 
 
 def _whole_tables(
-    cos: Tensor, call: BlockCall, tables: dict[str, tuple[Tensor, Tensor]]
+    cos: Tensor,
+    call: BlockCall,
+    tables: dict[str, tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """(cos, sin) over all positions, of the columns that were recognized in the table of the first
     ones."""
@@ -351,7 +357,10 @@ def _places(start: int, max_seq_len: int, device: torch.device) -> Tensor:
 
 
 def _contribution(
-    fused: FusedBlock, hidden: Tensor, cache: LayerCache, where: Prompt | Step
+    fused: FusedBlock,
+    hidden: Tensor,
+    cache: LayerCache,
+    where: Prompt | Step,
 ) -> Tensor:
     try:
         x, branch = fused(hidden, None, cache, where)

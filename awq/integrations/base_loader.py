@@ -18,11 +18,9 @@ class BaseModelLoader(ABC):
         trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.model_name, self.model_path, self.trust_remote_code = (
-            model_name,
-            model_path,
-            trust_remote_code,
-        )
+        self.model_name = model_name
+        self.model_path = model_path
+        self.trust_remote_code = trust_remote_code
         self.options = kwargs
 
     @abstractmethod

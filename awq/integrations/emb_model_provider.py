@@ -74,7 +74,9 @@ class AutoAWQLoader(BaseModelLoader):
             trust_remote_code=trust_remote_code,
             **kwargs,
         )
-        self._source, self._trust, self._dtype = str(given), trust_remote_code, dtype
+        self._source = str(given)
+        self._trust = trust_remote_code
+        self._dtype = dtype
         self._hub = {
             k: kwargs[k]
             for k in ("cache_dir", "revision", "token", "local_files_only")
@@ -170,6 +172,7 @@ class AutoAWQLoader(BaseModelLoader):
             "vocab_size": config.vocab_size,
             "model_type": config.model_type,
         }
+
         return (
             info
             | sizes

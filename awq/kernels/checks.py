@@ -57,7 +57,11 @@ def check_input(x: Tensor, features: int, weight: Tensor, what: str = "x") -> No
 
 
 def check_weight(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, wanted: Weight, experts: int = 1
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    wanted: Weight,
+    experts: int = 1,
 ) -> None:
     """The packed tensors of a linear, or of a stack of `experts`, have the sizes that a backend
     reads.
@@ -100,7 +104,10 @@ def check_bias(bias: Tensor, size: tuple[int, ...], device: torch.device) -> Non
 
 
 def check_experts(
-    experts: Tensor, weights: Tensor | None, count: int | None, device: torch.device
+    experts: Tensor,
+    weights: Tensor | None,
+    count: int | None,
+    device: torch.device,
 ) -> None:
     """Numbers of experts 0 … count − 1 [tokens, top_k] and their weights. Raises ConfigError
     otherwise.

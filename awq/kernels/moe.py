@@ -139,7 +139,9 @@ def one_by_one(
         y[rows] = linear(inputs, expert_of(packed, number), None if bias is None else bias[number])
 
     y = y.view(tokens, top, packed.shape.out_features)
-    return y if weights is None else (y.float() * weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
+    if weights is None:
+        return y
+    return (y.float() * weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
 
 
 def _rows_by_expert(experts: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
@@ -182,7 +184,9 @@ def _moe_linear(
     own = getattr(backend, "moe_linear", None)
     y = None if own is None else own(x, packed, bias, experts, weights)
 
-    return one_by_one(x, packed, bias, experts, weights, backend.linear) if y is None else y
+    if y is None:
+        return one_by_one(x, packed, bias, experts, weights, backend.linear)
+    return y
 
 
 def _input_grad(

@@ -101,16 +101,18 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor):
     """Gradient of x (for LoRA on top of frozen weights) and of the bias; the packed weight has
     none."""
-    needs_x, needs_bias = (
-        ctx.needs_input_grad[0],
-        ctx.bias_dtype is not None and ctx.needs_input_grad[4],
-    )
-    grad_bias = (
-        grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype) if needs_bias else None
-    )
-    grad_x = (
-        torch.ops.awq.linear_input_grad(grad, *ctx.saved_tensors, *ctx.shape) if needs_x else None
-    )
+    needs_x = ctx.needs_input_grad[0]
+    needs_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[4]
+    if needs_bias:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype)
+    else:
+        grad_bias = None
+
+    if needs_x:
+        grad_x = torch.ops.awq.linear_input_grad(grad, *ctx.saved_tensors, *ctx.shape)
+    else:
+        grad_x = None
+
     return grad_x, None, None, None, grad_bias, None, None, None, None
 
 

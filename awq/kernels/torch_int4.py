@@ -60,7 +60,8 @@ def problem() -> str | None:
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """x [..., in] → [..., out] in x's dtype."""
-    shape, rows = packed.shape, x.reshape(-1, packed.shape.in_features)
+    shape = packed.shape
+    rows = x.reshape(-1, packed.shape.in_features)
     if x.dtype != torch.bfloat16:
         rows = rows.to(torch.bfloat16)
     if len(rows) < MANY:

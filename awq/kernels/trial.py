@@ -26,13 +26,15 @@ def trial_error(
     The weight has every code and zero point, an odd number of blocks of rows, and several groups.
     Not a number is infinite.
     """
-    generator, shape = torch.Generator().manual_seed(0), Shape(256, 72, 64)
+    generator = torch.Generator().manual_seed(0)
+    shape = Shape(256, 72, 64)
     codes = torch.randint(0, 16, (72, 256), generator=generator, dtype=torch.uint8)
     zeros = torch.randint(0, 16, (72, 4), generator=generator, dtype=torch.uint8)
     weight = QuantizedWeight(codes, (torch.rand(72, 4, generator=generator) + 0.1).half(), zeros)
     tensors = get_layout(layout).pack(weight)
     packed = Packed(tensors["qweight"], tensors["qzeros"], tensors["scales"], shape, layout)
-    dense, worst = weight.dequantize().double(), 0.0
+    dense = weight.dequantize().double()
+    worst = 0.0
 
     for count in tokens:
         x = torch.randn(count, 256, generator=generator).to(dtype)

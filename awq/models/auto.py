@@ -104,6 +104,7 @@ class AutoAWQForCausalLM:
             blocks.model, source.name, trust_remote_code=source.trust_remote_code
         )
         model._blocks = blocks
+
         return model
 
     @classmethod

@@ -64,8 +64,10 @@ class QuantizationPlan:
     def summary(self) -> str:
         """A few lines for a terminal."""
         left = f"{len(self.skipped)} left as they are" if self.skipped else "none left out"
-        before, after = self.bytes_before / _GB, self.bytes_after / _GB
+        before = self.bytes_before / _GB
+        after = self.bytes_after / _GB
         share = self.bytes_after / self.bytes_before
+
         return "\n".join(
             [
                 f"{len(self.linears)} linears to quantize, {left}",
@@ -79,8 +81,10 @@ class QuantizationPlan:
 
     def _needs(self) -> str:
         gpu = f", {self.gpu / _GB:.2f} GB of GPU memory" if self.gpu else ""
-        ram, disk = self.ram / _GB, self.disk / _GB
+        ram = self.ram / _GB
+        disk = self.disk / _GB
         duration = timedelta(seconds=round(self.seconds))
+
         return (
             f"streamed (--stream): {ram:.2f} GB of memory{gpu}, {disk:.2f} GB of disk, about "
             f"{duration} on this machine"
@@ -115,9 +119,11 @@ def plan_quantization(
     """
     place = None if output is None else check_target(output, source)
     opened = open_full_precision(source, trust_remote_code)
-    config = (
-        quant_config if isinstance(quant_config, AwqConfig) else AwqConfig.from_dict(quant_config)
-    )
+    if isinstance(quant_config, AwqConfig):
+        config = quant_config
+    else:
+        config = AwqConfig.from_dict(quant_config)
+
     door = AutoAWQForEmbedding if is_sentence_model(source) else AutoAWQForCausalLM
     blocks = StreamedBlocks(opened, None, torch_dtype, door._class_of(opened))
     check_exclusions(blocks.model, config.modules_to_not_convert)
@@ -134,7 +140,10 @@ def plan_quantization(
 
 @torch.no_grad()
 def _planned(
-    blocks: StreamedBlocks, config: AwqConfig, options: QuantizeOptions, tokens: int
+    blocks: StreamedBlocks,
+    config: AwqConfig,
+    options: QuantizeOptions,
+    tokens: int,
 ) -> QuantizationPlan:
     """The plan of a run that is started and not worked through."""
     model = blocks.model

@@ -58,6 +58,7 @@ class Image:
         }
         listed = json.dumps(head).encode()
         pieces = [len(listed).to_bytes(_LENGTH_BYTES, "little") + listed, *self._parts().values()]
+
         return b"".join(piece + bytes(-len(piece) % LINE) for piece in pieces)
 
     def _parts(self) -> dict[str, bytes]:
@@ -106,9 +107,12 @@ def large_pages(size: int) -> np.ndarray:
     them."""
     import ctypes
 
-    page, advice = 1 << 21, 14  # MADV_HUGEPAGE
+    # MADV_HUGEPAGE
+    page = 1 << 21
+    advice = 14
     memory = np.empty(size + 2 * page, np.uint8)
     start = -memory.ctypes.data % page
+
     try:
         place = ctypes.c_void_p(memory.ctypes.data + start)
         whole = ctypes.c_size_t(-(-size // page) * page)

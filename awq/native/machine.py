@@ -26,6 +26,7 @@ def binding() -> Any:
 
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
+
     return binding
 
 

@@ -70,7 +70,8 @@ def _quota_of(folder: Path) -> float:
     for names in QUOTA_FILES:
         try:
             words = [word for name in names for word in (folder / name).read_text().split()]
-            quota, period = int(words[0]), int(words[1])
+            quota = int(words[0])
+            period = int(words[1])
         except (OSError, ValueError, IndexError):  # no such file, or "max": no limit
             continue
         if quota > 0 and period > 0:

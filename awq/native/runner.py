@@ -49,7 +49,11 @@ class Runner:
         return self._pool.helpers
 
     def embeddings(
-        self, rows: Rows, types: Rows | None, prompt_tokens: int, helpers: int
+        self,
+        rows: Rows,
+        types: Rows | None,
+        prompt_tokens: int,
+        helpers: int,
     ) -> np.ndarray:
         """float32 [texts, hidden] of any number of texts."""
         parts = []
@@ -89,7 +93,11 @@ class Runner:
         return np.concatenate(parts)
 
     def _computed(
-        self, rows: Rows, types: Rows | None, prompt_tokens: int, helpers: int | None
+        self,
+        rows: Rows,
+        types: Rows | None,
+        prompt_tokens: int,
+        helpers: int | None,
     ) -> tuple[np.ndarray, _Call]:
         """Embeddings, and the call whose memory holds the rest."""
         lengths = [len(row) for row in rows]
@@ -126,14 +134,16 @@ class Runner:
         self._forward(call.address, 0)
 
     def _check(self, rows: Rows, lengths: list[int]) -> None:
-        shortest, longest = min(lengths), max(lengths)
+        shortest = min(lengths)
+        longest = max(lengths)
         if shortest == 0 or longest > self.image.longest:
             raise ValueError(
                 f"texts have {shortest} to {longest} tokens; 1 to {self.image.longest} are "
                 "possible."
             )
 
-        least, most = min(map(min, rows)), max(map(max, rows))
+        least = min(map(min, rows))
+        most = max(map(max, rows))
         if least < 0 or most >= self.image.vocabulary:
             raise ValueError(
                 f"token ids are {least} to {most}; the table has {self.image.vocabulary} words."
@@ -167,11 +177,13 @@ class Runner:
 def packs(lengths: list[int]) -> list[tuple[int, int]]:
     """(start, stop) of texts that go together: up to so many tokens, at least one text."""
     found = []
-    start, tokens = 0, 0
+    start = 0
+    tokens = 0
     for i, length in enumerate(lengths):
         if i > start and tokens + length > MAX_PACKED_TOKENS:
             found.append((start, i))
-            start, tokens = i, 0
+            start = i
+            tokens = 0
         tokens += length
 
     return [*found, (start, len(lengths))]
@@ -198,7 +210,9 @@ class _Call:
     """What one call of the program is given, and the memory it writes; kept for the next call."""
 
     def __init__(self, spec: EncoderSpec, index: dict[str, int], job: np.ndarray) -> None:
-        self._spec, self._index, self._job = spec, index, job
+        self._spec = spec
+        self._index = index
+        self._job = job
         self._memory = np.empty(0, np.uint8)
         self._shape: tuple[int, ...] = ()
         self._parts: dict[str, int] = {}
@@ -238,7 +252,8 @@ class _Call:
 
     def hidden_states(self) -> np.ndarray:
         """float32 [tokens, hidden], as the last call left them."""
-        tokens, width = self._shape[1], self._spec.hidden
+        tokens = self._shape[1]
+        width = self._spec.hidden
         return self._part("hidden", 4 * tokens * width).view(np.float32).reshape(tokens, width)
 
     def _lay_out(self, texts: int, tokens: int, longest: int, workers: int) -> None:

@@ -29,7 +29,8 @@ PIECE = 1 << 20
 
 def folder() -> Path | None:
     """Where files are kept; None where there is no such place or `AWQ_CACHE=off` says so."""
-    named, base = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    named = os.environ.get(VARIABLE)
+    base = os.environ.get("XDG_CACHE_HOME")
     if named == OFF or not hasattr(os, "getuid"):
         return None
     try:

@@ -47,9 +47,9 @@ class BlockCall:
         """The same call with tensors on `device`, floating ones as `dtype`."""
 
         def move(t: Tensor) -> Tensor:
-            return (
-                t.to(device, dtype) if dtype is not None and t.is_floating_point() else t.to(device)
-            )
+            if dtype is not None and t.is_floating_point():
+                return t.to(device, dtype)
+            return t.to(device)
 
         return BlockCall(map_tensors(self.args, move), map_tensors(self.kwargs, move), self.where)
 
@@ -67,6 +67,7 @@ def split_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
 
     where = _key_of_hidden(kept)
     hidden = kept.pop(where)
+
     return hidden, BlockCall(args, kept, where)
 
 
@@ -94,7 +95,9 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
         return change(value)
     if isinstance(value, (tuple, list)):
         mapped = [map_tensors(v, change) for v in value]
-        return type(value)(mapped) if type(value) in (tuple, list) else type(value)(*mapped)
+        if type(value) in (tuple, list):
+            return type(value)(mapped)
+        return type(value)(*mapped)
     if type(value) is dict:
         return {k: map_tensors(v, change) for k, v in value.items()}
     return value

@@ -54,7 +54,11 @@ class NothingFromTheHost(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        self,
+        function: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
     ) -> Any:
         kwargs = kwargs or {}
         if function is torch.tensor and len(args) == 1 and isinstance(args[0], (bool, int, float)):
@@ -89,7 +93,11 @@ class NoWaiting(TorchDispatchMode):
         self.device_type = device_type
 
     def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        self,
+        function: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
     ) -> Any:
         kwargs = kwargs or {}
         if self._waits(function, args, kwargs):
@@ -187,7 +195,9 @@ class Graph:
 
 
 def capture(
-    function: Callable[[], Result], stream: Any = None, pool: Any = None
+    function: Callable[[], Result],
+    stream: Any = None,
+    pool: Any = None,
 ) -> tuple[Graph, Result]:
     """(a CUDA graph of what `function` does, its result), which every `graph.replay()` overwrites.
 

@@ -30,7 +30,8 @@ def with_decoder_inputs(model: nn.Module, item: dict[str, Tensor]) -> dict[str, 
     if not takes_decoder_inputs(model) or "decoder_input_ids" in item:
         return item
 
-    ids, mask = item["input_ids"], item["attention_mask"]
+    ids = item["input_ids"]
+    mask = item["attention_mask"]
     if ids.shape[1] > 1:
         start = torch.full_like(ids[:, :1], start_token(model))
         kept = max(0, ids.shape[1] - 2)
@@ -68,4 +69,5 @@ def placeholder_ids(model: Any) -> set[int]:
         for name, value in vars(part).items()
         if _PLACEHOLDER.search(name) and isinstance(value, int) and not isinstance(value, bool)
     }
+
     return {value for value in found if value >= 0}

@@ -78,7 +78,10 @@ def _leaving(listen: Callable[[Call], Any]) -> Callable[[nn.Module, tuple, dict,
 
 @contextmanager
 def hooked(
-    root: nn.Module, names: Iterable[str], before: Before | None = None, after: After | None = None
+    root: nn.Module,
+    names: Iterable[str],
+    before: Before | None = None,
+    after: After | None = None,
 ) -> Iterator[None]:
     """While open, calls `before(name, positional arguments)` and `after(name, output)` around the
     named modules' forwards.

@@ -109,6 +109,7 @@ def split_outputs(linear: WQLinear, sizes: Sequence[int]) -> list[WQLinear]:
 
     parts = zip(*(tensor.split(list(sizes)) for tensor in linear.quantized()[:3]))
     biases = linear.bias.split(list(sizes)) if linear.bias is not None else [None] * len(sizes)
+
     return [
         WQLinear.from_quantized(
             QuantizedWeight(*part), bias, linear.format, linear.layout, linear.dtype

@@ -69,7 +69,9 @@ class WQLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.w_bit = in_features, out_features, 4
+        self.in_features = in_features
+        self.out_features = out_features
+        self.w_bit = 4
         self.group_size = in_features if group_size == -1 else group_size
         codec = get_format(format)
         self.format = self.layout = codec.name
@@ -168,10 +170,8 @@ class WQLinear(nn.Module):
         else:
             codec = get_format(self.format)
             weight = codec.unpack(before, self.in_features, self.out_features, self.group_size)
-            after, again = (
-                get_layout(layout).pack(weight),
-                before if codec.bijective else codec.pack(weight),
-            )
+            after = get_layout(layout).pack(weight)
+            again = before if codec.bijective else codec.pack(weight)
 
             # Padding that is not zero, or scaled zeros rounded otherwise: rare, small, and needed
             # to save the same bytes.
@@ -219,7 +219,11 @@ class WQLinear(nn.Module):
         # From the dict: an attribute of a module that is a buffer costs half a microsecond, and a
         # decode step has thousands.
         t: Any = self._buffers
-        qweight, qzeros, scales, layout = t["qweight"], t["qzeros"], t["scales"], self.layout
+        qweight = t["qweight"]
+        qzeros = t["qzeros"]
+        scales = t["scales"]
+        layout = self.layout
+
         if not torch.compiler.is_compiling():
             settled = self._settled
             if (
@@ -251,7 +255,10 @@ class WQLinear(nn.Module):
             return self.__dict__ | {"_buffers": dict(self._buffers), "_settled": None}
 
     def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+        self,
+        destination: dict[str, Any],
+        prefix: str,
+        keep_vars: bool,
     ) -> None:
         tensors = self.checkpoint_tensors()
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -291,6 +298,7 @@ class WQLinear(nn.Module):
             nothing = torch.empty((), device=qweight.device, dtype=self.dtype).expand(
                 self.out_features, self.in_features
             )
+
             return metadata_view(nothing, _no_weight)
         return super().__getattr__(name)
 

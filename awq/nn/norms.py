@@ -50,7 +50,8 @@ def read_norm(module: nn.Module, x: Tensor, y: Tensor) -> Norm | None:
 
 def _forms(module: nn.Module) -> Iterator[Norm]:
     """Every norm that the module's tensors could make."""
-    weight, bias = _vector(module, "weight"), _vector(module, "bias")
+    weight = _vector(module, "weight")
+    bias = _vector(module, "bias")
     scales = [weight] if weight is None else [weight, 1 + weight]
     for eps in _epsilons(module):
         for centered in (False, True):

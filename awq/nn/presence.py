@@ -54,7 +54,10 @@ class BlockStore(Protocol):
     ahead: bool
 
     def begin(
-        self, lists: Sequence[BlockList], targets: Collection[str], config: AwqConfig
+        self,
+        lists: Sequence[BlockList],
+        targets: Collection[str],
+        config: AwqConfig,
     ) -> None:
         """Told once, before any block is visited.
 

@@ -25,7 +25,9 @@ _SAME = 0.01  # relative, of hidden states in any dtype
 
 @torch.no_grad()
 def reached_lists(
-    model: nn.Module, lists: Sequence[BlockList], item: dict[str, Tensor]
+    model: nn.Module,
+    lists: Sequence[BlockList],
+    item: dict[str, Tensor],
 ) -> list[BlockList]:
     """The lists whose blocks all run when the model is called with `item`, in the order in which
     they begin.
@@ -66,7 +68,9 @@ class _Observed:
 
 
 def _observed(
-    model: nn.Module, names: Sequence[str], item: dict[str, Tensor]
+    model: nn.Module,
+    names: Sequence[str],
+    item: dict[str, Tensor],
 ) -> dict[str, _Observed]:
     """Name → what was seen of a block that runs, in the order of first calls."""
     seen: dict[str, _Observed] = {}
@@ -93,7 +97,10 @@ def _observed(
 
 
 def _is_chain(
-    model: nn.Module, entry: BlockList, item: dict[str, Tensor], seen: Sequence[_Observed]
+    model: nn.Module,
+    entry: BlockList,
+    item: dict[str, Tensor],
+    seen: Sequence[_Observed],
 ) -> bool:
     """Whether each block reads what the one before it gives, and a skeleton pass knows its other
     arguments.

@@ -75,13 +75,16 @@ def record_block_calls(
 
 @torch.no_grad()
 def record_one_block(
-    model: nn.Module, name: str, inputs: Sequence[dict[str, Tensor]]
+    model: nn.Module,
+    name: str,
+    inputs: Sequence[dict[str, Tensor]],
 ) -> tuple[list[BlockCall], list[Tensor]]:
     """(arguments, hidden states) of one block's first call for each input; all before it runs.
 
     Raises ModelError like `record_block_calls`.
     """
-    calls, entering = [], []
+    calls = []
+    entering = []
     for item in inputs:
         seen: list[tuple[Tensor, BlockCall]] = []
 
@@ -96,6 +99,7 @@ def record_one_block(
 
         entering.append(seen[0][0].detach())
         calls.append(seen[0][1])
+
     return calls, entering
 
 
@@ -115,7 +119,9 @@ def _stub(seen: dict, key: tuple[int, int], wrap: Callable[[Tensor], Any]) -> Ca
 
 
 def _output_structures(
-    model: nn.Module, lists: Sequence[BlockList], item: dict[str, Tensor]
+    model: nn.Module,
+    lists: Sequence[BlockList],
+    item: dict[str, Tensor],
 ) -> dict[tuple[int, int], Callable[[Tensor], Any]]:
     """For every block, a function that puts hidden states into the structure of the block's own
     output.

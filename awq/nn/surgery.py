@@ -40,7 +40,8 @@ def is_linear(module: nn.Module) -> bool:
 @torch.no_grad()
 def _gives_product(module: nn.Module) -> bool:
     """On two rows of numbers; by shape alone on the meta device. Hooks are passed by."""
-    weight, bias = get_weight(module), cast("Tensor | None", module.bias)
+    weight = get_weight(module)
+    bias = cast("Tensor | None", module.bias)
     x = (
         torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device)
         .view(2, -1)
@@ -108,7 +109,9 @@ def usable_device(wanted: Any = None) -> torch.device:
             f'device is {str(wanted)!r}, but torch sees {count} GPUs; use "cpu", or install torch '
             "for GPUs."
         )
-    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+    if device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def device_of(module: nn.Module) -> torch.device:

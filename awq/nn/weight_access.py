@@ -45,7 +45,11 @@ class _MetadataView(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        cls,
+        function: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
     ) -> Any:
         kwargs = kwargs or {}
         if function not in _METADATA:
@@ -97,7 +101,9 @@ class _Watch:
     subclass of its class."""
 
     def __init__(self, module: nn.Module, note: Callable[[], Any]) -> None:
-        self.module, self.kind, self.note = module, type(module), note
+        self.module = module
+        self.kind = type(module)
+        self.note = note
         self.depth = 0  # of the module's own calls that are running
         watched = {
             "weight": property(lambda _module: self._weight()),

@@ -16,7 +16,10 @@ from awq.nn.weight_access import changed_by_forward
 
 
 def check_quantizable(
-    model: nn.Module, config: AwqConfig, path: Any = "the model", streamed: bool = False
+    model: nn.Module,
+    config: AwqConfig,
+    path: Any = "the model",
+    streamed: bool = False,
 ) -> None:
     """Refuses weights that are elsewhere or no numbers, and exclusions that exclude nothing.
 
@@ -62,9 +65,11 @@ def check_exclusions(model: nn.Module, names: tuple[str, ...]) -> None:
             get_close_matches(name.strip("*.").rpartition(".")[2], parts, n=3, cutoff=0.5)
             or parts[:5]
         )
-        pattern = (
-            " Patterns are not understood." if any(sign in name for sign in "*:\\^$?[") else ""
-        )
+        if any(sign in name for sign in "*:\\^$?["):
+            pattern = " Patterns are not understood."
+        else:
+            pattern = ""
+
         raise ConfigError(
             f"modules_to_not_convert: {name!r} is no module of the model.{pattern} Give a "
             "module's full name or a part of it "

@@ -65,13 +65,16 @@ def tensor_parallel(split_inputs: Mapping[str, int], group_size: int) -> TensorP
 
 def _largest(split_inputs: Mapping[str, int], group_size: int) -> tuple[int, str | None]:
     """(number of GPUs, the linear that allows no more or None)."""
-    largest, limit = SIZES[-1], None
+    largest = SIZES[-1]
+    limit = None
     for name, inputs in split_inputs.items():
         group = inputs if group_size == -1 else group_size
         fitting = [size for size in SIZES if inputs % (size * group) == 0]
         allowed = max(fitting, default=1)
         if allowed < largest:
-            largest, limit = allowed, name
+            largest = allowed
+            limit = name
+
     return largest, limit
 
 

@@ -90,9 +90,11 @@ def make_plan(
             odd[name] = str(error)
             continue
 
-        reason = (
-            get_format(config.format).why_not(in_features, out_features, size) if packed else None
-        )
+        if packed:
+            reason = get_format(config.format).why_not(in_features, out_features, size)
+        else:
+            reason = None
+
         if reason:
             plan.skipped[name] = reason
         else:
@@ -130,7 +132,10 @@ def _why_dense(
 
 
 def _skip_odd(
-    plan: Plan, odd: dict[str, str], weights: dict[str, int], widths: dict[str, int]
+    plan: Plan,
+    odd: dict[str, str],
+    weights: dict[str, int],
+    widths: dict[str, int],
 ) -> None:
     """Takes out linears that the group size does not divide.
 

@@ -23,7 +23,8 @@ class ProgressLines:
     """
 
     def __init__(self, unit: str, total: int) -> None:
-        self.unit, self.total = unit, total
+        self.unit = unit
+        self.total = total
         self.start = self.last = time.perf_counter()
 
     def done(self, steps: int, figures: str) -> None:

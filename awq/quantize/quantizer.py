@@ -39,13 +39,13 @@ class AwqQuantizer:
         modules_to_not_convert: list[str] | None = None,
         **options: Any,
     ) -> None:
-        self.awq_model, self.model, self.tokenizer = awq_model, model, tokenizer
-        self.w_bit, self.group_size, self.zero_point, self.version = (
-            w_bit,
-            group_size,
-            zero_point,
-            version,
-        )
+        self.awq_model = awq_model
+        self.model = model
+        self.tokenizer = tokenizer
+        self.w_bit = w_bit
+        self.group_size = group_size
+        self.zero_point = zero_point
+        self.version = version
         self.config = AwqConfig(
             w_bit, group_size, zero_point, version, tuple(modules_to_not_convert or ())
         )
@@ -68,7 +68,9 @@ class AwqQuantizer:
 
     @staticmethod
     def pseudo_dequantize_tensor(
-        w: nn.Linear, scales: Tensor, zeros: Tensor | None = None
+        w: nn.Linear,
+        scales: Tensor,
+        zeros: Tensor | None = None,
     ) -> Tensor:
         """Weight values of a linear whose weight holds codes [out, in], with scales and zeros [out,
         groups]."""

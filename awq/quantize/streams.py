@@ -30,7 +30,10 @@ class Stream(NamedTuple):
 
 @torch.no_grad()
 def find_streams(
-    block: nn.Module, names: Collection[str], call: BlockCall, hidden: Tensor
+    block: nn.Module,
+    names: Collection[str],
+    call: BlockCall,
+    hidden: Tensor,
 ) -> dict[str, Stream]:
     """The streams to which the linears `names` add their outputs; linears that add to none are left
     out.
@@ -64,7 +67,9 @@ def find_streams(
 
 
 def _stream_of(
-    output: Tensor, before: list[tuple[str, Tensor]], sums: list[Tensor]
+    output: Tensor,
+    before: list[tuple[str, Tensor]],
+    sums: list[Tensor],
 ) -> Stream | None:
     """The first input before a linear's output, and the factor, with which one of the sums is
     explained."""

@@ -21,7 +21,10 @@ _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def chosen_lists(
-    model: nn.Module, lists: Sequence[BlockList], item: dict[str, Tensor], towers: Sequence[str]
+    model: nn.Module,
+    lists: Sequence[BlockList],
+    item: dict[str, Tensor],
+    towers: Sequence[str],
 ) -> tuple[list[BlockList], dict[str, Any]]:
     """(the lists to quantize, in the order in which they run; towers that run but were not asked
     for, by name).
@@ -49,11 +52,14 @@ def chosen_lists(
 
     by_text = _reached_by_text(model, lists, item)
     others = {prefix: blocks for prefix, blocks in reached if prefix not in by_text | asked}
+
     return [entry for entry in reached if entry[0] not in others], others
 
 
 def _reached_by_text(
-    model: nn.Module, lists: Sequence[BlockList], item: dict[str, Tensor]
+    model: nn.Module,
+    lists: Sequence[BlockList],
+    item: dict[str, Tensor],
 ) -> set[str]:
     """Names of the lists that run on text alone; all, where the model cannot do without the rest
     (a decoder of sound)."""

@@ -9,7 +9,9 @@ from awq.formats.base import INVERSE, permute_blocks, unpack_words
 
 
 def unpack_awq(
-    qweight: Tensor, qzeros: Tensor | None, bits: int = 4
+    qweight: Tensor,
+    qzeros: Tensor | None,
+    bits: int = 4,
 ) -> tuple[Tensor, Tensor | None]:
     """Nibbles in storage order: int8 [in, out] and [groups, out]."""
     return unpack_words(qweight).to(torch.int8), None if qzeros is None else unpack_words(
@@ -18,7 +20,9 @@ def unpack_awq(
 
 
 def reverse_awq_order(
-    iweights: Tensor, izeros: Tensor | None, bits: int = 4
+    iweights: Tensor,
+    izeros: Tensor | None,
+    bits: int = 4,
 ) -> tuple[Tensor, Tensor | None]:
     """Storage order → column order."""
     return permute_blocks(iweights, INVERSE), None if izeros is None else permute_blocks(
@@ -27,7 +31,11 @@ def reverse_awq_order(
 
 
 def dequantize_gemm(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int,
 ) -> Tensor:
     """Dense weight [in, out] in the dtype of `scales`."""
     codes, zeros = reverse_awq_order(*unpack_awq(qweight, qzeros, bits), bits)

@@ -173,7 +173,9 @@ def _unnormed(tensor: Tensor, found: Trace) -> tuple[Tensor, Norm | None, bool]:
 
 def _as_heads(x: Tensor, shape: torch.Size, by_head: bool) -> Tensor:
     batch, heads, tokens, dim = shape
-    return x.reshape(shape) if by_head else x.reshape(batch, tokens, heads, dim).transpose(1, 2)
+    if by_head:
+        return x.reshape(shape)
+    return x.reshape(batch, tokens, heads, dim).transpose(1, 2)
 
 
 # Rotation
@@ -190,7 +192,9 @@ class _Rotation:
 
 
 def _read_rotation(
-    neutral: AttentionCall, real: AttentionCall, call: BlockCall
+    neutral: AttentionCall,
+    real: AttentionCall,
+    call: BlockCall,
 ) -> _Rotation | None:
     """How queries and keys differ between the traces; None where they do not."""
     pairs = ((neutral.q, real.q), (neutral.k, real.k))
@@ -203,7 +207,8 @@ def _read_rotation(
             if 2 * half > neutral.q.shape[-1]:
                 continue
 
-            c, s = cos[..., columns], sin[..., columns]
+            c = cos[..., columns]
+            s = sin[..., columns]
             for order in _channel_orders(half, cos.device):
                 if all(
                     _rotates(before, after, order, c.unsqueeze(1), s.unsqueeze(1))
@@ -280,4 +285,5 @@ def _reordered(norm: Norm | None, within: Tensor, attention: Attention) -> Norm 
 
     weight = None if norm.weight is None else norm.weight[within]
     bias = None if norm.bias is None else norm.bias[within]
+
     return replace(norm, weight=weight, bias=bias)

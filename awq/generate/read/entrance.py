@@ -31,7 +31,11 @@ class Entrance:
 
 
 def read_entrance(
-    passes: Passes, embedding: nn.Module, everywhere: Seen, changed: Seen, max_seq_len: int
+    passes: Passes,
+    embedding: nn.Module,
+    everywhere: Seen,
+    changed: Seen,
+    max_seq_len: int,
 ) -> Entrance:
     """everywhere: the pass over all positions [pieces, PIECE]; changed: over the first ones, with
     the ids rolled by one. Raises NotFusable."""
@@ -76,6 +80,7 @@ def read_entrance(
 
     positions = positions.flatten(0, 1)
     padded = _counts_padding(passes, factor * vectors[:PIECE], positions)
+
     return Entrance(factor, positions, norm, padded)
 
 

@@ -53,7 +53,8 @@ def read_model(model: Any, max_seq_len: int) -> ModelFrame:
 
     model: a copy that nobody else runs, since its forwards are replaced for a moment.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if head is None or not isinstance(embedding, nn.Module):
         raise NotFusable("the model has no embedding or no head")
 
@@ -130,7 +131,9 @@ def _check_tables(tables: list[dict], calls: list[BlockCall], what: str) -> None
 def _head(model: Any, near: Seen) -> tuple[Norm | None, float, float | None]:
     """The final norm, and factor and soft cap in logits = cap · tanh(factor · head(norm(x)) /
     cap)."""
-    hidden, x, logits = near.hidden, near.head_x, near.logits
+    hidden = near.hidden
+    x = near.head_x
+    logits = near.logits
     if x is None or logits is None:
         raise NotFusable("the model gives no logits")
 

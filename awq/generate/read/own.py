@@ -134,6 +134,7 @@ def _attention_of(found: Trace) -> Attention:
     call = found.attention
     assert call is not None
     settings = settings_of(call)
+
     return Attention(
         heads=call.q.shape[1],
         kv_heads=call.k.shape[1],
@@ -154,6 +155,7 @@ def _mixers(found: Trace) -> list[ModuleCall]:
 
     inputs = [found.hidden]
     inputs += [e.y for e in found.events if is_norm(e.module) and same_numbers(e.x, found.hidden)]
+
     return [call for call in inner if any(same_numbers(call.x, x) for x in inputs)]
 
 

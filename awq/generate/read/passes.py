@@ -85,7 +85,8 @@ class Passes:
     [1, PIECE] random tokens."""
 
     def __init__(self, model: Any, ids: Tensor) -> None:
-        self.model, self.ids = model, ids
+        self.model = model
+        self.ids = ids
         self.head = model.get_output_embeddings()
         self.name, self.blocks = text_blocks(model, ids)
         inside = {module for block in self.blocks for module in block.modules()}

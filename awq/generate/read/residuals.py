@@ -74,7 +74,9 @@ def read_residuals(found: Trace, attention: Branch, mlp: Branch | None) -> Resid
 
     mlp_post = _that_read(mlp.y, norms)
 
-    second, parallel, stream = None, True, found.hidden
+    second = None
+    parallel = True
+    stream = found.hidden
     if not torch.equal(mlp.x, attention.x):
         second = _that_wrote(mlp.x, norms)
         # some models flatten the batch here
@@ -98,7 +100,10 @@ def read_residuals(found: Trace, attention: Branch, mlp: Branch | None) -> Resid
 
 
 def _norms_of_sums(
-    found: Trace, attention: Branch, mlp: Branch, norms: list[Event]
+    found: Trace,
+    attention: Branch,
+    mlp: Branch,
+    norms: list[Event],
 ) -> Residuals | None:
     """Both branches are added first and normalized then; None where that is not so."""
     first = _that_wrote(mlp.x, norms)

@@ -44,9 +44,15 @@ class FusedDecoder:
     """
 
     def __init__(
-        self, plan: DecoderPlan, model: Any, batch_size: int = 1, merge: bool = True
+        self,
+        plan: DecoderPlan,
+        model: Any,
+        batch_size: int = 1,
+        merge: bool = True,
     ) -> None:
-        self.plan, self.model, self.batch_size = plan, model, batch_size
+        self.plan = plan
+        self.model = model
+        self.batch_size = batch_size
         self.cache: list[LayerCache] = []
         self.graphs: dict[int, StepGraph] = {}  # by batch
         self.greedy_graphs: dict[int, GreedyGraph] = {}
@@ -129,7 +135,8 @@ class FusedDecoder:
     def _forget_cache(self) -> None:
         self._forget_graphs()  # they hold the cache's addresses
         self.recent.clear()
-        self.cache, self.states = [], None
+        self.cache = []
+        self.states = None
 
     def _forget_graphs(self) -> None:
         self.graphs.clear()
@@ -154,7 +161,10 @@ class FusedDecoder:
 
     @torch.inference_mode()
     def prefill(
-        self, ids: Tensor, lengths: Sequence[int], padding: Sequence[int] | None = None
+        self,
+        ids: Tensor,
+        lengths: Sequence[int],
+        padding: Sequence[int] | None = None,
     ) -> Tensor:
         """Caches prompts and returns the logits of the last token of each, float32 [batch,
         vocabulary].
@@ -175,7 +185,8 @@ class FusedDecoder:
             cache = [layer.part(slice(0, batch)) for layer in self.cache]
             return self._logits(self._last_of(ids, lengths, cache, self.padding[:batch]))
 
-        found, states = [], []
+        found = []
+        states = []
         for rows in self._rows_at_once(lengths):
             own = self.plan.states()
             length = lengths[rows.start]
@@ -202,6 +213,7 @@ class FusedDecoder:
         if self.states is not None and captured and self._rows_of_states() == batch:
             self.states.put(states.tensors())
             return
+
         self._forget_graphs()
         self.states = states
 
@@ -210,7 +222,11 @@ class FusedDecoder:
         return len(tensors[0]) if tensors else 0
 
     def _last_of(
-        self, ids: Tensor, lengths: Sequence[int], cache: list[LayerCache], padding: Tensor
+        self,
+        ids: Tensor,
+        lengths: Sequence[int],
+        cache: list[LayerCache],
+        padding: Tensor,
     ) -> Tensor:
         """The normalized output [batch, features] of the last token of each prompt."""
         batch, tokens = ids.shape
@@ -226,11 +242,11 @@ class FusedDecoder:
             hidden = self._hidden(part, positions, cache, Prompt(start))
             inside = (last - start).clamp(0, part.shape[1] - 1)
             chosen = hidden[torch.arange(batch, device=ids.device), inside]
-            found = (
-                chosen
-                if found is None
-                else torch.where((last >= start).unsqueeze(1), chosen, found)
-            )
+
+            if found is None:
+                found = chosen
+            else:
+                found = torch.where((last >= start).unsqueeze(1), chosen, found)
 
         assert found is not None
         return found
@@ -342,7 +358,11 @@ class FusedDecoder:
         return getattr(self.model, "_optimize_model_for_decode", nullcontext)()
 
     def _hidden(
-        self, ids: Tensor, positions: Tensor, cache: list[LayerCache], where: Prompt | Step
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cache: list[LayerCache],
+        where: Prompt | Step,
     ) -> Tensor:
         """ids [batch, tokens] → the normalized output of the last block [batch, tokens,
         features]."""
@@ -374,7 +394,8 @@ def quantized_head(head: nn.Module) -> nn.Module:
     if not is_linear(head):
         return head
 
-    weight, bias = get_weight(head), getattr(head, "bias", None)
+    weight = get_weight(head)
+    bias = getattr(head, "bias", None)
     size = next((s for s in (128, 64, 32) if weight.shape[1] % s == 0), weight.shape[1])
     linear = WQLinear.from_quantized(round_to_nearest(weight, size), bias)
     linear.settle(weight.dtype)

@@ -28,7 +28,8 @@ class StepGraph:
         lengths: Tensor,
         max_seq_len: int,
     ) -> None:
-        self.ids, self.lengths = ids.clone(), lengths.clone()
+        self.ids = ids.clone()
+        self.lengths = lengths.clone()
         last = max_seq_len - 1  # shapes inside a graph cannot follow the sequence
         with on_stream(torch.cuda.Stream()):
             step(self.ids, self.lengths, last)

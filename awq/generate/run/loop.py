@@ -140,9 +140,10 @@ def make_loop(
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        device = (
-            torch.cuda.device(decoder.device) if decoder.device.type == "cuda" else nullcontext()
-        )
+        device: Any = nullcontext()
+        if decoder.device.type == "cuda":
+            device = torch.cuda.device(decoder.device)
+
         try:
             with device, torch.inference_mode():
                 run = _Run(
@@ -183,7 +184,9 @@ class _Run:
         config: Any,
         generator: Any,
     ) -> None:
-        self.decoder, self.config, self.generator = decoder, config, generator
+        self.decoder = decoder
+        self.config = config
+        self.generator = generator
         self.ids = ids.to(decoder.device, torch.int64)
         mask = torch.ones_like(self.ids) if mask is None else (mask.to(decoder.device) != 0).long()
         self.room = config.max_length - ids.shape[1]
@@ -228,7 +231,9 @@ class _Run:
         if config.do_sample or len(processors) or wanted:
             return None
 
-        room, ends, padding = self.room, [], None
+        room = self.room
+        ends = []
+        padding = None
         for criterion in criteria:
             if type(criterion) is MaxLengthCriteria:
                 room = min(room, criterion.max_length - self.ids.shape[1])
@@ -244,8 +249,10 @@ class _Run:
 
     def _greedy(self, rules: Rules, streamer: Any) -> Tensor:
         """The sequences of a call whose tokens the decoder chooses."""
-        decoder, batch = self.decoder, len(self.ids)
-        logits, longest = self._prefill(), max(self.lengths)
+        decoder = self.decoder
+        batch = len(self.ids)
+        logits = self._prefill()
+        longest = max(self.lengths)
         state = decoder.greedy(batch)
         state.begin(logits, self.lengths, rules.ends, rules.padding)
         mail = Mail(state.found)
@@ -256,6 +263,7 @@ class _Run:
             last = step + 1 == rules.room
             if mail.ahead and not last:  # under way before the host looks
                 decoder.greedy_step(state, longest)
+
             found = mail.take()
             tokens.append(found[:-1])
             if streamer is not None:
@@ -271,10 +279,16 @@ class _Run:
         return torch.cat([self.ids, new], 1)
 
     def _one_by_one(
-        self, processors: Any, criteria: Any, streamer: Any, kept: dict[str, list]
+        self,
+        processors: Any,
+        criteria: Any,
+        streamer: Any,
+        kept: dict[str, list],
     ) -> Tensor:
         """The sequences of a call that looks at scores; `kept` gets those that are wanted."""
-        decoder, config, batch = self.decoder, self.config, len(self.ids)
+        decoder = self.decoder
+        config = self.config
+        batch = len(self.ids)
         ids = torch.cat([self.ids, self.ids.new_zeros(batch, max(self.room, 0))], 1)
         width = self.ids.shape[1]
         watch = _Watch(criteria, config, ids)
@@ -301,7 +315,8 @@ class _Run:
 
             if not watch.ahead:
                 logits = decoder.step(token, lengths, longest)
-            lengths, longest = lengths + 1, longest + 1
+            lengths = lengths + 1
+            longest = longest + 1
 
         return ids[:, :width].clone()
 

@@ -43,7 +43,10 @@ def _refuse(what: str, tensor: Tensor, wanted: str) -> ConfigError:
 
 
 def add_norm(
-    x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None
+    x: Tensor,
+    branch: Tensor | None,
+    factor: float,
+    norm: Norm | None,
 ) -> tuple[Tensor, Tensor]:
     """(x + factor · branch, its norm); all [batch, tokens, features], the branch also [batch,
     tokens, parts, features], which are added up. Raises ConfigError when they do not fit
@@ -53,7 +56,11 @@ def add_norm(
 
 
 def add_norm_route(
-    x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None, router: Router
+    x: Tensor,
+    branch: Tensor | None,
+    factor: float,
+    norm: Norm | None,
+    router: Router,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`add_norm`; and the chosen experts int32 and their weights float32, [batch · tokens, top_k],
     of what it normalized."""
@@ -72,7 +79,11 @@ def add_norm_route(
 
 
 def expert_parts(
-    x: Tensor, experts: AwqExperts, index: Tensor, weights: Tensor, activation: str
+    x: Tensor,
+    experts: AwqExperts,
+    index: Tensor,
+    weights: Tensor,
+    activation: str,
 ) -> Tensor:
     """The weighted outputs of the chosen experts, [batch, tokens, parts, features], to be added up;
     x [batch, tokens, features]."""
@@ -87,7 +98,8 @@ def expert_parts(
     biases = experts.first.bias, experts.second.bias
     alternating = experts.shape.interleaved
     y = compute(rows, first, second, biases, index, weights, activation, alternating)
-    batch_and_tokens, parts_and_features = x.shape[:-1], y.shape[1:]
+    batch_and_tokens = x.shape[:-1]
+    parts_and_features = y.shape[1:]
 
     return y.view(*batch_and_tokens, *parts_and_features)
 
@@ -139,7 +151,10 @@ def normalize(x: Tensor, norm: Norm | None) -> Tensor:
 
 
 def activate(
-    h: Tensor, activation: Callable[[Tensor], Tensor], name: str | None, gated: bool
+    h: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    name: str | None,
+    gated: bool,
 ) -> Tensor:
     """activation(gate) · up for h = [gate, up] along the last axis, or activation(h).
 
@@ -179,7 +194,12 @@ def gated(x: Tensor, linear: WQLinear, name: str, interleave: int) -> Tensor:
 
 
 def cache_prompt(
-    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None, cache: LayerCache, start: int
+    qkv: Tensor,
+    a: Attention,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cache: LayerCache,
+    start: int,
 ) -> Tensor:
     """Queries [batch, heads, tokens, head_dim] of a piece of the prompts, whose keys and values go
     into the cache at `start`.

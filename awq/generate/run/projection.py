@@ -53,7 +53,8 @@ class Shared:
     part in turn."""
 
     def __init__(self, linear: WQLinear, siblings: int) -> None:
-        self.linear, self.siblings = linear, siblings
+        self.linear = linear
+        self.siblings = siblings
         self._threads = local()
 
     def __call__(self, sibling: int, x: Tensor) -> Tensor:
@@ -72,6 +73,7 @@ class Shared:
 
         last.waiting.discard(sibling)
         self._threads.last = last if last.waiting else None  # kept no longer than needed
+
         return last.y
 
 
@@ -92,24 +94,24 @@ class Slice(nn.Module):
 
     def __init__(self, shared: Shared, sibling: int, rows: Tensor, stands_for: WQLinear) -> None:
         super().__init__()
-        self.shared, self.sibling, self.rows = shared, sibling, rows
-        self._kept, self._biased = stands_for._kept, stands_for.bias is not None
+        self.shared = shared
+        self.sibling = sibling
+        self.rows = rows
+        self._kept = stands_for._kept
+        self._biased = stands_for.bias is not None
         self.joined = shared.linear  # registered, so that `.to` reaches it
-        self.in_features, self.out_features = stands_for.in_features, len(rows)
+        self.in_features = stands_for.in_features
+        self.out_features = len(rows)
         first = int(rows[0])
-        self.first = (
-            first
-            if torch.equal(rows, torch.arange(first, first + len(rows), device=rows.device))
-            else None
-        )
+
+        in_a_row = torch.arange(first, first + len(rows), device=rows.device)
+        self.first = first if torch.equal(rows, in_a_row) else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.shared(self.sibling, x)
-        return (
-            y[..., self.rows.to(y.device)]
-            if self.first is None
-            else y.narrow(-1, self.first, self.out_features)
-        )
+        if self.first is None:
+            return y[..., self.rows.to(y.device)]
+        return y.narrow(-1, self.first, self.out_features)
 
     @property
     def qweight(self) -> Tensor:
@@ -128,7 +130,11 @@ class Slice(nn.Module):
         return linear
 
     def state_dict(
-        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+        self,
+        *args: Any,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
     ) -> Any:
         return self.part().state_dict(
             *args, destination=destination, prefix=prefix, keep_vars=keep_vars
@@ -162,9 +168,11 @@ def join(block: nn.Module, source: Source) -> WQLinear | None:
         if not _in_order(source.rows):
             linear = take_outputs(linear, source.rows)
 
-    shared, places = Shared(linear, len(packed)), source.rows.argsort().split(sizes)
+    shared = Shared(linear, len(packed))
+    places = source.rows.argsort().split(sizes)
     for i, (name, rows, sibling) in enumerate(zip(source.names, places, packed)):
         replace_module(block, name, Slice(shared, i, rows, sibling))
+
     return linear
 
 

@@ -41,7 +41,9 @@ class StaticDecoder:
     def __init__(self, model: Any, max_seq_len: int, whole_mask: bool = True) -> None:
         """whole_mask: a prompt comes with the mask of the whole cache, as a bias for each of its
         columns wants it; else with that of its tokens, for mixers that take padding out."""
-        self.model, self.max_seq_len, self.whole_mask = model, max_seq_len, whole_mask
+        self.model = model
+        self.max_seq_len = max_seq_len
+        self.whole_mask = whole_mask
         self.device: torch.device = model.device
         self.dtype = model.dtype
         self.running = False  # inside a call of generate
@@ -95,7 +97,10 @@ class StaticDecoder:
 
     @torch.inference_mode()
     def prefill(
-        self, ids: Tensor, lengths: Sequence[int], padding: Sequence[int] | None = None
+        self,
+        ids: Tensor,
+        lengths: Sequence[int],
+        padding: Sequence[int] | None = None,
     ) -> Tensor:
         """The logits of the last token of each prompt.
 
@@ -144,10 +149,12 @@ class StaticDecoder:
         if self.device.type != "cuda":
             state.advance(self.eager_step, longest)
             return
+
         if self.greedy_graph is None:
             self.greedy_graph = self._captured(
                 lambda: GreedyGraph(self.eager_step, state, self.max_seq_len)
             )
+
         self.greedy_graph()
 
     def _captured(self, make: Callable[[], Captured]) -> Captured:

@@ -37,7 +37,10 @@ _TOLERANCE = {1: 2e-2, 2: 2e-4, 3: 1e-6}
 
 
 def why_not(
-    device: torch.device, dtype: torch.dtype, shape: Shape | None, planes: int | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Shape | None,
+    planes: int | None = None,
 ) -> str | None:
     """Why these kernels cannot serve this linear; see `awq.backends`."""
     if device.type != "cpu":

@@ -67,7 +67,12 @@ DENSE = Task(
 
 
 def emit_add_norm(
-    module: ir.Module, element: ir.Type, add: bool, mean: bool, weight: bool, bias: bool
+    module: ir.Module,
+    element: ir.Type,
+    add: bool,
+    mean: bool,
+    weight: bool,
+    bias: bool,
 ) -> list[ir.Function]:
     """total = x + factor · branch (add; else total is x), y = norm(total), rows of `width`; mean:
     LayerNorm, else RMSNorm.
@@ -77,8 +82,15 @@ def emit_add_norm(
     """
     b, task, index, count = Emitter.define_part(module, "add_norm")
     t = ADD_NORM.reader(b, task, element)
-    x, branch, total, y, width, factor, eps = t.x, t.branch, t.total, t.y, t.width, t.factor, t.eps
-    weights, biases = t.weight, t.bias
+    x = t.x
+    branch = t.branch
+    total = t.total
+    y = t.y
+    width = t.width
+    factor = t.factor
+    eps = t.eps
+    weights = t.weight
+    biases = t.bias
 
     with b.loop(*b.part(t.rows, index, count)) as row:
         start = row * width
@@ -86,7 +98,8 @@ def emit_add_norm(
         target = y + start
 
         if add:
-            left, right = x + start, branch + start
+            left = x + start
+            right = branch + start
 
             def put_sum(i: Value, lanes: int) -> None:
                 value = b.fma(right.floats(i, lanes), b.splat(factor, lanes), left.floats(i, lanes))
@@ -114,7 +127,11 @@ def emit_add_norm(
 
 
 def _moments(
-    b: Emitter, source: Pointer, width: Value, eps: Value, mean: bool
+    b: Emitter,
+    source: Pointer,
+    width: Value,
+    eps: Value,
+    mean: bool,
 ) -> tuple[Value, Value | None]:
     """(1/√(mean square + eps), mean or None) of `width` values."""
     size = b.signed_to_float(width, F32)
@@ -134,7 +151,10 @@ def emit_activate(module: ir.Module, element: ir.Type, name: str, gated: bool) -
     """y [rows, width] = act(h[:, :width]) · h[:, width:] (gated) or act(h)."""
     b, task, index, count = Emitter.define_part(module, "activate")
     t = ACTIVATE.reader(b, task, element)
-    h, y, width = t.h, t.y, t.width
+    h = t.h
+    y = t.y
+    width = t.width
+
     with b.loop(*b.part(t.rows, index, count)) as row:
         gate = h + row * (width * (2 if gated else 1))
         up = gate + width
@@ -153,7 +173,12 @@ def emit_activate(module: ir.Module, element: ir.Type, name: str, gated: bool) -
 
 
 def emit_attend(
-    module: ir.Module, element: ir.Type, rotated: bool, normed: bool, mean: bool, capped: bool
+    module: ir.Module,
+    element: ir.Type,
+    rotated: bool,
+    normed: bool,
+    mean: bool,
+    capped: bool,
 ) -> list[ir.Function]:
     """One new token per row: norm and rotation of q and k, k and v into the cache, attention over
     the row's cache.
@@ -166,11 +191,25 @@ def emit_attend(
     """
     b, task, index, count = Emitter.define_part(module, "attend")
     t = ATTEND.reader(b, task, element)
-    heads, kv_heads, dim, positions, rotary = t.heads, t.kv_heads, t.dim, t.positions, t.rotary
-    qkv, lengths, k_cache, v_cache, out = t.qkv, t.lengths, t.k_cache, t.v_cache, t.out
-    q_weight, k_weight = t.q_weight, t.k_weight
-    cos, sin, window, q_eps, k_eps = t.cos, t.sin, t.window, t.q_eps, t.k_eps
-    scaling, softcap = t.scaling, t.softcap
+    heads = t.heads
+    kv_heads = t.kv_heads
+    dim = t.dim
+    positions = t.positions
+    rotary = t.rotary
+    qkv = t.qkv
+    lengths = t.lengths
+    k_cache = t.k_cache
+    v_cache = t.v_cache
+    out = t.out
+    q_weight = t.q_weight
+    k_weight = t.k_weight
+    cos = t.cos
+    sin = t.sin
+    window = t.window
+    q_eps = t.q_eps
+    k_eps = t.k_eps
+    scaling = t.scaling
+    softcap = t.softcap
     group = heads // kv_heads
     q = t.scratch + index * (dim + t.longest + 1)
     scores = q + dim
@@ -183,7 +222,8 @@ def emit_attend(
             _rotate(b, q, rotary, *(table + place * rotary for table in (cos, sin)))
 
     with b.loop(*b.part(t.rows * kv_heads, index, count)) as item:
-        row, head = item // kv_heads, item % kv_heads
+        row = item // kv_heads
+        head = item % kv_heads
         length = b.sext(lengths[row], I64)
         base = qkv + row * channels * dim
         keys, values = (cache + item * positions * dim for cache in (k_cache, v_cache))
@@ -283,7 +323,12 @@ def emit_dense(module: ir.Module, element: ir.Type) -> list[ir.Function]:
     after the other."""
     b, task, index, count = Emitter.define_part(module, "dense")
     t = DENSE.reader(b, task, element)
-    x, weight, y, rows, inputs, outputs = t.x, t.weight, t.y, t.rows, t.inputs, t.outputs
+    x = t.x
+    weight = t.weight
+    y = t.y
+    rows = t.rows
+    inputs = t.inputs
+    outputs = t.outputs
     value_bytes = 4 if element == F32 else 2
 
     with b.loop(*b.part(outputs, index, count)) as n:

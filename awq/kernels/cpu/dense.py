@@ -89,15 +89,13 @@ def emit_dequantize(module: ir.Module, element: ir.Type) -> list[ir.Function]:
     """
     b, task, index, count = Emitter.define_part(module, "dequantize")
     t = DEQUANTIZE.reader(b, task, element)
-    y, codes, scales, zeros, outputs, inputs, group = (
-        t.y,
-        t.codes,
-        t.scales,
-        t.zeros,
-        t.outputs,
-        t.inputs,
-        t.group,
-    )
+    y = t.y
+    codes = t.codes
+    scales = t.scales
+    zeros = t.zeros
+    outputs = t.outputs
+    inputs = t.inputs
+    group = t.group
     groups = inputs // group
 
     with b.loop(*b.part(t.blocks, index, count)) as block:

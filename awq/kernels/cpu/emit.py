@@ -35,7 +35,11 @@ class Emitter:
 
     @classmethod
     def define(
-        cls, module: ir.Module, name: str, arguments: Sequence[ir.Type], internal: bool = False
+        cls,
+        module: ir.Module,
+        name: str,
+        arguments: Sequence[ir.Type],
+        internal: bool = False,
     ) -> tuple[Emitter, list[Any]]:
         """(emitter at the start of a new function without result, its arguments). A pointer
         argument points to int64."""
@@ -214,10 +218,13 @@ class Emitter:
 
     def to_float(self, value: Value) -> Value:
         """float32 of a vector of float32, float16, or (as int16) bfloat16 bits."""
-        kind, lanes = value.type.element, value.type.count
+        kind = value.type.element
+        lanes = value.type.count
         if kind == I16:
             return self.bitcast(self.zext(value, vec(I32, lanes)) << 16, vec(F32, lanes))
-        return value if kind == F32 else Value(self, self.builder.fpext(value.ir, vec(F32, lanes)))
+        if kind == F32:
+            return value
+        return Value(self, self.builder.fpext(value.ir, vec(F32, lanes)))
 
     def half_to_float(self, value: Value) -> Value:
         """float32 of one float16."""
@@ -284,6 +291,7 @@ class Emitter:
 
         name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
         function = self.declared(name, F32, [F32, value.type])
+
         return Value(
             self, self.builder.call(function, [const(F32, 0.0), value.ir], fastmath=("reassoc",))
         )
@@ -313,6 +321,7 @@ class Emitter:
 
         self.strip(count, add)
         wide, single = (self.sum(place.value) for place in sums.values())
+
         return wide + single
 
     # Functions

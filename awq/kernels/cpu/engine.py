@@ -115,13 +115,20 @@ class Program:
     """
 
     def __init__(
-        self, emit: Callable[..., Any], dtype: torch.dtype, *settings: Any, cpu: str | None = None
+        self,
+        emit: Callable[..., Any],
+        dtype: torch.dtype,
+        *settings: Any,
+        cpu: str | None = None,
     ) -> None:
-        b, features, addresses = binding(), None, openmp()
+        b = binding()
+        features = None
+        addresses = openmp()
         for name, address in addresses.items():
             b.add_symbol(name, address)
         if cpu is None:
-            cpu, features = b.get_host_cpu_name(), b.get_host_cpu_features().flatten()
+            cpu = b.get_host_cpu_name()
+            features = b.get_host_cpu_features().flatten()
 
         machine = b.Target.from_default_triple().create_target_machine(
             cpu=cpu, features=features or "", opt=3, jit=True
@@ -157,7 +164,10 @@ def program(emit: Callable[..., Any], dtype: torch.dtype, *settings: Any) -> Pro
 
 
 def kernel_module(
-    emit: Callable[..., Any], dtype: torch.dtype, settings: tuple, openmp: bool
+    emit: Callable[..., Any],
+    dtype: torch.dtype,
+    settings: tuple,
+    openmp: bool,
 ) -> tuple[Any, list[str]]:
     """(the kernel as an `ir.Module`, the names of its parts)."""
     from llvmlite import ir

@@ -55,10 +55,16 @@ def emit_quantize(module: ir.Module, element: ir.Type, planes: int) -> ir.Functi
     """
     b, task, index, count = Emitter.define_part(module, "quantize")
     t = PRODUCT.reader(b, task, element)
-    x, out, steps, sums, inputs, chunk = t.x, t.planes, t.steps, t.sums, t.inputs, t.chunk
+    x = t.x
+    out = t.planes
+    steps = t.steps
+    sums = t.sums
+    inputs = t.inputs
+    chunk = t.chunk
     chunks = inputs // chunk
     limit = 127.0 * 256 ** (planes - 1)
-    floats, ints = vec(F32, DEPTH), vec(I32, DEPTH)
+    floats = vec(F32, DEPTH)
+    ints = vec(I32, DEPTH)
 
     with b.loop(*b.part(t.tokens, index, count)) as token:
         first = token * planes
@@ -127,8 +133,13 @@ def emit_tile(module: ir.Module, target: Target, element: ir.Type, tile: _Tile) 
     name = f"tile_{tile.rows}x{tile.tokens}"
     b, (task, block, token) = Emitter.define(module, name, [PTR, I64, I64], internal=True)
     t = PRODUCT.reader(b, task, element)
-    inputs, outputs, group, chunk = t.inputs, t.outputs, t.group, t.chunk
-    groups, chunks, chunks_per_group = inputs // group, inputs // chunk, group // chunk
+    inputs = t.inputs
+    outputs = t.outputs
+    group = t.group
+    chunk = t.chunk
+    groups = inputs // group
+    chunks = inputs // chunk
+    chunks_per_group = group // chunk
     blocks = [block + r for r in range(tile.rows)]
     codes = [t.codes + n * (inputs * (ROWS // 2)) for n in blocks]
     grids = [n * (groups * ROWS) for n in blocks]
@@ -136,10 +147,12 @@ def emit_tile(module: ir.Module, target: Target, element: ir.Type, tile: _Tile) 
     planes = [
         [t.planes + (n * tile.planes + p) * inputs for p in range(tile.planes)] for n in tokens
     ]
-    all_steps, all_sums = t.steps, t.sums
+    all_steps = t.steps
+    all_sums = t.sums
     steps = [all_steps + n * chunks for n in tokens]
     sums = [all_sums + n * chunks for n in tokens]
-    scales, zeros = t.scales, t.zeros
+    scales = t.scales
+    zeros = t.zeros
     totals = {pair: b.variable(vec(F32), 0.0) for pair in tile.pairs()}
     integers = {key: b.variable(vec(I32), 0) for key in tile.sums()}
 
@@ -156,7 +169,8 @@ def emit_tile(module: ir.Module, target: Target, element: ir.Type, tile: _Tile) 
             with b.loop(start, start + chunk, DEPTH) as k:
                 _add_products(b, target, tile, k, codes, planes, integers)
             for i in range(tile.tokens):
-                step, sum = b.splat(steps[i][c]), b.splat(sums[i][c])
+                step = b.splat(steps[i][c])
+                sum = b.splat(sums[i][c])
                 for r in range(tile.rows):
                     value = _combined(b, tile, r, i, integers)
                     value = b.fma(-zero[r], sum, value)
@@ -192,7 +206,11 @@ def _add_products(
 
 
 def _combined(
-    b: Emitter, tile: _Tile, r: int, i: int, integers: dict[tuple[int, int, int, int], Variable]
+    b: Emitter,
+    tile: _Tile,
+    r: int,
+    i: int,
+    integers: dict[tuple[int, int, int, int], Variable],
 ) -> Value:
     """The digits of one sum put together, as float32."""
     parts = []
@@ -251,7 +269,8 @@ def emit_products(module: ir.Module, target: Target, element: ir.Type, planes: i
 
     b, task, index, count = Emitter.define_part(module, "products")
     t = PRODUCT.reader(b, task, element)
-    tokens, cached = t.tokens, t.cached
+    tokens = t.tokens
+    cached = t.cached
 
     def whole(start: Value, stop: Value, step: int) -> Value:
         """The last place that steps from start reach without passing stop."""
@@ -282,7 +301,10 @@ def emit_products(module: ir.Module, target: Target, element: ir.Type, planes: i
 
 
 def emit_linear(
-    module: ir.Module, element: ir.Type, target: Target, planes: int
+    module: ir.Module,
+    element: ir.Type,
+    target: Target,
+    planes: int,
 ) -> list[ir.Function]:
     """The two parts of a product, one after the other."""
     return [emit_quantize(module, element, planes), emit_products(module, target, element, planes)]

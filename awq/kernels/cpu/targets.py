@@ -64,6 +64,7 @@ class Target(NamedTuple):
         pairs = b.intrinsic(
             multiply_bytes, b.integers(_PAIRS, 2 * total.type.count), [codes, values]
         )
+
         return total + b.intrinsic(multiply_pairs, total.type, [pairs, b.const(pairs.type, 1)])
 
 

@@ -85,4 +85,5 @@ def _packer(fields: dict[str, Any]) -> Callable[..., bytes]:
         _ADDRESS.format(name) if isinstance(kind, Array) else name for name, kind in fields.items()
     ]
     source = f"lambda *, {', '.join(fields)}: to_bytes({', '.join(values)})"
+
     return eval(source, {"to_bytes": struct.Struct("<" + "".join(letters)).pack})

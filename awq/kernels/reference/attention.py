@@ -26,7 +26,8 @@ def attend(
     `window` keys each. mask (bool, True where seen, broadcast to [batch, 1, tokens, keys]) replaces
     that rule. sinks [heads]: the score of a key whose value is 0 and which every token sees.
     """
-    tokens, keys = q.shape[2], k.shape[2]
+    tokens = q.shape[2]
+    keys = k.shape[2]
     plain = mask is None and (window is None or keys <= window)
     if mask is None and not (plain and (tokens == keys or tokens == 1)):
         mask = causal_mask(tokens, keys, window, q.device)
@@ -77,6 +78,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x [..., head_dim]; cos, sin float32 [..., r], broadcast against x.
     """
     r = cos.shape[-1]
-    a, b = x[..., :r].float(), x[..., r : 2 * r].float()
+    a = x[..., :r].float()
+    b = x[..., r : 2 * r].float()
     parts = [(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), x[..., 2 * r :]]
     return torch.cat(parts, -1)

@@ -46,7 +46,10 @@ def apply_norm(x: Tensor, norm: Norm) -> Tensor:
 
 
 def add_norm(
-    x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None
+    x: Tensor,
+    branch: Tensor | None,
+    factor: float,
+    norm: Norm | None,
 ) -> tuple[Tensor, Tensor]:
     """(x + factor · branch, its norm) for x, branch [..., width]; without a norm the sum twice.
 
@@ -60,7 +63,9 @@ def add_norm(
 
 def summed(parts: Tensor) -> Tensor:
     """[..., parts, width] → [..., width]: added in float32, rounded once."""
-    return parts.float().sum(-2).to(parts.dtype) if parts.shape[-2] > 1 else parts.squeeze(-2)
+    if parts.shape[-2] > 1:
+        return parts.float().sum(-2).to(parts.dtype)
+    return parts.squeeze(-2)
 
 
 def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
@@ -98,7 +103,10 @@ def gate_interleave() -> int:
 
 
 def split_heads(
-    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None
+    qkv: Tensor,
+    a: Attention,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[batch, tokens, channels] → normalized and rotated q, k and v, each [batch, heads, tokens,
     head_dim].
@@ -109,10 +117,13 @@ def split_heads(
     sizes = (a.head_dim, a.head_dim, a.value_head)
     parts = zip(qkv.split(a.widths, -1), sizes)
     q, k, v = (part.reshape(batch, tokens, -1, size) for part, size in parts)
-    q, k = _norm_of(q, a.q_norm, a.norm_heads), _norm_of(k, a.k_norm, a.norm_heads)
+    q = _norm_of(q, a.q_norm, a.norm_heads)
+    k = _norm_of(k, a.k_norm, a.norm_heads)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+
     if cos is not None and sin is not None:
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
 
     return q, k, v
 
@@ -149,7 +160,9 @@ def split(
     """
     stop = start + qkv.shape[1]
     if cos is not None and sin is not None:
-        cos, sin = cos[start:stop], sin[start:stop]
+        cos = cos[start:stop]
+        sin = sin[start:stop]
+
     q, k, v = split_heads(qkv, a, cos, sin)
     k_cache[:, :, start:stop] = k
     v_cache[:, :, start:stop] = v
@@ -173,9 +186,12 @@ def attend(
     qkv [batch, channels] → [batch, heads · head_dim]. lengths int32 [batch]: tokens cached so far,
     of which `longest` is the largest. cos, sin and the caches are as for `split`.
     """
-    batch, index = qkv.shape[0], lengths.long()
+    batch = qkv.shape[0]
+    index = lengths.long()
     if cos is not None and sin is not None:
-        cos, sin = cos[index].view(batch, 1, 1, -1), sin[index].view(batch, 1, 1, -1)
+        cos = cos[index].view(batch, 1, 1, -1)
+        sin = sin[index].view(batch, 1, 1, -1)
+
     q, k, v = split_heads(qkv.unsqueeze(1), a, cos, sin)
     rows = torch.arange(batch, device=qkv.device)
     k_cache[rows, :, index] = k[:, :, 0]
@@ -185,7 +201,8 @@ def attend(
     if a.window is not None:
         seen &= keys > index.unsqueeze(1) - a.window
 
-    keys_seen, values_seen = k_cache[:, :, : longest + 1], v_cache[:, :, : longest + 1]
+    keys_seen = k_cache[:, :, : longest + 1]
+    values_seen = v_cache[:, :, : longest + 1]
     y = attention_of(
         q,
         keys_seen,
@@ -195,6 +212,7 @@ def attend(
         mask=seen[:, None, None],
         sinks=a.sinks,
     )
+
     return y.transpose(1, 2).reshape(batch, -1)
 
 

@@ -46,17 +46,19 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def moe_linear(
-    x: Tensor, packed: Packed, bias: Tensor | None, experts: Tensor, weights: Tensor | None
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    experts: Tensor,
+    weights: Tensor | None,
 ) -> Tensor | None:
     """See `awq.kernels.moe`; None for float32, which goes expert by expert, like the dense product
     it is."""
     from awq.kernels.triton import expert_launch
 
-    return (
-        None
-        if x.dtype == torch.float32
-        else expert_launch.moe_linear(x, packed, bias, experts, weights)
-    )
+    if x.dtype == torch.float32:
+        return None
+    return expert_launch.moe_linear(x, packed, bias, experts, weights)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -31,7 +31,8 @@ def columns(i, WIDTH: tl.constexpr, INTERLEAVE: tl.constexpr):
     """Where channels i of the gate and of up are among 2·WIDTH: INTERLEAVE of each in turn, or (0)
     all of one, then the other."""
     if INTERLEAVE == 0:
-        gate, up = i, i + WIDTH
+        gate = i
+        up = i + WIDTH
     else:
         gate = (i // INTERLEAVE) * (2 * INTERLEAVE) + i % INTERLEAVE
         up = gate + INTERLEAVE

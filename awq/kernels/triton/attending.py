@@ -26,7 +26,9 @@ def _combine(
 ):
     """Adds what `active` programs have written from `place` on, in order, and stores heads [GROUP,
     DIM] at `out`."""
-    g, d, every = tl.arange(0, GP), tl.arange(0, D), tl.arange(0, SPLIT)
+    g = tl.arange(0, GP)
+    d = tl.arange(0, D)
+    every = tl.arange(0, SPLIT)
     at = peaks + (place + every[:, None]) * (2 * G) + g[None, :]
     there = (every[:, None] < active) & (g[None, :] < G)
     top = tl.load(at, mask=there, other=-float("inf"), cache_modifier=".cg")
@@ -136,7 +138,9 @@ def attend_kernel(
     bytes in a head, a power of two.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    head, slice, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = tl.program_id(0)
+    slice = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
     dtype: tl.constexpr = qkv.dtype.element_ty
     PRECISION: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
     length = tl.load(lengths + row)
@@ -179,7 +183,8 @@ def attend_kernel(
             )
 
     # Likewise the first keys and values that this program looks at, and what turns the heads.
-    g, d = tl.arange(0, G), tl.arange(0, D)
+    g = tl.arange(0, G)
+    d = tl.arange(0, D)
     cached = tl.minimum(end, length)
     at = begin + tl.arange(0, BLOCK)
     where = at.to(tl.int64)[:, None] * DIM + d[None, :]

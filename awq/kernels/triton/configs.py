@@ -64,7 +64,8 @@ class Config(NamedTuple):
 def user_tables() -> Path:
     """The folder of the user's own tables. Raises ConfigError where neither a variable nor the
     user's home names one."""
-    named, cache_folder = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    named = os.environ.get(VARIABLE)
+    cache_folder = os.environ.get("XDG_CACHE_HOME")
     if named:
         return Path(named)
     try:
@@ -198,20 +199,23 @@ def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> 
     if architecture.startswith("gfx"):
         # AMD's matrix instructions take 16 tokens and more; CDNA 3 has room for two stages. RDNA
         # spills with larger tiles.
-        bm, stages = max(bm, 16), 2
+        bm = max(bm, 16)
+        stages = 2
         if not architecture.startswith("gfx9"):
             bm, (bn, warps) = min(bm, 32), (32, 4)
     elif architecture in ("sm100", "sm103") and bm <= 16:
         # fewer rows than the tensor memory path of these GPUs takes, which costs 2.5 times the
         # instructions
-        bn, warps = 32, 2
+        bn = 32
+        warps = 2
 
     bm = max(bm, 8)
     tiles = -(-shape.out_features // bn) * -(-tokens // bm)
     steps = -(-shape.in_features // 128)
 
     # more sums of large tiles do not fit the registers at the end
-    split, most = 1, 16 if bm < 64 else 8 if bm < 128 else 4
+    split = 1
+    most = 16 if bm < 64 else 8 if bm < 128 else 4
     while (
         tiles * split < (2 if bm >= 64 else 4) * multiprocessors
         and split < most
@@ -223,7 +227,11 @@ def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> 
 
 
 def config_for_experts(
-    architecture: str, multiprocessors: int, shape: Shape, rows: int, experts: int
+    architecture: str,
+    multiprocessors: int,
+    shape: Shape,
+    rows: int,
+    experts: int,
 ) -> Config:
     """The configuration for `rows` pairs of a token and an expert, spread over `experts` weights of
     `shape`: what was measured for as many pairs or at most twice as many, or else by a rule."""
@@ -234,7 +242,11 @@ def config_for_experts(
 
 
 def rule_for_experts(
-    architecture: str, multiprocessors: int, shape: Shape, rows: int, experts: int
+    architecture: str,
+    multiprocessors: int,
+    shape: Shape,
+    rows: int,
+    experts: int,
 ) -> Config:
     """The configuration where nothing was measured.
 
@@ -244,17 +256,20 @@ def rule_for_experts(
     active = min(experts, rows)
     mean = rows / active
     bm = 128 if mean >= 128 else 64 if mean > 32 else next(b for b in BUCKETS[1:] if b >= mean)
-    outputs, steps = shape.out_features * active, -(-shape.in_features // 128)
+    outputs = shape.out_features * active
+    steps = -(-shape.in_features // 128)
     if architecture.startswith("gfx") or architecture in ("sm100", "sm103"):
         config = rule(
             architecture, multiprocessors, Shape(shape.in_features, outputs, shape.group_size), bm
         )
         assert config is not None
+
         # RDNA's registers hold no second stage beside an expert's rows: Triton 3.6 spills there
         one_stage = architecture.startswith("gfx") and not architecture.startswith("gfx9")
         return config._replace(stages=1) if one_stage else config
 
-    split, tiles = 1, -(-outputs // 128)
+    split = 1
+    tiles = -(-outputs // 128)
     # so many programs run at once: a second wave costs more than longer ones
     while (
         bm <= 32

@@ -38,14 +38,21 @@ MAX_KEY_SPLIT = 64  # programs that share the keys of one row and head
 
 @cache
 def launcher_of(
-    kernel: Any, index: int | None, dtypes: Any, constants: tuple, warps: int
+    kernel: Any,
+    index: int | None,
+    dtypes: Any,
+    constants: tuple,
+    warps: int,
 ) -> Launcher:
     """dtypes: of the activations, and whatever else Triton compiles for."""
     return Launcher(kernel, index, (*constants, has_dependent_launch(index)), num_warps=warps)
 
 
 def add_norm(
-    x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None
+    x: Tensor,
+    branch: Tensor | None,
+    factor: float,
+    norm: Norm | None,
 ) -> tuple[Tensor, Tensor]:
     """(x + factor · branch, its norm)."""
     x = x.contiguous()
@@ -57,9 +64,13 @@ def add_norm(
         return total, y
 
     weight = bias = None
-    eps, mean = 0.0, False
+    eps = 0.0
+    mean = False
     if norm is not None:
-        weight, bias, eps, mean = norm.weight, norm.bias, norm.eps, norm.centered
+        weight = norm.weight
+        bias = norm.bias
+        eps = norm.eps
+        mean = norm.centered
 
     block = triton.next_power_of_2(width)
     warps = min(16, max(1, block // 512))
@@ -174,9 +185,11 @@ def attend(
     longest: int = 0,
 ) -> Tensor:
     """Attention of one new token per row. `longest` is not needed: the kernel reads `lengths`."""
-    batch, device = qkv.shape[0], qkv.device
+    batch = qkv.shape[0]
+    device = qkv.device
     qkv = qkv.contiguous()
-    group, dim = _power(a.heads // a.kv_heads), _power(a.head_dim)
+    group = _power(a.heads // a.kv_heads)
+    dim = _power(a.head_dim)
     parts = _key_split(batch * a.kv_heads, architecture(device.index)[1])
     rows = batch * a.kv_heads * parts
     out = qkv.new_empty((batch, a.heads * a.head_dim))
@@ -202,7 +215,11 @@ def attend(
 
 
 def _attend_launcher(
-    a: Attention, index: int | None, dtype: torch.dtype, element_bytes: int, parts: int
+    a: Attention,
+    index: int | None,
+    dtype: torch.dtype,
+    element_bytes: int,
+    parts: int,
 ) -> Launcher:
     dim = _power(a.head_dim)
     block, warps = (16, 4) if dtype == torch.float32 else _tile(dim)
@@ -231,7 +248,10 @@ def _attend_launcher(
 
 
 def _tables(
-    qkv: Tensor, a: Attention, cos: Tensor | None, sin: Tensor | None
+    qkv: Tensor,
+    a: Attention,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], float, float]:
     """Rotary tables and weights of norms, qkv itself in place of what there is not; and the norms'
     eps."""

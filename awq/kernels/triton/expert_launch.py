@@ -33,10 +33,15 @@ def _config(index: int | None, shape: Shape, rows: int, experts: int) -> Config:
 
 
 def moe_linear(
-    x: Tensor, packed: Packed, bias: Tensor | None, experts: Tensor, weights: Tensor | None
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    experts: Tensor,
+    weights: Tensor | None,
 ) -> Tensor:
     """See `awq.kernels.moe.moe_linear`; float16 and bfloat16."""
-    rows, count = experts.numel(), packed.qweight.shape[0]
+    rows = experts.numel()
+    count = packed.qweight.shape[0]
     tokens, top = experts.shape
     shape = packed.shape
     if rows == 0:
@@ -82,7 +87,8 @@ def _part(
     chosen_before: bool = False,
 ) -> Tensor:
     """`fused`, or through `held`, whichever is the faster."""
-    rows, index = experts.numel(), x.device.index
+    rows = experts.numel()
+    index = x.device.index
     held = expert_form_for(index, packed.shape, *experts.shape) if chosen_before else None
     if held is not None:
         return expert_product(
@@ -113,10 +119,14 @@ def fused(
     weight with all gates in front, or (alternating) gate and up in turn. chosen_before: the kernel
     in front has waited for `experts`, and did not make them.
     """
-    shape, device, index = packed.shape, x.device, x.device.index
+    shape = packed.shape
+    device = x.device
+    index = x.device.index
     tokens, top = experts.shape
-    rows, count = tokens * top, packed.qweight.shape[0]
-    x, experts = x.contiguous(), experts.contiguous()
+    rows = tokens * top
+    count = packed.qweight.shape[0]
+    x = x.contiguous()
+    experts = experts.contiguous()
     y = x.new_empty((tokens, top, shape.out_features // (2 if gated else 1)))
     tiles = -(-shape.out_features // config.bn)
     blocks = rows if few else rows // config.bm + min(rows, count)

@@ -123,6 +123,25 @@ def _gated_rows(
 
 
 @triton.jit
+def _rows_of_tile(
+    tile,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    BN: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
+    ALTERNATING: tl.constexpr,
+):
+    """Rows [BN] of the weight that a tile reads; those behind the last one read the last."""
+    row = tile * BN + tl.arange(0, BN)
+    if GATED != "":
+        row = _gated_rows(tile, tl.arange(0, BN), N, NP, BN, INTERLEAVE, ALTERNATING)
+    elif NP % BN != 0:
+        row = tl.minimum(row, NP - 1)
+    return row
+
+
+@triton.jit
 def _gated(
     total,
     dtype: tl.constexpr,
@@ -199,15 +218,11 @@ def expert_kernel(
     """
     BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     BLOCKS: tl.constexpr = (K + 128 - 1) // 128
-    block, tile, slice = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block = tl.program_id(0)
+    tile = tl.program_id(1)
+    slice = tl.program_id(2)
     n = tile * BN + tl.arange(0, BN)
-    row = n
-
-    if GATED != "":
-        row = _gated_rows(tile, tl.arange(0, BN), N, NP, BN, INTERLEAVE, ALTERNATING)
-    elif NP % BN != 0:
-        row = tl.minimum(n, NP - 1)
-
+    row = _rows_of_tile(tile, N, NP, BN, GATED, INTERLEAVE, ALTERNATING)
     i = tl.arange(0, 32)
     if PDL:
         if AHEAD > 0:
@@ -319,7 +334,9 @@ def route_kernel(
     power of two > E.
     """
     me = tl.program_id(0)
-    r, bins = tl.arange(0, CHUNK), tl.arange(0, BINS)
+    r = tl.arange(0, CHUNK)
+    bins = tl.arange(0, BINS)
+
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -333,8 +350,10 @@ def route_kernel(
     blocks = tl.where(bins < E, (counts + BM - 1) // BM, 0)
     first = tl.sum(tl.where(bins < me, blocks, 0), 0)
     end = first + tl.sum(tl.where(bins == me, blocks, 0), 0)
+
     if me == E:
-        end, me = BLOCKS, -1
+        end = BLOCKS
+        me = -1
 
     start = 0
     while start < BLOCKS:

@@ -158,13 +158,17 @@ def split_kernel(
     the cache, which has
     `positions`. HEADS2, KV2: powers of two from HEADS and KV_HEADS up. Grid: (tokens, batch).
     """
-    token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = qkv.dtype.element_ty
+
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
 
-    d, h, kv = tl.arange(0, D), tl.arange(0, HEADS2), tl.arange(0, KV2)
+    d = tl.arange(0, D)
+    h = tl.arange(0, HEADS2)
+    kv = tl.arange(0, KV2)
     channels = qkv + (row * tokens + token) * ((HEADS + 2 * KV_HEADS) * DIM)
     position = start + token
     value = head_of(

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from awq.kernels.triton.experts import _gated, _gated_rows
+from awq.kernels.triton.experts import _gated, _rows_of_tile
 from awq.kernels.triton.experts import _in_range as in_range
 from awq.kernels.triton.experts import _store as store_rows
 from awq.kernels.triton.matmul import _grid, _planes
@@ -44,6 +44,7 @@ def _held(qweight, grid, row, t, i, K: tl.constexpr, GROUP: tl.constexpr, NP: tl
 
     corner = group[:, None] * NP
     scales = tl.load(grid + corner + row[None, :])
+
     return words, scales
 
 
@@ -117,9 +118,12 @@ def held_kernel(
     if NP % BN != 0:
         row = tl.minimum(n, NP - 1)
 
-    m, t, i = tl.arange(0, BM), tl.arange(0, TP), tl.arange(0, 32)
+    m = tl.arange(0, BM)
+    t = tl.arange(0, TP)
+    i = tl.arange(0, 32)
     if PDL:
         gdc_launch_dependents()
+
     words, grid_words = _held(qweight, grid, row, t, i, K, GROUP, NP)
     if PDL:
         gdc_wait()
@@ -165,17 +169,14 @@ def held_expert_kernel(
     """
     BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     BLOCKS: tl.constexpr = (K + 128 - 1) // 128
-    r, tile = tl.program_id(0), tl.program_id(1)
+    r = tl.program_id(0)
+    tile = tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
-    row = n
-
-    if GATED != "":
-        row = _gated_rows(tile, tl.arange(0, BN), N, NP, BN, INTERLEAVE, ALTERNATING)
-    elif NP % BN != 0:
-        row = tl.minimum(n, NP - 1)
-
-    t, i = tl.arange(0, TP), tl.arange(0, 32)
+    row = _rows_of_tile(tile, N, NP, BN, GATED, INTERLEAVE, ALTERNATING)
+    t = tl.arange(0, TP)
+    i = tl.arange(0, 32)
     rows = tl.where(tl.arange(0, BM) == 0, r, R)
+
     if PDL:
         if BEFORE:
             gdc_launch_dependents()

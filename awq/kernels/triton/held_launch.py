@@ -55,7 +55,9 @@ def form_for(index: int | None, shape: Shape, tokens: int) -> Held | None:
     name, _ = architecture(index)
     measured = name == "sm90" and tokens == 1 and fits(shape)
     few = shape.in_features * shape.out_features <= MOST_WEIGHTS
-    return form_of(shape) if measured and few and blocks_of(shape) <= MOST_BLOCKS else None
+    if measured and few and blocks_of(shape) <= MOST_BLOCKS:
+        return form_of(shape)
+    return None
 
 
 @cache
@@ -70,6 +72,7 @@ def expert_form_for(index: int | None, shape: Shape, tokens: int, top: int) -> H
 
     tiles = -(-shape.out_features // EXPERT_FORM.bn)
     room = MOST_PROGRAMS * processors
+
     return EXPERT_FORM if top * tiles <= room else None
 
 
@@ -83,7 +86,8 @@ def _result(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def product(x: Tensor, packed: Packed, bias: Tensor | None, form: Held, gated: str = "") -> Tensor:
     """As `matmul_launch.fused`, for x of at most `COLUMNS` rows and a shape that `fits`."""
-    shape, device = packed.shape, x.device
+    shape = packed.shape
+    device = x.device
     x = x.contiguous()
     tokens = x.shape[0]
     y = _result(x, (tokens, shape.out_features // (2 if gated else 1)))
@@ -110,9 +114,11 @@ def expert_product(
     chosen_before: bool = False,
 ) -> Tensor:
     """As `expert_launch.fused`, for experts [1, top_k] of one token and a shape that `fits`."""
-    shape, device = packed.shape, x.device
+    shape = packed.shape
+    device = x.device
     _, top = experts.shape
-    x, experts = x.contiguous(), experts.contiguous()
+    x = x.contiguous()
+    experts = experts.contiguous()
     y = _result(x, (1, top, shape.out_features // (2 if gated else 1)))
     bias, weights = (None if t is None else t.contiguous() for t in (bias, weights))
     dtypes = tuple(None if t is None else t.dtype for t in (x, bias, weights, experts))

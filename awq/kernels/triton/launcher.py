@@ -88,7 +88,10 @@ class Launcher:
         self.compiled: Any = None
 
     def __call__(
-        self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], *numbers: float
+        self,
+        grid: tuple[int, int, int],
+        tensors: tuple[Tensor, ...],
+        *numbers: float,
     ) -> None:
         """Starts the kernel on the current device and stream. numbers: the arguments between
         tensors and constants."""

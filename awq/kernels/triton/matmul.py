@@ -275,7 +275,9 @@ def matmul_kernel(
     BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     STEPS: tl.constexpr = (K + 128 - 1) // 128
     PER: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    tile, slice, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile = tl.program_id(0)
+    slice = tl.program_id(1)
+    block = tl.program_id(2)
     n = tile * BN + tl.arange(0, BN)
     row = n
     if NP % BN != 0:
@@ -342,7 +344,8 @@ def dequantize_kernel(
 ):
     """dense [N − first, K] (any float dtype) = rows first … N of the weight, rounded once. Grid:
     (⌈(N − first)/BN⌉, ⌈K/128⌉)."""
-    tile, t = tl.program_id(0), tl.program_id(1)
+    tile = tl.program_id(0)
+    t = tl.program_id(1)
     local = tile * BN + tl.arange(0, BN)
     n = first + local
     row = tl.minimum(n, NP - 1)

@@ -53,6 +53,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
     out = product(rows, packed, bias)
     out = through_dense(rows, packed, bias) if out is None else out
+
     return out.view(*x.shape[:-1], shape.out_features)
 
 
@@ -114,14 +115,19 @@ def _dequantize(index: int | None, dtype: torch.dtype, shape: Shape) -> Launcher
 
 
 def fused(
-    x: Tensor, packed: Packed, bias: Tensor | None, config: Config, gated: str = ""
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    config: Config,
+    gated: str = "",
 ) -> Tensor:
     """x [tokens, in] (float16 or bfloat16) → [tokens, out] without a dense weight.
 
     gated: the name of an activation, for a weight whose outputs are gate and up in turn,
     `GATE_INTERLEAVE` of each: the result is act(gate) · up [tokens, out/2].
     """
-    shape, device = packed.shape, x.device
+    shape = packed.shape
+    device = x.device
     x = x.contiguous()
     tokens = x.shape[0]
     y = x.new_empty((tokens, shape.out_features // (2 if gated else 1)))

@@ -71,7 +71,8 @@ def _range(w, ZERO_POINT: tl.constexpr):
     """`weight.group_range` of w [ROWS, SIZE]; places beyond the group hold zeros, which every range
     contains."""
     if ZERO_POINT:
-        low, high = tl.minimum(tl.min(w, 1), 0.0), tl.maximum(tl.max(w, 1), 0.0)
+        low = tl.minimum(tl.min(w, 1), 0.0)
+        high = tl.maximum(tl.max(w, 1), 0.0)
     else:
         high = tl.max(tl.abs(w), 1)
         low = -high
@@ -152,7 +153,8 @@ def scaled_delta_kernel(
     ROWS: tl.constexpr,
     ZERO_POINT: tl.constexpr,
 ):
-    group, candidate = tl.program_id(1), tl.program_id(2)
+    group = tl.program_id(1)
+    candidate = tl.program_id(2)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, SIZE)
     mask = (row < out)[:, None] & (column < size)[None, :]
@@ -182,7 +184,8 @@ def row_losses_kernel(
     TOGETHER: tl.constexpr,
 ):
     # Tiles of TOGETHER rows of tiles run side by side, and share the pieces of G that they read.
-    tiles_r, tiles_c = tl.cdiv(rows, ROWS), tl.cdiv(width, COLUMNS)
+    tiles_r = tl.cdiv(rows, ROWS)
+    tiles_c = tl.cdiv(width, COLUMNS)
     band = tl.program_id(0) // (TOGETHER * tiles_c)
     within = tl.program_id(0) % (TOGETHER * tiles_c)
     height = tl.minimum(tiles_r - band * TOGETHER, TOGETHER)

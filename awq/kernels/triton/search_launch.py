@@ -36,7 +36,11 @@ def _code_range(bits: int, zero_point: bool) -> tuple[float, float, float]:
 
 
 def best_range(
-    weight: Tensor, blocks: Tensor, shrink: Tensor, bits: int, zero_point: bool
+    weight: Tensor,
+    blocks: Tensor,
+    shrink: Tensor,
+    bits: int,
+    zero_point: bool,
 ) -> Tensor | None:
     """The best candidate of every group, uint8 [out, groups]: high factor · len(shrink) + low
     factor, or one factor for both.
@@ -75,7 +79,12 @@ def best_range(
 
 
 def scaled_losses(
-    weight: Tensor, upper: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool
+    weight: Tensor,
+    upper: Tensor,
+    scales: Tensor,
+    group_size: int,
+    bits: int,
+    zero_point: bool,
 ) -> Tensor | None:
     """tr(Δ G Δᵀ) [n], Δ = Q(W s)/s − W, for several s [n, in]; None for groups of more than
     `MAX_SCALE_GROUP` channels.
@@ -113,7 +122,12 @@ def scaled_losses(
 
 
 def _scaled_deltas(
-    weight: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool, dtype: torch.dtype
+    weight: Tensor,
+    scales: Tensor,
+    group_size: int,
+    bits: int,
+    zero_point: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Q(W s)/s − W of all s [n, in], rounded to `dtype`: [n · out, in]."""
     (out, width), count = weight.shape, len(scales)

@@ -30,7 +30,8 @@ def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 9, warm: float
             call()
 
     torch.cuda.synchronize()
-    graph, rounds = torch.cuda.CUDAGraph(), -(-40 // len(calls))
+    graph = torch.cuda.CUDAGraph()
+    rounds = -(-40 // len(calls))
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             for call in calls:
@@ -43,7 +44,8 @@ def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 9, warm: float
 
     times = []
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
@@ -56,7 +58,8 @@ def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 9, warm: float
 @torch.no_grad()
 def warm_up(seconds: float = 0.5) -> None:
     """Brings the clocks to where a busy GPU has them."""
-    a, start = torch.randn(8192, 8192, device="cuda", dtype=torch.float16), time.perf_counter()
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
+    start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         a @ a
         torch.cuda.synchronize()
@@ -70,7 +73,8 @@ def copies_of(n: int, k: int, bits: float) -> int:
 def random_packed(n: int, k: int, group: int = 128) -> Packed:
     """A planar weight of random bits on the GPU, made without codes."""
     sizes = get_layout("planar").shapes(k, n, group)
-    words_shape, grid_shape = sizes["qweight"][0], sizes["scales"][0]
+    words_shape = sizes["qweight"][0]
+    grid_shape = sizes["scales"][0]
     with torch.device("cuda"):
         words = torch.randint(-(2**15), 2**15, words_shape, dtype=torch.int16)
         scales = torch.rand(grid_shape) * 0.02 + 1e-3

@@ -25,28 +25,45 @@ from awq.kernels.triton.timing import copies_of, graph_time, random_packed, warm
 
 def candidates(shape: Shape, tokens: int, processors: int) -> list[Config]:
     """Configurations worth timing for so many tokens on a GPU of so many multiprocessors."""
-    n, k, m = shape.out_features, shape.in_features, tokens
-    bms, scaled, forms = [max(8, m)], [False], [(64, 4), (128, 4), (128, 8)]
+    n = shape.out_features
+    k = shape.in_features
+    m = tokens
+    bms = [max(8, m)]
+    scaled = [False]
+    forms = [(64, 4), (128, 4), (128, 8)]
 
     splits: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
     loads = (3, 4)
     if m <= 8:
-        forms, loads, splits = [(64, 2), (128, 2), (128, 4)], (3, 6), (1, 2, 3, 8, 11, 16)
+        forms = [(64, 2), (128, 2), (128, 4)]
+        loads = (3, 6)
+        splits = (1, 2, 3, 8, 11, 16)
     elif m <= 16:
-        forms, splits = [(128, 4), (64, 2)], (1, 2, 6, 8, 11)
+        forms = [(128, 4), (64, 2)]
+        splits = (1, 2, 6, 8, 11)
     elif 32 < m <= 64:
-        bms, scaled, splits = [32, 64], [False, True], (1, 2, 4)
+        bms = [32, 64]
+        scaled = [False, True]
+        splits = (1, 2, 4)
     elif m > 256:
-        bms, scaled, splits, forms = [64, 128, 256], [True], (1,), [(128, 4), (128, 8), (256, 8)]
+        bms = [64, 128, 256]
+        scaled = [True]
+        splits = (1,)
+        forms = [(128, 4), (128, 8), (256, 8)]
     elif m > 64:
-        bms, scaled, splits, forms = [64, 128], [True], (1, 2, 4), [(128, 4), (128, 8), (256, 8)]
+        bms = [64, 128]
+        scaled = [True]
+        splits = (1, 2, 4)
+        forms = [(128, 4), (128, 8), (256, 8)]
 
     found = []
     for (bn, warps), bm, split, flag, stages in itertools.product(
         forms, bms, splits, scaled, loads
     ):
-        tiles, steps = -(-n // bn) * -(-m // bm), -(-k // 128)
-        waves, most = tiles * split / processors, 7 if m <= 16 else 5 if m <= 64 else 3
+        tiles = -(-n // bn) * -(-m // bm)
+        steps = -(-k // 128)
+        waves = tiles * split / processors
+        most = 7 if m <= 16 else 5 if m <= 64 else 3
         if split > 1 and (waves > most or steps / split < 2):
             continue  # more programs than help
         if waves < (1.4 if m <= 16 else 0.7) and split < splits[-1]:
@@ -109,10 +126,15 @@ def tune(
         say(f"  refused: {reason}")
 
     warm_up()
-    stop, found = time.perf_counter() + seconds, {}
+    stop = time.perf_counter() + seconds
+
+    found = {}
     for shape in shapes:
-        n, k, group = shape.out_features, shape.in_features, shape.group_size
+        n = shape.out_features
+        k = shape.in_features
+        group = shape.group_size
         weights = [random_packed(n, k, group) for _ in range(copies_of(n, k, 4.25))]
+
         for dtype, m in ((dtype, m) for dtype, ms in tokens.items() for m in ms):
             ready = [
                 job.config for job in jobs if job[:3] == (shape, dtype, m) and job not in refused
@@ -189,7 +211,9 @@ def compile_job(job: Job) -> str | None:
 
 
 def write_table(
-    path: Path, gpu: str, found: dict[tuple[Shape, torch.dtype, int], list[Timing]]
+    path: Path,
+    gpu: str,
+    found: dict[tuple[Shape, torch.dtype, int], list[Timing]],
 ) -> None:
     """Adds the best configurations to the table at `path` ("shapes" for float16, "bfloat16" where
     that differs)."""
@@ -201,7 +225,9 @@ def write_table(
 
 
 def write_entries(
-    path: Path, gpu: str, entries: Mapping[tuple[str, str, int], Config | None]
+    path: Path,
+    gpu: str,
+    entries: Mapping[tuple[str, str, int], Config | None],
 ) -> None:
     """Adds entries to the table at `path`: (section, size, tokens or pairs) → configuration."""
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

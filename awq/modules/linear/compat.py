@@ -75,11 +75,11 @@ class CompatLinear(WQLinear, metaclass=_ByFormat):
             return cls.from_quantized(round_to_nearest(get_weight(linear), group_size, w_bit), bias)
 
         scale = cls._by_rows(scales, out_features).float()
-        zero = (
-            torch.full_like(scale, 8)
-            if zeros is None
-            else cls._by_rows(zeros, out_features).float()
-        )
+        if zeros is None:
+            zero = torch.full_like(scale, 8)
+        else:
+            zero = cls._by_rows(zeros, out_features).float()
+
         return cls.from_quantized(quantize_nearest(get_weight(linear), scale, zero, w_bit), bias)
 
     @classmethod
@@ -108,7 +108,8 @@ class CompatLinear(WQLinear, metaclass=_ByFormat):
     def _by_rows(cls, table: Tensor, out_features: int) -> Tensor:
         """A table of scales or zeros as [out, groups]."""
         rows, columns = table.shape
-        by_groups = (
-            columns == out_features if cls.scales_first_axis == "groups" else rows != out_features
-        )
+        if cls.scales_first_axis == "groups":
+            by_groups = columns == out_features
+        else:
+            by_groups = rows != out_features
         return table.t() if by_groups else table

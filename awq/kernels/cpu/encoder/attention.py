@@ -18,8 +18,10 @@ QUERIES = 8  # that share one pass over the keys
 
 def attend(p: Phase, index: Value) -> None:
     """context [tokens, heads · dim] of one head of one text."""
-    b, spec = p.b, p.spec
-    text, head = index // spec.heads, index % spec.heads
+    b = p.b
+    spec = p.spec
+    text = index // spec.heads
+    head = index % spec.heads
     start = b.sext(p.t.starts[text], I64)
     length = b.sext(p.t.starts[text + 1], I64) - start
     padded = (length + (LANES - 1)) & -LANES
@@ -53,7 +55,8 @@ def attend(p: Phase, index: Value) -> None:
 
 def _prepare_query(p: Phase, source: Pointer, target: Pointer, position: Value) -> None:
     """A head's channels of a query, times the scaling."""
-    b, spec = p.b, p.spec
+    b = p.b
+    spec = p.spec
     _prepare_head(p, source, target, position, p.layer.q_norm)
     scaling = b.const(vec(F32), spec.scaling)
     with b.loop(0, spec.dim, LANES) as i:
@@ -61,10 +64,15 @@ def _prepare_query(p: Phase, source: Pointer, target: Pointer, position: Value) 
 
 
 def _prepare_head(
-    p: Phase, source: Pointer, target: Pointer, position: Value, norm: Pointer
+    p: Phase,
+    source: Pointer,
+    target: Pointer,
+    position: Value,
+    norm: Pointer,
 ) -> None:
     """A head's channels, normalized and rotated where the model does so."""
-    b, spec = p.b, p.spec
+    b = p.b
+    spec = p.spec
     if spec.qk_norm:
         inverse, _ = moments(b, source, spec.dim, spec.qk_eps, False)
         with b.loop(0, spec.dim, LANES) as i:
@@ -78,19 +86,29 @@ def _prepare_head(
 
     half = spec.rotary
     lanes = LANES if half % LANES == 0 else 8
-    cos, sin = p.layer.cos + position * half, p.layer.sin + position * half
+    cos = p.layer.cos + position * half
+    sin = p.layer.sin + position * half
+
     with b.loop(0, half, lanes) as i:
-        left, right = target.vector(i, lanes), target.vector(i + half, lanes)
-        c, s = cos.vector(i, lanes), sin.vector(i, lanes)
+        left = target.vector(i, lanes)
+        right = target.vector(i + half, lanes)
+        c = cos.vector(i, lanes)
+        s = sin.vector(i, lanes)
         target[i] = left * c - right * s
         target[i + half] = right * c + left * s
 
 
 def _transpose_keys(
-    p: Phase, keys: Pointer, transposed: Pointer, scratch: Pointer, length: Value, padded: Value
+    p: Phase,
+    keys: Pointer,
+    transposed: Pointer,
+    scratch: Pointer,
+    length: Value,
+    padded: Value,
 ) -> None:
     """transposed [dim, padded] of the keys, with zeros beyond the text's end."""
-    b, spec = p.b, p.spec
+    b = p.b
+    spec = p.spec
     with b.loop(0, length) as j:
         source = keys + j * spec.channels
         if spec.rotary or spec.qk_norm:
@@ -118,8 +136,11 @@ class _Sight(NamedTuple):
 
 def _sight(p: Phase, first: Value, count: int, length: Value, padded: Value) -> _Sight:
     """Of `count` queries from `first` on."""
-    b, spec = p.b, p.spec
-    start, ahead = b.const(I64, 0), padded
+    b = p.b
+    spec = p.spec
+    start = b.const(I64, 0)
+    ahead = padded
+
     if spec.windowed:
         before = first - p.layer.window
         start = b.select(before > 0, before & -LANES, 0)
@@ -128,6 +149,7 @@ def _sight(p: Phase, first: Value, count: int, length: Value, padded: Value) -> 
     if spec.causal:
         ahead = b.const(I64, 0)
     stop = (first + (count + LANES - 1) + ahead) & -LANES
+
     return _Sight(start, b.smaller(stop, padded), length, padded)
 
 
@@ -143,7 +165,8 @@ def _scores(
 ) -> list[Value]:
     """scores [count, padded] of queries from `first` on; what a query may not see is −∞. Returns
     each row's largest one."""
-    b, spec = p.b, p.spec
+    b = p.b
+    spec = p.spec
     padded = sight.padded
     counting = Value(b, ir.Constant(vec(I32), list(range(LANES))))
     last = b.splat(b.trunc(sight.length, I32))
@@ -198,7 +221,8 @@ def _gather(
     sight: _Sight,
 ) -> None:
     """context rows = weights · values."""
-    b, spec = p.b, p.spec
+    b = p.b
+    spec = p.spec
     stop = b.smaller(sight.stop, sight.length)
     with b.loop(0, spec.dim, LANES) as i:
         sums = [b.variable(vec(F32), 0.0) for _ in inverses]

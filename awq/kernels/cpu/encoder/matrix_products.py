@@ -72,7 +72,12 @@ class MatrixProducts:
                 self._multiply(p, operands, product, slab, token, r)
 
     def _unpack_slab(
-        self, p: Phase, operands: Operands, product: Product, slab: _Slab, blocks: Value
+        self,
+        p: Phase,
+        operands: Operands,
+        product: Product,
+        slab: _Slab,
+        blocks: Value,
     ) -> None:
         """Also fetches what is unpacked next: the next slab's codes, or the next item's; worker 0
         takes items upwards."""
@@ -107,7 +112,10 @@ class MatrixProducts:
         token: Value,
         r: Value,
     ) -> None:
-        b, inputs, outputs, group = p.b, product.inputs, product.outputs, p.spec.group
+        b = p.b
+        inputs = product.inputs
+        outputs = product.outputs
+        group = p.spec.group
         groups = inputs // group
         y = operands.y + (token * outputs + r * BLOCK)
         bias = operands.bias + r * BLOCK

@@ -45,7 +45,8 @@ class Operands(NamedTuple):
         """Items with the same tokens follow each other."""
         inputs = product.inputs
         grid = inputs // p.spec.group * BLOCK
-        piece, pair = index // product.pairs, index % product.pairs
+        piece = index // product.pairs
+        pair = index % product.pairs
         block = pair * 2
         begin = piece * piece_tokens
 

@@ -50,7 +50,10 @@ from awq.native.spec import COUNTERS_PER_PHASE, PHASES_PER_LAYER, EncoderSpec
 
 
 def emit_encoder(
-    module: ir.Module, element: ir.Type, target: Target, spec: EncoderSpec
+    module: ir.Module,
+    element: ir.Type,
+    target: Target,
+    spec: EncoderSpec,
 ) -> list[ir.Function]:
     """forward(job, worker), and serve(pool) and call(pool, job) for its threads."""
     forward = _emit_forward(module, element, target, spec)
@@ -58,7 +61,10 @@ def emit_encoder(
 
 
 def _emit_forward(
-    module: ir.Module, element: ir.Type, target: Target, spec: EncoderSpec
+    module: ir.Module,
+    element: ir.Type,
+    target: Target,
+    spec: EncoderSpec,
 ) -> ir.Function:
     products: MatrixProducts | VectorProducts
     if spec.matrix_unit:
@@ -95,8 +101,11 @@ def _emit_forward(
 
     b, (job, worker) = Emitter.define(module, "forward", [PTR, I64])
     t = JOB.reader(b, job, element)
-    counters, layers, workers = t.counters, t.layers, t.workers
-    tokens, texts = t.tokens, t.texts
+    counters = t.counters
+    layers = t.layers
+    workers = t.workers
+    tokens = t.tokens
+    texts = t.texts
     pieces = (tokens + (products.piece_tokens - 1)) // products.piece_tokens
     sizes = {"tokens": tokens, "heads": texts * spec.heads}
 

@@ -14,10 +14,12 @@ from awq.kernels.cpu.values import Pointer, Value
 def quantize(p: Phase, row: Pointer, token: Value, width: int) -> None:
     """A row of float32 [width] to the planes, steps and sums of a token; one step for each
     group."""
-    b, spec = p.b, p.spec
+    b = p.b
+    spec = p.spec
     groups = width // spec.group
     planes = p.t.planes + token * (width * spec.planes)
-    steps, sums = p.t.steps + token * groups, p.t.sums + token * groups
+    steps = p.t.steps + token * groups
+    sums = p.t.sums + token * groups
     limit = 127.0 * 256 ** (spec.planes - 1)
     to_int = b.round_to_int if spec.planes > 2 else partial(nearest_int, b)
 
@@ -47,7 +49,8 @@ def quantize(p: Phase, row: Pointer, token: Value, width: int) -> None:
 def norm(p: Phase, source: Pointer, target: Pointer, weight: Pointer, bias: Pointer) -> None:
     """target = norm(source) · weight + bias over the hidden width; a weight that is not given means
     no norm."""
-    b, spec = p.b, p.spec
+    b = p.b
+    spec = p.spec
     width = b.const(I64, spec.hidden)
     with b.builder.if_else(weight.is_given().ir) as (normed, plain):
         with normed:
@@ -63,7 +66,11 @@ def norm(p: Phase, source: Pointer, target: Pointer, weight: Pointer, bias: Poin
 
 
 def moments(
-    b: Emitter, source: Pointer, width: int, eps: float, centered: bool
+    b: Emitter,
+    source: Pointer,
+    width: int,
+    eps: float,
+    centered: bool,
 ) -> tuple[Value, Value | None]:
     """(1/√(mean square + eps), mean or None) of a row."""
     center = None
@@ -86,7 +93,8 @@ def moments(
 def embed(p: Phase, token: Value) -> None:
     """hidden = norm(word + position + type); norms that come first then make what the first layer
     reads."""
-    b, spec = p.b, p.spec
+    b = p.b
+    spec = p.spec
     row = p.t.hidden + token * spec.hidden
     word = p.t.words + b.sext(p.t.ids[token], I64) * spec.hidden
 
@@ -116,8 +124,10 @@ def embed(p: Phase, token: Value) -> None:
 def add_norm(p: Phase, token: Value, number: int) -> None:
     """hidden = hidden + branch, its norm to integers. Where norms come last, or at the end, hidden
     becomes the norm."""
-    b, spec = p.b, p.spec
-    row, branch = p.t.hidden + token * spec.hidden, p.t.branch + token * spec.hidden
+    b = p.b
+    spec = p.spec
+    row = p.t.hidden + token * spec.hidden
+    branch = p.t.branch + token * spec.hidden
     weight, bias = _weights_of(p, f"norm{number}")
     if spec.post_norms:
         norm(p, branch, branch, *_weights_of(p, f"post{number}"))
@@ -147,9 +157,11 @@ def quantize_context(p: Phase, token: Value) -> None:
 
 def activate(p: Phase, token: Value) -> None:
     """act(up), or act(gate) · up, to integers."""
-    b, spec = p.b, p.spec
+    b = p.b
+    spec = p.spec
     row = p.t.wide + token * (spec.inner * (2 if spec.gated else 1))
     act = activation if spec.planes > 2 else quick_activation
+
     with b.loop(0, spec.inner, LANES) as i:
         value = act(b, row.vector(i, LANES), spec.activation)
         if spec.gated:
@@ -162,7 +174,8 @@ def activate(p: Phase, token: Value) -> None:
 def pool(p: Phase, text: Value) -> None:
     """out [texts, hidden]: the mean over a text's tokens without its prompt, its first or its last
     token; norm 1 if asked."""
-    b, spec = p.b, p.spec
+    b = p.b
+    spec = p.spec
     begin = b.sext(p.t.starts[text], I64)
     end = b.sext(p.t.starts[text + 1], I64)
     first = b.smaller(begin + p.t.prompt_tokens, end - 1)

@@ -39,9 +39,13 @@ class VectorProducts:
                 self._sweep(p, product, operands, 1)
 
     def _sweep(self, p: Phase, product: Product, operands: Operands, rows: int) -> None:
-        b, inputs, outputs = p.b, product.inputs, product.outputs
+        b = p.b
+        inputs = product.inputs
+        outputs = product.outputs
         groups = inputs // p.spec.group
-        planes, steps, sums = p.t.planes, p.t.steps, p.t.sums
+        planes = p.t.planes
+        steps = p.t.steps
+        sums = p.t.sums
         place = operands.begin
 
         for width in self._widths:
@@ -64,14 +68,20 @@ class VectorProducts:
 
 
 def _emit_tile(
-    module: ir.Module, target: Target, spec: EncoderSpec, rows: int, tokens: int
+    module: ir.Module,
+    target: Target,
+    spec: EncoderSpec,
+    rows: int,
+    tokens: int,
 ) -> ir.Function:
     """tile(codes, scales, zeros, bias, planes, steps, sums, y, inputs, outputs): `rows` blocks ×
     `tokens` tokens.
 
     Every pointer is that of the first block or token. Inputs are a multiple of the group.
     """
-    name, group, planes = f"tile_{rows}x{tokens}", spec.group, spec.planes
+    name = f"tile_{rows}x{tokens}"
+    group = spec.group
+    planes = spec.planes
     b, arguments = Emitter.define(module, name, [PTR] * 8 + [I64, I64], internal=True)
     codes, scales, zeros, bias, data, steps, sums, y = (
         b.as_type(pointer, kind)
@@ -112,7 +122,8 @@ def _emit_tile(
             zero = b.unsigned_to_float(zeros.vector(grids[r], LANES), vec(F32))
             for i in range(tokens):
                 place = groups * i + g
-                step, sum = b.splat(steps[place]), b.splat(sums[place])
+                step = b.splat(steps[place])
+                sum = b.splat(sums[place])
                 whole = joined_digits(b, [integers[r, i, p].value for p in range(planes)])
                 value = b.fma(-zero, sum, whole)
                 totals[r, i].value = b.fma(value, scale * step, totals[r, i].value)
