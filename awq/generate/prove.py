@@ -26,7 +26,8 @@ from awq.generate.read.own import Templates, own_plans
 from awq.generate.read.trace import rotary_tables, trace
 from awq.generate.run.block import FusedBlock, Prompt, Step
 from awq.generate.run.cache import LayerCache, MixerStates, allocate, new_states
-from awq.generate.run.decoder import FusedDecoder, quantized_head
+from awq.generate.run.decoder import FusedDecoder
+from awq.generate.run.head import quantized_head
 from awq.generate.run.operations import summed
 from awq.nn.block_calls import BlockCall
 from awq.nn.blocks import float_copy

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from awq.core.weight import round_to_nearest
 from awq.errors import ConfigError
 from awq.generate.plan import DecoderPlan
 from awq.generate.run import operations as ops
@@ -23,8 +22,7 @@ from awq.generate.run.greedy import Greedy
 from awq.generate.run.projection import separate
 from awq.nn.blocks import is_product
 from awq.nn.capture import NothingFromTheHost, no_waiting
-from awq.nn.linear import WQLinear
-from awq.nn.surgery import get_weight, is_linear
+from awq.nn.surgery import get_weight
 
 logger = logging.getLogger("awq.generate")
 
@@ -39,8 +37,7 @@ class FusedDecoder:
 
     The weights are those of the transformers model, which keeps working. `prefill` and `step` give
     logits float32 [batch, vocabulary]; the cache of up to `max_seq_len` tokens a row is allocated
-    at
-    the first prompt. There is one cache: callers take turns, by `awq.nn.locks.lock_of(model)`.
+    at the first prompt. There is one cache: callers take turns, by `awq.nn.locks.lock_of(model)`.
     """
 
     def __init__(
@@ -386,18 +383,3 @@ class FusedDecoder:
             logits = logits * self.plan.logits_factor
         cap = self.plan.logits_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def quantized_head(head: nn.Module) -> nn.Module:
-    """A packed copy of the head, rounded to nearest in groups of 128 (or what divides its inputs);
-    itself when packed already."""
-    if not is_linear(head):
-        return head
-
-    weight = get_weight(head)
-    bias = getattr(head, "bias", None)
-    size = next((s for s in (128, 64, 32) if weight.shape[1] % s == 0), weight.shape[1])
-    linear = WQLinear.from_quantized(round_to_nearest(weight, size), bias)
-    linear.settle(weight.dtype)
-
-    return linear
