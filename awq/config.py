@@ -61,11 +61,13 @@ def normalize_format(name: str) -> str:
 def _names(given: Any) -> tuple[str, ...]:
     """Names of modules; one string is one name. Raises ConfigError for anything else."""
     names = (given,) if isinstance(given, str) else given or ()
-    if not isinstance(names, (list, tuple, set, frozenset)) or not all(
-        isinstance(name, str) and name for name in names
-    ):
+    is_list = isinstance(names, (list, tuple, set, frozenset))
+    if not is_list or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"modules_to_not_convert is {given!r}; use a list of names of modules.")
-    return tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
+
+    if isinstance(names, (set, frozenset)):
+        return tuple(sorted(names))
+    return tuple(names)
 
 
 def quant_method(stored: Any) -> str:

@@ -339,7 +339,8 @@ def check_stored_biases(packed: Iterable[str], headers: Mapping[str, Mapping[str
     """Refuses biases of packed linears that the files hold as anything but floating-point
     numbers."""
     for name in packed:
-        dtype = headers.get(f"{name}.bias", {}).get("dtype", "F32")
+        header = headers.get(f"{name}.bias", {})
+        dtype = header.get("dtype", "F32")
         if dtype not in (*FLOATS, "F64"):
             raise CheckpointError(
                 f"the checkpoint holds {name}.bias as {dtype}; it must be a 16- or 32-bit "

@@ -78,8 +78,9 @@ def keep_users_files(old: Path, new: Path) -> None:
 
     gone = names_of_model(old)
     for path in sorted(old.iterdir()):
-        if path.name not in gone and not is_temporary(path.name):
-            _carry(path, new / path.name)
+        if path.name in gone or is_temporary(path.name):
+            continue
+        _carry(path, new / path.name)
 
 
 def _carry(path: Path, place: Path) -> None:

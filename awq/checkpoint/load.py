@@ -90,8 +90,7 @@ def _check_kind(source: Source, kind: Any) -> None:
     if isinstance(expected, type) and not isinstance(source.config, expected):
         raise ModelError(
             f"{source.name}: config.json names the class {kind.__name__}, which is no model of "
-            "type "
-            f"{source.config.model_type}; correct architectures."
+            f"type {source.config.model_type}; correct architectures."
         )
 
 

@@ -307,9 +307,8 @@ def check_shapes(name: str, module: nn.Module, tensors: dict[str, dict], config:
     check_complete(name, tensors)
     in_features, out_features = linear_shape(module)
     found = {kind: (tuple(entry["shape"]), entry["dtype"]) for kind, entry in tensors.items()}
-    if _fits(
-        found, in_features, out_features, config.group_size_of(in_features, name), config.format
-    ):
+    size = config.group_size_of(in_features, name)
+    if _fits(found, in_features, out_features, size, config.format):
         return
 
     sizes = [size for size in (16, 32, 64, 128, 256, in_features) if in_features % size == 0]
@@ -323,12 +322,13 @@ def check_shapes(name: str, module: nn.Module, tensors: dict[str, dict], config:
         " or ".join(f"version {f} with group_size {size}" for f, size in really)
         or "no version this package knows"
     )
+    tensors_found = ", ".join(
+        f"{kind} {list(shape)} {_DTYPES.get(dtype, dtype)}"
+        for kind, (shape, dtype) in found.items()
+    )
     raise CheckpointError(
         f"{name} [{out_features}, {in_features}]: config.json says version {config.format}, "
-        f"group_size {config.group_size}, "
-        "but its tensors "
-        f"{', '.join(f'{k} {list(s)} {_DTYPES.get(d, d)}' for k, (s, d) in found.items())} "
-        f"are {hint}; "
+        f"group_size {config.group_size}, but its tensors {tensors_found} are {hint}; "
         "correct quantization_config in config.json."
     )
 

@@ -83,11 +83,13 @@ def _encoded(encoder: Any, texts: list[str], arguments: argparse.Namespace) -> A
     with tqdm(total=len(texts), unit="text", disable=hidden) as bar:
         for start in range(0, len(texts), PIECE_TEXTS):
             piece = texts[start : start + PIECE_TEXTS]
-            parts.append(
-                encoder.encode(
-                    piece, arguments.batch_size, normalize=True, prompt_name=arguments.prompt_name
-                )
+            embeddings = encoder.encode(
+                piece,
+                arguments.batch_size,
+                normalize=True,
+                prompt_name=arguments.prompt_name,
             )
+            parts.append(embeddings)
             bar.update(len(piece))
 
     return torch.cat(parts)

@@ -47,12 +47,17 @@ def search_range(
         if best is not None:
             return _range_of(weight, best.long(), shrink, group_size, bits, zero_point)
 
-    rows = max(1, _CHUNK.get(weight.device.type, _CHUNK["cuda"]) // weight.shape[1])
-    parts = [
-        _search_rows(part, blocks, group_size, bits, zero_point) for part in weight.split(rows)
-    ]
+    chunk = _CHUNK.get(weight.device.type, _CHUNK["cuda"])
+    rows = max(1, chunk // weight.shape[1])
+    scales = []
+    zeros = []
 
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    for part in weight.split(rows):
+        scale, zero = _search_rows(part, blocks, group_size, bits, zero_point)
+        scales.append(scale)
+        zeros.append(zero)
+
+    return torch.cat(scales), torch.cat(zeros)
 
 
 def _range_of(

@@ -70,7 +70,10 @@ def group_range(weight: Tensor, group_size: int, zero_point: bool = True) -> tup
     if not zero_point:
         high = groups.abs().amax(-1)
         return -high, high
-    return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+
+    low = groups.amin(-1).clamp(max=0)
+    high = groups.amax(-1).clamp(min=0)
+    return low, high
 
 
 def scale_and_zero(

@@ -87,7 +87,8 @@ def read_surroundings(call: BlockCall, short: BlockCall) -> Surroundings:
         table = _as_table(pair)
         beginning = _as_table(beginnings[name])
         tokens = len(beginning[0])
-        if not all(torch.equal(whole[:tokens], part) for whole, part in zip(table, beginning)):
+        same = [torch.equal(whole[:tokens], part) for whole, part in zip(table, beginning)]
+        if not all(same):
             raise NotReadable("its rotary tables depend on the length of the text")
         tables.append(table)
 

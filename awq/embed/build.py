@@ -270,17 +270,18 @@ class _Weights:
 
     def _linear(self, fields: dict[str, int], name: str, linears: Sequence[WQLinear]) -> None:
         packed = [linear.packed.to_layout("rows16") for linear in linears]
-        if len(packed) > 1 and any(p.shape.out_features % 16 for p in packed):
-            raise NotReadable("a joined linear has outputs that are no multiple of 16")
-        if packed[-1].shape.out_features % 16:
-            raise NotReadable("a linear has outputs that are no multiple of 16")
+        if any(p.shape.out_features % 16 for p in packed):
+            which = "a joined linear" if len(packed) > 1 else "a linear"
+            raise NotReadable(f"{which} has outputs that are no multiple of 16")
 
         for field, part in (("codes", "qweight"), ("scales", "scales"), ("zeros", "qzeros")):
             joined = torch.cat([getattr(p, part).view(torch.uint8).flatten() for p in packed])
             fields[f"{name}_{field}"] = self._memory.add(joined)
 
-        zeros = [torch.zeros(p.shape.out_features) for p in packed]
-        biases = [
-            z if linear.bias is None else linear.bias.float() for z, linear in zip(zeros, linears)
-        ]
+        biases = []
+        for linear in linears:
+            if linear.bias is None:
+                biases.append(torch.zeros(linear.out_features))
+            else:
+                biases.append(linear.bias.float())
         fields[f"{name}_bias"] = self._memory.add(torch.cat(biases))

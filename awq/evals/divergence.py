@@ -165,8 +165,9 @@ def perplexity_interval(losses: Tensor, seed: int = 0) -> tuple[float, float]:
 def _windows(input_ids: Tensor, window: int, limit: int | None) -> Iterator[Tensor]:
     rows = input_ids if input_ids.dim() == 2 else input_ids.reshape(1, -1)
     left = rows.numel() if limit is None else limit
+    size = max(window, 1)
     for row in rows:
-        for ids in row[:left].split(max(window, 1)):
+        for ids in row[:left].split(size):
             if len(ids) > 1:
                 yield ids
         left = max(0, left - len(row))

@@ -113,7 +113,8 @@ def weight_bytes(model: Any) -> int:
         tensors = [tensor for tensor in tensors if tensor is not table]
 
     # what stands under two names is read once
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    return sum(sizes.values())
 
 
 def read_bandwidth(device: torch.device | str, size: int = 1 << 29) -> float:

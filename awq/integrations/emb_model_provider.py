@@ -129,12 +129,14 @@ class AutoAWQLoader(BaseModelLoader):
 
         tokenizer = load_tokenizer(self._source, self._trust, **self._hub)
         model = load_model(self._source, self._dtype, self._trust, AutoModel, **self._hub)
-        self._model, self._tokenizer = model.to(self.get_device()).eval(), tokenizer
+        self._model = model.to(self.get_device()).eval()
+        self._tokenizer = tokenizer
         if self.get_device() == "cpu":
             speed_up(self._model)
 
         # where a host's own methods look for them
-        self.model, self.tokenizer = self._model, self._tokenizer
+        self.model = self._model
+        self.tokenizer = self._tokenizer
 
     def is_model_available(self) -> bool:
         """Whether an AWQ checkpoint with readable files is there; the reason is logged when it is

@@ -48,12 +48,14 @@ def problem() -> str | None:
     if not capability.startswith("AVX"):
         return f"torch has fast code for AVX2 and AVX-512 only, and this CPU is {capability}"
 
+    def product(x: Tensor, packed: Packed) -> Tensor:
+        return linear(x, packed, None)
+
     try:
-        error = trial_error(
-            lambda x, packed: linear(x, packed, None), LAYOUT, torch.bfloat16, (1, 7, MANY)
-        )
+        error = trial_error(product, LAYOUT, torch.bfloat16, (1, 7, MANY))
     except Exception as failure:  # an operator without a promise to stay
-        return f"torch's product failed: {type(failure).__name__} {str(failure).split(chr(10))[0]}"
+        first_line = str(failure).split("\n")[0]
+        return f"torch's product failed: {type(failure).__name__} {first_line}"
 
     return None if error < 2e-2 else f"a trial product was wrong by {error:.3g}"
 

@@ -120,7 +120,8 @@ def _check_digest(name: str, file: int) -> None:
         found.update(piece)
         place += len(piece)
 
-    if header != (MAGIC + found.digest()).ljust(HEADER_BYTES, b"\0"):
+    expected = MAGIC + found.digest()
+    if header != expected.ljust(HEADER_BYTES, b"\0"):
         raise ValueError("its digest is wrong")
 
 

@@ -90,7 +90,8 @@ def _observed(
     with ExitStack() as stack:
         for name in names:  # two names may mean the same module
             block = model.get_submodule(name)
-            stack.enter_context(listening([block], partial(before, name), partial(after, name)))
+            watched = listening([block], partial(before, name), partial(after, name))
+            stack.enter_context(watched)
         run_body(model, item)
 
     return seen

@@ -117,14 +117,15 @@ def _why_dense(
     towers: Sequence[str],
 ) -> str | None:
     """Why a linear stays dense whatever its shape."""
-    tower = next((prefix for prefix in unreached if name.startswith(f"{prefix}.")), None)
-    if tower is not None:
-        return f"the calibration inputs do not reach {tower}"
+    for tower in unreached:
+        if name.startswith(f"{tower}."):
+            return f"the calibration inputs do not reach {tower}"
 
-    tower = next((prefix for prefix in towers if name.startswith(f"{prefix}.")), None)
-    if tower is not None:
-        return f"a tower that was not asked for (towers): {tower}"
-    if not name.startswith(tuple(f"{prefix}." for prefix, _ in lists)):
+    for tower in towers:
+        if name.startswith(f"{tower}."):
+            return f"a tower that was not asked for (towers): {tower}"
+
+    if not any(name.startswith(f"{blocks}.") for blocks, _ in lists):
         return "outside the repeated blocks"
 
     pattern = excluded_by(name, config.modules_to_not_convert)
@@ -151,8 +152,7 @@ def _skip_odd(
     if odd:
         plan.warnings.append(
             f"{len(odd)} linears with {share:.1%} of the blocks' weights stay dense, for the "
-            "group size does not divide their "
-            f"inputs; the first: {next(iter(odd.values()))}"
+            f"group size does not divide their inputs; the first: {next(iter(odd.values()))}"
         )
 
 

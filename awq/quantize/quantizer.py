@@ -77,4 +77,5 @@ class AwqQuantizer:
         codes = get_weight(w)
         size = codes.shape[1] // scales.shape[1]
         offset = torch.zeros_like(scales) if zeros is None else zeros
-        return (codes - offset.repeat_interleave(size, 1)) * scales.repeat_interleave(size, 1)
+        offsets = offset.repeat_interleave(size, 1)
+        return (codes - offsets) * scales.repeat_interleave(size, 1)

@@ -41,9 +41,8 @@ def find_streams(
     hidden: float32 [batch, tokens, features] before the block.
     """
     inputs: list[tuple[str, Tensor]] = []  # in the order of the calls
-    outputs: dict[
-        str, tuple[Tensor, int]
-    ] = {}  # name → output, and how many inputs were read before it
+    # name → output, and how many inputs were read before it
+    outputs: dict[str, tuple[Tensor, int]] = {}
 
     def note_input(name: str, args: tuple) -> None:
         if args and isinstance(args[0], Tensor) and args[0].is_floating_point():

@@ -184,7 +184,8 @@ def text_blocks(model: Any, ids: Tensor) -> BlockList:
     except ModelError as error:
         raise NotFusable(str(error)) from error
 
-    if any(isinstance(blocks, OneBlock) for _, blocks in lists):
+    reads_more = any(isinstance(blocks, OneBlock) for _, blocks in lists)
+    if reads_more:
         raise NotFusable(f"{lists[0][0]}: a block reads more than the block before it gives")
     if len(lists) != 1:
         names = ", ".join(name for name, _ in lists)

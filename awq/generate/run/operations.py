@@ -66,7 +66,8 @@ def add_norm_route(
     of what it normalized."""
     _check_sum(x, branch, norm)
     weight = router.weight
-    if weight.shape[1] != x.shape[-1] or weight.device != x.device or not weight.is_contiguous():
+    wide_enough = weight.shape[1] == x.shape[-1]
+    if not wide_enough or weight.device != x.device or not weight.is_contiguous():
         raise _refuse(
             "the router's weight", weight, f"[experts, {x.shape[-1]}] on {x.device} in one piece"
         )
@@ -232,7 +233,8 @@ def attend_step(
         raise _refuse("lengths", lengths, f"int32 [{len(qkv)}] on {qkv.device}")
 
     compute = plain.attend if a.why_no_kernel() else _operator("attend", qkv)
-    return compute(qkv[:, 0], a, cos, sin, lengths, cache.k, cache.v, longest).unsqueeze(1)
+    out = compute(qkv[:, 0], a, cos, sin, lengths, cache.k, cache.v, longest)
+    return out.unsqueeze(1)
 
 
 def attend_cached(q: Tensor, seen: LayerCache, a: Attention) -> Tensor:

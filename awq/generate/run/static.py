@@ -109,7 +109,8 @@ class StaticDecoder:
         them as positions.
         """
         batch = len(ids)
-        tokens = max(map(sum, zip(lengths, padding or [0] * batch)))
+        before_each = padding or [0] * batch
+        tokens = max(map(sum, zip(lengths, before_each)))
         if tokens > self.max_seq_len:
             raise ConfigError(
                 f"a prompt of {tokens} tokens does not fit max_seq_len={self.max_seq_len}."

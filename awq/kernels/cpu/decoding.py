@@ -144,7 +144,8 @@ def _moments(
         return value * value
 
     variance = b.total(width, square) / size
-    return 1.0 / b.math("sqrt", variance + eps), center
+    deviation = b.math("sqrt", variance + eps)
+    return 1.0 / deviation, center
 
 
 def emit_activate(module: ir.Module, element: ir.Type, name: str, gated: bool) -> list[ir.Function]:

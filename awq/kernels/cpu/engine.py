@@ -201,12 +201,13 @@ def _in_python_threads(parts: list[Any]) -> Callable[[bytes], None]:
         for part, threads in zip(parts, struct.unpack_from(f"<{len(parts)}q", task)):
             if threads == 1:
                 part(task, 0, 1)
-            else:  # ctypes lets go of the interpreter's lock while a part runs
-                list(
-                    _pool(threads).map(
-                        lambda i, part=part, n=threads: part(task, i, n), range(threads)
-                    )
-                )
+                continue
+
+            # ctypes lets go of the interpreter's lock while a part runs
+            def share(index: int, part: Any = part, threads: int = threads) -> None:
+                part(task, index, threads)
+
+            list(_pool(threads).map(share, range(threads)))
 
     return run
 

@@ -53,19 +53,19 @@ class Target(NamedTuple):
         return b.joined([self._step(b, *part) for part in parts])
 
     def _step(self, b: Emitter, total: Value, codes: Value, values: Value) -> Value:
-        if len(self.step) == 1 and "aarch64" in self.step[0]:
-            return b.intrinsic(self.step[0], total.type, [total, codes, values])
         if len(self.step) == 1:
-            words = [b.bitcast(bytes_, total.type) for bytes_ in (codes, values)]
-            return b.intrinsic(self.step[0], total.type, [total, *words])
+            (name,) = self.step
+            operands = [codes, values]
+            if "aarch64" not in name:
+                operands = [b.bitcast(operand, total.type) for operand in operands]
+            return b.intrinsic(name, total.type, [total, *operands])
 
         # Pairs of bytes to int16 (at most 2 · 15 · 128, which fits), pairs of those to int32.
         multiply_bytes, multiply_pairs = self.step
-        pairs = b.intrinsic(
-            multiply_bytes, b.integers(_PAIRS, 2 * total.type.count), [codes, values]
-        )
-
-        return total + b.intrinsic(multiply_pairs, total.type, [pairs, b.const(pairs.type, 1)])
+        int16 = b.integers(_PAIRS, 2 * total.type.count)
+        pairs = b.intrinsic(multiply_bytes, int16, [codes, values])
+        ones = b.const(pairs.type, 1)
+        return total + b.intrinsic(multiply_pairs, total.type, [pairs, ones])
 
 
 TARGETS = (

@@ -82,7 +82,9 @@ def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
         return function(gate) * up
 
     gate, up = h.unflatten(-1, (-1, 2, interleave)).unbind(-2)
-    return function(gate.flatten(-2)) * up.flatten(-2)
+    gate = gate.flatten(-2)
+    up = up.flatten(-2)
+    return function(gate) * up
 
 
 def gated(x: Tensor, packed: Packed, bias: Tensor | None, name: str, interleave: int) -> Tensor:

@@ -150,8 +150,7 @@ def _read(path: Path) -> dict[str, dict[str, dict[int, Config | None]]]:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path} is no table of launch configurations ({type(error).__name__}: {error}); "
-            "delete it, or write it anew with "
-            "`awq tune`."
+            "delete it, or write it anew with `awq tune`."
         ) from error
 
 

@@ -40,12 +40,18 @@ def _rows_of_first(experts, first, R, ROWS: tl.constexpr, BM: tl.constexpr):
     − 1 next; R for none)."""
     r = tl.arange(0, ROWS)
     expert = tl.load(experts + first)
-    mine = ((tl.load(experts + r, mask=r < R, other=0) == expert) & (r < R)).to(tl.int32)
+    others = tl.load(experts + r, mask=r < R, other=0)
+    mine = ((others == expert) & (r < R)).to(tl.int32)
     rank = tl.cumsum(mine, 0) - 1
-    begin = tl.sum(tl.where(r < first, mine, 0), 0)
-    hit = (mine[:, None] > 0) & (rank[:, None] == begin + tl.arange(0, BM)[None, :])
 
-    return expert, begin, R + tl.sum(tl.where(hit, r[:, None] - R, 0), 0)
+    before = tl.where(r < first, mine, 0)
+    begin = tl.sum(before, 0)
+
+    wanted = begin + tl.arange(0, BM)[None, :]
+    hit = (mine[:, None] > 0) & (rank[:, None] == wanted)
+    rows = tl.sum(tl.where(hit, r[:, None] - R, 0), 0)
+
+    return expert, begin, R + rows
 
 
 @triton.jit

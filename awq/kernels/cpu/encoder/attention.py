@@ -39,12 +39,19 @@ def attend(p: Phase, index: Value) -> None:
     def block(first: Value, count: int) -> None:
         for r in range(count):
             position = first + r
-            _prepare_query(p, queries + position * spec.channels, q + r * spec.dim, position)
+            query = queries + position * spec.channels
+            prepared = q + r * spec.dim
+            _prepare_query(p, query, prepared, position)
 
         sight = _sight(p, first, count, length, padded)
         tops = _scores(p, transposed, scores, q, head, first, count, sight)
-        inverses = [_softmax(b, scores + padded * r, top, sight) for r, top in enumerate(tops)]
-        _gather(p, scores, values, context + first * spec.context, inverses, sight)
+
+        inverses = []
+        for r, top in enumerate(tops):
+            inverses.append(_softmax(b, scores + padded * r, top, sight))
+
+        out = context + first * spec.context
+        _gather(p, scores, values, out, inverses, sight)
 
     whole = length // QUERIES * QUERIES
     with b.loop(0, whole, QUERIES) as first:

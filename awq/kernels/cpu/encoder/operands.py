@@ -74,6 +74,7 @@ def joined_digits(b: Emitter, sums: Sequence[Value]) -> Value:
     whole = sums[0]
     for digit in sums[1:2]:
         whole = (whole << 8) + digit
+
     value = b.signed_to_float(whole, vec(F32))
     for digit in sums[2:]:
         value = b.fma(value, b.const(vec(F32), 256.0), b.signed_to_float(digit, vec(F32)))

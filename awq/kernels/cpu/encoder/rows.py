@@ -195,6 +195,7 @@ def pool(p: Phase, text: Value) -> None:
 
     if spec.normalize:
         size = b.math("sqrt", b.sum(squares.value))
-        factor = b.splat(1.0 / b.maximum(size, 1e-12))
+        size = b.maximum(size, 1e-12)
+        factor = b.splat(1.0 / size)
         with b.loop(0, spec.hidden, LANES) as i:
             out[i] = out.vector(i, LANES) * factor
