@@ -47,14 +47,6 @@ MINE = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_a_gpu():
-    """A forked process cannot use a GPU that its parent has used."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.cuda.is_available", lambda: False)
-        yield
-
-
 def write(folder, files):
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -206,6 +198,7 @@ def timeless(files):
     return {name: None if name in timed else content for name, content in files.items()}
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("begun", [False, True])
 def test_quantizing_killed(tmp_path, quantizer, begun):
     """A first run from one directory to another, and one that goes on where another was killed.

@@ -112,9 +112,10 @@ def test_products_of_one_token_compile(target, product):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products_that_hold_their_weights_compile_without_spilling(dtype):
     for shape in (Shape(2048, 5120, 128), Shape(4096, 2048, 128), Shape(896, 1152, 128)):
-        form = held_launch.form_of(shape)
-        code = offline.compile_held(90, shape, form, dtype)
-        assert len(code.binary) > 1000 and code.spilled == 0
+        for gated in ("", "silu"):
+            form = held_launch.form_of(shape, gated)
+            code = offline.compile_held(90, shape, form, dtype, gated)
+            assert len(code.binary) > 1000 and code.spilled == 0
     code = offline.compile_held_experts(90, Shape(768, 2048, 128), held_launch.EXPERT_FORM, dtype)
     assert len(code.binary) > 1000 and code.spilled == 0
 

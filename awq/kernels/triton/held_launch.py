@@ -43,21 +43,24 @@ def fits(shape: Shape) -> bool:
     return shape.group_size % BLOCK == 0 or shape.group_size >= shape.in_features
 
 
-def form_of(shape: Shape) -> Held:
-    """What a program holds of a weight that is small enough."""
-    return Held(16, 4) if blocks_of(shape) <= MOST_BLOCKS // 2 else Held(32, 8)
+def form_of(shape: Shape, gated: str = "") -> Held:
+    """What a program holds of a weight that is small enough. With an activation, that is as many
+    rows of the gate as of up: `GATE_INTERLEAVE` of each, or more."""
+    if blocks_of(shape) > MOST_BLOCKS // 2:
+        return Held(32, 8)
+    return Held(32, 4) if gated else Held(16, 4)
 
 
 @cache
-def form_for(index: int | None, shape: Shape, tokens: int) -> Held | None:
+def form_for(index: int | None, shape: Shape, tokens: int, gated: str = "") -> Held | None:
     """How the product of one token is held; None where the kernels that load in steps are better,
     or where nothing was measured."""
     name, _ = architecture(index)
     measured = name == "sm90" and tokens == 1 and fits(shape)
     few = shape.in_features * shape.out_features <= MOST_WEIGHTS
-    if measured and few and blocks_of(shape) <= MOST_BLOCKS:
-        return form_of(shape)
-    return None
+    if not measured or not few or blocks_of(shape) > MOST_BLOCKS:
+        return None
+    return form_of(shape, gated)
 
 
 @cache

@@ -61,7 +61,9 @@ def product(x: Tensor, packed: Packed, bias: Tensor | None, gated: str = "") -> 
     """x [tokens, in] → [tokens, out], or with an activation [tokens, out/2] as `fused` does, in the
     way that is the fastest; None where a dense weight is, which knows no activation."""
     tokens = x.shape[0]
-    held = None if x.dtype == torch.float32 else form_for(x.device.index, packed.shape, tokens)
+    held = None
+    if x.dtype != torch.float32:
+        held = form_for(x.device.index, packed.shape, tokens, gated)
     if held is not None:
         return held_product(x, packed, bias, held, gated)
 
