@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from torch import Tensor
 from awq import AutoAWQForEmbedding, clean_texts
 from awq.evals.similarity import read_pairs
 from awq.models import embedding
-from awq.quantize import tuning
+from awq.quantize import match, tuning
 
-PLAIN_DISTANCE = tuning.OutputMatch.distance
-PLAIN_RATE = tuning.OF_EMBEDDINGS.rate
+PLAIN_DISTANCE = match.OutputMatch.distance
+PLAIN_RATE = tuning.OF_EMBEDDINGS.scales
 
 
 def pooled_distance(share: float) -> Callable:
@@ -141,8 +142,8 @@ def main() -> None:
             settings.pop("rate", PLAIN_RATE),
         )
         embedding.GENERAL_SENTENCES = settings.pop("general", usual)
-        tuning.OutputMatch.distance = PLAIN_DISTANCE if share is None else pooled_distance(share)
-        tuning.OF_EMBEDDINGS = tuning.Pace(rate, together=1)
+        match.OutputMatch.distance = PLAIN_DISTANCE if share is None else pooled_distance(share)
+        tuning.OF_EMBEDDINGS = replace(tuning.OF_EMBEDDINGS, scales=rate)
         model = AutoAWQForEmbedding.from_pretrained(arguments.model, torch_dtype="float32")
         model.model.to(arguments.device)
         before = model.encode(measured)

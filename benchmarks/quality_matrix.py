@@ -6,11 +6,12 @@ six.
 
 Kinds: prose (the text of `--prose` without WikiText's form), code, chat and mathematics (the
 model's own answers to our questions, in its chat template: what a served model reads), languages
-(bundled passages in other languages than English), mix (the bundled text). Each kind has a part to
-calibrate on and another to measure on, and the general rows that join calibration (`general_texts`)
-come from the bundled passages that are never measured. Quantizers: presets; "rtn"; "gptq", plain
-error feedback with min/max ranges; "awq", AutoAWQ's algorithm (benchmarks/peers.py). All write
-4-bit values of one group size: equal bytes. "balanced:own" calibrates without general text.
+(bundled passages in other languages than English), mix (the bundled text; calibrated on, with the
+bundled chats). Each kind has a part to calibrate on and another to measure on, and the general rows
+that join calibration (`general_texts`) come from the bundled passages that are never measured.
+Quantizers: presets; "rtn"; "gptq", plain error feedback with min/max ranges; "awq", AutoAWQ's
+algorithm (benchmarks/peers.py). All write 4-bit values of one group size: equal bytes.
+"balanced:own" calibrates without general text.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from quality import split_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from awq import AwqConfig, QuantizeOptions, load_calibration, quantize_model
-from awq.calibration.batches import with_general_rows
+from awq.calibration.batches import general_texts, with_general_rows
 from awq.calibration.sources import bundled_texts
 from awq.evals.divergence import divergence
 
@@ -236,7 +237,10 @@ def main() -> None:
         record("rtn", "nothing", model, seconds, 0)
     limits = {"max_samples": arguments.samples, "max_length": arguments.tokens}
     for kind in arguments.calibrated_on:
-        own = load_calibration(kinds[kind][0], tokenizer, **limits)
+        texts = kinds[kind][0]
+        if kind == "mix":  # the bundled chats are part of it, in the model's own template
+            texts = general_texts(tokenizer, texts)
+        own = load_calibration(texts, tokenizer, **limits)
         joined = own
         if kind != "mix":
             joined = with_general_rows(own, tokenizer, arguments.samples, kinds["mix"][0])

@@ -30,7 +30,7 @@ from awq.checkpoint.files import packed_tensors, weight_files
 from awq.errors import CalibrationError, ConfigError, ModelError
 from awq.evals.similarity import embeddings_of, judge, mean_cosine
 from awq.nn.linear import WQLinear
-from awq.quantize.tuning import OutputMatch
+from awq.quantize.match import OutputMatch
 
 CONFIG = {"q_group_size": 16}
 PROMPTS = {"prompts": {"query": "the old house ", "passage": "red "}, "default_prompt_name": None}

@@ -75,6 +75,16 @@ def descend(
     return quantized._replace(codes=codes.t().contiguous())
 
 
+def lean_of(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """Where coordinate descent would put each weight if it had not to be a code, given all others:
+    the distance from its code [out, in] in steps, within a half where descent has ended."""
+    pivots = gram.diagonal().clone()
+    pivots[pivots == 0] = 1.0  # a dead channel has no slope either
+    wanted = ((weight - quantized.dequantize()) @ gram).div_(pivots)
+    by_group = wanted.view(*quantized.scales.shape, -1)
+    return by_group.div_(quantized.scales.float().unsqueeze(-1)).view(weight.shape)
+
+
 def _descend_block(
     slope: Tensor,
     gram: Tensor,

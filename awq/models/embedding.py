@@ -25,7 +25,7 @@ from awq.evals.similarity import judge
 from awq.models.arguments import check_quantizer
 from awq.models.model import AwqModel
 from awq.quantize import QuantReport
-from awq.quantize.tuning import Embed
+from awq.quantize.match import Embed
 
 # Parameters below which a count of calibration texts is enough: upper ends of the usual advice for
 # small, medium and large.

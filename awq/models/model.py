@@ -45,8 +45,8 @@ from awq.nn.surgery import (
 from awq.nn.unfinished import check_finished, unfinished
 from awq.quantize import QuantizeOptions, QuantReport, quantize_model
 from awq.quantize.checks import check_quantizable
+from awq.quantize.match import Embed
 from awq.quantize.plan import make_plan
-from awq.quantize.tuning import Embed
 
 logger = logging.getLogger("awq.models")
 

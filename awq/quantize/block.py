@@ -288,6 +288,8 @@ class BlockQuantizer:
             self.run.install(self.block, result.name, full_name, result.weight, dtype)
             if self.run.options.tuning:
                 self.run.weights[full_name] = result.weight
+                if result.lean is not None:
+                    self.run.leans[full_name] = result.lean
 
             result.report.loss_rtn = self.losses_rtn[result.name]
             result.report.name = full_name

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from awq.config import AwqConfig
 from awq.core.ranges import search_range
-from awq.core.refinement import refine
+from awq.core.refinement import lean_of, refine
 from awq.core.rounding import feedback_factor, round_with_feedback
 from awq.core.scales import ScaleChoice, gram_loss, row_losses, search_scale
 from awq.core.weight import (
@@ -33,6 +33,7 @@ from awq.quantize.input_error import InputErrorStatistics, corrected
 from awq.quantize.options import QuantizeOptions
 from awq.quantize.report import LinearReport
 from awq.quantize.statistics import InputStatistics
+from awq.quantize.tuned import packed_lean
 
 _LEAST_ENERGY = 1e-30  # below the energy of any output that is not zero
 # weights rounded at once: 0.1 GB each time on a CPU, half a GB on a GPU
@@ -41,13 +42,17 @@ ROUNDED_VALUES = {"cpu": 1 << 25, "cuda": 1 << 27}
 
 @dataclass
 class QuantizedLinear:
-    """A linear's canonical weight and its report line (name relative to the block). bias_change:
-    float32 [out], or None."""
+    """A linear's canonical weight and its report line (name relative to the block).
+
+    bias_change: float32 [out], or None. lean: int8 [out, in] (`awq.quantize.tuned`), where codes
+    are tuned later.
+    """
 
     name: str
     weight: QuantizedWeight
     report: LinearReport
     bias_change: Tensor | None = None
+    lean: Tensor | None = None
 
 
 def choose_scale(
@@ -126,7 +131,7 @@ def quantize_group(
         statistics.forget_error()
 
     factor = feedback_factor(gram) if with_feedback else None
-    chunks, shifts = [], []
+    chunks, shifts, leans = [], [], []
     for part in _row_chunks(stacked):
         target = stacked[part]
         if lack is not None and factor is not None:
@@ -134,6 +139,8 @@ def quantize_group(
         found = quantize_rows(target, gram, size, config, options, factor)
         chunks.append(found)
         shifts.append((stacked[part] - found.weight.dequantize()) @ statistics.mean)
+        if options.tuning:
+            leans.append(packed_lean(lean_of(target, gram, found.weight)))
 
     rows = _joined(chunks)
     energies = row_losses(stacked, statistics.gram)
@@ -162,6 +169,9 @@ def quantize_group(
         weight = QuantizedWeight(codes, scales, zeros, config.bits)
         results.append(QuantizedLinear(name, weight, report, bias_change if with_bias else None))
 
+    if leans:
+        for result, lean in zip(results, torch.cat(leans).split(lengths)):
+            result.lean = lean
     for result in results:
         result.report.seconds = (time.perf_counter() - start) / len(results)
     return results

@@ -28,16 +28,16 @@ class QuantizeOptions:
     """Switches of the quantizer.
 
     preset: "fast" (AWQ scales and ranges, nearest rounding), "balanced" (the same, then
-        error-feedback rounding and coordinate descent) or "best" (more of it, then the packed
-        weights' scales are tuned on the whole model's output).
+        error-feedback rounding and coordinate descent) or "best" (more of it, then scales,
+        codes, norms and biases are tuned on the whole model's output).
     rounding: "nearest" or "feedback"; None takes the preset's.
     refinement: rounds of coordinate descent and least-squares scales after feedback; None takes the
     preset's.
     correction: share, 0 to 1, of what quantized predecessors changed in a linear's input that its
         codes make up for (`awq.quantize.input_error`; with rounding "feedback"); None takes the
         preset's.
-    tuning: epochs of end-to-end tuning of the scales; needs memory for gradients of the whole
-    model; None takes the preset's.
+    tuning: epochs of end-to-end tuning; needs memory for gradients of the whole model; None takes
+    the preset's.
     scaling: search and fold activation-aware scales; duo_scaling adds the candidates that look at
     the weights too.
     clip: search each group's range; False keeps min/max.

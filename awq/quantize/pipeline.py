@@ -30,11 +30,12 @@ from awq.nn.unfinished import check_finished, unfinished
 from awq.nn.walk import BlockVisit
 from awq.quantize.block import BlockQuantizer
 from awq.quantize.forecast import reserve
+from awq.quantize.match import Embed, OutputMatch
 from awq.quantize.options import QuantizeOptions
 from awq.quantize.progress import ProgressLines
 from awq.quantize.report import QuantReport
 from awq.quantize.run import QuantizeRun, moved_to, one_at_a_time, tensor_cores, work_device
-from awq.quantize.tuning import Embed, OutputMatch, tune_scales
+from awq.quantize.tuning import tune_weights
 
 
 @torch.no_grad()
@@ -132,12 +133,18 @@ def quantize_block(run: QuantizeRun, visit: BlockVisit) -> None:
 
 
 def tune(run: QuantizeRun, match: OutputMatch) -> None:
-    """Tunes the scales of all quantized linears on the whole model's output, and installs what was
-    found."""
+    """Tunes all quantized linears and dense vectors on the whole model's output, and installs what
+    was found."""
     options = run.options
     with run.phase("tuning"), tensor_cores(device_of(run.model)):
-        weights, tuning = tune_scales(
-            run.model, run.weights, match, options.tuning or 0, options.seed, options.progress
+        weights, tuning = tune_weights(
+            run.model,
+            run.weights,
+            match,
+            options.tuning or 0,
+            options.seed,
+            options.progress,
+            run.leans,
         )
         for name, weight in weights.items():
             run.install(run.model, name, name, weight)

@@ -40,7 +40,7 @@ class QuantReport:
     linears: list[LinearReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    # of the scales, end to end (`tuning.TuningReport`); None when it did not run
+    # end to end (`tuning.TuningReport`); None when it did not run
     tuning: dict[str, Any] | None = None
     tokens: int = 0
     seconds: float = 0.0
@@ -86,7 +86,7 @@ class QuantReport:
         if self.tuning:
             t = self.tuning
             lines.append(
-                f"scales tuned: held-out {t['kind']} {t['loss_before']:.5f} -> "
+                f"tuned end to end: held-out {t['kind']} {t['loss_before']:.5f} -> "
                 f"{t['loss_after']:.5f}, epoch {t['best_epoch']}"
             )
 

@@ -31,13 +31,13 @@ from awq.nn.surgery import device_of, get_weight, linear_shape, replace_module
 from awq.nn.walk import BlockWalk
 from awq.nn.weight_access import watched_weights
 from awq.quantize.experts import skip_in_mixtures
+from awq.quantize.match import Embed, OutputMatch, held_out, in_large_batches, micro_batches
 from awq.quantize.options import QuantizeOptions
 from awq.quantize.plan import Plan, make_plan
 from awq.quantize.report import QuantReport
 from awq.quantize.resume import progress_of, restore_progress, settings_of
 from awq.quantize.statistics import TOKENS_PER_CHANNEL
 from awq.quantize.towers import chosen_lists
-from awq.quantize.tuning import Embed, OutputMatch, held_out, in_large_batches, micro_batches
 
 logger = logging.getLogger("awq.quantize")
 
@@ -54,7 +54,8 @@ class QuantizeRun:
     shared: full names of modules whose weights have another name. twins: linear → others that share
     its weight and become
     the same packed linear. known_folds: structure of a block → its folds.
-    weights: full name → weight, kept when scales are tuned later.
+    weights: full name → weight, kept for the tuning. leans: the same, where their codes begin
+    (`awq.quantize.tuned`).
     original_hidden: the hidden states of the original model before the present block, where they
     are needed.
     store: keeps the blocks' weights; None: the model has them.
@@ -74,6 +75,7 @@ class QuantizeRun:
     twins: dict[str, list[str]] = field(default_factory=dict)
     known_folds: dict[Any, list[InputGroup]] = field(default_factory=dict)
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    leans: dict[str, Tensor] = field(default_factory=dict)
     original_hidden: HiddenStates | None = None
     store: BlockStore | None = None
 
@@ -110,7 +112,7 @@ class QuantizeRun:
         judges = frozenset[int]()
 
         if options.tuning:
-            tuning_batches = micro_batches(batches)
+            tuning_batches = micro_batches(batches, device)
             batches, judges = in_large_batches(tuning_batches, tokens)
 
         batches = [_complete(model, batch) for batch in batches]
@@ -162,7 +164,10 @@ class QuantizeRun:
         if not self.options.tuning:
             return None
         judging = held_out(len(self.tuning_batches))
-        return OutputMatch(self.model, self.tuning_batches, judging, embed)
+        options = self.options
+        return OutputMatch(
+            self.model, self.tuning_batches, judging, embed, options.tuning or 0, options.seed
+        )
 
     def walk(self) -> BlockWalk:
         """Over all blocks, with calibration inputs. Linears whose weight the model reads itself
@@ -259,7 +264,7 @@ def moved_to(model: nn.Module, device: torch.device) -> Iterator[None]:
         model.to(device)
     except torch.OutOfMemoryError:
         logger.warning(
-            "the model does not fit on %s: scales are tuned on %s, which takes long.", device, home
+            "the model does not fit on %s: it is tuned on %s, which takes long.", device, home
         )
         model.to(home)
 
