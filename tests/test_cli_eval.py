@@ -172,7 +172,31 @@ def test_quantize_gates(capsys, place, tmp_path):
         "of what was saved"
     )
     assert main(["report", str(tmp_path / "q"), "--html", str(tmp_path / "page.html")]) == 0
-    assert "perplexity ratio" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "perplexity of the original" in page and "memory of the process" in page
+
+
+def test_each_kind_of_text_has_its_figures(capsys, place, tmp_path):
+    """Both verbs take a file for each kind; gates hold for every one, and name it."""
+    (tmp_path / "river.txt").write_text("The river is cold and the hills are old. " * 30)
+    files = [str(place / "texts.txt"), str(tmp_path / "river.txt")]
+    common = ["eval", place / "llama-awq", "--base", place / "llama"]
+    alone = [run_json(capsys, *common, "--text", file)["figures"] for file in files]
+    gated = [*common, "--text", files[0], "--text", files[1], "--max-kl", 0]
+    found = run_json(capsys, *gated, status=1)
+    assert found["figures"] == {"texts": dict(zip(files, alone))} and found["text"] == files
+    assert [failure.split(": mean")[0] for failure in found["failed_gates"]] == files
+    command = ["quantize", place / "llama", tmp_path / "q", "--calib-data", files[0]]
+    kinds = ["--group-size", 16, "--evaluate", files[0], "--evaluate", files[1]]
+    assert set(run_json(capsys, *command, *kinds)["evaluation"]["texts"]) == set(files)
+    card = (tmp_path / "q/README.md").read_text()
+    assert all(f"| {file}: perplexity | " in card for file in files)
+
+
+def test_an_embedding_model_is_judged_on_one_file(capsys, place):
+    twice = ["--text", str(place / "texts.txt")] * 2
+    assert main(["eval", str(place / "bert-awq"), "--base", str(place / "bert"), *twice]) == 2
+    assert "--text: an embedding model is judged on one file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

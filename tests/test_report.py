@@ -2,6 +2,7 @@
 kind."""
 
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -92,7 +93,8 @@ def test_page_tells_every_linear_and_every_dense_name(report, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "missing", ["skipped", "phases", "tokens", "options", "versions", "warnings", "evaluation"]
+    "missing",
+    ["skipped", "phases", "tokens", "options", "versions", "warnings", "evaluation", "resources"],
 )
 def test_reports_without_a_part_still_draw(report, tmp_path, missing):
     raw = report.to_dict()
@@ -118,6 +120,58 @@ def test_tokens_per_expert_are_drawn(report, tmp_path):
     assert "saw 0 tokens" in page
 
 
+def figures(kl):
+    """As an evaluation of a language model has them."""
+    return {
+        "perplexity_before": 8.0,
+        "perplexity_after": 10.0,
+        "mean_kl": kl,
+        "kl_interval": [kl / 2, 2 * kl],
+        "top1_agreement": 0.75,
+    }
+
+
+def text_of(report, directory, **parts):
+    (directory / "quantization_report.json").write_text(json.dumps(report.to_dict() | parts))
+    page = render_page(read_report(directory))
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == [] and tags.outside == []
+    return page, " ".join(" ".join(tags.texts).split())
+
+
+def test_one_text_before_and_after(report, tmp_path):
+    _, text = text_of(report, tmp_path, evaluation=figures(0.25))
+    assert "perplexity 8.000 10.000" in text and "80.0%" in text and "75.00 %" in text
+    assert "0.2500 (95 %: 0.1250–0.5000)" in text
+
+
+def test_kl_of_every_kind_of_text_is_drawn(report, tmp_path):
+    texts = {"kinds/code.txt": figures(0.5), "kinds/chat.txt": figures(0.125)}
+    page, text = text_of(report, tmp_path, evaluation={"texts": texts})
+    chart = page[page.index("KL divergence by text") :]
+    bars = re.findall(r'<rect class="bar" x="190" y="\d+" width="([\d.]+)"', chart)
+    assert "code.txt" in text and "kinds/chat.txt: perplexity" in text
+    assert float(bars[0]) == pytest.approx(4 * float(bars[1]), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "strange", [{"texts": {"a": 5}}, figures(0.1) | {"perplexity_after": 0}, {"mean_kl": "x"}]
+)
+def test_figures_of_another_version_are_listed(report, tmp_path, strange):
+    _, text = text_of(report, tmp_path, evaluation=strange)
+    assert "Measured before and after" in text
+
+
+def test_the_plan_stands_beside_what_was_measured(report, tmp_path):
+    measured = {"memory": 2e9, "gpu_memory": 0, "seconds": 130.0}
+    _, text = text_of(report, tmp_path, resources={"measured": measured})
+    assert "memory of the process, peak 2.00 GB" in text and "GPU memory" not in text
+    planned = {"memory": 3e9, "gpu_memory": 0, "seconds": 100.0}
+    _, text = text_of(report, tmp_path, resources={"measured": measured, "planned": planned})
+    assert "memory of the process, peak 3.00 GB 2.00 GB time 1 min 40 s 2 min 10 s" in text
+
+
 LINE = {"name": "layers.0.q_proj", "loss": 0.1, "loss_rtn": 0.2}
 NO_REPORTS = [
     "",
@@ -138,6 +192,7 @@ NO_REPORTS = [
             "tokens": [1],
             "warnings": 5,
             "evaluation": "good",
+            "resources": {"measured": {"memory": "x"}},
         }.items()
     ),
     json.dumps({"linears": [LINE | {"loss": 1e400}]}),

@@ -12,6 +12,7 @@ from typing import Any
 
 from awq.checkpoint.files import read_json
 from awq.checkpoint.modules import body_directory
+from awq.checkpoint.recovery import recovery_rows
 from awq.config import COMPRESSED_TENSORS, DENSE, AwqConfig
 
 # What a reader must still be told about the original model: above all its licence.
@@ -234,29 +235,9 @@ def _recovery(evaluation: Any) -> list[str]:
     """A table of what was measured before and after; nothing where nothing was measured."""
     if evaluation is None:
         return []
-
-    found = evaluation.to_dict()
-    rows = ["## Recovery\n", "| figure | original | quantized |", "|---|---|---|"]
-    if "perplexity_before" in found:
-        before, after = found["perplexity_before"], found["perplexity_after"]
-        rows.append(f"| perplexity | {before:.3f} | {after:.3f} |")
-        rows.append(
-            f"| recovery (perplexity of the original ÷ quantized) | | {before / after:.1%} |"
-        )
-        rows.append(f"| KL divergence, nats a token | 0 | {found['mean_kl']:.4f} |")
-        rows.append(f"| same most likely token | 100 % | {100 * found['top1_agreement']:.2f} % |")
-
-        return [*rows, ""]
-
-    rows.append(f"| cosine to the original's embeddings, mean | 1 | {found['mean_cosine']:.4f} |")
-    rows.append(f"| … least of {found['texts']} texts | 1 | {found['min_cosine']:.4f} |")
-    rows.append(f"| neighbours that stay, of 10 | 10 | {10 * found['neighbour_overlap']:.2f} |")
-
-    for key, label in (("spearman", "Spearman ×100, sentence pairs"), ("ndcg", "nDCG@10")):
-        if found.get(f"{key}_before") is not None:
-            rows.append(f"| {label} | {found[f'{key}_before']:.4g} | {found[f'{key}_after']:.4g} |")
-
-    return [*rows, ""]
+    rows = recovery_rows(evaluation.to_dict())
+    lines = [f"| {figure} | {before} | {after} |" for figure, before, after in rows]
+    return ["## Recovery\n", "| figure | original | quantized |", "|---|---|---|", *lines, ""]
 
 
 def _making(report: Any) -> list[str]:

@@ -86,6 +86,16 @@ def limit(text: str) -> float:
     return value
 
 
+def only_text(flag: str, texts: list[str]) -> str:
+    """The one file of an option that may be given several times, for models that are judged on one.
+    Raises ConfigError for more."""
+    from awq.errors import ConfigError
+
+    if len(texts) > 1:
+        raise ConfigError(f"{flag}: an embedding model is judged on one file; give it once.")
+    return texts[0]
+
+
 def add_gates(parser: argparse.ArgumentParser) -> None:
     """`--max-kl`, `--max-ppl-increase` and `--min-cosine`; status 1 when one is not kept."""
     gates = parser.add_argument_group("quality gates (exit status 1 when one is not kept)")

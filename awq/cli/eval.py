@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from awq.cli.arguments import add_device, add_dtype, add_gates, gates_of, positive
+from awq.cli.arguments import add_device, add_dtype, add_gates, gates_of, only_text, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text",
         metavar="FILE",
+        action="append",
         help="text to measure on (.txt, .jsonl, .csv, .parquet), or for an embedding "
-        "model .tsv lines `score<TAB>sentence<TAB>sentence`",
+        "model .tsv lines `score<TAB>sentence<TAB>sentence`; a language model takes the option "
+        "once for each kind of text",
     )
     parser.add_argument(
         "--text-column", default="text", help="column of a table that holds the texts"
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", type=positive, default=1024, help="tokens read together; windows do not overlap"
     )
     parser.add_argument(
-        "--limit", type=positive, help="at most so many tokens of the text, or documents of a task"
+        "--limit", type=positive, help="at most so many tokens of a text, or documents of a task"
     )
     parser.add_argument(
         "--prompt-name", help="prompt put before every text of an embedding model, e.g. query"
@@ -68,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     failures: list[str] = []
     if arguments.text is not None:
         found = _on_text(arguments) if language else _on_pairs(arguments)
-        result["text"] = arguments.text
+        result["text"] = arguments.text[0] if len(arguments.text) == 1 else arguments.text
         result["figures"] = found.to_dict()
         lines.append(found.summary())
         failures = gates.failures(found.to_dict())
@@ -83,10 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _on_text(arguments: argparse.Namespace) -> Any:
-    from awq.evals.models import evaluate_text, token_ids
+    from awq.evals.by_text import by_text
+    from awq.evals.models import evaluate_texts, token_ids
 
-    ids = token_ids(arguments.model, arguments.text, arguments.text_column)
-    return evaluate_text(
+    ids = {text: token_ids(arguments.model, text, arguments.text_column) for text in arguments.text}
+    figures = evaluate_texts(
         arguments.model,
         ids,
         arguments.base,
@@ -95,6 +98,7 @@ def _on_text(arguments: argparse.Namespace) -> Any:
         arguments.dtype,
         arguments.device,
     )
+    return by_text(figures)
 
 
 def _on_pairs(arguments: argparse.Namespace) -> Any:
@@ -102,7 +106,7 @@ def _on_pairs(arguments: argparse.Namespace) -> Any:
 
     return evaluate_embeddings(
         arguments.model,
-        arguments.text,
+        only_text("--text", arguments.text),
         arguments.base,
         arguments.text_column,
         arguments.prompt_name,

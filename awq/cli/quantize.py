@@ -19,6 +19,7 @@ from awq.cli.arguments import (
     add_version,
     gates_of,
     group_size,
+    only_text,
     positive,
 )
 
@@ -57,8 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluate",
         metavar="FILE",
+        action="append",
         help="text to compare a language model before and after on (KL, flips, "
-        "perplexity); for an embedding model texts, or .tsv lines "
+        "perplexity), once for each kind of text; for an embedding model texts, or .tsv lines "
         "`score<TAB>sentence<TAB>sentence`, default: "
         "texts that calibration left over",
     )
@@ -66,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluate-tokens",
         type=positive,
         default=16384,
-        help="at most so many of a language model's text",
+        help="at most so many of each of a language model's texts",
     )
     parser.add_argument(
         "--prompt-name", help="prompt put before every text of an embedding model, e.g. query"
@@ -300,7 +302,7 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
     report = model.quantize(model.tokenizer, **_settings(arguments), **options)
 
     if not embedding and arguments.evaluate is not None:
-        steps.info("comparing with the original on %s", arguments.evaluate)
+        steps.info("comparing with the original on %s", ", ".join(arguments.evaluate))
         report.evaluation = _moved(arguments, model)
 
     report.command = shlex.join(arguments.command_line)
@@ -314,21 +316,26 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
 
 
 def _moved(arguments: argparse.Namespace, model: Any) -> Any:
-    """How far the quantized language model's predictions moved from the original's, on the text of
-    `--evaluate`."""
+    """How far the quantized language model's predictions moved from the original's, on each text
+    of `--evaluate`."""
     from transformers import AutoModelForCausalLM
 
     from awq.checkpoint import load_model
+    from awq.evals.by_text import by_text
     from awq.evals.divergence import divergence
 
-    ids = _evaluation_ids(arguments)
+    texts = _evaluation_ids(arguments)
     original = load_model(arguments.model, arguments.dtype, kind=AutoModelForCausalLM).to(
         model.device
     )
-    return divergence(original, model, ids, limit=arguments.evaluate_tokens)
+    limit = arguments.evaluate_tokens
+    return by_text(
+        {name: divergence(original, model, ids, limit=limit) for name, ids in texts.items()}
+    )
 
 
-def _evaluation_ids(arguments: argparse.Namespace) -> Any:
+def _evaluation_ids(arguments: argparse.Namespace) -> dict[str, Any]:
+    """File of `--evaluate` → its token ids."""
     from awq.errors import ConfigError
     from awq.evals.models import MIN_TEXTS, is_language_model, token_ids
 
@@ -337,13 +344,13 @@ def _evaluation_ids(arguments: argparse.Namespace) -> Any:
             f"--evaluate: {arguments.model} is neither a language model nor a "
             "sentence-transformers directory."
         )
-
-    ids = token_ids(arguments.model, arguments.evaluate, arguments.text_column)
-    if len(ids) < MIN_TEXTS:
-        raise ConfigError(
-            f"{arguments.evaluate} has {len(ids)} tokens; a comparison needs at least 2."
-        )
-    return ids
+    found = {}
+    for text in arguments.evaluate:
+        ids = token_ids(arguments.model, text, arguments.text_column)
+        if len(ids) < MIN_TEXTS:
+            raise ConfigError(f"{text} has {len(ids)} tokens; a comparison needs at least 2.")
+        found[text] = ids
+    return found
 
 
 def _evaluation(arguments: argparse.Namespace) -> Any:
@@ -357,7 +364,7 @@ def _evaluation(arguments: argparse.Namespace) -> Any:
     from awq.errors import CalibrationError
     from awq.evals.models import scored_pairs, texts_to_compare
 
-    path = Path(arguments.evaluate)
+    path = Path(only_text("--evaluate", arguments.evaluate))
     if not path.is_file():
         raise CalibrationError(f"evaluation file {path} does not exist.")
     if path.suffix.lower() != ".tsv":

@@ -57,13 +57,20 @@ class Gates:
     def failures(self, figures: Mapping[str, Any]) -> list[str]:
         """One sentence for each limit that `figures` do not keep; empty when all are kept.
 
-        figures: `to_dict()` of a `Divergence` or an `EmbeddingDrift`. Raises ConfigError when a
+        figures: `to_dict()` of a `Divergence` or an `EmbeddingDrift`; of several texts each keeps
+        the limits. Raises ConfigError when a
         limit asks for a figure that is not among them. A figure that is not a number keeps no
         limit.
 
         >>> Gates(max_kl=0.1).failures({"mean_kl": 0.25})
         ['mean KL 0.25 is above 0.1']
         """
+        if isinstance(figures.get("texts"), Mapping):
+            return [
+                f"{name}: {failure}"
+                for name, of_text in figures["texts"].items()
+                for failure in self.failures(of_text)
+            ]
         found = []
         if self.max_kl is not None:
             value = _figure(figures, "mean_kl", "max_kl")

@@ -8,6 +8,7 @@ the first kind, and separate ones for the second.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,6 @@ def _for_texts(model: str | Path, dtype: torch.dtype | str) -> Any:
     return load_model(source, dtype, kind=_text_class(source) or AutoModelForCausalLM)
 
 
-@torch.no_grad()
 def evaluate_text(
     model: str | Path,
     input_ids: Tensor,
@@ -131,21 +131,39 @@ def evaluate_text(
     not packed. device: None takes the GPU if there is one. Raises ConfigError for less than two
     tokens.
     """
-    if len(input_ids[:limit]) < MIN_TEXTS or window < MIN_TEXTS:
-        raise ConfigError(
-            f"perplexity needs at least 2 tokens, got {len(input_ids[:limit])} in windows of "
-            f"{window}."
-        )
+    return evaluate_texts(model, {"text": input_ids}, base, window, limit, dtype, device)["text"]
 
+
+@torch.no_grad()
+def evaluate_texts(
+    model: str | Path,
+    texts: Mapping[str, Tensor],
+    base: str | Path | None = None,
+    window: int = 1024,
+    limit: int | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+) -> dict[str, TextFigures | Divergence]:
+    """`evaluate_text` on several texts, name → int64 [tokens]; each model is loaded once. limit: of
+    tokens of each text."""
+    for input_ids in texts.values():
+        if len(input_ids[:limit]) < MIN_TEXTS or window < MIN_TEXTS:
+            raise ConfigError(
+                f"perplexity needs at least 2 tokens, got {len(input_ids[:limit])} in windows of "
+                f"{window}."
+            )
     place = usable_device(device)
     judged = _for_texts(model, dtype).to(place)
-    if base is not None:
-        original = _for_texts(base, dtype).to(place)
-        return divergence(original, judged, input_ids, window, limit)
-
-    losses = token_losses(judged, input_ids, window, limit).double()
-    mean = float(losses.mean())
-    return TextFigures(len(losses), mean, exp_of(mean), perplexity_interval(losses))
+    original = None if base is None else _for_texts(base, dtype).to(place)
+    found: dict[str, TextFigures | Divergence] = {}
+    for name, input_ids in texts.items():
+        if original is not None:
+            found[name] = divergence(original, judged, input_ids, window, limit)
+            continue
+        losses = token_losses(judged, input_ids, window, limit).double()
+        mean = float(losses.mean())
+        found[name] = TextFigures(len(losses), mean, exp_of(mean), perplexity_interval(losses))
+    return found
 
 
 def evaluate_embeddings(

@@ -97,6 +97,11 @@ def resident_memory() -> int:
     return _kilobytes("/proc/self/status", "VmRSS")
 
 
+def peak_resident_memory() -> int:
+    """The most that `resident_memory` has been since this process started."""
+    return _kilobytes("/proc/self/status", "VmHWM")
+
+
 def available_memory() -> int | None:
     """Bytes that this process may still take: of the machine's memory, of its control group's, and
     of its own address space, whichever ends first. None where the system does not say."""

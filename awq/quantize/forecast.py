@@ -94,9 +94,9 @@ def forecast(run: QuantizeRun, work: Work) -> Forecast:
     )
 
 
-def reserve(run: QuantizeRun, output: Path | None) -> None:
+def reserve(run: QuantizeRun, output: Path | None) -> Forecast:
     """Compares a streamed run's needs with what there is, before its work, and gives its
-    activations their room.
+    activations their room. Returns what the run will need.
 
     output: beside it everything is written; None: the disk is not asked. Raises ConfigError or
     CheckpointError with what is missing.
@@ -107,6 +107,7 @@ def reserve(run: QuantizeRun, output: Path | None) -> None:
     if output is not None:
         check_disk(output, fitting.disk)
         run.store.room = Room(fitting.activations, output)
+    return fitting
 
 
 def work_of(run: QuantizeRun) -> Work:

@@ -22,6 +22,7 @@ from awq.calibration import CalibrationBatch
 from awq.checkpoint.expert_names import expert_names
 from awq.config import AwqConfig
 from awq.nn.expose import conceal_experts, expose_experts
+from awq.nn.memory import peak_resident_memory
 from awq.nn.packed_experts import pack_experts
 from awq.nn.presence import BlockStore
 from awq.nn.sorted_products import conceal_sorted, expose_sorted
@@ -66,7 +67,8 @@ def quantize_model(
     with one_at_a_time(device, options), experts_as_linears(model, store) as dense_experts:
         run = QuantizeRun.start(model.eval(), batches, config, options, store)
         if store is not None:
-            reserve(run, store.folder)
+            planned = reserve(run, store.folder)
+            run.report.resources["planned"] = _resources(planned.ram, planned.gpu, planned.seconds)
         with moved_to(model, run.device if options.tuning else device_of(model)):
             with run.phase("inputs"):
                 match = run.output_match(embed)
@@ -89,7 +91,14 @@ def quantize_model(
         f"{name} stays dense: {reason}." for name, reason in dense_experts.items()
     ]
     run.report.seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else 0
+    run.report.resources["measured"] = _resources(peak_resident_memory(), peak, run.report.seconds)
     return run.report
+
+
+def _resources(memory: int, gpu_memory: int, seconds: float) -> dict[str, float]:
+    """memory: peak of the process's resident bytes; gpu_memory: of allocated ones."""
+    return {"memory": memory, "gpu_memory": gpu_memory, "seconds": seconds}
 
 
 @contextmanager

@@ -48,6 +48,8 @@ class QuantReport:
     # name → tokens that each expert got (`experts.ExpertTokens`)
     experts: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    # "measured", and for a streamed run "planned" → bytes of memory and gpu_memory, seconds
+    resources: dict[str, dict[str, float]] = field(default_factory=dict)
     # figures before and after, a dataclass with `summary()`, e.g. `evals.similarity.EmbeddingDrift`
     evaluation: Any = None
     command: str | None = None  # as it was typed, where quantization was one command

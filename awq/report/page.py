@@ -13,11 +13,13 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from awq.checkpoint.recovery import divergence_by_text, recovery_rows
 from awq.report.charts import bar_chart, error_chart, heat_map
 from awq.report.read import Linear, ReportView
 
 # marks in the chart of errors; larger models are drawn by their worst linears per bin
 MAX_POINTS = 400
+MAX_LABEL = 24  # letters beside a bar
 
 
 def render_page(view: ReportView) -> str:
@@ -31,6 +33,7 @@ def render_page(view: ReportView) -> str:
         _experts(view),
         _dense(view),
         _time(view),
+        _resources(view),
         _settings(view),
         _all_linears(view),
     ]
@@ -81,17 +84,25 @@ def _warnings(view: ReportView) -> str:
 
 
 def _evaluation(view: ReportView) -> str:
-    """Figures before and after, whatever was measured: cosines of embeddings, KL divergence,
-    perplexity."""
+    """Figures before and after, whatever was measured: cosines of embeddings, KL divergence by kind
+    of text, perplexity."""
     measured = view.raw.get("evaluation") or {}
-    rows = [
-        (name.replace("_", " "), _figure(value))
-        for name, value in _flat(measured)
-        if value is not None
-    ]
-    if not rows:
+    if not measured:
         return ""
-    return f"<h2>Measured before and after</h2>\n{_table(['figure', 'value'], rows, numeric={1})}"
+    try:
+        rows, divergences = recovery_rows(measured), divergence_by_text(measured)
+    except (KeyError, TypeError, ValueError, ArithmeticError):  # figures of another version
+        rows = [
+            (name.replace("_", " "), "", _figure(value))
+            for name, value in _flat(measured)
+            if value is not None
+        ]
+        divergences = {}
+    table = _table(["figure", "original", "quantized"], rows, numeric={1, 2})
+    bars = [(_short(name), value, f"{value:.4f}") for name, value in divergences.items()]
+    chart = bar_chart(bars, "KL divergence by text, nats a token")
+    key = '<p class="note">KL divergence from the original, nats a token:</p>' if chart else ""
+    return f"<h2>Measured before and after</h2>\n{key}\n{chart}\n{table}"
 
 
 def _errors(view: ReportView) -> str:
@@ -180,6 +191,27 @@ def _time(view: ReportView) -> str:
     return f"<h2>Where the time went</h2>\n{chart}" if chart else ""
 
 
+def _resources(view: ReportView) -> str:
+    """What the run took of the machine, beside what was planned where it was planned."""
+    planned, measured = (view.resources.get(name, {}) for name in ("planned", "measured"))
+    forms = (
+        ("memory", "memory of the process, peak", _gigabytes),
+        ("gpu_memory", "GPU memory, peak", _gigabytes),
+        ("seconds", "time", _duration),
+    )
+    rows = []
+    for key, label, shown in forms:
+        if measured.get(key):
+            plan = shown(planned[key]) if planned.get(key) else "–"
+            rows.append((label, plan, shown(measured[key])))
+    if not rows:
+        return ""
+    if not planned:
+        rows = [(label, found) for label, _, found in rows]
+    heads = ["", "planned", "measured"] if planned else ["", "measured"]
+    return f"<h2>Memory and time</h2>\n{_table(heads, rows, numeric={1, 2})}"
+
+
 def _settings(view: ReportView) -> str:
     rows = []
     for part in ("config", "options", "versions"):
@@ -241,11 +273,21 @@ def _figure(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
+def _short(path: str) -> str:
+    """A file's name, and of a long one its end: charts have little room beside their bars."""
+    name = path.replace("\\", "/").rpartition("/")[2] or path
+    return name if len(name) <= MAX_LABEL else f"…{name[1 - MAX_LABEL :]}"
+
+
 def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
 
 
 def _mean(values: list[float]) -> float:

@@ -16,7 +16,16 @@ from awq.checkpoint.files import REPORT_FILE, read_json
 from awq.errors import CheckpointError
 
 _NUMBERS = ("loss", "loss_rtn", "tokens", "seconds")
-_TABLES = ("config", "options", "versions", "phases", "evaluation", "experts", "skipped")
+_TABLES = (
+    "config",
+    "options",
+    "versions",
+    "phases",
+    "evaluation",
+    "experts",
+    "skipped",
+    "resources",
+)
 _BLOCK_INDEX = re.compile(r"^(?P<before>.*?)\.(?P<index>\d+)\.(?P<role>.+)$")
 
 
@@ -61,6 +70,11 @@ class ReportView:
     @property
     def loss_nearest(self) -> float:
         return float(self.raw.get("loss_rtn") or 0.0)
+
+    @property
+    def resources(self) -> dict[str, dict[str, float]]:
+        """ "measured" and, of a streamed run, "planned" → bytes of memory, seconds."""
+        return self.raw.get("resources") or {}
 
     @property
     def blocks(self) -> int:
@@ -114,6 +128,9 @@ def _check_kinds(raw: dict[str, Any]) -> None:
 
     for value in (*(raw.get(name) or 0 for name in _NUMBERS), *(raw.get("phases") or {}).values()):
         _number(value)
+    for needs in (raw.get("resources") or {}).values():
+        for value in needs.values():
+            _number(value)
     if not isinstance(raw.get("warnings") or [], list):
         raise TypeError("warnings are no list")
 

@@ -1,0 +1,59 @@
+"""What quantization cost, as rows of a table: the same on the model card and the report's page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Row = tuple[str, str, str]
+
+
+def recovery_rows(found: Mapping[str, Any]) -> list[Row]:
+    """(figure, the original's, the quantized model's) of an evaluation's `to_dict()`: a
+    `Divergence`, several by the name of their text, or an `EmbeddingDrift`."""
+    if "texts" in found and isinstance(found["texts"], Mapping):
+        rows = []
+        for name, figures in found["texts"].items():
+            rows += [(f"{name}: {figure}", *values) for figure, *values in recovery_rows(figures)]
+        return rows
+    return _of_language(found) if "perplexity_before" in found else _of_embeddings(found)
+
+
+def divergence_by_text(found: Mapping[str, Any]) -> dict[str, float]:
+    """Name of a text → mean KL divergence in nats, where several were measured."""
+    texts = found.get("texts")
+    if not isinstance(texts, Mapping):
+        return {}
+    return {str(name): float(figures["mean_kl"]) for name, figures in texts.items()}
+
+
+def _of_language(found: Mapping[str, Any]) -> list[Row]:
+    before, after = found["perplexity_before"], found["perplexity_after"]
+    return [
+        ("perplexity", f"{before:.3f}", f"{after:.3f}"),
+        ("recovery (perplexity of the original ÷ quantized)", "", f"{before / after:.1%}"),
+        ("KL divergence, nats a token", "0", _with_interval(found, "mean_kl", "kl_interval")),
+        ("same most likely token", "100 %", f"{100 * found['top1_agreement']:.2f} %"),
+    ]
+
+
+def _with_interval(found: Mapping[str, Any], name: str, interval: str) -> str:
+    """A figure, and its 95 % interval where there is one."""
+    value = f"{found[name]:.4f}"
+    if not found.get(interval):
+        return value
+    low, high = found[interval]
+    return f"{value} (95 %: {low:.4f}–{high:.4f})"
+
+
+def _of_embeddings(found: Mapping[str, Any]) -> list[Row]:
+    rows = [
+        ("cosine to the original's embeddings, mean", "1", f"{found['mean_cosine']:.4f}"),
+        (f"… least of {found['texts']} texts", "1", f"{found['min_cosine']:.4f}"),
+        ("neighbours that stay, of 10", "10", f"{10 * found['neighbour_overlap']:.2f}"),
+    ]
+    for key, label in (("spearman", "Spearman ×100, sentence pairs"), ("ndcg", "nDCG@10")):
+        if found.get(f"{key}_before") is not None:
+            before, after = found[f"{key}_before"], found[f"{key}_after"]
+            rows.append((label, f"{before:.4g}", f"{after:.4g}"))
+    return rows

@@ -1,0 +1,31 @@
+"""Figures on several texts, one for each kind that a model will read: code, chats, prose.
+
+A mean over kinds hides the kind that quantization hurt, so each keeps figures of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FiguresByText:
+    """texts: name of a text → its figures, a `Divergence` or a `TextFigures`."""
+
+    texts: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"texts": {name: figures.to_dict() for name, figures in self.texts.items()}}
+
+    def summary(self) -> str:
+        """The lines of every text, behind its name."""
+        return "\n".join(f"{name}: {figures.summary()}" for name, figures in self.texts.items())
+
+
+def by_text(figures: Mapping[str, Any]) -> Any:
+    """Figures by the name of their text; those of a single text as they are."""
+    if len(figures) == 1:
+        return next(iter(figures.values()))
+    return FiguresByText(dict(figures))
