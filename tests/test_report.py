@@ -116,7 +116,7 @@ def test_tokens_per_expert_are_drawn(report, tmp_path):
     }
     (tmp_path / "quantization_report.json").write_text(json.dumps(raw))
     page = render_page(read_report(tmp_path))
-    assert "layers.0, expert 2: 30 tokens" in page
+    assert "block 0, expert 2: 30 tokens" in page
     assert "saw 0 tokens" in page
 
 
@@ -150,7 +150,7 @@ def test_kl_of_every_kind_of_text_is_drawn(report, tmp_path):
     texts = {"kinds/code.txt": figures(0.5), "kinds/chat.txt": figures(0.125)}
     page, text = text_of(report, tmp_path, evaluation={"texts": texts})
     chart = page[page.index("KL divergence by text") :]
-    bars = re.findall(r'<rect class="bar" x="190" y="\d+" width="([\d.]+)"', chart)
+    bars = re.findall(r'<rect class="bar" x="\d+" y="\d+" width="([\d.]+)"', chart)
     assert "code.txt" in text and "kinds/chat.txt: perplexity" in text
     assert float(bars[0]) == pytest.approx(4 * float(bars[1]), rel=1e-2)
 
@@ -170,6 +170,27 @@ def test_the_plan_stands_beside_what_was_measured(report, tmp_path):
     planned = {"memory": 3e9, "gpu_memory": 0, "seconds": 100.0}
     _, text = text_of(report, tmp_path, resources={"measured": measured, "planned": planned})
     assert "memory of the process, peak 3.00 GB 2.00 GB time 1 min 40 s 2 min 10 s" in text
+
+
+def test_labels_have_room_on_a_phone(report, tmp_path):
+    """A letter takes 12.5 of the 720 units there; no label begins before the left edge."""
+    long = "a/folder/with-a-name-that-is-far-longer-than-a-phone-is-wide.txt"
+    experts = {
+        f"model.language_model.layers.{block}.mlp.experts": {"routed": [3, 5]} for block in (9, 10)
+    }
+    page, text = text_of(
+        report,
+        tmp_path,
+        evaluation={"texts": {long: figures(0.5), "b.txt": figures(0.1)}},
+        experts=experts,
+        phases={"a phase with a long name": 4000.0},
+    )
+    ends = re.findall(r'<text class="axis" x="([\d.]+)"[^>]*text-anchor="end">([^<]*)<', page)
+    assert {"block 9", "block 10"} <= {label for _, label in ends}
+    assert all(float(x) >= 12.5 * len(label) for x, label in ends), ends
+    starts = re.findall(r'<text class="axis" x="([\d.]+)" y="\d+">([^<]*)<', page)
+    assert all(float(x) + 12.5 * len(label) <= 720 for x, label in starts), starts
+    assert "1 h 06 min" in text
 
 
 LINE = {"name": "layers.0.q_proj", "loss": 0.1, "loss_rtn": 0.2}

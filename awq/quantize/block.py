@@ -91,7 +91,7 @@ class BlockQuantizer:
 
         for group in groups:
             if group.fold is None:
-                logger.info(
+                logger.debug(
                     "%s: %s keeps scale 1: %s",
                     self.visit.name,
                     ", ".join(group.consumers),

@@ -12,6 +12,7 @@ from html import escape
 
 WIDTH = 720
 LEFT, RIGHT, TOP, BOTTOM = 84, 12, 12, 36
+LETTER = 12.5  # width of a wide font's on a phone, where the page draws text largest
 
 
 def error_chart(points: Sequence[tuple[str, float, float]], height: int = 240) -> str:
@@ -68,7 +69,9 @@ def bar_chart(rows: Sequence[tuple[str, float, str]], label: str) -> str:
     if longest <= 0:
         return ""
 
-    step, names, end = 26, 190, 120
+    step = 26
+    names, end = _room(name for name, _, _ in rows), _room(text for _, _, text in rows)
+
     marks = []
     for index, (name, value, text) in enumerate(rows):
         y = index * step + 4
@@ -94,7 +97,8 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], label: str) -> str:
     if most <= 0 or columns == 0:
         return ""
 
-    names, step = 120, 18
+    names, step = _room(name for name, _ in rows), 18
+
     width = (WIDTH - names) / columns
 
     marks = []
@@ -114,6 +118,11 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], label: str) -> str:
             marks.append(f'<rect class="bar" {place} fill-opacity="{strength:.2f}">{tip}</rect>')
 
     return _svg(marks, len(rows) * step + 4, label)
+
+
+def _room(labels: Iterable[str]) -> int:
+    """Width of the column of labels before or behind bars and cells."""
+    return round(16 + LETTER * max(map(len, labels)))
 
 
 def _decades(low: float, high: float, y_of) -> Iterable[str]:

@@ -7,6 +7,7 @@ data is left out.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from html import escape
@@ -20,6 +21,20 @@ from awq.report.read import Linear, ReportView
 # marks in the chart of errors; larger models are drawn by their worst linears per bin
 MAX_POINTS = 400
 MAX_LABEL = 24  # letters beside a bar
+
+ABOUT_ERRORS = (
+    "How much the rounding of its weights changed a linear's output on the calibration text: the "
+    "energy of the difference, as a share of the output's energy."
+)
+ABOUT_PLACES = (
+    "Means over all blocks. With scales: activation-aware scales were folded into the layer "
+    "before; where none can take them, the list at the end says why. Narrowed groups: share of "
+    "groups of weights whose largest values were clipped, which makes steps finer."
+)
+NOT_MEASURED = (
+    "Nothing was compared with the original. Quantize with <code>--evaluate FILE</code>, or run "
+    "<code>awq eval DIR --base ORIGINAL --text FILE</code>."
+)
 
 
 def render_page(view: ReportView) -> str:
@@ -64,8 +79,8 @@ def _head(view: ReportView) -> str:
         f'<div class="tile"><b>{value}</b><span>{label}</span></div>' for value, label in tiles
     )
     lead = (
-        f"Output error {view.loss:.4f}, rounding to nearest {view.loss_nearest:.4f} (relative, "
-        "mean over linears)."
+        f"Output error {_share(view.loss)}, rounding to nearest {_share(view.loss_nearest)} (mean "
+        "over linears)."
     )
 
     return (
@@ -87,8 +102,9 @@ def _evaluation(view: ReportView) -> str:
     """Figures before and after, whatever was measured: cosines of embeddings, KL divergence by kind
     of text, perplexity."""
     measured = view.raw.get("evaluation") or {}
+    title = "<h2>Measured before and after</h2>"
     if not measured:
-        return ""
+        return f'{title}\n<p class="note">{NOT_MEASURED}</p>'
     try:
         rows, divergences = recovery_rows(measured), divergence_by_text(measured)
     except (KeyError, TypeError, ValueError, ArithmeticError):  # figures of another version
@@ -102,7 +118,7 @@ def _evaluation(view: ReportView) -> str:
     bars = [(_short(name), value, f"{value:.4f}") for name, value in divergences.items()]
     chart = bar_chart(bars, "KL divergence by text, nats a token")
     key = '<p class="note">KL divergence from the original, nats a token:</p>' if chart else ""
-    return f"<h2>Measured before and after</h2>\n{key}\n{chart}\n{table}"
+    return f"{title}\n{key}\n{chart}\n{table}"
 
 
 def _errors(view: ReportView) -> str:
@@ -113,7 +129,8 @@ def _errors(view: ReportView) -> str:
         return ""
 
     key = '<p class="key"><i class="k1"></i>rounded to nearest<i class="k2"></i>this run</p>'
-    return f"<h2>Error of every linear</h2>\n{key}\n{chart}"
+    note = f'<p class="note">{ABOUT_ERRORS}</p>'
+    return f"<h2>Error of every linear</h2>\n{note}\n{key}\n{chart}"
 
 
 def _thinned(linears: list[Linear]) -> list[Linear]:
@@ -143,20 +160,25 @@ def _roles(view: ReportView) -> str:
         rows.append(
             (
                 role,
-                f"{loss:.4f}",
-                f"{nearest:.4f}",
+                _share(loss),
+                _share(nearest),
                 left,
                 f"{scaled} of {len(members)}",
                 f"{100 * narrowed:.0f} %",
             )
         )
 
-    heads = ["linear", "error", "nearest", "left", "scales folded", "groups with a narrower range"]
-    return f"<h2>By place in the block</h2>\n{_table(heads, rows, numeric={1, 2, 3, 4, 5})}"
+    heads = ["linear", "error", "nearest", "left", "with scales", "narrowed groups"]
+    note = f'<p class="note">{ABOUT_PLACES}</p>'
+    table = _table(heads, rows, numeric={1, 2, 3, 4, 5})
+    return f"<h2>By place in the block</h2>\n{note}\n{table}"
 
 
 def _experts(view: ReportView) -> str:
-    rows = [(name, [float(v) for v in values]) for name, values in view.experts.items()]
+    names = [_block_label(name) for name in view.experts]
+    if len(set(names)) < len(names):
+        names = [_short(name) for name in view.experts]
+    rows = list(zip(names, ([float(v) for v in values] for values in view.experts.values())))
     chart = heat_map(rows, "Calibration tokens per expert, one row per layer")
     if not chart:
         return ""
@@ -237,7 +259,7 @@ def _all_linears(view: ReportView) -> str:
             else linear.reason or linear.kind
         )
         shape = " × ".join(str(size) for size in linear.shape)
-        rows.append((linear.name, shape, f"{linear.loss:.5f}", f"{linear.loss_nearest:.5f}", scale))
+        rows.append((linear.name, shape, _share(linear.loss), _share(linear.loss_nearest), scale))
 
     table = _table(["linear", "shape", "error", "nearest", "scale"], rows, numeric={2, 3})
     return f"<details>\n<summary>Every linear ({len(rows)})</summary>\n{table}\n</details>"
@@ -279,11 +301,25 @@ def _short(path: str) -> str:
     return name if len(name) <= MAX_LABEL else f"…{name[1 - MAX_LABEL :]}"
 
 
+def _block_label(name: str) -> str:
+    """The first number in a name, which counts blocks; the name itself where it has none."""
+    found = re.search(r"\.(\d+)(?:\.|$)", name)
+    return f"block {found.group(1)}" if found else _short(name)
+
+
+def _share(value: float) -> str:
+    """A share in percent with three digits, as the chart of errors has it."""
+    return f"{100 * value:.3g} %"
+
+
 def _duration(seconds: float) -> str:
+    """With spaces that no line breaks between a number and its unit."""
     if seconds < 100:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}\u00a0s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s"
+    if minutes < 60:
+        return f"{minutes}\u00a0min {rest:02d}\u00a0s"
+    return f"{minutes // 60}\u00a0h {minutes % 60:02d}\u00a0min"
 
 
 def _gigabytes(count: float) -> str:
