@@ -21,6 +21,12 @@ CACHES = ("past_key_values", "past_key_value", "layer_past", "past", "cache", "c
 _FLAGS = {"use_cache": False, "output_attentions": False}
 
 
+def cache_argument(forward: Callable) -> str:
+    """The name by which a model's forward takes its cache: transformers 5.24 renamed it, and warns
+    of the older one."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
 @dataclass
 class BlockCall:
     """Arguments of one call of one block without its hidden states.

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from awq.errors import ModelError
 from awq.generate.plan import NotFusable
-from awq.nn.block_calls import BlockCall, run_body
+from awq.nn.block_calls import BlockCall, cache_argument, run_body
 from awq.nn.blocks import BlockList, OneBlock, find_block_lists
 from awq.nn.hooks import Call, listening
 from awq.nn.norms import is_norm
@@ -127,7 +127,8 @@ class Passes:
         def run(model: Any, item: Item) -> None:
             mask = torch.ones(rows, past + PIECE, dtype=torch.long, device=self.ids.device)
             body = getattr(model, "base_model", model)
-            body(**item | {"attention_mask": mask}, past_key_values=cache, use_cache=True)
+            given = {"attention_mask": mask, cache_argument(body.forward): cache}
+            body(**item | given, use_cache=True)
 
         return self._run({"input_ids": self.ids.repeat(rows, 1), "position_ids": places}, run)
 

@@ -26,6 +26,7 @@ from awq.generate.read.masks import check_cache, read_masks
 from awq.generate.read.passes import PIECE
 from awq.generate.run.graph import GreedyGraph, StepGraph
 from awq.generate.run.greedy import Greedy
+from awq.nn.block_calls import cache_argument
 from awq.nn.capture import NothingFromTheHost, no_waiting
 from awq.nn.copies import copy_structure
 
@@ -50,7 +51,7 @@ class StaticDecoder:
         taken = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in taken
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
-        self.cache_name = "cache" if "cache" in taken else "past_key_values"
+        self.cache_name = cache_argument(model.forward)
         self.restore()
 
     @property
