@@ -12,10 +12,11 @@ def recovery_rows(found: Mapping[str, Any]) -> list[Row]:
     """(figure, the original's, the quantized model's) of an evaluation's `to_dict()`: a
     `Divergence`, several by the name of their text, or an `EmbeddingDrift`."""
     if "texts" in found and isinstance(found["texts"], Mapping):
-        rows = []
+        rows: list[Row] = []
         for name, figures in found["texts"].items():
-            rows += [(f"{name}: {figure}", *values) for figure, *values in recovery_rows(figures)]
+            rows += [(f"{name}: {figure}", old, new) for figure, old, new in recovery_rows(figures)]
         return rows
+
     return _of_language(found) if "perplexity_before" in found else _of_embeddings(found)
 
 

@@ -221,15 +221,15 @@ def _resources(view: ReportView) -> str:
         ("gpu_memory", "GPU memory, peak", _gigabytes),
         ("seconds", "time", _duration),
     )
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for key, label, shown in forms:
-        if measured.get(key):
-            plan = shown(planned[key]) if planned.get(key) else "–"
-            rows.append((label, plan, shown(measured[key])))
+        if not measured.get(key):
+            continue
+        plan = [shown(planned[key]) if planned.get(key) else "–"] if planned else []
+        rows.append((label, *plan, shown(measured[key])))
     if not rows:
         return ""
-    if not planned:
-        rows = [(label, found) for label, _, found in rows]
+
     heads = ["", "planned", "measured"] if planned else ["", "measured"]
     return f"<h2>Memory and time</h2>\n{_table(heads, rows, numeric={1, 2})}"
 
