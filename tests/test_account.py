@@ -417,6 +417,16 @@ def test_ids_of_tokens_are_numbers(folder, value):
         AutoAWQForCausalLM.from_quantized(str(folder))
 
 
+@pytest.mark.parametrize("kind", ["t5", "mbart", "bert", "gpt2"])
+def test_a_tokenizer_that_was_made_up_of_a_model_type_is_none(tmp_path, kind):
+    """transformers 5 gives one for a directory without its files. Every word is unknown to it."""
+    from awq.checkpoint.tokenizer import load_tokenizer
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ModelError, match="vocabulary is missing|transformers can load"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("value", ["x", {}, -1, 0, True])
 def test_a_tokenizers_longest_text_is_a_number(tmp_path, value):
     from awq.checkpoint.tokenizer import load_tokenizer

@@ -35,7 +35,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False, **download
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path} has no tokenizer that transformers can load: {reason}") from error
 
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+    if not _spells_anything(tokenizer):
         # transformers 5 makes one up from the model type when the files are missing: every word
         # would be unknown.
         raise ModelError(
@@ -45,6 +45,13 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False, **download
 
     _check_use(tokenizer, path)
     return tokenizer
+
+
+def _spells_anything(tokenizer: Any) -> bool:
+    """Whether a token beside the special ones has a letter or a digit. T5's made-up vocabulary has
+    a mark for a space, too."""
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    return any(character.isalnum() for word in words for character in word)
 
 
 def _check_ids(definition: Path) -> None:
