@@ -46,6 +46,7 @@ GROUP_SIZE = 32
 NEW_TOKENS = 8
 LIMITS = {"fold": 1e-3, "reload_awq": 1e-4, "reload_hf": 1e-4}  # of the output's norm
 NEAREST_MARGIN = 1.05
+CLASSIFIED = 8  # times the rows that other kinds are judged on
 # of the text weights in 4 bits; what is left are low ranks and mixers that a full model hardly sees
 FULL_SHARE = 0.9
 # Reasons to stay dense that are not a lack: what engines dequantize, heads, and weights that a
@@ -206,9 +207,12 @@ class _Examination:
     def _build(self) -> nn.Module:
         model = build(self.kind)
         padding = "left" if self.kind.role in ("causal", "vlm") else "right"
+        # A classifier gives a few numbers for a whole row, where others give a vector for a token.
+        times = CLASSIFIED if self.kind.role == "seqcls" else 1
         self.tests = [
-            inputs(self.kind, model, length=24, seed=11, padding=padding),
-            inputs(self.kind, model, length=40, seed=12),
+            inputs(self.kind, model, length=length, seed=seed + 2 * number, padding=padded)
+            for number in range(times)
+            for length, seed, padded in ((24, 11, padding), (40, 12, None))
         ]
         if not all(bool(output.isfinite().all()) for output in self._outputs(model)):
             raise ValueError("the tiny model's own output is not finite")
