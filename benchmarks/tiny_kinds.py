@@ -221,6 +221,7 @@ _TOKENIZER_STAGES = {"num_filters": 4, "depths": [1] * 7}
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA2, "attn_layer_indices": [1]},
+    "bert-generation": {"is_decoder": True},  # else its tokens see those behind them
     "blenderbot": {"encoder_layers": 3},
     "chameleon": _CODEBOOK | _IMAGE_WORDS,
     "codegen": {"rotary_dim": 8},

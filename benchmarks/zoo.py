@@ -227,11 +227,12 @@ def _on_a_gpu(found: dict[str, Any]) -> list[str]:
         graphs = sum(bool(row.get("graph")) for row in rows)
         parts.append(f"{len(rows)} {name} ({graphs} in CUDA graphs)")
     others = [name.partition(":")[0] for name, row in kinds.items() if row.get("same") is False]
+    commits = sorted({row["commit"][:7] for row in kinds.values()})
     return [
         f"On an {found['device']}, transformers {found['transformers']}, of {len(kinds)} decoders "
         f"in float16: {', '.join(parts)};",
         f"other tokens than transformers' loop: {', '.join(others) or 'none'} "
-        f"(`{ON_A_GPU.name}`, {found['commit'][:7]}).",
+        f"(`{ON_A_GPU.name}`; {' and '.join(commits)}).",
     ]
 
 

@@ -291,6 +291,35 @@ def test_nothing_from_the_host_changes_no_result():
         assert torch.equal(found, read()) and found.dtype == read().dtype
 
 
+def grown(table, count):
+    """What XGLM and MPT ask of a cache: whether a table must grow, where a bias begins."""
+    return table[max(0, 1 - (count + 1)) : max(3, 0)] if 2 + count > 130 else table
+
+
+def test_what_a_count_cannot_change_is_not_asked_for():
+    table = torch.arange(5)
+    for number in (0, 1, 40, 64):
+        count = torch.tensor(number)
+        end, begin = count + 3, max(0, 1 - (count + 1))
+        with NothingFromTheHost([count], most=64), NoWaiting("cpu"):
+            assert max(0, 1 - (count + 1)) == begin
+            same = grown(table, count)
+            places = torch.arange(count, count + 3, device="cpu")
+            assert not count < 0 and count + 1 >= 1 and count - 1 != 64
+        assert torch.equal(same, table)
+        assert torch.equal(places, torch.arange(number, int(end)))
+
+        changed = count + 1
+        for ask in (lambda: count > 40, lambda: changed.add_(200) > 130):
+            with (
+                NothingFromTheHost([count], most=64),
+                NoWaiting("cpu"),
+                pytest.raises(RuntimeError, match="makes the host wait"),
+            ):
+                changed = count + 1
+                bool(ask())  # of what differs among the counts that fit, or is not known
+
+
 WAITS = {
     "a number": lambda x: x.sum().item(),
     "a condition": lambda x: bool((x > 0).all()),
@@ -391,6 +420,30 @@ def test_states_change_in_place_and_begin_anew():
         theirs = model.generate(**call)
         assert torch.equal(generate_fused(model, static, **call), theirs)
     assert static.states()
+
+
+def test_states_that_modules_keep_stay_in_the_same_memory():
+    """A CUDA graph reads and writes fixed places; RecurrentGemma makes new tensors in every step,
+    and keeps them in its modules."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, vocab_size=64)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, lru_width=32, head_dim=8)
+    torch.manual_seed(0)
+    config = transformers.RecurrentGemmaConfig(
+        **sizes, **heads, attention_window_size=16, pad_token_id=0
+    )
+    model = transformers.RecurrentGemmaForCausalLM(config).float().eval()
+    if isinstance(why_not_static(model), str):
+        pytest.skip(f"transformers has no static step: {why_not_static(model)}")
+    static = build_static(model, 80)
+    for rows, new in ((4, 12), (1, 9), (4, 12)):
+        call = dict(**prompts(rows), max_new_tokens=new, do_sample=False, pad_token_id=0)
+        theirs = model.generate(**call)
+        assert torch.equal(generate_fused(model, static, **call), theirs)
+        kept = [(state.data_ptr(), state.clone()) for state in static.states()]
+        assert kept
+        static.step(torch.full((rows,), 5), torch.full((rows,), 40, dtype=torch.int32), 40)
+        for (place, before), state in zip(kept, static.states(), strict=True):
+            assert state.data_ptr() == place and not torch.equal(state, before)
 
 
 def test_step_over_a_static_cache_is_refused_where_it_cannot_be():

@@ -17,11 +17,12 @@ requests that other threads serve meanwhile neither fail nor end up in the recor
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,12 +47,18 @@ _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index
 
 
 class NothingFromTheHost(TorchFunctionMode):
-    """What models write that copies a number from the host, which no capture can, done without: the
-    results are the same.
+    """What models write that copies a number from the host, or asks the device for one, which no
+    capture can, done without: the results are the same.
 
     `torch.tensor(number, device=gpu)`, as masks are made with, becomes `full`; an index of one
-    number in a list, a slice.
+    number in a list, a slice. What models ask of the number of tokens in a cache is answered where
+    the answer is the same for every number that fits (see `_Counts`).
     """
+
+    def __init__(self, counts: Iterable[Tensor] = (), most: int = 0) -> None:
+        """counts: int64 [] each, the numbers of tokens in the layers of a cache; most: that fit."""
+        super().__init__()
+        self._counts = _Counts(counts, most)
 
     def __torch_function__(
         self,
@@ -61,6 +68,10 @@ class NothingFromTheHost(TorchFunctionMode):
         kwargs: Any = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self._counts:
+            answer = self._counts.answer(function, args, kwargs)
+            if answer is not None:
+                return answer
         if function is torch.tensor and len(args) == 1 and isinstance(args[0], (bool, int, float)):
             return torch.full((), *args, **kwargs)
 
@@ -72,6 +83,102 @@ class NothingFromTheHost(TorchFunctionMode):
             args = (args[0], tuple(_one_wide(i) for i in args[1]))
 
         return function(*args, **kwargs)
+
+
+class _Known(NamedTuple):
+    """sign · count + offset"""
+
+    sign: int
+    offset: int
+
+
+class _Counts:
+    """What is known of a cache's number of tokens, and of what was added to it or taken from it.
+
+    Models choose by it: whether a table of positions must grow, where a bias begins. With room for
+    64 tokens, `2 + count > 130` is false whatever the count. `arange(count, count + n)` has n
+    entries.
+    """
+
+    def __init__(self, counts: Iterable[Tensor], most: int) -> None:
+        """Of counts from 0 to `most`."""
+        self.most = most
+        # by id: (the tensor, which must live as long, what is known of it)
+        self._known = {id(count): (count, _Known(1, 0)) for count in counts}
+        self._counters = set(self._known)
+        self._truths: dict[int, tuple[Tensor, bool]] = {}  # by id, of comparisons
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def answer(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The function's result where the device need not be asked; None where it may be called."""
+        name = getattr(function, "__name__", "")
+        if name.endswith("_") and name not in _SUMS:
+            self._forget_changed(name, args)
+        if name == "__bool__":
+            _, truth = self._truths.get(id(args[0]), (None, None))
+            return truth
+        if len(args) != 2 or (kwargs and name != "arange"):
+            return None
+
+        a, b = map(self._of, args)
+        if a is None or b is None:
+            return None
+
+        if name == "arange":
+            return self._places(args[0], a, b, kwargs)
+        if name in _SUMS:
+            return self._sum(function, args, a, b)
+        if name in _ORDERS:
+            return self._comparison(function, args, a, b)
+        return None
+
+    def _forget_changed(self, name: str, args: tuple) -> None:
+        """What is changed in place is no longer what it was; a cache's own count stays one."""
+        in_place = not name.endswith("__") or name.startswith("__i")
+        if in_place and args and id(args[0]) not in self._counters:
+            self._known.pop(id(args[0]), None)
+
+    def _places(self, start: Any, a: _Known, b: _Known, kwargs: dict[str, Any]) -> Tensor | None:
+        """arange(count + i, count + j)"""
+        if a.sign != b.sign or a.sign == 0:
+            return None
+        return start + torch.arange(b.offset - a.offset, **kwargs)
+
+    def _sum(self, function: Any, args: tuple, a: _Known, b: _Known) -> Any:
+        left, right = _SUMS[function.__name__]
+        result = function(*args)
+        sign = left * a.sign + right * b.sign
+        offset = left * a.offset + right * b.offset
+        self._known[id(result)] = result, _Known(sign, offset)
+
+        return result
+
+    def _comparison(self, function: Any, args: tuple, a: _Known, b: _Known) -> Any:
+        """Noted where it has one outcome for every count."""
+        sign, offset = a.sign - b.sign, a.offset - b.offset
+        first, last = offset, offset + sign * self.most  # the difference for no token and for most
+        result = function(*args)
+        holds = _ORDERS[function.__name__]
+        passes_zero = min(first, last) <= 0 <= max(first, last)
+        if holds(first, 0) != holds(last, 0) or (holds in _EQUALITIES and passes_zero):
+            return result
+
+        self._truths[id(result)] = result, holds(first, 0)
+        return result
+
+    def _of(self, value: Any) -> _Known | None:
+        """What is known of a count or an int."""
+        if type(value) is int:
+            return _Known(0, value)
+        _, known = self._known.get(id(value), (None, None))
+        return known
+
+
+_SUMS = {"add": (1, 1), "sub": (1, -1), "__rsub__": (-1, 1)}  # signs of the two operands
+_ORDERS = {name: getattr(operator, name) for name in ("gt", "ge", "lt", "le", "eq", "ne")}
+_EQUALITIES = (operator.eq, operator.ne)
 
 
 def _is_list(index: Any) -> bool:

@@ -140,11 +140,15 @@ class GatheredRows(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function in _GATHERS and len(args) > 1:
-            index = args[-1]
-            rows = isinstance(index, Tensor) and index.dim() == 1 and index.dtype == torch.int64
-            if rows and args[0].dim() == 2:
-                self._sources[len(index)] = len(args[0]), index
+            self._note(args[0], args[-1])
         return function(*args, **(kwargs or {}))
+
+    def _note(self, rows: Tensor, index: Any) -> None:
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            return
+
+        if index.dim() == 1 and rows.dim() == 2:
+            self._sources[len(index)] = len(rows), index
 
     def mask_of(self, rows: int, mask: Tensor | None) -> Tensor | None:
         """bool [rows]: which rows are of real tokens. mask: bool [batch, tokens] of these. A token

@@ -5,7 +5,8 @@ It has `FusedDecoder`'s methods, so the same loop runs it. Prompts are pushed to
 because transformers writes every row's token to the same place of the cache; a mask hides what is
 left of them. Attention reads the whole cache, which is why this is worth it only where graphs save
 the host's time. Layers whose cache would move with a window keep all tokens instead: the mask knows
-the window. Recurrent states change in place. `build_static` proves it against the model's own
+the window. Recurrent states change in place, those that modules keep as attributes (RecurrentGemma)
+after the step. `build_static` proves it against the model's own
 forward; what a model says of itself (that it cannot be compiled, say) does not count.
 """
 
@@ -82,6 +83,8 @@ class StaticDecoder:
         self.graph: StepGraph | None = None
         self.greedy_graph: GreedyGraph | None = None
         self.cache: Any = None
+        # (module, attribute, its tensor): states that are not in the cache
+        self.own_states: list[tuple[Any, str, Tensor]] = []
         self.mask: Any = None
 
     def reserve(self, batch: int) -> None:
@@ -125,7 +128,33 @@ class StaticDecoder:
         positions = (place[:tokens] - before).clamp(min=0)
         mask = self.mask if self.whole_mask else self.mask[:, :tokens]
 
-        return self._run(ids.gather(1, positions), positions, mask)
+        attributes = _attributes(self.model)
+        logits = self._run(self.pushed(ids, before, tokens), positions, mask)
+        self._keep_states(attributes)
+
+        return logits
+
+    def pushed(self, ids: Tensor, padding: Tensor, tokens: int) -> Tensor:
+        """Prompts [batch, tokens] with padding in front, as convolutions that no mask stops see
+        it; ids have it behind. padding: how many columns, [batch, 1]."""
+        columns = torch.arange(tokens, device=ids.device) - padding
+        filler = getattr(self.model.generation_config, "pad_token_id", None) or 0
+        return torch.where(columns < 0, filler, ids.gather(1, columns.clamp(min=0)))
+
+    def _keep_states(self, before: dict[tuple[Any, str], Tensor]) -> None:
+        """What a prompt has put into attributes of modules, in the memory that steps read and
+        leave it in."""
+        now = _attributes(self.model)
+        if not self.own_states:
+            self.own_states = [
+                (*place, value.clone())
+                for place, value in now.items()
+                if value is not before.get(place) and len(value) == self.batch
+            ]
+
+        for module, name, state in self.own_states:
+            state.copy_(now[module, name])
+            setattr(module, name, state)
 
     @torch.inference_mode()
     def step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
@@ -172,24 +201,30 @@ class StaticDecoder:
         for layer in self.cache.layers:
             for held in (vars(layer).get("conv_states"), vars(layer).get("recurrent_states")):
                 found += [state for state in (held or {}).values() if state is not None]
-        return found
+        return found + [state for _, _, state in self.own_states]
 
     def eager_step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
         """`step` without a CUDA graph: a function of its arguments and the cache, whatever the
         cache counted before."""
         # a row's token stands behind its padding, in the same column for all rows
         place = (lengths + self.padding).max()
+        counts = []
         for layer in self.cache.layers:
             for counter in ("cumulative_length", "indexer_cumulative_length"):
                 count = getattr(layer, counter, None)
                 if count is not None:
-                    count.copy_(place)
+                    counts.append(count.copy_(place))
 
         # On a GPU transformers computes the experts of one token without asking for their numbers;
         # so does its own `generate`.
         experts = getattr(self.model, "_optimize_model_for_decode", nullcontext)
-        with NothingFromTheHost(), experts():
-            return self._run(ids.unsqueeze(1), lengths.unsqueeze(1).long(), self.mask)
+        with NothingFromTheHost(counts, self.max_seq_len), experts():
+            logits = self._run(ids.unsqueeze(1), lengths.unsqueeze(1).long(), self.mask)
+
+        for module, name, state in self.own_states:
+            state.copy_(getattr(module, name))
+            setattr(module, name, state)
+        return logits
 
     def _run(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """ids, positions [batch, tokens], mask [batch, columns] → the logits of the last column."""
@@ -198,6 +233,16 @@ class StaticDecoder:
             given["position_ids"] = positions
         out = self.model(input_ids=ids, attention_mask=mask, **given)
         return out.logits[:, -1].float()
+
+
+def _attributes(model: Any) -> dict[tuple[Any, str], Tensor]:
+    """(module, name) → tensor of one axis or more that is neither a parameter nor a buffer."""
+    return {
+        (module, name): value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and value.dim() > 0
+    }
 
 
 def why_not_static(model: Any) -> str | None:
@@ -340,9 +385,11 @@ def _of_transformers(decoder: StaticDecoder, ids: Tensor, lengths: Tensor) -> Te
     ids: [rows, tokens], the prompt's first, the two others last. lengths: [rows] of prompts.
     """
     columns = torch.arange(ids.shape[1], device=ids.device)
-    places = columns - (_PROBE - lengths.unsqueeze(1))  # negative in the padding
-    positions = places.clamp(min=0).long()
-    whole = ids.gather(1, torch.where(columns < _PROBE, positions, columns))
+    padding = _PROBE - lengths.unsqueeze(1).long()
+    places = columns - padding  # negative in the padding
+    positions = places.clamp(min=0)
+    prompts = decoder.pushed(ids[:, :_PROBE], padding, _PROBE)
+    whole = torch.cat([prompts, ids[:, _PROBE:]], 1)
     given = {"position_ids": positions} if decoder.takes_positions else {}
     mask = (places >= 0).long()
     out = decoder.model(input_ids=whole, attention_mask=mask, use_cache=False, **given)
