@@ -28,9 +28,10 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -80,7 +81,7 @@ def _absolute(target: str | Path) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{str(target)!r} cannot be the name of a directory: {error}.") from error
 
-    if len(path.name.encode()) > MAX_NAME_BYTES:
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
         raise ConfigError(
             f"the name {path.name[:40]}… is longer than the {MAX_NAME_BYTES} bytes that file "
             "systems take."
@@ -148,6 +149,7 @@ def complete_directory(target: str | Path, source: str | Path | None = None) -> 
         else:
             keep_users_files(path, work)
             flush_all(work)
+            _keep_permissions(path, work)
             _exchange_directories(work, path)
 
         for parent in {path, path.parent, *(folder.parent for folder in made)}:
@@ -213,7 +215,7 @@ def _died_inside(target: Path) -> bool:
 def _prefix(target: Path) -> str:
     """Start of the names of temporary folders: short whatever the target's name, and the same for
     the same name."""
-    return f".awq-{hashlib.sha256(target.name.encode()).hexdigest()[:12]}-"
+    return f".awq-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}-"
 
 
 def _take(folder: Path) -> int | None:
@@ -375,6 +377,21 @@ def _open_modes(work: Path) -> None:
     allowed = work.stat().st_mode & 0o666
     for path in work.rglob("*.safetensors"):
         path.chmod(allowed)
+
+
+def _keep_permissions(old: Path, new: Path) -> None:
+    """Gives the new directory the mode and the group of the one it replaces: a private one stays
+    private, a shared one shared."""
+    if not old.is_dir():
+        return
+
+    found = old.stat()
+    try:
+        os.chown(new, found.st_uid, found.st_gid)
+    except OSError:
+        with suppress(OSError):  # one's own group may be given without being root
+            os.chown(new, -1, found.st_gid)
+    new.chmod(stat.S_IMODE(found.st_mode))
 
 
 def _remove_work(folder: Path) -> None:

@@ -28,6 +28,7 @@ from awq.checkpoint.hf import register
 from awq.checkpoint.match import conversions_for_saving
 from awq.checkpoint.source import Source, first_line, hub_arguments
 from awq.errors import AwqError, CheckpointError, ModelError
+from awq.nn.modes import ordinary_tensors
 
 # torch's default dtype belongs to the process, and transformers changes it while it builds a model.
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -182,7 +183,8 @@ def _from_pretrained(
 ) -> tuple[Any, dict[str, Any]]:
     before = torch.get_default_dtype()
     try:
-        return kind.from_pretrained(source.location, output_loading_info=True, **arguments)
+        with ordinary_tensors():
+            return kind.from_pretrained(source.location, output_loading_info=True, **arguments)
     except (AwqError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever transformers meets in someone's files

@@ -42,7 +42,7 @@ def search_range(
     blocks = block_diagonal(gram, group_size)
     best_range = operator("best_range", weight.device, weight.dtype)
     if best_range is not None:
-        shrink = torch.tensor(SHRINK, device=weight.device)
+        shrink = torch.tensor(SHRINK, dtype=torch.float32, device=weight.device)
         best = best_range(weight.contiguous(), blocks, shrink, bits, zero_point)
         if best is not None:
             return _range_of(weight, best.long(), shrink, group_size, bits, zero_point)

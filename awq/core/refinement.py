@@ -49,7 +49,7 @@ def descend(
     gram.diagonal()[diagonal == 0] = 1.0
     width, out = codes.shape
     slope = gram @ (quantized.dequantize() - weight).t()  # half the gradient of the loss, [in, out]
-    moves = torch.empty(min(BLOCK, width), out, device=weight.device)
+    moves = torch.empty(min(BLOCK, width), out, dtype=torch.float32, device=weight.device)
     step = operator("descend_block", weight.device, torch.float32) or _descend_block
     new_codes = torch.empty_like(codes)
 
@@ -138,7 +138,7 @@ def _refit_rows(target: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Ten
     def group_sums(values: Tensor) -> Tensor:
         return values.view(*old.shape, size).sum(-1)
 
-    systems = torch.empty(*old.shape, old.shape[1], device=gram.device)
+    systems = torch.empty(*old.shape, old.shape[1], dtype=torch.float32, device=gram.device)
     for g, own_steps in enumerate(steps.split(size, 1)):
         rows_of_gram = gram[g * size : (g + 1) * size]
         systems[:, g] = group_sums((own_steps @ rows_of_gram).mul_(steps))

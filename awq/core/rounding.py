@@ -164,7 +164,7 @@ def round_with_feedback(
     scales = scale.t().contiguous()
     zeros = zero.t().contiguous()
     codes = torch.empty(width, out, dtype=torch.uint8, device=weight.device)
-    errors = torch.empty(BLOCK, out, device=weight.device)
+    errors = torch.empty(BLOCK, out, dtype=torch.float32, device=weight.device)
     step = operator("round_block", weight.device, torch.float32) or _round_block
 
     for start in range(0, width, BLOCK):

@@ -58,7 +58,7 @@ def scale_candidates(
         return names, one
 
     x = x_mean.clamp(min=1e-4 * float(x_mean[active].mean()))
-    ratios = torch.tensor(RATIOS, device=x.device).unsqueeze(1)
+    ratios = torch.tensor(RATIOS, dtype=torch.float32, device=x.device).unsqueeze(1)
     by_activation = x**ratios
     forms = [by_activation[1:]]  # ratio 0 is the identity again
     names += [("activation", ratio) for ratio in RATIOS[1:]]
@@ -83,7 +83,7 @@ def row_losses(delta: Tensor, gram: Tensor) -> Tensor:
     """
     width = delta.shape[1]
     columns = max(_SMALLEST, -(-width // _PARTS))
-    total = torch.zeros(len(delta), device=delta.device)
+    total = torch.zeros(len(delta), dtype=torch.float32, device=delta.device)
 
     for start in range(0, width, columns):
         own = delta[:, start : start + columns]
@@ -146,7 +146,7 @@ def _losses(
         if losses[0] is not None:
             return torch.cat(losses)
 
-    total = torch.zeros(len(scales), device=weight.device)
+    total = torch.zeros(len(scales), dtype=torch.float32, device=weight.device)
     for rows in weight.split(max(1, limit // width)):
         parts = scales.split(max(1, limit // rows.numel()))
         total += torch.cat(

@@ -124,7 +124,7 @@ class CompiledForward:
 
         found = program.hidden_states(request.rows, request.types)
         texts, tokens = request.seen.shape
-        hidden = torch.zeros(texts, tokens, found.shape[-1])
+        hidden = torch.zeros(texts, tokens, found.shape[-1], dtype=torch.float32)
         hidden[request.seen] = found
 
         return self._output(hidden.to(dtype=self._dtype))

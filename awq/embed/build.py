@@ -281,7 +281,7 @@ class _Weights:
         biases = []
         for linear in linears:
             if linear.bias is None:
-                biases.append(torch.zeros(linear.out_features))
+                biases.append(torch.zeros(linear.out_features, dtype=torch.float32))
             else:
                 biases.append(linear.bias.float())
         fields[f"{name}_bias"] = self._memory.add(torch.cat(biases))

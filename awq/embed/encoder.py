@@ -32,6 +32,7 @@ from awq.embed.tokens import QuickTokens, quick_tokens
 from awq.errors import ConfigError, ModelError
 from awq.native.request import check_arguments, checked_texts
 from awq.nn.locks import lock_of
+from awq.nn.modes import ordinary_arithmetic
 from awq.nn.surgery import usable_device
 
 logger = logging.getLogger("awq.embed")
@@ -184,6 +185,7 @@ class Encoder(nn.Module):
         return self.device.type == "cuda"
 
     @torch.no_grad()
+    @ordinary_arithmetic()
     def encode(
         self,
         texts: str | Sequence[str],

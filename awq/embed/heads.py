@@ -79,7 +79,7 @@ class HeadSettings:
 
 def _keeps_rows(module: nn.Module, features: int) -> bool:
     try:
-        found = module(torch.zeros(2, features))
+        found = module(torch.zeros(2, features, dtype=torch.float32))
     except Exception:  # a loss asks for a target, an image's activation for channels
         return False
     return isinstance(found, Tensor) and found.dim() == 2 and len(found) == 2

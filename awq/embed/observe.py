@@ -129,9 +129,9 @@ def norm_of(event: Event) -> Norm:
     width = event.x.shape[-1]
     device = event.x.device
     if norm.weight is None:
-        norm = replace(norm, weight=torch.ones(width, device=device))
+        norm = replace(norm, weight=torch.ones(width, dtype=torch.float32, device=device))
     if norm.bias is None:
-        norm = replace(norm, bias=torch.zeros(width, device=device))
+        norm = replace(norm, bias=torch.zeros(width, dtype=torch.float32, device=device))
 
     return norm
 

@@ -221,7 +221,7 @@ def _map_rows(
     place = torch.arange(len(subset))
     position = torch.zeros(group.in_features, dtype=torch.long, device=reference.device)
     for digit in (place // base, place % base):
-        factor = torch.ones(rows)
+        factor = torch.ones(rows, dtype=torch.float32)
         factor[subset] = LOWEST_FACTOR + FACTOR_RANGE * digit.float() / base
         changed = _tokens_of(
             block, group.consumers[0], one_token, producer, factor.to(reference.device)

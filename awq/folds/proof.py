@@ -146,7 +146,9 @@ def _random_scale(
     device: torch.device,
 ) -> Tensor:
     spread = HIGHEST_SCALE - LOWEST_SCALE
-    scale = torch.rand(in_features, generator=generator) * spread + LOWEST_SCALE
+    scale = (
+        torch.rand(in_features, generator=generator, dtype=torch.float32) * spread + LOWEST_SCALE
+    )
     return fold.tie(scale.to(device))
 
 

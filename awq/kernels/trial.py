@@ -30,7 +30,9 @@ def trial_error(
     shape = Shape(256, 72, 64)
     codes = torch.randint(0, 16, (72, 256), generator=generator, dtype=torch.uint8)
     zeros = torch.randint(0, 16, (72, 4), generator=generator, dtype=torch.uint8)
-    weight = QuantizedWeight(codes, (torch.rand(72, 4, generator=generator) + 0.1).half(), zeros)
+    weight = QuantizedWeight(
+        codes, (torch.rand(72, 4, generator=generator, dtype=torch.float32) + 0.1).half(), zeros
+    )
     tensors = get_layout(layout).pack(weight)
     packed = Packed(tensors["qweight"], tensors["qzeros"], tensors["scales"], shape, layout)
     dense = weight.dequantize().double()

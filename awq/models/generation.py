@@ -12,6 +12,7 @@ from torch import Tensor
 
 from awq.errors import ConfigError
 from awq.nn.locks import lock_of
+from awq.nn.modes import ordinary_arithmetic
 from awq.nn.surgery import output_head
 
 if TYPE_CHECKING:
@@ -177,7 +178,8 @@ class FusedGeneration:
             if decoder is not None and decoder.running:
                 reason = "called from within a running generate, as by a streamer"
             if decoder is not None and reason is None:
-                return generate_fused(self.model, decoder, generator, **kwargs)
+                with ordinary_arithmetic():
+                    return generate_fused(self.model, decoder, generator, **kwargs)
 
         if generator is not None:
             raise ConfigError(
@@ -211,6 +213,7 @@ class FusedGeneration:
 
             return self._decoder
 
+    @ordinary_arithmetic()
     def _build(self) -> None:
         from awq.generate import NotFusable, build_decoder
 

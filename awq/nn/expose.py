@@ -92,15 +92,23 @@ def _trial_inputs(shape: ExpertShape, example: Tensor) -> tuple[Tensor, ...]:
     `example`."""
     generator = torch.Generator().manual_seed(0)
     if shape.sorted_rows:
-        x = torch.randn(_TRIAL_TOKENS * shape.num_experts, shape.hidden, generator=generator)
+        x = torch.randn(
+            _TRIAL_TOKENS * shape.num_experts,
+            shape.hidden,
+            generator=generator,
+            dtype=torch.float32,
+        )
         return (x.to(example.device, example.dtype),)
 
     top_k = min(2, shape.num_experts)
-    x = torch.randn(_TRIAL_TOKENS, shape.hidden, generator=generator)
+    x = torch.randn(_TRIAL_TOKENS, shape.hidden, generator=generator, dtype=torch.float32)
     order = torch.rand(
-        _TRIAL_TOKENS, shape.num_experts + shape.identities, generator=generator
+        _TRIAL_TOKENS,
+        shape.num_experts + shape.identities,
+        generator=generator,
+        dtype=torch.float32,
     ).argsort(-1)
-    weights = torch.rand(_TRIAL_TOKENS, top_k, generator=generator)
+    weights = torch.rand(_TRIAL_TOKENS, top_k, generator=generator, dtype=torch.float32)
     x, weights = (tensor.to(example.device, example.dtype) for tensor in (x, weights))
 
     return x, order[:, :top_k].to(example.device), weights

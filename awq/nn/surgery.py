@@ -43,7 +43,7 @@ def _gives_product(module: nn.Module) -> bool:
     weight = get_weight(module)
     bias = cast("Tensor | None", module.bias)
     x = (
-        torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device)
+        torch.linspace(-1, 1, 2 * weight.shape[1], dtype=torch.float32, device=weight.device)
         .view(2, -1)
         .to(weight.dtype)
     )

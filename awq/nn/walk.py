@@ -268,7 +268,9 @@ def probe_inputs(
     many = torch.stack([row[keep][:length] for row, keep in zip(ids, mask)])
 
     tokens = torch.cat([ids[mask] for ids, mask in real[:8]]).unique()
-    spread = torch.linspace(0, len(tokens) - 1, min(ONE_TOKEN_ROWS, len(tokens))).long()
+    spread = torch.linspace(
+        0, len(tokens) - 1, min(ONE_TOKEN_ROWS, len(tokens)), dtype=torch.float32
+    ).long()
     single = tokens[spread.to(tokens.device)].unsqueeze(1)
     return _without_padding(many), _without_padding(single)
 

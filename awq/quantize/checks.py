@@ -41,6 +41,13 @@ def check_quantizable(
             "CPU to quantize it: blocks are moved to the GPU one at a time."
         )
 
+    frozen = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    if frozen:
+        raise ModelError(
+            f"{frozen[0]} and {len(frozen) - 1} more parameters of {path} were made in inference "
+            "mode, where nobody may change them; load the model outside of torch.inference_mode()."
+        )
+
     changed = changed_by_forward(model)
     if changed:
         raise ModelError(

@@ -44,7 +44,7 @@ class RoutedStatistics(InputStatistics):
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
-        self._weight = torch.zeros((), device=device)
+        self._weight = torch.zeros((), dtype=torch.float32, device=device)
 
     def add_routed(self, x: Tensor, mask: Tensor | None, weights: Tensor) -> None:
         """x: [n, in]; mask: bool [n] of real tokens; weights: float [n], the router's."""

@@ -65,7 +65,7 @@ def choose_scale(
     """The group's best scale [in]; identity when it cannot be folded or was never active."""
     fold = group.fold
     if fold is None or not options.scaling or statistics.tokens == 0:
-        one = torch.ones(group.in_features, device=statistics.gram.device)
+        one = torch.ones(group.in_features, dtype=torch.float32, device=statistics.gram.device)
         return ScaleChoice(one, 0.0, "identity", float("nan"), float("nan"))
     return search_scale(
         _stacked_weight(block, list(group.consumers)),
@@ -124,7 +124,7 @@ def quantize_group(
     stacked = _stacked_weight(block, names)
     with_bias = options.bias_correction and _have_bias(block, names)
     with_feedback = options.rounding == "feedback" and statistics.tokens > 0
-    lack, mean_change = None, torch.zeros(len(stacked), device=gram.device)
+    lack, mean_change = None, torch.zeros(len(stacked), dtype=torch.float32, device=gram.device)
 
     if isinstance(statistics, InputErrorStatistics) and with_feedback:
         lack, mean_change = statistics.lack(stacked, options.correction or 0.0, with_bias)
@@ -258,7 +258,7 @@ def quantize_rows(
         *group_range(weight, group_size, config.zero_point), bits, config.zero_point
     )
     nearest = quantize_nearest(weight, *full, bits)
-    nothing = torch.zeros(len(weight), device=weight.device)
+    nothing = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
     best = QuantizedRows(
         nearest, row_losses(nearest.dequantize().sub_(weight), gram), nothing.bool(), nothing
     )

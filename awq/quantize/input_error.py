@@ -40,10 +40,10 @@ class InputErrorStatistics(InputStatistics):
 
     def __init__(self, in_features: int, device: torch.device, out_features: int = 0) -> None:
         super().__init__(in_features, device)
-        self.error = torch.zeros(in_features, in_features, device=device)
-        self.error_sum = torch.zeros(in_features, device=device)
-        self.stream = torch.zeros(out_features, in_features, device=device)
-        self.stream_sum = torch.zeros(out_features, device=device)
+        self.error = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.error_sum = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.stream = torch.zeros(out_features, in_features, dtype=torch.float32, device=device)
+        self.stream_sum = torch.zeros(out_features, dtype=torch.float32, device=device)
 
     def add_pair(
         self,

@@ -23,6 +23,7 @@ from awq.checkpoint.expert_names import expert_names
 from awq.config import AwqConfig
 from awq.nn.expose import conceal_experts, expose_experts
 from awq.nn.memory import peak_resident_memory
+from awq.nn.modes import ordinary_arithmetic
 from awq.nn.packed_experts import pack_experts
 from awq.nn.presence import BlockStore
 from awq.nn.sorted_products import conceal_sorted, expose_sorted
@@ -64,7 +65,11 @@ def quantize_model(
     check_finished(model)
     device = work_device(device_of(model), options)
 
-    with one_at_a_time(device, options), experts_as_linears(model, store) as dense_experts:
+    with (
+        ordinary_arithmetic(),
+        one_at_a_time(device, options),
+        experts_as_linears(model, store) as dense_experts,
+    ):
         run = QuantizeRun.start(model.eval(), batches, config, options, store)
         if store is not None:
             planned = reserve(run, store.folder)

@@ -253,7 +253,7 @@ def measured_rates(device: torch.device) -> tuple[float, float]:
     median of a few tries, a fraction of a second."""
     from awq.core.weight import round_to_nearest
 
-    weight = torch.randn(_PROBE, _PROBE, device=device)
+    weight = torch.randn(_PROBE, _PROBE, dtype=torch.float32, device=device)
 
     def seconds(act) -> float:
         times = []

@@ -27,9 +27,9 @@ class InputStatistics:
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self.gram = torch.zeros(in_features, in_features, device=device)
-        self.sum = torch.zeros(in_features, device=device)
-        self.abs_sum = torch.zeros(in_features, device=device)
+        self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.sum = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.abs_sum = torch.zeros(in_features, dtype=torch.float32, device=device)
 
         # read at the end: a GPU would be waited for
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)

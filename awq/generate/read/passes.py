@@ -153,7 +153,7 @@ class Passes:
 def _cache_of(past: int, rows: int, blocks: int, device: torch.device) -> DynamicCache:
     """A cache of full attention that holds `past` tokens for every block, one number each."""
     cache = DynamicCache()
-    nothing = torch.zeros(rows, 1, past, 1, device=device)
+    nothing = torch.zeros(rows, 1, past, 1, dtype=torch.float32, device=device)
     for block in range(blocks):
         cache.update(nothing, nothing, block)
     return cache

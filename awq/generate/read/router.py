@@ -75,7 +75,9 @@ def _activation_of(experts: AwqExperts) -> str | None:
         return None
 
     generator = torch.Generator().manual_seed(3)
-    joined = _TRIAL_CHANNELS * torch.randn(16, 2 * shape.inner, generator=generator)
+    joined = _TRIAL_CHANNELS * torch.randn(
+        16, 2 * shape.inner, generator=generator, dtype=torch.float32
+    )
     joined = joined.to(experts.first.qweight.device)
     found = experts.activate(joined)
     gate, up = shape.split(joined, -1)

@@ -100,7 +100,7 @@ def scaled_losses(
     rows, width = delta.shape
     tile = search.tile_for(_capability(weight.device))
     tiles_c = triton.cdiv(width, tile.columns)
-    partial = torch.empty(tiles_c, rows, device=weight.device)
+    partial = torch.empty(tiles_c, rows, dtype=torch.float32, device=weight.device)
     launch(
         search.row_losses_kernel,
         (triton.cdiv(rows, tile.rows) * tiles_c,),

@@ -77,7 +77,7 @@ def random_packed(n: int, k: int, group: int = 128) -> Packed:
     grid_shape = sizes["scales"][0]
     with torch.device("cuda"):
         words = torch.randint(-(2**15), 2**15, words_shape, dtype=torch.int16)
-        scales = torch.rand(grid_shape) * 0.02 + 1e-3
+        scales = torch.rand(grid_shape, dtype=torch.float32) * 0.02 + 1e-3
         zeros = torch.randint(16, grid_shape, dtype=torch.int32)
         no_zeros = torch.empty(0, dtype=torch.uint8)  # they stand beside the scales
 
