@@ -2,6 +2,7 @@
 lost."""
 
 import json
+import os
 import stat
 
 import pytest
@@ -284,3 +285,22 @@ def test_conversion_refuses(model, tmp_path):
     with pytest.raises(ConfigError, match="not quantized"):
         convert_checkpoint(tmp_path / "dense", tmp_path / "other", "gemv")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o2775, 0o750])
+def test_a_directory_keeps_its_mode(model, tmp_path, mode):
+    """A private one stays private, a shared one shared."""
+    target = tmp_path / "kept"
+    for _ in range(2):
+        save_checkpoint(model, target, AwqConfig(group_size=16))
+        assert (target / "model.safetensors").stat().st_mode & 0o400
+        target.chmod(mode)
+    save_checkpoint(model, target, AwqConfig(group_size=16))
+    assert stat.S_IMODE(target.stat().st_mode) == mode
+
+
+def test_a_name_that_is_no_text(model, tmp_path):
+    """What a disk of another encoding may hold."""
+    target = tmp_path / os.fsdecode(b"\xff\xfe model")
+    save_checkpoint(model, target, AwqConfig(group_size=16))
+    assert (target / "config.json").exists() and os.listdir(tmp_path) == [target.name]

@@ -6,8 +6,9 @@ import pickle
 import random
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import thread_cases
@@ -22,6 +23,7 @@ from awq.generate.run.projection import Slice
 from awq.integrations.emb_model_provider import AutoAWQLoader
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.copies import copy_structure
+from awq.nn.layout import prepare, restore
 from awq.nn.linear import WQLinear
 from awq.nn.locks import lock_of
 
@@ -100,6 +102,68 @@ def test_copies_hold_weights_of_their_own(case):
 def _addresses(model):
     tensors = (*model.parameters(), *model.buffers())
     return {tensor.data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def test_a_graph_is_made_anew_when_weights_lie_elsewhere(case, monkeypatch):
+    """A graph reads addresses. On a GPU it went on with memory that a change of layout had given
+    back. Here a stand-in for a graph runs the step again, and says how many there were."""
+    from awq.generate.run import graph
+
+    made = []
+
+    class Replayed:
+        def __init__(self, function):
+            self.function = function
+            made.append(function)
+
+        def replay(self):
+            self.function()
+
+    monkeypatch.setattr(graph, "capture", lambda function: (Replayed(function), None))
+    monkeypatch.setattr(graph, "on_stream", lambda _stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
+    model = case.fresh()
+    decoder = model.fuse()
+    decoder.graphable = True
+    linear = next(m for m in model.model.modules() if isinstance(m, WQLinear))
+    before = weakref.ref(linear.qweight)
+    for layout in (None, linear.format, None):
+        if layout is not None:
+            restore(model.model)
+            assert before() is not None, "a graph that may be running reads it"
+        assert case.generates(model, 0) and case.generates(model, 0)
+    assert len(made) == 2 and before() is None
+
+
+def test_experts_change_their_layout_beside_forwards():
+    """Codes of one layout and zeros of another never meet."""
+    from test_experts import mixture
+
+    model = BaseAWQForCausalLM(mixture("mixtral"), "./tiny-mixtral")
+    rows = torch.randint(4, 60, (8, 16), generator=torch.Generator().manual_seed(0))
+    model.quantize(rows, quant_config={"q_group_size": 16}, preset="fast", progress=False)
+    ids = rows[:2, :6]
+    with torch.no_grad():
+        expected = model(ids).logits
+    wrong, ended = [], threading.Event()
+
+    def forwards():
+        while not ended.is_set():
+            with torch.no_grad():
+                found = model(ids).logits
+            if not thread_cases._close(found, expected):
+                wrong.append(float((found - expected).norm()))
+
+    threads = [threading.Thread(target=forwards) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        restore(model.model)
+        prepare(model.model)
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_a_copy_of_the_structure_shares_every_tensor(case):

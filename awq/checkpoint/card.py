@@ -110,7 +110,8 @@ def write_card(
     if report is not None:
         parts += [*_recovery(report.evaluation), *_making(report)]
 
-    card.write_text("\n".join(parts), encoding="utf-8")
+    # a name of another encoding is no text, and the card still is
+    card.write_text("\n".join(parts), encoding="utf-8", errors="replace")
 
 
 def rewrite_card(directory: Path, config: AwqConfig, old: str, new: str) -> None:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awq.nn.capture import NothingFromTheHost, capture, no_waiting, on_stream
-from awq.nn.linear import WQLinear
+from awq.nn.linear import WQLinear, layouts_stay
+from awq.nn.places import Places
 
 logger = logging.getLogger("awq.embed")
 
@@ -118,7 +119,7 @@ class EncoderGraphs:
     def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
         self.lock = Lock()
-        self._forget([])
+        self._forget(None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"encoder": self.encoder}
@@ -126,9 +127,8 @@ class EncoderGraphs:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["encoder"])  # type: ignore[misc]
 
-    def _forget(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
-        self.addresses = [t.data_ptr() for t in tensors]
+    def _forget(self, places: Places | None) -> None:
+        self.places = places
         self.most_tokens = 0.0  # of a batch that may have a graph
         self.reason: str | None = None  # why there are no graphs
         self.seen: set[tuple] = set()
@@ -139,11 +139,9 @@ class EncoderGraphs:
     def look(self) -> None:
         """Forgets all graphs when a weight is no longer where it was: they would go on with the old
         ones."""
-        tensors = _tensors(self.encoder)
-        if [t.data_ptr() for t in tensors] != self.addresses:
-            with self.lock:
-                # kept, so that nothing else can come to lie at their addresses
-                self._forget([t.detach() for t in tensors])
+        if self.places is None or not self.places.are_of(self.encoder):
+            with self.lock, layouts_stay():
+                self._forget(Places(self.encoder))
                 linears = (
                     m for m in self.encoder.modules() if isinstance(m, (nn.Linear, WQLinear))
                 )
@@ -194,7 +192,8 @@ class EncoderGraphs:
     ) -> None:
         try:
             self.stream = self.stream or torch.cuda.Stream(expected.device)
-            graph = Graph(self.encoder, inputs, prompt_tokens, self.stream, self.pool)
+            with layouts_stay():
+                graph = Graph(self.encoder, inputs, prompt_tokens, self.stream, self.pool)
             error = _difference(graph(inputs)[: len(expected)], expected)
             padded = self._padded(inputs)
             errors = error, _difference(graph(padded), self.encoder(padded, prompt_tokens))
@@ -235,20 +234,3 @@ class EncoderGraphs:
 def _difference(found: Tensor, expected: Tensor) -> float:
     """The largest ‖found − expected‖ / ‖expected‖ of any text; NaN where one is."""
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max())
-
-
-def _tensors(root: nn.Module) -> list[Tensor]:
-    """Parameters and buffers; `nn.Module.parameters` takes ten times as long."""
-    found = []
-    modules = [root]
-    while modules:
-        module = modules.pop()
-        found += [
-            t
-            for tensors in (module._parameters, module._buffers)
-            for t in tensors.values()
-            if t is not None
-        ]
-        modules += [m for m in module._modules.values() if m is not None]
-
-    return found

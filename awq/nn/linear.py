@@ -16,6 +16,7 @@ not at all. Changes take turns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _changing = RLock()  # held while the layout of any linear changes: rare, and short
+
+
+def layouts_stay() -> AbstractContextManager[Any]:
+    """Inside, no other thread moves a linear to another layout: a graph that is recorded reads the
+    tensors that are there, and none that is given back meanwhile."""
+    return _changing
 
 
 def _no_weight() -> None:

@@ -28,7 +28,7 @@ from awq.kernels.moe import expert_of, moe_linear
 from awq.nn.expert_shape import ExpertNames, ExpertShape
 from awq.nn.experts import ExpertLinears, ExpertRules, named_experts
 from awq.nn.expose import restore_original
-from awq.nn.linear import WQLinear
+from awq.nn.linear import WQLinear, layouts_stay
 from awq.nn.surgery import replace_module
 
 
@@ -68,9 +68,10 @@ class ExpertStack(nn.Module):
 
     def _hold(self, weights: list[QuantizedWeight], layout: str) -> None:
         packed = [get_layout(layout).pack(weight) for weight in weights]
-        for kind in PACKED_TENSORS:
-            self._buffers[kind] = torch.stack([tensors[kind] for tensors in packed])
-        self.layout = layout
+        stacks = {k: torch.stack([tensors[k] for tensors in packed]) for k in PACKED_TENSORS}
+        with layouts_stay():
+            self._buffers.update(stacks)
+            self.layout = layout
 
     def load(self, weights: list[QuantizedWeight], biases: list[Tensor]) -> None:
         """Other weights of the same shapes, in the layout of now."""
@@ -82,7 +83,8 @@ class ExpertStack(nn.Module):
     def packed(self) -> Packed:
         """The stack as `moe_linear` takes it."""
         shape = Shape(self.in_features, self.out_features, self.group_size)
-        return Packed(self.qweight, self.qzeros, self.scales, shape, self.layout)
+        with layouts_stay():
+            return Packed(self.qweight, self.qzeros, self.scales, shape, self.layout)
 
     def weight_of(self, number: int) -> QuantizedWeight:
         """One expert's canonical weight, exactly."""
@@ -92,9 +94,11 @@ class ExpertStack(nn.Module):
         return None if self.bias is None else self.bias[number]
 
     def set_layout(self, layout: str) -> None:
-        """Moves all experts to another layout, without loss; the old buffers are freed."""
-        if layout != self.layout:
-            self._hold([self.weight_of(number) for number in range(self.num_experts)], layout)
+        """Moves all experts to another layout, without loss; the old buffers are freed. Forwards
+        that run meanwhile finish on the tensors that they began with."""
+        with layouts_stay():
+            if layout != self.layout:
+                self._hold([self.weight_of(number) for number in range(self.num_experts)], layout)
 
     def settle(self, dtype: torch.dtype) -> None:
         """Moves the weights to the layout that the backend for their device and for activations of

@@ -22,6 +22,8 @@ from awq.generate.run.greedy import Greedy
 from awq.generate.run.projection import separate
 from awq.nn.blocks import is_product
 from awq.nn.capture import NothingFromTheHost, no_waiting
+from awq.nn.linear import layouts_stay
+from awq.nn.places import Places
 from awq.nn.surgery import get_weight
 
 logger = logging.getLogger("awq.generate")
@@ -53,6 +55,7 @@ class FusedDecoder:
         self.cache: list[LayerCache] = []
         self.graphs: dict[int, StepGraph] = {}  # by batch
         self.greedy_graphs: dict[int, GreedyGraph] = {}
+        self.places: Places | None = None  # what the graphs read
         self.dtype = model.dtype
         self.running = False  # inside a call of generate
         self.recent: deque[int] = deque(maxlen=KEPT_CALLS)  # rows of the last requests
@@ -138,6 +141,12 @@ class FusedDecoder:
     def _forget_graphs(self) -> None:
         self.graphs.clear()
         self.greedy_graphs.clear()
+        self.places = None
+
+    def _look(self) -> None:
+        """Forgets all graphs when a weight no longer lies where they read it."""
+        if self.places is not None and not self.places.are_of(self.model):
+            self._forget_graphs()
 
     def restore(self) -> None:
         """Puts separate siblings back into the transformers model; the decoder is of no use
@@ -176,6 +185,7 @@ class FusedDecoder:
                 f"a prompt of {tokens} tokens does not fit max_seq_len={self.max_seq_len}."
             )
 
+        self._look()
         self.reserve(batch)
         self.padding[:batch] = torch.tensor(padding or [0] * batch, device=ids.device)
         if self.plan.states is None:
@@ -300,7 +310,10 @@ class FusedDecoder:
         kept = None if self.states is None else self.states.keep()
         graph = None
         if self._runs_alone(ids, lengths):
-            graph = self._graph_of_step(make)
+            with layouts_stay():
+                self._look()
+                self.places = self.places or Places(self.model)
+                graph = self._graph_of_step(make)
         if graph is not None:
             graphs[len(ids)] = graph
         if self.states is not None and kept is not None:

@@ -30,6 +30,8 @@ from awq.generate.run.greedy import Greedy
 from awq.nn.block_calls import cache_argument
 from awq.nn.capture import NothingFromTheHost, no_waiting
 from awq.nn.copies import copy_structure
+from awq.nn.linear import layouts_stay
+from awq.nn.places import Places
 
 Captured = TypeVar("Captured", StepGraph, GreedyGraph)
 _PROBE = 9  # tokens of the longest prompt of the proof
@@ -82,6 +84,7 @@ class StaticDecoder:
         self.batch = 0
         self.graph: StepGraph | None = None
         self.greedy_graph: GreedyGraph | None = None
+        self.places: Places | None = None  # what the graphs read
         self.cache: Any = None
         # (module, attribute, its tensor): states that are not in the cache
         self.own_states: list[tuple[Any, str, Tensor]] = []
@@ -89,7 +92,8 @@ class StaticDecoder:
 
     def reserve(self, batch: int) -> None:
         """A cache for exactly `batch` rows, which knows nothing of earlier calls."""
-        if self.batch == batch:
+        known = self.places is None or self.places.are_of(self.model)
+        if self.batch == batch and known:
             self.cache.reset()
             return
 
@@ -190,7 +194,11 @@ class StaticDecoder:
 
     def _captured(self, make: Callable[[], Captured]) -> Captured:
         kept = [state.clone() for state in self.states()]
-        graph = make()
+        with layouts_stay():
+            if self.places is None or not self.places.are_of(self.model):
+                self.graph = self.greedy_graph = None
+                self.places = Places(self.model)
+            graph = make()
         for state, value in zip(self.states(), kept, strict=True):
             state.copy_(value)  # the step ran before it was captured
         return graph
