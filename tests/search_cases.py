@@ -61,6 +61,11 @@ def without_kernels(call: Any) -> Any:
         return call()
 
 
+def runs_on(device: str) -> int:
+    """The interpreter runs programs one after the other: a second run tells nothing there."""
+    return 2 if device == "cuda" else 1
+
+
 def range_case(
     out: int, width: int, size: int, bits: int, zero_point: bool, device: str
 ) -> dict[str, float]:
@@ -72,10 +77,11 @@ def range_case(
         return (torch.einsum("ogi,gij->ogj", delta, blocks) * delta).sum(-1)
 
     plain = without_kernels(lambda: search_range(weight, gram, size, bits, zero_point))
-    ours, again = (
-        with_kernels(lambda: search_range(weight, gram, size, bits, zero_point)) for _ in range(2)
+    ours, *again = (
+        with_kernels(lambda: search_range(weight, gram, size, bits, zero_point))
+        for _ in range(runs_on(device))
     )
-    assert all(torch.equal(a, b) for a, b in zip(ours, again)), "two runs differ"
+    assert all(torch.equal(a, b) for more in again for a, b in zip(ours, more)), "two runs differ"
     differs = (plain[0] != ours[0]) | (plain[1] != ours[1])
     worse = loss(ours) / loss(plain).clamp(min=1e-20) - 1
     return {
@@ -93,8 +99,9 @@ def scale_case(
     def losses() -> torch.Tensor:
         return scales._losses(weight, gram, candidates, size, bits, zero_point)
 
-    expected, found, again = without_kernels(losses), with_kernels(losses), with_kernels(losses)
-    assert torch.equal(found, again), "two runs differ"
+    expected = without_kernels(losses)
+    found, *again = (with_kernels(losses) for _ in range(runs_on(device)))
+    assert all(torch.equal(found, more) for more in again), "two runs differ"
     chosen = [
         choose(lambda: search_scale(weight, gram, mean, size, bits, zero_point))
         for choose in (with_kernels, without_kernels)

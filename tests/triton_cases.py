@@ -97,8 +97,10 @@ def error(in_features, out_features, group, tokens, dtype, bias, zero_point, con
         if config is None
         else lambda *args: matmul_launch.fused(*args, Config(*config))
     )
-    first, second = (run(x, packed, offset) for _ in range(2))
-    assert first.dtype == x.dtype and torch.equal(first, second)
+    first = run(x, packed, offset)
+    assert first.dtype == x.dtype
+    if config is not None and Config(*config).split > 1:  # counters are left as they were found
+        assert torch.equal(first, run(x, packed, offset))
     return ((first.double() - expected).norm() / expected.norm()).item()
 
 

@@ -20,12 +20,22 @@ from safetensors import SafetensorError, safe_open
 
 from awq.config import PACKED_TENSORS
 from awq.errors import CheckpointError
+from awq.formats import stored_dtypes
 
 PackedTensors = dict[str, dict[str, dict[str, Any]]]
 """Module name → "qweight" | "qzeros" | "scales" → {dtype, shape, file}."""
 
 FLOATS = ("F16", "BF16", "F32")
-PACKED_DTYPES = ("I32", "I16", *FLOATS)
+# of safetensors' files → of torch
+DTYPE_NAMES = {
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 REPORT_FILE = "quantization_report.json"
@@ -218,9 +228,11 @@ def check_complete(name: str, tensors: Mapping[str, Mapping[str, Any]]) -> None:
 def check_packed(packed: PackedTensors) -> None:
     """Refuses packed linears that lack one of their tensors, or whose tensors have dtypes that none
     of the formats has."""
+    known = {str(dtype).removeprefix("torch.") for dtype in stored_dtypes()}
+    known_words = {word for word, name in DTYPE_NAMES.items() if name in known} | set(FLOATS)
     for name, tensors in packed.items():
         check_complete(name, tensors)
-        strange = [kind for kind in PACKED_TENSORS if tensors[kind]["dtype"] not in PACKED_DTYPES]
+        strange = [kind for kind in PACKED_TENSORS if tensors[kind]["dtype"] not in known_words]
         if strange:
             dtype = tensors[strange[0]]["dtype"]
             raise CheckpointError(

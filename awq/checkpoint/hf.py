@@ -43,6 +43,7 @@ from awq.checkpoint.files import (
 from awq.checkpoint.glued import GluedLinears
 from awq.checkpoint.match import check_shapes, match_names
 from awq.errors import CheckpointError
+from awq.formats import stored_dtypes
 from awq.nn.expert_shape import holder_of, weight_names
 from awq.nn.experts import named_experts
 from awq.nn.expose import expose_experts
@@ -57,7 +58,6 @@ logger = logging.getLogger("awq.checkpoint")
 
 _TABLES: tuple[Any, ...] = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
 _previous: list[Any] = []
-_STORED_DTYPES = (torch.float16, torch.int32, torch.int16)
 
 
 def storage_settings(source: Any) -> settings.AwqConfig:
@@ -314,10 +314,11 @@ def restore_packed(model: Any, matched: dict[str, str], packed: PackedTensors) -
     4.x casts scales to the model's dtype, and bfloat16 loses three of their bits; 5.0 casts
     whatever lies in a module that the model keeps in float32 (T5's `wo`), codes included.
     """
+    of_files = stored_dtypes()
     for name, stored in matched.items():
         module = model.get_submodule(name)
         for kind, buffer in list(module._buffers.items()):
-            if kind == "bias" or buffer is None or buffer.is_meta or buffer.dtype in _STORED_DTYPES:
+            if kind == "bias" or buffer is None or buffer.is_meta or buffer.dtype in of_files:
                 continue
             if stored in packed:
                 with safe_open(packed[stored][kind]["file"], "pt") as file:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import modeling_utils
 
-from awq.checkpoint.files import FLOATS, PackedTensors, check_complete
+from awq.checkpoint.files import DTYPE_NAMES, FLOATS, PackedTensors, check_complete
 from awq.config import FORMATS, AwqConfig
 from awq.errors import CheckpointError
 from awq.formats import get_format
@@ -26,8 +26,6 @@ from awq.nn.surgery import linear_shape, named_linears
 
 logger = logging.getLogger("awq.checkpoint")
 
-_CODES = {torch.int32: "I32", torch.int16: "I16"}
-_DTYPES = {"I32": "int32", "I16": "int16", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _SHORTEST_ENDING = 3  # parts of a name, so that a layer's index is among them
 
 
@@ -323,7 +321,7 @@ def check_shapes(name: str, module: nn.Module, tensors: dict[str, dict], config:
         or "no version this package knows"
     )
     tensors_found = ", ".join(
-        f"{kind} {list(shape)} {_DTYPES.get(dtype, dtype)}"
+        f"{kind} {list(shape)} {DTYPE_NAMES.get(dtype, dtype)}"
         for kind, (shape, dtype) in found.items()
     )
     raise CheckpointError(
@@ -336,7 +334,9 @@ def check_shapes(name: str, module: nn.Module, tensors: dict[str, dict], config:
 def fits_dtype(stored: str, dtype: torch.dtype) -> bool:
     """Whether a tensor of a dtype in a file's words ("F16") can be what a packed linear keeps as
     `dtype`."""
-    return stored in FLOATS if dtype.is_floating_point else stored == _CODES[dtype]
+    if dtype.is_floating_point:
+        return stored in FLOATS
+    return DTYPE_NAMES.get(stored) == str(dtype).removeprefix("torch.")
 
 
 def _fits(

@@ -3,6 +3,8 @@ vectorized."""
 
 from __future__ import annotations
 
+import torch
+
 from awq.config import normalize_format
 from awq.formats.base import Format
 from awq.formats.gemm import GEMM
@@ -34,4 +36,13 @@ def get_layout(name: str) -> Format:
     return _LAYOUTS.get(name) or get_format(name)
 
 
-__all__ = ["Format", "get_format", "get_layout"]
+def stored_dtypes() -> set[torch.dtype]:
+    """Of the tensors that files of some format hold."""
+    found = set()
+    for form in _FORMATS.values():
+        shapes = form.shapes(256, 256, 128)
+        found |= {dtype for _, dtype in shapes.values()}
+    return found
+
+
+__all__ = ["Format", "get_format", "get_layout", "stored_dtypes"]
