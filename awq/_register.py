@@ -25,10 +25,12 @@ class _Finder:
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
         if name not in _WAITING:
             return None
+
         spec = PathFinder.find_spec(name, path)
         loader = getattr(spec, "loader", None)
         if spec is None or loader is None:
             return None
+
         run = loader.exec_module
 
         def exec_module(module) -> None:
@@ -44,7 +46,8 @@ class _Later:
     ours is imported before."""
 
     def __init__(self, name: str, previous: Any) -> None:
-        self.name, self.previous = name, previous
+        self.name = name
+        self.previous = previous
 
     def _resolve(self) -> Any:
         from awq.checkpoint import hf

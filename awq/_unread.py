@@ -25,6 +25,7 @@ def refuse_unread(modeling: Any) -> None:
     load = getattr(own, "__func__", None)
     if load is None or hasattr(load, "before_awq"):
         return
+
     signature = inspect.signature(load)
 
     @functools.wraps(load)
@@ -35,6 +36,7 @@ def refuse_unread(modeling: Any) -> None:
         quantizer = getattr(settings, "hf_quantizer", None) or given.get("hf_quantizer")
         if quantizer is None:
             _check(given["model"].config, _left_over(result))
+
         return result
 
     checked.before_awq = own  # type: ignore[attr-defined]
@@ -63,15 +65,17 @@ def _check(config: Any, left_over: Iterable[str]) -> None:
     packed = sorted(name for name in left_over if name.endswith(".qweight"))
     if not packed:
         return
+
     name = getattr(config, "_name_or_path", "") or "the checkpoint"
     stored = getattr(config, "quantization_config", None)
     get = stored.get if isinstance(stored, dict) else functools.partial(getattr, stored)
     method = get("quant_method", None) if stored else None
-    why = (
-        f"names the quant_method {method!r}, which transformers does not know"
-        if stored
-        else "has no quantization_config"
-    )
+
+    if stored:
+        why = f"names the quant_method {method!r}, which transformers does not know"
+    else:
+        why = "has no quantization_config"
+
     raise CheckpointError(
         f"{name} holds packed weights (first: {packed[0]}), but its config.json {why}; "
         f"quant_method {METHOD!r} reads AWQ's."

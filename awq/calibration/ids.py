@@ -124,4 +124,6 @@ def shown(keys: Iterable[Any], most: int = 8) -> str:
     """A list of keys for a message, cut where there are many."""
     found = [repr(str(key))[:40] for key in keys]
     shown = ", ".join(found[:most])
-    return f"[{shown}, … {len(found) - most} more]" if len(found) > most else f"[{shown}]"
+    if len(found) > most:
+        return f"[{shown}, … {len(found) - most} more]"
+    return f"[{shown}]"

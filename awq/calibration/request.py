@@ -227,7 +227,9 @@ class _Reader:
             column = self._column_of(columns)
             if hasattr(data, "iloc") or hasattr(data, "to_pylist"):  # pandas, pyarrow
                 values = data[column]
-                return values.to_pylist() if hasattr(values, "to_pylist") else values.tolist()
+                if hasattr(values, "to_pylist"):
+                    return values.to_pylist()
+                return values.tolist()
             return [self._cell(row, column) for row in islice(data, MAX_SAMPLES_READ)]
 
         iterable = isinstance(data, Iterable) or hasattr(data, "__getitem__")

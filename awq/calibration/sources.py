@@ -75,15 +75,17 @@ def named_texts(name: str, split: str, column: str, limit: int) -> list[str]:
     Raises CalibrationError as `named_samples` does.
     """
     samples, _ = named_samples(name, split, column, limit)
-    return (
-        bundled_texts()
-        if samples is None
-        else [sample for sample in samples if isinstance(sample, str)]
-    )
+    if samples is None:
+        return bundled_texts()
+    return [sample for sample in samples if isinstance(sample, str)]
 
 
 def named_samples(
-    name: str | os.PathLike, split: str, column: str, limit: int, text_per_line: bool = False
+    name: str | os.PathLike,
+    split: str,
+    column: str,
+    limit: int,
+    text_per_line: bool = False,
 ) -> tuple[list[Any] | None, bool]:
     """(texts or chats of a local file or a dataset, whether they are the user's own file).
 
@@ -116,7 +118,8 @@ def _existing(name: str | os.PathLike) -> Path | None:
         path = Path(os.fspath(name)).expanduser()
         if path.is_file():
             return path
-        exists, folder = path.exists(), path.is_dir()
+        exists = path.exists()
+        folder = path.is_dir()
     # too long, an unknown user, a zero byte, bytes
     except (OSError, RuntimeError, ValueError, TypeError):
         return None
@@ -242,6 +245,7 @@ def _json_values(content: object, column: str) -> list[object]:
         return [_field(row, column) for row in content]
     if not isinstance(content, dict):
         raise TypeError(f"it holds a {type(content).__name__}, not a list of rows")
+
     column = _column_of(content, column)
     if column not in content:
         raise _NoSuchColumn(content)

@@ -56,6 +56,7 @@ def write_settings(config: AwqConfig, dense: list[str]) -> dict[str, Any]:
         "dynamic": False,
     }
     group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
+
     return {
         "quant_method": COMPRESSED_TENSORS,
         "format": "pack-quantized",
@@ -94,7 +95,9 @@ def settings_of(config: Any) -> dict[str, Any] | None:
     given = getattr(config, "quantization_config", None)
     if given is not None and not isinstance(given, dict):
         given = given.to_dict() if hasattr(given, "to_dict") else None
-    return given if given and str(given.get("quant_method")) == COMPRESSED_TENSORS else None
+    if given and str(given.get("quant_method")) == COMPRESSED_TENSORS:
+        return given
+    return None
 
 
 def read_settings(settings: Mapping[str, Any], headers: Mapping[str, Any]) -> AwqConfig:
@@ -129,6 +132,7 @@ def read_settings(settings: Mapping[str, Any], headers: Mapping[str, Any]) -> Aw
 
     named = [name for name in ignored if not name.startswith("re:")]
     dense = sorted({*named, *dense_matrices(headers)})
+
     return AwqConfig(group_size=sizes.pop(), modules_to_not_convert=tuple(dense))
 
 

@@ -113,6 +113,7 @@ def _names_of(model: Any, name: str, shape: ExpertShape) -> ExpertNames | None:
     """The names that the converters give, or None where they give none for each expert and part."""
     if shape.stacks:
         return None
+
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # transformers 4 has no 3-D experts of this contract
@@ -152,7 +153,11 @@ def _miniature(name: str, shape: ExpertShape) -> dict[str, Tensor]:
 
 
 def _common_names(
-    model: Any, name: str, shape: ExpertShape, parts: dict[tuple[int, int], str], wanted: list[int]
+    model: Any,
+    name: str,
+    shape: ExpertShape,
+    parts: dict[tuple[int, int], str],
+    wanted: list[int],
 ) -> ExpertNames | None:
     """Names below an expert's number, when they are the same for all experts."""
     today = {stored: current for current, stored in current_names(model, parts.values()).items()}

@@ -9,12 +9,10 @@ them differently.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import nn
 from transformers import modeling_utils
 from transformers.quantizers import auto
@@ -41,9 +39,9 @@ from awq.checkpoint.files import (
     tensor_headers,
 )
 from awq.checkpoint.glued import GluedLinears
+from awq.checkpoint.loaded import check_loaded, restore_packed, stored_elsewhere, untie_packed
 from awq.checkpoint.match import check_shapes, match_names
 from awq.errors import CheckpointError
-from awq.formats import stored_dtypes
 from awq.nn.expert_shape import holder_of, weight_names
 from awq.nn.experts import named_experts
 from awq.nn.expose import expose_experts
@@ -80,20 +78,23 @@ class AwqConfig(transformers.AwqConfig):
     AutoAWQ."""
 
     def __init__(
-        self, bits: int = 4, group_size: int = 128, zero_point: bool = True, **others: Any
+        self,
+        bits: int = 4,
+        group_size: int = 128,
+        zero_point: bool = True,
+        **others: Any,
     ) -> None:
         self.quant_method = transformers.utils.quantization_config.QuantizationMethod.AWQ
         keep = {"w_bit", "q_group_size", "version", "format", "modules_to_not_convert"}
         given = {key: value for key, value in others.items() if key in keep and value is not None}
-        bits, group_size = given.pop("w_bit", bits), given.pop("q_group_size", group_size)
+        bits = given.pop("w_bit", bits)
+        group_size = given.pop("q_group_size", group_size)
         chosen = storage_settings(
             {"bits": bits, "group_size": group_size, "zero_point": zero_point, **given}
         )
-        self.bits, self.group_size, self.zero_point = (
-            chosen.bits,
-            chosen.group_size,
-            chosen.zero_point,
-        )
+        self.bits = chosen.bits
+        self.group_size = chosen.group_size
+        self.zero_point = chosen.zero_point
         self.version = self.format = chosen.format
         self.modules_to_not_convert = list(chosen.modules_to_not_convert) or None
         self.do_fuse = False
@@ -119,6 +120,7 @@ class AwqHfQuantizer(HfQuantizer):
         self.matched: dict[str, str] = {}
         self.packed: PackedTensors = {}
         self.stored: list[str] = []  # names of all tensors in the files
+
         # module name → the packed one that stands in this place, too
         self.shared: dict[str, str] = {}
         self.scaled: list[str] = []  # names of the activations whose output is divided by scales
@@ -150,6 +152,7 @@ class AwqHfQuantizer(HfQuantizer):
                 "files hold no packed weights; "
                 "remove quantization_config from config.json."
             )
+
         self.scaled = place_activation_scales(model, headers)
         expose_experts(model, names_in_files(model, self.packed))
         expose_sorted(model, sorted_in_files(model, self.packed))
@@ -161,6 +164,7 @@ class AwqHfQuantizer(HfQuantizer):
         self.shared = stored_elsewhere(model, self.matched)
         for name in self.shared:
             replace_module(model, name, nn.Identity())  # which has no tensors that could be missing
+
         untie_packed(model, [*self.matched, *self.shared])
         for name in self.matched:
             # Some models initialise their linears' `weight` by name after loading, which passes
@@ -168,12 +172,15 @@ class AwqHfQuantizer(HfQuantizer):
             module: Any = model.get_submodule(name)
             sizes = module.out_features, module.in_features
             module.weight = _initialised(torch.empty(sizes, device="meta"))
+
         for experts in named_experts(model).values():
             for name in weight_names(experts.shape):
                 holder, leaf = holder_of(experts.original, name)
                 object.__setattr__(holder, leaf, _initialised(torch.empty(0)))
+
         self.shapes = parameter_shapes(model)
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
@@ -183,16 +190,19 @@ class AwqHfQuantizer(HfQuantizer):
             for name in weight_names(experts.shape):
                 holder, leaf = holder_of(experts.original, name)
                 holder.__dict__.pop(leaf, None)
+
         check_parameter_shapes(model, self.shapes)
         settle_dtypes(model, self.dtypes)
         restore_packed(model, self.matched, self.packed)
         check_loaded(model, self.matched, self.packed)
         if self.stored:
             check_blocks(model, self.stored, self.matched, self.glued.names)
+
         self.glued.load(model)
         check_packed_numbers(model, [*self.matched, *self.glued.names, *self.scaled])
         for name, source in self.shared.items():
             replace_module(model, name, model.get_submodule(source))
+
         pack_experts(model)
         prepare(model)
         if getattr(self.quantization_config, "do_fuse", False):  # of 4.x, put there while loading
@@ -200,9 +210,12 @@ class AwqHfQuantizer(HfQuantizer):
                 "do_fuse has no effect in from_pretrained; "
                 "AutoAWQForCausalLM.from_quantized(path, fuse_layers=True) fuses."
             )
+
         leave_files(model)
         trim()
-        self.packed, self.stored = {}, []
+        self.packed = {}
+        self.stored = []
+
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -228,7 +241,9 @@ class AwqHfQuantizer(HfQuantizer):
                 bias: Any = module.bias
                 if bias is not None:
                     dense.bias = nn.Parameter(bias.to(dense.weight.dtype))
+
                 replace_module(model, name, dense)
+
         conceal_sorted(model)
         return model
 
@@ -240,7 +255,9 @@ def _initialised(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def replace_linears(
-    model: Any, config: settings.AwqConfig, packed: PackedTensors
+    model: Any,
+    config: settings.AwqConfig,
+    packed: PackedTensors,
 ) -> dict[str, str]:
     """Puts an empty `WQLinear` where the checkpoint has packed weights, in place; returns module
     name → name in the files.
@@ -262,101 +279,21 @@ def replace_linears(
             for n, m in linears.items()
             if m is not head and not any(f".{p}." in f".{n}." for p in skipped)
         }
+
     for name in matched:
         module: Any = linears[name]
         in_features, out_features = linear_shape(module)
         size = config.group_size_of(in_features, name)
-        place, dtype = module.weight.device, module.weight.dtype
+        place = module.weight.device
+        dtype = module.weight.dtype
         bias = getattr(module, "bias", None) is not None
         replace_module(
             model,
             name,
             WQLinear(in_features, out_features, bias, size, config.format, place, dtype),
         )
+
     return matched
-
-
-def stored_elsewhere(model: Any, matched: Iterable[str]) -> dict[str, str]:
-    """Linear that the files do not hold → the packed linear whose weight it shares: blocks that a
-    model runs twice (zamba)."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    packed, found = set(matched), {}
-    for target, source in tied.items():
-        name, other = target.removesuffix(".weight"), source.removesuffix(".weight")
-        if name not in packed and other in packed and name in named_linears(model):
-            found[name] = other
-    return found
-
-
-def untie_packed(model: Any, matched: Iterable[str]) -> None:
-    """Takes packed modules out of the model's ties: they have no `weight` to share, in whatever
-    direction.
-
-    A head that is packed although its config ties it to the embeddings is used as the head it is;
-    the config then says so.
-    """
-    packed = set(matched)
-    head = output_head(model)
-    if any(module is head and name in packed for name, module in model.named_modules()):
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            config.tie_word_embeddings = False
-    tied = getattr(model, "all_tied_weights_keys", None)
-    if tied:
-        weights = {f"{name}.weight" for name in packed}
-        model.all_tied_weights_keys = {
-            k: v for k, v in tied.items() if k not in weights and v not in weights
-        }
-
-
-def restore_packed(model: Any, matched: dict[str, str], packed: PackedTensors) -> None:
-    """Reads tensors again that transformers has cast on the way in.
-
-    4.x casts scales to the model's dtype, and bfloat16 loses three of their bits; 5.0 casts
-    whatever lies in a module that the model keeps in float32 (T5's `wo`), codes included.
-    """
-    of_files = stored_dtypes()
-    for name, stored in matched.items():
-        module = model.get_submodule(name)
-        for kind, buffer in list(module._buffers.items()):
-            if kind == "bias" or buffer is None or buffer.is_meta or buffer.dtype in of_files:
-                continue
-            if stored in packed:
-                with safe_open(packed[stored][kind]["file"], "pt") as file:
-                    tensor = file.get_tensor(f"{stored}.{kind}")
-            elif buffer.dtype != torch.bfloat16 and _is_float(kind, module.format):
-                tensor = buffer
-            else:
-                raise CheckpointError(
-                    f"{name}: its {kind} were cast to {buffer.dtype} while loading; load in "
-                    "float16 or float32."
-                )
-            tensor = tensor.half() if tensor.is_floating_point() else tensor
-            module._buffers[kind] = tensor.to(buffer.device)
-
-
-def _is_float(kind: str, format: str) -> bool:
-    """Whether a format keeps float16 in a packed tensor, and not integers."""
-    return kind == "scales" or (kind == "qzeros" and format == "gemv_fast")
-
-
-def check_loaded(model: Any, matched: dict[str, str], packed: PackedTensors) -> None:
-    """Compares the first and the last packed linear with the files.
-
-    transformers only warns about weights it did not find a place for, and goes on with random ones.
-    Raises CheckpointError.
-    """
-    for name in [name for name in matched if matched[name] in packed][:: max(1, len(matched) - 1)]:
-        codes, stored = model.get_submodule(name).qweight, matched[name]
-        if codes.is_meta:
-            continue
-        with safe_open(packed[stored]["qweight"]["file"], "pt") as file:
-            expected = file.get_tensor(f"{stored}.qweight")
-            if codes.dtype != expected.dtype or not torch.equal(codes.cpu(), expected):
-                raise CheckpointError(
-                    f"transformers did not load {stored} of the checkpoint into "
-                    f"{type(model).__name__}.{name}; "
-                    "load it with the class that config.json names under architectures."
-                )
 
 
 def mark_quantized(model: Any, config: settings.AwqConfig) -> None:
@@ -385,6 +322,7 @@ def register() -> None:
         _previous[:] = [getattr(entry, "previous", entry) for entry in current]
         for table, ours in zip(_TABLES, (AwqHfQuantizer, AwqConfig)):
             table.update(dict.fromkeys(settings.METHODS, ours))
+
     refuse_unread(modeling_utils)
 
 

@@ -48,6 +48,7 @@ def read_modules(root: Path) -> tuple[tuple[str, Path], ...]:
             raise CheckpointError(
                 f"{path}: path {part!r} leads outside the directory; the checkpoint is refused."
             )
+
         own = kind.startswith("sentence_transformers.")
         modules.append((kind.rpartition(".")[2] if own else kind, folder))
 

@@ -22,7 +22,10 @@ SYSTEMS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 def refine(
-    weight: Tensor, gram: Tensor, quantized: QuantizedWeight, rounds: int
+    weight: Tensor,
+    gram: Tensor,
+    quantized: QuantizedWeight,
+    rounds: int,
 ) -> QuantizedWeight:
     """`rounds` times two sweeps of coordinate descent and new scales, then a last sweep.
 
@@ -34,15 +37,16 @@ def refine(
 
 
 def descend(
-    weight: Tensor, gram: Tensor, quantized: QuantizedWeight, sweeps: int
+    weight: Tensor,
+    gram: Tensor,
+    quantized: QuantizedWeight,
+    sweeps: int,
 ) -> QuantizedWeight:
     """Cyclic coordinate descent on the codes: each one moves to its best value given all others,
     column by column."""
     codes = quantized.codes.t().contiguous()  # [in, out]: a column is a contiguous row here
-    scales, zeros = (
-        quantized.scales.float().t().contiguous(),
-        quantized.zeros.float().t().contiguous(),
-    )
+    scales = quantized.scales.float().t().contiguous()
+    zeros = quantized.zeros.float().t().contiguous()
     diagonal = gram.diagonal().clone()
 
     # a dead channel has no slope either: its code stays
@@ -100,10 +104,13 @@ def _descend_block(
     """New codes of columns start … stop, one after the other, and their moves [columns, out]; the
     rest is only read."""
     group_size = len(codes) // len(scales)
-    local, g = slope[start:stop].clone(), gram[start:stop, start:stop]
+    local = slope[start:stop].clone()
+    g = gram[start:stop, start:stop]
     pivots = g.diagonal().tolist()
+
     for c in range(stop - start):
-        s, z = scales[(start + c) // group_size], zeros[(start + c) // group_size]
+        s = scales[(start + c) // group_size]
+        z = zeros[(start + c) // group_size]
         code = codes[start + c].float()
         new = (code - z).sub_(local[c] / (s * pivots[c])).round_().add_(z).clamp_(0, top)
         new_codes[start + c] = new

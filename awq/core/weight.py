@@ -73,6 +73,7 @@ def group_range(weight: Tensor, group_size: int, zero_point: bool = True) -> tup
 
     low = groups.amin(-1).clamp(max=0)
     high = groups.amax(-1).clamp(min=0)
+
     return low, high
 
 

@@ -284,4 +284,5 @@ class _Weights:
                 biases.append(torch.zeros(linear.out_features, dtype=torch.float32))
             else:
                 biases.append(linear.bias.float())
+
         fields[f"{name}_bias"] = self._memory.add(torch.cat(biases))

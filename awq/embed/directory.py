@@ -136,6 +136,7 @@ def longest_input(config: Any, tokenizer: Any, settings: SentenceSettings) -> in
 
     limits = [positions, getattr(tokenizer, "model_max_length", None)]
     known = [n for n in limits if isinstance(n, int) and 0 < n < UNLIMITED]
+
     return min(known, default=512)
 
 

@@ -28,7 +28,7 @@ from awq.embed.graphs import EncoderGraphs
 from awq.embed.heads import Normalize, Pooling, read_head, through_heads
 from awq.embed.proof import COMPILING, try_to_compile
 from awq.embed.request import check_precision
-from awq.embed.tokens import QuickTokens, quick_tokens
+from awq.embed.tokens import QuickTokens, check_ids, known_ids, quick_tokens
 from awq.errors import ConfigError, ModelError
 from awq.native.request import check_arguments, checked_texts
 from awq.nn.locks import lock_of
@@ -60,7 +60,8 @@ class Encoder(nn.Module):
         super().__init__()
         # AutoAWQForEmbedding's own wrapper
         model = model.model if hasattr(model, "awq_config") else model
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         self.heads = nn.ModuleList(heads or [Pooling()])
         if not isinstance(self.heads[0], Pooling):
             raise ModelError(
@@ -78,7 +79,7 @@ class Encoder(nn.Module):
         self.default_prompt_name = settings.default_prompt_name
         self.truncate_dim = settings.truncate_dim
         self._lower_case = settings.lower_case
-        self.known_ids = _known_ids(model, tokenizer)
+        self.known_ids = known_ids(model, tokenizer)
 
         # Of inputs by name; the attention mask's is 0.
         self.padding = {
@@ -90,9 +91,11 @@ class Encoder(nn.Module):
         self._native: CompiledEncoder | None = None
         self._native_state: CompiledState | None = None  # None: not tried yet
         accepted = inspect.signature(model.forward).parameters
-        self._accepted = (
-            None if any(p.kind is p.VAR_KEYWORD for p in accepted.values()) else set(accepted)
-        )
+
+        if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+            self._accepted = None
+        else:
+            self._accepted = set(accepted)
 
     @property
     def max_seq_length(self) -> int:
@@ -144,11 +147,16 @@ class Encoder(nn.Module):
             load_model(source, dtype, kind=kind), root, trust_remote_code=trust_remote_code
         )
         encoder._precision = precision
+
         return encoder.to(place).eval()
 
     @classmethod
     def around(
-        cls, model: Any, path: str | Path, tokenizer: Any = None, trust_remote_code: bool = False
+        cls,
+        model: Any,
+        path: str | Path,
+        tokenizer: Any = None,
+        trust_remote_code: bool = False,
     ) -> Encoder:
         """A loaded model with the heads, prompts and (None) tokenizer of its local directory.
         Raises like `from_pretrained`."""
@@ -277,7 +285,10 @@ class Encoder(nn.Module):
         )
 
     def _encode_natively(
-        self, native: CompiledEncoder, rows: dict[str, list[list[int]]], prompt_tokens: int
+        self,
+        native: CompiledEncoder,
+        rows: dict[str, list[list[int]]],
+        prompt_tokens: int,
     ) -> Tensor:
         """Embeddings [texts, features] in the order of the rows."""
         types = rows.get("token_type_ids")
@@ -305,6 +316,7 @@ class Encoder(nn.Module):
             if self._accepted is None or key in self._accepted
         }
         hidden = self.model(**inputs).last_hidden_state
+
         return through_heads(self.heads, hidden, inputs["attention_mask"], prompt_tokens)
 
     def prompt_text(self, name: str | None = None) -> str:
@@ -325,7 +337,7 @@ class Encoder(nn.Module):
         """Input name → one row per text, without padding."""
         rows = self._rows([self.cased(text) for text in texts])
         if self.known_ids is not None:
-            _check_ids(rows["input_ids"], self.known_ids)
+            check_ids(rows["input_ids"], self.known_ids)
         # an empty text, with a tokenizer that adds no special tokens
         if any(not ids for ids in rows["input_ids"]):
             pad = self.tokenizer.pad_token_id or 0
@@ -344,6 +356,7 @@ class Encoder(nn.Module):
         with lock_of(self.tokenizer):
             found = self.tokenizer(texts, truncation=True, max_length=self.max_seq_length)
         names = ("input_ids", "token_type_ids", "attention_mask")
+
         return {name: found[name] for name in names if name in found}
 
     def _prompt_tokens(self, prompt: str) -> int:
@@ -358,25 +371,6 @@ class Encoder(nn.Module):
         longest = max(map(len, rows))
         return torch.tensor(
             [row + [self.padding.get(key, 0)] * (longest - len(row)) for row in rows]
-        )
-
-
-def _known_ids(model: Any, tokenizer: Any) -> int | None:
-    """Rows of the embedding table where the tokenizer has larger ids; None, as nearly always, where
-    it has none."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    return rows if largest >= rows else None
-
-
-def _check_ids(rows: list[list[int]], known: int) -> None:
-    """An id beyond the table would read other memory, or end a GPU's process. Raises
-    ConfigError."""
-    largest = max((max(ids, default=0) for ids in rows), default=0)
-    if largest >= known:
-        raise ConfigError(
-            f"the tokenizer gives the id {largest}, and the model knows 0 to {known - 1}; is it "
-            "another model's tokenizer?"
         )
 
 

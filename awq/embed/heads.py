@@ -60,6 +60,7 @@ class HeadSettings:
             raise CheckpointError(
                 f"{self.path}: activation_function {value!r:.100} is not one of torch.nn's."
             )
+
         try:
             with torch.device("meta"):  # some are whole models
                 found = kind().eval()
@@ -122,7 +123,9 @@ class Pooling(nn.Module):
             raise ModelError(
                 f"pooling mode {unknown or modes} is unknown; known are {', '.join(MODES)}."
             )
-        self.modes, self.include_prompt = modes, include_prompt
+
+        self.modes = modes
+        self.include_prompt = include_prompt
 
     @classmethod
     def read(cls, folder: Path) -> Pooling:
@@ -144,7 +147,9 @@ class Pooling(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor, prompt_tokens: int = 0) -> Tensor:
         """mask: 1 on real tokens [texts, tokens]. prompt_tokens: leading tokens left out when
         prompts are not pooled."""
-        hidden, last = hidden.float(), mask.sum(1) - 1
+        hidden = hidden.float()
+        last = mask.sum(1) - 1
+
         first = 0
         if prompt_tokens and not self.include_prompt:
             first = min(prompt_tokens, mask.shape[1] - 1)
@@ -174,7 +179,8 @@ class Dense(nn.Module):
 
     def __init__(self, linear: nn.Linear, activation: nn.Module) -> None:
         super().__init__()
-        self.linear, self.activation = linear, activation
+        self.linear = linear
+        self.activation = activation
 
     @classmethod
     def read(cls, folder: Path) -> Dense:
@@ -209,7 +215,8 @@ class Dense(nn.Module):
         return cls(linear, settings.activation(wanted[0]))
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        given, taken = embeddings.shape[-1], self.linear.in_features
+        given = embeddings.shape[-1]
+        taken = self.linear.in_features
         if given != taken:
             raise CheckpointError(
                 f"a dense head takes {taken} features, and what stands before it gives {given}: "
@@ -227,7 +234,10 @@ class Normalize(nn.Module):
 
 
 def through_heads(
-    heads: nn.ModuleList, hidden: Tensor, mask: Tensor, prompt_tokens: int = 0
+    heads: nn.ModuleList,
+    hidden: Tensor,
+    mask: Tensor,
+    prompt_tokens: int = 0,
 ) -> Tensor:
     """Embeddings [texts, features] of hidden states [texts, tokens, features], padding on the
     right: a pooling, then what follows it."""

@@ -39,6 +39,7 @@ def _texts(encoder: Encoder) -> dict[str, Any]:
 
     assert isinstance(pooling, Pooling)
     tokenizer = encoder.tokenizer
+
     return {
         "tokenizer": quick.definition,
         "longest": encoder.max_seq_length,

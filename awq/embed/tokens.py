@@ -1,9 +1,11 @@
-"""Token ids without transformers' Python, where the tokenizers library gives the same ones."""
+"""Token ids without transformers' Python, where the tokenizers library gives the same ones, and ids
+that the model does not know."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from awq.errors import ConfigError
 from awq.native.tokens import TextTokens
 from awq.nn.locks import lock_of
 
@@ -58,3 +60,22 @@ def quick_tokens(tokenizer: Any, longest: int) -> QuickTokens | None:
         return None
 
     return quick if same else None
+
+
+def known_ids(model: Any, tokenizer: Any) -> int | None:
+    """Rows of the embedding table where the tokenizer has larger ids; None, as nearly always, where
+    it has none."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    return rows if largest >= rows else None
+
+
+def check_ids(rows: list[list[int]], known: int) -> None:
+    """An id beyond the table would read other memory, or end a GPU's process. Raises
+    ConfigError."""
+    largest = max((max(ids, default=0) for ids in rows), default=0)
+    if largest >= known:
+        raise ConfigError(
+            f"the tokenizer gives the id {largest}, and the model knows 0 to {known - 1}; is it "
+            "another model's tokenizer?"
+        )

@@ -42,7 +42,10 @@ _MAX_DIGIT_ERROR = 0.1  # of a digit that was read back
 
 @torch.no_grad()
 def discover(
-    block: nn.Module, one_token: Calls, many: Calls, generator: torch.Generator | None = None
+    block: nn.Module,
+    one_token: Calls,
+    many: Calls,
+    generator: torch.Generator | None = None,
 ) -> list[InputGroup]:
     """Every linear of the block exactly once, grouped by the tensor it reads, in order of
     execution, with its fold if any.
@@ -53,7 +56,9 @@ def discover(
     touched.
     """
     generator = generator or torch.Generator().manual_seed(0)
-    probe, one_token, many = float_copy(block), float_calls(one_token), float_calls(many)
+    probe = float_copy(block)
+    one_token = float_calls(one_token)
+    many = float_calls(many)
     groups, norms = _input_groups(probe, many)
     order = [name for group in groups for name in group.consumers]
 
@@ -66,6 +71,7 @@ def discover(
         fold = fold or _linear_fold(probe, group, order, one_token, is_true)
         reason = "" if fold else "no norm or linear feeds these channels alone"
         found.append(replace(group, fold=fold, reason=reason))
+
     unused = [name for name in linear_names(block) if name not in order]
     return found + [_unused_group(block, name) for name in unused]
 
@@ -80,6 +86,7 @@ def _input_groups(block: nn.Module, calls: Calls) -> tuple[list[InputGroup], dic
     output that tensor is."""
     inputs: dict[str, tuple] = {}
     outputs: dict[str, tuple] = {}
+
     # a storage that lives cannot be reused, so its address names the tensor
     alive: list[Tensor] = []
 
@@ -112,11 +119,13 @@ def _input_groups(block: nn.Module, calls: Calls) -> tuple[list[InputGroup], dic
     members = {key: names for key, names in members.items() if linears.intersection(names)}
     groups = [InputGroup(tuple(names), width) for (_, width), names in members.items()]
     widths = {name: block.get_parameter(f"{name}.weight").numel() for name in outputs}
+
     feeding = {}
     for key, names in members.items():
         feeding[names[0]] = [
             norm for norm, output in outputs.items() if output == key and widths[norm] == key[1]
         ]
+
     return groups, feeding
 
 
@@ -135,7 +144,9 @@ def _identity(tensor: Tensor) -> tuple[int, int]:
 
 
 def _norm_fold(
-    group: InputGroup, norms: list[str], is_true: Callable[[Fold, InputGroup], bool]
+    group: InputGroup,
+    norms: list[str],
+    is_true: Callable[[Fold, InputGroup], bool],
 ) -> Fold | None:
     for norm in norms:
         for kind in ("norm", "norm_plus_one"):
@@ -156,6 +167,7 @@ def _linear_fold(
     looks = _looks(block, group.consumers[0], one_token)
     if not looks:
         return None
+
     earlier = order[: order.index(group.consumers[0])]
     expert = expert_of(block, group.consumers[0])
     if expert is not None:  # nothing outside an expert feeds its second product
@@ -166,16 +178,20 @@ def _linear_fold(
         for subset in _row_subsets(get_weight(block.get_submodule(producer)).shape[0]):
             if len(subset) * MAX_CHANNELS_PER_ROW < group.in_features:
                 continue
+
             rows = None
             for calls, reference in looks:
                 rows = _map_rows(block, producer, subset, group, reference, calls)
                 if rows is None:  # what few tokens refute is not tried on all
                     break
+
             if rows is None:
                 continue
+
             fold = Fold(group.consumers, producer, "linear", rows)
             if is_true(fold, group):
                 return fold
+
     return None
 
 
@@ -198,6 +214,7 @@ def _row_subsets(rows: int) -> Iterator[Tensor]:
     for parts in (2, 3):
         if rows % parts == 0:
             yield from reversed(index.view(parts, -1).unbind(0))
+
     if rows % 2 == 0:
         yield from (index[1::2], index[0::2])
 
@@ -220,6 +237,7 @@ def _map_rows(
     live = reference.norm(dim=0) > 0
     place = torch.arange(len(subset))
     position = torch.zeros(group.in_features, dtype=torch.long, device=reference.device)
+
     for digit in (place // base, place % base):
         factor = torch.ones(rows, dtype=torch.float32)
         factor[subset] = LOWEST_FACTOR + FACTOR_RANGE * digit.float() / base
@@ -228,12 +246,15 @@ def _map_rows(
         )
         if changed is None or changed.shape != reference.shape:
             return None
+
         level, clean = _read_digit(changed, reference, base)
         if not (clean | ~live).all():
             return None
         position = position * base + level.clamp(0, base - 1)
+
     if (position[live] >= len(subset)).any():
         return None
+
     found = subset.to(reference.device)[position.clamp(max=len(subset) - 1)]
     return torch.where(live, found, torch.full_like(found, -1))
 
@@ -250,11 +271,16 @@ def _read_digit(changed: Tensor, reference: Tensor, base: int) -> tuple[Tensor, 
     digit = level.round()
     is_digit = (level - digit).abs() < _MAX_DIGIT_ERROR
     is_digit &= digit >= 0
+
     return digit.long(), is_multiple & is_digit
 
 
 def _tokens_of(
-    block: nn.Module, consumer: str, calls: Calls, producer: str = "", factor: Tensor | None = None
+    block: nn.Module,
+    consumer: str,
+    calls: Calls,
+    producer: str = "",
+    factor: Tensor | None = None,
 ) -> Tensor | None:
     """The consumer's input [tokens, in], while the producer's output channels are multiplied by a
     factor [rows], if given."""
@@ -268,4 +294,5 @@ def _tokens_of(
             tokens = input_of(block, consumer, partial(call.run, block, hidden))
             if tokens is not None:
                 found.append(tokens.detach().reshape(-1, tokens.shape[-1]).clone())
+
     return torch.cat(found) if found else None

@@ -183,7 +183,9 @@ class AwqEmbeddingModel(AwqModel):
         return [self.encoder.cased(text) for text in _with_prompts(self.encoder, chosen, None)]
 
     def _with_general_rows(
-        self, request: CalibrationRequest, max_length: int
+        self,
+        request: CalibrationRequest,
+        max_length: int,
     ) -> CalibrationRequest:
         """Token ids of the caller and those of the bundled sentences: which door they came through
         makes no difference."""
@@ -215,7 +217,9 @@ def _with_prompts(encoder: Encoder, texts: Any, prompt_name: str | None) -> list
 
 
 def _to_judge(
-    evaluate: Any, rest: list[str], prompt_name: str | None
+    evaluate: Any,
+    rest: list[str],
+    prompt_name: str | None,
 ) -> tuple[list[str], Any, dict[str, Any]]:
     """(texts to embed before and after, sentence pairs or None, arguments of encode)."""
     if evaluate is None or evaluate is False:

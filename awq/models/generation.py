@@ -59,9 +59,11 @@ FUSED = Fusion("fused")
 
 def _how_far(decoder: FusedDecoder) -> Fusion:
     """Fused, or partly, with the reasons and the number of blocks that have each."""
-    parts, blocks = decoder.plan.own_parts, len(decoder.plan.blocks)
+    parts = decoder.plan.own_parts
+    blocks = len(decoder.plan.blocks)
     if not parts:
         return FUSED
+
     reasons = "; ".join(f"{reason} ({count} of {blocks} blocks)" for reason, count in parts.items())
     return Fusion("partly fused", reasons)
 

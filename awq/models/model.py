@@ -111,7 +111,8 @@ class AwqModel(nn.Module):
 
     @tokenizer.setter
     def tokenizer(self, value: Any) -> None:
-        self._tokenizer, self._tokenizer_known = value, True
+        self._tokenizer = value
+        self._tokenizer_known = True
 
     @cached_property
     def processor(self) -> Any:
@@ -164,7 +165,8 @@ class AwqModel(nn.Module):
                 self.model, batches, config, chosen, self._blocks, self._embedding()
             )
 
-        self.report, self.awq_config = report, config
+        self.report = report
+        self.awq_config = config
         self.is_quantized = not export_compatible
         if self.is_quantized:
             mark_quantized(self.model, config)
@@ -191,11 +193,11 @@ class AwqModel(nn.Module):
     ) -> tuple[AwqConfig, QuantizeOptions]:
         """Settings that fit this model. Raises ConfigError before any text is fetched, tokenized or
         embedded."""
-        config = (
-            quant_config
-            if isinstance(quant_config, AwqConfig)
-            else AwqConfig.from_dict(quant_config)
-        )
+        if isinstance(quant_config, AwqConfig):
+            config = quant_config
+        else:
+            config = AwqConfig.from_dict(quant_config)
+
         chosen = quantize_options(options)
         for name, value in (("max_calib_samples", samples), ("max_calib_seq_len", tokens)):
             if value is not None and (
@@ -276,10 +278,14 @@ class AwqModel(nn.Module):
         return inspect.signature(body.forward).parameters
 
     def _quantize_dense(
-        self, batches: list, config: AwqConfig, options: QuantizeOptions
+        self,
+        batches: list,
+        config: AwqConfig,
+        options: QuantizeOptions,
     ) -> QuantReport:
         """Leaves ordinary linears with quantized values; `pack` can pack them later, exactly."""
-        dense, dtype = named_linears(self.model), self.model.dtype
+        dense = named_linears(self.model)
+        dtype = self.model.dtype
         report = quantize_model(self.model, batches, config, options, embed=self._embedding())
         report.options["export_compatible"] = True
 
@@ -303,11 +309,15 @@ class AwqModel(nn.Module):
 
         for name, packed in self._waiting.items():
             replace_module(self.model, name, packed.to(self.device))
-        self._waiting, self.is_quantized = {}, True
+        self._waiting = {}
+        self.is_quantized = True
         mark_quantized(self.model, self.awq_config)
 
     def save_quantized(
-        self, save_dir: str | Path, safetensors: bool = True, shard_size: str | int = "5GB"
+        self,
+        save_dir: str | Path,
+        safetensors: bool = True,
+        shard_size: str | int = "5GB",
     ) -> None:
         """Saves the model with its tokenizer and companion files, a report and a model card.
 
@@ -364,6 +374,7 @@ class AwqModel(nn.Module):
         with lock_of(self.model):
             model = copy_structure(self.model)
         restore(model)
+
         return model
 
     def _is_decoder(self) -> bool:
@@ -374,7 +385,11 @@ class AwqModel(nn.Module):
         longest = position_limit(self.config)
         # RoBERTa numbers its positions from pad_token_id + 1, so its table is a little longer than
         # its inputs may be.
-        return min(tokens, longest - 2) if longest is not None and longest > 2 else tokens
+        if longest is not None and longest > 2:
+            return min(tokens, longest - 2)
+        return tokens
 
     def _pad_id(self) -> int | None:
-        return getattr(self.config, "pad_token_id", None) if not self._is_decoder() else None
+        if not self._is_decoder():
+            return getattr(self.config, "pad_token_id", None)
+        return None

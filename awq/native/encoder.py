@@ -43,7 +43,10 @@ class NativeEncoder:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: str = "auto", precision: str = "exact"
+        cls,
+        path: str | Path,
+        dtype: str = "auto",
+        precision: str = "exact",
     ) -> NativeEncoder:
         """Of a local directory, quantized, as `Encoder.from_pretrained` reads it.
 
@@ -153,6 +156,7 @@ def image_name(root: Path, dtype: str, precision: str) -> str:
 
     place = f"{host_name()} matrix unit {matrix_unit.is_usable()}"
     found.update(f"\0{dtype}\0{precision}\0{place}\0{sources()}".encode())
+
     return found.hexdigest() + ENDING
 
 

@@ -42,14 +42,14 @@ class ExpertRules(nn.Module):
         first = _stored(original, shape)[weight_names(shape)[0]]
 
         # Rows that stand for experts without weights are never read; they go back as they were.
-        self._unread = (
-            first.data[shape.num_experts :].clone()
-            if shape.identities and first is not None
-            else None
-        )
+        self._unread: Tensor | None = None
+        if shape.identities and first is not None:
+            self._unread = first.data[shape.num_experts :].clone()
+
         for name in weight_names(shape):
             holder, leaf = holder_of(original, name)
             holder._parameters.pop(leaf, None)
+
         for name, child in original.named_children():
             self.add_module(name, child)
         for name, parameter in original.named_parameters(recurse=False):
@@ -57,7 +57,8 @@ class ExpertRules(nn.Module):
 
         # in a tuple: not a child, so that its parts are not counted twice
         self._original = (original,)
-        self.shape, self.names = shape, names
+        self.shape = shape
+        self.names = names
 
     @property
     def original(self) -> nn.Module:
@@ -110,7 +111,10 @@ class ExpertLinears(ExpertRules):
     """
 
     def __init__(
-        self, original: nn.Module, shape: ExpertShape, names: ExpertNames | None = None
+        self,
+        original: nn.Module,
+        shape: ExpertShape,
+        names: ExpertNames | None = None,
     ) -> None:
         weights = _stored(original, shape)
         super().__init__(original, shape, names or ExpertNames())
@@ -145,7 +149,8 @@ class ExpertLinears(ExpertRules):
         if top_k_index is None or top_k_weights is None:
             return self._of_sorted_rows(hidden_states)
 
-        shape, hidden_states = hidden_states.shape, hidden_states.reshape(-1, self.shape.hidden)
+        shape = hidden_states.shape
+        hidden_states = hidden_states.reshape(-1, self.shape.hidden)
         total = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
         for number in range(self.shape.num_experts):
             chosen = top_k_index == number
@@ -204,7 +209,10 @@ class ExpertLinears(ExpertRules):
 
 
 def _expert(
-    weights: Mapping[str, Tensor | None], number: int, shape: ExpertShape, names: ExpertNames
+    weights: Mapping[str, Tensor | None],
+    number: int,
+    shape: ExpertShape,
+    names: ExpertNames,
 ) -> nn.Module:
     """One expert's linears, as views of the stacked weights."""
     first = "gate_up_proj" if shape.has_gate else "up_proj"
@@ -249,7 +257,10 @@ def _slice(stack: Tensor | None, number: int, shape: ExpertShape) -> Tensor:
 
 
 def _matrix(
-    weights: Mapping[str, Tensor | None], name: str, number: int, shape: ExpertShape
+    weights: Mapping[str, Tensor | None],
+    name: str,
+    number: int,
+    shape: ExpertShape,
 ) -> tuple[Tensor, Tensor | None]:
     """(weight [out, in], bias [out] or None) of one expert, as views."""
     weight = cast(Tensor, weights[name]).data[number]

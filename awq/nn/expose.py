@@ -146,13 +146,16 @@ def _fused(experts: ExpertLinears) -> nn.Module:
 
 
 def restore_original(
-    rules: ExpertRules, weights: list[list[Tensor | None]], biases: list[list[Tensor | None]] | None
+    rules: ExpertRules,
+    weights: list[list[Tensor | None]],
+    biases: list[list[Tensor | None]] | None,
 ) -> nn.Module:
     """The module of transformers with dense weights again.
 
     weights: for every expert [gate or None, up, down], each [out, in]; biases likewise, each [out].
     """
-    shape, original = rules.shape, rules.original
+    shape = rules.shape
+    original = rules.original
     if shape.stacks:
         return _restored_stacks(original, shape, weights)
 
@@ -161,7 +164,8 @@ def restore_original(
         if triples is None:
             continue
 
-        joined, downs = [], []
+        joined = []
+        downs = []
         for gate, up, down in triples:
             assert up is not None and down is not None
             joined.append(up if gate is None else shape.join(gate, up, 0))
@@ -180,7 +184,9 @@ def restore_original(
 
 
 def _restored_stacks(
-    original: nn.Module, shape: ExpertShape, weights: list[list[Tensor | None]]
+    original: nn.Module,
+    shape: ExpertShape,
+    weights: list[list[Tensor | None]],
 ) -> nn.Module:
     """As `restore_original`, of experts in three stacks."""
     for place, name in enumerate(shape.stacks):

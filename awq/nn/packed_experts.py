@@ -53,8 +53,10 @@ class ExpertStack(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weights[0].codes.shape
-        self.group_size, self.num_experts = weights[0].group_size, len(weights)
-        self.format, self.layout = format, layout
+        self.group_size = weights[0].group_size
+        self.num_experts = len(weights)
+        self.format = format
+        self.layout = layout
         self._settled: Tensor | None = None
 
         # Not persistent: a checkpoint shows each expert by itself
@@ -156,16 +158,15 @@ class AwqExperts(ExpertRules):
     ) -> None:
         """original: transformers' module, which loses its weights."""
         super().__init__(original, shape, names)
-        self.first, self.second = first, second
+        self.first = first
+        self.second = second
 
     @classmethod
     def from_linears(cls, linears: ExpertLinears) -> AwqExperts:
         """From exposed experts whose linears are all packed, alike; these are emptied."""
         triples = [linears.linears(number) for number in range(linears.shape.num_experts)]
-        first, second = (
-            _first_stack(linears, triples),
-            _stack([cast(WQLinear, down) for _, _, down in triples]),
-        )
+        first = _first_stack(linears, triples)
+        second = _stack([cast(WQLinear, down) for _, _, down in triples])
         made = cls(linears.original, linears.shape, linears.names, first, second)
         return made.train(linears.training)
 
@@ -186,7 +187,9 @@ class AwqExperts(ExpertRules):
                 len(hidden_states) // self.shape.num_experts
             ).unsqueeze(1)
             inner = self.activate(self.first(hidden_states, owner))
+
             return self.finish(self.second(inner, owner)).squeeze(1)
+
         rows = hidden_states.reshape(-1, self.shape.hidden)
         return self._of_choice(rows, top_k_index, top_k_weights).view(hidden_states.shape)
 
@@ -194,9 +197,11 @@ class AwqExperts(ExpertRules):
         """`forward` of rows [tokens, hidden] with their choice of experts."""
         if self.shape.identities:
             return self._with_identities(x, index, weights)
+
         inner = self.activate(self.first(x, index))
         if not self.has_norm:
             return self.second(inner, index, weights)
+
         output = self.finish(self.second(inner, index))
         return (output.float() * weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
 
@@ -226,6 +231,7 @@ class AwqExperts(ExpertRules):
 
         down_bias = self.second.bias_of(number)
         found[names.down] = self.second.weight_of(number), down_bias
+
         return found
 
     def linear_names(self) -> list[str]:
@@ -265,7 +271,10 @@ class AwqExperts(ExpertRules):
         return restore_original(self, weights, biases)
 
     def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+        self,
+        destination: dict[str, Any],
+        prefix: str,
+        keep_vars: bool,
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update(
@@ -294,7 +303,8 @@ class AwqExperts(ExpertRules):
     @torch.no_grad()
     def _load(self, tensors: dict[str, Tensor]) -> None:
         """Takes all experts' weights from checkpoint tensors ("3.w1.qweight")."""
-        firsts, seconds = [], []
+        firsts = []
+        seconds = []
         first_biases: list[Tensor] = []
         second_biases: list[Tensor] = []
         for number in range(self.shape.num_experts):
@@ -303,11 +313,10 @@ class AwqExperts(ExpertRules):
             if self.shape.has_gate:
                 gate, gate_bias = self._linear_of(tensors, number, self.names.gate)
                 up = _joined(self.shape, gate, up)
-                up_bias = (
-                    None
-                    if gate_bias is None or up_bias is None
-                    else self.shape.join(gate_bias, up_bias, 0)
-                )
+                if gate_bias is None or up_bias is None:
+                    up_bias = None
+                else:
+                    up_bias = self.shape.join(gate_bias, up_bias, 0)
 
             firsts.append(up)
             seconds.append(down)
@@ -319,7 +328,10 @@ class AwqExperts(ExpertRules):
         self.second.load(seconds, second_biases)
 
     def _linear_of(
-        self, tensors: dict[str, Tensor], number: int, name: str
+        self,
+        tensors: dict[str, Tensor],
+        number: int,
+        name: str,
     ) -> tuple[QuantizedWeight, Tensor | None]:
         """(canonical weight, bias) of one expert's linear, out of checkpoint tensors."""
         home = self.second if name == self.names.down else self.first
@@ -365,6 +377,7 @@ def _first_stack(linears: ExpertLinears, triples: list[tuple[Any, Any, Any]]) ->
 
     first_gate, *_ = triples[0]
     format = first_gate.format
+
     return ExpertStack(weights, biases or None, format, format)
 
 

@@ -115,7 +115,10 @@ def block_shape(
 
 
 def _inputs_read(
-    block: nn.Module, names: Sequence[str], call: BlockCall | None, hidden: Tensor | None
+    block: nn.Module,
+    names: Sequence[str],
+    call: BlockCall | None,
+    hidden: Tensor | None,
 ) -> list[tuple[str, object]]:
     """(linear, what identifies its input) in the order of the calls; nothing where the block cannot
     run without values."""
@@ -171,10 +174,14 @@ def _nearest(size: int) -> int:
 
 
 def _rounding_steps(
-    shape: BlockShape, work: Work, options: QuantizeOptions, kind: str
+    shape: BlockShape,
+    work: Work,
+    options: QuantizeOptions,
+    kind: str,
 ) -> list[int]:
     """Bytes while each group is rounded, in their order. Statistics of those before it are gone."""
-    feedback, corrected = options.rounding == "feedback", corrects(options)
+    feedback = options.rounding == "feedback"
+    corrected = corrects(options)
     held = FLOAT * shape.numbers
     if corrected:
         held += _original_inputs(shape, work)
@@ -223,7 +230,10 @@ def activation_bytes(work: Work, options: QuantizeOptions) -> int:
 
 
 def block_seconds(
-    shape: BlockShape, work: Work, options: QuantizeOptions, rates: tuple[float, float]
+    shape: BlockShape,
+    work: Work,
+    options: QuantizeOptions,
+    rates: tuple[float, float],
 ) -> float:
     """Seconds on one block without reading and writing. rates: of `measured_rates`."""
     corrected = corrects(options)
@@ -265,4 +275,5 @@ def measured_rates(device: torch.device) -> tuple[float, float]:
 
     product = seconds(lambda: (weight @ weight)[0, 0])
     nearest = seconds(lambda: round_to_nearest(weight, _PROBE).dequantize()[0, 0])
+
     return 2.0 * _PROBE**3 / product, _PROBE**2 / nearest

@@ -32,6 +32,7 @@ def settings_of(run: QuantizeRun) -> dict[str, Any]:
 
     options = {k: v for k, v in asdict(run.options).items() if k not in _WITHOUT_EFFECT}
     versions = {f"version of {name}": version for name, version in run.report.versions.items()}
+
     return {
         "version of autoawq": __version__,
         **versions,
@@ -53,9 +54,11 @@ def _hash_of_batches(run: QuantizeRun) -> str:
 
 def progress_of(run: QuantizeRun, walk: BlockWalk) -> Progress:
     """The state behind the block whose visit has just ended."""
-    report, hidden = run.report, dict(walk.hidden)
+    report = run.report
+    hidden = dict(walk.hidden)
     if run.original_hidden is not None:
         hidden[_ORIGINAL] = run.original_hidden
+
     notes = {
         "linears": [asdict(line) for line in report.linears],
         "warnings": report.warnings,
@@ -68,7 +71,8 @@ def progress_of(run: QuantizeRun, walk: BlockWalk) -> Progress:
 
 def restore_progress(run: QuantizeRun, progress: Progress) -> None:
     """The inverse, into a run that has just started."""
-    report, notes = run.report, progress.notes
+    report = run.report
+    notes = progress.notes
     original = progress.hidden.get(_ORIGINAL)
     if original is not None:
         run.original_hidden = run.kept_hidden(original)

@@ -313,7 +313,9 @@ def work_device(home: torch.device, options: QuantizeOptions) -> torch.device:
 
 def _batch_tokens(device: torch.device, widest: int) -> int:
     """Tokens of one forward; widest: inputs of the widest linear."""
-    return BATCH_TOKENS if device.type == "cpu" else max(BATCH_TOKENS, GPU_BATCH_VALUES // widest)
+    if device.type == "cpu":
+        return BATCH_TOKENS
+    return max(BATCH_TOKENS, GPU_BATCH_VALUES // widest)
 
 
 def _model_inputs(model: nn.Module, batch: CalibrationBatch) -> dict[str, Tensor]:
@@ -334,6 +336,7 @@ def _complete(model: nn.Module, batch: CalibrationBatch) -> CalibrationBatch:
         for name, tensor in inputs.items()
         if name not in ("input_ids", "attention_mask")
     }
+
     return batch._replace(extra=extra)
 
 

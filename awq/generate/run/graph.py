@@ -33,6 +33,7 @@ class StepGraph:
         last = max_seq_len - 1  # shapes inside a graph cannot follow the sequence
         with on_stream(torch.cuda.Stream()):
             step(self.ids, self.lengths, last)
+
         self.graph, self.logits = capture(lambda: step(self.ids, self.lengths, last))
 
     def __call__(self, ids: Tensor, lengths: Tensor) -> Tensor:

@@ -156,6 +156,7 @@ def make_loop(
                 result = run(logits_processor, stopping_criteria, streamer)
         finally:
             decoder.release(len(input_ids))
+
         return _ordinary(result)
 
     return loop

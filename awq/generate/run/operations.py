@@ -234,6 +234,7 @@ def attend_step(
 
     compute = plain.attend if a.why_no_kernel() else _operator("attend", qkv)
     out = compute(qkv[:, 0], a, cos, sin, lengths, cache.k, cache.v, longest)
+
     return out.unsqueeze(1)
 
 

@@ -84,6 +84,7 @@ def _check_mask(mask: Any, ids: Tensor) -> None:
         )
     if mask.is_meta or mask.layout != torch.strided:
         raise ConfigError("attention_mask holds no numbers; give an ordinary tensor of 0 and 1.")
+
     counts = mask == 1
     known, filled = torch.stack(
         [(counts | (mask == 0)).all(), counts.any(dim=1).all()]

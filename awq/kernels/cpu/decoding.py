@@ -145,6 +145,7 @@ def _moments(
 
     variance = b.total(width, square) / size
     deviation = b.math("sqrt", variance + eps)
+
     return 1.0 / deviation, center
 
 

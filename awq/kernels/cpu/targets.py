@@ -65,6 +65,7 @@ class Target(NamedTuple):
         int16 = b.integers(_PAIRS, 2 * total.type.count)
         pairs = b.intrinsic(multiply_bytes, int16, [codes, values])
         ones = b.const(pairs.type, 1)
+
         return total + b.intrinsic(multiply_pairs, total.type, [pairs, ones])
 
 

@@ -84,6 +84,7 @@ def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
     gate, up = h.unflatten(-1, (-1, 2, interleave)).unbind(-2)
     gate = gate.flatten(-2)
     up = up.flatten(-2)
+
     return function(gate) * up
 
 

@@ -230,6 +230,7 @@ def expert_kernel(
     n = tile * BN + tl.arange(0, BN)
     row = _rows_of_tile(tile, N, NP, BN, GATED, INTERLEAVE, ALTERNATING)
     i = tl.arange(0, 32)
+
     if PDL:
         if AHEAD > 0:
             _fetch_ahead(experts, qweight, block, tile, slice, E, K, NP, BN, SPLIT, AHEAD)
