@@ -14,6 +14,7 @@ def lazy_names(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
     def find(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(home[name]), name)
+        module = import_module(home[name])
+        return getattr(module, name)
 
     return find

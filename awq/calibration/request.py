@@ -342,7 +342,8 @@ def _kind_of(item: Any) -> str:
 
     if isinstance(item, (list, tuple)) and item:
         if all(isinstance(part, str) for part in item):
-            return "pairs" if len(item) == 2 else "lists of strings"
+            is_pair = len(item) == 2
+            return "pairs" if is_pair else "lists of strings"
         if all(is_message(part) for part in item):
             return "chats"
 

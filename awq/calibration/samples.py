@@ -93,7 +93,11 @@ def _batch(
     place: int,
 ) -> CalibrationBatch:
     labels = item.pop("labels", None)
-    tensors = {name: v for name, v in item.items() if isinstance(v, Tensor) and name in accepted}
+    tensors = {}
+    for name, value in item.items():
+        if isinstance(value, Tensor) and name in accepted:
+            tensors[name] = value
+
     if "input_ids" in tensors:
         ids = tensors.pop("input_ids")
         mask = tensors.pop("attention_mask", torch.ones_like(ids))

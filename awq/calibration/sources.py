@@ -249,9 +249,11 @@ def _json_values(content: object, column: str) -> list[object]:
     column = _column_of(content, column)
     if column not in content:
         raise _NoSuchColumn(content)
-    if not isinstance(content[column], list):
+
+    values = content[column]
+    if not isinstance(values, list):
         raise TypeError(f"it is one object whose {column!r} is no list; give a list of rows")
-    return content[column]
+    return values
 
 
 def _csv_column(text: str, column: str, delimiter: str) -> list[object]:
@@ -299,7 +301,9 @@ def _parquet_column(path: Path, column: str) -> list[object]:
     column = _column_of(columns, column)
     if column not in columns:
         raise _NoSuchColumn(columns)
-    return pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist()
+
+    table = pyarrow.parquet.read_table(path, columns=[column])
+    return table[column].to_pylist()
 
 
 def _field(row: object, column: str) -> object:

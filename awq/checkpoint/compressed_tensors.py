@@ -73,11 +73,10 @@ def pack(name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Te
     model are float32; bfloat16 would round them, so all others keep float16.
     """
     out_features, in_features = weight.codes.shape
+    dtype_of_scales = torch.float32 if dtype == torch.float32 else torch.float16
     tensors = {
         "weight_packed": pack_words(_filled(weight.codes)),
-        "weight_scale": weight.scales.to(
-            torch.float32 if dtype == torch.float32 else torch.float16
-        ),
+        "weight_scale": weight.scales.to(dtype_of_scales),
         "weight_zero_point": pack_words(_filled(weight.zeros.t())).t(),
         "weight_shape": torch.tensor([out_features, in_features]),
     }
@@ -121,11 +120,8 @@ def read_settings(settings: Mapping[str, Any], headers: Mapping[str, Any]) -> Aw
 
     for name in ("sparsity_config", "transform_config"):
         given = settings.get(name) or {}
-        if (
-            not isinstance(given, dict)
-            or given.get("format", "dense") != "dense"
-            or (given.get("config_groups"))
-        ):
+        plain = isinstance(given, dict) and given.get("format", "dense") == "dense"
+        if not plain or given.get("config_groups"):
             raise ConfigError(
                 f"{name} is {given!r:.100}; AWQ's files hold neither sparse nor turned weights."
             )
@@ -151,7 +147,9 @@ def _group_size(name: str, group: Any) -> int:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise ConfigError(f"config_groups: {name} does not say how weights are stored.")
-    if any(group.get(f"{side}_activations") is not None for side in ("input", "output")):
+
+    activations = [group.get(f"{side}_activations") for side in ("input", "output")]
+    if any(given is not None for given in activations):
         raise ConfigError(f"config_groups: {name} quantizes activations; AWQ's files cannot.")
     if weights.get("num_bits") != 4 or weights.get("type") != "int":
         raise ConfigError(

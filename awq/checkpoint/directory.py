@@ -73,13 +73,15 @@ def check_target(target: str | Path, source: str | Path | None = None) -> Path:
 
 
 def _absolute(target: str | Path) -> Path:
-    if not isinstance(target, (str, os.PathLike)) or not str(target):
+    is_path = isinstance(target, (str, os.PathLike))
+    if not is_path or not str(target):
         raise ConfigError(f"the directory to save to is {target!r}; give a path.")
 
     try:
         path = Path(target).expanduser().resolve()
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{str(target)!r} cannot be the name of a directory: {error}.") from error
+        name = str(target)
+        raise ConfigError(f"{name!r} cannot be the name of a directory: {error}.") from error
 
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
         raise ConfigError(

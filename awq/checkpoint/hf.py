@@ -186,6 +186,7 @@ class AwqHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for name in self.matched:
             model.get_submodule(name).__dict__.pop("weight", None)
+
         for experts in named_experts(model).values():
             for name in weight_names(experts.shape):
                 holder, leaf = holder_of(experts.original, name)

@@ -75,7 +75,8 @@ def restore_packed(model: Any, matched: dict[str, str], packed: PackedTensors) -
                     "float16 or float32."
                 )
 
-            tensor = tensor.half() if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point():
+                tensor = tensor.half()
             module._buffers[kind] = tensor.to(buffer.device)
 
 

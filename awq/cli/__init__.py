@@ -90,7 +90,10 @@ class _Version(argparse.Action):
         parts = [f"awq {awq.__version__}"]
         for name in ("torch", "transformers"):
             version = installed_version(name)
-            parts.append(f"no {name}" if version is None else f"{name} {version}")
+            if version is None:
+                parts.append(f"no {name}")
+            else:
+                parts.append(f"{name} {version}")
 
         print(", ".join(parts))
         parser.exit()

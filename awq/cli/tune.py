@@ -54,15 +54,17 @@ def run(arguments: argparse.Namespace) -> None:
     if not torch.cuda.is_available():  # before a model is loaded for it
         raise ConfigError("kernels are tuned on the GPU that is to run them, and there is none.")
 
+    device = torch.device("cuda", 0)
     shapes = sorted({*given, *(_of_model(arguments.model) if arguments.model else ())})
     for shape in shapes:
-        reason = why_not(torch.device("cuda", 0), torch.float16, shape)
+        reason = why_not(device, torch.float16, shape)
         if reason is not None:
             raise ConfigError(f"a linear of {shape} does not run on Triton's kernels: {reason}.")
 
     from awq.kernels.triton import configs, launcher, tuning
 
-    gpu, (architecture, processors) = torch.cuda.get_device_name(0), launcher.architecture(0)
+    gpu = torch.cuda.get_device_name(0)
+    architecture, processors = launcher.architecture(0)
     path = arguments.output or configs.user_tables() / f"{architecture}.json"
     found = tuning.tune(
         shapes,

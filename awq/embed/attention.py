@@ -82,6 +82,7 @@ def read_surroundings(call: BlockCall, short: BlockCall) -> Surroundings:
     Raises NotReadable when tables depend on a text's length.
     """
     beginnings = rotary_tables(short)
+
     tables = []
     for name, pair in rotary_tables(call).items():
         table = _as_table(pair)

@@ -88,9 +88,11 @@ def _spec(plan: EncoderPlan, pooling: str, normalize: bool, planes: int) -> Enco
             "the number of pairs that rotate": (pairs, 8),
         }
     )
-    norms = [n for b in plan.blocks for n in (b.attention_norm, b.mlp_norm) if n is not None]
-    norms += [n for n in (plan.norm, plan.final_norm) if n is not None]
-    norms += [n for b in plan.blocks for n in b.post_norms or ()]
+
+    maybe = [plan.norm, plan.final_norm]
+    for b in plan.blocks:
+        maybe += [b.attention_norm, b.mlp_norm, *(b.post_norms or ())]
+    norms = [norm for norm in maybe if norm is not None]
     if len({(n.eps, n.centered) for n in norms}) != 1:
         raise NotReadable("its norms are of several kinds")
     if len({_kind(b.attention) for b in plan.blocks}) != 1:

@@ -54,7 +54,8 @@ class HeadSettings:
     def activation(self, features: int) -> nn.Module:
         """The module of `torch.nn` that `activation_function` names, tried on [2, features]."""
         value = self.values.get("activation_function", "torch.nn.modules.activation.Tanh")
-        module, _, name = value.rpartition(".") if isinstance(value, str) else ("", "", "")
+        spelled = value if isinstance(value, str) else ""
+        module, _, name = spelled.rpartition(".")
         kind = getattr(nn, name, None) if module.startswith("torch.nn.") else None
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise CheckpointError(

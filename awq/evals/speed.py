@@ -109,7 +109,8 @@ def weight_bytes(model: Any) -> int:
 
     head = model.get_output_embeddings()
     table = model.get_input_embeddings().weight
-    if head is None or getattr(head, "weight", None) is not table:
+    is_head = head is not None and getattr(head, "weight", None) is table
+    if not is_head:
         tensors = [tensor for tensor in tensors if tensor is not table]
 
     # what stands under two names is read once

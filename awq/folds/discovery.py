@@ -211,12 +211,15 @@ def _row_subsets(rows: int) -> Iterator[Tensor]:
     up projections)."""
     index = torch.arange(rows)
     yield index
-    for parts in (2, 3):
-        if rows % parts == 0:
-            yield from reversed(index.view(parts, -1).unbind(0))
+
+    for count in (2, 3):
+        if rows % count == 0:
+            parts = index.view(count, -1).unbind(0)
+            yield from reversed(parts)
 
     if rows % 2 == 0:
-        yield from (index[1::2], index[0::2])
+        yield index[1::2]
+        yield index[0::2]
 
 
 def _map_rows(

@@ -46,14 +46,14 @@ _SAID_NOW = {
 
 def quantize_options(given: dict[str, Any]) -> QuantizeOptions:
     """The fields of `QuantizeOptions` that a caller gave by name. Raises ConfigError for others."""
-    unknown = sorted(set(given) - set(QuantizeOptions.__dataclass_fields__))
+    fields = QuantizeOptions.__dataclass_fields__
+    unknown = sorted(set(given) - set(fields))
     for name in unknown:
         if name in _SAID_NOW:
             raise ConfigError(f"quantize() does not know {name}; say {_SAID_NOW[name]} instead.")
 
     if unknown:
-        known = ", ".join(QuantizeOptions.__dataclass_fields__)
-        raise ConfigError(
-            f"quantize() does not know {', '.join(unknown)}; further options are {known}."
-        )
+        known = ", ".join(fields)
+        names = ", ".join(unknown)
+        raise ConfigError(f"quantize() does not know {names}; further options are {known}.")
     return QuantizeOptions(**given)

@@ -156,7 +156,8 @@ class ExpertLinears(ExpertRules):
             chosen = top_k_index == number
             if self.every_token:
                 weight = (top_k_weights * chosen).sum(-1, keepdim=True)
-                total = total + self.run_expert(number, hidden_states).float() * weight.float()
+                part = self.run_expert(number, hidden_states).float()
+                total = total + part * weight.float()
                 continue
 
             tokens, slots = torch.where(chosen)
@@ -166,9 +167,8 @@ class ExpertLinears(ExpertRules):
             weight = top_k_weights[tokens, slots]
             if self.watch is not None:
                 self.watch(number, tokens, weight)
-            part = self.run_expert(
-                number, hidden_states[tokens]
-            ).float() * weight.float().unsqueeze(-1)
+            part = self.run_expert(number, hidden_states[tokens]).float()
+            part = part * weight.float().unsqueeze(-1)
             total = total.index_add(0, tokens, part)
 
         if self.shape.identities:
@@ -204,7 +204,8 @@ class ExpertLinears(ExpertRules):
 
         real = x.any(-1)
         if mask is not None:
-            real = real & mask.reshape(-1).repeat(self.shape.num_experts)
+            for_every_expert = mask.reshape(-1).repeat(self.shape.num_experts)
+            real = real & for_every_expert
         return x[real], None
 
 

@@ -168,7 +168,9 @@ def restore_original(
         downs = []
         for gate, up, down in triples:
             assert up is not None and down is not None
-            joined.append(up if gate is None else shape.join(gate, up, 0))
+            if gate is not None:
+                up = shape.join(gate, up, 0)
+            joined.append(up)
             downs.append(down)
 
         for name, tensors in ((first, joined), ("down_proj", downs)):

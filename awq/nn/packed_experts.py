@@ -349,11 +349,10 @@ def _parted(shape: ExpertShape, first: QuantizedWeight) -> tuple[QuantizedWeight
     """The gate and up of a joined weight, each in tensors of its own."""
 
     def part(number: int) -> QuantizedWeight:
-        codes, scales, zeros = (
-            shape.split(tensor, 0)[number].contiguous()
-            for tensor in (first.codes, first.scales, first.zeros)
-        )
-        return QuantizedWeight(codes, scales, zeros)
+        def of(tensor: Tensor) -> Tensor:
+            return shape.split(tensor, 0)[number].contiguous()
+
+        return QuantizedWeight(of(first.codes), of(first.scales), of(first.zeros))
 
     return part(0), part(1)
 
@@ -382,13 +381,10 @@ def _first_stack(linears: ExpertLinears, triples: list[tuple[Any, Any, Any]]) ->
 
 
 def _stack(linears: list[WQLinear]) -> ExpertStack:
+    weights = [linear.quantized() for linear in linears]
     biases = [linear.bias for linear in linears if linear.bias is not None]
-    return ExpertStack(
-        [linear.quantized() for linear in linears],
-        biases or None,
-        linears[0].format,
-        linears[0].format,
-    )
+    form = linears[0].format
+    return ExpertStack(weights, biases or None, form, form)
 
 
 @torch.no_grad()

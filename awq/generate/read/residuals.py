@@ -115,7 +115,9 @@ def _norms_of_sums(
     factor = _factor(added, attention.y.view(added.shape))
     _factor(last.x - mlp.x, mlp.y)
 
-    return Residuals(False, factor, None, _norm_of(first), None, _norm_of(last), norms_sums=True)
+    attention_norm = _norm_of(first)
+    mlp_norm = _norm_of(last)
+    return Residuals(False, factor, None, attention_norm, None, mlp_norm, norms_sums=True)
 
 
 def _that_wrote(y: Tensor, norms: list[Event]) -> Event | None:

@@ -103,17 +103,19 @@ class FusedDecoder:
     def reserve(self, batch: int) -> None:
         """Room in the cache for `batch` rows; what is there is kept when it is enough already."""
         batch = max(batch, self.batch_size)
-        if not self.cache or self.cache[0].k.shape[0] < batch:
-            self._forget_cache()  # before the new one is made: both need not fit
-            attentions = [p.attention for p in self.plan.blocks]
-            self.cache = allocate(
-                attentions,
-                batch,
-                self.max_seq_len,
-                self.dtype,
-                self.device,
-            )
-            self.padding = torch.zeros(batch, dtype=torch.long, device=self.device)
+        if self.cache and self.cache[0].k.shape[0] >= batch:
+            return
+
+        self._forget_cache()  # before the new one is made: both need not fit
+        attentions = [p.attention for p in self.plan.blocks]
+        self.cache = allocate(
+            attentions,
+            batch,
+            self.max_seq_len,
+            self.dtype,
+            self.device,
+        )
+        self.padding = torch.zeros(batch, dtype=torch.long, device=self.device)
 
     def release(self, batch: int) -> None:
         """Called after a request of `batch` rows: gives memory back that only outsized requests

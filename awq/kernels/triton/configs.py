@@ -191,17 +191,21 @@ def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> 
     if bucket is None or bucket > 256:
         return None
 
-    bm, (bn, warps, stages) = (
-        min(bucket, 128),
-        (128, 8, 3) if bucket >= 128 else (64, 4, 4) if bucket > 8 else (64, 2, 4),
-    )
+    bm = min(bucket, 128)
+    if bucket >= 128:
+        bn, warps, stages = 128, 8, 3
+    elif bucket > 8:
+        bn, warps, stages = 64, 4, 4
+    else:
+        bn, warps, stages = 64, 2, 4
+
     if architecture.startswith("gfx"):
         # AMD's matrix instructions take 16 tokens and more; CDNA 3 has room for two stages. RDNA
         # spills with larger tiles.
         bm = max(bm, 16)
         stages = 2
         if not architecture.startswith("gfx9"):
-            bm, (bn, warps) = min(bm, 32), (32, 4)
+            bm, bn, warps = min(bm, 32), 32, 4
     elif architecture in ("sm100", "sm103") and bm <= 16:
         # fewer rows than the tensor memory path of these GPUs takes, which costs 2.5 times the
         # instructions

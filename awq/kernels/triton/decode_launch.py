@@ -84,8 +84,12 @@ def add_norm(
         bias is not None,
     )
     kernel = launcher_of(decoding.add_norm_kernel, x.device.index, x.dtype, constants, warps)
+    # x stands for what is not there
     second = x if branch is None else branch.contiguous()
-    tensors = (x, second, x if weight is None else weight, x if bias is None else bias, total, y)
+    weight = x if weight is None else weight
+    bias = x if bias is None else bias
+    tensors = (x, second, weight, bias, total, y)
+
     with on_device(x.device):
         kernel((rows, 1, 1), tensors, factor, eps)
 

@@ -227,11 +227,12 @@ def _route(index: int | None, dtype: torch.dtype, bins: int, bm: int) -> Launche
 def route(experts: Tensor, count: int, bm: int, blocks: int) -> tuple[Tensor, Tensor]:
     """(order [blocks · bm], owner [blocks]) of `route_kernel` for experts [tokens, top_k] out of
     `count`."""
-    order = torch.empty(blocks * bm, dtype=torch.int32, device=experts.device)
-    owner = torch.empty(blocks, dtype=torch.int32, device=experts.device)
+    device = experts.device
+    order = torch.empty(blocks * bm, dtype=torch.int32, device=device)
+    owner = torch.empty(blocks, dtype=torch.int32, device=device)
     programs = count + 1  # one for each expert, and one for the blocks that are left over
     width = triton.next_power_of_2(programs)
-    kernel = _route(experts.device.index, experts.dtype, width, bm)
+    kernel = _route(device.index, experts.dtype, width, bm)
     kernel(
         (programs, 1, 1),
         (experts, order, owner),

@@ -81,6 +81,7 @@ class Launcher:
         self.kernel = kernel
         self.index = index
         self.constants = constants
+
         self.options = options | FUSED_MULTIPLY_ADD
         if has_dependent_launch(index):
             self.options["launch_pdl"] = True
