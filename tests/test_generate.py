@@ -24,9 +24,9 @@ from transformers.generation.streamers import BaseStreamer
 from awq import AutoAWQForCausalLM
 from awq.errors import ConfigError
 from awq.generate import NotFusable, build_decoder, build_static, prove
+from awq.generate.prove_static import why_not_static
 from awq.generate.run import decoder
 from awq.generate.run.loop import generate_fused
-from awq.generate.run.static import why_not_static
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.capture import NothingFromTheHost, NoWaiting
 from awq.nn.linear import WQLinear

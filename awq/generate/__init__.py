@@ -16,7 +16,8 @@ There is no table of architectures. A model is handled in three rooms, one after
 
 from awq.generate.plan import NotFusable
 from awq.generate.prove import build_decoder
+from awq.generate.prove_static import build_static
 from awq.generate.run.decoder import FusedDecoder
-from awq.generate.run.static import StaticDecoder, build_static
+from awq.generate.run.static import StaticDecoder
 
 __all__ = ["FusedDecoder", "NotFusable", "StaticDecoder", "build_decoder", "build_static"]
