@@ -80,6 +80,7 @@ def pack(name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Te
         "weight_zero_point": pack_words(_filled(weight.zeros.t())).t(),
         "weight_shape": torch.tensor([out_features, in_features]),
     }
+
     return {f"{name}.{kind}": tensor.contiguous() for kind, tensor in tensors.items()}
 
 

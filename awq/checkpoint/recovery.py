@@ -17,7 +17,9 @@ def recovery_rows(found: Mapping[str, Any]) -> list[Row]:
             rows += [(f"{name}: {figure}", old, new) for figure, old, new in recovery_rows(figures)]
         return rows
 
-    return _of_language(found) if "perplexity_before" in found else _of_embeddings(found)
+    if "perplexity_before" in found:
+        return _of_language(found)
+    return _of_embeddings(found)
 
 
 def divergence_by_text(found: Mapping[str, Any]) -> dict[str, float]:
@@ -29,7 +31,8 @@ def divergence_by_text(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _of_language(found: Mapping[str, Any]) -> list[Row]:
-    before, after = found["perplexity_before"], found["perplexity_after"]
+    before = found["perplexity_before"]
+    after = found["perplexity_after"]
     return [
         ("perplexity", f"{before:.3f}", f"{after:.3f}"),
         ("recovery (perplexity of the original ÷ quantized)", "", f"{before / after:.1%}"),
@@ -55,6 +58,7 @@ def _of_embeddings(found: Mapping[str, Any]) -> list[Row]:
     ]
     for key, label in (("spearman", "Spearman ×100, sentence pairs"), ("ndcg", "nDCG@10")):
         if found.get(f"{key}_before") is not None:
-            before, after = found[f"{key}_before"], found[f"{key}_after"]
+            before = found[f"{key}_before"]
+            after = found[f"{key}_after"]
             rows.append((label, f"{before:.4g}", f"{after:.4g}"))
     return rows

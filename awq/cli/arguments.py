@@ -59,7 +59,9 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def add_version(
-    parser: argparse.ArgumentParser, default: str | None = None, others: tuple[str, ...] = ()
+    parser: argparse.ArgumentParser,
+    default: str | None = None,
+    others: tuple[str, ...] = (),
 ) -> None:
     """`--version`; without a default it must be given. others: layouts of other programs that it
     takes."""

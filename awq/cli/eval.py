@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     result["failed_gates"] = failures
     show(result, arguments.json, "\n".join(lines))
+
     return FAILED_GATE if failed_gates("eval", failures) else OK
 
 
@@ -98,6 +99,7 @@ def _on_text(arguments: argparse.Namespace) -> Any:
         arguments.dtype,
         arguments.device,
     )
+
     return by_text(figures)
 
 

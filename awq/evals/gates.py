@@ -71,6 +71,7 @@ class Gates:
                 for name, of_text in figures["texts"].items()
                 for failure in self.failures(of_text)
             ]
+
         found = []
         if self.max_kl is not None:
             value = _figure(figures, "mean_kl", "max_kl")

@@ -82,6 +82,7 @@ def _text_class(source: Source) -> Any:
 
     generates = getattr(kind, "can_generate", None)
     two_stacks = bool(getattr(source.config, "is_encoder_decoder", False))
+
     return kind if generates is not None and generates() and not two_stacks else None
 
 
@@ -152,17 +153,21 @@ def evaluate_texts(
                 f"perplexity needs at least 2 tokens, got {len(input_ids[:limit])} in windows of "
                 f"{window}."
             )
+
     place = usable_device(device)
     judged = _for_texts(model, dtype).to(place)
     original = None if base is None else _for_texts(base, dtype).to(place)
+
     found: dict[str, TextFigures | Divergence] = {}
     for name, input_ids in texts.items():
         if original is not None:
             found[name] = divergence(original, judged, input_ids, window, limit)
             continue
+
         losses = token_losses(judged, input_ids, window, limit).double()
         mean = float(losses.mean())
         found[name] = TextFigures(len(losses), mean, exp_of(mean), perplexity_interval(losses))
+
     return found
 
 
@@ -231,7 +236,11 @@ def scored_pairs(path: Path) -> tuple[list[float], list[str], list[str]]:
 
 
 def _embedded(
-    model: str | Path, texts: list[str], prompt_name: str | None, dtype: Any, device: Any
+    model: str | Path,
+    texts: list[str],
+    prompt_name: str | None,
+    dtype: Any,
+    device: Any,
 ) -> Tensor:
     encoder = Encoder.from_pretrained(str(model), device=device, dtype=dtype)
     return embeddings_of(encoder, texts, prompt_name=prompt_name)

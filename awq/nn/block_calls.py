@@ -24,7 +24,9 @@ _FLAGS = {"use_cache": False, "output_attentions": False}
 def cache_argument(forward: Callable) -> str:
     """The name by which a model's forward takes its cache: transformers 5.24 renamed it, and warns
     of the older one."""
-    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+    if "cache" in inspect.signature(forward).parameters:
+        return "cache"
+    return "past_key_values"
 
 
 @dataclass

@@ -72,6 +72,7 @@ class NothingFromTheHost(TorchFunctionMode):
             answer = self._counts.answer(function, args, kwargs)
             if answer is not None:
                 return answer
+
         if function is torch.tensor and len(args) == 1 and isinstance(args[0], (bool, int, float)):
             return torch.full((), *args, **kwargs)
 
@@ -157,8 +158,12 @@ class _Counts:
 
     def _comparison(self, function: Any, args: tuple, a: _Known, b: _Known) -> Any:
         """Noted where it has one outcome for every count."""
-        sign, offset = a.sign - b.sign, a.offset - b.offset
-        first, last = offset, offset + sign * self.most  # the difference for no token and for most
+        sign = a.sign - b.sign
+        offset = a.offset - b.offset
+
+        # the difference for no token and for most
+        first = offset
+        last = offset + sign * self.most
         result = function(*args)
         holds = _ORDERS[function.__name__]
         passes_zero = min(first, last) <= 0 <= max(first, last)

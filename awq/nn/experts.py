@@ -206,6 +206,7 @@ class ExpertLinears(ExpertRules):
         if mask is not None:
             for_every_expert = mask.reshape(-1).repeat(self.shape.num_experts)
             real = real & for_every_expert
+
         return x[real], None
 
 

@@ -33,7 +33,8 @@ def leave_files(model: nn.Module) -> int:
     without this the packed weights of the file stay resident beside those in the kernels' layout.
     Linux only; elsewhere nothing is done.
     """
-    ranges, copied = _mapped_files(), 0
+    ranges = _mapped_files()
+    copied = 0
     starts = [start for start, _ in ranges]
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -139,4 +140,5 @@ def _own_limit() -> list[int]:
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     used = _kilobytes("/proc/self/status", "VmSize")
+
     return [] if limit == resource.RLIM_INFINITY else [max(1, limit - used)]

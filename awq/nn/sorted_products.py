@@ -41,6 +41,7 @@ class SortedProducts(nn.Module):
         self.watch: Watch | None = None
         weight = cast(Tensor, original._parameters.pop("weight"))
         self.num_experts = len(weight)
+
         for number, matrix in enumerate(weight.data):
             linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(matrix, requires_grad=False)
@@ -52,7 +53,8 @@ class SortedProducts(nn.Module):
 
     def forward(self, inputs: Tensor, sizes: Sequence[int]) -> Tensor:
         """inputs: [n, in], the first `sizes[0]` rows those of expert 0; gives [n, out]."""
-        parts, first = [], 0
+        parts = []
+        first = 0
         for linear, rows in zip(self.linears(), inputs.split(list(sizes))):
             if len(rows) == 0:
                 continue
@@ -107,6 +109,7 @@ def _computes_so(module: nn.Module) -> bool:
     rows = torch.randn(sum(sizes), weight.shape[2], generator=generator)
     rows = rows.to(weight.device, weight.dtype)
     expected = torch.cat([F.linear(x, w) for x, w in zip(rows.split(sizes), weight)]).float()
+
     try:
         found = module(rows, sizes)
     except Exception:  # someone else's forward, which takes other things
@@ -137,7 +140,11 @@ class GatheredRows(TorchFunctionMode):
         self._sources: dict[int, tuple[int, Tensor]] = {}
 
     def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        self,
+        function: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
     ) -> Any:
         if function in _GATHERS and len(args) > 1:
             self._note(args[0], args[-1])
@@ -158,6 +165,7 @@ class GatheredRows(TorchFunctionMode):
 
         count, index = self._sources[rows]
         times, rest = divmod(count, mask.numel())
+
         return None if rest else mask.reshape(-1)[index // times]
 
 

@@ -163,8 +163,10 @@ class QuantizeRun:
         """The original model's output, to tune for; None without tuning."""
         if not self.options.tuning:
             return None
+
         judging = held_out(len(self.tuning_batches))
         options = self.options
+
         return OutputMatch(
             self.model, self.tuning_batches, judging, embed, options.tuning or 0, options.seed
         )

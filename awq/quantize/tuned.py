@@ -47,11 +47,13 @@ class TunedLinear(nn.Module):
         self.steps = weight.steps().to(device)
         self.start = weight.scales.float().to(device)
         zeros = weight.zeros.to(device, torch.float32).unsqueeze(-1)
-        self.low, self.high = -zeros, 2**weight.bits - 1 - zeros
+        self.low = -zeros
+        self.high = 2**weight.bits - 1 - zeros
         self.change = nn.Parameter(torch.zeros_like(self.start))
         self.place: nn.Parameter | None = None
         if lean is not None:
             self.place = nn.Parameter(self.steps.float() + lean.to(device).float() / _LEANS)
+
         # shares its memory with the linear's own
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.weight = nn.Parameter(torch.empty(self.steps.shape, dtype=dtype, device=device))
@@ -81,6 +83,7 @@ class TunedLinear(nn.Module):
         """The gradient of the weight becomes that of change and place."""
         if self.weight.grad is None:
             return
+
         by_group = self.weight.grad.float().view(*self.start.shape, -1)
         self.weight.grad = None
         self.change.grad = (by_group * self.near()).sum(-1).mul_(self.start)
@@ -96,6 +99,7 @@ class TunedLinear(nn.Module):
         scales = storable_scale(self.scale.detach()).half().to(given.scales.device)
         if self.place is None:
             return given._replace(scales=scales)
+
         codes = (self.near() - self.low).view(given.codes.shape)
         return given._replace(scales=scales, codes=codes.to(given.codes.dtype).to(scales.device))
 

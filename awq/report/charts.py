@@ -58,6 +58,7 @@ def error_chart(points: Sequence[tuple[str, float, float]], height: int = 240) -
         f'<text class="axis" x="{middle}" y="{height - 8}" text-anchor="middle">first block → '
         "last block</text>"
     )
+
     return _svg(
         marks, height, "Relative output error of every linear, nearest rounding and this run"
     )
@@ -70,7 +71,8 @@ def bar_chart(rows: Sequence[tuple[str, float, str]], label: str) -> str:
         return ""
 
     step = 26
-    names, end = _room(name for name, _, _ in rows), _room(text for _, _, text in rows)
+    names = _room(name for name, _, _ in rows)
+    end = _room(text for _, _, text in rows)
 
     marks = []
     for index, (name, value, text) in enumerate(rows):
@@ -97,7 +99,8 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], label: str) -> str:
     if most <= 0 or columns == 0:
         return ""
 
-    names, step = _room(name for name, _ in rows), 18
+    names = _room(name for name, _ in rows)
+    step = 18
 
     width = (WIDTH - names) / columns
 

@@ -54,6 +54,7 @@ def render_page(view: ReportView) -> str:
     ]
     body = "\n".join(section for section in sections if section)
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -105,8 +106,10 @@ def _evaluation(view: ReportView) -> str:
     title = "<h2>Measured before and after</h2>"
     if not measured:
         return f'{title}\n<p class="note">{NOT_MEASURED}</p>'
+
     try:
-        rows, divergences = recovery_rows(measured), divergence_by_text(measured)
+        rows = recovery_rows(measured)
+        divergences = divergence_by_text(measured)
     except (KeyError, TypeError, ValueError, ArithmeticError):  # figures of another version
         rows = [
             (name.replace("_", " "), "", _figure(value))
@@ -114,10 +117,12 @@ def _evaluation(view: ReportView) -> str:
             if value is not None
         ]
         divergences = {}
+
     table = _table(["figure", "original", "quantized"], rows, numeric={1, 2})
     bars = [(_short(name), value, f"{value:.4f}") for name, value in divergences.items()]
     chart = bar_chart(bars, "KL divergence by text, nats a token")
     key = '<p class="note">KL divergence from the original, nats a token:</p>' if chart else ""
+
     return f"{title}\n{key}\n{chart}\n{table}"
 
 
@@ -130,6 +135,7 @@ def _errors(view: ReportView) -> str:
 
     key = '<p class="key"><i class="k1"></i>rounded to nearest<i class="k2"></i>this run</p>'
     note = f'<p class="note">{ABOUT_ERRORS}</p>'
+
     return f"<h2>Error of every linear</h2>\n{note}\n{key}\n{chart}"
 
 
@@ -171,6 +177,7 @@ def _roles(view: ReportView) -> str:
     heads = ["linear", "error", "nearest", "left", "with scales", "narrowed groups"]
     note = f'<p class="note">{ABOUT_PLACES}</p>'
     table = _table(heads, rows, numeric={1, 2, 3, 4, 5})
+
     return f"<h2>By place in the block</h2>\n{note}\n{table}"
 
 
@@ -185,6 +192,7 @@ def _experts(view: ReportView) -> str:
 
     fewest = min(min(values) for _, values in rows)
     note = f'<p class="note">The least used expert saw {fewest:,.0f} tokens.</p>'
+
     return f"<h2>Tokens per expert</h2>\n{note}\n{chart}"
 
 
@@ -221,12 +229,14 @@ def _resources(view: ReportView) -> str:
         ("gpu_memory", "GPU memory, peak", _gigabytes),
         ("seconds", "time", _duration),
     )
+
     rows: list[tuple[str, ...]] = []
     for key, label, shown in forms:
         if not measured.get(key):
             continue
         plan = [shown(planned[key]) if planned.get(key) else "–"] if planned else []
         rows.append((label, *plan, shown(measured[key])))
+
     if not rows:
         return ""
 
@@ -253,11 +263,11 @@ def _settings(view: ReportView) -> str:
 def _all_linears(view: ReportView) -> str:
     rows = []
     for linear in view.linears:
-        scale = (
-            f"{linear.kind} {linear.ratio:g}, in {linear.producer}"
-            if linear.producer
-            else linear.reason or linear.kind
-        )
+        if linear.producer:
+            scale = f"{linear.kind} {linear.ratio:g}, in {linear.producer}"
+        else:
+            scale = linear.reason or linear.kind
+
         shape = " × ".join(str(size) for size in linear.shape)
         rows.append((linear.name, shape, _share(linear.loss), _share(linear.loss_nearest), scale))
 
@@ -316,6 +326,7 @@ def _duration(seconds: float) -> str:
     """With spaces that no line breaks between a number and its unit."""
     if seconds < 100:
         return f"{seconds:.1f}\u00a0s"
+
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes}\u00a0min {rest:02d}\u00a0s"

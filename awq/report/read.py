@@ -131,6 +131,7 @@ def _check_kinds(raw: dict[str, Any]) -> None:
     for needs in (raw.get("resources") or {}).values():
         for value in needs.values():
             _number(value)
+
     if not isinstance(raw.get("warnings") or [], list):
         raise TypeError("warnings are no list")
 

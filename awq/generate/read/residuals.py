@@ -117,6 +117,7 @@ def _norms_of_sums(
 
     attention_norm = _norm_of(first)
     mlp_norm = _norm_of(last)
+
     return Residuals(False, factor, None, attention_norm, None, mlp_norm, norms_sums=True)
 
 

@@ -193,11 +193,17 @@ def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> 
 
     bm = min(bucket, 128)
     if bucket >= 128:
-        bn, warps, stages = 128, 8, 3
+        bn = 128
+        warps = 8
+        stages = 3
     elif bucket > 8:
-        bn, warps, stages = 64, 4, 4
+        bn = 64
+        warps = 4
+        stages = 4
     else:
-        bn, warps, stages = 64, 2, 4
+        bn = 64
+        warps = 2
+        stages = 4
 
     if architecture.startswith("gfx"):
         # AMD's matrix instructions take 16 tokens and more; CDNA 3 has room for two stages. RDNA
@@ -205,7 +211,9 @@ def rule(architecture: str, multiprocessors: int, shape: Shape, tokens: int) -> 
         bm = max(bm, 16)
         stages = 2
         if not architecture.startswith("gfx9"):
-            bm, bn, warps = min(bm, 32), 32, 4
+            bm = min(bm, 32)
+            bn = 32
+            warps = 4
     elif architecture in ("sm100", "sm103") and bm <= 16:
         # fewer rows than the tensor memory path of these GPUs takes, which costs 2.5 times the
         # instructions

@@ -84,6 +84,7 @@ def add_norm(
         bias is not None,
     )
     kernel = launcher_of(decoding.add_norm_kernel, x.device.index, x.dtype, constants, warps)
+
     # x stands for what is not there
     second = x if branch is None else branch.contiguous()
     weight = x if weight is None else weight
