@@ -196,7 +196,7 @@ def report(root: Path) -> dict[str, Any]:
         f"files past {LONG_FILE} lines": long_files(sources),
         "longest line": max(len(line) for text in sources.values() for line in text.splitlines()),
         "fmt: skip": sum(text.count("# fmt: skip") for text in sources.values()),
-        "nodes a line, median": statistics.median(value for value, _ in rows),
+        "nodes a line, median": round(statistics.median(value for value, _ in rows), 1),
         "functions above 14 nodes a line": sum(value > 14 for value, _ in rows),
         "densest": rows[:DENSEST_SHOWN],
         "import circles": circles(sources, root),

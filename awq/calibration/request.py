@@ -341,7 +341,8 @@ def _kind_of(item: Any) -> str:
         return "dicts"
 
     if isinstance(item, (list, tuple)) and item:
-        if all(isinstance(part, str) for part in item):
+        texts = [isinstance(part, str) for part in item]
+        if all(texts):
             is_pair = len(item) == 2
             return "pairs" if is_pair else "lists of strings"
         if all(is_message(part) for part in item):

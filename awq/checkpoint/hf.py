@@ -86,12 +86,16 @@ class AwqConfig(transformers.AwqConfig):
     ) -> None:
         self.quant_method = transformers.utils.quantization_config.QuantizationMethod.AWQ
         keep = {"w_bit", "q_group_size", "version", "format", "modules_to_not_convert"}
-        given = {key: value for key, value in others.items() if key in keep and value is not None}
+        given: dict[str, Any] = {}
+        for key, value in others.items():
+            if key in keep and value is not None:
+                given[key] = value
+
         bits = given.pop("w_bit", bits)
         group_size = given.pop("q_group_size", group_size)
-        chosen = storage_settings(
-            {"bits": bits, "group_size": group_size, "zero_point": zero_point, **given}
-        )
+        given |= {"bits": bits, "group_size": group_size, "zero_point": zero_point}
+        chosen = storage_settings(given)
+
         self.bits = chosen.bits
         self.group_size = chosen.group_size
         self.zero_point = chosen.zero_point

@@ -138,13 +138,16 @@ def local_directory(name: str | Path) -> Path | None:
 
     Raises ModelError for a path that is no directory, and for what is no name.
     """
-    if not isinstance(name, (str, os.PathLike)) or "\0" in str(name):
+    is_path = isinstance(name, (str, os.PathLike))
+    if not is_path or "\0" in str(name):
         raise ModelError(f"the model's name is {name!r}; give a directory or a hub id.")
     if not str(name):
         raise ModelError("the model's name is empty; give a directory or a hub id.")
     if os.path.isdir(name):
         return Path(name)
-    if os.path.exists(name) or str(name).startswith((".", "/", "~")):
+
+    spelled_as_path = str(name).startswith((".", "/", "~"))
+    if os.path.exists(name) or spelled_as_path:
         raise ModelError(f"model {name} does not exist as a directory.")
     return None
 

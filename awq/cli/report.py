@@ -21,6 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
         show(view.raw, arguments.json, render_text(view))
         return
 
+    page = render_page(view)
     with whole_file(output_file("--html", arguments.html)) as work:
-        work.write_text(render_page(view), encoding="utf-8")
+        work.write_text(page, encoding="utf-8")
     show({"html": arguments.html}, arguments.json, f"wrote {arguments.html}")

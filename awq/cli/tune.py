@@ -66,9 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
     gpu = torch.cuda.get_device_name(0)
     architecture, processors = launcher.architecture(0)
     path = arguments.output or configs.user_tables() / f"{architecture}.json"
+    tokens = arguments.tokens or configs.BUCKETS
     found = tuning.tune(
         shapes,
-        {getattr(torch, name): arguments.tokens or configs.BUCKETS for name in arguments.dtypes},
+        {getattr(torch, name): tokens for name in arguments.dtypes},
         arguments.seconds,
         arguments.workers or os.cpu_count() or 1,
         (lambda line: None) if arguments.json else print,
@@ -91,7 +92,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     tuning.write_table(path, gpu, found)
     result = {"gpu": gpu, "table": str(path), "best": rows}
-    show(result, arguments.json, f"{len(rows)} entries written to {path}{_faster(rows)}")
+    text = f"{len(rows)} entries written to {path}{_faster(rows)}"
+    show(result, arguments.json, text)
 
 
 def _faster(rows: list[dict[str, Any]]) -> str:

@@ -160,5 +160,6 @@ def _look_for_waits(decoder: StaticDecoder, ids: Tensor, lengths: Tensor) -> Non
     decoder.eager_step(ids, lengths, _PROBE)  # the first run may wait for what it compiles
     with no_waiting():
         decoder.eager_step(ids, lengths, _PROBE)
+
     for state, value in zip(decoder.states(), kept, strict=True):
         state.copy_(value)

@@ -124,7 +124,8 @@ def _group_limits() -> list[int]:
     found = []
     for folder, files in product(group_folders("memory"), _GROUP_FILES):
         try:
-            limit, used = (int((folder / name).read_text()) for name in files)
+            texts = [(folder / name).read_text() for name in files]
+            limit, used = map(int, texts)
         except (OSError, ValueError):  # no such file, or "max": no limit
             continue
         found.append(max(1, limit - used))

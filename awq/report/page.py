@@ -330,7 +330,9 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes}\u00a0min {rest:02d}\u00a0s"
-    return f"{minutes // 60}\u00a0h {minutes % 60:02d}\u00a0min"
+
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}\u00a0h {minutes:02d}\u00a0min"
 
 
 def _gigabytes(count: float) -> str:

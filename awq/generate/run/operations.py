@@ -67,7 +67,8 @@ def add_norm_route(
     _check_sum(x, branch, norm)
     weight = router.weight
     wide_enough = weight.shape[1] == x.shape[-1]
-    if not wide_enough or weight.device != x.device or not weight.is_contiguous():
+    beside = weight.device == x.device
+    if not wide_enough or not beside or not weight.is_contiguous():
         raise _refuse(
             "the router's weight", weight, f"[experts, {x.shape[-1]}] on {x.device} in one piece"
         )

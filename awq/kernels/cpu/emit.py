@@ -47,7 +47,12 @@ class Emitter:
         if internal:
             function.linkage = "internal"
         b = cls(function)
-        return b, [Pointer(b, a, I64) if a.type == PTR else Value(b, a) for a in function.args]
+
+        found: list[Any] = []
+        for argument in function.args:
+            is_pointer = argument.type == PTR
+            found.append(Pointer(b, argument, I64) if is_pointer else Value(b, argument))
+        return b, found
 
     @classmethod
     def define_part(cls, module: ir.Module, name: str) -> tuple[Emitter, Pointer, Value, Value]:

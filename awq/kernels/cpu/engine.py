@@ -130,11 +130,11 @@ class Program:
             cpu = b.get_host_cpu_name()
             features = b.get_host_cpu_features().flatten()
 
-        machine = b.Target.from_default_triple().create_target_machine(
-            cpu=cpu, features=features or "", opt=3, jit=True
-        )
+        target = b.Target.from_default_triple()
+        machine = target.create_target_machine(cpu=cpu, features=features or "", opt=3, jit=True)
         module, parts = kernel_module(emit, dtype, settings, bool(addresses))
-        self._engine = b.create_mcjit_compiler(machine_code(module, machine), machine)
+        code = machine_code(module, machine)
+        self._engine = b.create_mcjit_compiler(code, machine)
         self._engine.finalize_object()
         address = self._engine.get_function_address
 
@@ -143,7 +143,8 @@ class Program:
             self._run = _with_state(kind(address("run")))
         else:
             share = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-            self._run = _in_python_threads([share(address(name)) for name in parts])
+            functions = [share(address(name)) for name in parts]
+            self._run = _in_python_threads(functions)
 
     def __call__(self, task: bytes) -> None:
         self._run(task)

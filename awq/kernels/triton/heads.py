@@ -91,7 +91,8 @@ def turned(
             if R > 0:
                 u = u - mean
 
-        inverse = tl.rsqrt(tl.sum(v * v, 1) / DIM + eps)[:, None]
+        variance = tl.sum(v * v, 1) / DIM
+        inverse = tl.rsqrt(variance + eps)[:, None]
         v = (v * inverse * own[None, :]).to(dtype).to(tl.float32)
         if R > 0:
             u = (u * inverse * other[None, :]).to(dtype).to(tl.float32)

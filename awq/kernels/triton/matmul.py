@@ -319,9 +319,8 @@ def matmul_kernel(
         if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:
             total = tl.zeros((BN, BM), tl.float32)
             for s in tl.static_range(SPLIT):
-                total += tl.load(
-                    partial + s * plane + where, mask=inside, other=0.0, cache_modifier=".cg"
-                )
+                part = partial + s * plane + where
+                total += tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
 
             _store(y, total, bias, tile * BN, n, m, M, N, BM, BN, HAS_BIAS, GATED, INTERLEAVE)
             tl.store(counter, 0)
