@@ -25,7 +25,7 @@ from awq.calibration.sources import (
     bundled_texts,
     bundled_tool_chats,
     file_texts,
-    named_texts,
+    named_samples,
 )
 from awq.calibration.tokens import tokenize
 from awq.errors import CalibrationError
@@ -255,9 +255,9 @@ def test_bad_files(name, content, match, tmp_path):
 def test_missing_files_are_not_taken_for_datasets(tmp_path):
     for name in (tmp_path / "no.jsonl", tmp_path / "no"):
         with pytest.raises(CalibrationError, match="does not exist"):
-            named_texts(str(name), "train", "text", 8)
+            named_samples(str(name), "train", "text", 8)
     with pytest.raises(CalibrationError, match="is a directory"):
-        named_texts(str(tmp_path), "train", "text", 8)
+        named_samples(str(tmp_path), "train", "text", 8)
 
 
 def fake_hub(monkeypatch, rows):
@@ -280,14 +280,14 @@ def test_dataset_of_the_hub(monkeypatch, caplog):
         monkeypatch,
         [{"text": "the cat"}, {"text": None}, {"text": " "}, {"text": "a dog"}, {"text": "late"}],
     )
-    assert named_texts("pileval", "train", "text", 4) == ["the cat", "a dog"]
-    assert named_texts("some/set", "test", "text", 1) == ["the cat"]
+    assert named_samples("pileval", "train", "text", 4)[0] == ["the cat", "a dog"]
+    assert named_samples("some/set", "test", "text", 1)[0] == ["the cat"]
     assert asked == [("mit-han-lab/pile-val-backup", "validation"), ("some/set", "test")]
     with pytest.raises(CalibrationError, match=r"no column 'body', only \['text'\]"):
-        named_texts("some/set", "train", "body", 4)
+        named_samples("some/set", "train", "body", 4)
     fake_hub(monkeypatch, [{"text": None}])
     with pytest.raises(CalibrationError, match="holds no text"):
-        named_texts("some/set", "train", "text", 4)
+        named_samples("some/set", "train", "text", 4)
     assert not caplog.text
 
 
@@ -303,8 +303,8 @@ def test_dataset_of_the_hub(monkeypatch, caplog):
 def test_a_file_without_the_column_says_which_it_has(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(CalibrationError, match=r"no column 'text', only \['body', 'n'\]; give"):
-        named_texts(str(tmp_path / name), "train", "text", 4)
-    assert named_texts(str(tmp_path / name), "train", "body", 4) == ["the cat"]
+        named_samples(str(tmp_path / name), "train", "text", 4)
+    assert named_samples(str(tmp_path / name), "train", "body", 4)[0] == ["the cat"]
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,8 @@ def test_a_file_without_the_column_says_which_it_has(tmp_path, name, content):
 )
 def test_no_hub_means_bundled_text_with_a_warning(error, monkeypatch, caplog):
     fake_hub(monkeypatch, error)
-    assert named_texts("pileval", "train", "text", 4) == bundled_texts()
+    samples, _ = named_samples("pileval", "train", "text", 4)
+    assert samples is None  # the caller takes the bundled text
     assert "bundled text" in caplog.text and "pile-val-backup" in caplog.text
 
 

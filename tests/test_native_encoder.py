@@ -63,7 +63,6 @@ def test_it_gives_the_bits_of_encoder(both, texts):
     alone = native.encode(texts[3], prompt="a quick ", truncate_dim=8, normalize=True)
     want = encoder.encode(texts[3], prompt="a quick ", truncate_dim=8, normalize=True)
     np.testing.assert_allclose(alone, want.numpy(), atol=1e-6)
-    assert native.count_tokens(texts) == sum(map(len, encoder.tokenizer(texts)["input_ids"]))
     assert native.max_seq_length == encoder.max_seq_length
 
 

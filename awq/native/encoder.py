@@ -106,10 +106,6 @@ class NativeEncoder:
 
         return _normalized(found) if normalize else found
 
-    def count_tokens(self, texts: Sequence[str]) -> int:
-        """Tokens of all texts together, as they are encoded without a prompt."""
-        return sum(map(len, self._rows(list(texts))[0]))
-
     def _rows(self, texts: list[str]) -> tuple[Rows, Rows | None]:
         if self._texts["lower_case"]:
             texts = [text.lower() for text in texts]

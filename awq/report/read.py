@@ -45,13 +45,6 @@ class Linear:
     producer: str
     reason: str
 
-    @property
-    def recovered(self) -> float:
-        """Share of nearest rounding's error that is gone, at most 1."""
-        if self.loss_nearest <= 0:
-            return 0.0
-        return 1 - self.loss / self.loss_nearest
-
 
 @dataclass(frozen=True)
 class ReportView:
@@ -79,11 +72,6 @@ class ReportView:
     @property
     def blocks(self) -> int:
         return 1 + max((linear.block for linear in self.linears), default=-1)
-
-    @property
-    def roles(self) -> list[str]:
-        """Linears' names inside their block, in the order of first appearance."""
-        return list(dict.fromkeys(linear.role for linear in self.linears))
 
 
 def read_report(path: str | Path) -> ReportView:

@@ -6,7 +6,7 @@ from llvmlite import ir
 
 from awq.kernels.cpu.targets import LANES
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16 = ir.HalfType()
 F32 = ir.FloatType()
 PTR = ir.PointerType()
