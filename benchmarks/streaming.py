@@ -4,12 +4,16 @@
     python benchmarks/streaming.py --model DIRECTORY --in-memory
 
 --shape: a random model of that shape, in bfloat16, one shard a layer, written to --home first; with
-fewer --layers than the shape has, the JSON says so and gives the time for all of them by the
-measured time per block. --model: a directory, streamed; with --in-memory it is also quantized in
-memory, each in a process of its own. --limit-gb: of address space (RLIMIT_AS) for the process that
-quantizes; --gpu-limit-gb: of GPU memory, by torch's allocator. The source's pages leave the
-system's cache before each run, so that reading is from disk. Token ids are random. Peak RSS is the
-kernel's (`ru_maxrss`), file pages that are mapped included. Prints JSON.
+fewer --layers than the shape has, the JSON says so and gives the time for all of them by the mean
+time per block, the keeping of hidden states included. --model: a directory, streamed; with
+--in-memory it is also quantized in memory, each in a process of its own.
+
+--limit-gb: of address space (RLIMIT_AS) for the process that quantizes; --gpu-limit-gb: of GPU
+memory, by torch's allocator. --profile: the last block runs under torch's profiler, which makes it
+somewhat slower; kernels and their times go to stderr.
+
+The source's pages leave the cache before each run, so that reading is from disk. Token ids
+are random. Peak RSS is the kernel's (`ru_maxrss`), mapped pages of files included. Prints JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +40,10 @@ from typing import Any
 import torch
 
 SHAPES: dict[str, dict[str, int]] = {
+    "tiny": dict(
+        hidden_size=256, intermediate_size=768, num_attention_heads=8, num_key_value_heads=2,
+        num_hidden_layers=4, vocab_size=1024,
+    ),
     "1b": dict(
         hidden_size=2048, intermediate_size=5632, num_attention_heads=32, num_key_value_heads=4,
         num_hidden_layers=22, vocab_size=32000,
@@ -100,7 +110,7 @@ def quantize(given: argparse.Namespace) -> dict[str, Any]:
     """In this process: seconds, seconds a block, peak RSS and peak GPU memory in GB."""
     from awq import AutoAWQForCausalLM, quantize_directory
 
-    ended = note_ends_of_blocks()
+    ended = note_ends_of_blocks(given.profile)
     if given.limit_gb:
         limit = int(given.limit_gb * GB)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -122,35 +132,92 @@ def quantize(given: argparse.Namespace) -> dict[str, Any]:
     seconds = time.monotonic() - start
     shutil.rmtree(output.parent)
     blocks = len({re.sub(r"(\.\d+)\..*", r"\1", line.name) for line in report.linears})
-    between = [round(after - before, 2) for before, after in zip(ended, ended[1:])]
     layers = json.loads((given.model / "config.json").read_text())["num_hidden_layers"]
     assert blocks == layers, (blocks, layers)
     gpu = torch.cuda.max_memory_allocated() / GB if torch.cuda.is_available() else 0.0
     return {
         "seconds": round(seconds, 1),
         "blocks": blocks,
-        "seconds_between_blocks": between,
-        "seconds_a_block": statistics.median(between) if between else round(seconds, 1),
+        **times_of_blocks(ended),
         "phases": {name: round(value, 1) for name, value in report.phases.items()},
         "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB, 2),
         "peak_gpu_gb": round(gpu, 2),
     }
 
 
-def note_ends_of_blocks() -> list[float]:
-    """A list that gets the time at which each block is done. Between two of them lie the writing of
-    a block, the reading of the next one, and all work on it."""
-    from awq.quantize import pipeline
+Times = list[tuple[float, dict[str, float]]]  # when, and the phases' seconds until then
 
-    ended: list[float] = []
+
+def note_ends_of_blocks(profile_last: bool) -> Times:
+    """A list that gets an entry when the walk begins, and one when each block is done. Between two
+    of them lie the writing of a block, the wait for the next one, and all work on it."""
+    from awq.quantize import pipeline
+    from awq.quantize.run import QuantizeRun
+
+    ended: Times = []
+    phase, go_on = QuantizeRun.phase, QuantizeRun.go_on
+
+    @contextmanager
+    def finished_phase(run: Any, name: str) -> Iterator[None]:
+        with phase(run, name):
+            yield
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+
+    def begin(run: Any, walk: Any) -> None:
+        go_on(run, walk)
+        ended.append((time.monotonic(), {}))
 
     def quantize_block(run: Any, visit: Any, work: Any = pipeline.quantize_block) -> None:
-        work(run, visit)
-        ended.append(time.monotonic())
-        print(f"{visit.name} done at {ended[-1] - ended[0]:.2f} s", file=sys.stderr, flush=True)
+        last = len(ended) == len(run.lists[0][1])
+        with profiled() if profile_last and last else nullcontext():
+            work(run, visit)
+            phases = {name: value for name, value in run.report.phases.items() if name != "inputs"}
+            ended.append((time.monotonic(), phases))
+        print(f"{visit.name} {_spent(*ended[-2:])}", file=sys.stderr, flush=True)
 
+    QuantizeRun.phase, QuantizeRun.go_on = finished_phase, begin
     pipeline.quantize_block = quantize_block
     return ended
+
+
+def _spent(before: tuple[float, dict], after: tuple[float, dict]) -> dict[str, float]:
+    """Seconds of one block, as a whole and by phase."""
+    phases = {name: round(value - before[1].get(name, 0), 2) for name, value in after[1].items()}
+    whole = after[0] - before[0]
+    return {"all": round(whole, 2), **phases, "other": round(whole - sum(phases.values()), 2)}
+
+
+def times_of_blocks(ended: Times) -> dict[str, Any]:
+    """Each block's seconds, their mean, and the mean by phase."""
+    blocks = [_spent(*pair) for pair in zip(ended, ended[1:])]
+    names = dict.fromkeys(name for block in blocks for name in block)
+    means = {name: statistics.mean(b.get(name, 0.0) for b in blocks) for name in names}
+    return {
+        "seconds_of_blocks": [block["all"] for block in blocks],
+        "seconds_a_block": round(means.pop("all"), 2),
+        "seconds_a_block_by_phase": {name: round(value, 2) for name, value in means.items()},
+    }
+
+
+@contextmanager
+def profiled() -> Iterator[None]:
+    """Prints where the time goes inside, by kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+        yield
+        if on_gpu:
+            torch.cuda.synchronize()
+    # The profiler's own table takes minutes to make of so many events.
+    sums: dict[str, list[float]] = {}
+    for event in found.profiler.kineto_results.events():
+        entry = sums.setdefault(event.name(), [0, 0])
+        entry[0] += event.duration_ns() / 1e6
+        entry[1] += 1
+    for name, (milliseconds, calls) in sorted(sums.items(), key=lambda item: -item[1][0])[:45]:
+        print(f"{milliseconds:10.1f} ms {calls:7} × {name[:110]}", file=sys.stderr)
 
 
 def forget_pages(folder: Path) -> None:
@@ -166,6 +233,7 @@ def in_a_process(kind: str, given: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", kind, "--model", str(given.model)]
     for name in ("home", "samples", "tokens", "group_size", "preset", "limit_gb", "gpu_limit_gb"):
         command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
+    command += ["--profile"] if given.profile else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{kind} ended with status {done.returncode}")
@@ -185,6 +253,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--limit-gb", type=float, default=0.0)
     parser.add_argument("--gpu-limit-gb", type=float, default=0.0)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--home", default=tempfile.gettempdir())
     parser.add_argument("--child", choices=("streamed", "memory"))
     return parser.parse_args()
