@@ -3,14 +3,19 @@ depends on their values).
 
     python benchmarks/speed.py --presets fast balanced --samples 128 --tokens 512 --json out.json
 
+    torchrun --nproc-per-node 2 benchmarks/speed.py --json out.json
+
 Seconds run from loaded weights to packed model; memory is the peak beside the model's own weights.
+The digest is of all packed tensors: for any number of processes it must be the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import common
@@ -20,6 +25,7 @@ from transformers.initialization import no_init_weights
 
 import awq
 from awq.calibration import CalibrationBatch
+from awq.core.team import ALONE, present_team, several_processes, was_started_in_a_team
 from awq.quantize import QuantizeOptions, quantize_model
 
 
@@ -66,13 +72,26 @@ def measure(arguments: argparse.Namespace, preset: str, layers: int) -> dict:
     row = {
         "preset": preset,
         "layers": layers,
+        "processes": present_team().size,
         "seconds": time.perf_counter() - start,
         "phases": report.phases,
+        "digest": digest(model),
     }
     if cuda:
         row["peak_gb_beside_model"] = (torch.cuda.max_memory_allocated() - weights) / 1e9
         row["model_gb"] = weights / 1e9
     return row
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Of the model's tensors: sums in which every number's place counts, made where they lie."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        whole = tensor.contiguous().view(-1)
+        numbers = whole.view(torch.int16) if whole.is_floating_point() else whole
+        places = torch.arange(numbers.numel(), device=tensor.device) % 65521 + 1
+        found.update(f"{name} {int((numbers.long() * places).sum())}".encode())
+    return found.hexdigest()
 
 
 def main() -> None:
@@ -86,10 +105,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    with several_processes() if was_started_in_a_team() else nullcontext(ALONE) as team:
+        measure_all(arguments, team.rank == 0)
+
+
+def measure_all(arguments: argparse.Namespace, tells: bool) -> None:
+    """tells: of several processes, whether this one prints."""
     measure(arguments, arguments.presets[-1], 1)  # kernels are compiled and the allocator is warm
     rows = []
     for preset in arguments.presets:
         rows.append(measure(arguments, preset, arguments.layers))
+        if not tells:
+            continue
         print(json.dumps(rows[-1]), flush=True)
         if arguments.json:
             common.write(

@@ -40,6 +40,7 @@ from awq.checkpoint.shards import Parts
 from awq.checkpoint.source import Source
 from awq.checkpoint.work_folder import WorkFolder
 from awq.config import AwqConfig
+from awq.core.team import present_team
 from awq.errors import CheckpointError, ConfigError, ModelError
 from awq.nn.block_calls import map_tensors
 from awq.nn.blocks import BlockList, block_names, find_block_lists
@@ -121,7 +122,10 @@ class StreamedBlocks:
         weights = {"dtype": str(self.model.dtype), "weights": hash_of_weights(self._headers)}
         self.work.check_settings(settings | weights)
         self._progress = progress
+        team = present_team()
+        team.wait()  # for the process that makes the folder
         found = self.work.load_progress()
+        team.wait()  # before that process changes it
         if found is not None:
             for number, name in enumerate(self._visited[: found.finished]):
                 self._finish_again(number, name, found.quantized)

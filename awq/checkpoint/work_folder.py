@@ -6,7 +6,7 @@
         runs-again-00000.safetensors …  the same under the model's names: encoders before decoders
         progress.json                   how far it got, and the report so far
         hidden-00012-00000.safetensors …  the hidden states before block 12, batch by batch
-        activations-000000 …            those that found no room in memory, while the run lasts
+        activations-000-000000 …        those that found no room in memory, while the run lasts
 
 Every file is on the disk, whole, before it has its name, and `progress.json` is replaced last. So
 whoever is killed at any moment finds an older state that is complete. Blocks that were finished
@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,21 @@ class WorkFolder:
         return path
 
 
+class SharedWorkFolder(WorkFolder):
+    """The work folder of a quantization that several processes divide, in those that do not write:
+    they read what an earlier run has left."""
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Of the process that writes."""
+
+    def add_block(self, tensors: dict[str, Tensor], runs_again: dict[str, Tensor] | None) -> None:
+        """Of the process that writes."""
+
+    @property
+    def is_due(self) -> bool:
+        return False
+
+
 def place_of(target: str | Path) -> Path:
     """The work folder of an output directory: beside it, or inside where its parent is closed."""
     path = check_target(target)
@@ -202,6 +217,15 @@ def arguments_of(target: str | Path) -> dict[str, Any]:
             "quantize_directory again with the same arguments to go on."
         )
     return arguments
+
+
+def folder_for(
+    target: str | Path, arguments: dict[str, Any] | None, writes: bool
+) -> AbstractContextManager[WorkFolder]:
+    """`work_folder` where this process is the one that writes; else that process's, to read."""
+    if writes:
+        return work_folder(target, arguments)
+    return nullcontext(SharedWorkFolder(place_of(target), check_target(target)))
 
 
 @contextmanager

@@ -124,6 +124,16 @@ def _signs_of_life(quiet: bool) -> Iterator[logging.Logger]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from awq.core.team import several_processes, was_started_in_a_team
+
+    if not was_started_in_a_team():
+        return _run(arguments)
+    with several_processes() as team:
+        arguments.quiet |= team.rank > 0
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     with _signs_of_life(arguments.quiet) as steps:
         if arguments.dry_run:
             return _plan(arguments)
@@ -138,8 +148,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from awq import plan_quantization
     from awq.cli.output import OK, show
+    from awq.core.team import present_team
     from awq.errors import ConfigError
 
+    if present_team().rank > 0:
+        return OK
     if arguments.model is None:
         raise ConfigError("give the model to plan for.")
 
@@ -222,9 +235,12 @@ def _tell_settings(arguments: argparse.Namespace, steps: logging.Logger) -> None
 
 
 def _show(report: Any, arguments: argparse.Namespace, keeps_gates: bool = True) -> None:
-    """Prints the result, after sending it where `--push` says."""
+    """Prints the result, after sending it where `--push` says. Of several processes one does."""
     from awq.cli.output import show
+    from awq.core.team import present_team
 
+    if present_team().rank > 0:
+        return
     result = report.to_dict() | {"output": arguments.output}
     lines = [report.summary(), f"saved to {arguments.output}"]
     if arguments.push is not None and keeps_gates:
@@ -275,6 +291,7 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
     from awq.checkpoint.directory import check_target
     from awq.checkpoint.tokenizer import load_tokenizer
     from awq.cli.output import FAILED_GATE, OK, failed_gates
+    from awq.core.team import present_team
     from awq.embed.directory import is_sentence_model
     from awq.errors import ConfigError
 
@@ -300,6 +317,10 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
     model.tokenizer = load_tokenizer(arguments.model)
     _tell_settings(arguments, steps)
     report = model.quantize(model.tokenizer, **_settings(arguments), **options)
+    team = present_team()
+    if team.rank > 0:
+        team.wait()  # for the one that compares and saves
+        return OK
 
     if not embedding and arguments.evaluate is not None:
         steps.info("comparing with the original on %s", ", ".join(arguments.evaluate))
@@ -308,6 +329,7 @@ def _quantize(arguments: argparse.Namespace, steps: logging.Logger) -> int:
     report.command = shlex.join(arguments.command_line)
     steps.info("saving to %s", arguments.output)
     model.save_quantized(arguments.output)
+    team.wait()
     figures = report.evaluation.to_dict() if report.evaluation is not None else {}
     failures = gates.failures(figures)
     _show(report, arguments, keeps_gates=not failures)

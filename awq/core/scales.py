@@ -7,13 +7,14 @@ reads the same input is judged together, because they share s.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from awq.backends import operator
+from awq.core.team import present_team
 from awq.core.weight import fake_quantize, group_range, grouped, scale_and_zero
 
 # weights quantized at once: a CPU's cache, a GPU's occupancy
@@ -142,18 +143,36 @@ def _losses(
     if scaled_losses is not None:
         rows, upper = weight.contiguous(), _upper_half(gram)
         parts = scales.contiguous().split(max(1, limit // weight.numel()))
-        losses = [scaled_losses(rows, upper, part, group_size, bits, zero_point) for part in parts]
-        if losses[0] is not None:
-            return torch.cat(losses)
+        losses = _by_parts(
+            parts, lambda part: scaled_losses(rows, upper, part, group_size, bits, zero_point)
+        )
+        if losses is not None:
+            return losses
 
     total = torch.zeros(len(scales), dtype=torch.float32, device=weight.device)
     for rows in weight.split(max(1, limit // width)):
         parts = scales.split(max(1, limit // rows.numel()))
-        total += torch.cat(
-            [_gram_losses(rows, gram, part, group_size, bits, zero_point) for part in parts]
+        losses = _by_parts(
+            parts, lambda part: _gram_losses(rows, gram, part, group_size, bits, zero_point)
         )
+        assert losses is not None
+        total += losses
 
     return total
+
+
+def _by_parts(parts: Sequence[Tensor], losses: Callable[[Tensor], Any]) -> Tensor | None:
+    """The losses of all candidates, a part of them at a time; None where they cannot be had."""
+    team = present_team()
+    first = losses(parts[0])  # by every process: all must know whether there are any
+    if first is None:
+        return None
+    found = first.new_zeros(sum(map(len, parts)))
+    for number, place in enumerate(found.split([len(part) for part in parts])):
+        if team.has(number):
+            place.copy_(first if number == 0 else losses(parts[number]))
+    team.total(found)
+    return found
 
 
 def _upper_half(gram: Tensor) -> Tensor:

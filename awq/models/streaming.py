@@ -10,8 +10,9 @@ from typing import Any
 from awq.checkpoint.directory import check_target
 from awq.checkpoint.shards import check_shard_size
 from awq.checkpoint.source import Source, hub_arguments
-from awq.checkpoint.work_folder import arguments_of, work_folder
+from awq.checkpoint.work_folder import arguments_of, folder_for
 from awq.config import AwqConfig
+from awq.core.team import present_team
 from awq.embed.directory import is_sentence_model
 from awq.errors import ConfigError
 from awq.models.auto import AutoAWQForCausalLM, AutoAWQForEmbedding
@@ -82,12 +83,14 @@ def quantize_directory(
     opened = open_full_precision(source, trust_remote_code, **given)
     door = AutoAWQForEmbedding if embedding else AutoAWQForCausalLM
     return_freed_memory()
-
-    with work_folder(output, arguments) as work:
+    team = present_team()
+    with folder_for(output, arguments, writes=team.rank == 0) as work:
         model = door.streamed(opened, work, torch_dtype)
         report = model.quantize(model.tokenizer, quant_config, calib_data, **options)
         report.command = command
-        model.save_quantized(output, shard_size=shard_size)
+        if team.rank == 0:
+            model.save_quantized(output, shard_size=shard_size)
+        team.wait()
 
     return report
 

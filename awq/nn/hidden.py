@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awq.core.team import present_team
+
 ACTIVATIONS = "activations-"  # how the names of such files begin
 
 
@@ -38,7 +40,8 @@ class Room:
         self.memory += size
 
     def new_file(self) -> Path:
-        return self.folder / f"{ACTIVATIONS}{next(self._numbers):06d}"
+        rank = present_team().rank  # several processes may share the folder
+        return self.folder / f"{ACTIVATIONS}{rank:03d}-{next(self._numbers):06d}"
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from awq.core.team import ALONE, Named, Team, present_team
 from awq.errors import ModelError
 from awq.nn.block_calls import BlockCall
 from awq.nn.blocks import BlockList, OneBlock, block_names
@@ -83,10 +84,17 @@ class BlockInputs:
         """The arguments of block `index` for one batch, float32 on `device`."""
         return self.calls[batch][index].to(device, torch.float32)
 
-    def advance(self, block: nn.Module, index: int, device: torch.device) -> None:
-        """Replaces the hidden states by what the block makes of them."""
-        for number, (call, hidden) in enumerate(self.at(index, device)):
-            self.hidden[number] = call.run(block, hidden)
+    def advance(
+        self, block: nn.Module, index: int, device: torch.device, team: Team = ALONE
+    ) -> None:
+        """Replaces the hidden states by what the block makes of them. team: divides the batches."""
+
+        def output(number: int) -> Named:
+            call = self.call(number, index, device)
+            return [("", call.run(block, self.hidden.on(device, number)))]
+
+        for number, made in enumerate(team.each(len(self.calls), output, device)):
+            self.hidden[number] = made[0][1]
 
 
 @dataclass
@@ -111,6 +119,12 @@ class BlockVisit:
         assert self.calibration is not None
         return self.calibration.at(self.index, self.device)
 
+    def call(self, batch: int) -> tuple[BlockCall, Tensor]:
+        """The calibration call of one batch."""
+        assert self.calibration is not None
+        hidden = self.calibration.hidden.on(self.device, batch)
+        return self.calibration.call(batch, self.index, self.device), hidden
+
     def masks(self) -> list[Tensor | None]:
         """The calibration batches' masks, on the visit's device."""
         assert self.calibration is not None
@@ -127,7 +141,7 @@ class BlockVisit:
     def advance(self) -> None:
         """Moves the calibration inputs past the block as it is now."""
         assert self.calibration is not None
-        self.calibration.advance(self.block, self.index, self.device)
+        self.calibration.advance(self.block, self.index, self.device, present_team())
 
 
 class BlockWalk:

@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.core.scales import ScaleChoice
+from awq.core.team import Named, Team, present_team
 from awq.errors import ModelError
 from awq.folds import InputGroup, apply_fold, discover, prove
 from awq.nn.experts import every_token, expert_of, named_experts
@@ -35,7 +36,13 @@ from awq.quantize.group import (
 )
 from awq.quantize.input_error import InputErrorStatistics, OriginalInputs
 from awq.quantize.run import QuantizeRun
-from awq.quantize.statistics import InputStatistics, MaskHolder, collect_inputs, fitting_mask
+from awq.quantize.statistics import (
+    InputStatistics,
+    MaskHolder,
+    collect_inputs,
+    fitting_mask,
+    noted_inputs,
+)
 from awq.quantize.streams import find_streams, stream_error
 
 logger = logging.getLogger("awq.quantize")
@@ -117,27 +124,19 @@ class BlockQuantizer:
     def gather_statistics(self) -> None:
         """The Gram matrix of each distinct linear input, in one forward over the calibration
         tokens."""
-        holder = MaskHolder()
         everything = {name for group in self.groups for name in group.consumers}
         readers = [part.statistics for part in rounding_parts(self.block, self.groups, everything)]
         routed = [name for name in readers if expert_of(self.block, name)]
         shared = [name for name in readers if name not in routed]
         layers = list(named_experts(self.block))
         routed_tokens: dict[str, list[Tensor]] = {name: [] for name in layers}
-
-        with (
-            collect_inputs(self.block, shared, holder) as statistics,
-            collect_experts(self.block, routed, holder, statistics, routed_tokens),
-        ):
-            for batch, (call, hidden), *masks in zip(
-                self.run.batches,
-                self.visit.calls(),
-                self.visit.masks(),
-                self.visit.encoder_masks(),
-            ):
-                holder.mask, holder.encoder = masks
-                holder.weight = batch.weight
-                call.run(self.block, hidden)
+        team = present_team()
+        if team.size > 1 and not routed:
+            statistics = self._divided_statistics(shared, team)
+        else:
+            statistics = self._own_statistics(shared, routed, routed_tokens)
+        for found in statistics.values():
+            found.complete()
 
         for group in self.groups:
             if not expert_of(self.block, group.consumers[0]):
@@ -166,6 +165,47 @@ class BlockQuantizer:
             found.shrink_to_diagonal()
 
         self.statistics = statistics
+
+    def _own_statistics(
+        self, shared: list[str], routed: list[str], routed_tokens: dict[str, list[Tensor]]
+    ) -> dict[str, InputStatistics]:
+        """Of the linears `shared` and `routed`, summed while the block runs."""
+        holder = MaskHolder()
+        with (
+            collect_inputs(self.block, shared, holder) as statistics,
+            collect_experts(self.block, routed, holder, statistics, routed_tokens),
+        ):
+            for number in self._batches(holder):
+                call, hidden = self.visit.call(number)
+                call.run(self.block, hidden)
+        return statistics
+
+    def _divided_statistics(self, names: list[str], team: Team) -> dict[str, InputStatistics]:
+        """Of linears outside of experts: each process runs the block on some of the batches, and
+        sums some panels of the Gram matrices."""
+
+        def inputs(number: int) -> Named:
+            call, hidden = self.visit.call(number)
+            with noted_inputs(self.block, names) as noted:
+                call.run(self.block, hidden)
+            return noted
+
+        holder = MaskHolder()
+        statistics: dict[str, InputStatistics] = {}
+        made = team.each(len(self.run.batches), inputs, self.visit.device)
+        for _, found in zip(self._batches(holder), made):
+            for name, x in found:
+                if name not in statistics:
+                    statistics[name] = InputStatistics(x.shape[-1], x.device, team)
+                statistics[name].add(x, holder.of(x), holder.weight)
+        return statistics
+
+    def _batches(self, holder: MaskHolder) -> Iterator[int]:
+        """The numbers of the calibration batches, with their masks in `holder`."""
+        masks = zip(self.run.batches, self.visit.masks(), self.visit.encoder_masks())
+        for number, (batch, holder.mask, holder.encoder) in enumerate(masks):
+            holder.weight = batch.weight
+            yield number
 
     # 3. Activation-aware scales
 
@@ -274,10 +314,14 @@ class BlockQuantizer:
     def advance(self) -> None:
         """The next block gets the *quantized* block's outputs, so that its error feedback corrects
         what this one did."""
-        if self.original is not None:
+        original = self.original
+        if original is not None:
             assert self.run.original_hidden is not None
-            for number, output in enumerate(self.original.outputs()):
+            count, device = len(original.calls), self.visit.device
+            made = present_team().each(count, lambda batch: [("", original.output(batch))], device)
+            for number, ((_, output),) in enumerate(made):
                 self.run.original_hidden[number] = output
+
         self.visit.advance()
 
     def pack(self) -> None:
@@ -342,23 +386,31 @@ def input_error(
 
     stream = original.streams.get(name)
     width, out = linear_shape(block.get_submodule(name))
-    found = InputErrorStatistics(width, visit.device, 0 if stream is None else out)
+    team = present_team()
+    found = InputErrorStatistics(width, visit.device, 0 if stream is None else out, team)
     names = [name] if stream is None else [name, stream.reader]
 
-    for index, ((call, hidden), *masks) in enumerate(
-        zip(visit.calls(), visit.masks(), visit.encoder_masks())
-    ):
+    def pair(index: int) -> Named:
         if index in unused:
-            continue
-
+            return []
+        call, hidden = visit.call(index)
         now = inputs_of(block, names, partial(call.run, block, hidden))
         before = original.of(names, index)
-        missing = None
-        if stream is not None:
-            missing = stream_error(now[stream.reader], before[stream.reader], stream.factor)
+        both = [("now", now[name]), ("before", before[name])]
+        if stream is None:
+            return both
+        lack = stream_error(now[stream.reader], before[stream.reader], stream.factor)
+        return [*both, ("missing", lack)]
 
-        mask, weight = fitting_mask(now[name], *masks), 1.0 if weights is None else weights[index]
-        found.add_pair(now[name], before[name], mask, missing, weight)
+    pairs = team.each(len(original.calls), pair, visit.device)
+    for index, (tensors, *masks) in enumerate(zip(pairs, visit.masks(), visit.encoder_masks())):
+        if index in unused:
+            continue
+        inputs = dict(tensors)
+        mask = fitting_mask(inputs["now"], *masks)
+        weight = 1.0 if weights is None else weights[index]
+        found.add_pair(inputs["now"], inputs["before"], mask, inputs.get("missing"), weight)
+    found.complete()
 
     found.shrink_to_diagonal()
     return found

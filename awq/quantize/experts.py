@@ -255,6 +255,7 @@ def _borrow_inner(
         rows = x[::step]
         first = up(rows) if gate is None else experts.shape.join(gate(rows), up(rows), -1)
         seen.add(experts.activate(first), None)
+    seen.complete()
 
     return found.borrow(seen)
 

@@ -20,6 +20,7 @@ from awq.core.ranges import search_range
 from awq.core.refinement import lean_of, refine
 from awq.core.rounding import feedback_factor, round_with_feedback
 from awq.core.scales import ScaleChoice, gram_loss, row_losses, search_scale
+from awq.core.team import present_team
 from awq.core.weight import (
     QuantizedWeight,
     group_range,
@@ -131,27 +132,23 @@ def quantize_group(
         statistics.forget_error()
 
     factor = feedback_factor(gram) if with_feedback else None
-    chunks, shifts, leans = [], [], []
-    for part in _row_chunks(stacked):
+
+    def quantized(part: slice) -> tuple[Tensor, ...]:
         target = stacked[part]
         if lack is not None and factor is not None:
             target = corrected(target, lack[part], *factor)
         found = quantize_rows(target, gram, size, config, options, factor)
-        chunks.append(found)
-        shifts.append((stacked[part] - found.weight.dequantize()) @ statistics.mean)
-        if options.tuning:
-            leans.append(packed_lean(lean_of(target, gram, found.weight)))
+        shift = (stacked[part] - found.weight.dequantize()) @ statistics.mean
+        lean = [packed_lean(lean_of(target, gram, found.weight))] if options.tuning else []
+        return *found.weight[:3], *found[1:], shift, *lean
 
-    rows = _joined(chunks)
+    found = present_team().rows(_row_chunks(stacked), quantized, stacked.device)
+    rows, shift, leans = found[:6], found[6] + mean_change, found[7:]
     energies = row_losses(stacked, statistics.gram)
-    shift = torch.cat(shifts) + mean_change
 
     results = []
     lengths = [len(get_weight(block.get_submodule(name))) for name in names]
-    for name, part in zip(
-        names,
-        _parts(lengths, *rows.weight[:3], rows.loss, rows.feedback, rows.narrowed, energies, shift),
-    ):
+    for name, part in zip(names, _parts(lengths, *rows, energies, shift)):
         codes, scales, zeros, loss, feedback, narrowed, energy, bias_change = part
         report = LinearReport(
             name=name,
@@ -169,9 +166,9 @@ def quantize_group(
         weight = QuantizedWeight(codes, scales, zeros, config.bits)
         results.append(QuantizedLinear(name, weight, report, bias_change if with_bias else None))
 
-    if leans:
-        for result, lean in zip(results, torch.cat(leans).split(lengths)):
-            result.lean = lean
+    for lean in leans:  # there is none without tuning
+        for result, own in zip(results, lean.split(lengths)):
+            result.lean = own
     for result in results:
         result.report.seconds = (time.perf_counter() - start) / len(results)
     return results
@@ -208,26 +205,6 @@ def _judging_gram(
     the mean of the error."""
     centred = options.bias_correction and _have_bias(block, names)
     return statistics.centred_gram if centred else statistics.gram
-
-
-def _joined(chunks: list[QuantizedRows]) -> QuantizedRows:
-    """The rows of all chunks, in order."""
-    if len(chunks) == 1:
-        return chunks[0]
-
-    weights = [chunk.weight for chunk in chunks]
-    weight = QuantizedWeight(
-        torch.cat([part.codes for part in weights]),
-        torch.cat([part.scales for part in weights]),
-        torch.cat([part.zeros for part in weights]),
-        weights[0].bits,
-    )
-    return QuantizedRows(
-        weight,
-        loss=torch.cat([chunk.loss for chunk in chunks]),
-        feedback=torch.cat([chunk.feedback for chunk in chunks]),
-        narrowed=torch.cat([chunk.narrowed for chunk in chunks]),
-    )
 
 
 class QuantizedRows(NamedTuple):

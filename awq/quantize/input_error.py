@@ -19,11 +19,12 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from awq.core.team import ALONE, Team, present_team
 from awq.nn.block_calls import BlockCall
 from awq.nn.hidden import HiddenStates, moved
 from awq.nn.hooks import hooked, inputs_of
 from awq.nn.surgery import device_of, linear_shape
-from awq.quantize.statistics import InputStatistics
+from awq.quantize.statistics import InputStatistics, add_products
 from awq.quantize.streams import Stream
 
 MAX_KEPT_VALUES = 1 << 29  # of inputs that are kept rather than computed again: 2 GiB
@@ -38,8 +39,14 @@ class InputErrorStatistics(InputStatistics):
     then).
     """
 
-    def __init__(self, in_features: int, device: torch.device, out_features: int = 0) -> None:
-        super().__init__(in_features, device)
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device,
+        out_features: int = 0,
+        team: Team = ALONE,
+    ) -> None:
+        super().__init__(in_features, device, team)
         self.error = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.error_sum = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.stream = torch.zeros(out_features, in_features, dtype=torch.float32, device=device)
@@ -61,14 +68,20 @@ class InputErrorStatistics(InputStatistics):
         parts = [now, original] if missing is None else [now, original, missing]
         now, original, *rest = self._keep([p.float().flatten(0, -2) for p in parts], mask)
         error = original.sub_(now)
-        self.gram.addmm_(now.t(), now, alpha=weight)
+        self._add_squares(now, weight)
         self.sum.add_(now.sum(0), alpha=weight)
-        self.error.addmm_(error.t(), now, alpha=weight)
+        add_products(self.error, error, now, weight, self.team)
         self.error_sum.add_(error.sum(0), alpha=weight)
 
         for lack in rest:
-            self.stream.addmm_(lack.t(), now, alpha=weight)
+            add_products(self.stream, lack, now, weight, self.team)
             self.stream_sum.add_(lack.sum(0), alpha=weight)
+
+    def complete(self) -> None:
+        """See `InputStatistics.complete`."""
+        super().complete()
+        self.team.total(self.error)
+        self.team.total(self.stream)
 
     @property
     def error_mean(self) -> Tensor:
@@ -110,7 +123,8 @@ class OriginalInputs:
     quantized.
 
     One forward notes the inputs of all of them where these fit into memory; else the block is
-    copied, and each comes from a forward that stops there.
+    copied, and each comes from a forward that stops there. Of several processes, each has only the
+    batches of which it is the maker.
     """
 
     def __init__(
@@ -131,8 +145,8 @@ class OriginalInputs:
         """
         self.block, self.names, self.calls, self.hidden = block, names, calls, hidden
         self.streams = streams or {}
-        self._kept: list[dict[str, Tensor]] | None = None
-        self._outputs: list[Tensor] = []
+        self._kept: dict[int, dict[str, Tensor]] | None = None
+        self._outputs: dict[int, Tensor] = {}
         tokens = sum(shape[0] * shape[1] for shape in hidden.shapes)
         width = sum(linear_shape(block.get_submodule(name))[0] for name in names)
         width += sum(linear_shape(block.get_submodule(name))[1] for name in self.streams)
@@ -142,19 +156,17 @@ class OriginalInputs:
             self.block = deepcopy(block)
 
     def _keep(self, unused: Collection[int]) -> None:
-        kept = []
-        for index in range(len(self.calls)):
+        kept = {}
+        for index in filter(present_team().is_maker, range(len(self.calls))):
             call, hidden = self._call(index)
             readers = [stream.reader for stream in self.streams.values()]
             names = () if index in unused else [*self.names, *readers]
             inputs, output, unchanged = _inputs_and_output(self.block, names, call, hidden)
             if not unchanged:
                 # the block overwrites them: they are computed again when they are asked for
-                self._outputs = []
+                self._outputs = {}
                 return
-
-            kept.append(inputs)
-            self._outputs.append(output)
+            kept[index], self._outputs[index] = inputs, output
 
         self._kept = kept
 
@@ -171,12 +183,14 @@ class OriginalInputs:
 
     def outputs(self) -> Iterator[Tensor]:
         """The block's new hidden states, batch by batch."""
+        return map(self.output, range(len(self.calls)))
+
+    def output(self, batch: int) -> Tensor:
+        """The block's new hidden states of one batch."""
         if self._kept is not None:
-            yield from self._outputs
-            return
-        for batch in range(len(self.calls)):
-            call, hidden = self._call(batch)
-            yield call.run(self.block, hidden)
+            return self._outputs[batch]
+        call, hidden = self._call(batch)
+        return call.run(self.block, hidden)
 
     def _call(self, batch: int) -> tuple[BlockCall, Tensor]:
         """One batch, float32 where the block is."""

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from awq.core.team import ALONE, Team
 from awq.nn.hooks import hooked
 from awq.nn.sorted_products import watched_rows
 
+PANEL = 2048  # rows of a Gram matrix that are summed at once
 TOKENS_PER_CHANNEL = 4  # that a Gram matrix should stand for
 # larger ones' squares, summed over some million tokens, are more than float32 holds
 MAX_ACTIVATION = 1e16
@@ -22,11 +24,14 @@ _RELIABLE_TOKENS = 16  # from which a channel's own energy outweighs the mean of
 class InputStatistics:
     """Sums over tokens of one input. gram: float32 [in, in] = Σ x xᵀ; sum, abs_sum: float32 [in].
 
+    team: the processes that divide the Gram matrix; `complete` must be called when all tokens are
+    added.
     tokens: how many were added; dropped: how many were not finite or above `MAX_ACTIVATION`;
     pseudo_tokens: how many `shrink_to_diagonal` added; calls: of the linear.
     """
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
+    def __init__(self, in_features: int, device: torch.device, team: Team = ALONE) -> None:
+        self.team = team
         self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.sum = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.abs_sum = torch.zeros(in_features, dtype=torch.float32, device=device)
@@ -41,10 +46,21 @@ class InputStatistics:
         that cannot be summed are dropped and counted."""
         values = x.detach().float()
         (rows,) = self._keep([values.reshape(-1, x.shape[-1])], mask)
-        self.gram.addmm_(rows.t(), rows, alpha=weight)
+        self._add_squares(rows, weight)
         self.sum.add_(rows.sum(0), alpha=weight)
         self.abs_sum.add_(rows.abs().sum(0), alpha=weight)
         self.calls += 1
+
+    def _add_squares(self, rows: Tensor, weight: float) -> None:
+        """Adds rowsᵀ rows to the Gram matrix, without most of what lies below its diagonal."""
+        add_products(self.gram, rows, rows, weight, self.team, symmetric=True)
+
+    def complete(self) -> None:
+        """Joins the pieces of the processes, and fills in what lies below the diagonal."""
+        self.team.total(self.gram)
+        for start in range(0, len(self.gram), PANEL):
+            stop = start + PANEL
+            self.gram[stop:, start:stop] = self.gram[start:stop, stop:].t()
 
     def _keep(self, parts: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
         """Copies of parts [n, any] with zeros in the rows that do not count; counts the others.
@@ -123,6 +139,26 @@ class InputStatistics:
         return gram
 
 
+def add_products(
+    total: Tensor,
+    left: Tensor,
+    right: Tensor,
+    weight: float,
+    team: Team = ALONE,
+    symmetric: bool = False,
+) -> None:
+    """total [a, b] += weight · leftᵀ right for left [n, a] and right [n, b], panel by panel of
+    `PANEL` rows, and of these only the process's own.
+
+    symmetric: what lies left of a panel's own columns is left out, which is half of the work.
+    """
+    for number, start in enumerate(range(0, len(total), PANEL)):
+        if team.has(number):
+            first = start if symmetric else 0
+            rows = left[:, start : start + PANEL].t()
+            total[start : start + PANEL, first:].addmm_(rows, right[:, first:], alpha=weight)
+
+
 class MaskHolder:
     """The token masks of the batch that is running; hooks read them. encoder: of the other input of
     a decoder's blocks. weight: of the batch's tokens. rows: (their mask,) while an expert reads
@@ -174,3 +210,12 @@ def collect_inputs(
         watched_rows(block, lambda: holder.mask, read_rows, all_read),
     ):
         yield statistics
+
+
+@contextmanager
+def noted_inputs(block: nn.Module, names: Iterable[str]) -> Iterator[list[tuple[str, Tensor]]]:
+    """While open, every forward of `block` appends the inputs of the named linears to the yielded
+    list, as copies: a block may overwrite them."""
+    noted: list[tuple[str, Tensor]] = []
+    with hooked(block, names, before=lambda name, args: noted.append((name, args[0].clone()))):
+        yield noted

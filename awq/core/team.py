@@ -1,0 +1,157 @@
+"""Work that several processes divide, and whose result has the bytes of one process's.
+
+Every process holds the same state and takes the same steps. What is expensive is cut into pieces
+whose shapes do not depend on how many processes there are; each piece is computed by one of them,
+and all get it. A sum is never cut: rows of a Gram matrix are pieces, tokens are not. So numbers are
+added in the same order, whoever adds them.
+
+Processes are those of `torch.distributed`, as torchrun starts them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import starmap
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awq.errors import ConfigError
+
+Named = list[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that share one quantization. rank: of this one; size: how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+    def has(self, number: int) -> bool:
+        """Whether a piece is this process's. Numbers are dealt there and back (0, 1, 1, 0, …), so
+        that pieces which grow or shrink make no process's work the largest."""
+        place = number % (2 * self.size)
+        return self.rank == min(place, 2 * self.size - 1 - place)
+
+    def total(self, tensor: Tensor) -> None:
+        """Adds up, in place, what the processes have made of their pieces of a tensor. Elsewhere
+        each has zeros, so that no number is rounded."""
+        if self.size > 1:
+            from torch import distributed
+
+            distributed.all_reduce(tensor)
+
+    def each(
+        self, count: int, make: Callable[[int], Named], device: torch.device
+    ) -> Iterator[Named]:
+        """What `make` gives for 0 … count − 1, in this order: names and tensors on `device`. Each
+        is made by one process."""
+        if self.size == 1:
+            yield from map(make, range(count))
+            return
+        for first in range(0, count, self.size):
+            number = first + self.rank
+            own = make(number) if number < count else []
+            for owner, shapes in enumerate(self._shapes_of_all(own)[: count - first]):
+                yield [*starmap(_Exchange(self.rank, owner, own, device), enumerate(shapes))]
+
+    def is_maker(self, number: int) -> bool:
+        """Whether this process is the one that makes it, in `each`."""
+        return number % self.size == self.rank
+
+    def rows(
+        self,
+        parts: Sequence[Any],
+        make: Callable[[Any], tuple[Tensor, ...]],
+        device: torch.device,
+    ) -> tuple[Tensor, ...]:
+        """What `make` gives for every part, its tensors joined by rows."""
+        made = self.each(len(parts), lambda i: [("", t) for t in make(parts[i])], device)
+        joined = zip(*([tensor for _, tensor in found] for found in made))
+        return tuple(rows[0] if len(rows) == 1 else torch.cat(rows) for rows in joined)
+
+    def wait(self) -> None:
+        """Until all processes have come as far."""
+        if self.size > 1:
+            from torch import distributed
+
+            distributed.barrier()
+
+    def _shapes_of_all(self, own: Named) -> list[list[tuple[str, torch.Size, torch.dtype]]]:
+        from torch import distributed
+
+        shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in own]
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, shapes)
+        return found
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """Hands one process's tensors to all, as bytes: not every dtype is known everywhere."""
+
+    rank: int
+    owner: int
+    own: Named
+    device: torch.device
+
+    def __call__(self, place: int, shape: tuple[str, torch.Size, torch.dtype]) -> tuple:
+        from torch import distributed
+
+        name, size, dtype = shape
+        if self.rank == self.owner:
+            tensor = self.own[place][1].detach().contiguous()
+        else:
+            tensor = torch.empty(size, dtype=dtype, device=self.device)
+        if tensor.numel():
+            distributed.broadcast(tensor.view(-1).view(torch.uint8), self.owner)
+        return name, tensor
+
+
+ALONE = Team()
+_present: ContextVar[Team] = ContextVar("team", default=ALONE)
+
+
+def present_team() -> Team:
+    """The team of the quantization that runs here; of this process alone outside of
+    `several_processes`."""
+    return _present.get()
+
+
+@contextmanager
+def several_processes() -> Iterator[Team]:
+    """Quantizations inside are divided by all processes that torchrun started, each on its own GPU
+    where there are GPUs.
+
+    All of them must make the same calls, and one alone may write a model that is in memory: that of
+    rank 0. A process group that exists already is used. Raises ConfigError where none can be made.
+    """
+    from torch import distributed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    begun = not distributed.is_initialized()
+    if begun:
+        kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            distributed.init_process_group(kinds)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"the processes do not find each other: {error}") from error
+    token = _present.set(Team(distributed.get_rank(), distributed.get_world_size()))
+    try:
+        yield present_team()
+    finally:
+        _present.reset(token)
+        if begun:
+            distributed.destroy_process_group()
+
+
+def was_started_in_a_team() -> bool:
+    """Whether torchrun started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
