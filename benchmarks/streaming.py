@@ -4,8 +4,9 @@
     python benchmarks/streaming.py --model DIRECTORY --in-memory
 
 --shape: a random model of that shape, in bfloat16, one shard a layer, written to --home first; with
-fewer --layers than the shape has, the JSON says so and gives the time for all of them by the mean
-time per block, the keeping of hidden states included. --model: a directory, streamed; with
+fewer --layers than the shape has, the JSON says so and gives the time for all of them: the first
+block, in which kernels are compiled, and the mean of the others for the rest, the keeping of hidden
+states included. --model: a directory, streamed; with
 --in-memory it is also quantized in memory, each in a process of its own.
 
 --limit-gb: of address space (RLIMIT_AS) for the process that quantizes; --gpu-limit-gb: of GPU
@@ -110,7 +111,7 @@ def quantize(given: argparse.Namespace) -> dict[str, Any]:
     """In this process: seconds, seconds a block, peak RSS and peak GPU memory in GB."""
     from awq import AutoAWQForCausalLM, quantize_directory
 
-    ended = note_ends_of_blocks(given.profile)
+    ended, planned = note_ends_of_blocks(given.profile), note_plan()
     if given.limit_gb:
         limit = int(given.limit_gb * GB)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -142,6 +143,7 @@ def quantize(given: argparse.Namespace) -> dict[str, Any]:
         "phases": {name: round(value, 1) for name, value in report.phases.items()},
         "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB, 2),
         "peak_gpu_gb": round(gpu, 2),
+        "planned": planned,
     }
 
 
@@ -181,6 +183,23 @@ def note_ends_of_blocks(profile_last: bool) -> Times:
     return ended
 
 
+def note_plan() -> dict[str, float]:
+    """A table that gets what a streamed run plans before its work: GB and seconds."""
+    from awq.quantize import forecast
+
+    planned: dict[str, float] = {}
+
+    def check_memory(needed: Any, check: Any = forecast.check_memory) -> Any:
+        fitting = check(needed)
+        for name in ("ram", "gpu", "disk", "activations"):
+            planned[f"{name}_gb"] = round(getattr(fitting, name) / GB, 2)
+        planned["seconds"] = round(fitting.seconds, 1)
+        return fitting
+
+    forecast.check_memory = check_memory
+    return planned
+
+
 def _spent(before: tuple[float, dict], after: tuple[float, dict]) -> dict[str, float]:
     """Seconds of one block, as a whole and by phase."""
     phases = {name: round(value - before[1].get(name, 0), 2) for name, value in after[1].items()}
@@ -189,10 +208,11 @@ def _spent(before: tuple[float, dict], after: tuple[float, dict]) -> dict[str, f
 
 
 def times_of_blocks(ended: Times) -> dict[str, Any]:
-    """Each block's seconds, their mean, and the mean by phase."""
+    """Each block's seconds; the mean without the first one, as a whole and by phase."""
     blocks = [_spent(*pair) for pair in zip(ended, ended[1:])]
-    names = dict.fromkeys(name for block in blocks for name in block)
-    means = {name: statistics.mean(b.get(name, 0.0) for b in blocks) for name in names}
+    later = blocks[1:] or blocks
+    names = dict.fromkeys(name for block in later for name in block)
+    means = {name: statistics.mean(b.get(name, 0.0) for b in later) for name in names}
     return {
         "seconds_of_blocks": [block["all"] for block in blocks],
         "seconds_a_block": round(means.pop("all"), 2),
@@ -287,7 +307,8 @@ def main() -> None:
         given.preset = preset
         found = in_a_process("streamed", given)
         if "layers_of_shape" in result:
-            found["minutes_for_all_blocks"] = round(found["seconds_a_block"] * whole / 60, 1)
+            first, later = found["seconds_of_blocks"][0], found["seconds_a_block"]
+            found["minutes_for_all_blocks"] = round((first + (whole - 1) * later) / 60, 1)
         result[preset] = found
         print(json.dumps(found), file=sys.stderr, flush=True)
     if given.in_memory:
