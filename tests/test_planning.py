@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from awq import plan_quantization, quantize_directory
 from awq.cli import main
+from awq.core.team import Team
 from awq.errors import CheckpointError, ConfigError
 from awq.nn.hidden import Room
 from awq.quantize import forecast
@@ -77,6 +78,14 @@ def test_memory_that_is_too_small(llama_dir, tmp_path, monkeypatch):
         plan_quantization(llama_dir, quant_config=SETTINGS)
     with pytest.raises(ConfigError, match=r"GB are missing"):
         quantize_directory(llama_dir, tmp_path / "out", SETTINGS, IDS)
+
+
+def test_processes_of_one_machine_share_its_memory(llama_dir, monkeypatch):
+    monkeypatch.setattr(forecast, "available_memory", lambda: 4 * 10**8)
+    plan_quantization(llama_dir, quant_config=SETTINGS)
+    monkeypatch.setattr(forecast, "present_team", lambda: Team(1, 10**5, 10**5))
+    with pytest.raises(ConfigError, match=r"GB are missing"):
+        plan_quantization(llama_dir, quant_config=SETTINGS)
 
 
 def test_activations_that_find_no_room_in_memory_lie_on_the_disk(llama_dir, tmp_path, monkeypatch):

@@ -28,10 +28,12 @@ Named = list[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that share one quantization. rank: of this one; size: how many there are."""
+    """The processes that share one quantization. rank: of this one; size: how many there are; here:
+    how many of them on this machine."""
 
     rank: int = 0
     size: int = 1
+    here: int = 1
 
     def has(self, number: int) -> bool:
         """Whether a piece is this process's. Numbers are dealt there and back (0, 1, 1, 0, …), so
@@ -143,7 +145,9 @@ def several_processes() -> Iterator[Team]:
             distributed.init_process_group(kinds)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"the processes do not find each other: {error}") from error
-    token = _present.set(Team(distributed.get_rank(), distributed.get_world_size()))
+    size = distributed.get_world_size()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    token = _present.set(Team(distributed.get_rank(), size, here))
     try:
         yield present_team()
     finally:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from awq.calibration.batches import BATCH_TOKENS
 from awq.config import AwqConfig
+from awq.core.team import present_team
 from awq.errors import CheckpointError, ConfigError, ModelError
 from awq.formats import get_format
 from awq.nn.blocks import BlockList, block_names
@@ -140,7 +141,7 @@ def check_memory(needed: Forecast) -> Forecast:
     if free_ram is None:
         return needed
 
-    free_ram += resident_memory()
+    free_ram = free_ram // present_team().here + resident_memory()
     fitting = needed.on_disk(max(0, free_ram - (needed.ram - needed.activations)))
     if fitting.ram > free_ram:
         raise ConfigError(_lack("memory", fitting.ram, free_ram))
