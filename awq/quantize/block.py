@@ -19,6 +19,7 @@ from awq.folds import InputGroup, apply_fold, discover, prove
 from awq.nn.experts import every_token, expert_of, named_experts
 from awq.nn.hooks import inputs_of
 from awq.nn.memory import release_cached
+from awq.nn.sorted_products import SortedProducts
 from awq.nn.surgery import device_of, get_weight, linear_shape
 from awq.nn.walk import BlockVisit
 from awq.quantize.experts import (
@@ -131,7 +132,8 @@ class BlockQuantizer:
         layers = list(named_experts(self.block))
         routed_tokens: dict[str, list[Tensor]] = {name: [] for name in layers}
         team = present_team()
-        if team.size > 1 and not routed:
+        sorted_rows = any(isinstance(module, SortedProducts) for module in self.block.modules())
+        if team.size > 1 and not routed and not sorted_rows:
             statistics = self._divided_statistics(shared, team)
         else:
             statistics = self._own_statistics(shared, routed, routed_tokens)
