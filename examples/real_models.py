@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,5 +94,9 @@ def smollm2_dir() -> Path:
     config.save_pretrained(partial)
     GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2).save_pretrained(partial)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
+    # transformers 5 writes a class that transformers 4 does not know; both know this one
+    settings = json.loads((partial / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     partial.rename(target)
     return target

@@ -63,7 +63,9 @@ POOLING = {"modernbert": "cls", "qwen3": "lasttoken"}
 def quantized(family, **settings):
     """The body of a tiny random model whose blocks are 4-bit linears, in groups of 32."""
     model = tiny(family, SIZES | FAMILIES.get(family, {}) | settings)
-    return with_packed_blocks(model.base_model)
+    body = model.base_model
+    # in transformers 4.57 the base model of a Gemma 3 is the model itself
+    return with_packed_blocks(getattr(model, "model", body) if body is model else body)
 
 
 def with_packed_blocks(model):

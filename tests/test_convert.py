@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
+import transformers
 import zoo
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_saving import packed_model
 from transformers import AutoModel, AutoModelForCausalLM
@@ -85,6 +87,8 @@ def test_the_other_program_reads_it(tmp_path, model_type):
     pytest.importorskip(
         "compressed_tensors", reason="compressed_tensors is not installed", exc_type=ImportError
     )
+    if Version(transformers.__version__) < Version("5.17"):  # 4.57 and 5.0 were tried
+        pytest.skip("transformers has no reader of this compressed-tensors' files")
     from transformers.utils.quantization_config import CompressedTensorsConfig
 
     model = packed_model(model_type, hidden_size=64, intermediate_size=128)

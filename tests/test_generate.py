@@ -20,6 +20,7 @@ from transformers import (
     TextStreamer,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.moshi import modeling_moshi
 
 from awq import AutoAWQForCausalLM
 from awq.errors import ConfigError
@@ -390,6 +391,8 @@ def test_any_step_over_a_static_cache(family):
 def test_a_cache_that_forgets_what_the_mask_shows():
     """Moshi's window is its cache's alone: the steps after a long prompt see less than the prompt
     did, which no fused block does. A cache that the window does not reach is fused."""
+    if not hasattr(modeling_moshi, "ALL_ATTENTION_FUNCTIONS"):
+        pytest.skip("transformers has no Moshi whose attention can be replaced")
     sizes = dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
     more = dict(sliding_window=16, vocab_size=64, max_position_embeddings=96, pad_token_id=0)
     config = transformers.MoshiConfig(**sizes, **more, audio_vocab_size=32)
@@ -410,6 +413,8 @@ def test_states_change_in_place_and_begin_anew():
     heads = dict(num_attention_heads=4, num_key_value_heads=2, block_auto_adjust_ff_dim=False)
     kinds = dict(layer_types=["conv", "full_attention"] * 2, max_position_embeddings=96)
     torch.manual_seed(0)
+    if not hasattr(transformers, "Lfm2Config"):
+        pytest.skip("transformers has no lfm2")
     config = transformers.Lfm2Config(**sizes, **heads, **kinds, pad_token_id=0)
     model = transformers.Lfm2ForCausalLM(config).float().eval()
     if isinstance(why_not_static(model), str):

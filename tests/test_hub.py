@@ -7,6 +7,7 @@ import time
 import pytest
 from hub import running
 from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils import _http as http
 
 from awq import AutoAWQForCausalLM, Encoder
 from awq.checkpoint.card import with_name, write_card
@@ -19,8 +20,17 @@ from awq.errors import AwqError, CheckpointError, ConfigError, ModelError
 
 
 @pytest.fixture
-def no_token(monkeypatch, tmp_path):
+def online(monkeypatch):
+    """Offline mode is read when a session is made; before huggingface_hub 1.0 sessions are kept."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    forget = getattr(http, "reset_sessions", lambda: None)
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def no_token(online, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)

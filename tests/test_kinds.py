@@ -469,7 +469,10 @@ def test_one_tensor_of_the_files_that_becomes_several_is_no_lack():
     from tiny_kinds import all_kinds, build
 
     kind = next(kind for kind in all_kinds() if str(kind) == "ernie4_5_vl_moe:vlm")
-    model = build(kind)
+    try:
+        model = build(kind)
+    except TypeError:
+        pytest.skip("transformers has no ernie4_5_vl_moe that can be built (5.0)")
     stored = set(as_saved(model, model.state_dict()))
     assert set(model.state_dict()) <= all_current_keys(model, stored)
     lost = {name for name in stored if "e_score_correction_bias" not in name}

@@ -77,6 +77,11 @@ def run_command(line, monkeypatch):
 
 @pytest.mark.parametrize("page", RUN_HERE)
 def test_code_of_a_page(page, place, tmp_path, monkeypatch):
+    if page == "docs/large-models.md":
+        pytest.importorskip(
+            "transformers.core_model_loading",
+            reason="transformers has no loading by parts before 5",
+        )
     shutil.copytree(place, tmp_path / "home", symlinks=True)
     monkeypatch.chdir(tmp_path / "home")
     monkeypatch.setenv("AWQ_CACHE", str(tmp_path / "cache"))

@@ -12,9 +12,9 @@ import pytest
 import torch
 import zoo
 from conftest import make_tokenizer
+from mixtures import mixture
 from safetensors.torch import load_file, save_file
 from test_encoder import sentence_directory
-from test_experts import mixture
 from test_kinds import encoder_decoder, vision_language
 from transformers import CONFIG_MAPPING
 

@@ -4,6 +4,7 @@ there."""
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,11 +121,37 @@ def names_on_disk(model: Any, packed: Iterable[str]) -> dict[str, bool]:
 
 
 def _stored_once(model: Any) -> dict[str, dict[str, Tensor]]:
-    """Argument of save_pretrained: tensors without those of packed linears under their second name,
-    where there are any."""
+    """Argument of save_pretrained, where it is needed: tensors without those of packed linears
+    under their second name, and copies of those whose tie the model does not declare."""
     tensors = model.state_dict()
     kept = without_second_names(model, tensors)
-    return {} if len(kept) == len(tensors) else {"state_dict": kept}
+    copies = _undeclared_ties(model, kept)
+    if len(kept) == len(tensors) and not copies:
+        return {}
+    return {"state_dict": kept | copies}
+
+
+def _undeclared_ties(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that share their memory with another one of the model.
+
+    save_pretrained stores the ties of `_tied_weights_keys` once and refuses all others. Before
+    transformers 5 embeddings are also tied by a setting alone, in models whose code declares none.
+    """
+    declared = [
+        pattern
+        for module in model.modules()
+        for pattern in getattr(module, "_tied_weights_keys", None) or ()
+    ]
+    copies = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta" or any(re.search(pattern, name) for pattern in declared):
+            continue
+        place = (tensor.device, tensor.data_ptr(), tensor.shape)
+        if place in seen and tensor.numel():
+            copies[name] = tensor.clone()
+        seen.add(place)
+    return copies
 
 
 def without_second_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
