@@ -441,8 +441,9 @@ def make_originals(home: Path) -> dict:
         _sentence_encoder(save(packed_model("bert", group_size=16), home / "bert", group_size=16)),
         SENTENCES,
     )
-    made["dense"] = (_dense_model(home / "dense"), [from_pretrained, planned])
-    if find_spec("transformers.core_model_loading"):  # streaming needs transformers 5
+    by_parts = find_spec("transformers.core_model_loading") is not None  # from transformers 5 on
+    made["dense"] = (_dense_model(home / "dense"), [from_pretrained] + [planned] * by_parts)
+    if by_parts:
         made["streamed"] = (_dense_model(home / "streamed", torch.bfloat16), [streamed])
     kinds = {
         "mixture": (mixture("mixtral"), [from_quantized, gemv, info, report, compare, generate]),
