@@ -36,7 +36,7 @@ def pooled_distance(share: float) -> Callable:
     """Distance for tuning: 1 − cosine of the mean-pooled states, and `share` of the hidden states'
     relative error."""
 
-    def distance(self: Any, index: int) -> tuple[Tensor, int]:
+    def distance(self: Any, index: int, training: bool = False) -> tuple[Tensor, int]:
         batch, target = self.batches[index], self.targets[index].float()
         mask = batch.attention_mask.unsqueeze(-1).float()
         hidden = self._hidden(batch).float()

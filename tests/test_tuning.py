@@ -158,6 +158,16 @@ def test_same_bytes_twice():
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.gpu
+def test_same_bytes_twice_on_a_gpu():
+    found = []
+    for _ in range(2):
+        model = zoo.tiny_model("llama").cuda()
+        quantize_model(model, batches(), AwqConfig(group_size=16), QuantizeOptions(preset="best"))
+        found.append(model.state_dict())
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
 def test_blocks_take_large_batches_and_the_correction_no_row_that_judges():
     """Small batches are for steps of training; what judges them was never corrected for."""
     rows = torch.arange(3, 3 + 48).view(48, 1).expand(48, 512).contiguous()

@@ -29,7 +29,8 @@ _STEP_TOKENS, _STEP_ROWS = 2048, 32  # largest micro-batch
 _GPU_STEP_TOKENS, _ENOUGH = 8192, 16
 _HELD_OUT = 8  # one batch in eight judges
 RETOLD_SHARE = 0.3  # of a retold row's tokens, which the model chose
-RETELLINGS = 2  # of every training row in an epoch, beside the row itself
+STATES_SHARE = 0.3  # of the hidden states' error beside the embeddings' in training
+RETELLINGS = 1  # of every training row in an epoch, beside the row itself
 
 
 def held_out(count: int) -> frozenset[int]:
@@ -127,23 +128,29 @@ class OutputMatch:
         with replaced_forwards({self.body: lambda *args, **kwargs: output}):
             return self.model(**self._inputs(batch)).logits
 
-    def distance(self, index: int, rough: bool = False) -> tuple[Tensor, int]:
+    def distance(self, index: int, training: bool = False) -> tuple[Tensor, int]:
         """Summed distance of the model's present output to the original one on micro-batch `index`,
         and its weight.
 
-        rough: products of a float32 body in bfloat16 on a GPU; a gradient is no worse for it.
+        training: products of a float32 body are in bfloat16 on a GPU, for a gradient is no worse
+        for it; and of an embedding model, part of the hidden states' error is added: a text has
+        many of them, and one embedding.
         """
         batch, target = self.batches[index], self.targets[index]
         device = batch.input_ids.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=rough and device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=training and device == "cuda"):
             hidden = self._hidden(batch)
         hidden = hidden.to(target.dtype)
+        mask = batch.attention_mask.bool()
         if self.embed is not None:
-            return self._one_minus_cosine(batch, hidden, target), len(hidden)
+            distance = self._one_minus_cosine(batch, hidden, target)
+            if training:
+                states = _relative_error(hidden[mask], target[mask])
+                distance = distance + STATES_SHARE * len(hidden) * states
+            return distance, len(hidden)
 
-        tokens = int(batch.attention_mask.sum())
+        tokens = int(mask.sum())
         if self.kind == "mse":
-            mask = batch.attention_mask.bool()
             return _relative_error(hidden[mask], target[mask]) * tokens, tokens
         return self._kl(batch, hidden, target), tokens
 
@@ -155,9 +162,16 @@ class OutputMatch:
     def _kl(self, batch: CalibrationBatch, hidden: Tensor, target: Tensor) -> Tensor:
         """Nats, summed over the tokens."""
         mask = batch.attention_mask.bool()
+        full = bool(mask.all())
+
+        def of_tokens(states: Tensor) -> Tensor:
+            logits = self._logits(batch, states)
+            # without picking where nothing is padding: its gradient sorts, to be the same twice
+            return F.log_softmax((logits.flatten(0, 1) if full else logits[mask]).float(), -1)
+
         with torch.no_grad():
-            wanted = F.log_softmax(self._logits(batch, target)[mask].float(), -1)
-        found = F.log_softmax(self._logits(batch, hidden)[mask].float(), -1)
+            wanted = of_tokens(target)
+        found = of_tokens(hidden)
         return F.kl_div(found, wanted, log_target=True, reduction="sum")
 
     @torch.no_grad()

@@ -51,7 +51,8 @@ class Pace:
 
 # What a next token tells of a model is noisy, so a step sums over more of it. Each measured on its
 # own kind of model (docs/notes/quality_log.md).
-OF_TOKENS, OF_EMBEDDINGS = Pace(1e-3, 5e-4, 1e-3, 8192), Pace(2e-3, 0.0, 0.0, 0)
+OF_TOKENS, OF_EMBEDDINGS = Pace(1e-3, 5e-4, 1e-3, 8192), Pace(1e-3, 1e-3, 0.0, 0)
+OF_STATES = Pace(2e-3, 0.0, 0.0, 0)
 
 
 @dataclass
@@ -129,7 +130,7 @@ def _train(training: _Training, match: OutputMatch, progress: bool | None) -> Tu
 
 
 def _pace(match: OutputMatch) -> Pace:
-    return OF_TOKENS if match.kind == "kl" else OF_EMBEDDINGS
+    return {"kl": OF_TOKENS, "cosine": OF_EMBEDDINGS, "mse": OF_STATES}[match.kind]
 
 
 def _tuned_linears(
@@ -218,7 +219,7 @@ class _Training:
 
     def _add_gradient(self, batch: int, share: float) -> None:
         with torch.enable_grad():
-            total, tokens = self.match.distance(batch, rough=True)
+            total, tokens = self.match.distance(batch, training=True)
             weight = share * self.match.batches[batch].weight
             (weight * total / max(1, tokens)).backward()
 
@@ -266,9 +267,10 @@ def _tuning(model: nn.Module, tuned: dict[str, TunedLinear]) -> Iterator[None]:
         replace_module(model, name, linear)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        # On a GPU only these kinds of attention have a gradient that is the same twice.
+        # On a GPU only the plain attention has a gradient that is the same twice: flash attention's
+        # is not, where deterministic algorithms only warn.
         with (
-            sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),
+            sdpa_kernel(SDPBackend.MATH),
             replaced_forwards(
                 _checkpointed(model)
                 if sum(t.steps.numel() for t in tuned.values()) > _LARGE
