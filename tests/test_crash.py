@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_loading import packed_model
 
-from awq.checkpoint import directory
+from awq.checkpoint import directory, exchange
 from awq.checkpoint.directory import complete_directory
 from awq.errors import CheckpointError, ConfigError
 
@@ -102,7 +102,7 @@ def dies_at(point, work, after=None):
 )
 def test_killed_at_every_point(tmp_path, monkeypatch, before, one_step):
     if not one_step:
-        monkeypatch.setattr(directory, "_swap_in_one_step", lambda first, second: False)
+        monkeypatch.setattr(exchange, "swap_in_one_step", lambda first, second: False)
     # a kill loses nothing of the system's; flushing is tested below
     monkeypatch.setattr(os, "fsync", lambda _: None)
     point, killed = 0, True
@@ -262,19 +262,19 @@ def test_everything_is_on_the_disk_before_names_change(tmp_path, monkeypatch):
     target = tmp_path / "q"
     write(target, OLD | MINE)
     events = []
-    fsync, swap, remove = os.fsync, directory._swap_in_one_step, directory._remove_work
+    fsync, swap, remove = os.fsync, exchange.swap_in_one_step, directory.remove_work
     monkeypatch.setattr(
         os,
         "fsync",
         lambda fd: (events.append(("flush", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))[1],
     )
     monkeypatch.setattr(
-        directory,
-        "_swap_in_one_step",
+        exchange,
+        "swap_in_one_step",
         lambda a, b: (events.append(("swap", str(a))), swap(a, b))[1],
     )
     monkeypatch.setattr(
-        directory, "_remove_work", lambda f: (events.append(("remove", str(f))), remove(f))[1]
+        directory, "remove_work", lambda f: (events.append(("remove", str(f))), remove(f))[1]
     )
     save(target)
     swapped = next(i for i, (kind, _) in enumerate(events) if kind == "swap")

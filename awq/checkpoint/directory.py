@@ -20,16 +20,12 @@ in one step.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
 import hashlib
 import logging
 import os
 import secrets
-import shutil
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,7 +33,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from awq.checkpoint.companions import is_temporary
-from awq.checkpoint.contents import is_model_file, keep_users_files, names_of_model
+from awq.checkpoint.contents import is_model_file, keep_users_files
+from awq.checkpoint.exchange import exchange_directories, exchange_files, remove_work
 from awq.checkpoint.flush import flush_all, flush_one
 from awq.errors import AwqError, CheckpointError, ConfigError
 
@@ -45,8 +42,6 @@ logger = logging.getLogger("awq.checkpoint")
 
 MAX_NAME_BYTES = 255
 MAX_TRIES = 100  # to make a folder that another save does not remove at once
-_EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
-_CURRENT_FOLDER = -100  # AT_FDCWD
 
 
 def check_target(target: str | Path, source: str | Path | None = None) -> Path:
@@ -65,7 +60,7 @@ def check_target(target: str | Path, source: str | Path | None = None) -> Path:
     _check_content(path)
     made = _missing_parents(path)
     work, lock = _make_work(path)
-    _remove_work(work)
+    remove_work(work)
     os.close(lock)
     _remove_empty(made)
 
@@ -147,12 +142,12 @@ def complete_directory(target: str | Path, source: str | Path | None = None) -> 
         _open_modes(work)
         if keeps_its_place(path):
             flush_all(work)
-            _exchange_files(work, path)
+            exchange_files(work, path)
         else:
             keep_users_files(path, work)
             flush_all(work)
             _keep_permissions(path, work)
-            _exchange_directories(work, path)
+            exchange_directories(work, path)
 
         for parent in {path, path.parent, *(folder.parent for folder in made)}:
             flush_one(parent)
@@ -162,7 +157,7 @@ def complete_directory(target: str | Path, source: str | Path | None = None) -> 
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"saving to {path} failed and was undone: {error}.") from error
     finally:
-        _remove_work(work)
+        remove_work(work)
         os.close(lock)
         if not saved:
             _remove_empty(made)
@@ -184,7 +179,7 @@ def recover(target: Path) -> None:
                 folder.rename(target)
             else:
                 logger.warning("%s: removing %s, left by a save that died.", target, folder.name)
-                _remove_work(folder)
+                remove_work(folder)
         finally:
             os.close(lock)
 
@@ -307,72 +302,6 @@ def _remove_empty(folders: list[Path]) -> None:
             return
 
 
-def _exchange_directories(work: Path, target: Path) -> None:
-    """Puts `work` under the name `target`; what was there is under the name `work` afterwards."""
-    if not target.exists():
-        work.rename(target)
-    elif not _swap_in_one_step(work, target):
-        old = work.with_suffix(".awq-old")
-        target.rename(old)
-        try:
-            work.rename(target)
-        except BaseException:
-            old.rename(target)
-            raise
-
-        flush_one(target.parent)
-        _remove_work(old)
-    flush_one(target.parent)
-
-
-def _swap_in_one_step(first: Path, second: Path) -> bool:
-    """Exchanges two names by the kernel's own call; False where there is none."""
-    if sys.platform.startswith("linux"):
-        call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    else:
-        call = None
-
-    if call is None:
-        return False
-    if (
-        call(_CURRENT_FOLDER, os.fsencode(first), _CURRENT_FOLDER, os.fsencode(second), _EXCHANGE)
-        == 0
-    ):
-        return True
-
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(second))
-
-
-def _exchange_files(work: Path, target: Path) -> None:
-    """Moves the new files into a directory that keeps its place, its config last; all of it is
-    undone on an error."""
-    new = sorted((path.name for path in work.iterdir()), key=lambda name: name == "config.json")
-    backup = work / ".before"
-    backup.mkdir()
-
-    done: list[tuple[Path, Path]] = []
-    try:
-        replaced = names_of_model(target).union(new)
-        for name in sorted(replaced, reverse=True):
-            if (target / name).exists():
-                done.append((target / name, backup / name))
-                (target / name).rename(backup / name)
-
-        for name in new:
-            done.append((work / name, target / name))
-            (work / name).rename(target / name)
-
-        flush_one(target)
-    except BaseException:
-        for before, after in reversed(done):
-            if os.path.lexists(after):
-                after.rename(before)
-        raise
-
-
 def _open_modes(work: Path) -> None:
     """Gives files the permissions the user's umask allows: safetensors writes them readable by
     their owner alone."""
@@ -394,13 +323,3 @@ def _keep_permissions(old: Path, new: Path) -> None:
         with suppress(OSError):  # one's own group may be given without being root
             os.chown(new, -1, found.st_gid)
     new.chmod(stat.S_IMODE(found.st_mode))
-
-
-def _remove_work(folder: Path) -> None:
-    """Removes a folder with all of its content, folders that were copied without the right to write
-    included."""
-    for place, _, _ in os.walk(folder):
-        os.chmod(place, 0o700)
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
-        logger.warning("%s could not be removed; it is safe to delete.", folder)
