@@ -322,4 +322,5 @@ def _keep_permissions(old: Path, new: Path) -> None:
     except OSError:
         with suppress(OSError):  # one's own group may be given without being root
             os.chown(new, -1, found.st_gid)
+
     new.chmod(stat.S_IMODE(found.st_mode))

@@ -86,6 +86,7 @@ class AwqConfig(transformers.AwqConfig):
     ) -> None:
         self.quant_method = transformers.utils.quantization_config.QuantizationMethod.AWQ
         keep = {"w_bit", "q_group_size", "version", "format", "modules_to_not_convert"}
+
         given: dict[str, Any] = {}
         for key, value in others.items():
             if key in keep and value is not None:

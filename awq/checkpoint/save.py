@@ -147,10 +147,12 @@ def _undeclared_ties(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, 
     for name, tensor in tensors.items():
         if tensor.device.type == "meta" or any(re.search(pattern, name) for pattern in declared):
             continue
+
         place = (tensor.device, tensor.data_ptr(), tensor.shape)
         if place in seen and tensor.numel():
             copies[name] = tensor.clone()
         seen.add(place)
+
     return copies
 
 

@@ -68,7 +68,11 @@ class StreamedBlocks:
     """
 
     def __init__(
-        self, source: Source, work: WorkFolder | None, dtype: Any = "auto", kind: Any = None
+        self,
+        source: Source,
+        work: WorkFolder | None,
+        dtype: Any = "auto",
+        kind: Any = None,
     ) -> None:
         """source: a full-precision checkpoint; work: None for a model that is only looked at;
         dtype, kind: of `load_model`.
@@ -80,11 +84,13 @@ class StreamedBlocks:
         self._original: Any = load_model(source, dtype, kind=kind, device_map={"": "meta"})
         if source.directory is None:  # it has been downloaded meanwhile
             source = Source.open(source.name, source.trust_remote_code, **source.download)
+
         self.path, self._headers = source.name, source.headers
         self._work = work
         self.room: Room | None = None
         self.phase: Callable[[str], AbstractContextManager[None]] = lambda _name: nullcontext()
         self.ahead = False
+
         # Reads and writes one after the other, in the order in which they were asked for.
         self._aside = ThreadPoolExecutor(1, "awq-blocks")
         self._coming: dict[str, Future[nn.Module]] = {}
@@ -103,11 +109,15 @@ class StreamedBlocks:
     # What a walk asks for
 
     def begin(
-        self, lists: Sequence[BlockList], targets: Collection[str], config: AwqConfig
+        self,
+        lists: Sequence[BlockList],
+        targets: Collection[str],
+        config: AwqConfig,
     ) -> None:
         """See `BlockStore.begin`."""
         self._config = config
         visited = [name for entry in lists for name in block_names(entry)]
+
         # An encoder's quantized blocks run again when the decoder's inputs are recorded.
         self._run_later = set(visited) - set(block_names(lists[-1]))
         self._visited, self._targets = visited, targets
@@ -126,9 +136,11 @@ class StreamedBlocks:
         team.wait()  # for the process that makes the folder
         found = self.work.load_progress()
         team.wait()  # before that process changes it
+
         if found is not None:
             for number, name in enumerate(self._visited[: found.finished]):
                 self._finish_again(number, name, found.quantized)
+
         return found
 
     def _finish_again(self, number: int, name: str, quantized: Sequence[str]) -> None:
@@ -141,6 +153,7 @@ class StreamedBlocks:
             if full_name.startswith(f"{name}."):
                 inner = full_name.removeprefix(f"{name}.")
                 replace_module(block, inner, self._packed_like(block.get_submodule(inner)))
+
         if stays:
             block.load_state_dict(self.work.block_that_runs_again(number), assign=True)
             del block.forward
@@ -178,9 +191,11 @@ class StreamedBlocks:
         tensors = {f"{name}.{key}": tensor for key, tensor in state.items()}
         tensors = tensors_on_disk(self.model, tensors, self._names_on_disk)
         self._write(tensors, block.state_dict() if stays else None)
+
         if self._progress is not None and self.work.is_due:
             self._wait_for_writing()
             self.work.save_progress(self._progress())
+
         if not stays:
             block.to("meta")
             block.forward = partial(_gone, name)
@@ -244,10 +259,12 @@ class StreamedBlocks:
             following = self._visited[place]
             self._coming[following] = self._aside.submit(self._filled, following)
             return
+
         members = self._members[self._visited[place]]
         ranges = []
         for path in {self._headers[stored]["file"] for stored in members}:
             ranges += [(path, span) for span in spans_of(path, members)]
+
         Thread(target=_advise, args=(ranges,), daemon=True).start()
 
     def _fill(self, name: str, block: nn.Module) -> None:
@@ -270,6 +287,7 @@ class StreamedBlocks:
         lacking = [key for key, tensor in filled.state_dict().items() if tensor.is_meta]
         if lacking:
             raise CheckpointError(f"{self.path} lacks {name}.{lacking[0]}; download it again.")
+
         check_finite(filled, f"{self.path}, {name},", ModelError)
         return filled
 
@@ -289,6 +307,7 @@ class StreamedBlocks:
             plans = {"tp_plan": None, "dtype_plan": self._original.dtype_plan}
         with no_progress_bars():  # one would come for every block
             found, *_ = load(self._original, _read(self._headers, names), settings, **plans)
+
         return set(getattr(found, "missing_keys", found))
 
     def _load_outside(self) -> None:
@@ -301,6 +320,7 @@ class StreamedBlocks:
         model._move_missing_keys_from_meta_to_device(outside, {"": "cpu"}, None, None)
         for module in model.modules():
             module.__dict__.pop("_is_hf_initialized", None)
+
         model._initialize_missing_keys(False)
         model.tie_weights(missing_keys=outside, recompute_mapping=False)
 
@@ -326,6 +346,7 @@ class StreamedBlocks:
                     f"{self.path} cannot be streamed: {name} of a block is tied to another weight; "
                     "quantize it in memory."
                 )
+
         owners: dict[nn.Parameter, str | None] = {}
         for name, parameter in self._original.named_parameters(remove_duplicate=False):
             owner = self._owner(name)
@@ -350,12 +371,14 @@ def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     joinings = [step for step in steps if hasattr(step, "operations")]
     renamings = [step for step in steps if not hasattr(step, "operations")]
     base, state = model.base_model_prefix, model.state_dict()
+
     names = {}
     for name in stored:
         key, _ = rename_source_key(name, renamings, joinings, base, state)
         if key not in state and name in state:
             key, _ = rename_source_key(name, [], [], base, state)
         names[name] = key
+
     return names
 
 
@@ -374,6 +397,7 @@ def hash_of_weights(headers: Headers) -> str:
                 digest.update(f"{name} {part.get_dtype()} {part.get_shape()}".encode())
                 first = file.get_tensor(name).flatten()[:_HASHED_VALUES]
                 digest.update(first.contiguous().view(torch.uint8).numpy().tobytes())
+
     return digest.hexdigest()
 
 
@@ -382,10 +406,12 @@ def _read(headers: Headers, names: Iterable[str]) -> dict[str, Tensor]:
     by_file: dict[Path, list[str]] = {}
     for name in names:
         by_file.setdefault(headers[name]["file"], []).append(name)
+
     tensors: dict[str, Tensor] = {}
     for path, members in by_file.items():
         with safe_open(path, "pt") as file:
             tensors |= {name: file.get_tensor(name) for name in members}
+
     return tensors
 
 
@@ -426,6 +452,7 @@ def _zero_weights(block: nn.Module) -> Iterator[None]:
                     zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     tensors[name] = nn.Parameter(zeros, False) if is_parameter else zeros
+
     try:
         yield
     finally:

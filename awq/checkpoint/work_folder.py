@@ -220,7 +220,9 @@ def arguments_of(target: str | Path) -> dict[str, Any]:
 
 
 def folder_for(
-    target: str | Path, arguments: dict[str, Any] | None, writes: bool
+    target: str | Path,
+    arguments: dict[str, Any] | None,
+    writes: bool,
 ) -> AbstractContextManager[WorkFolder]:
     """`work_folder` where this process is the one that writes; else that process's, to read."""
     if writes:

@@ -241,6 +241,7 @@ def _show(report: Any, arguments: argparse.Namespace, keeps_gates: bool = True) 
 
     if present_team().rank > 0:
         return
+
     result = report.to_dict() | {"output": arguments.output}
     lines = [report.summary(), f"saved to {arguments.output}"]
     if arguments.push is not None and keeps_gates:
@@ -351,6 +352,7 @@ def _moved(arguments: argparse.Namespace, model: Any) -> Any:
         model.device
     )
     limit = arguments.evaluate_tokens
+
     return by_text(
         {name: divergence(original, model, ids, limit=limit) for name, ids in texts.items()}
     )
@@ -366,12 +368,14 @@ def _evaluation_ids(arguments: argparse.Namespace) -> dict[str, Any]:
             f"--evaluate: {arguments.model} is neither a language model nor a "
             "sentence-transformers directory."
         )
+
     found = {}
     for text in arguments.evaluate:
         ids = token_ids(arguments.model, text, arguments.text_column)
         if len(ids) < MIN_TEXTS:
             raise ConfigError(f"{text} has {len(ids)} tokens; a comparison needs at least 2.")
         found[text] = ids
+
     return found
 
 

@@ -45,7 +45,9 @@ def weight_importance(weight: Tensor, group_size: int) -> Tensor:
 
 
 def scale_candidates(
-    x_mean: Tensor, w_mean: Tensor, duo: bool = True
+    x_mean: Tensor,
+    w_mean: Tensor,
+    duo: bool = True,
 ) -> tuple[list[tuple[str, float]], Tensor]:
     """Every candidate's (kind, ratio), identity first, and its s: float32 [n, in]. Channels never
     active keep 1.
@@ -127,11 +129,17 @@ def search_scale(
     # NaN last, then the first of equals
     best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i], i))
     kind, ratio = names[best]
+
     return ScaleChoice(scales[best], ratio, kind, losses[best], losses[0])
 
 
 def _losses(
-    weight: Tensor, gram: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool
+    weight: Tensor,
+    gram: Tensor,
+    scales: Tensor,
+    group_size: int,
+    bits: int,
+    zero_point: bool,
 ) -> Tensor:
     """tr(Δ G Δᵀ) [n], Δ = Q(W s)/s − W, for scales [n, in], by a kernel where there is one.
 
@@ -167,10 +175,12 @@ def _by_parts(parts: Sequence[Tensor], losses: Callable[[Tensor], Any]) -> Tenso
     first = losses(parts[0])  # by every process: all must know whether there are any
     if first is None:
         return None
+
     found = first.new_zeros(sum(map(len, parts)))
     for number, place in enumerate(found.split([len(part) for part in parts])):
         if team.has(number):
             place.copy_(first if number == 0 else losses(parts[number]))
+
     team.total(found)
     return found
 
@@ -188,7 +198,12 @@ def _upper_half(gram: Tensor) -> Tensor:
 
 
 def _gram_losses(
-    weight: Tensor, gram: Tensor, scales: Tensor, group_size: int, bits: int, zero_point: bool
+    weight: Tensor,
+    gram: Tensor,
+    scales: Tensor,
+    group_size: int,
+    bits: int,
+    zero_point: bool,
 ) -> Tensor:
     """tr(Δ G Δᵀ), Δ = Q(W s)/s − W, for several s [n, in] at once: their weights are quantized as
     rows of one [n·out, in]."""
@@ -199,4 +214,5 @@ def _gram_losses(
         bits,
     )
     delta = quantized.view(len(scales), *weight.shape).div_(scales.unsqueeze(1)).sub_(weight)
+
     return row_losses(delta.view(scaled.shape), gram).view(len(scales), -1).sum(1)

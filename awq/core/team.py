@@ -50,7 +50,10 @@ class Team:
             distributed.all_reduce(tensor)
 
     def each(
-        self, count: int, make: Callable[[int], Named], device: torch.device
+        self,
+        count: int,
+        make: Callable[[int], Named],
+        device: torch.device,
     ) -> Iterator[Named]:
         """What `make` gives for 0 … count − 1, in this order: names and tensors on `device`. Each
         is made by one process."""
@@ -111,6 +114,7 @@ class _Exchange:
             tensor = self.own[place][1].detach().contiguous()
         else:
             tensor = torch.empty(size, dtype=dtype, device=self.device)
+
         if tensor.numel():
             distributed.broadcast(tensor.view(-1).view(torch.uint8), self.owner)
         return name, tensor
@@ -145,6 +149,7 @@ def several_processes() -> Iterator[Team]:
             distributed.init_process_group(kinds)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"the processes do not find each other: {error}") from error
+
     size = distributed.get_world_size()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     token = _present.set(Team(distributed.get_rank(), size, here))

@@ -35,6 +35,7 @@ def _library() -> Any:
     version = torch.version.cuda
     if version is None:
         return None
+
     try:
         library = ctypes.CDLL(f"libcublas.so.{version.split('.')[0]}")
         product = library.cublasSgemmStridedBatched
@@ -49,6 +50,7 @@ def _library() -> Any:
     library.cublasCreate_v2.argtypes = [ctypes.POINTER(pointer)]
     library.cublasSetStream_v2.argtypes = [pointer, pointer]
     library.cublasSetMathMode.argtypes = [pointer, number]
+
     return library
 
 
@@ -76,6 +78,7 @@ def _handle(device: torch.device) -> ctypes.c_void_p:
 
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     _check(library.cublasSetStream_v2(known[device.index], stream))
+
     return known[device.index]
 
 
@@ -98,6 +101,7 @@ def add_product(c: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: float
     columns = b.shape[2]
     a, turn_a, step_a = _operand(a)
     b, turn_b, step_b = _operand(b)
+
     with torch.cuda.device(c.device):
         status = _library().cublasSgemmStridedBatched(
             _handle(c.device),
@@ -119,6 +123,7 @@ def add_product(c: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: float
             c.stride(0),
             batch,
         )
+
     _check(status)
 
 
@@ -133,7 +138,11 @@ class TensorCores(TorchDispatchMode):
     """Inside, this thread's large float32 products on GPUs are TF32; all else is torch's."""
 
     def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        self,
+        function: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
     ) -> Any:
         kwargs = kwargs or {}
         if function in _COMPOSED:
@@ -168,7 +177,12 @@ def _added(multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor
 
 
 def _added_in_place(
-    given: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1
+    given: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    beta: Any = 1,
+    alpha: Any = 1,
 ) -> Tensor:
     whole, a, b = (t if t.dim() == 3 else t.unsqueeze(0) for t in (given, a, b))
     if whole.stride(2) == 1 and whole.stride(1) >= whole.shape[2]:

@@ -84,12 +84,14 @@ def quantize_directory(
     door = AutoAWQForEmbedding if embedding else AutoAWQForCausalLM
     return_freed_memory()
     team = present_team()
+
     with folder_for(output, arguments, writes=team.rank == 0) as work:
         model = door.streamed(opened, work, torch_dtype)
         report = model.quantize(model.tokenizer, quant_config, calib_data, **options)
         report.command = command
         if team.rank == 0:
             model.save_quantized(output, shard_size=shard_size)
+
         team.wait()
 
     return report

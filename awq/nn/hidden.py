@@ -68,7 +68,10 @@ class HiddenStates(Sequence[Tensor]):
     """
 
     def __init__(
-        self, tensors: Iterable[Tensor], home: torch.device, room: Room | None = None
+        self,
+        tensors: Iterable[Tensor],
+        home: torch.device,
+        room: Room | None = None,
     ) -> None:
         self.home, self.room = home, room
         self._kept: list[Tensor | _Filed] = []

@@ -85,7 +85,11 @@ class BlockInputs:
         return self.calls[batch][index].to(device, torch.float32)
 
     def advance(
-        self, block: nn.Module, index: int, device: torch.device, team: Team = ALONE
+        self,
+        block: nn.Module,
+        index: int,
+        device: torch.device,
+        team: Team = ALONE,
     ) -> None:
         """Replaces the hidden states by what the block makes of them. team: divides the batches."""
 
@@ -197,10 +201,12 @@ class BlockWalk:
         they are now."""
         lists = self.lists[number:]
         many, single = self._probes
+
         calibration = None
         if self._inputs is not None:
             room = None if self.store is None else self.store.room
             calibration = _record(self.model, lists, self._inputs, room)
+
         try:
             probe = _record(self.model, lists, [many])
         except ModelError:  # a tower: text does not reach it
@@ -209,6 +215,7 @@ class BlockWalk:
                 _record(self.model, lists, [self._whole]),
                 _nothing(),
             )
+
         return calibration, probe, self._record_single(lists, single)
 
     def _record_single(self, lists: Sequence[BlockList], single: ModelInputs) -> BlockInputs:
@@ -232,6 +239,7 @@ class BlockWalk:
             passed += len(blocks)
             if first == len(blocks):
                 continue
+
             if number > 0:
                 self._inputs_of_list = self._record(number)
             if first > 0:
@@ -271,6 +279,7 @@ def probe_inputs(
     """
     if "input_ids" not in inputs[0]:
         return _decoder_probes(inputs[0])
+
     real = [(item["input_ids"], _real_tokens(item, placeholders)) for item in inputs]
     ids, mask = max(real, key=lambda pair: int(pair[1].sum(1).max()))
     longest_first = mask.sum(1).argsort(descending=True, stable=True)
@@ -286,6 +295,7 @@ def probe_inputs(
         0, len(tokens) - 1, min(ONE_TOKEN_ROWS, len(tokens)), dtype=torch.float32
     ).long()
     single = tokens[spread.to(tokens.device)].unsqueeze(1)
+
     return _without_padding(many), _without_padding(single)
 
 
@@ -341,14 +351,17 @@ def _record(
     else:
         recorded = record_block_calls(model, lists, items)
         calls, hidden = recorded.calls[0], recorded.hidden[0]
+
     masks, encoder_masks = [], []
     for item, entering in zip(items, hidden):
         mask, decoder_mask = item.get("attention_mask"), item.get("decoder_attention_mask")
         in_decoder = decoder_mask is not None and decoder_mask.shape == entering.shape[:2]
         if in_decoder and mask is not None:
             in_decoder = mask.shape != entering.shape[:2]
+
         masks.append(_mask(decoder_mask if in_decoder else mask))
         encoder_masks.append(_mask(mask) if in_decoder else None)
+
     return BlockInputs(calls, HiddenStates(hidden, home, room), masks, encoder_masks)
 
 
@@ -365,6 +378,7 @@ def in_float32(block: nn.Module, device: torch.device) -> Iterator[dict[str, tor
     dtypes = {name: tensor.dtype for name, tensor in _tensors(block)}
     if home != device:
         release_cached(device)
+
     block.to(device)  # in its own dtype, which is half as much to move
     block.to(torch.float32)
     try:

@@ -133,10 +133,12 @@ class BlockQuantizer:
         routed_tokens: dict[str, list[Tensor]] = {name: [] for name in layers}
         team = present_team()
         sorted_rows = any(isinstance(module, SortedProducts) for module in self.block.modules())
+
         if team.size > 1 and not routed and not sorted_rows:
             statistics = self._divided_statistics(shared, team)
         else:
             statistics = self._own_statistics(shared, routed, routed_tokens)
+
         for found in statistics.values():
             found.complete()
 
@@ -169,7 +171,10 @@ class BlockQuantizer:
         self.statistics = statistics
 
     def _own_statistics(
-        self, shared: list[str], routed: list[str], routed_tokens: dict[str, list[Tensor]]
+        self,
+        shared: list[str],
+        routed: list[str],
+        routed_tokens: dict[str, list[Tensor]],
     ) -> dict[str, InputStatistics]:
         """Of the linears `shared` and `routed`, summed while the block runs."""
         holder = MaskHolder()
@@ -200,6 +205,7 @@ class BlockQuantizer:
                 if name not in statistics:
                     statistics[name] = InputStatistics(x.shape[-1], x.device, team)
                 statistics[name].add(x, holder.of(x), holder.weight)
+
         return statistics
 
     def _batches(self, holder: MaskHolder) -> Iterator[int]:
@@ -332,6 +338,7 @@ class BlockQuantizer:
             full_name = f"{self.visit.name}.{result.name}"
             dtype = self.visit.dtypes[f"{result.name}.weight"]
             self.run.install(self.block, result.name, full_name, result.weight, dtype)
+
             if self.run.options.tuning:
                 self.run.weights[full_name] = result.weight
                 if result.lean is not None:
@@ -395,12 +402,14 @@ def input_error(
     def pair(index: int) -> Named:
         if index in unused:
             return []
+
         call, hidden = visit.call(index)
         now = inputs_of(block, names, partial(call.run, block, hidden))
         before = original.of(names, index)
         both = [("now", now[name]), ("before", before[name])]
         if stream is None:
             return both
+
         lack = stream_error(now[stream.reader], before[stream.reader], stream.factor)
         return [*both, ("missing", lack)]
 
@@ -408,10 +417,12 @@ def input_error(
     for index, (tensors, *masks) in enumerate(zip(pairs, visit.masks(), visit.encoder_masks())):
         if index in unused:
             continue
+
         inputs = dict(tensors)
         mask = fitting_mask(inputs["now"], *masks)
         weight = 1.0 if weights is None else weights[index]
         found.add_pair(inputs["now"], inputs["before"], mask, inputs.get("missing"), weight)
+
     found.complete()
 
     found.shrink_to_diagonal()

@@ -105,11 +105,14 @@ def statistics_name(block: nn.Module, group: InputGroup) -> str:
 
     owner, _ = expert_of(block, group.consumers[0]) or ("", 0)
     alone = len({expert_of(block, name) for name in group.consumers}) == 1
+
     return group.consumers[0] if alone else owner
 
 
 def rounding_parts(
-    block: nn.Module, groups: Sequence[InputGroup], chosen: Collection[str]
+    block: nn.Module,
+    groups: Sequence[InputGroup],
+    chosen: Collection[str],
 ) -> list[RoundingPart]:
     """The groups, split into what is in no expert and what is in each. chosen: names of the block's
     linears to quantize."""
@@ -240,7 +243,10 @@ def complete_experts(
 
 
 def _borrow_inner(
-    experts: ExpertLinears, number: int, found: RoutedStatistics, hidden: list[Tensor]
+    experts: ExpertLinears,
+    number: int,
+    found: RoutedStatistics,
+    hidden: list[Tensor],
 ) -> int:
     """For the second product: its expert runs on as many of the layer's tokens as are lacking."""
     if found.wanted <= 0:
@@ -255,6 +261,7 @@ def _borrow_inner(
         rows = x[::step]
         first = up(rows) if gate is None else experts.shape.join(gate(rows), up(rows), -1)
         seen.add(experts.activate(first), None)
+
     seen.complete()
 
     return found.borrow(seen)

@@ -108,6 +108,7 @@ def reserve(run: QuantizeRun, output: Path | None) -> Forecast:
     if output is not None:
         check_disk(output, fitting.disk)
         run.store.room = Room(fitting.activations, output)
+
     return fitting
 
 

@@ -140,6 +140,7 @@ def quantize_group(
         found = quantize_rows(target, gram, size, config, options, factor)
         shift = (stacked[part] - found.weight.dequantize()) @ statistics.mean
         lean = [packed_lean(lean_of(target, gram, found.weight))] if options.tuning else []
+
         return *found.weight[:3], *found[1:], shift, *lean
 
     found = present_team().rows(_row_chunks(stacked), quantized, stacked.device)
@@ -169,6 +170,7 @@ def quantize_group(
     for lean in leans:  # there is none without tuning
         for result, own in zip(results, lean.split(lengths)):
             result.lean = own
+
     for result in results:
         result.report.seconds = (time.perf_counter() - start) / len(results)
     return results
@@ -199,7 +201,10 @@ def _have_bias(block: nn.Module, names: list[str]) -> bool:
 
 
 def _judging_gram(
-    block: nn.Module, names: list[str], statistics: InputStatistics, options: QuantizeOptions
+    block: nn.Module,
+    names: list[str],
+    statistics: InputStatistics,
+    options: QuantizeOptions,
 ) -> Tensor:
     """The Gram matrix that judges these linears: the centred one when all have a bias that takes
     the mean of the error."""
@@ -271,6 +276,7 @@ def _better_rows(
     codes, scales, zeros = (
         torch.where(better.unsqueeze(-1), a, b) for a, b in zip(new[:3], old.weight[:3])
     )
+
     return QuantizedRows(
         weight=QuantizedWeight(codes, scales, zeros, new.bits),
         loss=torch.where(better, loss, old.loss),

@@ -199,7 +199,10 @@ class OriginalInputs:
 
 
 def _inputs_and_output(
-    block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor
+    block: nn.Module,
+    names: Sequence[str],
+    call: BlockCall,
+    hidden: Tensor,
 ) -> tuple[dict[str, Tensor], Tensor, bool]:
     """(inputs of the named linears, output of the block, whether the inputs are still what they
     were when they were read)."""
@@ -212,6 +215,7 @@ def _inputs_and_output(
     with hooked(block, dict.fromkeys(names), before=note):
         output = call.run(block, hidden)
     unchanged = all(inputs[name]._version == version for name, version in versions.items())
+
     return inputs, output, unchanged
 
 

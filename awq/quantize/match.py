@@ -83,6 +83,7 @@ class OutputMatch:
         self.training = [i for i in range(len(batches)) if i not in held_out]
         self.judging = sorted(held_out) or self.training
         self.epochs = [list(self.training) for _ in range(max(1, epochs))]
+
         with torch.no_grad(), float32_on_cpu(model):
             self.targets = [self._hidden(batch) for batch in self.batches]
             generator = torch.Generator(device=device).manual_seed(seed)
@@ -98,6 +99,7 @@ class OutputMatch:
             batch = self.batches[index]
             if batch.extra or batch.decoder:
                 continue
+
             logits = self._logits(batch, self.targets[index])
             again = batch._replace(input_ids=retold(batch, logits, RETOLD_SHARE, generator))
             found.append(len(self.batches))
@@ -140,6 +142,7 @@ class OutputMatch:
         device = batch.input_ids.device.type
         with torch.autocast(device, torch.bfloat16, enabled=training and device == "cuda"):
             hidden = self._hidden(batch)
+
         hidden = hidden.to(target.dtype)
         mask = batch.attention_mask.bool()
         if self.embed is not None:
@@ -172,6 +175,7 @@ class OutputMatch:
         with torch.no_grad():
             wanted = of_tokens(target)
         found = of_tokens(hidden)
+
         return F.kl_div(found, wanted, log_target=True, reduction="sum")
 
     @torch.no_grad()
@@ -193,7 +197,10 @@ def _relative_error(hidden: Tensor, target: Tensor) -> Tensor:
 
 
 def retold(
-    batch: CalibrationBatch, logits: Tensor, share: float, generator: torch.Generator
+    batch: CalibrationBatch,
+    logits: Tensor,
+    share: float,
+    generator: torch.Generator,
 ) -> Tensor:
     """The rows' ids [batch, tokens] with about `share` of them drawn anew, each from what the model
     expects there after the row's own beginning.
@@ -206,11 +213,13 @@ def retold(
     swap[:, 0] = False
     swap &= batch.attention_mask.bool()
     found = ids.clone()
+
     for row, (old, chosen) in enumerate(zip(logits, swap)):
         places = chosen.nonzero().flatten()
         odds = F.softmax(old[places - 1].float(), -1)
         if len(places):
             found[row, places] = torch.multinomial(odds, 1, generator=generator).flatten()
+
     return found
 
 
@@ -223,6 +232,7 @@ def micro_batches(
     if device.type != "cpu":
         tokens = sum(batch.input_ids.numel() for batch in batches)
         most = min(max(most, tokens // _ENOUGH), _GPU_STEP_TOKENS)
+
     for batch in batches:
         if any(len(tensor) != len(batch.input_ids) for tensor in batch.extra.values()):
             pieces.append(batch)  # patches of images: no telling whose they are
@@ -233,6 +243,7 @@ def micro_batches(
             piece = CalibrationBatch(*map_tensors(tuple(batch), lambda t: t[start : start + rows]))
             if bool(piece.attention_mask.any()):
                 pieces.append(piece)
+
     return pieces
 
 

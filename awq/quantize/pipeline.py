@@ -74,6 +74,7 @@ def quantize_model(
         if store is not None:
             planned = reserve(run, store.folder)
             run.report.resources["planned"] = _resources(planned.ram, planned.gpu, planned.seconds)
+
         with moved_to(model, run.device if options.tuning else device_of(model)):
             with run.phase("inputs"):
                 match = run.output_match(embed)
@@ -98,6 +99,7 @@ def quantize_model(
     run.report.seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else 0
     run.report.resources["measured"] = _resources(peak_resident_memory(), peak, run.report.seconds)
+
     return run.report
 
 

@@ -187,7 +187,9 @@ def fitting_mask(x: Tensor, mask: Tensor | None, encoder: Tensor | None) -> Tens
 
 @contextmanager
 def collect_inputs(
-    block: nn.Module, names: Iterable[str], holder: MaskHolder
+    block: nn.Module,
+    names: Iterable[str],
+    holder: MaskHolder,
 ) -> Iterator[dict[str, InputStatistics]]:
     """While open, every forward of `block` adds the inputs of the named linears to the yielded
     statistics."""

@@ -96,6 +96,7 @@ def tune_weights(
 
     moved = sum(int((found[n].codes != w.codes).sum()) for n, w in weights.items())
     report.codes_moved = moved / max(1, sum(w.codes.numel() for w in weights.values()))
+
     return found, report
 
 
@@ -105,6 +106,7 @@ def _train(training: _Training, match: OutputMatch, progress: bool | None) -> Tu
     before = best_loss = match.mean_distance(match.judging)
     best, best_epoch = training.state(), 0
     lines = ProgressLines("tuning step", training.steps)
+
     with tqdm(
         total=training.steps,
         desc="AWQ tuning",
@@ -124,6 +126,7 @@ def _train(training: _Training, match: OutputMatch, progress: bool | None) -> Tu
 
             training.go_back(best)
             training.slower()
+
     if best_epoch == 0:
         training.give_up()
     return TuningReport(match.kind, epochs, best_epoch, before, best_loss)
@@ -143,10 +146,12 @@ def _tuned_linears(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if not pace.codes or sum(w.codes.numel() for w in weights.values()) > MOST_CODES:
         leans = {}
+
     found = {}
     for name, weight in weights.items():
         bias = getattr(model.get_submodule(name), "bias", None)
         found[name] = TunedLinear(weight, bias, device, dtype, leans.get(name))
+
     return found
 
 
@@ -173,6 +178,7 @@ class _Training:
         self._parts: list[TunedLinear | Vectors] = [*self._linears, self._vectors]
         for vector in self._vectors.given:
             vector.requires_grad_(True)
+
         self._optimizer = torch.optim.Adam(self._groups(), betas=(0.9, 0.99))
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -186,6 +192,7 @@ class _Training:
             groups.append({"params": places, "rate": self._pace.codes})
         for copy, size in zip(self._vectors.copies, self._vectors.sizes()):
             groups.append({"params": [copy], "rate": size * self._pace.vectors})
+
         return groups
 
     def _batches(self, epoch: int) -> list[int]:
@@ -206,11 +213,13 @@ class _Training:
             rise = min(1.0, (self.done + 1) / self._warm_up)
             for group in self._optimizer.param_groups:
                 group["lr"] = self._share * rise * fall * group["rate"]
+
             chosen = order[start : start + together]
             for choice in chosen:
                 self._add_gradient(batches[choice], 1 / len(chosen))
             for part in self._parts:
                 part.pass_on()
+
             self._optimizer.step()
             self._optimizer.zero_grad()
             self._write()
@@ -265,6 +274,7 @@ def _tuning(model: nn.Module, tuned: dict[str, TunedLinear]) -> Iterator[None]:
         parameter.requires_grad_(False)
     for name, linear in tuned.items():
         replace_module(model, name, linear)
+
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         # On a GPU only the plain attention has a gradient that is the same twice: flash attention's

@@ -80,6 +80,7 @@ class StaticDecoder:
         self.greedy_graph: GreedyGraph | None = None
         self.places: Places | None = None  # what the graphs read
         self.cache: Any = None
+
         # (module, attribute, its tensor): states that are not in the cache
         self.own_states: list[tuple[Any, str, Tensor]] = []
         self.mask: Any = None
@@ -193,6 +194,7 @@ class StaticDecoder:
                 self.graph = self.greedy_graph = None
                 self.places = Places(self.model)
             graph = make()
+
         for state, value in zip(self.states(), kept, strict=True):
             state.copy_(value)  # the step ran before it was captured
         return graph
@@ -226,6 +228,7 @@ class StaticDecoder:
         for module, name, state in self.own_states:
             state.copy_(getattr(module, name))
             setattr(module, name, state)
+
         return logits
 
     def _run(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ class Emitter:
         for argument in function.args:
             is_pointer = argument.type == PTR
             found.append(Pointer(b, argument, I64) if is_pointer else Value(b, argument))
+
         return b, found
 
     @classmethod
