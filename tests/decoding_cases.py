@@ -161,6 +161,16 @@ ROUTERS = {
     "several programs, sum of parts": (3, 100, 16, 4, 3, 256, {"normalized": False}),
     "corrected sigmoid": (2, 100, 60, 6, 0, 512, {"sigmoid": True, "factor": 2.5}),
     "many rows": (40, 64, 128, 8, 8, 512, {}),
+    "best groups": (3, 64, 32, 4, 1, 512, {"groups": 8, "kept": 3, "normalized": False}),
+    "groups of an odd size, two best": (
+        2,
+        64,
+        36,
+        4,
+        0,
+        1 << 16,
+        {"groups": 6, "kept": 2, "group_best": 2, "sigmoid": True},
+    ),
 }
 
 

@@ -1,19 +1,29 @@
 """How a mixture chooses its experts, read off one run of it; and what is not read."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from awq.backends import operator
 from awq.core.weight import round_to_nearest
 from awq.generate.read.router import read_mixture
+from awq.generate.run.block import FusedMixture
+from awq.kernels.reference.decode import add_norm
 from awq.kernels.reference.mixture import route
+from awq.kernels.specs import Norm
+from awq.models.base import BaseAWQForCausalLM
 from awq.nn.expose import expose_experts
 from awq.nn.linear import WQLinear
 from awq.nn.packed_experts import pack_experts
-from awq.nn.surgery import replace_module
+from awq.nn.surgery import get_weight, named_linears, replace_module
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from tiny_kinds import all_kinds, build
 
 EXPERTS, TOP, WIDTH, INNER = 8, 3, 32, 16
 
@@ -37,19 +47,36 @@ class Experts(nn.Module):
 class Block(nn.Module):
     """A mixture whose router is written as models write theirs."""
 
-    def __init__(self, choose, activation=F.silu, shared=False):
+    def __init__(self, choose, activation=F.silu, shared=None, gated=False):
         super().__init__()
         self.router = nn.Linear(WIDTH, EXPERTS, bias=True)
         self.decoy = nn.Parameter(torch.randn(EXPERTS, WIDTH))
         self.register_buffer("correction", torch.randn(EXPERTS) / 4)
         self.experts, self.choose = Experts(activation), choose
-        self.shared = nn.Linear(WIDTH, WIDTH) if shared else None
+        self.shared = shared
+        self.shared_gate = nn.Linear(WIDTH, 1, bias=False) if gated else None
 
     def forward(self, x):
         rows = x.view(-1, x.shape[-1])
         index, weights = self.choose(self, F.linear(rows, self.router.weight), rows)
         y = self.experts(rows, index, weights)
-        return (y if self.shared is None else y + self.shared(rows)).view(x.shape)
+        if self.shared is not None:
+            more = self.shared(rows)
+            if self.shared_gate is not None:
+                more = self.shared_gate(rows).sigmoid() * more
+            y = y + more
+        return y.view(x.shape)
+
+
+class Mlp(nn.Module):
+    def __init__(self, activation=None):
+        super().__init__()
+        self.gate, self.up = (nn.Linear(WIDTH, INNER, bias=False) for _ in range(2))
+        self.down = nn.Linear(INNER, WIDTH, bias=False)
+        self.act = nn.SiLU() if activation is None else activation
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
 
 
 def mixtral(block, logits, rows):
@@ -78,6 +105,26 @@ def deepseek(block, logits, rows):
     return index, 2.5 * weights / (weights.sum(-1, keepdim=True) + 1e-20)
 
 
+def of_groups(scores, kept, best):
+    """DeepSeek's way to leave out all groups of two but the best."""
+    grouped = scores.view(len(scores), -1, 2)
+    places = grouped.topk(best, -1).values.sum(-1).topk(kept, -1).indices
+    mask = torch.zeros(grouped.shape[:2]).scatter_(1, places, 1).unsqueeze(-1).expand_as(grouped)
+    return scores.masked_fill(mask.reshape(scores.shape) == 0, -torch.inf)
+
+
+def deepseek_v2_in_groups(block, logits, rows):
+    score = logits.softmax(-1)
+    return tuple(reversed(of_groups(score, 2, 1).topk(TOP)))
+
+
+def deepseek_v3_in_groups(block, logits, rows):
+    score = logits.sigmoid()
+    index = of_groups(score + block.correction, 2, 2).topk(TOP, sorted=False).indices
+    weights = score.gather(1, index)
+    return index, 2.5 * weights / (weights.sum(-1, keepdim=True) + 1e-20)
+
+
 def drawn(block, logits, rows):
     return mixtral(block, logits.tanh(), rows)
 
@@ -101,7 +148,12 @@ WAYS = {
     as_they_are: dict(normalized=False),
     biased: dict(bias="mlp.router.bias"),
     deepseek: dict(sigmoid=True, correction="mlp.correction"),
+    deepseek_v2_in_groups: dict(normalized=False, groups=4, kept=2),
+    deepseek_v3_in_groups: dict(
+        sigmoid=True, correction="mlp.correction", groups=4, kept=2, group_best=2
+    ),
 }
+SCALED = {deepseek, deepseek_v3_in_groups}
 
 
 @pytest.mark.parametrize("choose", WAYS)
@@ -113,8 +165,9 @@ def test_routers_are_read(choose):
     source = found.router
     assert source.weight == "mlp.router.weight" and source.top_k == TOP
     plain = replace(source, sigmoid=False, normalized=True, bias=None, correction=None)
+    plain = replace(plain, groups=1, kept=1, group_best=1)
     assert replace(plain, **WAYS[choose]) == source
-    assert abs(source.factor - (2.5 if choose is deepseek else 1.0)) < 1e-5
+    assert abs(source.factor - (2.5 if choose in SCALED else 1.0)) < 1e-5
 
     other = torch.randn(100, WIDTH)
     own = dict(block.named_parameters(prefix="mlp")) | dict(block.named_buffers(prefix="mlp"))
@@ -132,9 +185,87 @@ def test_the_activation_is_read_too():
     assert read_mixture(gelu, "mlp", torch.randn(1, 9, WIDTH)).activation == "gelu"
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@torch.no_grad()
+def test_an_mlp_that_all_tokens_share_is_read(gated):
+    block = packed_block(mixtral, shared=Mlp(), gated=gated)
+    x = torch.randn(2, 24, WIDTH)
+    found = read_mixture(block, "mlp", x)
+    assert found.shared.first.names == ("mlp.shared.gate", "mlp.shared.up")
+    assert (found.shared.last, found.shared.activation_name) == ("mlp.shared.down", "silu")
+    assert found.shared_gate == ("mlp.shared_gate" if gated else None)
+
+    holder = nn.Module()
+    holder.mlp = block
+    fused = FusedMixture(found, holder)
+    y = fused(x, *route(x.view(-1, WIDTH), fused.router)).sum(-2)
+    torch.testing.assert_close(y, block(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
-    "args, shared", [((drawn,), False), ((mixtral,), True), ((mixtral, torch.tanh), False)]
+    "args, shared",
+    [
+        ((drawn,), None),
+        ((mixtral,), nn.Linear(WIDTH, WIDTH)),
+        ((mixtral,), nn.Sequential(Mlp(), nn.Tanh())),
+        ((mixtral, torch.tanh), None),
+    ],
 )
 def test_what_is_not_known_stays_the_models_own(args, shared):
     block = packed_block(*args, shared=shared)
     assert read_mixture(block, "mlp", torch.randn(2, 24, WIDTH)) is None
+
+
+KINDS = {str(kind): kind for kind in all_kinds()}
+# (whether every MLP is a mixture, groups of experts, gated)
+MIXTURES = {
+    "qwen2_moe:causal": (True, 1, True),
+    "deepseek_v3:causal": (False, 2, False),
+    "glm4_moe:causal": (False, 1, False),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_that_share_an_mlp_decode_on_their_parts(name):
+    """The tokens of transformers, with routing, experts and the shared MLP fused."""
+    if name not in KINDS:
+        pytest.skip(f"transformers has no {name}")
+    torch.manual_seed(0)
+    model = build(KINDS[name]).float().eval()
+    expose_experts(model)
+    for place, linear in list(named_linears(model).items()):
+        weight, bias = get_weight(linear), getattr(linear, "bias", None)
+        if place.endswith(("lm_head", "gate")) or weight.shape[1] % 32:
+            continue  # routers and gates of shared experts stay dense
+        packed = round_to_nearest(weight.data, 32)
+        linear = WQLinear.from_quantized(packed, bias, dtype=torch.float32)
+        replace_module(model, place, linear)
+    pack_experts(model)
+    wrapper = BaseAWQForCausalLM(model, name)
+    wrapper.fuse_layers(40, 2)
+
+    ids = torch.randint(3, 60, (2, 9))
+    settings = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=16,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    assert torch.equal(wrapper.generate(**settings), model.generate(**settings))
+    routed = [block.mlp.routed for block in wrapper.fuse().plan.blocks]
+    found = [mixture for mixture in routed if mixture is not None]
+    every, groups, gated = MIXTURES[name]
+    assert found and (len(found) == len(routed)) == every
+    assert all(mixture.shared is not None for mixture in found)
+    assert all((mixture.shared_gate is not None) == gated for mixture in found)
+    assert {mixture.router.groups for mixture in found} == {groups}
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_every_backend_adds_up_the_parts_of_a_branch(normed):
+    x, parts = torch.randn(2, 3, 40), torch.randn(2, 3, 4, 40)
+    norm = Norm(torch.rand(40), None, 1e-6, False) if normed else None
+    found = operator("add_norm", x.device, x.dtype)(x, parts, 0.5, norm)
+    for ours, expected in zip(found, add_norm(x, parts, 0.5, norm)):
+        torch.testing.assert_close(ours, expected)

@@ -90,6 +90,9 @@ class RouterSource:
     factor: float
     bias: str | None
     correction: str | None
+    groups: int = 1
+    kept: int = 1
+    group_best: int = 1
 
     def of(self, tensors: Mapping[str, Tensor]) -> Router:
         """The router on tensors of these names; its weight is not copied."""
@@ -105,20 +108,10 @@ class RouterSource:
             self.factor,
             vector(self.bias),
             vector(self.correction),
+            self.groups,
+            self.kept,
+            self.group_best,
         )
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """A mixture that is a router and packed experts, and nothing else.
-
-    experts: their module's name in the block. activation: its name in `ACTIVATIONS`, of act(gate) ·
-    up.
-    """
-
-    experts: str
-    router: RouterSource
-    activation: str
 
 
 @dataclass(frozen=True)
@@ -141,6 +134,23 @@ class MlpPlan:
     def own_code(self) -> bool:
         """Whether a module of the model runs."""
         return self.module is not None and self.routed is None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture that is a router and packed experts, and perhaps an MLP that every token goes
+    through.
+
+    experts: their module's name in the block. activation: its name in `ACTIVATIONS`, of act(gate) ·
+    up. shared: the MLP whose output is added. shared_gate: the linear of one output whose sigmoid
+    that output is multiplied by, or None.
+    """
+
+    experts: str
+    router: RouterSource
+    activation: str
+    shared: MlpPlan | None = None
+    shared_gate: str | None = None
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,10 @@ class Router:
     highest score + correction; of equals, the one with the lower number. Each weighs factor ·
     score, with `normalized` after the chosen scores were divided by their sum.
 
+    groups: the experts lie in so many groups of neighbours, and only those of the best `kept`
+    groups may be chosen. A group is as good as the sum of its `group_best` highest score +
+    correction, one or two; of equals, the one in front.
+
     weight: [experts, features], of any float dtype. bias, correction: float32 [experts] or None.
     """
 
@@ -43,6 +47,9 @@ class Router:
     factor: float = 1.0
     bias: Tensor | None = None
     correction: Tensor | None = None
+    groups: int = 1
+    kept: int = 1
+    group_best: int = 1
 
     @property
     def experts(self) -> int:

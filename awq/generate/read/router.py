@@ -8,17 +8,20 @@ weights for random tokens is it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from awq.generate.plan import Mixture, RouterSource
+from awq.generate.plan import Mixture, MlpPlan, NotFusable, RouterSource
 from awq.generate.read.channels import same_numbers
+from awq.generate.read.dense import read_dense
+from awq.generate.read.trace import Event
 from awq.kernels.reference.decode import ACTIVATIONS
 from awq.kernels.reference.mixture import route
 from awq.nn.block_calls import hidden_of
+from awq.nn.blocks import is_product
 from awq.nn.hooks import Call, listening
 from awq.nn.packed_experts import AwqExperts
 
@@ -28,8 +31,8 @@ _TRIAL_CHANNELS = 4.0  # standard deviation of what gates are tried on
 
 @torch.no_grad()
 def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
-    """The plan of a mixture that is a router and experts and nothing else; None for any other, or
-    one whose parts are not known.
+    """The plan of a mixture that is a router, experts, and perhaps an MLP for every token; None for
+    any other, or one whose parts are not known.
 
     module: a float32 copy, called `name` in its block. x: float32 [..., features], its input.
     """
@@ -43,18 +46,28 @@ def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
         return None
 
     calls: list[Call] = []
-    with listening([experts], after=calls.append):
+    beside = _modules_beside(module, place)
+    with listening([experts, *beside], after=calls.append):
         y = hidden_of(module(x))
-    if len(calls) != 1 or len(calls[0].args) != 3:
+
+    of_experts = [call for call in calls if call.module is experts]
+    if len(of_experts) != 1 or len(of_experts[0].args) != 3:
         return None
 
-    rows, index, weights = calls[0].args
-    rows = rows.reshape(-1, rows.shape[-1])
-    if not same_numbers(rows, x) or not same_numbers(calls[0].output, y):
-        return None  # something else is added, as by shared experts
+    rows, index, weights = of_experts[0].args
+    if not same_numbers(rows, x):
+        return None
 
-    others = _tensors_beside(module, place)
-    source = _router_of(others, experts.shape.num_experts, rows, index, weights)
+    shared = gate = None
+    if not same_numbers(of_experts[0].output, y):
+        others = [call for call in calls if call.module is not experts]
+        found = _shared_of(others, beside, name, x, y.reshape(rows.shape) - of_experts[0].output)
+        if found is None:
+            return None  # something else is added
+        shared, gate = found
+
+    tensors = _tensors_beside(module, place)
+    source = _router_of(tensors, experts.shape.num_experts, rows, index, weights)
     if source is None:
         return None
 
@@ -64,8 +77,75 @@ def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
     )
     assert weight is not None
     router = replace(source, weight=weight, bias=bias, correction=correction)
+    return Mixture(f"{name}.{place}", router, activation, shared, gate)
 
-    return Mixture(f"{name}.{place}", router, activation)
+
+def _modules_beside(module: nn.Module, experts: str) -> dict[nn.Module, str]:
+    """Modules of a mixture by name, without its experts and those that hold them."""
+    return {
+        part: name
+        for name, part in module.named_modules()
+        if name and not f"{experts}.".startswith(f"{name}.") and not name.startswith(f"{experts}.")
+    }
+
+
+def _shared_of(
+    calls: Sequence[Call], names: Mapping[nn.Module, str], prefix: str, x: Tensor, added: Tensor
+) -> tuple[MlpPlan, str | None] | None:
+    """The MLP that gives what is `added` [tokens, features] to the experts' output, and the linear
+    of one output that gates it, if there is one; None for anything else."""
+    size = float(added.abs().max())
+    readers = [
+        call
+        for call in calls
+        if call.args
+        and isinstance(call.args[0], Tensor)
+        and isinstance(call.output, Tensor)
+        and same_numbers(call.args[0], x)
+    ]
+    gates = [call for call in readers if call.output.numel() == len(added)]
+    for call in readers:
+        if call.output.numel() != added.numel() or is_product(call.module):
+            continue
+
+        whole = call.output.reshape(added.shape)
+        for gate in (None, *gates):
+            found = whole
+            if gate is not None:
+                found = whole * gate.output.reshape(-1, 1).sigmoid()
+            if not torch.allclose(found, added, rtol=0, atol=_TOLERANCE * size):
+                continue
+
+            plan = _plan_of(calls, names, call, prefix)
+            if plan is None or (gate is not None and not _is_plain(gate.module)):
+                return None
+            return plan, None if gate is None else f"{prefix}.{names[gate.module]}"
+
+    return None
+
+
+def _plan_of(
+    calls: Sequence[Call], names: Mapping[nn.Module, str], mlp: Call, prefix: str
+) -> MlpPlan | None:
+    """The plan of the MLP that was called so, or None where it is none that is known."""
+    events = [
+        Event(f"{prefix}.{names[call.module]}", call.module, call.args[0], call.output)
+        for call in calls
+        if names[call.module].startswith(f"{names[mlp.module]}.")
+        and (is_product(call.module) or not any(True for _ in call.module.children()))
+    ]
+    try:
+        found = read_dense(events)
+    except NotFusable:
+        return None
+    whole = same_numbers(found.x, mlp.args[0]) and same_numbers(found.y, mlp.output)
+    return found.plan if whole else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a gate is a weight of one row, in full precision and without a bias."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and bias is None
 
 
 def _activation_of(experts: AwqExperts) -> str | None:
@@ -106,7 +186,7 @@ def _router_of(
     for name, weight in tensors.items():
         if weight.shape != (count, x.shape[-1]):
             continue
-        for source in _sources(name, vectors, top):
+        for source in _sources(name, vectors, top, _groups_of(index, count)):
             found = _spread(*route(x, source.of(tensors)), count)
             factor = float((found * expected).sum() / found.square().sum().clamp(min=1e-30))
             factor = 1.0 if abs(factor - 1) < _TOLERANCE else factor
@@ -117,12 +197,37 @@ def _router_of(
     return None
 
 
-def _sources(weight: str, vectors: list[str], top_k: int) -> Iterator[RouterSource]:
+def _groups_of(index: Tensor, count: int) -> list[tuple[int, int]]:
+    """(groups, how many of them any token's experts lie in) where that is fewer than the experts of
+    a token could, for experts `index` [tokens, top_k] of `count`."""
+    found = []
+    for groups in range(2, count // 2 + 1):
+        if count % groups:
+            continue
+        hit = torch.zeros(len(index), groups, device=index.device)
+        hit.scatter_(1, index.long() // (count // groups), 1.0)
+        kept = int(hit.sum(1).max())
+        if kept < min(groups, index.shape[1]):
+            found.append((groups, kept))
+
+    return found
+
+
+def _sources(
+    weight: str, vectors: list[str], top_k: int, groups: Sequence[tuple[int, int]]
+) -> Iterator[RouterSource]:
     """Every way to route by one weight, the plainest first."""
     plain = RouterSource(weight, top_k, False, True, 1.0, None, None)
     biased = [replace(plain, bias=name) for name in vectors]
     corrected = [replace(plain, correction=name) for name in vectors]
-    for source in [plain, *biased, *corrected]:
+    ways = [plain, *biased, *corrected]
+    limited = [
+        replace(way, groups=count, kept=kept, group_best=best)
+        for count, kept in groups
+        for best in (1, 2)
+        for way in ways
+    ]
+    for source in [*ways, *limited]:
         for sigmoid in (False, True):
             scored = replace(source, sigmoid=sigmoid)
             yield scored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from awq.generate.plan import BlockPlan, Mixture, MlpPlan, Source
@@ -32,7 +33,7 @@ class FusedBlock(nn.Module):
 
         self.mlp = None if plan.mlp is None else FusedMlp(plan.mlp, block, merge)
         routed = None if plan.mlp is None else plan.mlp.routed
-        self.mixture = None if routed is None else FusedMixture(routed, block)
+        self.mixture = None if routed is None else FusedMixture(routed, block, merge)
 
     def forward(
         self, x: Tensor, branch: Tensor | None, cache: LayerCache, where: Prompt | Step
@@ -99,18 +100,29 @@ class FusedBlock(nn.Module):
 
 
 class FusedMixture(nn.Module):
-    """Runs the experts of a `Mixture` of a transformers block; `router` chooses among them."""
+    """Runs the experts of a `Mixture` of a transformers block, among which `router` chooses, and
+    the MLP that all tokens share."""
 
-    def __init__(self, plan: Mixture, block: nn.Module) -> None:
+    def __init__(self, plan: Mixture, block: nn.Module, merge: bool = False) -> None:
         super().__init__()
         own = {**dict(block.named_parameters()), **dict(block.named_buffers())}
         self.router = plan.router.of(own)
         self.experts = block.get_submodule(plan.experts)
         self.activation = plan.activation
+        self.shared = None if plan.shared is None else FusedMlp(plan.shared, block, merge)
+        gate = plan.shared_gate
+        self.shared_gate = None if gate is None else block.get_submodule(gate)
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[batch, tokens, parts, features] for x [batch, tokens, features]."""
-        return ops.expert_parts(x, self.experts, index, weights, self.activation)  # type: ignore[arg-type]
+        parts = ops.expert_parts(x, self.experts, index, weights, self.activation)  # type: ignore[arg-type]
+        if self.shared is None:
+            return parts
+
+        y = self.shared(x)
+        if self.shared_gate is not None:
+            y = y * self.shared_gate(x).sigmoid()
+        return torch.cat([parts, y.unsqueeze(-2)], -2)
 
 
 class FusedMlp(nn.Module):

@@ -28,6 +28,8 @@ def add_norm(
     x: Tensor, branch: Tensor | None, factor: float, norm: Norm | None
 ) -> tuple[Tensor, Tensor]:
     """See `awq.kernels.reference.decode.add_norm`."""
+    if branch is not None and branch.dim() > x.dim():
+        branch = reference.summed(branch)
     if norm is None:
         total = x if branch is None else x + (branch if factor == 1.0 else factor * branch)
         return total, total

@@ -9,6 +9,7 @@ them to the residual stream. How many parts there are is the backend's choice.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,12 +24,24 @@ def route(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     logits = F.linear(x.float(), router.weight.float(), router.bias)
     score = logits.sigmoid() if router.sigmoid else logits.softmax(-1)
     choice = score if router.correction is None else score + router.correction
+    if router.groups > 1:
+        choice = _of_the_best_groups(choice, router)
     index = choice.topk(router.top_k, -1).indices
     weights = score.gather(-1, index)
     if router.normalized:
         weights = weights / weights.sum(-1, keepdim=True)
 
     return index.int(), weights * router.factor
+
+
+def _of_the_best_groups(choice: Tensor, router: Router) -> Tensor:
+    """choice [tokens, experts], −∞ for experts whose group is not among the best."""
+    grouped = choice.unflatten(-1, (router.groups, -1))
+    best = grouped.topk(router.group_best, -1).values.sum(-1)
+    kept = best.topk(router.kept, -1).indices
+    inside = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, kept, True)
+
+    return grouped.masked_fill(~inside.unsqueeze(-1), -torch.inf).flatten(-2)
 
 
 def add_norm_route(

@@ -21,6 +21,30 @@ from awq.kernels.triton.decoding import normalized, residual_sum
 
 
 @triton.jit
+def _of_the_best_groups(
+    choice, e, E: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr
+):
+    """choice of experts e, −∞ for those whose group is not among the KEPT best. A group is ranked
+    like an expert, by its BEST highest, one or two."""
+    SIZE: tl.constexpr = E // GROUPS
+    group = e // SIZE
+    same = group[:, None] == group[None, :]
+    one = tl.max(tl.where(same, choice[:, None], -float("inf")), 0)
+    score = one
+    if BEST == 2:
+        at_top = same & (choice[:, None] == one[None, :])
+        below = tl.where(same & (choice[:, None] < one[None, :]), choice[:, None], -float("inf"))
+        several = tl.sum(at_top.to(tl.int32), 0) > 1
+        score = one + tl.where(several, one, tl.max(below, 0))
+    # one expert stands for each group, among the others along the first axis
+    first = (e % SIZE == 0) & (e < E)
+    above = score[:, None] > score[None, :]
+    before = above | ((score[:, None] == score[None, :]) & (group[:, None] < group[None, :]))
+    rank = tl.sum((first[:, None] & before).to(tl.int32), 0)
+    return tl.where(rank < KEPT, choice, -float("inf"))
+
+
+@triton.jit
 def _choose(
     logits,
     e,
@@ -34,6 +58,9 @@ def _choose(
     SIGMOID: tl.constexpr,
     NORMALIZED: tl.constexpr,
     CORRECTED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    BEST: tl.constexpr,
 ):
     """Stores the TOP experts of a row and their weights, the best first. logits float32 of experts
     e = 0 …, a power of two of them."""
@@ -49,6 +76,8 @@ def _choose(
     if CORRECTED:
         choice += tl.load(correction + e, mask=known, other=0.0)
     choice = tl.where(known & (choice == choice), choice, -float("inf"))
+    if GROUPS > 1:
+        choice = _of_the_best_groups(choice, e, E, GROUPS, KEPT, BEST)
 
     # the others along the first axis, which threads hold, so that few of them have to meet
     above = choice[:, None] > choice[None, :]
@@ -75,6 +104,9 @@ def choose_kernel(
     SIGMOID: tl.constexpr,
     NORMALIZED: tl.constexpr,
     CORRECTED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    BEST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """index int32 and weights float32 [rows, TOP] of logits float32 [rows, E]. EP: a power of two
@@ -87,7 +119,21 @@ def choose_kernel(
 
     found = tl.load(logits + row * E + e, mask=e < E, other=0.0)
     _choose(
-        found, e, correction, index, weights, row, factor, E, TOP, SIGMOID, NORMALIZED, CORRECTED
+        found,
+        e,
+        correction,
+        index,
+        weights,
+        row,
+        factor,
+        E,
+        TOP,
+        SIGMOID,
+        NORMALIZED,
+        CORRECTED,
+        GROUPS,
+        KEPT,
+        BEST,
     )
 
 
@@ -124,6 +170,9 @@ def add_norm_route_kernel(
     NORMALIZED: tl.constexpr,
     ROUTER_BIAS: tl.constexpr,
     CORRECTED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    BEST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`add_norm_kernel`, and index int32, weights float32 [rows, TOP] of its normalized rows by
@@ -179,6 +228,9 @@ def add_norm_route_kernel(
             SIGMOID,
             NORMALIZED,
             CORRECTED,
+            GROUPS,
+            KEPT,
+            BEST,
         )
     else:
         tl.store(logits + row * E + e, found, mask=e < E)
@@ -201,5 +253,8 @@ def add_norm_route_kernel(
                 SIGMOID,
                 NORMALIZED,
                 CORRECTED,
+                GROUPS,
+                KEPT,
+                BEST,
             )
             tl.store(arrived + row, 0)

@@ -36,6 +36,9 @@ def route(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
         router.sigmoid,
         router.normalized,
         router.correction is not None,
+        router.groups,
+        router.kept,
+        router.group_best,
     )
     kernel = launcher_of(routing.choose_kernel, x.device.index, (), constants, 4)
     correction = logits if router.correction is None else router.correction
@@ -112,6 +115,9 @@ def _add_norm_route(
         router.normalized,
         router.bias is not None,
         router.correction is not None,
+        router.groups,
+        router.kept,
+        router.group_best,
     )
     warps = min(16, max(4, share * block // 2048))
     dtypes = (x.dtype, router.weight.dtype)
