@@ -20,7 +20,7 @@ import torch
 from awq.formats.planar import padded
 from awq.kernels.packed import Shape
 from awq.kernels.triton.configs import GATE_INTERLEAVE, Config
-from awq.kernels.triton.held_launch import Held, blocks_of
+from awq.kernels.triton.direct_launch import Direct, _blocks
 
 TARGETS: tuple[int | str, ...] = (80, 86, 89, 90, 100, "gfx90a", "gfx942", "gfx1100")
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -158,85 +158,51 @@ def compile_experts(
     return compile_kernel(expert_kernel, target, arguments, constants, options)
 
 
-def compile_held(
-    target: int | str,
+def compile_direct(
+    target: int,
     shape: Shape,
-    form: Held,
+    form: Direct,
     dtype: torch.dtype = torch.float16,
+    kind: str = "product",
     gated: str = "",
+    top: int = 8,
 ) -> Code:
-    """The kernel that holds its weights as `held_launch.product` would compile it on `target`."""
-    from awq.kernels.triton.held import held_kernel
+    """A kernel for one token as `direct_launch` would compile it on `target`. kind: "product", of a
+    linear; "experts", gate and up with an activation, else down; "sum", down and the sum."""
+    from awq.kernels.triton import direct
 
-    nvidia, x = isinstance(target, int), _POINTERS[dtype]
-    arguments = {"x": x, "qweight": "*i16", "grid": "*i32", "bias": x, "y": x, "M": "i32"}
-    constants = {
+    x, experts = _POINTERS[dtype], shape.in_features // shape.group_size
+    blocks = _blocks(shape.in_features * (top if kind == "sum" else 1), form.warps)
+    arguments = {"x": x, "qweight": "*i16", "grid": "*i32", "bias": x}
+    constants: dict[str, Any] = {
         "N": shape.out_features,
         "K": shape.in_features,
         "GROUP": shape.group_size,
         "NP": padded(*shape[:2])[1],
-        "TP": blocks_of(shape),
-        "BM": 8,
+        "TP": blocks,
         "BN": form.bn,
         "HAS_BIAS": True,
-        "ASM": nvidia,
-        "GATED": gated,
-        "INTERLEAVE": GATE_INTERLEAVE,
+        "WARPS": form.warps,
         "PDL": starts_early(target),
     }
-    options: dict[str, Any] = {"num_warps": form.warps, "num_stages": 1}
-    return compile_kernel(held_kernel, target, arguments, constants, options)
-
-
-def compile_held_experts(
-    target: int | str,
-    shape: Shape,
-    form: Held,
-    dtype: torch.dtype = torch.float16,
-    gated: str = "",
-) -> Code:
-    """`compile_held` for experts of one token: gate and up with an activation, else down."""
-    from awq.kernels.triton.held import held_expert_kernel
-
-    nvidia, x = isinstance(target, int), _POINTERS[dtype]
-    arguments = {
-        "x": x,
-        "qweight": "*i16",
-        "grid": "*i32",
-        "bias": x,
-        "factors": "*fp32",
-        "experts": "*i32",
-        "y": x,
-        "R": "i32",
-        "E": "i32",
-    }
-    constants = {
-        "TOP": 8 if gated else 1,
-        "N": shape.out_features,
-        "K": shape.in_features,
-        "GROUP": shape.group_size,
-        "GROUPS": shape.in_features // shape.group_size,
-        "NP": padded(*shape[:2])[1],
-        "TP": blocks_of(shape),
-        "BM": 8,
-        "BN": form.bn,
-        "HAS_BIAS": False,
-        "HAS_FACTORS": not gated,
-        "GATED": gated,
-        "ALTERNATING": False,
-        "INTERLEAVE": GATE_INTERLEAVE,
-        "BEFORE": not gated,
-        "ASM": nvidia,
-        "PDL": starts_early(target),
-    }
-    options: dict[str, Any] = {"num_warps": form.warps, "num_stages": 1}
-    return compile_kernel(
-        held_expert_kernel,
-        target,
-        arguments,
-        constants,
-        options,
-    )
+    if kind == "product":
+        kernel = direct.direct_kernel
+        arguments |= {"y": x}
+        constants |= {"GATED": gated, "RUN": GATE_INTERLEAVE}
+    else:
+        arguments |= {"factors": "*fp32", "experts": "*i32", "y": x}
+        constants |= {"GROUPS": experts, "BEFORE": not gated}
+        if kind == "sum":
+            kernel = direct.direct_expert_sum_kernel
+            arguments |= {"E": "i32"}
+            constants |= {"TOP": top}
+        else:
+            kernel = direct.direct_expert_kernel
+            arguments |= {"R": "i32", "E": "i32"}
+            constants |= {"TOP": top if gated else 1, "HAS_FACTORS": not gated}
+            constants |= {"GATED": gated, "RUN": 0}
+    in_order = {name: constants[name] for name in kernel.arg_names if name in constants}
+    return compile_kernel(kernel, target, arguments, in_order, form.options())
 
 
 def compile_route(target: int | str, experts: int, bm: int) -> Code:
@@ -280,6 +246,7 @@ def compile_kernel(
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     if isinstance(target, int):
         gpu = GPUTarget("cuda", target, 32)
@@ -294,7 +261,7 @@ def compile_kernel(
         for i, kind in enumerate(arguments.values())
         if kind.startswith("*") or kind.endswith(" 16")
     }
-    source = ASTSource(
+    source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},

@@ -13,6 +13,7 @@ import torch
 from kernel_weights import TOLERANCE, pack, product_error, random_weight
 
 from awq.kernels import moe_linear, stack_experts
+from awq.kernels.reference.decode import ACTIVATIONS
 from awq.nn.layout import prepare
 from awq.nn.linear import WQLinear
 
@@ -247,3 +248,96 @@ def routed_sum(x, dense, chosen, weights, bias):
     if bias is not None:
         y = y + bias[chosen].double()
     return (y * weights.double().unsqueeze(-1)).sum(1)
+
+
+def stacked(out_features, in_features, group, count, seed):
+    """(a stack of different weights for a GPU, their dense values [count, out, in])."""
+    weights = [
+        random_weight(in_features, out_features, group, seed + i, "cuda") for i in range(count)
+    ]
+    packed = [pack(weight) for weight in weights]
+    dense = torch.stack([weight.dequantize(torch.float64) for weight in weights])
+    return stack_experts(packed), dense
+
+
+# outputs, inputs, group, bias, activation: whole blocks, seven of them, tails, a whole row
+ONE_TOKEN = [
+    (5120, 2048, 128, False, ""),
+    (2048, 4096, 128, True, ""),
+    (1152, 896, 128, False, "silu"),
+    (72, 136, 136, True, ""),
+    (200, 1536, 256, True, "gelu"),
+]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("n, k, group, biased, name", ONE_TOKEN)
+def test_one_token_on_weights_that_are_held(n, k, group, biased, name, dtype):
+    from awq.kernels.triton import direct_launch
+    from awq.kernels.triton.configs import GATE_INTERLEAVE
+
+    if direct_launch.kernels() is None:
+        return  # a Triton before 3.6; the products in steps serve
+    weight = random_weight(k, n, group, n + k, "cuda")
+    packed, dense = pack(weight), weight.dequantize(torch.float64)
+    bias = torch.randn(n, device="cuda").to(dtype) if biased else None
+    x = torch.randn(1, k, device="cuda").to(dtype)
+    expected = x.double() @ dense.t() + (0 if bias is None else bias.double())
+    if name:
+        in_turn = expected.to(dtype).double().view(-1, 2, GATE_INTERLEAVE)[: n // 32]
+        gate, up = in_turn[:, 0], in_turn[:, 1]
+        activated = ACTIVATIONS[name](gate).to(dtype).double()
+        expected = (activated * up).reshape(1, -1)
+    for warps in (2, 4, 8):
+        form = direct_launch.Direct(16, warps)
+        y = direct_launch.product(x, packed, bias, form, name)
+        assert torch.equal(y, direct_launch.product(x, packed, bias, form, name))
+        error = (y[:, : expected.shape[1]].double() - expected).norm() / expected.norm()
+        assert error < 3 * TOLERANCE[dtype], (warps, error)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("alternating", [False, True])
+@pytest.mark.parametrize("hidden, inner, group", [(2048, 768, 128), (384, 256, 128)])
+def test_the_experts_of_one_token(hidden, inner, group, alternating, dtype):
+    """Parts and their sum, with biases; an expert that there is not is NaN."""
+    from awq.kernels.triton import direct_launch
+    from awq.kernels.triton.direct_launch import Direct
+
+    if direct_launch.kernels() is None:
+        return
+    first, dense_first = stacked(2 * inner, hidden, group, 5, 1)
+    second, dense_second = stacked(hidden, inner, group, 5, 7)
+    biases = [torch.randn(5, n, device="cuda").to(dtype) for n in (2 * inner, hidden)]
+    index = torch.tensor([[4, 0, 2]], dtype=torch.int32, device="cuda")
+    weights = torch.rand(1, 3, device="cuda")
+    x = torch.randn(1, hidden, device="cuda").to(dtype)
+    expected = []
+    for expert, weight in zip(index[0].tolist(), weights[0].double()):
+        h = (x[0].double() @ dense_first[expert].t() + biases[0][expert].double()).to(dtype)
+        gate, up = (h[::2], h[1::2]) if alternating else h.chunk(2)
+        h = (ACTIVATIONS["silu"](gate.double()).to(dtype).double() * up.double()).to(dtype)
+        out = h.double() @ dense_second[expert].t() + biases[1][expert].double()
+        expected.append(weight * out)
+    expected = torch.stack(expected)
+
+    def parts(index):
+        h = direct_launch.expert_product(
+            x, first, biases[0], index, None, Direct(16, 2, 168), "silu", alternating
+        )
+        one_by_one = direct_launch.expert_product(
+            h, second, biases[1], index, weights, Direct(32, 4), chosen_before=True
+        )
+        together = direct_launch.expert_sum(
+            h, second, biases[1], index, weights, Direct(16, 8), chosen_before=True
+        )
+        return one_by_one[0], together[0, 0]
+
+    found, total = parts(index)
+    limit = 3 * TOLERANCE[dtype]
+    assert (found.double() - expected).norm() / expected.norm() < limit
+    assert (total.double() - expected.sum(0)).norm() / expected.sum(0).norm() < limit
+    index[0, 1] = 5
+    broken, total = parts(index)
+    assert broken[1].isnan().all() and torch.equal(broken[[0, 2]], found[[0, 2]])
+    assert total.isnan().all()

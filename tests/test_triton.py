@@ -13,7 +13,8 @@ import torch
 
 from awq import backends
 from awq.kernels import Shape
-from awq.kernels.triton import configs, held_launch, why_not
+from awq.kernels.triton import configs, direct_launch, why_not
+from awq.kernels.triton.direct_launch import Direct
 
 HERE = Path(__file__).parent
 
@@ -110,14 +111,54 @@ def test_products_of_one_token_compile(target, product):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_products_that_hold_their_weights_compile_without_spilling(dtype):
-    for shape in (Shape(2048, 5120, 128), Shape(4096, 2048, 128), Shape(896, 1152, 128)):
-        for gated in ("", "silu"):
-            form = held_launch.form_of(shape, gated)
-            code = offline.compile_held(90, shape, form, dtype, gated)
-            assert len(code.binary) > 1000 and code.spilled == 0
-    code = offline.compile_held_experts(90, Shape(768, 2048, 128), held_launch.EXPERT_FORM, dtype)
+@pytest.mark.parametrize(
+    "kind, shape, form, gated",
+    [
+        ("product", Shape(2048, 5120, 128), Direct(16, 4), ""),
+        ("product", Shape(4096, 2048, 128), Direct(16, 8), ""),
+        ("product", Shape(896, 1152, 896), Direct(16, 4), "silu"),
+        ("experts", Shape(2048, 1536, 128), Direct(16, 2, 168), "silu"),
+        ("experts", Shape(1408, 2048, 128), Direct(32, 4), ""),
+        ("sum", Shape(768, 2048, 128), Direct(16, 8), ""),
+    ],
+)
+def test_products_of_one_token_hold_their_weights_without_spilling(kind, shape, form, gated, dtype):
+    if form.registers and dtype == torch.bfloat16:
+        form = Direct(16, 4)  # as `expert_form_for` has it
+    code = offline.compile_direct(90, shape, form, dtype, kind, gated)
     assert len(code.binary) > 1000 and code.spilled == 0
+    # weights go from memory to the tensor cores; only inputs and sums pass through shared memory
+    assert code.shared <= 32 << 10
+
+
+def test_forms_of_one_token(monkeypatch):
+    monkeypatch.setattr(direct_launch, "architecture", lambda index: ("sm90", 132))
+    forms = (direct_launch.form_for, direct_launch.expert_form_for, direct_launch.sum_form_for)
+    for form in forms:
+        form.cache_clear()
+    try:
+        assert direct_launch.form_for(0, Shape(2048, 5120, 128), 1) == Direct(16, 4)
+        assert direct_launch.form_for(0, Shape(4096, 2048, 128), 1) == Direct(16, 8)
+        for shape, tokens in (
+            (Shape(4096, 14336, 128), 1),
+            (Shape(2048, 5120, 64), 1),
+            (Shape(2048, 5120, 128), 2),
+        ):
+            assert direct_launch.form_for(0, shape, tokens) is None
+        qwen = Shape(2048, 1536, 128), Shape(768, 2048, 128)
+        half, wide = torch.float16, torch.bfloat16
+        assert direct_launch.expert_form_for(0, qwen[0], 1, 8, True, half) == Direct(16, 2, 168)
+        assert direct_launch.expert_form_for(0, qwen[0], 1, 8, True, wide) == Direct(16, 4)
+        assert direct_launch.sum_form_for(0, qwen[1], 1, 8) == Direct(16, 8)
+        lite = Shape(2048, 2816, 128), Shape(1408, 2048, 128)
+        assert direct_launch.expert_form_for(0, lite[0], 1, 6, True, half) is None
+        assert direct_launch.sum_form_for(0, lite[1], 1, 6) is None
+        assert direct_launch.expert_form_for(0, lite[1], 1, 6, False, half) == Direct(32, 4)
+        mixtral = Shape(14336, 4096, 128)
+        assert direct_launch.sum_form_for(0, mixtral, 1, 2) is None
+    finally:
+        for form in forms:
+            form.cache_clear()
 
 
 def test_experts_of_one_token_start_no_second_wave():

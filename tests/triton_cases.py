@@ -15,9 +15,8 @@ from awq.core.weight import QuantizedWeight
 from awq.formats import get_layout
 from awq.kernels import Packed, Shape, moe, stack_experts
 from awq.kernels.reference.decode import ACTIVATIONS
-from awq.kernels.triton import decode_launch, expert_launch, held_launch, launcher, matmul_launch
+from awq.kernels.triton import decode_launch, expert_launch, launcher, matmul_launch
 from awq.kernels.triton.configs import GATE_INTERLEAVE, Config
-from awq.kernels.triton.held_launch import Held
 
 # in, out, group, tokens, dtype, bias, zero point, configuration (bm, bn, split, scale_weight,
 # warps, stages)
@@ -380,98 +379,10 @@ def mixture_error(count, hidden, inner, group, tokens, top, bias, name, alternat
     return ((runs[0].double().sum(1) - expected).norm() / expected.norm()).item()
 
 
-# as EXPERT_CASES and MIXTURE_CASES
-HELD_EXPERT_CASES = {
-    "experts, blocks no power of two": (
-        5,
-        384,
-        80,
-        128,
-        1,
-        3,
-        True,
-        True,
-        True,
-        False,
-        (8, 32, 1, False, 1, 1),
-    ),
-    "experts, own rows, whole row": (
-        4,
-        136,
-        48,
-        136,
-        1,
-        2,
-        False,
-        True,
-        False,
-        False,
-        (8, 16, 1, False, 1, 1),
-    ),
-}
-HELD_MIXTURE_CASES = {
-    "mixture, alternating": (
-        6,
-        384,
-        256,
-        128,
-        1,
-        3,
-        True,
-        "silu",
-        True,
-        (16, 32, 1, False, 1, 1),
-    ),
-    "mixture, tiles beyond": (
-        4,
-        256,
-        384,
-        128,
-        1,
-        3,
-        False,
-        "gelu",
-        False,
-        (16, 64, 1, False, 1, 1),
-    ),
-}
-
-
-def held_errors():
-    """Errors of the cases that `held` can compute, through it."""
-
-    def linear(x, packed, bias, config, gated=""):
-        return held_launch.product(x, packed, bias, Held(config.bn, 1), gated)
-
-    def experts(x, packed, bias, chosen, weights, config, few, *form, **more):
-        held = Held(config.bn, 1)
-        return held_launch.expert_product(x, packed, bias, chosen, weights, held, *form, **more)
-
-    def can(cases, inputs, group, tokens, most):
-        """Cases with few tokens; the numbers are places of sizes in them."""
-        return {
-            name: case
-            for name, case in cases.items()
-            if case[-1] is not None
-            and case[tokens] <= most
-            and held_launch.fits(Shape(case[inputs], 8, case[group]))
-        }
-
-    most = held_launch.COLUMNS
-    matmul_launch.fused, expert_launch.fused = linear, experts
-    found = {name: error(*case) for name, case in can(CASES, 0, 2, 3, most).items()}
-    found |= {name: gated_error(*case) for name, case in can(GATED_CASES, 0, 2, 3, most).items()}
-    one = can(EXPERT_CASES, 1, 3, 4, 1) | HELD_EXPERT_CASES
-    found |= {name: expert_error(*case) for name, case in one.items()}
-    found |= {name: mixture_error(*case) for name, case in HELD_MIXTURE_CASES.items()}
-    return {f"held, {name}": value for name, value in found.items()}
-
-
 if __name__ == "__main__":
     matmul_launch.MAX_DENSE_BYTES = 64 * 128 * 2  # so that small weights go in pieces
     errors = {name: error(*case) for name, case in CASES.items()}
     errors |= {name: expert_error(*case) for name, case in EXPERT_CASES.items()}
     errors |= {name: gated_error(*case) for name, case in GATED_CASES.items()}
     errors |= {name: mixture_error(*case) for name, case in MIXTURE_CASES.items()}
-    errors |= held_errors()
     json.dump(errors, sys.stdout)

@@ -55,13 +55,15 @@ def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
         return None
 
     rows, index, weights = of_experts[0].args
+    rows = rows.reshape(-1, rows.shape[-1])
+    output = of_experts[0].output.reshape(rows.shape)
     if not same_numbers(rows, x):
         return None
 
     shared = gate = None
-    if not same_numbers(of_experts[0].output, y):
+    if not same_numbers(output, y):
         others = [call for call in calls if call.module is not experts]
-        found = _shared_of(others, beside, name, x, y.reshape(rows.shape) - of_experts[0].output)
+        found = _shared_of(others, beside, name, x, y.reshape(rows.shape) - output)
         if found is None:
             return None  # something else is added
         shared, gate = found

@@ -2,8 +2,8 @@
 extension to install.
 
 Triton is an optional dependency; it is imported at the first use only. Kernels: `matmul`,
-`decoding`, `routing`, `experts`, `search` and `rounding`, each started by its `…_launch` through
-the one `launcher`. `configs`: which configuration for which shape and GPU.
+`direct`, `decoding`, `routing`, `experts`, `search` and `rounding`, each started by its `…_launch`
+through the one `launcher`. `configs`: which configuration for which shape and GPU.
 """
 
 from __future__ import annotations

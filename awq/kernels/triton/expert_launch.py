@@ -13,7 +13,12 @@ from awq.kernels.packed import Packed, Shape
 from awq.kernels.reference import mixture as reference
 from awq.kernels.triton import experts as kernels
 from awq.kernels.triton.configs import GATE_INTERLEAVE, Config, config_for_experts
-from awq.kernels.triton.held_launch import expert_form_for, expert_product
+from awq.kernels.triton.direct_launch import (
+    expert_form_for,
+    expert_product,
+    expert_sum,
+    sum_form_for,
+)
 from awq.kernels.triton.launcher import (
     Launcher,
     architecture,
@@ -68,11 +73,16 @@ def expert_parts(
     alternating: bool,
 ) -> Tensor:
     """Two kernels: gate, up and activation; down and the weights. A part for each of a token's
-    experts."""
+    experts, or their sum."""
     rows = experts.numel()
     if x.dtype == torch.float32 or rows == 0:
         return reference.expert_parts(x, first, second, biases, experts, weights, name, alternating)
+
     inner = _part(x, first, biases[0], experts, None, name, alternating)
+    form = sum_form_for(x.device.index, second.shape, *experts.shape)
+    if form is not None:
+        return expert_sum(inner, second, biases[1], experts, weights, form, chosen_before=True)
+
     return _part(inner, second, biases[1], experts, weights, chosen_before=True)
 
 
@@ -86,13 +96,16 @@ def _part(
     alternating: bool = False,
     chosen_before: bool = False,
 ) -> Tensor:
-    """`fused`, or through `held`, whichever is the faster."""
+    """`fused`, or through `direct`, whichever is the faster."""
     rows = experts.numel()
     index = x.device.index
-    held = expert_form_for(index, packed.shape, *experts.shape) if chosen_before else None
-    if held is not None:
+    first = not chosen_before
+    form = None
+    if x.dtype != torch.float32:
+        form = expert_form_for(index, packed.shape, *experts.shape, first, x.dtype)
+    if form is not None:
         return expert_product(
-            x, packed, bias, experts, weights, held, gated, alternating, chosen_before
+            x, packed, bias, experts, weights, form, gated, alternating, chosen_before
         )
 
     config = _config(index, packed.shape, rows, packed.qweight.shape[0])

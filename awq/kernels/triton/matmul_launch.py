@@ -13,8 +13,8 @@ from awq.formats.planar import padded
 from awq.kernels.packed import Packed, Shape
 from awq.kernels.triton import matmul
 from awq.kernels.triton.configs import GATE_INTERLEAVE, Config, config_for
-from awq.kernels.triton.held_launch import form_for
-from awq.kernels.triton.held_launch import product as held_product
+from awq.kernels.triton.direct_launch import form_for
+from awq.kernels.triton.direct_launch import product as direct_product
 from awq.kernels.triton.launcher import (
     Launcher,
     architecture,
@@ -61,11 +61,9 @@ def product(x: Tensor, packed: Packed, bias: Tensor | None, gated: str = "") -> 
     """x [tokens, in] → [tokens, out], or with an activation [tokens, out/2] as `fused` does, in the
     way that is the fastest; None where a dense weight is, which knows no activation."""
     tokens = x.shape[0]
-    held = None
-    if x.dtype != torch.float32:
-        held = form_for(x.device.index, packed.shape, tokens, gated)
-    if held is not None:
-        return held_product(x, packed, bias, held, gated)
+    form = None if x.dtype == torch.float32 else form_for(x.device.index, packed.shape, tokens)
+    if form is not None:
+        return direct_product(x, packed, bias, form, gated)
 
     config = config_of(x, packed.shape, tokens)
     return None if config is None else fused(x, packed, bias, config, gated)
