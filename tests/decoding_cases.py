@@ -14,11 +14,12 @@ import torch
 from awq.backends import operator
 from awq.generate.run import operations as ops
 from awq.generate.run.cache import LayerCache
+from awq.generate.run.greedy import Greedy
 from awq.kernels.reference import mixture
 from awq.kernels.reference.attention import attend
-from awq.kernels.reference.decode import ACTIVATIONS, apply_norm
+from awq.kernels.reference.decode import ACTIVATIONS, apply_norm, choose_token
 from awq.kernels.specs import Attention, Norm, Router
-from awq.kernels.triton import routing_launch
+from awq.kernels.triton import decode_launch, routing_launch
 
 # heads, kv_heads, head_dim, rotary channels, window, softcap, norm of heads, cached tokens of each
 # row
@@ -205,6 +206,30 @@ def router_error(case: tuple, biased: bool, dtype: torch.dtype, device: str) -> 
     return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
 
 
+def choice_error(batch: int, vocabulary: int, device: str) -> float:
+    """Choices that differ from plain operators', of ties, zeros of both signs and what is no
+    number; the second of two calls, of which the first ends a row."""
+    torch.manual_seed(batch)
+    drawn = torch.randn(batch, vocabulary)
+    zeros = torch.full_like(drawn, -0.0)
+    zeros[:, 3] = 0.0
+    broken = drawn.clone()
+    broken[0, 7], broken[-1, 5], broken[-1, 9] = torch.nan, torch.inf, torch.nan
+    wrong = 0.0
+    for logits in (drawn, drawn.round(), zeros, broken):
+        states = []
+        for choose in (decode_launch.choose_token, choose_token):
+            state = Greedy(batch, torch.device(device))
+            state.ends[3] = int(logits[0].argmax())
+            state.padding.fill_(9)
+            vectors = (state.ids, state.going, state.found, state.ends, state.padding)
+            for _ in range(2):
+                choose(logits.to(device), *vectors, state.scratch)
+            states.append((state.ids, state.going, state.found, state.scratch))
+        wrong += sum(not torch.equal(*pair) for pair in zip(*states))
+    return wrong
+
+
 def main(device: str) -> dict[str, float]:
     errors = {}
     for dtype in (
@@ -222,6 +247,9 @@ def main(device: str) -> dict[str, float]:
             errors[f"norm {width} {mean} {bias}, {kind}"] = norm_error(
                 width, mean, bias, dtype, device
             )
+        if dtype == torch.float32:
+            for batch, vocabulary in ((1, 5000), (3, 2049), (9, 70)):
+                errors[f"choice, {batch}"] = choice_error(batch, vocabulary, device)
         for name, case in ROUTERS.items():
             errors[f"router, {name}, {kind}"] = max(
                 router_error(case, biased, dtype, device) for biased in (False, True)

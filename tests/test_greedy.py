@@ -1,6 +1,7 @@
 """Greedy calls, whose tokens the decoder chooses itself: they are transformers' own, and nothing
 else goes that way."""
 
+import offline
 import pytest
 import torch
 import zoo
@@ -121,6 +122,20 @@ def test_ties_and_numbers_that_are_none_go_as_in_torch():
     assert state.found.tolist() == [*logits.argmax(-1).tolist(), 1]
     state.note(logits)
     assert state.ids.tolist() == [1, 7, 7] and state.lengths.tolist() == [4, 5, 6]
+
+
+@pytest.mark.parametrize("target", [80, 90, "gfx942"])
+def test_the_choice_compiles(target):
+    from awq.kernels.triton.choosing import choose_token_kernel
+
+    arguments = {"logits": "*fp32", "ids": "*i64", "going": "*i1", "found": "*i64", "ends": "*i64"}
+    arguments |= {"padding": "*i64", "best": "*i64", "arrived": "*i32"}
+    arguments |= {"batch": "i32", "vocabulary": "i32"}
+    constants = {"BLOCK": 2048, "ROWS": 8, "ENDS": 16, "PDL": offline.starts_early(target)}
+    code = offline.compile_kernel(
+        choose_token_kernel, target, arguments, constants, {"num_warps": 4}
+    )
+    assert len(code.binary) > 1000 and code.spilled == 0
 
 
 @pytest.mark.gpu

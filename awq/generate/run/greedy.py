@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from awq.backends import operator
 from awq.kernels.cpu.engine import torch_on_one_core
 
 FEW_SCORES = 1 << 20  # one core looks at them in less time than a step takes
@@ -35,6 +36,8 @@ class Greedy:
         self.found = torch.zeros(batch + 1, dtype=torch.int64, device=device)
         self.ends = torch.full((MOST_ENDS,), _NONE, dtype=torch.int64, device=device)
         self.padding = torch.full((), _NONE, dtype=torch.int64, device=device)
+        least = torch.iinfo(torch.int64).min
+        self.scratch = torch.full((batch,), least, dtype=torch.int64, device=device)
 
     def begin(
         self,
@@ -66,14 +69,10 @@ class Greedy:
 
     def note(self, logits: Tensor) -> None:
         """Chooses tokens [batch] from logits [batch, vocabulary], in place."""
-        best = logits.argmax(-1)
-        keeps = self.going | (self.padding < 0)
-        token = torch.where(keeps, best, self.padding)
-        ended = (token.unsqueeze(1) == self.ends).any(1)
-        self.going.logical_and_(~ended)
-        self.ids.copy_(token)
-        self.found[:-1].copy_(token)
-        self.found[-1:].copy_(self.going.any())
+        choose = operator("choose_token", logits.device, logits.dtype)
+        assert choose is not None  # the reference has it
+        state = (self.ids, self.going, self.found, self.ends, self.padding, self.scratch)
+        choose(logits, *state)
 
 
 class Rules(NamedTuple):

@@ -14,7 +14,16 @@ from torch import Tensor
 from awq.kernels.packed import Packed, Shape
 
 LAYOUT = None
-_DECODE = ("add_norm", "activate", "gated", "split", "attend", "dense", "gate_interleave")
+_DECODE = (
+    "add_norm",
+    "activate",
+    "gated",
+    "split",
+    "attend",
+    "dense",
+    "gate_interleave",
+    "choose_token",
+)
 _MIXTURE = ("route", "add_norm_route", "expert_parts")
 OPERATORS = dict.fromkeys(_DECODE, "awq.kernels.reference.decode") | dict.fromkeys(
     _MIXTURE, "awq.kernels.reference.mixture"

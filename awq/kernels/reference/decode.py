@@ -61,6 +61,31 @@ def add_norm(
     return x, x if norm is None else apply_norm(x, norm)
 
 
+def choose_token(
+    logits: Tensor,
+    ids: Tensor,
+    going: Tensor,
+    found: Tensor,
+    ends: Tensor,
+    padding: Tensor,
+    scratch: Tensor,
+) -> None:
+    """The likeliest token of each row, in place.
+
+    logits: float32 [batch, vocabulary]. ids int64 [batch]: the tokens, `padding` for rows that do
+    not go on. going bool [batch]: cleared after one of the tokens `ends`. found int64 [batch + 1]:
+    `ids`, and whether any row goes on. Of ends and padding, int64 [n] and [], numbers below 0 stand
+    for none. scratch: int64 [batch], the least number in each place, before and after.
+    """
+    best = logits.argmax(-1)
+    token = torch.where(going | (padding < 0), best, padding)
+    ended = (token.unsqueeze(1) == ends).any(1)
+    going.logical_and_(~ended)
+    ids.copy_(token)
+    found[:-1].copy_(token)
+    found[-1:].copy_(going.any())
+
+
 def summed(parts: Tensor) -> Tensor:
     """[..., parts, width] → [..., width]: added in float32, rounded once."""
     if parts.shape[-2] > 1:

@@ -15,7 +15,7 @@ from awq._triton import INTERPRETED, triton_problem
 from awq.kernels.packed import Packed, Shape
 
 LAYOUT = "planar"
-_DECODE = ("add_norm", "activate", "gated", "split", "attend", "gate_interleave")
+_DECODE = ("add_norm", "activate", "gated", "split", "attend", "gate_interleave", "choose_token")
 _SEARCH = ("best_range", "scaled_losses", "round_block", "descend_block")
 OPERATORS = (
     dict.fromkeys(_DECODE, "awq.kernels.triton.decode_launch")

@@ -1,5 +1,5 @@
 """The operators of a decode step on a GPU: sizes, constants and scratch memory of the kernels in
-`decoding`, `heads` and `attending`.
+`decoding`, `heads`, `attending` and `choosing`.
 
 Each does what the function of its name in `awq.kernels.reference.decode` says, where shapes and
 errors are told.
@@ -17,7 +17,7 @@ from torch import Tensor
 from awq.kernels.packed import Packed
 from awq.kernels.reference import decode as reference
 from awq.kernels.specs import Attention, Norm
-from awq.kernels.triton import attending, decoding, heads
+from awq.kernels.triton import attending, choosing, decoding, heads
 from awq.kernels.triton.configs import GATE_INTERLEAVE
 from awq.kernels.triton.launcher import (
     Launcher,
@@ -118,6 +118,27 @@ def activate(h: Tensor, name: str, gated: bool, interleave: int = 0) -> Tensor:
         kernel((triton.cdiv(width, block), rows, 1), (h, y))
 
     return y
+
+
+def choose_token(
+    logits: Tensor,
+    ids: Tensor,
+    going: Tensor,
+    found: Tensor,
+    ends: Tensor,
+    padding: Tensor,
+    scratch: Tensor,
+) -> None:
+    """A greedy choice in one kernel."""
+    batch, vocabulary = logits.shape
+    index = logits.device.index
+    rows, last = triton.next_power_of_2(batch), len(ends)
+    constants = (LARGE_BLOCK, rows, last)
+    kernel = launcher_of(choosing.choose_token_kernel, index, logits.dtype, constants, 4)
+    with on_device(logits.device):
+        arrived = counters(logits.device).take(1)
+        tensors = (logits.contiguous(), ids, going, found, ends, padding, scratch, arrived)
+        kernel((triton.cdiv(vocabulary, LARGE_BLOCK), batch, 1), tensors, batch, vocabulary)
 
 
 def gate_interleave() -> int:
