@@ -30,14 +30,18 @@ class Greedy:
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
-        self.ids = torch.zeros(batch, dtype=torch.int64, device=device)
+        least = torch.iinfo(torch.int64).min
+
+        def numbers(count: int, value: int) -> Tensor:
+            return torch.full((count,), value, dtype=torch.int64, device=device)
+
+        self.ids = numbers(batch, 0)
+        self.found = numbers(batch + 1, 0)
+        self.ends = numbers(MOST_ENDS, _NONE)
+        self.padding = numbers(1, _NONE)[0]
+        self.scratch = numbers(batch, least)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.going = torch.ones(batch, dtype=torch.bool, device=device)
-        self.found = torch.zeros(batch + 1, dtype=torch.int64, device=device)
-        self.ends = torch.full((MOST_ENDS,), _NONE, dtype=torch.int64, device=device)
-        self.padding = torch.full((), _NONE, dtype=torch.int64, device=device)
-        least = torch.iinfo(torch.int64).min
-        self.scratch = torch.full((batch,), least, dtype=torch.int64, device=device)
 
     def begin(
         self,

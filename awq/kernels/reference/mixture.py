@@ -37,11 +37,15 @@ def route(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
 def _of_the_best_groups(choice: Tensor, router: Router) -> Tensor:
     """choice [tokens, experts], −∞ for experts whose group is not among the best."""
     grouped = choice.unflatten(-1, (router.groups, -1))
-    best = grouped.topk(router.group_best, -1).values.sum(-1)
+    highest = grouped.topk(router.group_best, -1).values
+    best = highest.sum(-1)
     kept = best.topk(router.kept, -1).indices
-    inside = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, kept, True)
 
-    return grouped.masked_fill(~inside.unsqueeze(-1), -torch.inf).flatten(-2)
+    outside = torch.ones_like(best, dtype=torch.bool)
+    outside.scatter_(-1, kept, False)
+    left = grouped.masked_fill(outside.unsqueeze(-1), -torch.inf)
+
+    return left.flatten(-2)
 
 
 def add_norm_route(

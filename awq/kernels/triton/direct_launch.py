@@ -90,13 +90,16 @@ def expert_form_for(
 @cache
 def sum_form_for(index: int | None, shape: Shape, tokens: int, top: int) -> Direct | None:
     """`form_for` for the second product of `top` experts and their sum in one kernel."""
-    _, processors = architecture(index)
-    form = Direct(16, 8)
     blocks = _blocks(top * shape.in_features)
-    one_row = shape.in_features % BLOCK == 0 and blocks <= 2 * MOST_BLOCKS
-    if not one_row or not _measured(index, shape, tokens):
+    if shape.in_features % BLOCK or blocks > 2 * MOST_BLOCKS:
         return None
-    return form if -(-shape.out_features // form.bn) <= processors else None
+    if not _measured(index, shape, tokens):
+        return None
+
+    form = Direct(16, 8)
+    programs = -(-shape.out_features // form.bn)
+    _, processors = architecture(index)
+    return form if programs <= processors else None
 
 
 def _result(x: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -27,21 +27,29 @@ def _of_the_best_groups(
     """choice of experts e, −∞ for those whose group is not among the KEPT best. A group is ranked
     like an expert, by its BEST highest, one or two."""
     SIZE: tl.constexpr = E // GROUPS
+    NONE: tl.constexpr = -float("inf")
     group = e // SIZE
     same = group[:, None] == group[None, :]
-    one = tl.max(tl.where(same, choice[:, None], -float("inf")), 0)
-    score = one
+    within = tl.where(same, choice[:, None], NONE)
+    score = tl.max(within, 0)
     if BEST == 2:
-        at_top = same & (choice[:, None] == one[None, :])
-        below = tl.where(same & (choice[:, None] < one[None, :]), choice[:, None], -float("inf"))
+        highest = score[None, :]
+        at_top = same & (within == highest)
         several = tl.sum(at_top.to(tl.int32), 0) > 1
-        score = one + tl.where(several, one, tl.max(below, 0))
+        below = tl.where(within < highest, within, NONE)
+        second = tl.max(below, 0)
+        score += tl.where(several, score, second)
+
     # one expert stands for each group, among the others along the first axis
     first = (e % SIZE == 0) & (e < E)
-    above = score[:, None] > score[None, :]
-    before = above | ((score[:, None] == score[None, :]) & (group[:, None] < group[None, :]))
-    rank = tl.sum((first[:, None] & before).to(tl.int32), 0)
-    return tl.where(rank < KEPT, choice, -float("inf"))
+    mine = score[None, :]
+    others = score[:, None]
+    in_front = group[:, None] < group[None, :]
+    before = (others > mine) | ((others == mine) & in_front)
+    counted = first[:, None] & before
+    rank = tl.sum(counted.to(tl.int32), 0)
+
+    return tl.where(rank < KEPT, choice, NONE)
 
 
 @triton.jit
