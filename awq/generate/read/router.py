@@ -47,6 +47,7 @@ def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
 
     calls: list[Call] = []
     beside = _modules_beside(module, place)
+
     with listening([experts, *beside], after=calls.append):
         y = hidden_of(module(x))
 
@@ -66,6 +67,7 @@ def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
         found = _shared_of(others, beside, name, x, y.reshape(rows.shape) - output)
         if found is None:
             return None  # something else is added
+
         shared, gate = found
 
     tensors = _tensors_beside(module, place)
@@ -79,6 +81,7 @@ def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
     )
     assert weight is not None
     router = replace(source, weight=weight, bias=bias, correction=correction)
+
     return Mixture(f"{name}.{place}", router, activation, shared, gate)
 
 
@@ -106,11 +109,13 @@ def _shared_of(
         and same_numbers(call.args[0], x)
     ]
     gates = [call for call in readers if call.output.numel() == len(added)]
+
     for call in readers:
         if call.output.numel() != added.numel() or is_product(call.module):
             continue
 
         whole = call.output.reshape(added.shape)
+
         for gate in (None, *gates):
             found = whole
             if gate is not None:
@@ -121,6 +126,7 @@ def _shared_of(
             plan = _plan_of(calls, names, call, prefix)
             if plan is None or (gate is not None and not _is_plain(gate.module)):
                 return None
+
             return plan, None if gate is None else f"{prefix}.{names[gate.module]}"
 
     return None

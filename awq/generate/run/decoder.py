@@ -221,6 +221,7 @@ class FusedDecoder:
         captured = batch in self.graphs or batch in self.greedy_graphs
         if self.states is not None and captured and self._rows_of_states() == batch:
             self.states.put(states.tensors())
+
             return
 
         self._forget_graphs()
@@ -244,6 +245,7 @@ class FusedDecoder:
 
         # recurrent mixers of transformers begin anew with every call of more than one token
         piece = max(1, _PROMPT_TOKENS // batch) if self.plan.states is None else tokens
+
         for start in range(0, tokens, piece):
             part = ids[:, start : start + piece]
             positions = torch.arange(start, start + part.shape[1], device=ids.device)
@@ -258,6 +260,7 @@ class FusedDecoder:
                 found = torch.where((last >= start).unsqueeze(1), chosen, found)
 
         assert found is not None
+
         return found
 
     @torch.inference_mode()
@@ -297,8 +300,11 @@ class FusedDecoder:
             )
             if graph is not None:
                 graph()
+
                 return
+
             self.graphable = False
+
         state.advance(self.eager_step, longest)
 
     def _captured(
@@ -388,8 +394,10 @@ class FusedDecoder:
             x = ops.normalize(x, p.embedding_norm)
 
         branch = None
+
         for block, layer in zip(self.blocks, cache):
             x, branch = block(x, branch, layer, where)
+
         return ops.add_norm(x, branch, p.blocks[-1].factor, p.norm)[1]
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ def why_not(model: Any, kwargs: dict[str, Any]) -> str | None:
 
     for name in _model_inputs(kwargs, config):
         return f"{name} is an input of the model's own forward"
+
     return None
 
 
@@ -223,6 +224,7 @@ class _Run:
             return sequences
 
         found = {name: tuple(tensors) or None for name, tensors in kept.items()}
+
         return GenerateDecoderOnlyOutput(sequences=sequences, **found)  # type: ignore[arg-type]
 
     def _greedy_rules(self, processors: Any, criteria: Any) -> Rules | None:
@@ -235,6 +237,7 @@ class _Run:
         room = self.room
         ends = []
         padding = None
+
         for criterion in criteria:
             if type(criterion) is MaxLengthCriteria:
                 room = min(room, criterion.max_length - self.ids.shape[1])
@@ -246,6 +249,7 @@ class _Run:
 
         if room < 1 or len(ends) > MOST_ENDS:
             return None
+
         return Rules(room, ends, None if padding is None else int(padding))
 
     def _greedy(self, rules: Rules, streamer: Any) -> Tensor:
@@ -274,9 +278,11 @@ class _Run:
 
             if not mail.ahead:
                 decoder.greedy_step(state, longest)
+
             longest += 1
 
         new = torch.stack(tokens, 1).to(self.ids.device)
+
         return torch.cat([self.ids, new], 1)
 
     def _one_by_one(
@@ -307,6 +313,7 @@ class _Run:
             last = step + 1 == self.room
             if watch.ahead and not last:  # under way before the host looks
                 logits = decoder.step(token, lengths, longest)
+
             token_here, more = watch.get()
             if streamer is not None:
                 streamer.put(token_here)
@@ -316,6 +323,7 @@ class _Run:
 
             if not watch.ahead:
                 logits = decoder.step(token, lengths, longest)
+
             lengths = lengths + 1
             longest = longest + 1
 

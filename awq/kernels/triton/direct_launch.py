@@ -67,6 +67,7 @@ def form_for(index: int | None, shape: Shape, tokens: int) -> Direct | None:
     few = shape.in_features * shape.out_features <= MOST_WEIGHTS
     if not few or blocks > MOST_BLOCKS or not _measured(index, shape, tokens):
         return None
+
     return Direct(16, 4 if blocks <= 16 else 8)
 
 
@@ -125,9 +126,11 @@ def product(
     kernel = _product(
         device.index, x.dtype, shape, form, None if bias is None else bias.dtype, gated
     )
+
     with on_device(device):
         tensors = (x, packed.qweight, packed.scales, y if bias is None else bias, y)
         kernel((-(-shape.out_features // form.bn), 1, 1), tensors)
+
     return y
 
 
@@ -161,6 +164,7 @@ def expert_product(
         alternating,
         chosen_before,
     )
+
     with on_device(device):
         tensors = (
             x,
@@ -173,6 +177,7 @@ def expert_product(
         )
         grid = (top, -(-shape.out_features // form.bn), 1)
         kernel(grid, tensors, top, packed.qweight.shape[0])
+
     return y
 
 
@@ -194,6 +199,7 @@ def expert_sum(
     bias = None if bias is None else bias.contiguous()
     dtypes = tuple(None if t is None else t.dtype for t in (x, bias, weights, experts))
     kernel = _sums(device.index, dtypes, shape, packed.qweight.shape[2], top, form, chosen_before)
+
     with on_device(device):
         tensors = (
             x,
@@ -205,6 +211,7 @@ def expert_sum(
             y,
         )
         kernel((-(-shape.out_features // form.bn), 1, 1), tensors, packed.qweight.shape[0])
+
     return y
 
 

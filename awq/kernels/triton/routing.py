@@ -83,6 +83,7 @@ def _choose(
     choice = score
     if CORRECTED:
         choice += tl.load(correction + e, mask=known, other=0.0)
+
     choice = tl.where(known & (choice == choice), choice, -float("inf"))
     if GROUPS > 1:
         choice = _of_the_best_groups(choice, e, E, GROUPS, KEPT, BEST)

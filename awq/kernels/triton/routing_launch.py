@@ -21,6 +21,7 @@ def route(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     """Chosen experts and their weights of rows x [tokens, features]."""
     if 0 < len(x) <= FEW_ROWS:
         _, _, index, weights = add_norm_route(x, None, 1.0, None, router)
+
         return index, weights
 
     logits = F.linear(x.float(), router.weight.float(), router.bias)
@@ -42,6 +43,7 @@ def route(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     )
     kernel = launcher_of(routing.choose_kernel, x.device.index, (), constants, 4)
     correction = logits if router.correction is None else router.correction
+
     with on_device(x.device):
         kernel((len(x), 1, 1), (logits, correction, index, weights), router.factor)
 
