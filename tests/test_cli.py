@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import zoo
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import awq
@@ -125,6 +126,28 @@ def test_info(capsys, quantized):
         and "not quantized: lm_head" in out
         and "llama (LlamaForCausalLM)" in out
     )
+
+
+def test_info_says_what_loads_a_directory(capsys, quantized, tmp_path):
+    info = run_json(capsys, "info", quantized["llama"])
+    assert info["loaded_by"][:2] == ["this package", "transformers after `import awq`"]
+    assert "vLLM" not in info["loaded_by"]  # which has no kernel for groups of 16
+    command = ["convert", quantized["llama"], tmp_path / "other", "--version", "compressed-tensors"]
+    run_json(capsys, *command)
+    other = run_json(capsys, "info", tmp_path / "other")
+    assert other["loaded_by"][0] == "this package after `awq convert`"
+    assert (other["version"], other["quantized_linears"]) == ("compressed-tensors", 21)
+
+
+def test_info_refuses_a_linear_that_lacks_a_tensor(capsys, quantized, tmp_path):
+    shutil.copytree(quantized["llama"], tmp_path / "broken")
+    [file] = (tmp_path / "broken").glob("*.safetensors")
+    tensors = load_file(file)
+    lost = next(name for name in tensors if name.endswith(".qzeros"))
+    del tensors[lost]
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert main(["info", str(tmp_path / "broken")]) == 2
+    assert f"{lost.removesuffix('.qzeros')}: the checkpoint lacks qzeros" in capsys.readouterr().err
 
 
 def test_generate(capsys, quantized):

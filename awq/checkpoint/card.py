@@ -32,7 +32,6 @@ _COMPRESSED = (
     "compressed-tensors."
 )
 _ABOUT = {DENSE: _DENSE, COMPRESSED_TENSORS: _COMPRESSED}  # all others are AWQ's
-_NEEDS = "# pip install compressed-tensors\n"
 # The name on PyPI may still be AutoAWQ's, whose last version is 0.2.9.
 _REGISTER = "import awq  # autoawq 0.3.0 or later, so that transformers loads this checkpoint\n"
 _TRANSFORMERS = """
@@ -42,6 +41,29 @@ With transformers:
 {register}from transformers import {auto}
 
 model = {auto}.from_pretrained("{name}")
+```
+"""
+# Asymmetric files, as these are, do not load otherwise: compressed-tensors (0.20 at least) expects
+# zero points that are not packed in a model that it is about to keep compressed.
+_DENSE_WHEN_LOADED = "CompressedTensorsConfig(run_compressed=False)"
+_COMPRESSED_TRANSFORMERS = """
+With transformers (`pip install compressed-tensors`), as dense weights in memory:
+
+```python
+from transformers import {auto}, CompressedTensorsConfig
+
+model = {auto}.from_pretrained("{name}", quantization_config={dense})
+```
+"""
+_COMPRESSED_SENTENCES = """
+With sentence-transformers (`pip install compressed-tensors`), as dense weights in memory:
+
+```python
+from sentence_transformers import SentenceTransformer
+from transformers import CompressedTensorsConfig
+
+model = SentenceTransformer("{name}", model_kwargs={{"quantization_config": {dense}}})
+vectors = model.encode(["A sentence."])
 ```
 """
 _SENTENCES = """
@@ -209,20 +231,33 @@ def _usage(directory: Path, config: AwqConfig, layout: str, name: str) -> str:
     """The section with one snippet for each program that reads this directory."""
     auto = _auto_name(directory)
     packed = layout not in _ABOUT
-    snippets = [_TRANSFORMERS]
-
+    transformers, sentences = _TRANSFORMERS, _SENTENCES
+    if layout == COMPRESSED_TENSORS:
+        transformers, sentences = _COMPRESSED_TRANSFORMERS, _COMPRESSED_SENTENCES
+    snippets = [transformers]
     if (directory / "modules.json").exists():
-        snippets = [_SENTENCES, _ENCODER, _TRANSFORMERS] if packed else [_SENTENCES, _TRANSFORMERS]
+        snippets = [sentences, _ENCODER, transformers] if packed else [sentences, transformers]
     elif auto == "AutoModelForCausalLM":
         snippets += [_GENERATE] if packed else []
         snippets += [_VLLM] if _vllm_reads(config, layout) else []
 
-    register = _REGISTER if packed else _NEEDS if layout == COMPRESSED_TENSORS else ""
-    texts = [
-        snippet.strip("\n").format(register=register, auto=auto, name=name) + "\n"
-        for snippet in snippets
-    ]
+    register = _REGISTER if packed else ""
+    words = {"register": register, "auto": auto, "name": name, "dense": _DENSE_WHEN_LOADED}
+    texts = [snippet.strip("\n").format(**words) + "\n" for snippet in snippets]
     return "\n".join(["## Use\n", *texts])
+
+
+def readers_of(directory: Path, config: AwqConfig, layout: str) -> list[str]:
+    """Programs that load a quantized directory, and what they need for it."""
+    packed = layout not in _ABOUT
+    extra = "after `import awq`" if packed else "with compressed-tensors"
+    found = ["this package" if packed else "this package after `awq convert`"]
+    found.append(f"transformers {extra}")
+    if (directory / "modules.json").exists():
+        found.append(f"sentence-transformers {extra}")
+    elif _auto_name(directory) == "AutoModelForCausalLM" and _vllm_reads(config, layout):
+        found.append("vLLM")
+    return found
 
 
 def _vllm_reads(config: AwqConfig, layout: str) -> bool:

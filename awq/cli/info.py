@@ -1,4 +1,4 @@
-"""Show what kind of checkpoint a directory is, how it is quantized, and how large it is.
+"""Show how a directory is quantized, how large it is, and what loads it.
 
 It reads `config.json` and the headers of the weight files, and imports neither torch nor
 transformers for it.
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from awq.config import AwqConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,16 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from awq.checkpoint.files import (
-        check_directory,
-        packed_among,
-        read_json,
-        tensor_headers,
-        weight_files,
-    )
+    from awq.checkpoint.card import readers_of
+    from awq.checkpoint.files import check_directory, read_json, tensor_headers, weight_files
     from awq.checkpoint.modules import body_directory
     from awq.cli.output import show
-    from awq.config import AwqConfig
     from awq.errors import CheckpointError, ModelError
 
     root = Path(arguments.model)
@@ -41,21 +38,37 @@ def run(arguments: argparse.Namespace) -> None:
             f"{directory} is not quantized: config.json has no quantization_config."
         )
 
-    settings = AwqConfig.from_file(stored)
     files = weight_files(directory)
     headers = tensor_headers(files)
+    settings, layout, linears = _packed(stored, headers)
     result: dict[str, Any] = {
         "model_type": config.get("model_type"),
         "architectures": config.get("architectures"),
     }
-    result |= settings.to_dict()
+    result |= settings.to_dict() | {"version": layout}
     result |= {
-        "quantized_linears": len(packed_among(headers)),
+        "quantized_linears": linears,
         "tensors": len(headers),
         "weight_files": len(files),
+        "weight_bytes": sum(file.stat().st_size for file in files),
+        "loaded_by": readers_of(root, settings, layout),
     }
-    result["weight_bytes"] = sum(file.stat().st_size for file in files)
     show(result, arguments.json, _for_people(result))
+
+
+def _packed(stored: dict[str, Any], headers: dict[str, Any]) -> tuple[AwqConfig, str, int]:
+    """(settings, layout, how many linears are packed)."""
+    from awq.checkpoint.files import packed_among
+    from awq.config import COMPRESSED_TENSORS, AwqConfig
+
+    if stored.get("quant_method") == COMPRESSED_TENSORS:
+        from awq.checkpoint import compressed_tensors  # which imports torch
+
+        settings = compressed_tensors.read_settings(stored, headers)
+        return settings, COMPRESSED_TENSORS, len(compressed_tensors.linears_among(headers))
+
+    settings = AwqConfig.from_file(stored)
+    return settings, settings.format, len(packed_among(headers))
 
 
 def _for_people(result: dict[str, Any]) -> str:
@@ -72,6 +85,7 @@ def _for_people(result: dict[str, Any]) -> str:
         "zero points": "yes" if result["zero_point"] else "no",
         "not quantized": shown or "nothing named",
         "weights": _weights(result),
+        "loaded by": ", ".join(result["loaded_by"]),
     }
 
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
