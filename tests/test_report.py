@@ -176,6 +176,7 @@ def test_labels_have_room_on_a_phone(report, tmp_path):
     experts = {
         f"model.language_model.layers.{block}.mlp.experts": {"routed": [3, 5]} for block in (9, 10)
     }
+    report.linears.append(linear("layers.3.q_proj", loss=2e-6))
     page, text = text_of(
         report,
         tmp_path,

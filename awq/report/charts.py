@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 WIDTH = 720
-LEFT, RIGHT, TOP, BOTTOM = 84, 12, 12, 36
+RIGHT, TOP, BOTTOM = 12, 12, 36
 LETTER = 12.5  # width of a wide font's on a phone, where the page draws text largest
 
 
@@ -31,14 +31,16 @@ def error_chart(points: Sequence[tuple[str, float, float]], height: int = 240) -
     if high <= low:
         high = low * 10
 
+    left = _room(_percent(10.0**power) for power in _powers(low, high))
+
     def x_of(index: int) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (index + 0.5) / len(points)
+        return left + (WIDTH - left - RIGHT) * (index + 0.5) / len(points)
 
     def y_of(value: float) -> float:
         share = math.log10(max(value, low) / low) / math.log10(high / low)
         return height - BOTTOM - share * (height - TOP - BOTTOM)
 
-    marks = list(_decades(low, high, y_of))
+    marks = list(_decades(low, high, left, y_of))
     for index, (name, ours, nearest) in enumerate(points):
         x = x_of(index)
         tip = f"<title>{escape(name)}: {ours:.2g}, nearest {nearest:.2g}</title>"
@@ -53,7 +55,7 @@ def error_chart(points: Sequence[tuple[str, float, float]], height: int = 240) -
             f'<circle class="after" cx="{x:.1f}" cy="{y_of(ours):.1f}" r="3.2">{tip}</circle>'
         )
 
-    middle = (LEFT + WIDTH - RIGHT) / 2
+    middle = (left + WIDTH - RIGHT) / 2
     marks.append(
         f'<text class="axis" x="{middle}" y="{height - 8}" text-anchor="middle">first block → '
         "last block</text>"
@@ -128,13 +130,18 @@ def _room(labels: Iterable[str]) -> int:
     return round(16 + LETTER * max(map(len, labels)))
 
 
-def _decades(low: float, high: float, y_of) -> Iterable[str]:
+def _powers(low: float, high: float) -> range:
+    """Of ten, from `low` to `high`."""
+    return range(round(math.log10(low)), round(math.log10(high)) + 1)
+
+
+def _decades(low: float, high: float, left: int, y_of) -> Iterable[str]:
     """A line and a label for every power of ten."""
-    for power in range(round(math.log10(low)), round(math.log10(high)) + 1):
+    for power in _powers(low, high):
         y = y_of(10.0**power)
-        yield f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        yield f'<line class="rule" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         yield (
-            f'<text class="axis" x="{LEFT - 8}" y="{y + 4:.1f}" '
+            f'<text class="axis" x="{left - 8}" y="{y + 4:.1f}" '
             f'text-anchor="end">{_percent(10.0**power)}</text>'
         )
 
