@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 
 from awq.config import PACKED_TENSORS
 from awq.errors import CheckpointError
-from awq.formats import stored_dtypes
 
 PackedTensors = dict[str, dict[str, dict[str, Any]]]
 """Module name → "qweight" | "qzeros" | "scales" → {dtype, shape, file}."""
@@ -228,6 +227,8 @@ def check_complete(name: str, tensors: Mapping[str, Mapping[str, Any]]) -> None:
 def check_packed(packed: PackedTensors) -> None:
     """Refuses packed linears that lack one of their tensors, or whose tensors have dtypes that none
     of the formats has."""
+    from awq.formats import stored_dtypes  # which imports torch; `awq info` does without
+
     known = {str(dtype).removeprefix("torch.") for dtype in stored_dtypes()}
     known_words = {word for word, name in DTYPE_NAMES.items() if name in known} | set(FLOATS)
     for name, tensors in packed.items():
