@@ -13,6 +13,7 @@ import zoo
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import awq.checkpoint.files
 import awq.config
 import awq.formats
 from awq import AutoAWQForCausalLM
@@ -62,6 +63,7 @@ HALVES = Format("halves", _encode, _decode, _shapes, _reason, _features)
 @pytest.fixture
 def added(monkeypatch):
     monkeypatch.setattr(awq.config, "FORMATS", (*awq.config.FORMATS, "halves"))
+    monkeypatch.setattr(awq.checkpoint.files, "STORED", (*awq.checkpoint.files.STORED, "uint8"))
     monkeypatch.setitem(awq.formats._FORMATS, "halves", HALVES)
     monkeypatch.setitem(awq.formats._LAYOUTS, "halves", HALVES)
 

@@ -68,6 +68,18 @@ def _bundled_lines(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+def named_texts(name: str, split: str, column: str, limit: int) -> list[str]:
+    """Texts of a local file or a dataset of the hub; the bundled text, with a warning, for
+    "pileval" without a network.
+
+    Raises CalibrationError as `named_samples` does.
+    """
+    samples, _ = named_samples(name, split, column, limit)
+    if samples is None:
+        return bundled_texts()
+    return [sample for sample in samples if isinstance(sample, str)]
+
+
 def named_samples(
     name: str | os.PathLike,
     split: str,
