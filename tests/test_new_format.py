@@ -1,5 +1,5 @@
-"""A format added as `docs/architecture.md` says: its codec, and its name in two places. All the
-rest of the package takes it up from there.
+"""A format added as `docs/architecture.md` says: its codec, its name in two places, and its dtype,
+which no other has, in a third. All the rest of the package takes it up from there.
 
 halves: a byte holds two inputs of one output, the even one in its low half. qweight uint8 [out,
 in/2], qzeros uint8 [out, groups], scales float16 [out, groups].

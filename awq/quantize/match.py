@@ -109,12 +109,12 @@ class OutputMatch:
 
     def _hidden(self, batch: CalibrationBatch) -> Tensor:
         output = self.body(**self._inputs(batch))
-        self.output = (
-            type(output) if hasattr(output, "last_hidden_state") else BaseModelOutputWithPast
-        )
-        return (
-            output.last_hidden_state if hasattr(output, "last_hidden_state") else hidden_of(output)
-        )
+        if not hasattr(output, "last_hidden_state"):
+            self.output = BaseModelOutputWithPast
+            return hidden_of(output)
+
+        self.output = type(output)
+        return output.last_hidden_state
 
     def _inputs(self, batch: CalibrationBatch) -> dict[str, Any]:
         return batch.model_inputs() | no_cache(self.model)

@@ -8,7 +8,7 @@ the step, so that a CUDA graph holds them, and the host only looks on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,9 +17,14 @@ from torch import Tensor
 from awq.backends import operator
 from awq.kernels.cpu.engine import torch_on_one_core
 
-FEW_SCORES = 1 << 20  # one core looks at them in less time than a step takes
+_FEW_SCORES = 1 << 20  # one core looks at them in less time than a step takes
 MOST_ENDS = 16  # tokens that end a row; a request with more is served token by token
 _NONE = -1  # stands for a token that there is not
+
+
+def cores_for(scores: Tensor) -> AbstractContextManager:
+    """While open, torch looks at scores with as many cores as is worth it."""
+    return torch_on_one_core() if scores.numel() <= _FEW_SCORES else nullcontext()
 
 
 class Greedy:
@@ -66,7 +71,7 @@ class Greedy:
         """One step and the tokens after it; the step's logits. longest: of `lengths`, or more."""
         logits = step(self.ids, self.lengths, longest)
         self.lengths.add_(1)
-        with torch_on_one_core() if logits.numel() <= FEW_SCORES else nullcontext():
+        with cores_for(logits):
             self.note(logits)
 
         return logits

@@ -24,9 +24,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from awq.errors import ConfigError
 from awq.generate.run.decoder import FusedDecoder
-from awq.generate.run.greedy import FEW_SCORES, MOST_ENDS, Mail, Rules
+from awq.generate.run.greedy import MOST_ENDS, Mail, Rules, cores_for
 from awq.generate.run.static import StaticDecoder
-from awq.kernels.cpu.engine import torch_on_one_core
 from awq.nn.locks import lock_of
 
 logger = logging.getLogger("awq.generate")
@@ -304,7 +303,7 @@ class _Run:
         longest = max(self.lengths)
 
         for step in range(self.room):
-            with torch_on_one_core() if logits.numel() <= FEW_SCORES else nullcontext():
+            with cores_for(logits):
                 scores = processors(ids[:, : width + step], logits)
                 self._keep(kept, scores, logits)
                 token = self._choose(scores)

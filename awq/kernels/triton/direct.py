@@ -106,6 +106,18 @@ def direct_kernel(
     _store(y, total, tile, bias, row, N, BN, HAS_BIAS, GATED, WARPS)
 
 
+@gluon.jit
+def _start(BEFORE: gl.constexpr, PDL: gl.constexpr):
+    """What a kernel of experts does before it reads `experts`; see `direct_expert_kernel`."""
+    if PDL:
+        if BEFORE:
+            gdc_launch_dependents()
+        else:
+            gdc_wait()
+            # not before: the next kernel reads `experts` ahead of its own wait
+            gdc_launch_dependents()
+
+
 @gluon.jit(do_not_specialize=["R", "E"])
 def direct_expert_kernel(
     x,
@@ -141,13 +153,7 @@ def direct_expert_kernel(
     """
     STEPS: gl.constexpr = (K + 127) // 128
     r, tile = gl.program_id(0), gl.program_id(1)
-    if PDL:
-        if BEFORE:
-            gdc_launch_dependents()
-        else:
-            gdc_wait()
-            # not before: the next kernel reads `experts` ahead of its own wait
-            gdc_launch_dependents()
+    _start(BEFORE, PDL)
     number = gl.load(experts + r, cache_modifier=".cg").to(gl.int64)
     known = (number >= 0) & (number < E)
     expert = gl.minimum(gl.maximum(number, 0), E - 1)
@@ -226,12 +232,7 @@ def direct_expert_sum_kernel(
     LAST: gl.constexpr = TOP * BLOCKS - 1
     WIDE: gl.constexpr = TP if GROUP >= K else GROUP // 128
     tile = gl.program_id(0)
-    if PDL:
-        if BEFORE:
-            gdc_launch_dependents()
-        else:
-            gdc_wait()
-            gdc_launch_dependents()
+    _start(BEFORE, PDL)
     t = gl.minimum(gl.arange(0, TP, layout=gl.SliceLayout(1, gl.SliceLayout(2, LEFT))), LAST)
     j = gl.arange(0, BN, layout=gl.SliceLayout(0, gl.SliceLayout(2, LEFT)))
     i = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, LEFT)))

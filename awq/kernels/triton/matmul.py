@@ -34,6 +34,35 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from awq.kernels.triton.activations import activation
 
+# Words of four codes → four planes q − z, two numbers in each register. $4: words; $5: −(B + z);
+# $6, of float16: −(B/16 + z).
+PLANES_OF_BFLOAT16 = tl.constexpr(
+    """{.reg .b32 s4, s8, s12, one;
+    mov.b32 one, 0x3f803f80;
+    shr.u32 s4, $4, 4; shr.u32 s8, $4, 8; shr.u32 s12, $4, 12;
+    lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xEA;
+    lop3.b32 $1, s4, 0x000f000f, 0x43004300, 0xEA;
+    lop3.b32 $2, s8, 0x000f000f, 0x43004300, 0xEA;
+    lop3.b32 $3, s12, 0x000f000f, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $0, $0, one, $5;
+    fma.rn.bf16x2 $1, $1, one, $5;
+    fma.rn.bf16x2 $2, $2, one, $5;
+    fma.rn.bf16x2 $3, $3, one, $5;}"""
+)
+PLANES_OF_FLOAT16 = tl.constexpr(
+    """{.reg .b32 s8, one, part;
+    mov.b32 one, 0x3c003c00; mov.b32 part, 0x2c002c00;
+    shr.u32 s8, $4, 8;
+    lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xEA;
+    lop3.b32 $1, $4, 0x00f000f0, 0x64006400, 0xEA;
+    lop3.b32 $2, s8, 0x000f000f, 0x64006400, 0xEA;
+    lop3.b32 $3, s8, 0x00f000f0, 0x64006400, 0xEA;
+    fma.rn.f16x2 $0, $0, one, $5;
+    fma.rn.f16x2 $1, $1, part, $6;
+    fma.rn.f16x2 $2, $2, one, $5;
+    fma.rn.f16x2 $3, $3, part, $6;}"""
+)
+
 
 @triton.jit
 def _planes(words, zeros, ASM: tl.constexpr, BF16: tl.constexpr):
@@ -47,17 +76,7 @@ def _planes(words, zeros, ASM: tl.constexpr, BF16: tl.constexpr):
         low = tl.broadcast_to((zeros | (BITS - 0x8000)).to(dtype, bitcast=True), words.shape)
         if BF16:
             p0, p1, p2, p3 = tl.inline_asm_elementwise(
-                """{.reg .b32 s4, s8, s12, one;
-                mov.b32 one, 0x3f803f80;
-                shr.u32 s4, $4, 4; shr.u32 s8, $4, 8; shr.u32 s12, $4, 12;
-                lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xEA;
-                lop3.b32 $1, s4, 0x000f000f, 0x43004300, 0xEA;
-                lop3.b32 $2, s8, 0x000f000f, 0x43004300, 0xEA;
-                lop3.b32 $3, s12, 0x000f000f, 0x43004300, 0xEA;
-                fma.rn.bf16x2 $0, $0, one, $5;
-                fma.rn.bf16x2 $1, $1, one, $5;
-                fma.rn.bf16x2 $2, $2, one, $5;
-                fma.rn.bf16x2 $3, $3, one, $5;}""",
+                PLANES_OF_BFLOAT16,
                 "=&r,=&r,=&r,=&r,r,r",
                 [words, low],
                 dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
@@ -67,17 +86,7 @@ def _planes(words, zeros, ASM: tl.constexpr, BF16: tl.constexpr):
         else:
             high = low + (B - B / 16)  # −(B/16 + z)
             p0, p1, p2, p3 = tl.inline_asm_elementwise(
-                """{.reg .b32 s8, one, part;
-                mov.b32 one, 0x3c003c00; mov.b32 part, 0x2c002c00;
-                shr.u32 s8, $4, 8;
-                lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xEA;
-                lop3.b32 $1, $4, 0x00f000f0, 0x64006400, 0xEA;
-                lop3.b32 $2, s8, 0x000f000f, 0x64006400, 0xEA;
-                lop3.b32 $3, s8, 0x00f000f0, 0x64006400, 0xEA;
-                fma.rn.f16x2 $0, $0, one, $5;
-                fma.rn.f16x2 $1, $1, part, $6;
-                fma.rn.f16x2 $2, $2, one, $5;
-                fma.rn.f16x2 $3, $3, part, $6;}""",
+                PLANES_OF_FLOAT16,
                 "=&r,=&r,=&r,=&r,r,r,r",
                 [words, low, high],
                 dtype=(tl.float16, tl.float16, tl.float16, tl.float16),

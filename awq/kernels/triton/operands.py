@@ -8,6 +8,8 @@ from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from awq.kernels.triton.matmul import PLANES_OF_BFLOAT16, PLANES_OF_FLOAT16
+
 
 @constexpr_function
 def sums_of(warps):
@@ -53,17 +55,7 @@ def planes_of(words, zeros, BF16: gl.constexpr):
         low = (zeros | (0x4300 - 0x8000)).to(gl.bfloat16, bitcast=True)
         low, words = gl.broadcast(low, words)
         p0, p1, p2, p3 = gl.inline_asm_elementwise(
-            """{.reg .b32 s4, s8, s12, one;
-            mov.b32 one, 0x3f803f80;
-            shr.u32 s4, $4, 4; shr.u32 s8, $4, 8; shr.u32 s12, $4, 12;
-            lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xEA;
-            lop3.b32 $1, s4, 0x000f000f, 0x43004300, 0xEA;
-            lop3.b32 $2, s8, 0x000f000f, 0x43004300, 0xEA;
-            lop3.b32 $3, s12, 0x000f000f, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $0, $0, one, $5;
-            fma.rn.bf16x2 $1, $1, one, $5;
-            fma.rn.bf16x2 $2, $2, one, $5;
-            fma.rn.bf16x2 $3, $3, one, $5;}""",
+            PLANES_OF_BFLOAT16,
             "=&r,=&r,=&r,=&r,r,r",
             [words, low],
             dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
@@ -76,17 +68,7 @@ def planes_of(words, zeros, BF16: gl.constexpr):
         low, words = gl.broadcast(low, words)
         high, words = gl.broadcast(high, words)
         p0, p1, p2, p3 = gl.inline_asm_elementwise(
-            """{.reg .b32 s8, one, part;
-            mov.b32 one, 0x3c003c00; mov.b32 part, 0x2c002c00;
-            shr.u32 s8, $4, 8;
-            lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xEA;
-            lop3.b32 $1, $4, 0x00f000f0, 0x64006400, 0xEA;
-            lop3.b32 $2, s8, 0x000f000f, 0x64006400, 0xEA;
-            lop3.b32 $3, s8, 0x00f000f0, 0x64006400, 0xEA;
-            fma.rn.f16x2 $0, $0, one, $5;
-            fma.rn.f16x2 $1, $1, part, $6;
-            fma.rn.f16x2 $2, $2, one, $5;
-            fma.rn.f16x2 $3, $3, part, $6;}""",
+            PLANES_OF_FLOAT16,
             "=&r,=&r,=&r,=&r,r,r,r",
             [words, low, high],
             dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
