@@ -9,11 +9,14 @@ test-gpu`) fails where there is none.
 import os
 import re
 import subprocess
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # what an earlier run compiled must not decide this one
 os.environ.setdefault("AWQ_CACHE", "off")
+# nor may what `awq tune` measured for this user's GPU: a folder that is never made
+os.environ.setdefault("AWQ_KERNEL_TABLES", f"{tempfile.gettempdir()}/awq-tests-without-tables")
 
 import sys
 from pathlib import Path

@@ -260,13 +260,14 @@ def stacked(out_features, in_features, group, count, seed):
     return stack_experts(packed), dense
 
 
-# outputs, inputs, group, bias, activation: whole blocks, seven of them, tails, a whole row
+# outputs, inputs, group, bias, activation: whole blocks, seven of them, tails, a whole row. With an
+# activation outputs come in pairs of runs (`FusedBlock._interleaved`), so there is no tail.
 ONE_TOKEN = [
     (5120, 2048, 128, False, ""),
     (2048, 4096, 128, True, ""),
     (1152, 896, 128, False, "silu"),
     (72, 136, 136, True, ""),
-    (200, 1536, 256, True, "gelu"),
+    (224, 1536, 256, True, "gelu"),
 ]
 
 
@@ -284,7 +285,7 @@ def test_one_token_on_weights_that_are_held(n, k, group, biased, name, dtype):
     x = torch.randn(1, k, device="cuda").to(dtype)
     expected = x.double() @ dense.t() + (0 if bias is None else bias.double())
     if name:
-        in_turn = expected.to(dtype).double().view(-1, 2, GATE_INTERLEAVE)[: n // 32]
+        in_turn = expected.to(dtype).double().view(-1, 2, GATE_INTERLEAVE)
         gate, up = in_turn[:, 0], in_turn[:, 1]
         activated = ACTIVATIONS[name](gate).to(dtype).double()
         expected = (activated * up).reshape(1, -1)
@@ -292,7 +293,7 @@ def test_one_token_on_weights_that_are_held(n, k, group, biased, name, dtype):
         form = direct_launch.Direct(16, warps)
         y = direct_launch.product(x, packed, bias, form, name)
         assert torch.equal(y, direct_launch.product(x, packed, bias, form, name))
-        error = (y[:, : expected.shape[1]].double() - expected).norm() / expected.norm()
+        error = (y.double() - expected).norm() / expected.norm()
         assert error < 3 * TOLERANCE[dtype], (warps, error)
 
 

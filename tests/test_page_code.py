@@ -15,6 +15,7 @@ import pytest
 import torch
 from guide_models import make_models, make_tokenizer
 from test_pages import ENGLISH, ROOT
+from test_tables import forget
 
 import awq
 from awq.calibration.sources import bundled_texts
@@ -75,6 +76,16 @@ def run_command(line, monkeypatch):
     assert main(words) == expected, line
 
 
+@pytest.fixture
+def own_tables(tmp_path, monkeypatch):
+    """`awq tune` of a page writes beside the page's other files, and serves no later test."""
+    monkeypatch.setenv("AWQ_KERNEL_TABLES", str(tmp_path / "tables"))
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("own_tables")
 @pytest.mark.parametrize("page", RUN_HERE)
 def test_code_of_a_page(page, place, tmp_path, monkeypatch):
     if page == "docs/large-models.md":

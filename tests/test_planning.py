@@ -81,9 +81,10 @@ def test_memory_that_is_too_small(llama_dir, tmp_path, monkeypatch):
 
 
 def test_processes_of_one_machine_share_its_memory(llama_dir, monkeypatch):
-    monkeypatch.setattr(forecast, "available_memory", lambda: 4 * 10**8)
+    # enough for one process and CUDA's libraries, and no more than kilobytes for each of many
+    monkeypatch.setattr(forecast, "available_memory", lambda: 4 * 10**9)
     plan_quantization(llama_dir, quant_config=SETTINGS)
-    monkeypatch.setattr(forecast, "present_team", lambda: Team(1, 10**5, 10**5))
+    monkeypatch.setattr(forecast, "present_team", lambda: Team(1, 10**6, 10**6))
     with pytest.raises(ConfigError, match=r"GB are missing"):
         plan_quantization(llama_dir, quant_config=SETTINGS)
 

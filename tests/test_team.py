@@ -13,7 +13,8 @@ from test_experts import mixture
 from test_kinds import encoder_decoder
 from test_streaming import saved, tensors
 
-from awq.core.team import ALONE, Team
+from awq.core.team import ALONE, Team, several_processes
+from awq.errors import ConfigError
 from awq.quantize.input_error import InputErrorStatistics
 from awq.quantize.statistics import InputStatistics
 
@@ -21,11 +22,16 @@ HERE = Path(__file__).parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-def run(*command):
+def run(*command, processes):
+    """A command, with so many processes of torchrun in front of it in one of a test's calls. All
+    calls use GPUs when there is one for each process."""
     paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    if torch.cuda.device_count() < processes:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    # what torchrun itself adds at the end says nothing about the cause
+    assert done.returncode == 0, done.stderr.partition("torch/distributed/elastic/")[0][-6000:]
     return done
 
 
@@ -46,8 +52,8 @@ def test_two_processes_give_the_bytes_of_one(tmp_path):
     saved(encoder_decoder("t5"), models / "encoder_decoder")
     alone, both = tmp_path / "alone", tmp_path / "both"
     script = str(HERE / "team_cases.py")
-    run(sys.executable, script, str(models), str(alone))
-    run(*TORCHRUN, "2", script, str(models), str(both))
+    run(sys.executable, script, str(models), str(alone), processes=2)
+    run(*TORCHRUN, "2", script, str(models), str(both), processes=2)
     for folder in sorted(alone.iterdir()):
         expected, found = tensors(folder), tensors(both / folder.name)
         assert expected.keys() == found.keys() and expected
@@ -63,9 +69,22 @@ def test_the_command_by_torchrun(tmp_path):
     texts.write_text("one two three four five six seven eight\n" * 40)
     given = ["--calib-data", str(texts), "--samples", "3", "--tokens", "16", "--group-size", "16"]
     command = ["quantize", str(source), str(tmp_path / "out"), "--stream", "--json", *given]
-    done = run(*TORCHRUN, "3", "-m", "awq.cli", *command)
+    done = run(*TORCHRUN, "3", "-m", "awq.cli", *command, processes=3)
     assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "texts.txt"]
+
+
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_more_processes_than_gpus(rank, monkeypatch):
+    """Each of them says so, before a process group is made."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "init_process_group", pytest.fail)
+    for name, value in {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    said = r"3 processes were started for 2 GPUs, .*start 2 \(torchrun --nproc-per-node 2\)"
+    with pytest.raises(ConfigError, match=said), several_processes():
+        pytest.fail("no work begins")
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])

@@ -136,12 +136,13 @@ def several_processes() -> Iterator[Team]:
     where there are GPUs.
 
     All of them must make the same calls, and one alone may write a model that is in memory: that of
-    rank 0. A process group that exists already is used. Raises ConfigError where none can be made.
+    rank 0. A process group that exists already is used. Raises ConfigError where none can be made,
+    or where a machine has fewer GPUs than processes.
     """
     from torch import distributed
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_own_gpu())
     begun = not distributed.is_initialized()
     if begun:
         kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -159,6 +160,21 @@ def several_processes() -> Iterator[Team]:
         _present.reset(token)
         if begun:
             distributed.destroy_process_group()
+
+
+def _own_gpu() -> int:
+    """The GPU of this process. Every process of a machine raises ConfigError where there are not
+    enough for all of them, so that none waits for another."""
+    gpus = torch.cuda.device_count()
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    here = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), number + 1)
+    if here > gpus:
+        raise ConfigError(
+            f"{here} processes were started for {gpus} GPU{'s' * (gpus > 1)}, and each takes one; "
+            f"start {gpus} (torchrun --nproc-per-node {gpus}), or hide the GPUs from them "
+            '(CUDA_VISIBLE_DEVICES="") to work on the CPU.'
+        )
+    return number
 
 
 def was_started_in_a_team() -> bool:
