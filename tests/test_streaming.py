@@ -25,6 +25,7 @@ from awq import (
     __version__,
     quantize_directory,
 )
+from awq.checkpoint.stored_blocks import StoredBlocks
 from awq.checkpoint.streaming import StreamedBlocks
 from awq.checkpoint.work_folder import WorkFolder, work_folder
 from awq.cli import main
@@ -202,12 +203,12 @@ def test_what_needs_the_whole_model_is_refused(options, words, llama_dir, tmp_pa
 def test_blocks_that_share_weights_are_refused(tmp_path):
     model = zoo.tiny_model("llama")
     source = saved(model, tmp_path / "source")
-    blocks = StreamedBlocks.__new__(StreamedBlocks)
+    blocks = StoredBlocks.__new__(StoredBlocks)
     model.model.layers[2].mlp = model.model.layers[0].mlp
-    blocks._original, blocks.path = model, source
+    blocks.model, blocks.path = model, source
     blocks._known_names = frozenset(f"model.layers.{i}" for i in range(3))
     with pytest.raises(ModelError, match="shared between blocks"):
-        blocks._check_unshared()
+        blocks.check_unshared()
 
 
 def test_numbers_that_are_not_finite(tmp_path):
