@@ -13,7 +13,7 @@ from awq.nn.block_calls import BlockCall
 from awq.nn.hidden import HiddenStates
 from awq.nn.hooks import input_of
 from awq.nn.walk import BlockInputs, BlockVisit
-from awq.quantize.block import input_error, once_per_token
+from awq.quantize.gather import input_error, once_per_token
 from awq.quantize.input_error import InputErrorStatistics, OriginalInputs, corrected
 from awq.quantize.statistics import InputStatistics
 

@@ -4,31 +4,25 @@ them."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from awq.core.scales import ScaleChoice
-from awq.core.team import Named, Team, present_team
-from awq.errors import ModelError
+from awq.core.team import present_team
 from awq.folds import InputGroup, apply_fold, discover, prove
-from awq.nn.experts import every_token, expert_of, named_experts
-from awq.nn.hooks import inputs_of
+from awq.nn.experts import every_token
 from awq.nn.memory import release_cached
-from awq.nn.sorted_products import SortedProducts
-from awq.nn.surgery import device_of, get_weight, linear_shape
+from awq.nn.surgery import device_of, get_weight
 from awq.nn.walk import BlockVisit
 from awq.quantize.experts import (
     RoundingPart,
-    collect_experts,
-    complete_experts,
     rounding_parts,
     statistics_name,
 )
+from awq.quantize.gather import gather, input_error, once_per_token
 from awq.quantize.group import (
     QuantizedLinear,
     choose_scale,
@@ -39,12 +33,8 @@ from awq.quantize.input_error import InputErrorStatistics, OriginalInputs
 from awq.quantize.run import QuantizeRun
 from awq.quantize.statistics import (
     InputStatistics,
-    MaskHolder,
-    collect_inputs,
-    fitting_mask,
-    noted_inputs,
 )
-from awq.quantize.streams import find_streams, stream_error
+from awq.quantize.streams import find_streams
 
 logger = logging.getLogger("awq.quantize")
 
@@ -125,95 +115,18 @@ class BlockQuantizer:
     def gather_statistics(self) -> None:
         """The Gram matrix of each distinct linear input, in one forward over the calibration
         tokens."""
-        everything = {name for group in self.groups for name in group.consumers}
-        readers = [part.statistics for part in rounding_parts(self.block, self.groups, everything)]
-        routed = [name for name in readers if expert_of(self.block, name)]
-        shared = [name for name in readers if name not in routed]
-        layers = list(named_experts(self.block))
-        routed_tokens: dict[str, list[Tensor]] = {name: [] for name in layers}
-        team = present_team()
-        sorted_rows = any(isinstance(module, SortedProducts) for module in self.block.modules())
-
-        if team.size > 1 and not routed and not sorted_rows:
-            statistics = self._divided_statistics(shared, team)
-        else:
-            statistics = self._own_statistics(shared, routed, routed_tokens)
-
-        for found in statistics.values():
-            found.complete()
-
-        for group in self.groups:
-            if not expert_of(self.block, group.consumers[0]):
-                statistics.setdefault(
-                    group.consumers[0], InputStatistics(group.in_features, self.visit.device)
-                )
-
-        for owner, tokens in complete_experts(
-            self.block, statistics, routed, routed_tokens
-        ).items():
+        found = gather(self.block, self.groups, self.visit, self.run.batches)
+        for owner, tokens in found.tokens_of_experts.items():
             self.run.report.experts[f"{self.visit.name}.{owner}"] = tokens
 
-        found_any = any(found.tokens for found in statistics.values())
-        if not found_any and any(found.dropped for found in statistics.values()):
-            raise ModelError(
-                f"{self.visit.name}: no calibration token has finite activations; use another "
-                "dtype or other texts."
-            )
-
-        for name, found in statistics.items():
-            if found.dropped:
+        for name, statistics in found.statistics.items():
+            if statistics.dropped:
                 self._warn(
-                    f"{name}: {found.dropped} tokens with non-finite or outsized activations were "
-                    "left out."
+                    f"{name}: {statistics.dropped} tokens with non-finite or outsized activations "
+                    "were left out."
                 )
-            found.shrink_to_diagonal()
 
-        self.statistics = statistics
-
-    def _own_statistics(
-        self,
-        shared: list[str],
-        routed: list[str],
-        routed_tokens: dict[str, list[Tensor]],
-    ) -> dict[str, InputStatistics]:
-        """Of the linears `shared` and `routed`, summed while the block runs."""
-        holder = MaskHolder()
-        with (
-            collect_inputs(self.block, shared, holder) as statistics,
-            collect_experts(self.block, routed, holder, statistics, routed_tokens),
-        ):
-            for number in self._batches(holder):
-                call, hidden = self.visit.call(number)
-                call.run(self.block, hidden)
-        return statistics
-
-    def _divided_statistics(self, names: list[str], team: Team) -> dict[str, InputStatistics]:
-        """Of linears outside of experts: each process runs the block on some of the batches, and
-        sums some panels of the Gram matrices."""
-
-        def inputs(number: int) -> Named:
-            call, hidden = self.visit.call(number)
-            with noted_inputs(self.block, names) as noted:
-                call.run(self.block, hidden)
-            return noted
-
-        holder = MaskHolder()
-        statistics: dict[str, InputStatistics] = {}
-        made = team.each(len(self.run.batches), inputs, self.visit.device)
-        for _, found in zip(self._batches(holder), made):
-            for name, x in found:
-                if name not in statistics:
-                    statistics[name] = InputStatistics(x.shape[-1], x.device, team)
-                statistics[name].add(x, holder.of(x), holder.weight)
-
-        return statistics
-
-    def _batches(self, holder: MaskHolder) -> Iterator[int]:
-        """The numbers of the calibration batches, with their masks in `holder`."""
-        masks = zip(self.run.batches, self.visit.masks(), self.visit.encoder_masks())
-        for number, (batch, holder.mask, holder.encoder) in enumerate(masks):
-            holder.weight = batch.weight
-            yield number
+        self.statistics = found.statistics
 
     # 3. Activation-aware scales
 
@@ -358,72 +271,3 @@ def _folds_in(groups: list[InputGroup]) -> int:
 
 def _no_finite_loss(choice: ScaleChoice) -> bool:
     return choice.kind == "identity" and choice.loss != choice.loss
-
-
-def once_per_token(statistics: InputStatistics, visit: BlockVisit) -> bool:
-    """Whether an input comes once for every token: an expert's cannot be compared between two
-    models."""
-    assert visit.calibration is not None
-    inputs = visit.calibration
-    own = sum(
-        shape[0] * shape[1] if mask is None else int(mask.sum())
-        for shape, mask in zip(inputs.hidden.shapes, inputs.masks)
-    )
-    encoder = sum(0 if mask is None else int(mask.sum()) for mask in inputs.encoder_masks)
-    seen = statistics.tokens + statistics.dropped
-
-    return (
-        statistics.calls == len(inputs.hidden) and statistics.tokens > 0 and seen in (own, encoder)
-    )
-
-
-def input_error(
-    block: nn.Module,
-    name: str,
-    original: OriginalInputs,
-    visit: BlockVisit,
-    unused: frozenset[int] = frozenset(),
-    weights: Sequence[float] | None = None,
-) -> InputErrorStatistics | None:
-    """Statistics of the input of the linear `name` now and in the original block; None when they
-    cannot be compared.
-
-    unused: batches that are left out. weights: of the tokens of each batch; None: 1.
-    """
-    if name not in original.names:
-        return None
-
-    stream = original.streams.get(name)
-    width, out = linear_shape(block.get_submodule(name))
-    team = present_team()
-    found = InputErrorStatistics(width, visit.device, 0 if stream is None else out, team)
-    names = [name] if stream is None else [name, stream.reader]
-
-    def pair(index: int) -> Named:
-        if index in unused:
-            return []
-
-        call, hidden = visit.call(index)
-        now = inputs_of(block, names, partial(call.run, block, hidden))
-        before = original.of(names, index)
-        both = [("now", now[name]), ("before", before[name])]
-        if stream is None:
-            return both
-
-        lack = stream_error(now[stream.reader], before[stream.reader], stream.factor)
-        return [*both, ("missing", lack)]
-
-    pairs = team.each(len(original.calls), pair, visit.device)
-    for index, (tensors, *masks) in enumerate(zip(pairs, visit.masks(), visit.encoder_masks())):
-        if index in unused:
-            continue
-
-        inputs = dict(tensors)
-        mask = fitting_mask(inputs["now"], *masks)
-        weight = 1.0 if weights is None else weights[index]
-        found.add_pair(inputs["now"], inputs["before"], mask, inputs.get("missing"), weight)
-
-    found.complete()
-
-    found.shrink_to_diagonal()
-    return found
