@@ -26,7 +26,7 @@ from awq import AutoAWQForCausalLM
 from awq.errors import ConfigError
 from awq.generate import NotFusable, build_decoder, build_static, prove
 from awq.generate.prove_static import why_not_static
-from awq.generate.run import decoder
+from awq.generate.run import body
 from awq.generate.run.loop import generate_fused
 from awq.models.base import BaseAWQForCausalLM
 from awq.nn.capture import NothingFromTheHost, NoWaiting
@@ -593,7 +593,7 @@ def test_prompts_in_pieces(llama, monkeypatch):
     whole = wrapped(llama).generate(
         **prompts(4, 31), max_new_tokens=20, do_sample=False, pad_token_id=0
     )
-    monkeypatch.setattr(decoder, "_PROMPT_TOKENS", 4 * 7)
+    monkeypatch.setattr(body, "_PROMPT_TOKENS", 4 * 7)
     pieces = wrapped(llama).generate(
         **prompts(4, 31), max_new_tokens=20, do_sample=False, pad_token_id=0
     )
@@ -701,8 +701,8 @@ def test_gate_and_up_in_turn(saved, monkeypatch):
     monkeypatch.setattr("awq.generate.run.operations.gate_interleave", lambda linear: 16)
     kwargs = dict(**prompts(), max_new_tokens=30, do_sample=False, pad_token_id=0)
     assert torch.equal(fused.generate(**kwargs), plain.generate(**kwargs))
-    assert [block.mlp.interleave for block in fused.fuse().blocks] == [16] * len(
-        fused.fuse().blocks
+    assert [block.mlp.interleave for block in fused.fuse().body.blocks] == [16] * len(
+        fused.fuse().body.blocks
     )
     theirs, ours = plain.model.state_dict(), fused.model.state_dict()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)

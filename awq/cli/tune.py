@@ -141,7 +141,7 @@ def _of_model(path: str) -> set[Any]:
 
     found = shapes(loaded.model.modules())
     decoder = loaded.fuse() if hasattr(loaded, "fuse") else None
-    blocks = () if decoder is None else decoder.blocks
+    blocks = () if decoder is None else decoder.body.blocks
     joined = (module for block in blocks for module in block.modules())
 
     return found | shapes(joined)

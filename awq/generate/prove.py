@@ -75,7 +75,7 @@ def build_decoder(
             raise
 
         if quantize_head:
-            decoder.head = quantized_head(plan.head)
+            decoder.body.head = quantized_head(plan.head)
         trim()
 
         return decoder

@@ -5,22 +5,20 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from awq.errors import ConfigError
 from awq.generate.plan import DecoderPlan
-from awq.generate.run import operations as ops
-from awq.generate.run.block import FusedBlock, Prompt, Step
+from awq.generate.run.block import Step
+from awq.generate.run.body import FusedBody
 from awq.generate.run.cache import LayerCache, MixerStates, allocate
 from awq.generate.run.graph import GreedyGraph, StepGraph
 from awq.generate.run.greedy import Greedy
-from awq.generate.run.projection import separate
-from awq.nn.blocks import is_product
 from awq.nn.capture import NothingFromTheHost, no_waiting
 from awq.nn.linear import layouts_stay
 from awq.nn.places import Places
@@ -29,13 +27,12 @@ from awq.nn.surgery import get_weight
 logger = logging.getLogger("awq.generate")
 
 _NO_GRAPH = "decode steps are not captured as CUDA graphs, and slower for it: %s."
-_PROMPT_TOKENS = 4096  # of all rows together, in one piece of a prompt
 Captured = TypeVar("Captured", StepGraph, GreedyGraph)
 KEPT_CALLS = 8  # requests for which a GPU keeps a cache that they do not fill
 
 
 class FusedDecoder:
-    """A language model as embedding, fused blocks, norm and head.
+    """A `FusedBody` with its cache and its captured steps.
 
     The weights are those of the transformers model, which keeps working. `prefill` and `step` give
     logits float32 [batch, vocabulary]; the cache of up to `max_seq_len` tokens a row is allocated
@@ -59,23 +56,12 @@ class FusedDecoder:
         self.dtype = model.dtype
         self.running = False  # inside a call of generate
         self.recent: deque[int] = deque(maxlen=KEPT_CALLS)  # rows of the last requests
-        self.head = plan.head
         self.device: torch.device = get_weight(plan.embedding).device
         self.foreign = plan.has_own_code
         self.states: MixerStates | None = None
         self.graphable = self.device.type == "cuda"
-        self.blocks: list[FusedBlock] = []
-
-        try:
-            factor = 1.0
-            for block_plan, block in zip(plan.blocks, plan.modules):
-                self.blocks.append(FusedBlock(block_plan, block, merge, factor))
-                factor = block_plan.factor
-        except BaseException:
-            self.restore()
-            raise
-
-        self.linears = list(self._linears())
+        self.body = FusedBody(plan, merge)
+        self.linears = list(self.body.linears())
 
     @property
     def max_seq_len(self) -> int:
@@ -90,15 +76,9 @@ class FusedDecoder:
         """Whether the model is still where and what it was when it was fused: others may have put
         adapters on its linears."""
         moved = model.dtype != self.dtype or get_weight(self.plan.embedding).device != self.device
-        return not moved and all(now is then for now, then in zip(self._linears(), self.linears))
-
-    def _linears(self) -> Iterator[nn.Module]:
-        """What stands in the transformers model where the plan reads linears."""
-        for plan, block in zip(self.plan.blocks, self.plan.modules):
-            for name in plan.names:
-                yield block.get_submodule(name)
-            if plan.own is not None:
-                yield from filter(is_product, block.get_submodule(plan.own.name).modules())
+        return not moved and all(
+            now is then for now, then in zip(self.body.linears(), self.linears)
+        )
 
     def reserve(self, batch: int) -> None:
         """Room in the cache for `batch` rows; what is there is kept when it is enough already."""
@@ -162,9 +142,7 @@ class FusedDecoder:
                 "returned."
             )
 
-        for block in self.plan.modules:
-            separate(block)
-        self.blocks = []
+        self.body.separate()
         self._forget_cache()
 
     @torch.inference_mode()
@@ -192,7 +170,7 @@ class FusedDecoder:
         self.padding[:batch] = torch.tensor(padding or [0] * batch, device=ids.device)
         if self.plan.states is None:
             cache = [layer.part(slice(0, batch)) for layer in self.cache]
-            return self._logits(self._last_of(ids, lengths, cache, self.padding[:batch]))
+            return self.body.logits(self.body.last_of(ids, lengths, cache, self.padding[:batch]))
 
         found = []
         states = []
@@ -201,12 +179,12 @@ class FusedDecoder:
             length = lengths[rows.start]
             cache = [layer.part(rows, own) for layer in self.cache]
             found.append(
-                self._last_of(ids[rows, :length], lengths[rows], cache, self.padding[rows])
+                self.body.last_of(ids[rows, :length], lengths[rows], cache, self.padding[rows])
             )
             states.append(own)
 
         self._keep(MixerStates.joined(states), batch)
-        return self._logits(torch.cat(found))
+        return self.body.logits(torch.cat(found))
 
     def _rows_at_once(self, lengths: Sequence[int]) -> list[slice]:
         """Rows that are read together where mixers keep states: all of one length, else one by
@@ -230,38 +208,6 @@ class FusedDecoder:
     def _rows_of_states(self) -> int:
         tensors = [] if self.states is None else self.states.tensors()
         return len(tensors[0]) if tensors else 0
-
-    def _last_of(
-        self,
-        ids: Tensor,
-        lengths: Sequence[int],
-        cache: list[LayerCache],
-        padding: Tensor,
-    ) -> Tensor:
-        """The normalized output [batch, features] of the last token of each prompt."""
-        batch, tokens = ids.shape
-        last = torch.tensor(lengths, device=ids.device) - 1
-        found: Tensor | None = None
-
-        # recurrent mixers of transformers begin anew with every call of more than one token
-        piece = max(1, _PROMPT_TOKENS // batch) if self.plan.states is None else tokens
-
-        for start in range(0, tokens, piece):
-            part = ids[:, start : start + piece]
-            positions = torch.arange(start, start + part.shape[1], device=ids.device)
-            positions = positions + padding.unsqueeze(1)
-            hidden = self._hidden(part, positions, cache, Prompt(start))
-            inside = (last - start).clamp(0, part.shape[1] - 1)
-            chosen = hidden[torch.arange(batch, device=ids.device), inside]
-
-            if found is None:
-                found = chosen
-            else:
-                found = torch.where((last >= start).unsqueeze(1), chosen, found)
-
-        assert found is not None
-
-        return found
 
     @torch.inference_mode()
     def step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
@@ -365,8 +311,8 @@ class FusedDecoder:
         cache = [layer.part(slice(0, len(ids)), self.states) for layer in self.cache]
         positions = (lengths + self.padding[: len(ids)]).unsqueeze(1)
         with NothingFromTheHost() if self.foreign else nullcontext(), self._experts_of_a_step():
-            hidden = self._hidden(ids.unsqueeze(1), positions, cache, Step(lengths, longest))
-        return self._logits(hidden[:, 0])
+            hidden = self.body.hidden(ids.unsqueeze(1), positions, cache, Step(lengths, longest))
+        return self.body.logits(hidden[:, 0])
 
     def _experts_of_a_step(self) -> Any:
         """transformers computes dense experts of one token without asking for their numbers inside
@@ -374,35 +320,3 @@ class FusedDecoder:
         if not self.foreign or self.device.type != "cuda":
             return nullcontext()
         return getattr(self.model, "_optimize_model_for_decode", nullcontext)()
-
-    def _hidden(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        cache: list[LayerCache],
-        where: Prompt | Step,
-    ) -> Tensor:
-        """ids [batch, tokens] → the normalized output of the last block [batch, tokens,
-        features]."""
-        p = self.plan
-        x = p.embedding(ids)
-        if p.embedding_factor != 1.0:
-            x = x * torch.tensor(p.embedding_factor, dtype=x.dtype)
-        if p.positions is not None:
-            x = (x.float() + p.positions[positions.long()]).to(x.dtype)
-        if p.embedding_norm is not None:
-            x = ops.normalize(x, p.embedding_norm)
-
-        branch = None
-
-        for block, layer in zip(self.blocks, cache):
-            x, branch = block(x, branch, layer, where)
-
-        return ops.add_norm(x, branch, p.blocks[-1].factor, p.norm)[1]
-
-    def _logits(self, x: Tensor) -> Tensor:
-        logits = ops.head(x, self.head)
-        if self.plan.logits_factor != 1.0:
-            logits = logits * self.plan.logits_factor
-        cap = self.plan.logits_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
