@@ -20,7 +20,13 @@ logger = logging.getLogger("awq")
 METHOD = "awq"  # as `config.json` names it
 # transformers looks a method up as it is spelled, and loads random numbers for one it does not know
 METHODS = (METHOD, METHOD.upper(), METHOD.title())
-FORMATS = ("gemm", "gemv", "gemv_fast")
+# On-disk format → dtypes of its tensors. Here and not beside the codecs, because `awq info` judges
+# headers without importing torch.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "gemm": ("int32", "float16"),
+    "gemv": ("int32", "float16"),
+    "gemv_fast": ("int16", "float16"),
+}
 # Layouts that `awq convert` knows beside them: llm-compressor's files, and ordinary weights.
 COMPRESSED_TENSORS, DENSE = "compressed-tensors", "dense"
 # The tensors of a packed linear, in every format and layout.
@@ -41,6 +47,11 @@ def fitting_group_sizes(widths: Iterable[int]) -> list[int]:
     """
     widths = list(widths)
     return [size for size in _USUAL_GROUP_SIZES if not any(width % size for width in widths)]
+
+
+def stored_dtypes() -> set[str]:
+    """Of the tensors that files of some format hold, as torch names them."""
+    return {dtype for dtypes in FORMATS.values() for dtype in dtypes}
 
 
 def normalize_format(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from awq.config import AwqConfig
+from awq.config import FORMATS, AwqConfig
 from awq.core.weight import QuantizedWeight, round_to_nearest
 from awq.errors import ConfigError
 from awq.formats import get_format
@@ -38,6 +38,7 @@ def test_unpack_inverts_pack(name, shape):
     tensors = codec.pack(weight)
     for key, (size, dtype) in codec.shapes(*shape).items():
         assert tuple(tensors[key].shape) == size and tensors[key].dtype == dtype
+        assert str(dtype).removeprefix("torch.") in FORMATS[name]
     assert codec.features_of(tensors["qweight"]) == shape[:2]
     # Tensors of a file have other strides than fresh ones where a dimension is 1, and slices have
     # strides of their own.

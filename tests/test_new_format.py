@@ -62,8 +62,7 @@ HALVES = Format("halves", _encode, _decode, _shapes, _reason, _features)
 
 @pytest.fixture
 def added(monkeypatch):
-    monkeypatch.setattr(awq.config, "FORMATS", (*awq.config.FORMATS, "halves"))
-    monkeypatch.setattr(awq.checkpoint.files, "STORED", (*awq.checkpoint.files.STORED, "uint8"))
+    monkeypatch.setitem(awq.config.FORMATS, "halves", ("uint8", "float16"))
     monkeypatch.setitem(awq.formats._FORMATS, "halves", HALVES)
     monkeypatch.setitem(awq.formats._LAYOUTS, "halves", HALVES)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from awq.config import PACKED_TENSORS
+from awq.config import PACKED_TENSORS, stored_dtypes
 from awq.errors import CheckpointError
 
 PackedTensors = dict[str, dict[str, dict[str, Any]]]
@@ -40,9 +40,6 @@ SINGLE_FILE = "model.safetensors"
 REPORT_FILE = "quantization_report.json"
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
 MAX_JSON_BYTES = 64 << 20  # the index of the largest models has 10 MB
-# `formats.stored_dtypes` by name, which a test holds equal: asking would import torch, and
-# `awq info` does without.
-STORED = ("int16", "int32", "float16")
 
 
 def weight_files(directory: str | Path) -> list[Path]:
@@ -230,7 +227,8 @@ def check_complete(name: str, tensors: Mapping[str, Mapping[str, Any]]) -> None:
 def check_packed(packed: PackedTensors) -> None:
     """Refuses packed linears that lack one of their tensors, or whose tensors have dtypes that none
     of the formats has."""
-    known_words = {word for word, name in DTYPE_NAMES.items() if name in STORED} | set(FLOATS)
+    stored = stored_dtypes()
+    known_words = {word for word, name in DTYPE_NAMES.items() if name in stored} | set(FLOATS)
     for name, tensors in packed.items():
         check_complete(name, tensors)
         strange = [kind for kind in PACKED_TENSORS if tensors[kind]["dtype"] not in known_words]

@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 
 from awq.checkpoint.files import PackedTensors
+from awq.config import stored_dtypes
 from awq.errors import CheckpointError
-from awq.formats import get_format, stored_dtypes
+from awq.formats import get_format
 from awq.nn.surgery import named_linears, output_head
 
 
@@ -57,7 +58,7 @@ def restore_packed(model: Any, matched: dict[str, str], packed: PackedTensors) -
     4.x casts scales to the model's dtype, and bfloat16 loses three of their bits; 5.0 casts
     whatever lies in a module that the model keeps in float32 (T5's `wo`), codes included.
     """
-    of_files = stored_dtypes()
+    of_files = {getattr(torch, name) for name in stored_dtypes()}
     for name, stored in matched.items():
         module = model.get_submodule(name)
         for kind, buffer in list(module._buffers.items()):

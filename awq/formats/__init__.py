@@ -3,8 +3,6 @@ vectorized."""
 
 from __future__ import annotations
 
-import torch
-
 from awq.config import normalize_format
 from awq.formats.base import Format
 from awq.formats.gemm import GEMM
@@ -36,13 +34,4 @@ def get_layout(name: str) -> Format:
     return _LAYOUTS.get(name) or get_format(name)
 
 
-def stored_dtypes() -> set[torch.dtype]:
-    """Of the tensors that files of some format hold."""
-    found = set()
-    for form in _FORMATS.values():
-        shapes = form.shapes(256, 256, 128)
-        found |= {dtype for _, dtype in shapes.values()}
-    return found
-
-
-__all__ = ["Format", "get_format", "get_layout", "stored_dtypes"]
+__all__ = ["Format", "get_format", "get_layout"]
