@@ -9,12 +9,15 @@ block, in which kernels are compiled, and the mean of the others for the rest, t
 states included. --model: a directory, streamed; with
 --in-memory it is also quantized in memory, each in a process of its own.
 
+--plain: scales and ranges are not searched, which takes most of the time on a CPU.
+
 --limit-gb: of address space (RLIMIT_AS) for the process that quantizes; --gpu-limit-gb: of GPU
 memory, by torch's allocator. --profile: the last block runs under torch's profiler, which makes it
 somewhat slower; kernels and their times go to stderr.
 
 The source's pages leave the cache before each run, so that reading is from disk. Token ids
-are random. Peak RSS is the kernel's (`ru_maxrss`), mapped pages of files included. Prints JSON.
+are random. Peak RSS is the kernel's (`ru_maxrss`), mapped pages of files included; it goes to
+stderr behind every block, too. Prints JSON.
 """
 
 from __future__ import annotations
@@ -122,6 +125,8 @@ def quantize(given: argparse.Namespace) -> dict[str, Any]:
     ids = torch.randint(3, 1000, (given.samples, given.tokens))
     settings = {"q_group_size": given.group_size}
     options = {"preset": given.preset, "progress": False}
+    if given.plain:
+        options |= {"scaling": False, "clip": False}
     output = Path(tempfile.mkdtemp(dir=given.home)) / "out"
     start = time.monotonic()
     if given.child == "memory":
@@ -141,10 +146,14 @@ def quantize(given: argparse.Namespace) -> dict[str, Any]:
         "blocks": blocks,
         **times_of_blocks(ended),
         "phases": {name: round(value, 1) for name, value in report.phases.items()},
-        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB, 2),
+        "peak_rss_gb": peak_rss_gb(),
         "peak_gpu_gb": round(gpu, 2),
         "planned": planned,
     }
+
+
+def peak_rss_gb() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB, 2)
 
 
 Times = list[tuple[float, dict[str, float]]]  # when, and the phases' seconds until then
@@ -176,7 +185,8 @@ def note_ends_of_blocks(profile_last: bool) -> Times:
             work(run, visit)
             phases = {name: value for name, value in run.report.phases.items() if name != "inputs"}
             ended.append((time.monotonic(), phases))
-        print(f"{visit.name} {_spent(*ended[-2:])}", file=sys.stderr, flush=True)
+        spent = _spent(*ended[-2:])
+        print(f"{visit.name} peak {peak_rss_gb()} GB, {spent}", file=sys.stderr, flush=True)
 
     QuantizeRun.phase, QuantizeRun.go_on = finished_phase, begin
     pipeline.quantize_block = quantize_block
@@ -194,6 +204,7 @@ def note_plan() -> dict[str, float]:
         for name in ("ram", "gpu", "disk", "activations"):
             planned[f"{name}_gb"] = round(getattr(fitting, name) / GB, 2)
         planned["seconds"] = round(fitting.seconds, 1)
+        print(f"planned {planned}", file=sys.stderr, flush=True)
         return fitting
 
     forecast.check_memory = check_memory
@@ -253,7 +264,8 @@ def in_a_process(kind: str, given: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", kind, "--model", str(given.model)]
     for name in ("home", "samples", "tokens", "group_size", "preset", "limit_gb", "gpu_limit_gb"):
         command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
-    command += ["--profile"] if given.profile else []
+    for name in ("profile", "plain"):
+        command += [f"--{name}"] if getattr(given, name) else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{kind} ended with status {done.returncode}")
@@ -274,6 +286,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit-gb", type=float, default=0.0)
     parser.add_argument("--gpu-limit-gb", type=float, default=0.0)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--home", default=tempfile.gettempdir())
     parser.add_argument("--child", choices=("streamed", "memory"))
     return parser.parse_args()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from awq import AutoAWQForCausalLM, quantize_directory
-from awq.core import scales
+from awq.core import rounding, scales
 from awq.core.team import ALONE, several_processes, was_started_in_a_team
 from awq.quantize import group, input_error, run, statistics
 
@@ -30,6 +30,7 @@ CASES = {
 def main(models: Path, outputs: Path) -> None:
     statistics.PANEL = 24  # no divisor of the widths
     group.ROUNDED_VALUES["cpu"] = 1 << 9
+    rounding.COLUMNS = 6
     scales._TOGETHER["cpu"] = 1 << 12
     run.BATCH_TOKENS = 32
     ids = torch.randint(3, 60, (10, 16), generator=torch.Generator().manual_seed(1))

@@ -15,6 +15,7 @@ from test_streaming import saved, tensors
 
 from awq.core.team import ALONE, Team, several_processes
 from awq.errors import ConfigError
+from awq.quantize.group import ROUNDED_VALUES, rounded_rows
 from awq.quantize.input_error import InputErrorStatistics
 from awq.quantize.statistics import InputStatistics
 
@@ -94,6 +95,23 @@ def test_every_piece_is_one_processs(size):
     assert all(sum(owner) == 1 for owner in owners)
     work = [sum(number for number in pieces if owners[number][rank]) for rank in range(size)]
     assert len(set(work)) == 1  # of pieces that grow evenly
+
+
+@pytest.mark.parametrize("out, width", [(28672, 4096), (4096, 14336), (57344, 8192), (8192, 28672)])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_rows_of_a_large_weight_are_rounded_in_equal_halves(out, width, kind):
+    """Of two processes none waits for the other: 7B's and 70B's widest weights."""
+    rows = rounded_rows(out, width, kind)
+    pieces = [min(rows, out - start) for start in range(0, out, rows)]
+    own = [sum(n for k, n in enumerate(pieces) if k % 2 == rank) for rank in range(2)]
+    assert len(pieces) >= 2 and max(own) - min(own) < 0.01 * out
+    assert rows * width <= ROUNDED_VALUES[kind] + width
+
+
+def test_rows_of_a_small_weight_are_rounded_at_once():
+    """Steps that wait for each other take as long for few rows as for many."""
+    assert rounded_rows(4096, 4096, "cuda") == 4096
+    assert rounded_rows(1, 1 << 30, "cpu") == 1
 
 
 @pytest.mark.parametrize("width", [24, 50])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from awq.backends import operator
+from awq.core.team import ALONE, Team, present_team
 from awq.core.weight import QuantizedWeight
 from awq.errors import ConfigError, ModelError
 
@@ -22,6 +23,8 @@ DAMPING = 0.01
 MAX_DAMPINGS = 12
 BLOCK = 128  # columns between two products with all the rest
 COLUMNS = 512  # of a panel of a triangular matrix
+FEW_PANELS = 4  # so few are not worth dividing between processes
+_INVERTED = 2  # pieces of a panel's columns in an inversion
 
 
 def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
@@ -52,7 +55,7 @@ def feedback_factor(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Ten
             "outsized weights."
         )
 
-    _invert(panels)
+    _invert(panels, _team_for(panels))
     width = len(order)
     factor = torch.zeros_like(gram, memory_format=torch.contiguous_format)
     while panels:  # each is given up when its numbers are there
@@ -81,7 +84,7 @@ def _damped_cholesky(gram: Tensor, order: Tensor, damping: float) -> Panels | No
     for power in range(MAX_DAMPINGS):
         total += damping * 10.0**power
         panels = _lower_panels(gram, order, total)
-        if _factorize(panels):
+        if _factorize(panels, _team_for(panels)):
             return panels
 
     return None
@@ -101,31 +104,42 @@ def _lower_panels(gram: Tensor, order: Tensor, damping: float) -> Panels:
     return panels
 
 
-def _factorize(panels: Panels) -> bool:
+def _team_for(panels: Panels) -> Team:
+    """The processes that divide the work on a matrix."""
+    return present_team() if len(panels) > FEW_PANELS else ALONE
+
+
+def _factorize(panels: Panels, team: Team) -> bool:
     """Replaces the lower half of a symmetric matrix by its Cholesky factor, in place; whether there
-    is one."""
-    failures = []
+    is one. Each process finishes its own panels and hands them to the others."""
+    failures = torch.zeros((), dtype=torch.int64, device=panels[0].device)
     for number, panel in enumerate(panels):
         width = panel.shape[1]
         own = panel[:width]
         below = panel[width:]
-        root, failed = torch.linalg.cholesky_ex(own)
-        own.copy_(root)
-        failures.append(failed)
-        below.copy_(torch.linalg.solve_triangular(root.t(), below, upper=True, left=False))
+        if team.has(number):
+            root, failed = torch.linalg.cholesky_ex(own)
+            own.copy_(root)
+            failures += failed != 0
+            below.copy_(torch.linalg.solve_triangular(root.t(), below, upper=True, left=False))
+        team.hand_out(panel, number)
+
         first = width
-
-        for later in panels[number + 1 :]:
+        for place, later in enumerate(panels[number + 1 :], number + 1):
             columns = panel[first : first + later.shape[1]]
-            later.addmm_(panel[first:], columns.t(), alpha=-1)
+            if team.has(place):
+                later.addmm_(panel[first:], columns.t(), alpha=-1)
             first += len(columns)
-    return not bool(torch.stack(failures).any())
+
+    team.total(failures)
+    return not bool(failures)
 
 
-def _invert(panels: Panels) -> None:
+def _invert(panels: Panels, team: Team) -> None:
     """Inverts a lower triangular matrix in place, from its last panel on.
 
     The inverse of [[A, 0], [B, C]] is [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]], and C⁻¹ is there already.
+    Processes divide the columns of each panel.
     """
     for number in reversed(range(len(panels))):
         panel = panels[number]
@@ -138,11 +152,21 @@ def _invert(panels: Panels) -> None:
         own.copy_(inverse)
         below.zero_()
 
-        first = 0
-        for later in panels[number + 1 :]:
-            rows = product[first : first + later.shape[1]]
-            below[first:].addmm_(later, rows, alpha=-1)
-            first += len(rows)
+        columns = -(-width // _INVERTED)
+        for piece, start in enumerate(range(0, width, columns)):
+            if team.has(piece):
+                part = slice(start, start + columns)
+                _subtract_product(below[:, part], panels[number + 1 :], product[:, part])
+        team.total(below)
+
+
+def _subtract_product(target: Tensor, lower: Panels, right: Tensor) -> None:
+    """target [n, any] −= L · right for a lower triangular matrix L [n, n]."""
+    first = 0
+    for panel in lower:
+        rows = right[first : first + panel.shape[1]]
+        target[first:].addmm_(panel, rows, alpha=-1)
+        first += len(rows)
 
 
 def round_with_feedback(

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import starmap
 from typing import Any
 
 import torch
@@ -38,13 +37,24 @@ class Team:
     def has(self, number: int) -> bool:
         """Whether a piece is this process's. Numbers are dealt there and back (0, 1, 1, 0, …), so
         that pieces which grow or shrink make no process's work the largest."""
+        return self.rank == self._owner(number)
+
+    def _owner(self, number: int) -> int:
         place = number % (2 * self.size)
-        return self.rank == min(place, 2 * self.size - 1 - place)
+        return min(place, 2 * self.size - 1 - place)
+
+    def hand_out(self, tensor: Tensor, number: int) -> None:
+        """Gives all processes, in place, the piece that one of them has; the tensor is
+        contiguous."""
+        if self.size > 1:
+            from torch import distributed
+
+            distributed.broadcast(tensor, self._owner(number))
 
     def total(self, tensor: Tensor) -> None:
         """Adds up, in place, what the processes have made of their pieces of a tensor. Elsewhere
         each has zeros, so that no number is rounded."""
-        if self.size > 1:
+        if self.size > 1 and tensor.numel():
             from torch import distributed
 
             distributed.all_reduce(tensor)
@@ -63,8 +73,7 @@ class Team:
         for first in range(0, count, self.size):
             number = first + self.rank
             own = make(number) if number < count else []
-            for owner, shapes in enumerate(self._shapes_of_all(own)[: count - first]):
-                yield [*starmap(_Exchange(self.rank, owner, own, device), enumerate(shapes))]
+            yield from self._exchanged(own, device)[: count - first]
 
     def is_maker(self, number: int) -> bool:
         """Whether this process is the one that makes it, in `each`."""
@@ -88,6 +97,34 @@ class Team:
 
             distributed.barrier()
 
+    def _exchanged(self, own: Named, device: torch.device) -> list[Named]:
+        """What each process has made, by rank. All send and receive at once, as bytes: not every
+        dtype is known everywhere."""
+        from torch import distributed
+
+        found = []
+        transfers = []
+        for rank, shapes in enumerate(self._shapes_of_all(own)):
+            if rank == self.rank:
+                found.append([(name, tensor.detach().contiguous()) for name, tensor in own])
+                continue
+
+            empty = [
+                (name, torch.empty(size, dtype=dtype, device=device))
+                for name, size, dtype in shapes
+            ]
+            found.append(empty)
+            transfers += _transfers(distributed.irecv, empty, rank)
+
+        for rank in range(self.size):
+            if rank != self.rank:
+                transfers += _transfers(distributed.isend, found[self.rank], rank)
+
+        if transfers:
+            for work in distributed.batch_isend_irecv(transfers):
+                work.wait()
+        return found
+
     def _shapes_of_all(self, own: Named) -> list[list[tuple[str, torch.Size, torch.dtype]]]:
         from torch import distributed
 
@@ -97,27 +134,12 @@ class Team:
         return found
 
 
-@dataclass(frozen=True)
-class _Exchange:
-    """Hands one process's tensors to all, as bytes: not every dtype is known everywhere."""
+def _transfers(kind: Callable[..., Any], tensors: Named, other: int) -> list[Any]:
+    """One transfer for each tensor that is not empty, to or from another process."""
+    from torch import distributed
 
-    rank: int
-    owner: int
-    own: Named
-    device: torch.device
-
-    def __call__(self, place: int, shape: tuple[str, torch.Size, torch.dtype]) -> tuple:
-        from torch import distributed
-
-        name, size, dtype = shape
-        if self.rank == self.owner:
-            tensor = self.own[place][1].detach().contiguous()
-        else:
-            tensor = torch.empty(size, dtype=dtype, device=self.device)
-
-        if tensor.numel():
-            distributed.broadcast(tensor.view(-1).view(torch.uint8), self.owner)
-        return name, tensor
+    whole = [tensor.view(-1).view(torch.uint8) for _, tensor in tensors if tensor.numel()]
+    return [distributed.P2POp(kind, part, other, tag=tag) for tag, part in enumerate(whole)]
 
 
 ALONE = Team()

@@ -19,7 +19,7 @@ from awq.config import AwqConfig
 from awq.core.ranges import search_range
 from awq.core.refinement import lean_of, refine
 from awq.core.rounding import feedback_factor, round_with_feedback
-from awq.core.scales import ScaleChoice, gram_loss, row_losses, search_scale
+from awq.core.scales import ScaleChoice, row_losses, search_scale
 from awq.core.team import present_team
 from awq.core.weight import (
     QuantizedWeight,
@@ -37,8 +37,9 @@ from awq.quantize.statistics import InputStatistics
 from awq.quantize.tuned import packed_lean
 
 _LEAST_ENERGY = 1e-30  # below the energy of any output that is not zero
-# weights rounded at once: 0.1 GB each time on a CPU, half a GB on a GPU
+# most weights rounded at once: 0.1 GB each time on a CPU, half a GB on a GPU
 ROUNDED_VALUES = {"cpu": 1 << 25, "cuda": 1 << 27}
+_WORTH_DIVIDING = 4  # a weight of more than this part of them is rounded by two processes
 
 
 @dataclass
@@ -89,14 +90,22 @@ def round_to_nearest_losses(
 ) -> dict[str, float]:
     """Relative output error of plain round-to-nearest for each untouched linear of a group."""
     size = config.group_size_of(group.in_features, group.consumers[0])
+    team = present_team()
     losses = {}
+
     for name in names:
         weight = get_weight(block.get_submodule(name)).detach().float()
-        delta = (
-            round_to_nearest(weight, size, config.bits, config.zero_point).dequantize().sub_(weight)
-        )
-        energy = gram_loss(weight, statistics.gram).clamp(min=_LEAST_ENERGY)
-        losses[name] = float(gram_loss(delta, statistics.gram) / energy)
+        found = torch.zeros(2, len(weight), dtype=torch.float32, device=weight.device)
+        for number, part in enumerate(_row_chunks(weight)):
+            if team.has(number):
+                rows = weight[part]
+                nearest = round_to_nearest(rows, size, config.bits, config.zero_point)
+                found[0, part] = row_losses(nearest.dequantize().sub_(rows), statistics.gram)
+                found[1, part] = row_losses(rows, statistics.gram)
+
+        team.total(found)
+        loss, energy = found.sum(1)
+        losses[name] = float(loss / energy.clamp(min=_LEAST_ENERGY))
 
     return losses
 
@@ -139,17 +148,17 @@ def quantize_group(
             target = corrected(target, lack[part], *factor)
         found = quantize_rows(target, gram, size, config, options, factor)
         shift = (stacked[part] - found.weight.dequantize()) @ statistics.mean
+        energy = row_losses(stacked[part], statistics.gram)
         lean = [packed_lean(lean_of(target, gram, found.weight))] if options.tuning else []
 
-        return *found.weight[:3], *found[1:], shift, *lean
+        return *found.weight[:3], *found[1:], energy, shift, *lean
 
     found = present_team().rows(_row_chunks(stacked), quantized, stacked.device)
-    rows, shift, leans = found[:6], found[6] + mean_change, found[7:]
-    energies = row_losses(stacked, statistics.gram)
+    rows, shift, leans = found[:7], found[7] + mean_change, found[8:]
 
     results = []
     lengths = [len(get_weight(block.get_submodule(name))) for name in names]
-    for name, part in zip(names, _parts(lengths, *rows, energies, shift)):
+    for name, part in zip(names, _parts(lengths, *rows, shift)):
         codes, scales, zeros, loss, feedback, narrowed, energy, bias_change = part
         report = LinearReport(
             name=name,
@@ -183,11 +192,20 @@ def _stacked_weight(block: nn.Module, names: list[str]) -> Tensor:
     return weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
 
 
+def rounded_rows(out: int, width: int, kind: str) -> int:
+    """Rows of a weight [out, width] that are rounded at once: of a large one not all, for every
+    step makes a tensor of their size. They make an even number of pieces, as equal as can be, for
+    processes that divide them. kind: of the device."""
+    values = ROUNDED_VALUES["cpu" if kind == "cpu" else "cuda"]
+    pieces = -(-out * width // values)
+    if out * width > values // _WORTH_DIVIDING:
+        pieces += pieces % 2
+    return -(-out // max(1, pieces))
+
+
 def _row_chunks(weight: Tensor) -> list[slice]:
-    """Rows that are rounded at once: of a large weight [out, in] not all, for every step of the
-    rounding makes a tensor of their size."""
-    values = ROUNDED_VALUES["cpu" if weight.device.type == "cpu" else "cuda"]
-    rows = max(1, values // weight.shape[1])
+    """Rows of a weight [out, in] that are rounded at once."""
+    rows = rounded_rows(weight.shape[0], weight.shape[1], weight.device.type)
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 

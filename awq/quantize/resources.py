@@ -22,7 +22,7 @@ from awq.core.scales import RATIOS
 from awq.nn.block_calls import BlockCall
 from awq.nn.hooks import hooked
 from awq.nn.surgery import linear_shape, named_linears
-from awq.quantize.group import ROUNDED_VALUES
+from awq.quantize.group import rounded_rows
 from awq.quantize.input_error import MAX_KEPT_VALUES
 from awq.quantize.options import QuantizeOptions
 from awq.quantize.plan import Plan
@@ -190,7 +190,7 @@ def _rounding_steps(
     for number, group in enumerate(shape.groups):
         base = held + sum(later.gram for later in shape.groups[number:])
         base += sum(earlier.bytes // FLOAT for earlier in shape.groups[:number])  # their codes
-        chunk = min(group.bytes, FLOAT * ROUNDED_VALUES["cpu" if kind == "cpu" else "cuda"])
+        chunk = FLOAT * group.inputs * rounded_rows(sum(group.outputs), group.inputs, kind)
         copies = _FEEDBACK_COPIES if feedback else _COPIES
         rows = group.stacked + round(copies * chunk) + group.bytes // FLOAT
 
