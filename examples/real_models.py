@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from importlib.util import find_spec
@@ -35,8 +36,10 @@ def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct as a float32 transformers directory, dequantized once from the
     package's GGUF (Q4_1)."""
     target = CACHE / "smollm2-135m"
-    if (target / "model.safetensors").exists():
-        return target
+    recipe, made_by = _recipe(), target.with_suffix(".recipe")
+    if (target / "model.safetensors").exists() and made_by.exists():
+        if made_by.read_text(encoding="utf-8") == recipe:
+            return target
     import gguf
     from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
@@ -98,5 +101,12 @@ def smollm2_dir() -> Path:
     settings = json.loads((partial / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
+    made_by.write_text(recipe, encoding="utf-8")
     return target
+
+
+def _recipe() -> str:
+    """Names this very code: a directory that an older one made is made anew."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

@@ -208,10 +208,11 @@ def test_a_first_look_finds_the_same_folds_with_fewer_tokens():
     def part(length):
         return lambda t: t[:length] if t.dim() and len(t) == rows else t
 
-    parted = [
-        (BlockCall(call.args, map_tensors(call.kwargs, part(len(h))), call.where), h)
-        for h in inputs
-    ]
+    def call_for(h):
+        args, kwargs = map_tensors((call.args, call.kwargs), part(len(h)))
+        return BlockCall(args, kwargs, call.where)
+
+    parted = [(call_for(h), h) for h in inputs]
     tokens = []
     query = "attention.self.query"
     with hooked(block, [query], before=lambda _, args: tokens.append(len(args[0]))):

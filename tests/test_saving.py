@@ -4,6 +4,8 @@ lost."""
 import json
 import os
 import stat
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from awq import AwqConfig, QuantReport, quantize_directory
 from awq.checkpoint import convert_checkpoint, save_checkpoint
-from awq.checkpoint.directory import complete_directory
+from awq.checkpoint.directory import check_target, complete_directory
+from awq.checkpoint.work_folder import work_folder
 from awq.errors import CheckpointError, ConfigError
 
 
@@ -304,3 +307,29 @@ def test_a_name_that_is_no_text(model, tmp_path):
     target = tmp_path / os.fsdecode(b"\xff\xfe model")
     save_checkpoint(model, target, AwqConfig(group_size=16))
     assert (target / "config.json").exists() and os.listdir(tmp_path) == [target.name]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("write", [check_target, complete_directory, work_folder])
+def test_missing_folders_that_another_process_makes_and_removes(
+    tmp_path, monkeypatch, write, times
+):
+    """Two savers look at once whether they can write: each removes what it made and did not use."""
+    home = tmp_path / "new" / "deep"
+    removed = []
+
+    def make(folder, *arguments, plain=Path.mkdir, **options):
+        plain(folder, *arguments, **options)
+        if folder == home and len(removed) < times:
+            removed.append(folder)
+            folder.rmdir()
+            folder.parent.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", make)
+    made = write(home / "model")
+    if write is not check_target:
+        with suppress(ZeroDivisionError), made:
+            assert home.exists()
+            raise ZeroDivisionError
+
+    assert len(removed) == times

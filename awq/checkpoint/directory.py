@@ -58,8 +58,7 @@ def check_target(target: str | Path, source: str | Path | None = None) -> Path:
     if source is not None and Path(source).is_dir():
         _check_apart(path, Path(os.path.realpath(source)))
     _check_content(path)
-    made = _missing_parents(path)
-    work, lock = _make_work(path)
+    work, lock, made = _make_work(path)
     remove_work(work)
     os.close(lock)
     _remove_empty(made)
@@ -133,8 +132,7 @@ def complete_directory(target: str | Path, source: str | Path | None = None) -> 
     """
     path = check_target(target, source)
     recover(path)
-    made = _missing_parents(path)
-    work, lock = _make_work(path)
+    work, lock, made = _make_work(path)
 
     saved = False
     try:
@@ -188,14 +186,12 @@ def _temporary(target: Path, inside: bool = False) -> list[Path]:
     """Temporary folders for this name, those of living processes too."""
     places = [target] if inside else [target.parent, target]
     start = _prefix(target)
-    folders = [
-        p
-        for place in places
-        if place.is_dir()
-        for p in place.glob(f"{start}*")
-        if is_temporary(p.name)
-    ]
+    found: list[Path] = []
+    for place in places:
+        with suppress(FileNotFoundError, NotADirectoryError):  # not there, or not any more
+            found += place.glob(f"{start}*")
 
+    folders = [folder for folder in found if is_temporary(folder.name)]
     return [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
 
 
@@ -246,20 +242,38 @@ def keeps_its_place(target: Path) -> bool:
     return os.path.ismount(target) or here.is_relative_to(target) or closed
 
 
-def _make_work(target: Path) -> tuple[Path, int]:
-    """A new temporary folder and the lock on it."""
+def _make_work(target: Path) -> tuple[Path, int, list[Path]]:
+    """A new temporary folder, the lock on it, and the folders that had to be made above it,
+    innermost first."""
     home = target if keeps_its_place(target) else target.parent
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        for _ in range(MAX_TRIES):
-            work = home / f"{_prefix(target)}{secrets.token_hex(4)}.awq-tmp"
-            work.mkdir()
+    for _ in range(MAX_TRIES):
+        work = home / f"{_prefix(target)}{secrets.token_hex(4)}.awq-tmp"
+        try:
+            made = make_folder(work)
             lock = _lock_new(work)
-            if lock is not None:
-                return work, lock
-    except OSError as error:
-        raise CheckpointError(f"cannot write beside {target}: {error}.") from error
+        except OSError as error:
+            raise CheckpointError(f"cannot write beside {target}: {error}.") from error
+        if lock is not None:
+            return work, lock, made
     raise CheckpointError(f"cannot write beside {target}: other saves to it remove the work.")
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Makes a folder and those above it; returns the latter, innermost first.
+
+    Another process may make the same ones above, find that it can write there, and remove them
+    while we go down: then all are made once more. Raises OSError.
+    """
+    tries = 0
+    while True:
+        made = [parent for parent in folder.parents if not parent.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return made
+        except (FileNotFoundError, FileExistsError):
+            tries += 1
+            if tries == MAX_TRIES:
+                raise
 
 
 def _lock_new(work: Path) -> int | None:
@@ -287,11 +301,6 @@ def try_lock(descriptor: int, folder: Path) -> bool:
     except OSError as error:
         logger.debug("%s cannot be locked: %s", folder, error)
     return True
-
-
-def _missing_parents(target: Path) -> list[Path]:
-    """Folders above `target` that do not exist yet, innermost first."""
-    return [folder for folder in target.parents if not folder.exists()]
 
 
 def _remove_empty(folders: list[Path]) -> None:

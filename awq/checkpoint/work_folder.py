@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from awq.checkpoint.directory import check_target, keeps_its_place, try_lock
+from awq.checkpoint.directory import check_target, keeps_its_place, make_folder, try_lock
 from awq.checkpoint.files import read_json
 from awq.checkpoint.flush import flush_one
 from awq.errors import AwqError, CheckpointError
@@ -242,7 +242,7 @@ def work_folder(
     """
     folder = place_of(target)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(f"cannot write beside {target}: {error}.") from error
