@@ -20,13 +20,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from awq.calibration import CalibrationBatch
 from awq.calibration.batches import rebatched
 from awq.nn.block_calls import hidden_of, map_tensors, no_cache, replaced_forwards
+from awq.quantize.progress import Progress
 
 # float hidden states [batch, tokens, features] and mask [batch, tokens] → embeddings
 Embed = Callable[[Tensor, Tensor], Tensor]
 
 _STEP_TOKENS, _STEP_ROWS = 2048, 32  # largest micro-batch
 # on a GPU, which waits for the host in small ones, and how many of them there should be at least
-_GPU_STEP_TOKENS, _ENOUGH = 8192, 16
+_GPU_STEP_TOKENS, _ENOUGH = 8192, 8
 _HELD_OUT = 8  # one batch in eight judges
 RETOLD_SHARE = 0.3  # of a retold row's tokens, which the model chose
 STATES_SHARE = 0.3  # of the hidden states' error beside the embeddings' in training
@@ -63,6 +64,7 @@ class OutputMatch:
         embed: Embed | None = None,
         epochs: int = 1,
         seed: int = 0,
+        progress: bool | None = False,
     ) -> None:
         self.model: Any = model
         self.body: Any = getattr(model, "base_model", model)
@@ -84,14 +86,25 @@ class OutputMatch:
         self.judging = sorted(held_out) or self.training
         self.epochs = [list(self.training) for _ in range(max(1, epochs))]
 
-        with torch.no_grad(), float32_on_cpu(model):
-            self.targets = [self._hidden(batch) for batch in self.batches]
-            generator = torch.Generator(device=device).manual_seed(seed)
-            for epoch in self.epochs:
-                for _ in range(RETELLINGS if self.kind == "kl" else 0):
-                    epoch += self._retold(generator)
+        self.targets: list[Tensor] = []
+        generator = torch.Generator(device=device).manual_seed(seed)
+        retellings = RETELLINGS if self.kind == "kl" else 0
+        forwards = len(batches) + retellings * len(self.epochs) * len(self.training)
 
-    def _retold(self, generator: torch.Generator) -> list[int]:
+        with (
+            torch.no_grad(),
+            float32_on_cpu(model),
+            Progress("targets", "batch", forwards, progress) as bar,
+        ):
+            for batch in self.batches:
+                self.targets.append(self._hidden(batch))
+                bar.done()
+
+            for epoch in self.epochs:
+                for _ in range(retellings):
+                    epoch += self._retold(generator, bar)
+
+    def _retold(self, generator: torch.Generator, bar: Progress) -> list[int]:
         """Adds batches that tell the training ones again, where these are text alone; their
         indices."""
         found = []
@@ -105,6 +118,7 @@ class OutputMatch:
             found.append(len(self.batches))
             self.batches.append(again)
             self.targets.append(self._hidden(again))
+            bar.done()
         return found
 
     def _hidden(self, batch: CalibrationBatch) -> Tensor:

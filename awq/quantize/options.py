@@ -12,7 +12,7 @@ from awq.nn.surgery import usable_device
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"rounding": "nearest", "refinement": 0, "tuning": 0, "correction": 0.0},
     "balanced": {"rounding": "feedback", "refinement": 1, "tuning": 0, "correction": 0.5},
-    "best": {"rounding": "feedback", "refinement": 2, "tuning": 5, "correction": 0.5},
+    "best": {"rounding": "feedback", "refinement": 2, "tuning": 3, "correction": 0.5},
 }
 _CHOICES = {
     "preset": tuple(PRESETS),

@@ -1,11 +1,13 @@
-"""Log lines that say how far long work is and when it will end, for places where no progress bar is
-drawn."""
+"""How far long work is and when it will end: log lines, for places where no progress bar is drawn,
+and both together."""
 
 from __future__ import annotations
 
 import logging
 import time
 from datetime import timedelta
+
+from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -37,11 +39,11 @@ class ProgressLines:
         spent = now - self.start
         left = spent / steps * (self.total - steps)
         logger.info(
-            "%s %d of %d done, %s, %s so far, about %s left",
+            "%s %d of %d done, %s%s so far, about %s left",
             self.unit,
             steps,
             self.total,
-            figures,
+            f"{figures}, " if figures else "",
             _clock(spent),
             _clock(left),
         )
@@ -49,3 +51,25 @@ class ProgressLines:
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
+
+
+class Progress(tqdm):
+    """A progress bar and `ProgressLines`.
+
+    >>> with Progress("tuning", "step", total=128, shown=None) as bar:
+    ...     bar.done("kl 0.0871")
+
+    shown: None means when stderr is a terminal.
+    """
+
+    def __init__(self, name: str, unit: str, total: int, shown: bool | None) -> None:
+        hide = None if shown is None else not shown
+        super().__init__(total=total, desc=f"AWQ {name}", unit=unit, disable=hide)
+        self._lines = ProgressLines(f"{name} {unit}", total)
+        self._count = 0
+
+    def done(self, figures: str = "") -> None:
+        """Called after every step."""
+        self.update()
+        self._count += 1
+        self._lines.done(self._count, figures)

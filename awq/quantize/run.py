@@ -169,7 +169,13 @@ class QuantizeRun:
         options = self.options
 
         return OutputMatch(
-            self.model, self.tuning_batches, judging, embed, options.tuning or 0, options.seed
+            self.model,
+            self.tuning_batches,
+            judging,
+            embed,
+            options.tuning or 0,
+            options.seed,
+            options.progress,
         )
 
     def walk(self) -> BlockWalk:

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from awq.core.weight import QuantizedWeight
 from awq.nn.block_calls import replaced_forwards
 from awq.nn.blocks import find_block_lists
 from awq.nn.surgery import replace_module
 from awq.quantize.match import OutputMatch, float32_on_cpu
-from awq.quantize.progress import ProgressLines
+from awq.quantize.progress import Progress
 from awq.quantize.tuned import TunedLinear, Vectors
 
 _SLOWER = 3  # the rates are divided by it after an epoch that gained nothing
@@ -105,18 +104,11 @@ def _train(training: _Training, match: OutputMatch, progress: bool | None) -> Tu
     epochs = training.epochs
     before = best_loss = match.mean_distance(match.judging)
     best, best_epoch = training.state(), 0
-    lines = ProgressLines("tuning step", training.steps)
 
-    with tqdm(
-        total=training.steps,
-        desc="AWQ tuning",
-        unit="step",
-        disable=None if progress is None else not progress,
-    ) as bar:
+    with Progress("tuning", "step", training.steps, progress) as bar:
         for epoch in range(1, epochs + 1):
-            for done in training.epoch(epoch):
-                bar.update()
-                lines.done(done, f"{match.kind} {best_loss:.5f}")
+            for _ in training.epoch(epoch):
+                bar.done(f"{match.kind} {best_loss:.5f}")
 
             loss = match.mean_distance(match.judging)
             bar.set_postfix({match.kind: f"{loss:.5f}", "before": f"{before:.5f}"})
@@ -204,8 +196,8 @@ class _Training:
         self._share /= _SLOWER
         self._optimizer.state.clear()
 
-    def epoch(self, number: int) -> Iterator[int]:
-        """Every batch once, some in each step; yields the number of steps so far."""
+    def epoch(self, number: int) -> Iterator[None]:
+        """Every batch once, some in each step; yields after every step."""
         batches, together = self._batches(number), self._together
         order = torch.randperm(len(batches), generator=self._generator).tolist()
         for start in range(0, len(order), together):
@@ -224,7 +216,7 @@ class _Training:
             self._optimizer.zero_grad()
             self._write()
             self.done += 1
-            yield self.done
+            yield
 
     def _add_gradient(self, batch: int, share: float) -> None:
         with torch.enable_grad():
@@ -270,12 +262,16 @@ def _tuning(model: nn.Module, tuned: dict[str, TunedLinear]) -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, linear in tuned.items():
         replace_module(model, name, linear)
 
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Nothing here reads memory that it has not written, and filling it first is a third of all
+    # kernels.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         # On a GPU only the plain attention has a gradient that is the same twice: flash attention's
         # is not, where deterministic algorithms only warn.
@@ -290,6 +286,7 @@ def _tuning(model: nn.Module, tuned: dict[str, TunedLinear]) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
         for name, module in before.items():
             replace_module(model, name, module)
         for parameter in model.parameters():
