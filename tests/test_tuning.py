@@ -153,6 +153,23 @@ def test_a_model_on_the_cpu_is_tuned_on_the_gpu():
     } == {"cpu"}
 
 
+def test_log_lines_say_how_long_targets_and_tuning_will_take(caplog):
+    caplog.set_level("INFO", "awq.quantize")
+    quantized("llama", tuning=2)
+    lines = [line for line in caplog.messages if " left" in line]
+    # few tokens are one batch, and it is retold for both epochs
+    assert any(line.startswith("targets batch 3 of 3 done, 0:") for line in lines)
+    assert any(line.startswith("tuning step ") and "kl 0.0" in line for line in lines)
+
+
+def test_settings_of_torch_come_back():
+    settings = torch.utils.deterministic
+    assert settings.fill_uninitialized_memory
+    quantized("llama", tuning=1)
+    assert settings.fill_uninitialized_memory
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_same_bytes_twice():
     first, second = quantized("llama")[0].state_dict(), quantized("llama")[0].state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)
