@@ -146,12 +146,27 @@ def quantize_group(
         target = stacked[part]
         if lack is not None and factor is not None:
             target = corrected(target, lack[part], *factor)
-        found = quantize_rows(target, gram, size, config, options, factor)
-        shift = (stacked[part] - found.weight.dequantize()) @ statistics.mean
-        energy = row_losses(stacked[part], statistics.gram)
-        lean = [packed_lean(lean_of(target, gram, found.weight))] if options.tuning else []
 
-        return *found.weight[:3], *found[1:], energy, shift, *lean
+        found = quantize_rows(target, gram, size, config, options, factor)
+        weight = found.weight
+        error = stacked[part] - weight.dequantize()
+        shift = error @ statistics.mean
+        energy = row_losses(stacked[part], statistics.gram)
+
+        lean = []
+        if options.tuning:
+            wanted = lean_of(target, gram, weight)
+            lean.append(packed_lean(wanted))
+
+        return (
+            weight.codes,
+            weight.scales,
+            weight.zeros,
+            *found[1:],
+            energy,
+            shift,
+            *lean,
+        )
 
     found = present_team().rows(_row_chunks(stacked), quantized, stacked.device)
     rows, shift, leans = found[:7], found[7] + mean_change, found[8:]

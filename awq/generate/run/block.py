@@ -21,10 +21,15 @@ class FusedBlock(nn.Module):
     block before it leaves to be added."""
 
     def __init__(
-        self, plan: BlockPlan, block: nn.Module, merge: bool = False, factor: float = 1.0
+        self,
+        plan: BlockPlan,
+        block: nn.Module,
+        merge: bool = False,
+        factor: float = 1.0,
     ) -> None:
         super().__init__()
-        self.plan, self.factor = plan, factor
+        self.plan = plan
+        self.factor = factor
         if plan.own is not None:
             self.own = OwnModule(plan.own, block)
         if plan.qkv is not None and plan.attention_out is not None:
@@ -105,13 +110,18 @@ class FusedMixture(nn.Module):
 
     def __init__(self, plan: Mixture, block: nn.Module, merge: bool = False) -> None:
         super().__init__()
-        own = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+        own: dict[str, Tensor] = dict(block.named_parameters())
+        own |= block.named_buffers()
         self.router = plan.router.of(own)
         self.experts = block.get_submodule(plan.experts)
         self.activation = plan.activation
-        self.shared = None if plan.shared is None else FusedMlp(plan.shared, block, merge)
-        gate = plan.shared_gate
-        self.shared_gate = None if gate is None else block.get_submodule(gate)
+        self.shared: FusedMlp | None = None
+        if plan.shared is not None:
+            self.shared = FusedMlp(plan.shared, block, merge)
+
+        self.shared_gate: nn.Module | None = None
+        if plan.shared_gate is not None:
+            self.shared_gate = block.get_submodule(plan.shared_gate)
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[batch, tokens, parts, features] for x [batch, tokens, features]."""
@@ -132,9 +142,14 @@ class FusedMlp(nn.Module):
         super().__init__()
         self.plan = plan
         self.last = block.get_submodule(plan.last)
-        if plan.module is None:
-            self.interleave, first = self._interleaved(block) if merge else (0, plan.first)
-            self.first = _product(block, first, merge)
+        if plan.module is not None:
+            return
+
+        first = plan.first
+        self.interleave = 0
+        if merge:
+            self.interleave, first = self._interleaved(block)
+        self.first = _product(block, first, merge)
 
     def forward(self, x: Tensor) -> Tensor:
         """The second branch for x [batch, tokens, features], before a norm of its own."""

@@ -174,7 +174,9 @@ def emit_tile(module: ir.Module, target: Target, element: ir.Type, tile: _Tile) 
                 for r in range(tile.rows):
                     value = _combined(b, tile, r, i, integers)
                     value = b.fma(-zero[r], sum, value)
-                    totals[r, i].value = b.fma(value, scale[r] * step, totals[r, i].value)
+                    total = totals[r, i]
+                    factor = scale[r] * step
+                    total.value = b.fma(value, factor, total.value)
 
     _store(b, t, element, blocks, tokens, totals, outputs)
     return b.finish()

@@ -81,5 +81,6 @@ def random_packed(n: int, k: int, group: int = 128) -> Packed:
         zeros = torch.randint(16, grid_shape, dtype=torch.int32)
         no_zeros = torch.empty(0, dtype=torch.uint8)  # they stand beside the scales
 
-    scales_and_zeros = scales.half().view(torch.int16).int() + (zeros << 16)
+    scale_bits = scales.half().view(torch.int16).int()
+    scales_and_zeros = scale_bits + (zeros << 16)
     return Packed(words, no_zeros, scales_and_zeros, Shape(k, n, group), "planar")
