@@ -156,6 +156,15 @@ def test_generate(capsys, quantized):
     assert main(["generate", str(quantized["llama"]), "the cat", "--max-new-tokens", "3"]) == 0
 
 
+def test_a_model_that_ends_at_once_says_so(caplog, quantized, monkeypatch):
+    """As one does that was trained on chats and gets a bare prompt."""
+    monkeypatch.setattr(
+        AutoAWQForCausalLM, "generate", lambda _self, input_ids, **_: input_ids, raising=False
+    )
+    assert main(["generate", str(quantized["llama"]), "the cat", "--json"]) == 0
+    assert "--chat" in caplog.text
+
+
 def test_embed(capsys, quantized, texts):
     result = run_json(capsys, "embed", quantized["bert"], *texts[:3])
     vectors = torch.tensor(result["embeddings"])
@@ -303,6 +312,14 @@ def test_bad_values_are_refused_while_the_command_line_is_read(capsys, arguments
         (
             ["quantize", "m", "o", "--sampels=8"],
             "awq quantize: no option '--sampels'; did you mean --samples?",
+        ),
+        (
+            ["quantize", "m", "o", "--max-calib-seq-len", "64"],
+            "awq quantize: no option '--max-calib-seq-len'; did you mean --tokens?",
+        ),
+        (
+            ["quantize", "m", "o", "--max-seq-len=64"],
+            "awq quantize: no option '--max-seq-len'; did you mean --tokens?",
         ),
         (["info", "m", "--xyz"], "awq info: no option '--xyz'"),
         (["env", "more"], "awq env: no place for 'more'"),

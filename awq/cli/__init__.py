@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from importlib import import_module
@@ -159,7 +159,7 @@ def _read(parser: _Parser, given: list[str]) -> argparse.Namespace:
     """The arguments. A verb or an option that does not exist is told with the nearest that does."""
     is_verb = bool(given) and not given[0].startswith("-")
     if is_verb and given[0] not in VERBS:
-        parser.error(f"no verb {given[0]!r}{_nearest(given[0], VERBS)}")
+        parser.error(f"no verb {given[0]!r}{_nearest(given[0], dict(zip(VERBS, VERBS)))}")
     arguments, unknown = parser.parse_known_args(given)
     if unknown:
         verb = getattr(arguments, "parser", parser)
@@ -171,14 +171,18 @@ def _read(parser: _Parser, given: list[str]) -> argparse.Namespace:
 def _unknown(name: str, options: Sequence[str]) -> str:
     """What is said about a word that no argument takes."""
     if name.startswith("-"):
-        return f"no option {name!r}{_nearest(name, options)}"
+        in_python = {f"--{word.replace('_', '-')}": flag for word, flag in _FLAGS.items()}
+        flags = dict(zip(options, options))
+        flags |= {word: flag for word, flag in in_python.items() if flag in flags}
+        return f"no option {name!r}{_nearest(name, flags)}"
     return f"no place for {name!r}"
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    """Like "; did you mean --samples?", or nothing where nothing is near."""
-    near = get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _nearest(name: str, known: Mapping[str, str]) -> str:
+    """Like "; did you mean --samples?", or nothing where nothing is near. known: word → what to
+    write for it."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {known[near[0]]}?" if near else ""
 
 
 @contextmanager

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
 from awq.cli.arguments import add_device, positive
+
+logger = logging.getLogger("awq.cli")
+
+_NO_TEXT = (
+    "the model ended without a word; one that was trained on chats wants --chat, or `awq chat`."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     out = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
+    new = out[0, inputs["input_ids"].shape[1] :]
+    text = tokenizer.decode(new, skip_special_tokens=True)
     if arguments.json:
-        new = out[0, inputs["input_ids"].shape[1] :]
-        text = tokenizer.decode(new, skip_special_tokens=True)
         show({"prompt": arguments.prompt, "text": text, "new_tokens": len(new)}, True)
+    if not text.strip():
+        logger.warning(_NO_TEXT)
