@@ -28,7 +28,7 @@ from awq.nn.hooks import hooked
 from awq.nn.sorted_products import SortedProducts
 from awq.nn.surgery import device_of
 from awq.quantize.plan import Plan
-from awq.quantize.statistics import InputStatistics, MaskHolder
+from awq.quantize.statistics import InputStatistics, MaskHolder, kept_rows
 
 WEIGHT_POWER = 1.0  # of the router's weight, with which a token counts in its expert's statistics
 # Serving engines multiply this projection of multi-head latent attention out when they load it: 4
@@ -48,7 +48,8 @@ class RoutedStatistics(InputStatistics):
 
     def add_routed(self, x: Tensor, mask: Tensor | None, weights: Tensor) -> None:
         """x: [n, in]; mask: bool [n] of real tokens; weights: float [n], the router's."""
-        (rows,) = self._keep([x.detach().float()], mask)
+        (rows,), counts = kept_rows([x.detach().float()], mask)
+        self._counts += counts
         weights = weights.detach().float().abs().pow(WEIGHT_POWER)
         kept = rows.any(-1)
         weights = torch.where(kept, weights, 0.0).unsqueeze(-1)

@@ -23,13 +23,19 @@ from awq.nn.sorted_products import SortedProducts
 from awq.nn.surgery import linear_shape
 from awq.nn.walk import BlockVisit
 from awq.quantize.experts import ExpertTokens, collect_experts, complete_experts, rounding_parts
-from awq.quantize.input_error import InputErrorStatistics, OriginalInputs
+from awq.quantize.input_error import (
+    InputErrorStatistics,
+    OriginalInputs,
+    PreparedPair,
+    prepared_pair,
+)
 from awq.quantize.statistics import (
     InputStatistics,
     MaskHolder,
+    Prepared,
     collect_inputs,
     fitting_mask,
-    noted_inputs,
+    prepared_inputs,
 )
 from awq.quantize.streams import stream_error
 
@@ -116,23 +122,28 @@ def _divided(
     batches: Sequence[CalibrationBatch],
     team: Team,
 ) -> dict[str, InputStatistics]:
-    """Of linears outside of experts: each process runs the block on some of the batches, and sums
-    some panels of the Gram matrices."""
+    """Of linears outside of experts: each process runs the block on some of the batches, prepares
+    what these add, and sums some panels of the Gram matrices."""
+
+    masks, encoder_masks = visit.masks(), visit.encoder_masks()
 
     def inputs(number: int) -> Named:
         call, hidden = visit.call(number)
-        with noted_inputs(block, names) as noted:
+        mask_of = partial(fitting_mask, mask=masks[number], encoder=encoder_masks[number])
+        with prepared_inputs(block, names, mask_of) as made:
             call.run(block, hidden)
-        return noted
+        return [(name, tensor) for name, batch in made for tensor in batch]
 
-    holder = MaskHolder()
     statistics: dict[str, InputStatistics] = {}
     made = team.each(len(batches), inputs, visit.device)
-    for _, found in zip(_numbers(visit, batches, holder), made):
-        for name, x in found:
+    size = len(Prepared._fields)
+    for batch, found in zip(batches, made):
+        for start in range(0, len(found), size):
+            name = found[start][0]
+            part = Prepared(*(tensor for _, tensor in found[start : start + size]))
             if name not in statistics:
-                statistics[name] = InputStatistics(x.shape[-1], x.device, team)
-            statistics[name].add(x, holder.of(x), holder.weight)
+                statistics[name] = InputStatistics(part.rows.shape[-1], visit.device, team)
+            statistics[name].take(part, batch.weight)
 
     return statistics
 
@@ -187,6 +198,7 @@ def input_error(
     team = present_team()
     found = InputErrorStatistics(width, visit.device, 0 if stream is None else out, team)
     names = [name] if stream is None else [name, stream.reader]
+    masks, encoder_masks = visit.masks(), visit.encoder_masks()
 
     def pair(index: int) -> Named:
         if index in unused:
@@ -195,22 +207,17 @@ def input_error(
         call, hidden = visit.call(index)
         now = inputs_of(block, names, partial(call.run, block, hidden))
         before = original.of(names, index)
-        both = [("now", now[name]), ("before", before[name])]
-        if stream is None:
-            return both
+        lack = None
+        if stream is not None:
+            lack = stream_error(now[stream.reader], before[stream.reader], stream.factor)
 
-        lack = stream_error(now[stream.reader], before[stream.reader], stream.factor)
-        return [*both, ("missing", lack)]
+        mask = fitting_mask(now[name], masks[index], encoder_masks[index])
+        return [("", part) for part in prepared_pair(now[name], before[name], mask, lack)]
 
-    pairs = team.each(len(original.calls), pair, visit.device)
-    for index, (tensors, *masks) in enumerate(zip(pairs, visit.masks(), visit.encoder_masks())):
-        if index in unused:
-            continue
-
-        inputs = dict(tensors)
-        mask = fitting_mask(inputs["now"], *masks)
-        weight = 1.0 if weights is None else weights[index]
-        found.add_pair(inputs["now"], inputs["before"], mask, inputs.get("missing"), weight)
+    for index, made in enumerate(team.each(len(original.calls), pair, visit.device)):
+        if index not in unused:
+            weight = 1.0 if weights is None else weights[index]
+            found.take_pair(PreparedPair(*(tensor for _, tensor in made)), weight)
 
     found.complete()
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,40 @@ from awq.nn.block_calls import BlockCall
 from awq.nn.hidden import HiddenStates, moved
 from awq.nn.hooks import hooked, inputs_of
 from awq.nn.surgery import device_of, linear_shape
-from awq.quantize.statistics import InputStatistics, add_products
+from awq.quantize.statistics import InputStatistics, add_products, kept_rows
 from awq.quantize.streams import Stream
 
 MAX_KEPT_VALUES = 1 << 29  # of inputs that are kept rather than computed again: 2 GiB
+
+
+class PreparedPair(NamedTuple):
+    """What one batch adds to the statistics of an input and its error, before it is multiplied.
+
+    now, error: float32 [n, in], zeros where a token does not count; lack: [n, out], of the stream,
+    or empty. counts: int64 [2], tokens that count and dropped ones. The others are sums over rows.
+    """
+
+    now: Tensor
+    error: Tensor
+    lack: Tensor
+    counts: Tensor
+    sum: Tensor
+    error_sum: Tensor
+    lack_sum: Tensor
+
+
+def prepared_pair(
+    now: Tensor,
+    original: Tensor,
+    mask: Tensor | None,
+    missing: Tensor | None = None,
+) -> PreparedPair:
+    """See `InputErrorStatistics.add_pair`."""
+    parts = [now, original] if missing is None else [now, original, missing]
+    rows, counts = kept_rows([part.float().flatten(0, -2) for part in parts], mask)
+    now, error = rows[0], rows[1].sub_(rows[0])
+    lack = now.new_empty(0, 0) if missing is None else rows[2]
+    return PreparedPair(now, error, lack, counts, now.sum(0), error.sum(0), lack.sum(0))
 
 
 class InputErrorStatistics(InputStatistics):
@@ -65,17 +96,19 @@ class InputErrorStatistics(InputStatistics):
 
         missing: [batch, tokens, out], what the stream lacks. weight: of each token.
         """
-        parts = [now, original] if missing is None else [now, original, missing]
-        now, original, *rest = self._keep([p.float().flatten(0, -2) for p in parts], mask)
-        error = original.sub_(now)
-        self._add_squares(now, weight)
-        self.sum.add_(now.sum(0), alpha=weight)
-        add_products(self.error, error, now, weight, self.team)
-        self.error_sum.add_(error.sum(0), alpha=weight)
+        self.take_pair(prepared_pair(now, original, mask, missing), weight)
 
-        for lack in rest:
-            add_products(self.stream, lack, now, weight, self.team)
-            self.stream_sum.add_(lack.sum(0), alpha=weight)
+    def take_pair(self, batch: PreparedPair, weight: float = 1.0) -> None:
+        """Adds a batch. weight: of each of its tokens."""
+        self._counts += batch.counts
+        self._add_squares(batch.now, weight)
+        self.sum.add_(batch.sum, alpha=weight)
+        add_products(self.error, batch.error, batch.now, weight, self.team)
+        self.error_sum.add_(batch.error_sum, alpha=weight)
+
+        if batch.lack.numel():
+            add_products(self.stream, batch.lack, batch.now, weight, self.team)
+            self.stream_sum.add_(batch.lack_sum, alpha=weight)
 
     def complete(self) -> None:
         """See `InputStatistics.complete`."""

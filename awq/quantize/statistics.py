@@ -3,8 +3,9 @@ never the inputs themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,42 @@ TOKENS_PER_CHANNEL = 4  # that a Gram matrix should stand for
 MAX_ACTIVATION = 1e16
 SHRINKAGE = 1 / 9  # pseudo-tokens for each true one, however many there are: a tenth of the whole
 _RELIABLE_TOKENS = 16  # from which a channel's own energy outweighs the mean of all
+
+
+class Prepared(NamedTuple):
+    """What one batch adds to the statistics of an input, before it is multiplied.
+
+    rows: float32 [n, in], zeros where a token does not count. counts: int64 [2], tokens that count
+    and dropped ones. sum, abs_sum: float32 [in], of the rows.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    sum: Tensor
+    abs_sum: Tensor
+
+
+def prepared(x: Tensor, mask: Tensor | None) -> Prepared:
+    """x: [..., in]; mask: bool [batch, tokens] of real tokens. Rows that cannot be summed are
+    dropped and counted."""
+    (rows,), counts = kept_rows([x.detach().float().reshape(-1, x.shape[-1])], mask)
+    return Prepared(rows, counts, rows.sum(0), rows.abs().sum(0))
+
+
+def kept_rows(parts: Sequence[Tensor], mask: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """Copies of parts [n, any] with zeros in the rows that do not count, and how many rows count
+    and are dropped: int64 [2].
+
+    A row counts when it does in all parts.
+    """
+    fits = [(part.abs() <= MAX_ACTIVATION).all(-1) for part in parts]  # no NaN is
+    usable = keep = torch.stack(fits).all(0)
+    if mask is not None and mask.numel() == len(keep):
+        keep = usable & mask.reshape(-1)
+        usable = usable | ~mask.reshape(-1)
+
+    counts = torch.stack([keep.sum(), (~usable).sum()])
+    return [part.where(keep.unsqueeze(-1), 0.0) for part in parts], counts
 
 
 class InputStatistics:
@@ -44,11 +81,14 @@ class InputStatistics:
     def add(self, x: Tensor, mask: Tensor | None, weight: float = 1.0) -> None:
         """x: [..., in]; mask: bool [batch, tokens] of real tokens; weight: of each of them. Rows
         that cannot be summed are dropped and counted."""
-        values = x.detach().float()
-        (rows,) = self._keep([values.reshape(-1, x.shape[-1])], mask)
-        self._add_squares(rows, weight)
-        self.sum.add_(rows.sum(0), alpha=weight)
-        self.abs_sum.add_(rows.abs().sum(0), alpha=weight)
+        self.take(prepared(x, mask), weight)
+
+    def take(self, batch: Prepared, weight: float = 1.0) -> None:
+        """Adds a batch. weight: of each of its tokens."""
+        self._counts += batch.counts
+        self._add_squares(batch.rows, weight)
+        self.sum.add_(batch.sum, alpha=weight)
+        self.abs_sum.add_(batch.abs_sum, alpha=weight)
         self.calls += 1
 
     def _add_squares(self, rows: Tensor, weight: float) -> None:
@@ -61,20 +101,6 @@ class InputStatistics:
         for start in range(0, len(self.gram), PANEL):
             stop = start + PANEL
             self.gram[stop:, start:stop] = self.gram[start:stop, stop:].t()
-
-    def _keep(self, parts: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
-        """Copies of parts [n, any] with zeros in the rows that do not count; counts the others.
-
-        A row counts when it does in all parts.
-        """
-        fits = [(part.abs() <= MAX_ACTIVATION).all(-1) for part in parts]  # no NaN is
-        usable = keep = torch.stack(fits).all(0)
-        if mask is not None and mask.numel() == len(keep):
-            keep = usable & mask.reshape(-1)
-            usable = usable | ~mask.reshape(-1)
-
-        self._counts += torch.stack([keep.sum(), (~usable).sum()])
-        return [part.where(keep.unsqueeze(-1), 0.0) for part in parts]
 
     @property
     def tokens(self) -> int:
@@ -215,9 +241,17 @@ def collect_inputs(
 
 
 @contextmanager
-def noted_inputs(block: nn.Module, names: Iterable[str]) -> Iterator[list[tuple[str, Tensor]]]:
-    """While open, every forward of `block` appends the inputs of the named linears to the yielded
-    list, as copies: a block may overwrite them."""
-    noted: list[tuple[str, Tensor]] = []
-    with hooked(block, names, before=lambda name, args: noted.append((name, args[0].clone()))):
-        yield noted
+def prepared_inputs(
+    block: nn.Module,
+    names: Iterable[str],
+    mask_of: Callable[[Tensor], Tensor | None],
+) -> Iterator[list[tuple[str, Prepared]]]:
+    """While open, every forward of `block` appends what the inputs of the named linears add to
+    their statistics to the yielded list. mask_of: the mask of an input."""
+    made: list[tuple[str, Prepared]] = []
+
+    def prepare(name: str, args: tuple) -> None:
+        made.append((name, prepared(args[0], mask_of(args[0]))))
+
+    with hooked(block, names, before=prepare):
+        yield made
