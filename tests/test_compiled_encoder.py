@@ -25,6 +25,7 @@ from awq.errors import ConfigError
 from awq.kernels.cpu import engine
 from awq.kernels.cpu.encoder.program import emit_encoder
 from awq.kernels.cpu.targets import TARGETS
+from awq.native import runner
 from awq.native.pool import usable_cores
 from awq.nn.blocks import find_block_lists
 from awq.nn.linear import WQLinear
@@ -57,6 +58,7 @@ FAMILIES = {
     "mistral": GROUPED | dict(sliding_window=40),
     "gemma3_text": GROUPED | BOTH_WAYS,
 }
+KEPT = []
 POOLING = {"modernbert": "cls", "qwen3": "lasttoken"}
 
 
@@ -144,6 +146,42 @@ def test_callers_from_many_threads_get_the_same_bits(bert, helpers):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda row: compiled([row], helpers=helpers), rows))
     assert all(torch.equal(a, b) for a, b in zip(alone, found))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_slices_hold_every_token_and_are_even(workers):
+    for tokens in range(1, 700):
+        size, is_sliced = runner.division(tokens, workers)
+        if is_sliced:
+            slices = -(-tokens // size)
+            assert size <= runner.SLICE_TOKENS
+            assert slices * size - tokens <= 2 * slices  # the last one has its part
+            assert size <= -(-tokens // workers) + 1  # no worker has more than its part
+
+
+@pytest.mark.parametrize("division", [(2, True), (6, True), (64, True), (64, False), (10, False)])
+def test_the_way_that_work_is_divided_changes_no_bit(bert, division, monkeypatch):
+    _, compiled = bert
+    rows = texts((1, 15, 40, 130))
+    want = compiled(rows, helpers=0)
+    monkeypatch.setattr(runner, "division", lambda tokens, workers: division)
+    for helpers in (0, 1):
+        assert torch.equal(compiled(rows, helpers=helpers), want)
+
+
+@pytest.mark.parametrize("tokens", [5, 16, 100])
+def test_three_helpers_give_the_same_bits(bert, tokens, monkeypatch):
+    """Also where there are fewer cores; the runner takes helpers and goes without them by turns."""
+    _, compiled = bert
+    monkeypatch.setattr(runner, "helpers_for_this_process", lambda: 3)
+    program = runner._program.__wrapped__(compiled.runner.image.code)
+    KEPT.append(program)  # its helpers live in its machine code as long as the process
+    monkeypatch.setattr(runner, "_program", lambda code: program)
+    helped = runner.Runner(compiled.runner.image)
+    assert helped.helpers == 3
+    rows = texts([tokens])
+    want = compiled(rows, helpers=0).numpy()
+    assert all((helped(rows, None, 0, 3) == want).all() for _ in range(40))
 
 
 def test_activations_of_eight_bits_keep_the_direction(bert):

@@ -21,6 +21,8 @@ from awq.native.team import Team
 Rows = Sequence[Sequence[int]]
 
 MAX_PACKED_TOKENS = 512  # of one call of the program: as many as a core keeps near
+SLICE_TOKENS = 64  # at most; they share one pass over a layer's weights
+LEAST_TOKENS = 6  # of a worker's slice
 MAX_KEPT_CALLS = 4
 MAX_PRODUCT_BYTES = 512 * 32  # of unpacked weights
 TILE_TOKENS = 16  # that products look at together; rows behind the last token are read
@@ -189,6 +191,20 @@ def packs(lengths: list[int]) -> list[tuple[int, int]]:
     return [*found, (start, len(lengths))]
 
 
+def division(tokens: int, workers: int) -> tuple[int, bool]:
+    """(tokens of a slice, whether a worker takes a slice through all products of a layer).
+
+    It does where every worker has enough tokens: then the team meets three times in a layer, and a
+    token's numbers stay near one core. Of fewer tokens each product is divided by its outputs.
+    """
+    if workers > 1 and tokens < LEAST_TOKENS * workers:
+        return SLICE_TOKENS, False
+
+    slices = workers * -(-tokens // (SLICE_TOKENS * workers))
+    size = -(-tokens // slices)
+    return size + size % 2, True
+
+
 def _placed(image: Image) -> np.ndarray:
     """The layers' fields with addresses instead of offsets."""
     given = image.is_address & (image.layers != NOWHERE)
@@ -248,7 +264,8 @@ class _Call:
             positions -= np.repeat(starts[:-1], lengths)
 
         self._part("counters", 8 * COUNTERS_PER_PHASE * self._spec.phases)[:] = 0
-        self.set(workers=helpers + 1)
+        piece, is_sliced = division(tokens, helpers + 1)
+        self.set(workers=helpers + 1, piece_tokens=piece, is_sliced=is_sliced)
 
     def hidden_states(self) -> np.ndarray:
         """float32 [tokens, hidden], as the last call left them."""
@@ -292,8 +309,7 @@ def _whole_lines(size: int) -> int:
 def _sizes(spec: EncoderSpec, texts: int, tokens: int, longest: int) -> dict[str, int]:
     """Bytes of all that is given or written, but for scratch memory."""
     inner = spec.inner * (2 if spec.gated else 1)
-    widest = max(spec.hidden, spec.inner, spec.context)
-    groups = widest // spec.group
+    groups = spec.widest // spec.group
     rows = -(-tokens // TILE_TOKENS) * TILE_TOKENS
 
     return {
@@ -303,7 +319,7 @@ def _sizes(spec: EncoderSpec, texts: int, tokens: int, longest: int) -> dict[str
         "starts": 4 * (texts + 1),
         "counters": 8 * COUNTERS_PER_PHASE * spec.phases,
         "hidden": 4 * rows * spec.hidden,
-        "planes": rows * widest * spec.planes,
+        "planes": rows * spec.row_bytes(spec.widest),
         "steps": 4 * rows * groups,
         "sums": 4 * rows * groups,
         "wide": 4 * rows * max(spec.channels, inner),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PHASES_PER_LAYER = 9
+LINE_BYTES = 64  # of a cache line
 COUNTERS_PER_PHASE = 8  # int64, one cache line: items taken, taken from the back, done
 
 
@@ -53,6 +54,27 @@ class EncoderSpec(NamedTuple):
     @property
     def context(self) -> int:
         return self.heads * self.dim
+
+    def row_bytes(self, width: int) -> int:
+        """From one token's integers of `width` values to the next one's.
+
+        Slices of tokens are at different products at the same time, so the vectors' rows are as far
+        apart for every width. An odd number of cache lines keeps rows that are read together from
+        falling into the same few places of the nearest cache.
+        """
+        if self.matrix_unit:
+            return width * self.planes
+        lines = -(-self.widest * self.planes // LINE_BYTES)
+        return (lines | 1) * LINE_BYTES
+
+    def row_groups(self, width: int) -> int:
+        """The same of the groups' steps and sums."""
+        return (width if self.matrix_unit else self.widest) // self.group
+
+    @property
+    def widest(self) -> int:
+        """Inputs of the widest product."""
+        return max(self.hidden, self.inner, self.context)
 
     @property
     def phases(self) -> int:

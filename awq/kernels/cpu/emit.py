@@ -170,9 +170,10 @@ class Emitter:
 
     # Memory that several threads write
 
-    def fetch_add(self, place: Pointer, number: int) -> Value:
+    def fetch_add(self, place: Pointer, number: int | Value) -> Value:
         """Adds to an int64 and returns what was there before."""
-        return Value(self, self.builder.atomic_rmw("add", place.ir, const(I64, number), "seq_cst"))
+        addend = number.ir if isinstance(number, Value) else const(I64, number)
+        return Value(self, self.builder.atomic_rmw("add", place.ir, addend, "seq_cst"))
 
     def swap(self, place: Pointer, value: Value) -> Value:
         """Writes an int64 and returns what was there before."""

@@ -71,5 +71,7 @@ JOB = Task(
     scratch_values=COUNT,
     max_distance=COUNT,
     prompt_tokens=COUNT,
+    piece_tokens=COUNT,
+    is_sliced=COUNT,
     out=Array(F32),
 )

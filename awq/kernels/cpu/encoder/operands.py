@@ -41,7 +41,9 @@ class Operands(NamedTuple):
     end: Value
 
     @classmethod
-    def of_item(cls, p: Phase, index: Value, product: Product, piece_tokens: int) -> Operands:
+    def of_item(
+        cls, p: Phase, index: Value, product: Product, piece_tokens: int | Value
+    ) -> Operands:
         """Items with the same tokens follow each other."""
         inputs = product.inputs
         grid = inputs // p.spec.group * BLOCK

@@ -17,9 +17,9 @@ def quantize(p: Phase, row: Pointer, token: Value, width: int) -> None:
     b = p.b
     spec = p.spec
     groups = width // spec.group
-    planes = p.t.planes + token * (width * spec.planes)
-    steps = p.t.steps + token * groups
-    sums = p.t.sums + token * groups
+    planes = p.t.planes + token * spec.row_bytes(width)
+    steps = p.t.steps + token * spec.row_groups(width)
+    sums = p.t.sums + token * spec.row_groups(width)
     limit = 127.0 * 256 ** (spec.planes - 1)
     to_int = b.round_to_int if spec.planes > 2 else partial(nearest_int, b)
 

@@ -9,26 +9,35 @@ from awq.kernels.cpu.encoder.operands import BLOCK, PAIR, Operands, Product, joi
 from awq.kernels.cpu.encoder.phase import Phase
 from awq.kernels.cpu.ir_types import F16, F32, I8, I32, I64, LANES, PTR, vec
 from awq.kernels.cpu.targets import Target
-from awq.kernels.cpu.values import Value, Variable
+from awq.kernels.cpu.values import Pointer, Value, Variable
 from awq.native.spec import EncoderSpec
+
+WIDTHS = (16, 8, 4, 2, 1)  # tokens of a tile
 
 
 class VectorProducts:
     """The products of a program, with the tiles that fit the registers."""
 
-    piece_tokens = 64  # that share one pass over a pair of blocks
-
     def __init__(self, module: ir.Module, target: Target, spec: EncoderSpec) -> None:
-        self._widths = [w for w in (8, 4, 2) if 2 * w * spec.planes <= target.sums] + [1]
-        self._tiles = {
-            (rows, width): _emit_tile(module, target, spec, rows, width)
-            for rows in (2, 1)
-            for width in self._widths
-        }
+        most = max(1, target.sums // spec.planes)  # of a tile's tokens, for one block
+        self._rows = {}
+        self._tiles = {}
+
+        for width in WIDTHS:
+            if width > most:
+                continue
+
+            # one token alone has too few sums to keep the unit busy
+            is_narrow = 2 * width <= most or width == 1
+            self._rows[width] = 2 if is_narrow else 1
+
+            for rows in range(1, self._rows[width] + 1):
+                tile = _emit_tile(module, target, spec, rows, width)
+                self._tiles[rows, width] = tile
 
     def item(self, p: Phase, index: Value, product: Product) -> None:
         """y [tokens, outputs] of 32 outputs."""
-        operands = Operands.of_item(p, index, product, self.piece_tokens)
+        operands = Operands.of_item(p, index, product, p.t.piece_tokens)
         if product.outputs % PAIR == 0:
             self._sweep(p, product, operands, 2)
             return
@@ -40,31 +49,43 @@ class VectorProducts:
 
     def _sweep(self, p: Phase, product: Product, operands: Operands, rows: int) -> None:
         b = p.b
-        inputs = product.inputs
-        outputs = product.outputs
-        groups = inputs // p.spec.group
-        planes = p.t.planes
-        steps = p.t.steps
-        sums = p.t.sums
+        sizes = [b.const(I64, product.inputs), b.const(I64, product.outputs)]
         place = operands.begin
 
-        for width in self._widths:
+        for width, most in self._rows.items():
             stop = place + (operands.end - place) // width * width
-            with b.loop(place, stop, width) as token:
-                pointers = [
-                    operands.codes,
-                    operands.scales,
-                    operands.zeros,
-                    operands.bias,
-                    planes + token * (inputs * p.spec.planes),
-                    steps + token * groups,
-                    sums + token * groups,
-                    operands.y + token * outputs,
-                ]
-                sizes = [b.const(I64, inputs), b.const(I64, outputs)]
-                b.call(self._tiles[rows, width], [*pointers, *sizes])
+            own_rows = min(rows, most)
+            tile = self._tiles[own_rows, width]
+
+            for block in range(0, rows, own_rows):
+                with b.loop(place, stop, width) as token:
+                    b.call(tile, [*_places(p, product, operands, block, token), *sizes])
 
             place = stop
+
+
+def _places(
+    p: Phase,
+    product: Product,
+    operands: Operands,
+    block: int,
+    token: Value,
+) -> list[Pointer]:
+    """What a tile of an item's blocks from `block` on is given for tokens from `token` on."""
+    inputs = product.inputs
+    grid = inputs // p.spec.group * BLOCK
+    groups = token * p.spec.row_groups(inputs)
+
+    return [
+        operands.codes + block * (inputs * BLOCK // 2),
+        operands.scales + block * grid,
+        operands.zeros + block * grid,
+        operands.bias + block * BLOCK,
+        p.t.planes + token * p.spec.row_bytes(inputs),
+        p.t.steps + groups,
+        p.t.sums + groups,
+        operands.y + (token * product.outputs + block * BLOCK),
+    ]
 
 
 def _emit_tile(
@@ -90,7 +111,9 @@ def _emit_tile(
     inputs, outputs = arguments[8:]
     groups = inputs // group
     lines = [codes + inputs * (r * BLOCK // 2) for r in range(rows)]
-    digits = [[data + inputs * (i * planes + p) for p in range(planes)] for i in range(tokens)]
+    lowest = [data + inputs * p for p in range(planes)]
+    row = spec.row_bytes(spec.widest)
+    row_groups = spec.row_groups(spec.widest)
 
     totals: dict[tuple[int, int], Variable] = {}
     integers: dict[tuple[int, int, int], Variable] = {}
@@ -112,7 +135,7 @@ def _emit_tile(
                 for half, nibbles in enumerate((word & 15, word.shift_right(4))):
                     for i in range(tokens):
                         for p in range(planes):
-                            four = (digits[i][p] + (k + 4 * half)).load_as(I32)
+                            four = (lowest[p] + k + (row * i + 4 * half)).load_as(I32)
                             values = b.bitcast(b.splat(four), vec(I8, 4 * LANES))
                             place = integers[r, i, p]
                             place.value = target.dot(b, place.value, nibbles, values)
@@ -121,9 +144,9 @@ def _emit_tile(
             scale = b.to_float(scales.vector(grids[r], LANES))
             zero = b.unsigned_to_float(zeros.vector(grids[r], LANES), vec(F32))
             for i in range(tokens):
-                place = groups * i + g
-                step = b.splat(steps[place])
-                sum = b.splat(sums[place])
+                own_group = g + row_groups * i
+                step = b.splat(steps[own_group])
+                sum = b.splat(sums[own_group])
                 whole = joined_digits(b, [integers[r, i, p].value for p in range(planes)])
                 value = b.fma(-zero, sum, whole)
                 totals[r, i].value = b.fma(value, scale * step, totals[r, i].value)
