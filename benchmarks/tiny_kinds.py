@@ -13,6 +13,7 @@ outlying channels, so that activations stay in range and a wrong fold shows.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import random
 import re
 from collections.abc import Iterable
@@ -574,6 +575,23 @@ def tiny_config(type_: str) -> Any:
     return config
 
 
+def fields_of(config_class: Any) -> dict[str, Any]:
+    """Field → its default. Configs of transformers 4 are no dataclasses: their fields are what they
+    and their parents take."""
+    if dataclasses.is_dataclass(config_class):
+        return {field.name: field.default for field in dataclasses.fields(config_class)}
+    found: dict[str, Any] = {}
+    for parent in reversed(config_class.__mro__[:-1]):
+        if "__init__" in vars(parent):
+            taken = list(inspect.signature(parent.__init__).parameters.values())[1:]
+            found |= {
+                parameter.name: parameter.default
+                for parameter in taken
+                if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            }
+    return found
+
+
 def draw(config_class: Any, settings: dict[str, Any], seed: int) -> None:
     """Other sizes and switches than the usual ones for the text part of `settings`, in place: what
     people who do not know these rules would try."""
@@ -582,7 +600,7 @@ def draw(config_class: Any, settings: dict[str, Any], seed: int) -> None:
     part = settings.get("text_config")
     if isinstance(part, dict):
         default, settings = default.text_config, part
-    held = {field.name for field in dataclasses.fields(type(default))}
+    held = fields_of(type(default))
     for pattern, choices in DRAWS:
         for name in sorted(held):
             now = settings.get(name, default.__dict__.get(name))
@@ -639,15 +657,11 @@ class _Shrinker:
     def __init__(
         self, config_class: Any, default: Any, placeholders: dict[str, int], inner: bool
     ) -> None:
-        fields = dataclasses.fields(config_class)
         aliases = config_class.attribute_map or {}
         self.default, self.placeholders, self.inner = default, placeholders, inner
-        self.declared = {field.name: field.default for field in fields}
+        self.declared = fields_of(config_class)
         # What the instance holds: past properties, which may be views.
-        self.held = {
-            field.name: default.__dict__.get(aliases.get(field.name, field.name))
-            for field in fields
-        }
+        self.held = {name: default.__dict__.get(aliases.get(name, name)) for name in self.declared}
         self.layer_field = next(
             (name for name in LAYER_COUNTS if isinstance(self.held.get(name), int)), None
         )
@@ -665,9 +679,10 @@ class _Shrinker:
                 found[name] = new
         if self.kept_layers is not None and self.layer_field:
             found[self.layer_field] = self.layers
-        rope = self.default.__dict__.get("rope_parameters")
-        if isinstance(rope, dict) and _small_rope(rope) != rope:
-            found["rope_parameters"] = _small_rope(rope)
+        for name in ("rope_parameters", "rope_scaling"):  # of transformers 5 and 4
+            rope = self.default.__dict__.get(name)
+            if isinstance(rope, dict) and _small_rope(rope) != rope:
+                found[name] = _small_rope(rope)
         return found
 
     def _small(self, name: str, value: Any) -> Any:

@@ -29,6 +29,11 @@ def cache_argument(forward: Callable) -> str:
     return "past_key_values"
 
 
+def takes_a_cache(forward: Callable) -> bool:
+    """Whether a model's forward knows of a cache, whatever its class."""
+    return not {"use_cache", *CACHES}.isdisjoint(inspect.signature(forward).parameters)
+
+
 @dataclass
 class BlockCall:
     """Arguments of one call of one block without its hidden states.

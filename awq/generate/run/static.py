@@ -36,6 +36,8 @@ class StaticDecoder:
     """`prefill` and `step` give logits float32 [batch, vocabulary]. It holds one cache, for the
     batch of the last call."""
 
+    caching: dict[str, bool] = {"use_cache": True}  # what makes a forward hand out its cache
+
     def __init__(self, model: Any, max_seq_len: int, whole_mask: bool = True) -> None:
         """whole_mask: a prompt comes with the mask of the whole cache, as a bias for each of its
         columns wants it; else with that of its tokens, for mixers that take padding out."""
@@ -76,8 +78,7 @@ class StaticDecoder:
 
     def _forget(self) -> None:
         self.batch = 0
-        self.graph: StepGraph | None = None
-        self.greedy_graph: GreedyGraph | None = None
+        self._drop_graphs()
         self.places: Places | None = None  # what the graphs read
         self.cache: Any = None
 
@@ -85,18 +86,31 @@ class StaticDecoder:
         self.own_states: list[tuple[Any, str, Tensor]] = []
         self.mask: Any = None
 
+    def _drop_graphs(self) -> None:
+        # by the number of columns that they look at
+        self.graphs: dict[int, StepGraph] = {}
+        self.greedy_graphs: dict[int, GreedyGraph] = {}
+
     def reserve(self, batch: int) -> None:
         """A cache for exactly `batch` rows, which knows nothing of earlier calls."""
         known = self.places is None or self.places.are_of(self.model)
         if self.batch == batch and known:
-            self.cache.reset()
+            self.begin_anew()
             return
 
         self._forget()  # before the new one is made: both need not fit
-        self.cache = static_cache(self.model.config, self.max_seq_len)
         self.mask = torch.zeros(batch, self.max_seq_len, dtype=torch.long, device=self.device)
         self.padding = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.make_cache()
         self.batch = batch
+
+    def make_cache(self) -> None:
+        """Where a cache of the batch comes from."""
+        self.cache = static_cache(self.model.config, self.max_seq_len)
+
+    def begin_anew(self) -> None:
+        """The cache, kept for as many rows, forgets the last request."""
+        self.cache.reset()
 
     @torch.inference_mode()
     def prefill(
@@ -125,13 +139,18 @@ class StaticDecoder:
         place = torch.arange(self.max_seq_len, device=ids.device)
         self.mask.copy_(place >= before)
         positions = (place[:tokens] - before).clamp(min=0)
-        mask = self.mask if self.whole_mask else self.mask[:, :tokens]
 
         attributes = _attributes(self.model)
-        logits = self._run(self.pushed(ids, before, tokens), positions, mask)
+        logits = self.read_prompt(self.pushed(ids, before, tokens), positions)
         self._keep_states(attributes)
 
         return logits
+
+    def read_prompt(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The logits of the last column; ids, positions [batch, tokens]."""
+        mask = self.mask if self.whole_mask else self.mask[:, : ids.shape[1]]
+        out = self.call(ids, positions, mask, self.cache)
+        return self.last_of(out)
 
     def pushed(self, ids: Tensor, padding: Tensor, tokens: int) -> Tensor:
         """Prompts [batch, tokens] with padding in front, as convolutions that no mask stops see
@@ -162,16 +181,19 @@ class StaticDecoder:
         if self.device.type != "cuda":
             return self.eager_step(ids, lengths, longest)
 
-        if self.graph is None:
-            self.graph = self._captured(
-                lambda: StepGraph(self.eager_step, ids, lengths, self.max_seq_len)
-            )
-        return self.graph(ids, lengths)
+        columns = self.columns_for(longest)
+        graph = self.graphs.get(columns)
+        if graph is None:
+            step = self._step_over(columns)
+            graph = self._captured(lambda: StepGraph(step, ids, lengths, self.max_seq_len))
+            self.graphs[columns] = graph
+        return graph(ids, lengths)
 
     def greedy(self, batch: int) -> Greedy:
         """As `FusedDecoder.greedy`."""
-        graph = self.greedy_graph
-        return Greedy(batch, self.device) if graph is None else graph.state
+        for graph in self.greedy_graphs.values():
+            return graph.state  # which all of them share
+        return Greedy(batch, self.device)
 
     @torch.inference_mode()
     def greedy_step(self, state: Greedy, longest: int) -> None:
@@ -180,18 +202,27 @@ class StaticDecoder:
             state.advance(self.eager_step, longest)
             return
 
-        if self.greedy_graph is None:
-            self.greedy_graph = self._captured(
-                lambda: GreedyGraph(self.eager_step, state, self.max_seq_len)
-            )
+        columns = self.columns_for(longest)
+        graph = self.greedy_graphs.get(columns)
+        if graph is None:
+            step = self._step_over(columns)
+            graph = self._captured(lambda: GreedyGraph(step, state, self.max_seq_len))
+            self.greedy_graphs[columns] = graph
 
-        self.greedy_graph()
+        graph()
+
+    def columns_for(self, longest: int) -> int:
+        """How many columns a step looks at whose longest row had as many tokens before."""
+        return self.max_seq_len
+
+    def _step_over(self, columns: int) -> Callable[[Tensor, Tensor, int], Tensor]:
+        return lambda ids, lengths, _: self.step_over(columns, ids, lengths)
 
     def _captured(self, make: Callable[[], Captured]) -> Captured:
         kept = [state.clone() for state in self.states()]
         with layouts_stay():
             if self.places is None or not self.places.are_of(self.model):
-                self.graph = self.greedy_graph = None
+                self._drop_graphs()
                 self.places = Places(self.model)
             graph = make()
 
@@ -210,33 +241,39 @@ class StaticDecoder:
     def eager_step(self, ids: Tensor, lengths: Tensor, longest: int) -> Tensor:
         """`step` without a CUDA graph: a function of its arguments and the cache, whatever the
         cache counted before."""
+        return self.step_over(self.columns_for(longest), ids, lengths)
+
+    def step_over(self, columns: int, ids: Tensor, lengths: Tensor) -> Tensor:
+        """A step over the first `columns` of the cache, which hold at least one token more than
+        there are."""
         # a row's token stands behind its padding, in the same column for all rows
         place = (lengths + self.padding).max()
-        counts = []
-        for layer in self.cache.layers:
-            for counter in ("cumulative_length", "indexer_cumulative_length"):
-                count = getattr(layer, counter, None)
-                if count is not None:
-                    counts.append(count.copy_(place))
+        counts = [count.copy_(place) for count in counts_of(self.cache)]
 
         # On a GPU transformers computes the experts of one token without asking for their numbers;
         # so does its own `generate`.
         experts = getattr(self.model, "_optimize_model_for_decode", nullcontext)
         with NothingFromTheHost(counts, self.max_seq_len), experts():
-            logits = self._run(ids.unsqueeze(1), lengths.unsqueeze(1).long(), self.mask)
+            out = self.call(ids.unsqueeze(1), lengths.unsqueeze(1).long(), self.mask, self.cache)
 
         for module, name, state in self.own_states:
             state.copy_(getattr(module, name))
             setattr(module, name, state)
 
-        return logits
+        return self.last_of(out)
 
-    def _run(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """ids, positions [batch, tokens], mask [batch, columns] → the logits of the last column."""
-        given = {self.cache_name: self.cache, "use_cache": True, **self.last_only}
+    def call(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any, **given: Any) -> Any:
+        """The model's own output. ids, positions [batch, tokens], mask [batch, columns]; cache:
+        None where there is none yet."""
+        given = self.caching | self.last_only | given
+        if cache is not None:
+            given[self.cache_name] = cache
         if self.takes_positions:
             given["position_ids"] = positions
-        out = self.model(input_ids=ids, attention_mask=mask, **given)
+        return self.model(input_ids=ids, attention_mask=mask, **given)
+
+    def last_of(self, out: Any) -> Tensor:
+        """Logits float32 [batch, vocabulary] of the last column."""
         return out.logits[:, -1].float()
 
 
@@ -250,9 +287,28 @@ def _attributes(model: Any) -> dict[tuple[Any, str], Tensor]:
     }
 
 
+class _Cache(StaticCache):
+    """Hands out copies of its counts: a number that a model has asked for stays what it was when
+    the next token is added (Inkling asks before and computes with it after)."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        count = super().get_seq_length(layer_idx)
+        return count + 0 if isinstance(count, Tensor) else count
+
+
+def counts_of(cache: Any) -> list[Tensor]:
+    """The numbers of tokens that a static cache holds, int64 [] each."""
+    counts = [
+        getattr(layer, counter, None)
+        for layer in getattr(cache, "layers", ())
+        for counter in ("cumulative_length", "indexer_cumulative_length")
+    ]
+    return [count for count in counts if count is not None]
+
+
 def static_cache(config: Any, max_seq_len: int) -> Any:
     """transformers' static cache, in which every layer of attention keeps all tokens."""
-    cache = StaticCache(config, max_seq_len)
+    cache = _Cache(config, max_seq_len)
     whole = {
         getattr(cache_utils, f"{prefix}StaticSlidingWindow{name}", None): getattr(
             cache_utils, f"{prefix}Static{whole_name}", None
