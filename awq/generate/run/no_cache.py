@@ -54,7 +54,15 @@ class WholeDecoder(StaticDecoder):
         all_places = torch.arange(columns, device=self.device)
         positions = (all_places - self.padding.unsqueeze(1)).clamp(min=0)
         kept = dict.fromkeys(self.last_only, place)
-        out = self.call(self.ids[:, :columns], positions, self.mask[:, :columns], None, **kept)
+        out = self.call(
+            self.ids[:, :columns],
+            positions,
+            self.mask[:, :columns],
+            None,
+            **kept,
+        )
+
         if kept:
             return self.last_of(out)
-        return out.logits.index_select(1, place).squeeze(1).float()
+        of_place = out.logits.index_select(1, place)
+        return of_place.squeeze(1).float()
