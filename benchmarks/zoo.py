@@ -189,7 +189,9 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "to nearest, both ways of loading give the same output, tensors have the source's names "
         "on disk, and generation gives the",
         "tokens of transformers' own loop. `python benchmarks/zoo.py` makes this page; the commit",
-        "and the release at which a type was checked are in `benchmarks/results/zoo.json`.",
+        "and the release at which a type was checked are in `benchmarks/results/zoo.json`, and "
+        "\"unknown\" where a row was",
+        "taken on code that was never merged.",
         "",
         *_counts(results),
         "",
