@@ -190,7 +190,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "on disk, and generation gives the",
         "tokens of transformers' own loop. `python benchmarks/zoo.py` makes this page; the commit",
         "and the release at which a type was checked are in `benchmarks/results/zoo.json`, and "
-        "\"unknown\" where a row was",
+        '"unknown" where a row was',
         "taken on code that was never merged.",
         "",
         *_counts(results),
