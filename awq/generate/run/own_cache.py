@@ -14,10 +14,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers import cache_utils
 
 from awq.generate.plan import NotFusable
 from awq.generate.run.static import StaticDecoder, counts_of
+
+# younger than transformers 4.51, whose caches have no layers
+DynamicLayer: Any = getattr(cache_utils, "DynamicLayer", None)
+StaticLayer: Any = getattr(cache_utils, "StaticLayer", ())
 
 _PLAIN = (int, float, str, bool, type(None))
 
@@ -82,7 +86,7 @@ def with_room(cache: Any, max_seq_len: int) -> Any:
     """The cache itself, in which layers that would grow are static ones of the same contents."""
     layers = getattr(cache, "layers", None) or []
     grown = [layer for layer in layers if type(layer) is DynamicLayer]
-    static: dict[int, StaticLayer] = {}
+    static: dict[int, Any] = {}
     for layer in grown:
         if layer.keys is not None and layer.values is not None:
             static[id(layer)] = StaticLayer(max_seq_len)
@@ -96,7 +100,7 @@ def with_room(cache: Any, max_seq_len: int) -> Any:
     return cache
 
 
-def _static_layers(cache: Any) -> list[StaticLayer]:
+def _static_layers(cache: Any) -> list[Any]:
     return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, StaticLayer)]
 
 
