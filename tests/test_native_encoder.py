@@ -19,6 +19,7 @@ from awq.embed.prepare import prepare
 from awq.embed.tokens import TRIED
 from awq.errors import ConfigError, ModelError
 from awq.native import store
+from awq.native.team import Team
 
 pytest.importorskip("llvmlite")
 
@@ -170,3 +171,14 @@ def test_nothing_falls_back_in_silence(both, caplog):
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert sum("positions end" in text for text in warnings) == 1
     assert sum("pooling of max" in text for text in warnings) == 1
+
+
+def test_a_cold_first_call_does_not_keep_helpers_away():
+    seconds = {True: 1.0, False: 1.8}
+    team = Team()
+    taken = []
+    for i in range(Team.RETRY_CALLS - 1):
+        together = team.is_worth_it()
+        team.note(together, 10.0 if i == 0 else seconds[together])
+        taken.append(together)
+    assert taken.count(False) == 1

@@ -8,7 +8,7 @@ class Team:
 
     On a quiet machine they do; beside busy processes a helper may wait for its core in the middle
     of its work. Which of the two it is changes by the minute, so every `RETRY_CALLS`-th call takes
-    the other way.
+    the other way. The first call is not judged: memory and caches are cold, whoever computes.
     """
 
     RETRY_CALLS = 16
@@ -17,6 +17,7 @@ class Team:
     def __init__(self) -> None:
         self._seconds: dict[bool, float] = {}
         self._calls = 0
+        self._is_cold = True
 
     def is_worth_it(self) -> bool:
         self._calls += 1
@@ -26,5 +27,9 @@ class Team:
         return not better if self._calls % self.RETRY_CALLS == 0 else better
 
     def note(self, together: bool, seconds_per_token: float) -> None:
+        if self._is_cold:
+            self._is_cold = False
+            return
+
         before = self._seconds.get(together, seconds_per_token)
         self._seconds[together] = before + self.NEW_SHARE * (seconds_per_token - before)
