@@ -451,6 +451,24 @@ def test_a_tokenizer_without_its_unknown_token(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_whose_machine_code_panics(tmp_path):
+    """What Rust raises then is no `Exception`."""
+    from awq.checkpoint.tokenizer import load_tokenizer
+
+    make_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<nowhere>", "type_id": 0}}],
+        "pair": [{"SpecialToken": {"id": "<nowhere>", "type_id": 0}}],
+        "special_tokens": {},
+    }
+    path.write_text(json.dumps(definition))
+    with pytest.raises(ModelError, match="cannot read text|transformers can load"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_of_a_billion_ids(tmp_path):
     """Readers would make tables of that length."""
     from awq.checkpoint.tokenizer import load_tokenizer

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from awq import (
     quantize_model,
 )
 from awq.checkpoint import convert_checkpoint, load_model, save_checkpoint
-from awq.errors import CalibrationError, CheckpointError, ConfigError, ModelError
+from awq.cli import main
+from awq.errors import AwqError, CalibrationError, CheckpointError, ConfigError, ModelError
+from awq.evals.perplexity import perplexity
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +182,32 @@ def test_unknown_argument(llama_dir, texts):
     model = AutoAWQForCausalLM.from_pretrained(str(llama_dir))
     with pytest.raises(ConfigError, match="colour"):
         model.quantize(AutoTokenizer.from_pretrained(llama_dir), calib_data=texts, colour="red")
+
+
+@pytest.mark.parametrize("name", ["intermediate_size", "num_key_value_heads", "vocab_size"])
+def test_a_size_far_beyond_the_files(llama_dir, tmp_path, name):
+    """Some releases of transformers would fill the memory first."""
+    shutil.copytree(llama_dir, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: 10**9}))
+    with pytest.raises((CheckpointError, ModelError)):
+        AutoAWQForCausalLM.from_pretrained(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("value", [True, -1, [], {}, "x", [3], [None]])
+def test_architectures_that_are_no_names(saved, tmp_path, value):
+    shutil.copytree(saved[1], tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": value}))
+    assert main(["info", str(tmp_path / "m")]) in (0, 2)
+    with suppress(AwqError):
+        load_model(tmp_path / "m")
+
+
+def test_settings_that_only_the_models_own_code_refuses(llama_dir, tmp_path):
+    shutil.copytree(llama_dir, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 2.5}))
+    model = load_model(tmp_path / "m").train()
+    with pytest.raises(ModelError, match="own code of LlamaForCausalLM fails.*config.json"):
+        perplexity(model, torch.arange(3, 19))

@@ -391,6 +391,19 @@ def test_plain_directory_says_how_it_pools(bert_dir, caplog):
     assert encoder.max_seq_length == 64
 
 
+def test_a_token_for_padding_that_the_table_lacks(bert_dir, tmp_path):
+    """Masks hide what fills a row."""
+    shutil.copytree(bert_dir, tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<added>"}))
+    encoder = Encoder.from_pretrained(tmp_path / "m", device="cpu")
+    assert encoder.tokenizer.pad_token_id >= encoder.model.get_input_embeddings().num_embeddings
+
+    texts = ["the cat", "a dog sleeps under the old tree"]
+    alone = torch.cat([encoder.encode([text]) for text in texts])
+    torch.testing.assert_close(encoder.encode(texts), alone, atol=1e-5, rtol=1e-4)
+
+
 def test_right_padding_and_order(bert_dir):
     encoder = Encoder.from_pretrained(bert_dir, device="cpu")
     all_at_once = encoder.encode(WORDS, batch_size=5)

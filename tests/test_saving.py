@@ -15,7 +15,7 @@ from test_loading import packed_model, save, wide_model
 from transformers import AutoModelForCausalLM
 
 from awq import AwqConfig, QuantReport, quantize_directory
-from awq.checkpoint import convert_checkpoint, save_checkpoint
+from awq.checkpoint import convert_checkpoint, load_model, save_checkpoint
 from awq.checkpoint.directory import check_target, complete_directory
 from awq.checkpoint.work_folder import work_folder
 from awq.errors import CheckpointError, ConfigError
@@ -288,6 +288,25 @@ def test_conversion_refuses(model, tmp_path):
     with pytest.raises(ConfigError, match="not quantized"):
         convert_checkpoint(tmp_path / "dense", tmp_path / "other", "gemv")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0.6, "top_p": 0.9}, {"output_hidden_states": True}, {"pad_token_id": -1}],
+)
+def test_generation_settings_that_transformers_does_not_save(model, settings, tmp_path):
+    """Llama 2's files name a temperature beside greedy choice."""
+    before = model.generation_config
+    model.generation_config = type(before).from_dict(settings)
+    try:
+        save_checkpoint(model, tmp_path / "out", AwqConfig(group_size=16))
+        assert model.generation_config.to_dict().items() >= settings.items()
+    finally:
+        model.generation_config = before
+
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written.items() >= settings.items()
+    load_model(tmp_path / "out")
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o2775, 0o750])

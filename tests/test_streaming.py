@@ -211,11 +211,18 @@ def test_blocks_that_share_weights_are_refused(tmp_path):
         blocks.check_unshared()
 
 
-def test_numbers_that_are_not_finite(tmp_path):
+@pytest.mark.parametrize(
+    "place, words",
+    [
+        ("model.layers.1.mlp.up_proj", r"layers\.1.*not finite in mlp\.up_proj\.weight"),
+        ("model.embed_tokens", r"not finite in model\.embed_tokens\.weight"),
+    ],
+)
+def test_numbers_that_are_not_finite(place, words, tmp_path):
     model = zoo.tiny_model("llama")
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.get_submodule(place).weight.data[0, 0] = float("nan")
     source = saved(model, tmp_path / "source")
-    with pytest.raises(ModelError, match=r"layers\.1.*not finite in mlp\.up_proj\.weight"):
+    with pytest.raises(ModelError, match=words):
         quantize_directory(source, tmp_path / "out", SETTINGS, IDS)
     assert not (tmp_path / "out").exists()
 

@@ -8,9 +8,8 @@ from datetime import datetime
 from typing import Any
 
 from awq.calibration.cleaning import repaired
-from awq.calibration.sources import first_line
 from awq.calibration.templates import TemplateTimeout, apply_chat_template
-from awq.errors import CalibrationError
+from awq.errors import CalibrationError, first_line
 
 CHAT_DATE = datetime(2025, 1, 1)  # "today", for templates that ask
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from awq.calibration.batches import CalibrationBatch
-from awq.calibration.sources import first_line
-from awq.errors import CalibrationError
+from awq.errors import CalibrationError, first_line
 
 MEDIA = ("images", "videos", "audio", "audios")
 _IGNORED = -100  # in labels: no token

@@ -18,7 +18,7 @@ from threading import Lock
 from typing import Any
 
 from awq._hub import ask_hub_once
-from awq.errors import CalibrationError
+from awq.errors import CalibrationError, first_line
 
 logger = logging.getLogger("awq.calibration")
 
@@ -334,13 +334,6 @@ def _only_samples(values: Iterable[object]) -> list[Any]:
         for v in values
         if (isinstance(v, str) and v.strip()) or (isinstance(v, (list, tuple)) and len(v) > 0)
     ]
-
-
-def first_line(error: BaseException, longest: int = 120) -> str:
-    """The first line of an error's message, cut to `longest` characters."""
-    lines = str(error).splitlines()
-    line = lines[0] if lines else ""
-    return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
 def _shown(name: str | os.PathLike) -> str:

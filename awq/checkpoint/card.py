@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from awq.checkpoint.files import read_json
+from awq.checkpoint.files import first_architecture, read_json
 from awq.checkpoint.modules import body_directory
 from awq.checkpoint.recovery import recovery_rows
 from awq.config import COMPRESSED_TENSORS, DENSE, AwqConfig
@@ -300,7 +300,7 @@ def _listed(values: dict[str, Any]) -> str:
 
 def _auto_name(directory: Path) -> str:
     config = read_json(body_directory(directory) / "config.json")
-    architecture = (config.get("architectures") or [""])[0]
+    architecture = first_architecture(config.get("architectures"))
     is_decoder = architecture.endswith(("ForCausalLM", "LMHeadModel"))
     if (directory / "modules.json").exists() or not is_decoder:
         return "AutoModel"

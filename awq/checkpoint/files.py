@@ -249,6 +249,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def first_architecture(named: Any) -> str:
+    """The class that a config's `architectures` names first; "" when it names none."""
+    first = named[0] if isinstance(named, (list, tuple)) and named else ""
+    return first if isinstance(first, str) else ""
+
+
 def read_any_json(path: Path) -> Any:
     """What a JSON file holds. Raises CheckpointError when it is missing, too large, or no JSON."""
     size = _regular(path).st_size

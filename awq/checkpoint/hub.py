@@ -13,8 +13,7 @@ from typing import Any
 
 from awq.checkpoint.card import with_name
 from awq.checkpoint.companions import companion_files
-from awq.checkpoint.source import first_line
-from awq.errors import CheckpointError, ConfigError
+from awq.errors import CheckpointError, ConfigError, first_line
 
 logger = logging.getLogger("awq.checkpoint")
 

@@ -4,6 +4,7 @@ tensor afterwards."""
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,17 @@ from awq.checkpoint.account import (
     check_stored_floats,
     hint_of_dtypes,
 )
+from awq.checkpoint.files import first_architecture
 from awq.checkpoint.hf import register
 from awq.checkpoint.match import conversions_for_saving
-from awq.checkpoint.source import Source, first_line, hub_arguments
-from awq.errors import AwqError, CheckpointError, ModelError
+from awq.checkpoint.source import Source, hub_arguments
+from awq.errors import AwqError, CheckpointError, ModelError, first_line
 from awq.nn.modes import ordinary_tensors
 
 # torch's default dtype belongs to the process, and transformers changes it while it builds a model.
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+LARGEST_USUAL = 2**20  # no size of a published model is larger
+FAR_BEYOND = 16
 _one_at_a_time = threading.RLock()
 
 
@@ -42,8 +46,7 @@ def model_class(source: Source) -> Any:
     Raises ModelError when the config names a class of another kind of model.
     """
     config = source.config
-    named = getattr(config, "architectures", None) or [""]
-    architecture = named[0] if isinstance(named[0], str) else ""
+    architecture = first_architecture(getattr(config, "architectures", None))
     if source.is_embedder and not architecture.endswith("EncoderModel"):
         return AutoModel
 
@@ -139,6 +142,8 @@ def load_model(
         "use_safetensors": True,
     }
     with _one_at_a_time:
+        if not source.is_quantized and _beyond_the_files(source):
+            _from_pretrained(chosen, source, {**arguments, "device_map": {"": "meta"}})
         model, report = _from_pretrained(chosen, source, arguments)
     if source.is_quantized and not source.packed:
         _forget_storage(model)
@@ -152,6 +157,23 @@ def load_model(
     _check_special_ids(model, source.name)
 
     return model.eval()
+
+
+def _beyond_the_files(source: Source) -> bool:
+    """Whether a number of the config might be a size far beyond those in the files. Some releases
+    of transformers fill a model before they compare its shapes; on the meta device nothing is
+    filled."""
+    largest = max((size for entry in source.headers.values() for size in entry["shape"]), default=1)
+    bound = max(LARGEST_USUAL, FAR_BEYOND * largest)
+    return any(number > bound for number in _whole_numbers(source.config.to_dict()))
+
+
+def _whole_numbers(values: Any) -> Iterator[int]:
+    if isinstance(values, int):
+        yield values
+    elif isinstance(values, (dict, list, tuple)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _whole_numbers(value)
 
 
 def _check_special_ids(model: Any, path: str | Path) -> None:

@@ -43,6 +43,9 @@ def read_modules(root: Path) -> tuple[tuple[str, Path], ...]:
                 f"{path}: {entry!r} is not a module with a type and a path; copy the original file."
             )
 
+        if "\0" in part:
+            raise CheckpointError(f"{path}: path {part!r} names no folder; copy the original file.")
+
         folder = root / part
         if Path(part).is_absolute() or not _real(folder).is_relative_to(_real(root)):
             raise CheckpointError(

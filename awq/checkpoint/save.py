@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from awq.nn.linear import WQLinear
 from awq.nn.packed_experts import AwqExperts
 from awq.nn.surgery import named_linears
 from awq.nn.unfinished import check_finished
+
+GENERATION_FILE = "generation_config.json"
 
 logger = logging.getLogger("awq.checkpoint")
 
@@ -66,7 +69,7 @@ def save_checkpoint(
     with complete_directory(directory, origin) as work:
         body = work / inner
         body.mkdir(parents=True, exist_ok=True)
-        with _config_of(model, settings):
+        with _config_of(model, settings), _generation_as_it_is(model, body):
             if parts is None:
                 names = names_on_disk(model, _packed_names(model))
                 chosen = _stored_once(model)
@@ -195,6 +198,35 @@ def tensors_on_disk(
 def _is_quantized(origin: Path | None) -> bool:
     path = None if origin is None else origin / "config.json"
     return path is not None and path.is_file() and bool(read_json(path).get("quantization_config"))
+
+
+@contextmanager
+def _generation_as_it_is(model: Any, body: Path) -> Iterator[None]:
+    """Saves settings of `generate` that contradict each other as they are.
+
+    transformers loads them, as many published models have them (a temperature beside greedy
+    choice), and refuses to save them.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None or _can_be_saved(own):
+        yield
+        return
+
+    model.generation_config = type(own)()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+    own.to_json_file(body / GENERATION_FILE)
+
+
+def _can_be_saved(settings: Any) -> bool:
+    with TemporaryDirectory() as place:
+        try:
+            settings.save_pretrained(place)
+        except ValueError:
+            return False
+    return True
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from awq.checkpoint.files import (
 )
 from awq.checkpoint.modules import body_directory, is_embedder
 from awq.config import AwqConfig
-from awq.errors import AwqError, CheckpointError, ConfigError, ModelError
+from awq.errors import AwqError, CheckpointError, ConfigError, ModelError, first_line
 
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "subfolder", "local_files_only")
 # How configs name the longest input their positions allow, in the order in which they are asked.
@@ -200,12 +200,6 @@ def _read_config(
         raise ModelError(
             f"model {name} cannot be loaded: its config.json is refused: {reason}"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message in one line, or its kind when it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def position_limit(config: Any) -> int | None:

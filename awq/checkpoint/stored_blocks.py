@@ -139,6 +139,7 @@ class StoredBlocks:
 
         model._initialize_missing_keys(False)
         model.tie_weights(missing_keys=outside, recompute_mapping=False)
+        check_finite(model, self.path, ModelError)
 
     def _members_of_blocks(self) -> dict[str, list[str]]:
         """Block → names in the files of what it is made of; "" for all that is in no block."""

@@ -11,9 +11,8 @@ from typing import Any
 from transformers import AutoProcessor, AutoTokenizer
 
 from awq.calibration.samples import tokenizer_of
-from awq.calibration.sources import first_line
 from awq.checkpoint.modules import body_directory
-from awq.errors import ModelError
+from awq.errors import ModelError, first_line
 from awq.nn.locks import lock_of
 
 logger = logging.getLogger("awq.checkpoint")
@@ -31,9 +30,12 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False, **download
         tokenizer = AutoTokenizer.from_pretrained(
             place, trust_remote_code=trust_remote_code, **download
         )
-    except Exception as error:  # tokenizers fail in as many ways as there are kinds of them
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{path} has no tokenizer that transformers can load: {reason}") from error
+    except BaseException as error:  # tokenizers fail in as many ways as there are kinds of them
+        if _is_ending(error):
+            raise
+        raise ModelError(
+            f"{path} has no tokenizer that transformers can load: {first_line(error)}"
+        ) from error
 
     if not _spells_anything(tokenizer):
         # transformers 5 makes one up from the model type when the files are missing: every word
@@ -83,10 +85,18 @@ def _check_use(tokenizer: Any, path: str | Path) -> None:
     try:
         with lock_of(tokenizer):
             tokenizer(UNKNOWN)
-    except Exception as error:  # of the tokenizer's own machine code
+    except BaseException as error:  # of the tokenizer's own machine code
+        if _is_ending(error):
+            raise
         raise ModelError(
             f"{path} has a tokenizer that cannot read text: {first_line(error)}"
         ) from error
+
+
+def _is_ending(error: BaseException) -> bool:
+    """Whether an error is no failure of a tokenizer, but somebody's wish to stop. What Rust calls a
+    panic is no `Exception` in Python either."""
+    return not isinstance(error, Exception) and type(error).__name__ != "PanicException"
 
 
 def find_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     from awq import AutoAWQForCausalLM
     from awq.calibration.templates import apply_chat_template
     from awq.cli.output import show
-    from awq.errors import ModelError
+    from awq.errors import ModelError, model_code
 
     model = AutoAWQForCausalLM.from_quantized(arguments.model, device=arguments.device)
     tokenizer = model.tokenizer
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
-    out = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
+    with model_code(arguments.model):
+        out = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
     new = out[0, inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     if arguments.json:

@@ -28,7 +28,7 @@ from awq.embed.graphs import EncoderGraphs
 from awq.embed.heads import Normalize, Pooling, read_head, through_heads
 from awq.embed.proof import COMPILING, try_to_compile
 from awq.embed.request import check_precision
-from awq.embed.tokens import QuickTokens, check_ids, known_ids, quick_tokens
+from awq.embed.tokens import QuickTokens, check_ids, known_ids, padding_id, quick_tokens
 from awq.errors import ConfigError, ModelError
 from awq.native.request import check_arguments, checked_texts
 from awq.nn.locks import lock_of
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
 
         # Of inputs by name; the attention mask's is 0.
         self.padding = {
-            "input_ids": tokenizer.pad_token_id or 0,
+            "input_ids": padding_id(model, tokenizer),
             "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
         }
         self._graphs = EncoderGraphs(self)
@@ -340,7 +340,7 @@ class Encoder(nn.Module):
             check_ids(rows["input_ids"], self.known_ids)
         # an empty text, with a tokenizer that adds no special tokens
         if any(not ids for ids in rows["input_ids"]):
-            pad = self.tokenizer.pad_token_id or 0
+            pad = self.padding["input_ids"]
             fill = {"input_ids": [pad], "token_type_ids": [0], "attention_mask": [1]}
             for key, values in rows.items():
                 rows[key] = [row or fill[key] for row in values]

@@ -46,7 +46,7 @@ def _texts(encoder: Encoder) -> dict[str, Any]:
         "side": quick.side,
         "has_types": quick.has_types,
         "lower_case": encoder.cased("A") == "a",
-        "pad": tokenizer.pad_token_id or 0,
+        "pad": encoder.padding["input_ids"],
         "special": list(tokenizer.all_special_ids),
         "prompts": encoder.prompts,
         "default_prompt": encoder.default_prompt_name,

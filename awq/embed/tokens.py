@@ -70,6 +70,14 @@ def known_ids(model: Any, tokenizer: Any) -> int | None:
     return rows if largest >= rows else None
 
 
+def padding_id(model: Any, tokenizer: Any) -> int:
+    """What fills short rows: any id of the table would do, since masks hide it. A tokenizer may
+    have a token for it that the table lacks, or none."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    own = tokenizer.pad_token_id
+    return own if own is not None and 0 <= own < rows else 0
+
+
 def check_ids(rows: list[list[int]], known: int) -> None:
     """An id beyond the table would read other memory, or end a GPU's process. Raises
     ConfigError."""

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awq.errors import ConfigError
+from awq.errors import ConfigError, model_code
 from awq.evals.perplexity import device_of, exp_of
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
@@ -191,7 +191,8 @@ def _loaded(model: Any, device: str | torch.device | None) -> Iterator[Callable]
 def _logits(model: Any, ids: Tensor) -> Tensor:
     """[tokens − 1, vocabulary]: what each token but the last says of the next one."""
     home = device_of(model) if isinstance(model, nn.Module) else ids.device
-    return model(input_ids=ids.unsqueeze(0).to(home)).logits[0, :-1]
+    with model_code(type(model).__name__):
+        return model(input_ids=ids.unsqueeze(0).to(home)).logits[0, :-1]
 
 
 def _compare(before: Tensor, after: Tensor, wanted: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from awq.errors import model_code
+
 LARGEST_EXPONENT = 700  # float64 ends at exp(709)
 
 
@@ -35,7 +37,8 @@ def token_losses(
         if len(part) < 2:
             continue
         part = part.to(device)
-        logits = model(input_ids=part.unsqueeze(0)).logits[0, :-1]
+        with model_code(type(model).__name__):
+            logits = model(input_ids=part.unsqueeze(0)).logits[0, :-1]
         losses.append(F.cross_entropy(logits.float(), part[1:], reduction="none").cpu())
 
     return torch.cat(losses)
