@@ -3,8 +3,6 @@ captured in a CUDA graph for that."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -24,17 +22,6 @@ class WholeDecoder(StaticDecoder):
 
     def begin_anew(self) -> None:
         pass
-
-    @torch.inference_mode()
-    def prefill(
-        self,
-        ids: Tensor,
-        lengths: Sequence[int],
-        padding: Sequence[int] | None = None,
-    ) -> Tensor:
-        columns = max(map(sum, zip(lengths, padding or [0] * len(ids))))
-        self.before = columns - max(lengths)  # columns of padding that all rows have
-        return super().prefill(ids, lengths, padding)
 
     def read_prompt(self, ids: Tensor, positions: Tensor) -> Tensor:
         self.ids.copy_(ids[:, -1:])  # never the padding token, which models look for

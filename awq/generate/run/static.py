@@ -78,6 +78,7 @@ class StaticDecoder:
 
     def _forget(self) -> None:
         self.batch = 0
+        self.before = 0  # columns of padding that all rows have
         self._drop_graphs()
         self.places: Places | None = None  # what the graphs read
         self.cache: Any = None
@@ -134,6 +135,7 @@ class StaticDecoder:
             )
 
         self.reserve(batch)
+        self.before = tokens - max(lengths)
         before = (tokens - torch.tensor(lengths, device=ids.device)).unsqueeze(1)
         self.padding.copy_(before.squeeze(1))
         place = torch.arange(self.max_seq_len, device=ids.device)
@@ -233,7 +235,7 @@ class StaticDecoder:
     def states(self) -> list[Tensor]:
         """What a step changes beside the places of its tokens: states of recurrent mixers."""
         found = []
-        for layer in self.cache.layers:
+        for layer in getattr(self.cache, "layers", ()):
             for held in (vars(layer).get("conv_states"), vars(layer).get("recurrent_states")):
                 found += [state for state in (held or {}).values() if state is not None]
         return found + [state for _, _, state in self.own_states]
