@@ -1,8 +1,5 @@
 """One tree of errors. A message says what happened, with which values, and what to do about it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 MAX_MESSAGE_CHARACTERS = 2000
 
 
@@ -41,22 +38,6 @@ def first_line(error: BaseException, longest: int = 200) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[0] if lines else type(error).__name__
     return line if len(line) <= longest else line[: longest - 1] + "…"
-
-
-@contextmanager
-def model_code(name: object) -> Iterator[None]:
-    """What a model's own forward raises, which no check foresaw, as a ModelError."""
-    try:
-        yield
-    except (AwqError, MemoryError):
-        raise
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded here
-            raise
-        raise ModelError(
-            f"the own code of {name} fails: {first_line(error)}; are the settings in its "
-            "config.json right?"
-        ) from error
 
 
 class ConfigError(AwqError, ValueError):

@@ -29,13 +29,14 @@ from awq.checkpoint.files import first_architecture
 from awq.checkpoint.hf import register
 from awq.checkpoint.match import conversions_for_saving
 from awq.checkpoint.source import Source, hub_arguments
-from awq.errors import AwqError, CheckpointError, ModelError, first_line
+from awq.errors import CheckpointError, ModelError, first_line
+from awq.nn.model_code import PASSED_ON
 from awq.nn.modes import ordinary_tensors
 
-# torch's default dtype belongs to the process, and transformers changes it while it builds a model.
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 LARGEST_USUAL = 2**20  # no size of a published model is larger
 FAR_BEYOND = 16
+# torch's default dtype belongs to the process, and transformers changes it while it builds a model.
 _one_at_a_time = threading.RLock()
 
 
@@ -207,7 +208,7 @@ def _from_pretrained(
     try:
         with ordinary_tensors():
             return kind.from_pretrained(source.location, output_loading_info=True, **arguments)
-    except (AwqError, MemoryError, torch.OutOfMemoryError):
+    except PASSED_ON:
         raise
     except Exception as error:  # whatever transformers meets in someone's files
         raise CheckpointError(

@@ -30,7 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
     from awq import AutoAWQForCausalLM
     from awq.calibration.templates import apply_chat_template
     from awq.cli.output import show
-    from awq.errors import ModelError, model_code
+    from awq.errors import ModelError
+    from awq.nn.model_code import model_code
 
     model = AutoAWQForCausalLM.from_quantized(arguments.model, device=arguments.device)
     tokenizer = model.tokenizer

@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awq.errors import ConfigError, model_code
+from awq.errors import ConfigError
 from awq.evals.perplexity import device_of, exp_of
+from awq.nn.model_code import model_code
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 RESAMPLES = 1000

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awq.errors import model_code
+from awq.nn.model_code import model_code
 
 LARGEST_EXPONENT = 700  # float64 ends at exp(709)
 
