@@ -33,11 +33,6 @@ LEAST_CALLS = 3
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def resident_mb() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS"))
-
-
 def serve(variant: str, folder: Path, seconds: float) -> None:
     """Says how it was loaded, then answers every line of input, a run's name, with a line of
     JSON."""
@@ -45,6 +40,7 @@ def serve(variant: str, folder: Path, seconds: float) -> None:
     import torch
 
     from awq import Encoder
+    from awq.nn.memory import resident_memory
 
     dense = variant == "torch-bfloat16"
     precision = "int8" if variant == "awq-int8" else "exact"
@@ -66,7 +62,7 @@ def serve(variant: str, folder: Path, seconds: float) -> None:
     if not dense:
         found, wanted = encoder.encode(sample), by_torch(sample).float()
         first["least_cosine"] = float(torch.cosine_similarity(found, wanted).min())
-    first["resident_mb"] = resident_mb()
+    first["resident_mb"] = resident_memory() >> 20
     first["products"] = _products(encoder)
     print(json.dumps(first), flush=True)
 
@@ -81,7 +77,7 @@ def serve(variant: str, folder: Path, seconds: float) -> None:
             began = time.perf_counter()
             run(texts)
             times.append(time.perf_counter() - began)
-        answer = {"ms": 1e3 * statistics.median(times), "resident_mb": resident_mb()}
+        answer = {"ms": 1e3 * statistics.median(times), "resident_mb": resident_memory() >> 20}
         print(json.dumps(answer), flush=True)
 
 

@@ -17,7 +17,7 @@ from awq import (
     quantize_model,
 )
 from awq.checkpoint import convert_checkpoint, load_model, save_checkpoint
-from awq.cli import main
+from awq.cli import make_parser
 from awq.errors import AwqError, CalibrationError, CheckpointError, ConfigError, ModelError
 from awq.evals.perplexity import perplexity
 
@@ -199,7 +199,9 @@ def test_architectures_that_are_no_names(saved, tmp_path, value):
     shutil.copytree(saved[1], tmp_path / "m")
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": value}))
-    assert main(["info", str(tmp_path / "m")]) in (0, 2)
+    arguments = make_parser().parse_args(["info", str(tmp_path / "m")])
+    with suppress(AwqError):
+        arguments.run(arguments)  # without the command's last line of defence
     with suppress(AwqError):
         load_model(tmp_path / "m")
 

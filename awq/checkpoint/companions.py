@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from awq.checkpoint.files import cached_directory
+from awq.errors import first_line
 
 logger = logging.getLogger("awq.checkpoint")
 
@@ -69,7 +70,7 @@ def source_directory(source: str | Path | None) -> Path | None:
         logger.warning(
             "files beside the weights of %s are taken from the cache only: %s",
             source,
-            str(error).split("\n")[0],
+            first_line(error),
         )
         return cached_directory(str(source))
 

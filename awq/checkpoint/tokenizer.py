@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,10 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False, **download
     vocabulary."""
     place = body_directory(Path(path)) if Path(path).is_dir() else path
     _check_ids(Path(place) / "tokenizer.json")
-    try:
+    with _told_as(f"{path} has no tokenizer that transformers can load"):
         tokenizer = AutoTokenizer.from_pretrained(
             place, trust_remote_code=trust_remote_code, **download
         )
-    except BaseException as error:  # tokenizers fail in as many ways as there are kinds of them
-        if _is_ending(error):
-            raise
-        raise ModelError(
-            f"{path} has no tokenizer that transformers can load: {first_line(error)}"
-        ) from error
 
     if not _spells_anything(tokenizer):
         # transformers 5 makes one up from the model type when the files are missing: every word
@@ -82,21 +78,20 @@ def _check_use(tokenizer: Any, path: str | Path) -> None:
             f"{path} has a tokenizer whose model_max_length is {longest!r}; it must be a positive "
             "number of tokens."
         )
+    with _told_as(f"{path} has a tokenizer that cannot read text"), lock_of(tokenizer):
+        tokenizer(UNKNOWN)
+
+
+@contextmanager
+def _told_as(words: str) -> Iterator[None]:
+    """Any failure of a tokenizer as a ModelError: they fail in as many ways as there are kinds of
+    them. A panic of machine code in Rust is no `Exception`, but no wish to stop either."""
     try:
-        with lock_of(tokenizer):
-            tokenizer(UNKNOWN)
-    except BaseException as error:  # of the tokenizer's own machine code
-        if _is_ending(error):
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(
-            f"{path} has a tokenizer that cannot read text: {first_line(error)}"
-        ) from error
-
-
-def _is_ending(error: BaseException) -> bool:
-    """Whether an error is no failure of a tokenizer, but somebody's wish to stop. What Rust calls a
-    panic is no `Exception` in Python either."""
-    return not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        raise ModelError(f"{words}: {first_line(error)}") from error
 
 
 def find_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:

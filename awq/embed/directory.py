@@ -11,7 +11,7 @@ from typing import Any
 from awq.checkpoint.files import read_json
 from awq.checkpoint.modules import is_embedder, read_modules
 from awq.checkpoint.source import UNLIMITED, check_reachable, position_limit
-from awq.errors import CheckpointError
+from awq.errors import CheckpointError, first_line
 
 logger = logging.getLogger("awq.embed")
 
@@ -119,7 +119,7 @@ def is_sentence_model(path: str | Path) -> bool:
         return is_embedder(Path(snapshot_download(str(path), allow_patterns=files)))
     # the hub's client has many ways to fail; a model that is missing is reported when it is loaded
     except Exception as error:
-        logger.info("%s is taken for no sentence embedder: %s", path, str(error).split("\n")[0])
+        logger.info("%s is taken for no sentence embedder: %s", path, first_line(error))
         return False
 
 

@@ -29,7 +29,7 @@ from awq.embed.heads import Normalize, Pooling, read_head, through_heads
 from awq.embed.proof import COMPILING, try_to_compile
 from awq.embed.request import check_precision
 from awq.embed.tokens import QuickTokens, check_ids, known_ids, padding_id, quick_tokens
-from awq.errors import ConfigError, ModelError
+from awq.errors import ConfigError, ModelError, first_line
 from awq.native.request import check_arguments, checked_texts
 from awq.nn.locks import lock_of
 from awq.nn.modes import ordinary_arithmetic
@@ -382,6 +382,5 @@ def _downloaded(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=_KEPT))
     except Exception as error:  # the hub's client has many ways to fail
         raise ModelError(
-            f"model {name} is no local directory and cannot be fetched: "
-            f"{str(error).splitlines()[0]}"
+            f"model {name} is no local directory and cannot be fetched: {first_line(error)}"
         ) from error

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awq.errors import first_line
 from awq.formats.int4pack import nibbles, row_order
 from awq.kernels.packed import Packed, Shape
 from awq.kernels.trial import trial_error
@@ -54,8 +55,7 @@ def problem() -> str | None:
     try:
         error = trial_error(product, LAYOUT, torch.bfloat16, (1, 7, MANY))
     except Exception as failure:  # an operator without a promise to stay
-        first_line = str(failure).split("\n")[0]
-        return f"torch's product failed: {type(failure).__name__} {first_line}"
+        return f"torch's product failed: {type(failure).__name__} {first_line(failure)}"
 
     return None if error < 2e-2 else f"a trial product was wrong by {error:.3g}"
 

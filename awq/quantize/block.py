@@ -31,9 +31,7 @@ from awq.quantize.group import (
 )
 from awq.quantize.input_error import InputErrorStatistics, OriginalInputs
 from awq.quantize.run import QuantizeRun
-from awq.quantize.statistics import (
-    InputStatistics,
-)
+from awq.quantize.statistics import InputStatistics
 from awq.quantize.streams import find_streams
 
 logger = logging.getLogger("awq.quantize")
