@@ -201,3 +201,10 @@ def test_the_front_page_counts_what_the_zoo_counts():
         fused = re.search(r"\((\d+) types, (\d+) in part\)|（(\d+) 种，部分融合 (\d+) 种）", text)
         assert fused and set(table[0][2:]) == set(filter(None, fused.groups())), page
         assert all(re.search(rf"\b{count}\b", text, re.ASCII) for count in totals), page
+
+
+def test_the_sites_menu_has_every_page():
+    """The site's own build refuses a page that it lacks, and is not part of the tests."""
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert pages <= listed
