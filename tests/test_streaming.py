@@ -32,6 +32,7 @@ from awq.cli import main
 from awq.errors import CheckpointError, ConfigError, ModelError
 from awq.models.streaming import resume_quantization
 from awq.quantize import pipeline
+from awq.report import read_report, render_page
 
 pytest.importorskip(
     "transformers.core_model_loading", reason="transformers has no loading by parts before 5"
@@ -254,6 +255,26 @@ def test_resumed_by_its_output_alone(unfinished, tmp_path):
     assert weights_and_index(tmp_path / "out") == weights_and_index(tmp_path / "whole")
     with pytest.raises(CheckpointError, match="nothing to resume"):
         resume_quantization(tmp_path / "out")
+
+
+def test_a_resumed_report_tells_of_the_earlier_run_too(unfinished, tmp_path):
+    (_, out, *_), _ = unfinished
+    state = tmp_path / "out.awq-work" / "progress.json"
+    kept = json.loads(state.read_text())
+    taken = kept["notes"]["taken"]
+    assert taken["seconds"] >= sum(kept["notes"]["phases"].values()) > 0
+    taken.update(seconds=4000.0, memory=2**50)
+    state.write_text(json.dumps(kept))
+
+    report = resume_quantization(out)
+    assert 4000 < report.seconds < 5000
+    assert report.resources["measured"]["seconds"] == report.seconds
+    assert report.resources["measured"]["memory"] == 2**50  # the higher peak of the two
+
+    view = read_report(out)
+    assert view.raw["seconds"] == report.seconds
+    assert "1\u00a0h 06\u00a0min" in render_page(view)
+    assert f"quantized in {report.seconds:.1f} s" in report.summary()
 
 
 def test_what_changed_is_named(unfinished, tmp_path):

@@ -22,7 +22,6 @@ from awq.calibration import CalibrationBatch
 from awq.checkpoint.expert_names import expert_names
 from awq.config import AwqConfig
 from awq.nn.expose import conceal_experts, expose_experts
-from awq.nn.memory import peak_resident_memory
 from awq.nn.modes import ordinary_arithmetic
 from awq.nn.packed_experts import pack_experts
 from awq.nn.presence import BlockStore
@@ -60,7 +59,7 @@ def quantize_model(
     them (`awq.checkpoint.streaming`).
     embed: what an embedding model makes of its hidden states; tuning aims at it.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     config, options = config or AwqConfig(), options or QuantizeOptions()
     check_finished(model)
     device = work_device(device_of(model), options)
@@ -71,9 +70,14 @@ def quantize_model(
         experts_as_linears(model, store) as dense_experts,
     ):
         run = QuantizeRun.start(model.eval(), batches, config, options, store)
+        run.began = began
         if store is not None:
             planned = reserve(run, store.folder)
-            run.report.resources["planned"] = _resources(planned.ram, planned.gpu, planned.seconds)
+            run.report.resources["planned"] = {
+                "memory": planned.ram,
+                "gpu_memory": planned.gpu,
+                "seconds": planned.seconds,
+            }
 
         with moved_to(model, run.device if options.tuning else device_of(model)):
             with run.phase("inputs"):
@@ -96,16 +100,11 @@ def quantize_model(
     run.report.warnings += [
         f"{name} stays dense: {reason}." for name, reason in dense_experts.items()
     ]
-    run.report.seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else 0
-    run.report.resources["measured"] = _resources(peak_resident_memory(), peak, run.report.seconds)
+    taken = run.taken()
+    run.report.seconds = taken["seconds"]
+    run.report.resources["measured"] = taken
 
     return run.report
-
-
-def _resources(memory: int, gpu_memory: int, seconds: float) -> dict[str, float]:
-    """memory: peak of the process's resident bytes; gpu_memory: of allocated ones."""
-    return {"memory": memory, "gpu_memory": gpu_memory, "seconds": seconds}
 
 
 @contextmanager

@@ -64,6 +64,7 @@ def progress_of(run: QuantizeRun, walk: BlockWalk) -> Progress:
         "warnings": report.warnings,
         "experts": {name: asdict(tokens) for name, tokens in report.experts.items()},
         "phases": report.phases,
+        "taken": run.taken(),
         "folds": [[shape, _groups_to_json(found)] for shape, found in run.known_folds.items()],
     }
     return Progress(walk.finished, hidden, [line.name for line in report.linears], notes)
@@ -80,6 +81,7 @@ def restore_progress(run: QuantizeRun, progress: Progress) -> None:
     report.linears = [_line_from_json(line) for line in notes["linears"]]
     report.warnings[:] = notes["warnings"]
     report.phases = notes["phases"]
+    run.taken_before = notes.get("taken", {})
     for name, tokens in notes["experts"].items():
         report.experts[name] = ExpertTokens(**tokens)
     for shape, groups in notes["folds"]:

@@ -27,6 +27,7 @@ from awq.nn.blocks import BlockList, find_block_lists
 from awq.nn.decoder_inputs import with_decoder_inputs
 from awq.nn.hidden import HiddenStates
 from awq.nn.linear import WQLinear
+from awq.nn.memory import peak_resident_memory
 from awq.nn.presence import BlockStore
 from awq.nn.surgery import device_of, get_weight, linear_shape, replace_module
 from awq.nn.walk import BlockWalk
@@ -60,6 +61,8 @@ class QuantizeRun:
     original_hidden: the hidden states of the original model before the present block, where they
     are needed.
     store: keeps the blocks' weights; None: the model has them.
+    began: when this run did, by `time.perf_counter`. taken_before: what earlier runs that it goes
+    on from had taken (`taken`).
     """
 
     model: nn.Module
@@ -79,6 +82,8 @@ class QuantizeRun:
     leans: dict[str, Tensor] = field(default_factory=dict)
     original_hidden: HiddenStates | None = None
     store: BlockStore | None = None
+    began: float = field(default_factory=time.perf_counter)
+    taken_before: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -159,6 +164,20 @@ class QuantizeRun:
         start = time.perf_counter()
         yield
         self.report.phases[name] = self.report.phases.get(name, 0.0) + time.perf_counter() - start
+
+    def taken(self) -> dict[str, float]:
+        """What this run and those that it goes on from have taken so far: seconds of all, and the
+        highest peak of memory (resident bytes) and gpu_memory (allocated bytes)."""
+        before = self.taken_before
+        seconds = time.perf_counter() - self.began
+        on_gpu = self.device.type == "cuda"
+        gpu_memory = torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
+
+        return {
+            "memory": max(peak_resident_memory(), before.get("memory", 0)),
+            "gpu_memory": max(gpu_memory, before.get("gpu_memory", 0)),
+            "seconds": seconds + before.get("seconds", 0.0),
+        }
 
     def output_match(self, embed: Embed | None = None) -> OutputMatch | None:
         """The original model's output, to tune for; None without tuning."""
