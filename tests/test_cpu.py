@@ -491,3 +491,41 @@ def control_groups(membership, files, folder, monkeypatch):
 def test_the_groups_above_bound_memory_too(membership, files, tmp_path, monkeypatch):
     control_groups(membership, files, tmp_path, monkeypatch)
     assert available_memory() == 3000
+
+
+CACHED = {
+    "memory.stat": "anon 100\nfile 1900\nfile_dirty 300\nfile_writeback 100\n"
+    "inactive_file 700\nactive_file 600\nslab_reclaimable 50",
+    "memory/memory.stat": "cache 1\ninactive_file 1\nactive_file 2\ndirty 3\ntotal_cache 1900\n"
+    "total_dirty 300\ntotal_writeback 100\ntotal_inactive_file 700\ntotal_active_file 600",
+}
+
+
+@pytest.mark.parametrize(
+    "membership, folder, names",
+    [
+        ("0::/", "", ("memory.max", "memory.current")),
+        ("4:memory:/", "memory/", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+    ],
+)
+@pytest.mark.parametrize(
+    "statistics, left",
+    [
+        (None, 3900),
+        ("inactive_file 700\nbroken", 3000),
+        ("{dirty} 500\n{cached} 200", 3000),
+        ("", 3000),
+    ],
+)
+def test_pages_of_files_are_memory_that_is_left(
+    membership, folder, names, statistics, left, tmp_path, monkeypatch
+):
+    """A group is charged for what it has read of files; only what is unwritten cannot go at once.
+    statistics: what memory.stat says; None: `CACHED`, with a group's own and all groups' pages."""
+    path, total = f"{folder}memory.stat", "total_" if folder else ""
+    dirty = "total_dirty" if folder else "file_dirty"
+    text = CACHED[path] if statistics is None else statistics
+    text = text.format(dirty=dirty, cached=f"{total}inactive_file")
+    files = dict(zip((folder + name for name in names), ("5000", "2000"))) | {path: text}
+    control_groups(membership, files, tmp_path, monkeypatch)
+    assert available_memory() == left

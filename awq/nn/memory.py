@@ -14,10 +14,19 @@ from torch import nn
 
 from awq.native.pool import group_folders
 
-# A group's limit and what it uses, in version 2 and before that.
+# A group's limit and what it uses with all groups in it, in version 2 and before that; then what
+# its memory.stat calls the pages of files, and those among them that are still to be written.
 _GROUP_FILES = (
-    ("memory.max", "memory.current"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    (
+        ("memory.max", "memory.current"),
+        ("inactive_file", "active_file"),
+        ("file_dirty", "file_writeback"),
+    ),
+    (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ("total_inactive_file", "total_active_file"),
+        ("total_dirty", "total_writeback"),
+    ),
 )
 _SUFFIX = ".safetensors"
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -120,16 +129,32 @@ def _kilobytes(path: str, name: str) -> int:
 
 
 def _group_limits() -> list[int]:
-    """What the control groups leave, where they have limits (containers, batch systems)."""
+    """Bytes that the control groups leave, where they have limits (containers, batch systems)."""
     found = []
-    for folder, files in product(group_folders("memory"), _GROUP_FILES):
+    for folder, (files, cached, unwritten) in product(group_folders("memory"), _GROUP_FILES):
         try:
             texts = [(folder / name).read_text() for name in files]
             limit, used = map(int, texts)
         except (OSError, ValueError):  # no such file, or "max": no limit
             continue
-        found.append(max(1, limit - used))
+
+        # A group is charged for every page of a file that it has read, and drops them before it
+        # refuses memory; a model's files would else count as memory that is gone.
+        counts = _statistics(folder / "memory.stat")
+        clean = sum(counts.get(name, 0) for name in cached)
+        clean -= sum(counts.get(name, 0) for name in unwritten)
+        found.append(max(1, limit - used + max(0, clean)))
+
     return found
+
+
+def _statistics(path: Path) -> dict[str, int]:
+    """A group's lines "name bytes"; empty where there are none to read."""
+    try:
+        pairs = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
+        return {name: int(count) for name, count in pairs}
+    except (OSError, ValueError):
+        return {}
 
 
 def _own_limit() -> list[int]:
