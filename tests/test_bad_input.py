@@ -7,6 +7,7 @@ from contextlib import suppress
 import pytest
 import torch
 import zoo
+from test_kinds import vision_language
 from transformers import AutoTokenizer
 
 from awq import (
@@ -192,6 +193,38 @@ def test_a_size_far_beyond_the_files(llama_dir, tmp_path, name):
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: 10**9}))
     with pytest.raises((CheckpointError, ModelError)):
         AutoAWQForCausalLM.from_pretrained(str(tmp_path / "m"))
+
+
+def test_a_size_far_beyond_the_dense_part_of_a_packed_checkpoint(tmp_path):
+    _packed_vision_model(tmp_path, vision_config={"intermediate_size": 10**9})
+    with pytest.raises(CheckpointError):
+        AutoAWQForCausalLM.from_quantized(str(tmp_path), fuse_layers=False, device="cpu")
+
+
+def test_a_large_number_that_is_no_size(llama_dir, tmp_path):
+    shutil.copytree(llama_dir, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_tokens": 10**12}))
+    assert AutoAWQForCausalLM.from_pretrained(str(tmp_path / "m")) is not None
+
+
+def test_a_large_number_that_is_no_size_in_a_packed_checkpoint(tmp_path):
+    _packed_vision_model(tmp_path, vision_config={"projection_dim": 10**9})
+    model = AutoAWQForCausalLM.from_quantized(str(tmp_path), fuse_layers=False, device="cpu")
+    assert torch.isfinite(model(torch.arange(4, 10).view(1, 6)).logits).all()
+
+
+def _packed_vision_model(folder, vision_config):
+    """A vision-language model whose language tower is packed, with other settings of its vision
+    tower."""
+    model = vision_language("llava")
+    batches = load_calibration(torch.randint(3, 60, (4, 16)))
+    quantize_model(model, batches, AwqConfig(group_size=16))
+    save_checkpoint(model, folder, AwqConfig(group_size=16))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["vision_config"] |= vision_config
+    path.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("value", [True, -1, [], {}, "x", [3], [None]])

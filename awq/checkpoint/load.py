@@ -36,6 +36,7 @@ from awq.nn.modes import ordinary_tensors
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 LARGEST_USUAL = 2**20  # no size of a published model is larger
 FAR_BEYOND = 16
+_IS_5 = int(transformers.__version__.split(".")[0]) >= 5
 # torch's default dtype belongs to the process, and transformers changes it while it builds a model.
 _one_at_a_time = threading.RLock()
 
@@ -135,15 +136,14 @@ def load_model(
             "in transformers."
         )
 
-    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     arguments = {
         **kwargs,
-        name: dtype,
+        "dtype" if _IS_5 else "torch_dtype": dtype,
         "trust_remote_code": source.trust_remote_code,
         "use_safetensors": True,
     }
     with _one_at_a_time:
-        if not source.is_quantized and _beyond_the_files(source):
+        if _IS_5 and _beyond_the_files(source):
             _from_pretrained(chosen, source, {**arguments, "device_map": {"": "meta"}})
         model, report = _from_pretrained(chosen, source, arguments)
     if source.is_quantized and not source.packed:
@@ -163,7 +163,7 @@ def load_model(
 def _beyond_the_files(source: Source) -> bool:
     """Whether a number of the config might be a size far beyond those in the files. Some releases
     of transformers fill a model before they compare its shapes; on the meta device nothing is
-    filled."""
+    filled. Releases before 5 cannot load onto that device."""
     largest = max((size for entry in source.headers.values() for size in entry["shape"]), default=1)
     bound = max(LARGEST_USUAL, FAR_BEYOND * largest)
     return any(number > bound for number in _whole_numbers(source.config.to_dict()))
