@@ -46,6 +46,11 @@ def start(*arguments: str) -> int:
     return child
 
 
+def say(line: str) -> None:
+    """What a long run has come to."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def finish(child: int) -> None:
     """Waits for a process that must end well."""
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -97,6 +102,7 @@ def main() -> None:
     finish(start("quantize", str(given.model), str(home / "whole"), *options))
     seconds = time.monotonic() - begun
     expected = digest(home / "whole")
+    say(f"uninterrupted: {seconds:.1f} s, {len(expected)} files are compared")
 
     result: dict[str, Any] = {
         "command": " ".join(sys.argv),
@@ -141,7 +147,9 @@ def killed_and_resumed(
             finish(start("quantize", "--resume", str(output)))
         elif not output.exists():  # nothing was kept: the same command begins anew
             finish(start("quantize", str(given.model), str(output), *options))
-        identical += digest(output) == expected and not work.exists()
+        same = digest(output) == expected and not work.exists()
+        identical += same
+        say(f"kill {len(left)}, {left[-1]} blocks: {'identical' if same else 'DIFFERENT'}")
         shutil.rmtree(output)
     return {
         "kills": len(left),

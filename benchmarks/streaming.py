@@ -11,8 +11,11 @@ states included. --model: a directory, streamed; with
 
 --plain: scales and ranges are not searched, which takes most of the time on a CPU.
 
---limit-gb: of address space (RLIMIT_AS) for the process that quantizes; --gpu-limit-gb: of GPU
-memory, by torch's allocator. --profile: the last block runs under torch's profiler, which makes it
+--limit-gb: of address space (RLIMIT_AS) for the process that quantizes; --rss-limit-gb: of its
+resident memory, mapped pages of files included: it is killed when the kernel's VmHWM has been
+higher; --gpu-limit-gb: of GPU memory, by torch's allocator. --output: a directory that does not go
+away; when the run ends early, the same command with --model goes on behind the last finished
+block. --profile: the last block runs under torch's profiler, which makes it
 somewhat slower; kernels and their times go to stderr.
 
 The source's pages leave the cache before each run, so that reading is from disk. Token ids
@@ -122,12 +125,13 @@ def quantize(given: argparse.Namespace) -> dict[str, Any]:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(given.gpu_limit_gb * GB / whole)
     forget_pages(given.model)
-    ids = torch.randint(3, 1000, (given.samples, given.tokens))
+    drawn = torch.Generator().manual_seed(0)  # a run goes on with its own texts only
+    ids = torch.randint(3, 1000, (given.samples, given.tokens), generator=drawn)
     settings = {"q_group_size": given.group_size}
     options = {"preset": given.preset, "progress": False}
     if given.plain:
         options |= {"scaling": False, "clip": False}
-    output = Path(tempfile.mkdtemp(dir=given.home)) / "out"
+    output = given.output or Path(tempfile.mkdtemp(dir=given.home)) / "out"
     start = time.monotonic()
     if given.child == "memory":
         model = AutoAWQForCausalLM.from_pretrained(str(given.model))
@@ -136,7 +140,8 @@ def quantize(given: argparse.Namespace) -> dict[str, Any]:
     else:
         report = quantize_directory(given.model, output, settings, ids, **options)
     seconds = time.monotonic() - start
-    shutil.rmtree(output.parent)
+    if given.output is None:
+        shutil.rmtree(output.parent)
     blocks = len({re.sub(r"(\.\d+)\..*", r"\1", line.name) for line in report.linears})
     layers = json.loads((given.model / "config.json").read_text())["num_hidden_layers"]
     assert blocks == layers, (blocks, layers)
@@ -266,10 +271,25 @@ def in_a_process(kind: str, given: argparse.Namespace) -> dict[str, Any]:
         command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
     for name in ("profile", "plain"):
         command += [f"--{name}"] if getattr(given, name) else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{kind} ended with status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    command += ["--output", str(given.output)] if given.output else []
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while given.rss_limit_gb and run.poll() is None:
+        if peak_of(run.pid) > given.rss_limit_gb:
+            run.kill()
+        time.sleep(0.1)
+    said, _ = run.communicate()
+    if run.returncode != 0:
+        raise SystemExit(f"{kind} ended with status {run.returncode}")
+    return json.loads(said.splitlines()[-1])
+
+
+def peak_of(process: int) -> float:
+    """The kernel's VmHWM in GB; 0 when the process has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) * 1024 / GB for line in lines if line.startswith("VmHWM")), 0)
 
 
 def arguments() -> argparse.Namespace:
@@ -284,6 +304,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--limit-gb", type=float, default=0.0)
+    parser.add_argument("--rss-limit-gb", type=float, default=0.0)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--gpu-limit-gb", type=float, default=0.0)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--plain", action="store_true")
