@@ -140,7 +140,7 @@ def text_of(report, directory, **parts):
 
 def test_one_text_before_and_after(report, tmp_path):
     _, text = text_of(report, tmp_path, evaluation=figures(0.25))
-    assert "perplexity 8.000 10.000" in text and "80.0%" in text and "75.00 %" in text
+    assert "perplexity 8.000 10.000" in text and "80.0 %" in text and "75.00 %" in text
     assert "0.2500 (95 %: 0.1250–0.5000)" in text
 
 
@@ -149,8 +149,25 @@ def test_kl_of_every_kind_of_text_is_drawn(report, tmp_path):
     page, text = text_of(report, tmp_path, evaluation={"texts": texts})
     chart = page[page.index("KL divergence by text") :]
     bars = re.findall(r'<rect class="bar" x="\d+" y="\d+" width="([\d.]+)"', chart)
-    assert "code.txt" in text and "kinds/chat.txt: perplexity" in text
+    assert "code.txt" in text and "chat.txt: perplexity" in text and "kinds/" not in text
     assert float(bars[0]) == pytest.approx(4 * float(bars[1]), rel=1e-2)
+
+
+def test_texts_of_one_name_keep_their_folders(report, tmp_path):
+    texts = {"en/chat.txt": figures(0.5), "zh/chat.txt": figures(0.25), "a/b.txt": figures(0.1)}
+    _, text = text_of(report, tmp_path, evaluation={"texts": texts})
+    assert all(f"{name}: perplexity" in text for name in ("en/chat.txt", "zh/chat.txt", " b.txt"))
+
+
+def test_experts_of_a_layer_are_one_place(report, tmp_path):
+    """However many there are; and figures of a column have their digits, zeros too."""
+    report.linears += [
+        linear(f"layers.{block}.mlp.experts.{expert}.w1", loss=0.0094, nearest=0.2)
+        for block in range(2)
+        for expert in range(80)
+    ]
+    _, text = text_of(report, tmp_path)
+    assert "mlp.experts.*.w1 0.940 % 20.0 % 5 % 160 of 160 25 %" in text
 
 
 @pytest.mark.parametrize(

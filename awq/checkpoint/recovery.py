@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Row = tuple[str, str, str]
@@ -12,9 +13,11 @@ def recovery_rows(found: Mapping[str, Any]) -> list[Row]:
     """(figure, the original's, the quantized model's) of an evaluation's `to_dict()`: a
     `Divergence`, several by the name of their text, or an `EmbeddingDrift`."""
     if "texts" in found and isinstance(found["texts"], Mapping):
+        names = _without_folders(found["texts"])
         rows: list[Row] = []
-        for name, figures in found["texts"].items():
-            rows += [(f"{name}: {figure}", old, new) for figure, old, new in recovery_rows(figures)]
+        for path, figures in found["texts"].items():
+            of_text = recovery_rows(figures)
+            rows += [(f"{names[path]}: {figure}", old, new) for figure, old, new in of_text]
         return rows
 
     if "perplexity_before" in found:
@@ -27,7 +30,16 @@ def divergence_by_text(found: Mapping[str, Any]) -> dict[str, float]:
     texts = found.get("texts")
     if not isinstance(texts, Mapping):
         return {}
-    return {str(name): float(figures["mean_kl"]) for name, figures in texts.items()}
+    names = _without_folders(texts)
+    return {names[path]: float(figures["mean_kl"]) for path, figures in texts.items()}
+
+
+def _without_folders(paths: Iterable[str]) -> dict[str, str]:
+    """Path of a text → its file's name, for readers have other folders; the path where several
+    files have that name."""
+    names = {path: path.replace("\\", "/").rpartition("/")[2] or path for path in paths}
+    count = Counter(names.values())
+    return {path: name if count[name] == 1 else path for path, name in names.items()}
 
 
 def _of_language(found: Mapping[str, Any]) -> list[Row]:
@@ -35,7 +47,7 @@ def _of_language(found: Mapping[str, Any]) -> list[Row]:
     after = found["perplexity_after"]
     return [
         ("perplexity", f"{before:.3f}", f"{after:.3f}"),
-        ("recovery (perplexity of the original ÷ quantized)", "", f"{before / after:.1%}"),
+        ("recovery (perplexity of the original ÷ quantized)", "", f"{100 * before / after:.1f} %"),
         ("KL divergence, nats a token", "0", _with_interval(found, "mean_kl", "kl_interval")),
         ("same most likely token", "100 %", f"{100 * found['top1_agreement']:.2f} %"),
     ]

@@ -102,15 +102,15 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], label: str) -> str:
         return ""
 
     names = _room(name for name, _ in rows)
-    step = 18
+    step = 22
 
     width = (WIDTH - names) / columns
 
     marks = []
     for row, (name, values) in enumerate(rows):
-        y = row * step
+        y = row * step + 4  # a label is higher than its cell on a phone
         marks.append(
-            f'<text class="axis" x="{names - 8}" y="{y + 13}" '
+            f'<text class="axis" x="{names - 8}" y="{y + 15}" '
             f'text-anchor="end">{escape(name)}</text>'
         )
         for column, value in enumerate(values):
@@ -122,7 +122,7 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], label: str) -> str:
             )
             marks.append(f'<rect class="bar" {place} fill-opacity="{strength:.2f}">{tip}</rect>')
 
-    return _svg(marks, len(rows) * step + 4, label)
+    return _svg(marks, len(rows) * step + 8, label)
 
 
 def _room(labels: Iterable[str]) -> int:

@@ -21,15 +21,16 @@ from awq.report.read import Linear, ReportView
 # marks in the chart of errors; larger models are drawn by their worst linears per bin
 MAX_POINTS = 400
 MAX_LABEL = 24  # letters beside a bar
+_INDEX = re.compile(r"\.\d+(?=\.)")
 
 ABOUT_ERRORS = (
     "How much the rounding of its weights changed a linear's output on the calibration text: the "
     "energy of the difference, as a share of the output's energy."
 )
 ABOUT_PLACES = (
-    "Means over all blocks. With scales: activation-aware scales were folded into the layer "
-    "before; where none can take them, the list at the end says why. Narrowed groups: share of "
-    "groups of weights whose largest values were clipped, which makes steps finer."
+    "Means over all blocks and experts. With scales: activation-aware scales were folded into the "
+    "layer before; where none can take them, the list at the end says why. Narrowed groups: share "
+    "of groups of weights whose largest values were clipped, which makes steps finer."
 )
 NOT_MEASURED = (
     "Nothing was compared with the original. Quantize with <code>--evaluate FILE</code>, or run "
@@ -118,7 +119,7 @@ def _evaluation(view: ReportView) -> str:
         ]
         divergences = {}
 
-    table = _table(["figure", "original", "quantized"], rows, numeric={1, 2})
+    table = _table(["figure", "original", "quantized"], rows, numeric={1, 2}, wraps=True)
     bars = [(_short(name), value, f"{value:.4f}") for name, value in divergences.items()]
     chart = bar_chart(bars, "KL divergence by text, nats a token")
     key = '<p class="note">KL divergence from the original, nats a token:</p>' if chart else ""
@@ -149,10 +150,10 @@ def _thinned(linears: list[Linear]) -> list[Linear]:
 
 
 def _roles(view: ReportView) -> str:
-    """Means over the blocks, by the linear's place in its block."""
+    """Means over the blocks, by the linear's place in its block; all experts are one place."""
     by_role: dict[str, list[Linear]] = defaultdict(list)
     for linear in view.linears:
-        by_role[linear.role].append(linear)
+        by_role[_INDEX.sub(".*", linear.role)].append(linear)
     if not 1 < len(by_role) <= 60:
         return ""
 
@@ -271,12 +272,18 @@ def _all_linears(view: ReportView) -> str:
         shape = " × ".join(str(size) for size in linear.shape)
         rows.append((linear.name, shape, _share(linear.loss), _share(linear.loss_nearest), scale))
 
-    table = _table(["linear", "shape", "error", "nearest", "scale"], rows, numeric={2, 3})
+    table = _table(["linear", "shape", "error", "nearest", "scale"], rows, numeric={1, 2, 3})
     return f"<details>\n<summary>Every linear ({len(rows)})</summary>\n{table}\n</details>"
 
 
-def _table(heads: list[str], rows: Sequence[tuple[str, ...]], numeric: Collection[int] = ()) -> str:
-    """numeric: indices of the columns of numbers."""
+def _table(
+    heads: list[str],
+    rows: Sequence[tuple[str, ...]],
+    numeric: Collection[int] = (),
+    wraps: bool = False,
+) -> str:
+    """numeric: indices of the columns of numbers. wraps: on a phone these may take several lines,
+    so that all columns are seen."""
 
     def line(tag: str, texts: Sequence[str]) -> str:
         cells = []
@@ -289,7 +296,7 @@ def _table(heads: list[str], rows: Sequence[tuple[str, ...]], numeric: Collectio
     body = "\n".join(line("td", row) for row in rows)
     table = f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
-    return f'<div class="scroll">{table}</div>'
+    return f'<div class="scroll{" wraps" if wraps else ""}">{table}</div>'
 
 
 def _flat(value: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
@@ -318,8 +325,8 @@ def _block_label(name: str) -> str:
 
 
 def _share(value: float) -> str:
-    """A share in percent with three digits, as the chart of errors has it."""
-    return f"{100 * value:.3g} %"
+    """A share in percent with three digits, zeros at the end too, so that columns align."""
+    return f"{100 * value:#.3g}".rstrip(".") + "\u00a0%"
 
 
 def _duration(seconds: float) -> str:
