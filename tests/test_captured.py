@@ -8,10 +8,11 @@ import zoo
 
 from awq.generate import NotFusable, build_static
 from awq.generate.prove_static import why_not_static
-from awq.generate.run.loop import generate_fused
+from awq.generate.run.loop import generate_fused, why_not
 from awq.generate.run.no_cache import WholeDecoder
 from awq.generate.run.own_cache import OwnCacheDecoder
 from awq.generate.run.static import counts_of, static_cache
+from awq.models.base import BaseAWQForCausalLM
 from awq.nn.capture import NothingFromTheHost, NoWaiting
 
 SIZES = dict(hidden_size=32, num_hidden_layers=3, vocab_size=64, pad_token_id=0)
@@ -105,6 +106,27 @@ def test_a_model_without_a_cache_reads_all_tokens_in_every_step():
     # a step looks at as many columns as there may be tokens, in powers of two
     columns = [decoder.columns_for(longest) for longest in (1, 63, 64, 127, 128, 159)]
     assert columns == [64, 64, 128, 128, 160, 160]
+
+
+def test_no_cache_in_a_models_files_is_no_wish_of_a_call():
+    """MPT's files say use_cache=False."""
+    model = zoo.tiny_model("llama")
+    model.generation_config.use_cache = False
+    assert why_not(model, dict(max_new_tokens=4)) is None
+    for given in (True, None):
+        assert why_not(model, dict(max_new_tokens=4, use_cache=given)) is None
+    assert why_not(model, dict(max_new_tokens=4, use_cache=False)) == "use_cache=False"
+    other = transformers.GenerationConfig(use_cache=False, pad_token_id=0)
+    assert why_not(model, dict(generation_config=other)) is None
+
+    wrapper = BaseAWQForCausalLM(model, "tiny")
+    wrapper.fuse_layers(64)
+    given = call(3, 12)
+    fused = wrapper.generate(**given, generator=torch.Generator())  # fused, or an error
+    assert torch.equal(fused, model.generate(**given))
+
+    model.generation_config.use_cache = True
+    assert why_not(model, dict(generation_config=other)) == "use_cache=False"
 
 
 def test_a_count_that_was_asked_for_stays_when_tokens_are_added():

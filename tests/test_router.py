@@ -181,6 +181,44 @@ def test_routers_are_read(choose):
     torch.testing.assert_close(weights.gather(1, order), expected.gather(1, expected_order))
 
 
+@pytest.mark.parametrize("size", [0.01, 0.0])
+@torch.no_grad()
+def test_a_correction_that_moves_no_choice_of_a_few_tokens_is_read(size):
+    """AFMoE's after little training; it moves the choice of other tokens."""
+    block = packed_block(deepseek)
+    block.correction.mul_(size)
+    tokens = torch.randn(400, WIDTH)
+    score = F.linear(tokens, block.router.weight).sigmoid()
+    with_it, without = (
+        scores.topk(TOP).indices.sort(-1).values for scores in (score + block.correction, score)
+    )
+    alike = (with_it == without).all(-1)
+    assert bool(alike.all()) == (size == 0)
+
+    x = tokens[alike][:12].view(2, 6, WIDTH)
+    found = read_mixture(block, "mlp", x).router
+    assert (found.correction, found.sigmoid) == ("mlp.correction", True)
+
+
+@torch.no_grad()
+def test_a_limit_to_groups_that_turns_none_of_a_few_tokens_away_is_not_overlooked():
+    """As many groups as experts of a token: not among the ways that are known, and not none."""
+
+    def choose(block, logits, rows):
+        values, index = of_groups(logits.softmax(-1), 3, 2).topk(TOP)
+        return index, values / values.sum(-1, keepdim=True)
+
+    block = packed_block(choose)
+    tokens = torch.randn(400, WIDTH)
+    logits = F.linear(tokens, block.router.weight)
+    limited, free = (way(block, logits, tokens)[0].sort(-1).values for way in (choose, mixtral))
+    alike = (limited == free).all(-1)
+    assert 0 < int((~alike).sum()) < 200
+
+    x = tokens[alike][:12].view(2, 6, WIDTH)
+    assert read_mixture(block, "mlp", x) is None
+
+
 def test_the_activation_is_read_too():
     gelu = packed_block(mixtral, F.gelu)
     assert read_mixture(gelu, "mlp", torch.randn(1, 9, WIDTH)).activation == "gelu"

@@ -4,15 +4,22 @@ What the experts are handed says it all: which of them, and with which weights. 
 [experts, features] may be the router's, and any vector of [experts] its bias or a correction of the
 choice. Each is tried with every kind of scores; the one that gives the same choice and the same
 weights for random tokens is it.
+
+A correction that is small beside the scores, as after little training, may move no choice of a few
+tokens, and a limit to groups may turn none away. So there are many tokens, and a second run in
+which all vectors of [experts] hold other values: what has no part in the choice then changes none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from awq.generate.plan import Mixture, MlpPlan, NotFusable, RouterSource
 from awq.generate.read.channels import same_numbers
@@ -27,6 +34,8 @@ from awq.nn.packed_experts import AwqExperts
 
 _TOLERANCE = 1e-5  # of the largest weight, in float32
 _TRIAL_CHANNELS = 4.0  # standard deviation of what gates are tried on
+_TRIAL_TOKENS = 256  # that routers are tried on, in each of two runs
+_TRIAL_VECTOR = 0.3  # standard deviation of corrections and biases in the second run
 
 
 @torch.no_grad()
@@ -70,8 +79,9 @@ def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
 
         shared, gate = found
 
-    tensors = _tensors_beside(module, place)
-    source = _router_of(tensors, experts.shape.num_experts, rows, index, weights)
+    first = _Routing(_tensors_beside(module, place), rows, index, weights)
+    seen = [first, *_trials(module, place, experts, x)]
+    source = _router_of(seen, experts.shape.num_experts)
     if source is None:
         return None
 
@@ -183,26 +193,99 @@ def _tensors_beside(module: nn.Module, experts: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in own.items() if not name.startswith(f"{experts}.")}
 
 
-def _router_of(
-    tensors: dict[str, Tensor], count: int, x: Tensor, index: Tensor, weights: Tensor
-) -> RouterSource | None:
-    """What routes tokens x [tokens, features] among `count` experts to `index` with `weights`, both
-    [tokens, top_k]."""
-    top = index.shape[1]
-    expected = _spread(index, weights.float(), count)
-    vectors = [name for name, t in tensors.items() if t.shape == (count,)]
-    for name, weight in tensors.items():
-        if weight.shape != (count, x.shape[-1]):
-            continue
-        for source in _sources(name, vectors, top, _groups_of(index, count)):
-            found = _spread(*route(x, source.of(tensors)), count)
-            factor = float((found * expected).sum() / found.square().sum().clamp(min=1e-30))
-            factor = 1.0 if abs(factor - 1) < _TOLERANCE else factor
-            error = (factor * found - expected).abs().max()
-            if error <= _TOLERANCE * expected.abs().max():
+class _Routing(NamedTuple):
+    """What a mixture handed to its experts in one run.
+
+    tensors: those beside the experts, by name. x: [tokens, features]; chosen: experts, and
+    weights: theirs, both [tokens, top_k].
+    """
+
+    tensors: Mapping[str, Tensor]
+    x: Tensor
+    chosen: Tensor
+    weights: Tensor
+
+
+class _Handed(Exception):
+    """Ends a forward when the experts have been called."""
+
+
+def _trials(module: nn.Module, place: str, experts: AwqExperts, x: Tensor) -> Iterator[_Routing]:
+    """What many random tokens like `x` [..., features] are routed to, with the module's own vectors
+    of [experts] and with random ones. The experts, at `place` in the module, do not run."""
+    own = _tensors_beside(module, place)
+    count = experts.shape.num_experts
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(x.device)
+
+    others = {
+        name: _TRIAL_VECTOR * random(count)
+        for name, tensor in own.items()
+        if tensor.shape == (count,) and tensor.is_floating_point()
+    }
+    sizes = x.flatten(0, -2).square().mean(0).sqrt()
+    leading = (1,) * (x.dim() - 2)
+    for vectors in ({}, others) if others else ({},):
+        tokens = random(*leading, _TRIAL_TOKENS, len(sizes)) * sizes
+        yield _handed(module, experts, vectors, tokens, own)
+
+
+def _handed(
+    module: nn.Module,
+    experts: AwqExperts,
+    vectors: Mapping[str, Tensor],
+    x: Tensor,
+    own: Mapping[str, Tensor],
+) -> _Routing:
+    """One run, as far as the experts, in which `vectors` take the places of the module's own."""
+    calls: list[Call] = []
+
+    def end(call: Call) -> None:
+        calls.append(call)
+        raise _Handed
+
+    with listening([experts], before=end), suppress(_Handed):
+        functional_call(module, dict(vectors), (x,))
+
+    rows, index, weights = calls[0].args
+    return _Routing({**own, **vectors}, rows.reshape(-1, rows.shape[-1]), index, weights)
+
+
+def _router_of(seen: Sequence[_Routing], count: int) -> RouterSource | None:
+    """What routes tokens among `count` experts as was seen in every run."""
+    tensors = seen[0].tensors
+    features = seen[0].x.shape[-1]
+    chosen = torch.cat([run.chosen for run in seen])
+    expected = torch.cat([_spread(run.chosen, run.weights, count) for run in seen])
+    groups = _groups_of(chosen, count)
+    vectors = [name for name, tensor in tensors.items() if tensor.shape == (count,)]
+    matrices = [name for name, tensor in tensors.items() if tensor.shape == (count, features)]
+
+    for name in matrices:
+        for source in _sources(name, vectors, chosen.shape[1], groups):
+            factor = _factor(source, seen, expected)
+            if factor is not None:
                 return replace(source, factor=factor)
 
     return None
+
+
+def _factor(source: RouterSource, seen: Sequence[_Routing], expected: Tensor) -> float | None:
+    """By what the weights of `source` are multiplied to be those that were seen, or None where they
+    are others. expected: by expert, [tokens of all runs, experts]."""
+    count = expected.shape[1]
+    routed = [route(run.x, source.of(run.tensors)) for run in seen]
+    found = torch.cat([_spread(*choice, count) for choice in routed])
+
+    size = found.square().sum().clamp(min=1e-30)
+    factor = float((found * expected).sum() / size)
+    if abs(factor - 1) < _TOLERANCE:
+        factor = 1.0
+
+    error = (factor * found - expected).abs().max()
+    return factor if error <= _TOLERANCE * expected.abs().max() else None
 
 
 def _groups_of(index: Tensor, count: int) -> list[tuple[int, int]]:

@@ -67,7 +67,10 @@ def why_not(model: Any, kwargs: dict[str, Any]) -> str | None:
     wanted = [n for n in ("output_attentions", "output_hidden_states") if getattr(merged, n, None)]
     if wanted:
         return f"{', '.join(wanted)}: fused blocks keep none"
-    if merged.use_cache is False:
+    # Files of models hold it as a setting of training (MPT, and what AutoAWQ's example has saved):
+    # that is no wish of this call, and the tokens are the same.
+    by_the_model = "use_cache" not in kwargs and model.generation_config.use_cache is False
+    if merged.use_cache is False and not by_the_model:
         return "use_cache=False"
 
     for name in _THEIRS:
