@@ -31,6 +31,7 @@ import common
 import torch
 import transformers
 from tiny_kinds import Kind, all_kinds, build, inputs
+from torch import nn
 from zoo_checks import NEW_TOKENS, _gap, _settings
 
 from awq.models.base import BaseAWQForCausalLM
@@ -76,8 +77,7 @@ def look_at(kind: Kind, device: str) -> dict[str, Any]:
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     found |= beside(wrapper, item, settings)
     if found.get("same") is False:  # a wrong answer, or another one by rounding
-        model.float()
-        found["float32"] = beside(wrapper, item, settings)
+        found["float32"] = in_float32(wrapper, item, settings)
     found["warnings"] = reasons.lines
     return found
 
@@ -102,6 +102,18 @@ def beside(wrapper: Any, item: dict[str, Any], settings: dict[str, Any]) -> dict
     if not found["same"]:
         found["parts"] = partings(ours, theirs)
     return found
+
+
+def in_float32(wrapper: Any, item: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """`beside` with the same values in float32, and whether transformers' own loop gives in 16 bits
+    what it gives there: where it does not, rounding alone changes its tokens."""
+    model = wrapper.model
+    rounded = model.generate(**item, **settings)
+    wrapper.unfuse()
+    nn.Module.float(model)  # transformers refuses to cast quantized models, which packed ones allow
+    found = beside(wrapper, item, settings)
+    exact = model.generate(**item, **settings, return_dict_in_generate=True, output_scores=True)
+    return found | {"transformers_in_16_bits": partings(rounded, exact)}
 
 
 def same(ours: torch.Tensor, theirs: Any) -> bool:
