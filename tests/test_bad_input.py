@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from awq import (
     AutoAWQForCausalLM,
     AwqConfig,
+    Encoder,
     load_calibration,
     prepare_calibration_tokens,
     quantize_model,
@@ -185,7 +186,10 @@ def test_unknown_argument(llama_dir, texts):
         model.quantize(AutoTokenizer.from_pretrained(llama_dir), calib_data=texts, colour="red")
 
 
-@pytest.mark.parametrize("name", ["intermediate_size", "num_key_value_heads", "vocab_size"])
+FAR_BEYOND = ["intermediate_size", "num_key_value_heads", "vocab_size", "num_labels"]
+
+
+@pytest.mark.parametrize("name", [*FAR_BEYOND, "num_hidden_layers"])
 def test_a_size_far_beyond_the_files(llama_dir, tmp_path, name):
     """Some releases of transformers would fill the memory first."""
     shutil.copytree(llama_dir, tmp_path / "m")
@@ -199,6 +203,19 @@ def test_a_size_far_beyond_the_dense_part_of_a_packed_checkpoint(tmp_path):
     _packed_vision_model(tmp_path, vision_config={"intermediate_size": 10**9})
     with pytest.raises(CheckpointError):
         AutoAWQForCausalLM.from_quantized(str(tmp_path), fuse_layers=False, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("num_hidden_layers", 10**5), ("num_labels", 10**7), ("num_attention_heads", 10**9)],
+)
+def test_counts_far_beyond_the_files_of_an_encoder(bert_dir, tmp_path, name, count):
+    """transformers would build a layer for each."""
+    shutil.copytree(bert_dir, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: count}))
+    with pytest.raises(CheckpointError, match=name):
+        Encoder.from_pretrained(str(tmp_path / "m"))
 
 
 def test_a_large_number_that_is_no_size(llama_dir, tmp_path):

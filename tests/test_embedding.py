@@ -26,7 +26,7 @@ from awq import (
 )
 from awq.calibration import CalibrationBatch
 from awq.calibration.sources import bundled_texts
-from awq.checkpoint.files import packed_tensors, weight_files
+from awq.checkpoint.files import packed_among, tensor_headers, weight_files
 from awq.errors import CalibrationError, ConfigError, ModelError
 from awq.evals.similarity import embeddings_of, judge, mean_cosine
 from awq.nn.linear import WQLinear
@@ -243,8 +243,8 @@ def test_what_is_not_quantized_is_listed_and_other_files_are_untouched(
     listed = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"][
         "modules_to_not_convert"
     ]
-    assert "pooler.dense" in listed and "pooler.dense" not in packed_tensors(
-        weight_files(tmp_path / "q")
+    assert "pooler.dense" in listed and "pooler.dense" not in packed_among(
+        tensor_headers(weight_files(tmp_path / "q"))
     )
     same_files(sentence_dir, tmp_path / "q")
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from awq.checkpoint.sizes import check_counts
 from awq.config import PACKED_TENSORS, stored_dtypes
 from awq.errors import CheckpointError
 
@@ -185,11 +186,6 @@ def tensor_headers(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     return headers
 
 
-def packed_tensors(files: Iterable[Path]) -> PackedTensors:
-    """Headers of all packed linears in the files: every module that has a `qweight`."""
-    return packed_among(tensor_headers(files))
-
-
 def packed_among(headers: dict[str, dict[str, Any]]) -> PackedTensors:
     """The packed linears among tensor headers, also those that lack a tensor: zeros belong to
     nothing else, while scales may be an activation's."""
@@ -309,7 +305,9 @@ def check_directory(path: str | Path) -> None:
             f"{root} has no .safetensors weights; convert the model to safetensors first."
         )
 
-    packed = packed_tensors(files)
+    headers = tensor_headers(files)
+    check_counts(root / "config.json", config, headers)
+    packed = packed_among(headers)
     check_packed(packed)
     if packed and not config.get("quantization_config"):
         raise CheckpointError(

@@ -4,7 +4,6 @@ tensor afterwards."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,13 @@ from awq.checkpoint.account import (
 from awq.checkpoint.files import first_architecture
 from awq.checkpoint.hf import register
 from awq.checkpoint.match import conversions_for_saving
+from awq.checkpoint.sizes import beyond_the_files
 from awq.checkpoint.source import Source, hub_arguments
 from awq.errors import CheckpointError, ModelError, first_line
 from awq.nn.model_code import PASSED_ON
 from awq.nn.modes import ordinary_tensors
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-LARGEST_USUAL = 2**20  # no size of a published model is larger
-FAR_BEYOND = 16
 _IS_5 = int(transformers.__version__.split(".")[0]) >= 5
 # torch's default dtype belongs to the process, and transformers changes it while it builds a model.
 _one_at_a_time = threading.RLock()
@@ -143,7 +141,9 @@ def load_model(
         "use_safetensors": True,
     }
     with _one_at_a_time:
-        if _IS_5 and _beyond_the_files(source):
+        # Some releases fill a model before they compare its shapes; on the meta device nothing is
+        # filled. Releases before 5 cannot load onto it.
+        if _IS_5 and beyond_the_files(source.config.to_dict(), source.headers):
             _from_pretrained(chosen, source, {**arguments, "device_map": {"": "meta"}})
         model, report = _from_pretrained(chosen, source, arguments)
     if source.is_quantized and not source.packed:
@@ -158,23 +158,6 @@ def load_model(
     _check_special_ids(model, source.name)
 
     return model.eval()
-
-
-def _beyond_the_files(source: Source) -> bool:
-    """Whether a number of the config might be a size far beyond those in the files. Some releases
-    of transformers fill a model before they compare its shapes; on the meta device nothing is
-    filled. Releases before 5 cannot load onto that device."""
-    largest = max((size for entry in source.headers.values() for size in entry["shape"]), default=1)
-    bound = max(LARGEST_USUAL, FAR_BEYOND * largest)
-    return any(number > bound for number in _whole_numbers(source.config.to_dict()))
-
-
-def _whole_numbers(values: Any) -> Iterator[int]:
-    if isinstance(values, int):
-        yield values
-    elif isinstance(values, (dict, list, tuple)):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _whole_numbers(value)
 
 
 def _check_special_ids(model: Any, path: str | Path) -> None:
