@@ -42,6 +42,7 @@ from tiny_kinds import EXCLUDED, Kind, all_kinds
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = ROOT / "docs" / "zoo.md", ROOT / "benchmarks" / "results" / "zoo.json"
 ON_A_GPU = RESULTS.with_name("zoo-gpu-h200.json")
+FACTS = ("commit", "transformers", "torch")  # that each result is kept with
 CPU_SECONDS, WALL_SECONDS, MEMORY = 400, 1500, 12 << 30
 START = time.monotonic()
 ROLES = {
@@ -135,14 +136,14 @@ def merge(lines: Path, state: Path) -> None:
 
 
 @cache
-def _commit() -> str:
-    return common.head("cpu")["commit"]
+def _where() -> dict[str, Any]:
+    return common.head("cpu")
 
 
 def write(state: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Keeps what was found, with the commit of the code and the release of transformers: a sweep
-    may go on where one stopped."""
-    result = {**result, "commit": _commit(), "transformers": transformers.__version__}
+    """Keeps what was found, with the commit of the code and the releases of transformers and torch:
+    a sweep may go on where one stopped, and on another machine."""
+    result = {**result, **{name: _where()[name] for name in FACTS}}
     _keep(state, result)
     return result
 
@@ -189,9 +190,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "to nearest, both ways of loading give the same output, tensors have the source's names "
         "on disk, and generation gives the",
         "tokens of transformers' own loop. `python benchmarks/zoo.py` makes this page; the commit",
-        "and the release at which a type was checked are in `benchmarks/results/zoo.json`, and "
-        '"unknown" where a row was',
-        "taken on code that was never merged.",
+        "and the releases at which a type was checked are in `benchmarks/results/zoo.json`.",
         "",
         *_counts(results),
         "",
@@ -228,12 +227,17 @@ def _on_a_gpu(found: dict[str, Any]) -> list[str]:
         rows = [row for row in kinds.values() if _state_of(row) == state]
         graphs = sum(bool(row.get("graph")) for row in rows)
         parts.append(f"{len(rows)} {name} ({graphs} in CUDA graphs)")
-    others = [name.partition(":")[0] for name, row in kinds.items() if row.get("same") is False]
+    parted = {name for name, row in kinds.items() if row.get("same") is False}
+    rounding = {name for name in parted if kinds[name].get("float32", {}).get("same")}
+    others, by_rounding = (
+        ", ".join(sorted(name.partition(":")[0] for name in names)) or "none"
+        for names in (parted - rounding, rounding)
+    )
     commits = sorted({row["commit"][:7] for row in kinds.values()})
     return [
         f"On an {found['device']}, transformers {found['transformers']}, of {len(kinds)} decoders "
         f"in float16: {', '.join(parts)};",
-        f"other tokens than transformers' loop: {', '.join(others) or 'none'} "
+        f"other tokens than transformers' loop: {others}; in 16 bits alone: {by_rounding} "
         f"(`{ON_A_GPU.name}`; {' and '.join(commits)}).",
     ]
 
@@ -250,6 +254,17 @@ def _releases(results: dict[str, dict[str, Any]]) -> str:
     first, *others = sorted(counts, reverse=True)
     rest = ", ".join(f"{release} ({counts[release]})" for release in others)
     return f"{first} ({counts[first]} types) and {rest}"
+
+
+def _found_with(results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What the rows were found with, which the process that writes them need not have: "2.13.0
+    (44), 2.11.0 (339)"."""
+    found = {}
+    for name in FACTS:
+        counts = Counter(result[name] for result in results.values())
+        several = (f"{value} ({count})" for value, count in counts.most_common())
+        found[name] = next(iter(counts)) if len(counts) == 1 else ", ".join(several)
+    return found
 
 
 def _counts(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -361,7 +376,7 @@ def main() -> None:
     results = read(given.state)
     if given.page or not (given.types or given.roles or given.draw is not None):
         PAGE.write_text(page(results), encoding="utf-8")
-        common.write(RESULTS, "cpu", {"kinds": results})
+        common.write(RESULTS, "cpu", {**_found_with(results), "kinds": results})
     failures = sum(bool(result["failed"]) for result in results.values())
     print(f"{len(results)} kinds, {failures} with a failure", file=sys.stderr)
 
