@@ -141,7 +141,26 @@ def pytest_addoption(parser):
     )
 
 
+# Of several processes the last to end decides: what takes one of them long comes first.
+LONG_MODULES = (
+    "test_guide",
+    "test_embedding",
+    "test_zoo",
+    "test_tuning",
+    "test_triton",
+    "test_trained_mixture",
+    "test_fuzz",
+    "test_crash",
+)
+
+
+def _place(item):
+    name = item.path.stem
+    return LONG_MODULES.index(name) if name in LONG_MODULES else len(LONG_MODULES)
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=_place)  # others keep their order
     if torch.cuda.is_available() or config.getoption("--gpu"):
         return
     for item in items:

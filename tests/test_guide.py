@@ -192,6 +192,18 @@ def language_model(models, tmp_path_factory):
     return target
 
 
+@pytest.fixture(scope="module")
+def custom_model(models, tmp_path_factory):
+    """The directory that the guide's snippet with texts of one's own writes."""
+    target = tmp_path_factory.mktemp("custom") / "q"
+    names = {
+        "your-embedding-model": models["bert"],
+        "your-embedding-model-awq-4bit": target,
+    }
+    run(CUSTOM_TEXTS, names, prepare_calibration_tokens=prepare_calibration_tokens)
+    return target
+
+
 @pytest.fixture
 def local_datasets(monkeypatch):
     """The guide's datasets: every other short bundled sentence, over and over."""
@@ -335,13 +347,8 @@ def test_texts_of_the_domain(tokenizer, local_datasets):
     assert len(prepare_calibration_tokens(tokenizer, texts)) == 1024
 
 
-def test_custom_texts(models, tokenizer, tmp_path):
-    names = {
-        "your-embedding-model": models["bert"],
-        "your-embedding-model-awq-4bit": tmp_path / "q",
-    }
-    run(CUSTOM_TEXTS, names, prepare_calibration_tokens=prepare_calibration_tokens)
-    assert is_close_to_full_precision(tmp_path / "q", models["bert"], tokenizer)
+def test_custom_texts(models, tokenizer, custom_model):
+    assert is_close_to_full_precision(custom_model, models["bert"], tokenizer)
 
 
 def test_inference(language_model, tokenizer, capsys):
@@ -368,18 +375,13 @@ def test_fused(language_model, tokenizer):
     assert space["model"].generate(ids, max_new_tokens=3).shape[0] == 2
 
 
-def test_loader_of_an_embedding_server(models, tokenizer, tmp_path):
+def test_loader_of_an_embedding_server(custom_model):
     class BaseModelLoader:
-        model_name = str(tmp_path / "q")
+        model_name = str(custom_model)
 
         def get_device(self):
             return "cpu"
 
-    names = {
-        "your-embedding-model": models["bert"],
-        "your-embedding-model-awq-4bit": tmp_path / "q",
-    }
-    run(CUSTOM_TEXTS, names, prepare_calibration_tokens=prepare_calibration_tokens)
     space = run(LOADER, AutoAWQForCausalLM=AutoAWQForCausalLM, BaseModelLoader=BaseModelLoader)
     model, found = space["AutoAWQLoader"]().load_model()
     assert vectors(model, found).shape[-1] == 128
