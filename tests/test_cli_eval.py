@@ -4,6 +4,7 @@ quantize."""
 import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy
 import pytest
@@ -190,7 +191,8 @@ def test_each_kind_of_text_has_its_figures(capsys, place, tmp_path):
     kinds = ["--group-size", 16, "--evaluate", files[0], "--evaluate", files[1]]
     assert set(run_json(capsys, *command, *kinds)["evaluation"]["texts"]) == set(files)
     card = (tmp_path / "q/README.md").read_text()
-    assert all(f"| {file}: perplexity | " in card for file in files)
+    assert all(f"| {Path(file).name}: perplexity | " in card for file in files)
+    assert not any(f"{file}: " in card for file in files), "readers have other folders"
 
 
 def test_an_embedding_model_is_judged_on_one_file(capsys, place):

@@ -13,7 +13,7 @@ def recovery_rows(found: Mapping[str, Any]) -> list[Row]:
     """(figure, the original's, the quantized model's) of an evaluation's `to_dict()`: a
     `Divergence`, several by the name of their text, or an `EmbeddingDrift`."""
     if "texts" in found and isinstance(found["texts"], Mapping):
-        names = _without_folders(found["texts"])
+        names = without_folders(found["texts"])
         rows: list[Row] = []
         for path, figures in found["texts"].items():
             of_text = recovery_rows(figures)
@@ -30,11 +30,11 @@ def divergence_by_text(found: Mapping[str, Any]) -> dict[str, float]:
     texts = found.get("texts")
     if not isinstance(texts, Mapping):
         return {}
-    names = _without_folders(texts)
+    names = without_folders(texts)
     return {names[path]: float(figures["mean_kl"]) for path, figures in texts.items()}
 
 
-def _without_folders(paths: Iterable[str]) -> dict[str, str]:
+def without_folders(paths: Iterable[str]) -> dict[str, str]:
     """Path of a text → its file's name, for readers have other folders; the path where several
     files have that name."""
     names = {path: path.replace("\\", "/").rpartition("/")[2] or path for path in paths}

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from awq.checkpoint.recovery import without_folders
+
 
 @dataclass(frozen=True)
 class FiguresByText:
@@ -21,7 +23,10 @@ class FiguresByText:
 
     def summary(self) -> str:
         """The lines of every text, behind its name."""
-        return "\n".join(f"{name}: {figures.summary()}" for name, figures in self.texts.items())
+        names = without_folders(self.texts)
+        return "\n".join(
+            f"{names[path]}: {figures.summary()}" for path, figures in self.texts.items()
+        )
 
 
 def by_text(figures: Mapping[str, Any]) -> Any:
