@@ -218,10 +218,18 @@ def test_counts_far_beyond_the_files_of_an_encoder(bert_dir, tmp_path, name, cou
         Encoder.from_pretrained(str(tmp_path / "m"))
 
 
-def test_a_large_number_that_is_no_size(llama_dir, tmp_path):
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"trained_tokens": 10**12},
+        {"layer_width": 16384},
+        {"label2id": {"record player": 5000}, "id2label": {"5000": "record player"}},
+    ],
+)
+def test_a_large_number_that_counts_nothing_of_the_model(llama_dir, tmp_path, setting):
     shutil.copytree(llama_dir, tmp_path / "m")
     path = tmp_path / "m" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_tokens": 10**12}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
     assert AutoAWQForCausalLM.from_pretrained(str(tmp_path / "m")) is not None
 
 

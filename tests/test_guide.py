@@ -181,27 +181,30 @@ def models(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def language_model(models, tmp_path_factory):
-    """The directory that the guide's first snippet writes."""
-    target = tmp_path_factory.mktemp("written") / "llama-awq"
-    paths = {
-        "mistralai/Mistral-7B-Instruct-v0.2": models["llama"],
-        "mistral-instruct-v0.2-awq": target,
-    }
-    run(LANGUAGE_MODEL, paths)
-    return target
+def written(tmp_path_factory):
+    """Runs a snippet of the guide on another model; returns the directory that it writes."""
+
+    def write(snippet, named, model, output, **given):
+        target = tmp_path_factory.mktemp("written") / "q"
+        run(snippet, {named: model, output: target}, **given)
+        return target
+
+    return write
 
 
 @pytest.fixture(scope="module")
-def custom_model(models, tmp_path_factory):
-    """The directory that the guide's snippet with texts of one's own writes."""
-    target = tmp_path_factory.mktemp("custom") / "q"
-    names = {
-        "your-embedding-model": models["bert"],
-        "your-embedding-model-awq-4bit": target,
-    }
-    run(CUSTOM_TEXTS, names, prepare_calibration_tokens=prepare_calibration_tokens)
-    return target
+def language_model(models, written):
+    """By the guide's first snippet."""
+    named = "mistralai/Mistral-7B-Instruct-v0.2"
+    return written(LANGUAGE_MODEL, named, models["llama"], "mistral-instruct-v0.2-awq")
+
+
+@pytest.fixture(scope="module")
+def custom_model(models, written):
+    """By the guide's snippet with texts of one's own."""
+    named = "your-embedding-model"
+    given = {"prepare_calibration_tokens": prepare_calibration_tokens}
+    return written(CUSTOM_TEXTS, named, models["bert"], f"{named}-awq-4bit", **given)
 
 
 @pytest.fixture

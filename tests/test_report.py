@@ -155,8 +155,9 @@ def test_kl_of_every_kind_of_text_is_drawn(report, tmp_path):
 
 def test_texts_of_one_name_keep_their_folders(report, tmp_path):
     texts = {"en/chat.txt": figures(0.5), "zh/chat.txt": figures(0.25), "a/b.txt": figures(0.1)}
-    _, text = text_of(report, tmp_path, evaluation={"texts": texts})
+    page, text = text_of(report, tmp_path, evaluation={"texts": texts})
     assert all(f"{name}: perplexity" in text for name in ("en/chat.txt", "zh/chat.txt", " b.txt"))
+    assert all(f">{name}</text>" in page for name in ("en/chat.txt", "zh/chat.txt", "b.txt"))
 
 
 def test_experts_of_a_layer_are_one_place(report, tmp_path):

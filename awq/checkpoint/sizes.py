@@ -18,7 +18,7 @@ MOST_LAYERS = 2**12
 FAR_BEYOND = 16
 # Counts of what a model is made of. transformers makes a module or an entry of a list for each at
 # once: of layers the files hold tensors, of the others rows.
-_LAYERS = re.compile(r"layer|depth")
+_LAYERS = re.compile(r"layers?$|depth$")  # `layer_width` is a size
 _ROWS = re.compile(r"block|expert|head|label")
 
 Headers = dict[str, dict[str, Any]]
@@ -60,7 +60,8 @@ def _whole_numbers(values: Any, name: str = "") -> Iterator[tuple[str, int]]:
         yield name, values
     elif isinstance(values, dict):
         for key, value in values.items():
-            yield from _whole_numbers(value, str(key))
+            if key != "label2id":  # its keys are words of a task, "record player" among them
+                yield from _whole_numbers(value, str(key))
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _whole_numbers(value, name)

@@ -312,9 +312,8 @@ def _figure(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _short(path: str) -> str:
-    """A file's name, and of a long one its end: charts have little room beside their bars."""
-    name = path.replace("\\", "/").rpartition("/")[2] or path
+def _short(name: str) -> str:
+    """A name, and of a long one its end: charts have little room beside their bars."""
     return name if len(name) <= MAX_LABEL else f"…{name[1 - MAX_LABEL :]}"
 
 

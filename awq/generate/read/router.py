@@ -79,8 +79,8 @@ def read_mixture(module: nn.Module, name: str, x: Tensor) -> Mixture | None:
 
         shared, gate = found
 
-    first = _Routing(_tensors_beside(module, place), rows, index, weights)
-    seen = [first, *_trials(module, place, experts, x)]
+    own = _tensors_beside(module, place)
+    seen = [_Routing(own, rows, index, weights), *_trials(module, experts, own, x)]
     source = _router_of(seen, experts.shape.num_experts)
     if source is None:
         return None
@@ -210,10 +210,11 @@ class _Handed(Exception):
     """Ends a forward when the experts have been called."""
 
 
-def _trials(module: nn.Module, place: str, experts: AwqExperts, x: Tensor) -> Iterator[_Routing]:
+def _trials(
+    module: nn.Module, experts: AwqExperts, own: Mapping[str, Tensor], x: Tensor
+) -> Iterator[_Routing]:
     """What many random tokens like `x` [..., features] are routed to, with the module's own vectors
-    of [experts] and with random ones. The experts, at `place` in the module, do not run."""
-    own = _tensors_beside(module, place)
+    of [experts] and with random ones. own: the tensors beside the experts, which do not run."""
     count = experts.shape.num_experts
     generator = torch.Generator().manual_seed(4)
 
