@@ -237,6 +237,22 @@ def test_products_of_experts_equal_float64(case, dtype):
         assert error < TOLERANCE[dtype], (tokens, shared)
 
 
+@pytest.mark.parametrize("case", EXPERTS, ids=lambda case: "x".join(map(str, case)))
+def test_experts_in_float32_are_captured(case):
+    """The reference serves them, and no number of an expert comes to the host."""
+    n, k, group, count, top = case
+    packed, dense = stacked(n, k, group, count, 0)
+    for tokens in (1, 3, 17):
+        x = torch.randn(tokens, k, device="cuda")
+        chosen = torch.rand(tokens, count, device="cuda").topk(top).indices
+        weights = torch.rand(tokens, top, device="cuda")
+        graph, y = captured(lambda a=(x, packed, chosen, weights): moe_linear(*a))
+        graph.replay()
+        expected = routed_sum(x, dense, chosen, weights, None)
+        error = float((y.double() - expected).norm() / expected.norm())
+        assert error < 1e-5, tokens
+
+
 def routed_sum(x, dense, chosen, weights, bias):
     """Σ over a token's experts of weight · (W x + bias), float64 [tokens, out]."""
     top = chosen.shape[1]

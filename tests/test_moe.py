@@ -6,7 +6,9 @@ import torch
 from kernel_weights import pack, random_weight
 
 from awq.errors import ConfigError
-from awq.kernels import Packed, Shape, layout_for, moe_linear, stack_experts
+from awq.kernels import Packed, Shape, layout_for, moe_linear, reference, stack_experts
+from awq.kernels.moe import one_by_one, without_asking
+from awq.nn.capture import NoWaiting
 
 SHAPE = Shape(128, 48, 32)
 
@@ -71,6 +73,37 @@ def test_half_precision(dtype, limit):
     x, chosen, weights = inputs(7, 2, 4, dtype=dtype)
     y = moe_linear(x, stack_experts(parts), chosen, weights)
     assert y.dtype == dtype and error(y, dense_product(x, dense, chosen, weights)) < limit
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 9])  # fewer rows than experts, and more
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_step_tells_the_host_no_numbers(tokens, shared):
+    """What a GPU without kernels of its own for this dtype runs: any captured step."""
+    parts, _ = experts_of(5)
+    packed = stack_experts(parts)
+    x, chosen, weights = inputs(max(tokens, 1), 2, 5, shared)
+    x, chosen, weights = x[:tokens], chosen[:tokens], weights[:tokens]
+    bias = torch.randn(5, SHAPE.out_features)
+    for arguments in ((None, chosen, None), (bias, chosen.int(), weights)):
+        expected = one_by_one(x, packed, *arguments, reference.linear)
+        with torch.inference_mode(), NoWaiting("cpu"):
+            found = without_asking(x, packed, *arguments, reference.linear)
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_experts_that_there_are_not_give_nan_where_nobody_asks(tokens):
+    parts, _ = experts_of(5)
+    packed = stack_experts(parts)
+    x, chosen, _ = inputs(tokens, 2, 5)
+    known = without_asking(x, packed, None, chosen, None, reference.linear)
+    for number in (-1, 5, -(1 << 40), 1 << 40):
+        changed = chosen.clone()
+        changed[-1, -1] = number
+        found = without_asking(x, packed, None, changed, None, reference.linear)
+        assert found[-1, -1].isnan().all()
+        assert torch.equal(found.flatten(0, 1)[:-1], known.flatten(0, 1)[:-1])
 
 
 def test_no_tokens_and_one_expert():

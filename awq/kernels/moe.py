@@ -3,8 +3,8 @@ in the experts' weights.
 
 The packed tensors of all experts are stacked along a leading axis: any layout of `awq.formats` with
 `[experts, …]` in front. A backend may bring its own `moe_linear(x, packed, bias, experts,
-weights)`; the others serve expert after expert, which asks the device how the tokens are spread and
-so cannot be captured in a CUDA graph.
+weights)`. The others serve expert after expert, which asks the device how the tokens are spread;
+for the few tokens of a decoding step, and while a CUDA graph is captured, a GPU is not asked.
 """
 
 from __future__ import annotations
@@ -131,17 +131,63 @@ def one_by_one(
 ) -> Tensor:
     """`moe_linear` expert after expert through a backend's `linear`: what every other
     implementation must equal."""
-    tokens, top = experts.shape
-    y = x.new_empty((tokens * top, packed.shape.out_features))
+    top = experts.shape[1]
+    y = x.new_empty((experts.numel(), packed.shape.out_features))
     source = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     for number, rows in _rows_by_expert(experts, len(packed.qweight)):
         inputs = source[rows // top if x.dim() == 2 else rows]
         y[rows] = linear(inputs, expert_of(packed, number), None if bias is None else bias[number])
 
-    y = y.view(tokens, top, packed.shape.out_features)
+    return _weighted(y, experts, weights)
+
+
+def without_asking(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    experts: Tensor,
+    weights: Tensor | None,
+    linear: Callable[[Tensor, Packed, Tensor | None], Tensor],
+) -> Tensor:
+    """`one_by_one` in kernels whose number and sizes do not depend on the numbers of the experts,
+    which the host never learns; NaN for experts that there are not.
+
+    The weights of a row's expert are picked on the device. Where there are more rows than experts,
+    each expert computes all of them instead.
+    """
+    count = len(packed.qweight)
+    numbers = experts.reshape(-1)
+    inputs = x.repeat_interleave(experts.shape[1], 0) if x.dim() == 2 else x.flatten(0, 1)
+    y = x.new_full((len(numbers), packed.shape.out_features), torch.nan)
+
+    if len(numbers) <= count:
+        known = numbers.clamp(0, count - 1)
+        for row in range(len(numbers)):
+            number = known[row : row + 1]
+            own_bias = None if bias is None else bias.index_select(0, number).squeeze(0)
+            y[row] = linear(inputs[row : row + 1], _picked(packed, number), own_bias).squeeze(0)
+        unknown = (numbers != known).unsqueeze(1)
+        return _weighted(y.masked_fill_(unknown, torch.nan), experts, weights)
+
+    for expert in range(count):
+        own_bias = None if bias is None else bias[expert]
+        of_all = linear(inputs, expert_of(packed, expert), own_bias)
+        y = torch.where((numbers == expert).unsqueeze(1), of_all, y)
+    return _weighted(y, experts, weights)
+
+
+def _picked(packed: Packed, number: Tensor) -> Packed:
+    """`expert_of` for a number [1] that stays on its device; a copy."""
+    qweight, qzeros, scales = (part.index_select(0, number).squeeze(0) for part in packed[:3])
+    return Packed(qweight, qzeros, scales, packed.shape, packed.layout)
+
+
+def _weighted(y: Tensor, experts: Tensor, weights: Tensor | None) -> Tensor:
+    """y [tokens · top_k, out] as [tokens, top_k, out], or with weights [tokens, out]."""
+    each = y.view(*experts.shape, y.shape[-1])
     if weights is None:
-        return y
-    return (y.float() * weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
+        return each
+    return (each.float() * weights.float().unsqueeze(-1)).sum(1).to(y.dtype)
 
 
 def _rows_by_expert(experts: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
@@ -185,8 +231,16 @@ def _moe_linear(
     y = None if own is None else own(x, packed, bias, experts, weights)
 
     if y is None:
-        return one_by_one(x, packed, bias, experts, weights, backend.linear)
+        serve = without_asking if _no_asking(experts, len(qweight)) else one_by_one
+        return serve(x, packed, bias, experts, weights, backend.linear)
     return y
+
+
+def _no_asking(experts: Tensor, count: int) -> bool:
+    """Whether a GPU computes these without telling the host their numbers."""
+    if not experts.is_cuda:
+        return False
+    return experts.numel() <= count or torch.cuda.is_current_stream_capturing()
 
 
 def _input_grad(
