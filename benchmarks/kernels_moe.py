@@ -1,5 +1,5 @@
 """Products of a mixture of experts on a GPU: times beside one product per expert. That they are
-right is what `tests/test_gpu_products.py` checks.
+right is what `tests/test_gpu_experts.py` checks.
 
     python benchmarks/kernels_moe.py --out benchmarks/results/kernels-moe-h100.json
 

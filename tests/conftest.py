@@ -143,6 +143,8 @@ def pytest_addoption(parser):
 
 # Of several processes the last to end decides: what takes one of them long comes first.
 LONG_MODULES = (
+    "test_gpu_products",
+    "test_gpu_experts",
     "test_guide",
     "test_embedding",
     "test_zoo",
@@ -151,6 +153,8 @@ LONG_MODULES = (
     "test_trained_mixture",
     "test_fuzz",
     "test_crash",
+    "test_team",
+    "test_generate",
 )
 
 

@@ -421,6 +421,24 @@ def test_a_smaller_team_changes_no_bit(size, monkeypatch):
         state[:] = before
 
 
+def test_torchs_own_openmp_comes_before_copies_in_a_folder_called_torch(tmp_path, monkeypatch):
+    """Threads of another copy would be a second pool, and torch's own would not be told."""
+    folder = tmp_path / "torch" / "site-packages"
+    monkeypatch.setattr(torch, "__file__", str(folder / "torch" / "__init__.py"))
+    files = (
+        "a.libs/libgomp-1.so",
+        "torch/lib/libgomp.so.1",
+        "z.libs/libomp.so",
+        "torch/lib/c10.so",
+    )
+    lines = [f"7f-80 r-xp 00000000 08:01 1234   {folder / file}\n" for file in files]
+    maps = tmp_path / "maps"
+    maps.write_text("".join([*lines, "7f-80 rw-p 00000000 00:00 0\n"]))
+    monkeypatch.setattr(engine, "_MAPS", maps)
+    expected = ("torch/lib/libgomp.so.1", "a.libs/libgomp-1.so", "z.libs/libomp.so")
+    assert engine._loaded_openmp() == [str(folder / file) for file in expected]
+
+
 def test_torch_on_one_core_is_the_calling_threads_alone():
     before = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError), engine.torch_on_one_core():

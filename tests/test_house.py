@@ -1,6 +1,7 @@
 """Rules of the house: layers, no cycles, light import."""
 
 import ast
+import os
 import shutil
 import statistics
 import subprocess
@@ -137,7 +138,10 @@ def test_a_skip_that_is_not_listed_fails_the_run(tmp_path):
         (tmp_path / f"test_{number}.py").write_text(test)
 
     command = [sys.executable, "-c", TWO_RUNS]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    # options for this run (how many processes, say) are none for those
+    given = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=given)
+    assert "status 0" in done.stdout, done.stdout + done.stderr
     listed, unlisted = done.stdout.split("status 0")
     assert "needs a GPU" not in listed, done.stdout
     assert "too slow today" in unlisted and "status 1" in unlisted, done.stdout

@@ -32,6 +32,7 @@ _OPENMP = (
     "omp_set_num_threads",
 )
 _LIBRARIES = ("libgomp", "libiomp5", "libomp")  # their file names begin so
+_MAPS = Path("/proc/self/maps")
 
 
 @cache
@@ -47,18 +48,7 @@ def host_target() -> Target | None:
 def openmp() -> dict[str, int]:
     """Addresses of the OpenMP functions of the library that this process has loaded; empty when
     there is none."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-
-    paths = {
-        line.split(maxsplit=5)[-1]
-        for line in lines
-        if any(name in line.rpartition("/")[-1] for name in _LIBRARIES)
-    }
-    # torch's own before other packages' copies
-    for path in sorted(paths, key=lambda path: "torch" not in path):
+    for path in _loaded_openmp():
         try:
             library = ctypes.CDLL(path)
             return {
@@ -69,6 +59,23 @@ def openmp() -> dict[str, int]:
             continue
 
     return {}
+
+
+def _loaded_openmp() -> list[str]:
+    """Files of the OpenMP libraries in this process, torch's own before other packages' copies."""
+    try:
+        lines = _MAPS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+    paths = {
+        line.split(maxsplit=5)[-1]
+        for line in lines
+        if any(name in line.rpartition("/")[-1] for name in _LIBRARIES)
+    }
+    # a folder above all packages may be called torch, too
+    own = str(Path(torch.__file__).parent)
+    return sorted(paths, key=lambda path: (not path.startswith(own), path))
 
 
 @contextmanager
