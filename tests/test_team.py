@@ -117,7 +117,8 @@ def test_rows_of_a_small_weight_are_rounded_at_once():
 @pytest.mark.parametrize("width", [24, 50])
 def test_panels_of_processes_add_up_to_the_matrix(width, monkeypatch):
     """Each sums its own rows; a Gram matrix is half summed and half copied."""
-    monkeypatch.setattr("awq.quantize.statistics.PANEL", 16)
+    for panel in ("PANEL", "NARROW_PANEL"):
+        monkeypatch.setattr(f"awq.quantize.statistics.{panel}", 16)
     torch.manual_seed(1)
     batches = [(torch.randn(2, 9, width), torch.randn(2, 9, width)) for _ in range(3)]
 

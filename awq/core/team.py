@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,14 +66,24 @@ class Team:
         device: torch.device,
     ) -> Iterator[Named]:
         """What `make` gives for 0 … count − 1, in this order: names and tensors on `device`. Each
-        is made by one process."""
+        is made by one process.
+
+        The next one is made while the last ones travel, so `make` must not depend on what the
+        caller does with them.
+        """
         if self.size == 1:
             yield from map(make, range(count))
             return
+
+        last: _Exchange | None = None
         for first in range(0, count, self.size):
             number = first + self.rank
             own = make(number) if number < count else []
-            yield from self._exchanged(own, device)[: count - first]
+            arrived = [] if last is None else last.ended()
+            last = self._exchange(own, device, count - first)
+            yield from arrived
+        if last is not None:
+            yield from last.ended()
 
     def is_maker(self, number: int) -> bool:
         """Whether this process is the one that makes it, in `each`."""
@@ -97,9 +107,9 @@ class Team:
 
             distributed.barrier()
 
-    def _exchanged(self, own: Named, device: torch.device) -> list[Named]:
-        """What each process has made, by rank. All send and receive at once, as bytes: not every
-        dtype is known everywhere."""
+    def _exchange(self, own: Named, device: torch.device, wanted: int) -> _Exchange:
+        """Begins to give all processes what each has made; of `wanted` ranks it is wanted. All
+        send and receive at once, as bytes: not every dtype is known everywhere."""
         from torch import distributed
 
         found = []
@@ -120,10 +130,8 @@ class Team:
             if rank != self.rank:
                 transfers += _transfers(distributed.isend, found[self.rank], rank)
 
-        if transfers:
-            for work in distributed.batch_isend_irecv(transfers):
-                work.wait()
-        return found
+        begun = distributed.batch_isend_irecv(transfers) if transfers else []
+        return _Exchange(found[:wanted], begun)
 
     def _shapes_of_all(self, own: Named) -> list[list[tuple[str, torch.Size, torch.dtype]]]:
         from torch import distributed
@@ -132,6 +140,18 @@ class Team:
         found: list[Any] = [None] * self.size
         distributed.all_gather_object(found, shapes)
         return found
+
+
+class _Exchange(NamedTuple):
+    """What the processes have made, by rank, and the transfers that bring it."""
+
+    made: list[Named]
+    transfers: list[Any]
+
+    def ended(self) -> list[Named]:
+        for transfer in self.transfers:
+            transfer.wait()
+        return self.made
 
 
 def _transfers(kind: Callable[..., Any], tensors: Named, other: int) -> list[Any]:

@@ -14,7 +14,10 @@ from awq.core.team import ALONE, Team
 from awq.nn.hooks import hooked
 from awq.nn.sorted_products import watched_rows
 
-PANEL = 2048  # rows of a Gram matrix that are summed at once
+PANEL = 2048  # rows of a sum of products that are summed at once
+# Of a Gram matrix on a CPU, whose narrow products are as fast as wide ones: less of what lies below
+# the diagonal is computed.
+NARROW_PANEL = 256
 TOKENS_PER_CHANNEL = 4  # that a Gram matrix should stand for
 # larger ones' squares, summed over some million tokens, are more than float32 holds
 MAX_ACTIVATION = 1e16
@@ -98,8 +101,9 @@ class InputStatistics:
     def complete(self) -> None:
         """Joins the pieces of the processes, and fills in what lies below the diagonal."""
         self.team.total(self.gram)
-        for start in range(0, len(self.gram), PANEL):
-            stop = start + PANEL
+        rows = panel_rows(self.gram, symmetric=True)
+        for start in range(0, len(self.gram), rows):
+            stop = start + rows
             self.gram[stop:, start:stop] = self.gram[start:stop, stop:].t()
 
     @property
@@ -173,16 +177,22 @@ def add_products(
     team: Team = ALONE,
     symmetric: bool = False,
 ) -> None:
-    """total [a, b] += weight · leftᵀ right for left [n, a] and right [n, b], panel by panel of
-    `PANEL` rows, and of these only the process's own.
+    """total [a, b] += weight · leftᵀ right for left [n, a] and right [n, b], panel by panel of some
+    rows, and of these only the process's own.
 
     symmetric: what lies left of a panel's own columns is left out, which is half of the work.
     """
-    for number, start in enumerate(range(0, len(total), PANEL)):
+    rows = panel_rows(total, symmetric)
+    for number, start in enumerate(range(0, len(total), rows)):
         if team.has(number):
             first = start if symmetric else 0
-            rows = left[:, start : start + PANEL].t()
-            total[start : start + PANEL, first:].addmm_(rows, right[:, first:], alpha=weight)
+            panel = left[:, start : start + rows].t()
+            total[start : start + rows, first:].addmm_(panel, right[:, first:], alpha=weight)
+
+
+def panel_rows(total: Tensor, symmetric: bool) -> int:
+    """Rows of a panel, however many processes divide them."""
+    return NARROW_PANEL if symmetric and total.device.type == "cpu" else PANEL
 
 
 class MaskHolder:
