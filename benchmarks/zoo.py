@@ -236,7 +236,7 @@ def _on_a_gpu(found: dict[str, Any]) -> list[str]:
     commits = sorted({row["commit"][:7] for row in kinds.values()})
     return [
         f"On an {found['device']}, transformers {found['transformers']}, of {len(kinds)} decoders "
-        f"in float16: {', '.join(parts)};",
+        f"in float16 (float32 where transformers' own fails so): {', '.join(parts)};",
         f"other tokens than transformers' loop: {others}; in 16 bits alone: {by_rounding} "
         f"(`{ON_A_GPU.name}`; {' and '.join(commits)}).",
     ]
