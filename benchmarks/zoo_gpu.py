@@ -257,17 +257,18 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     kinds = [kind for kind in all_kinds() if kind.role in given.roles.split(",")]
+    kept: dict[str, Any] = {}
+    if given.keep:
+        known = _kinds_of(EARLIER)
+        kept = {name: known[name] for name in map(str, kinds) if name in known}
     if given.types:
         kinds = [kind for kind in kinds if kind.type in given.types.split(",")]
     names = {str(kind) for kind in kinds}
-    kept = {name: row for name, row in _kinds_of(EARLIER).items() if name in names}
     # of a CPU until all are done: to ask the GPU for its name would keep forked processes from it
     where = common.head("cpu")
 
     def keep(found: dict[str, Any]) -> None:
-        found = {name: row | {"commit": where["commit"]} for name, row in found.items()}
-        if given.keep:
-            found = kept | found
+        found = kept | {name: row | {"commit": where["commit"]} for name, row in found.items()}
         left = sorted(names - set(found))
         result = {"counts": counts(found), "left_over": left, "kinds": found}
         given.json.write_text(json.dumps(where | result, indent=1) + "\n", encoding="utf-8")

@@ -29,8 +29,8 @@ CASES = {
 
 def main(models: Path, outputs: Path) -> None:
     statistics.PANEL = statistics.NARROW_PANEL = 24  # no divisor of the widths
-    group.ROUNDED_VALUES["cpu"] = 1 << 11
-    rounding.COLUMNS = 12
+    group.ROUNDED_VALUES["cpu"] = 1 << 9
+    rounding.COLUMNS = 6
     scales._TOGETHER["cpu"] = 1 << 12
     run.BATCH_TOKENS = 32
     ids = torch.randint(3, 60, (10, 16), generator=torch.Generator().manual_seed(1))

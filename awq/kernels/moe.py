@@ -30,6 +30,8 @@ from awq.kernels.packed import Packed
 
 _WEIGHT = "Tensor qweight, Tensor qzeros, Tensor scales"
 _SHAPE = "int in_features, int out_features, int group_size, str format"
+Linear = Callable[[Tensor, Packed, Tensor | None], Tensor]  # (x, packed, bias) → y, a backend's
+
 LIBRARY.define(
     f"moe_linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor experts, Tensor? weights, {_SHAPE}) -> "
     "Tensor",
@@ -127,7 +129,7 @@ def one_by_one(
     bias: Tensor | None,
     experts: Tensor,
     weights: Tensor | None,
-    linear: Callable[[Tensor, Packed, Tensor | None], Tensor],
+    linear: Linear,
 ) -> Tensor:
     """`moe_linear` expert after expert through a backend's `linear`: what every other
     implementation must equal."""
@@ -136,7 +138,7 @@ def one_by_one(
     source = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     for number, rows in _rows_by_expert(experts, len(packed.qweight)):
         inputs = source[rows // top if x.dim() == 2 else rows]
-        y[rows] = linear(inputs, expert_of(packed, number), None if bias is None else bias[number])
+        y[rows] = linear(inputs, *_with_bias(packed, bias, number))
 
     return _weighted(y, experts, weights)
 
@@ -147,7 +149,7 @@ def without_asking(
     bias: Tensor | None,
     experts: Tensor,
     weights: Tensor | None,
-    linear: Callable[[Tensor, Packed, Tensor | None], Tensor],
+    linear: Linear,
 ) -> Tensor:
     """`one_by_one` in kernels whose number and sizes do not depend on the numbers of the experts,
     which the host never learns; NaN for experts that there are not.
@@ -163,23 +165,27 @@ def without_asking(
     if len(numbers) <= count:
         known = numbers.clamp(0, count - 1)
         for row in range(len(numbers)):
-            number = known[row : row + 1]
-            own_bias = None if bias is None else bias.index_select(0, number).squeeze(0)
-            y[row] = linear(inputs[row : row + 1], _picked(packed, number), own_bias).squeeze(0)
+            one = slice(row, row + 1)
+            y[one] = linear(inputs[one], *_picked(packed, bias, known[one]))
         unknown = (numbers != known).unsqueeze(1)
         return _weighted(y.masked_fill_(unknown, torch.nan), experts, weights)
 
     for expert in range(count):
-        own_bias = None if bias is None else bias[expert]
-        of_all = linear(inputs, expert_of(packed, expert), own_bias)
+        of_all = linear(inputs, *_with_bias(packed, bias, expert))
         y = torch.where((numbers == expert).unsqueeze(1), of_all, y)
     return _weighted(y, experts, weights)
 
 
-def _picked(packed: Packed, number: Tensor) -> Packed:
-    """`expert_of` for a number [1] that stays on its device; a copy."""
+def _with_bias(packed: Packed, bias: Tensor | None, number: int) -> tuple[Packed, Tensor | None]:
+    """One expert's weight and bias, without a copy."""
+    return expert_of(packed, number), None if bias is None else bias[number]
+
+
+def _picked(packed: Packed, bias: Tensor | None, number: Tensor) -> tuple[Packed, Tensor | None]:
+    """`_with_bias` for a number [1] that stays on its device; a copy."""
     qweight, qzeros, scales = (part.index_select(0, number).squeeze(0) for part in packed[:3])
-    return Packed(qweight, qzeros, scales, packed.shape, packed.layout)
+    own_bias = None if bias is None else bias.index_select(0, number).squeeze(0)
+    return Packed(qweight, qzeros, scales, packed.shape, packed.layout), own_bias
 
 
 def _weighted(y: Tensor, experts: Tensor, weights: Tensor | None) -> Tensor:

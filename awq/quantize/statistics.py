@@ -101,7 +101,7 @@ class InputStatistics:
     def complete(self) -> None:
         """Joins the pieces of the processes, and fills in what lies below the diagonal."""
         self.team.total(self.gram)
-        rows = panel_rows(self.gram, symmetric=True)
+        rows = _panel_rows(self.gram, symmetric=True)
         for start in range(0, len(self.gram), rows):
             stop = start + rows
             self.gram[stop:, start:stop] = self.gram[start:stop, stop:].t()
@@ -182,7 +182,7 @@ def add_products(
 
     symmetric: what lies left of a panel's own columns is left out, which is half of the work.
     """
-    rows = panel_rows(total, symmetric)
+    rows = _panel_rows(total, symmetric)
     for number, start in enumerate(range(0, len(total), rows)):
         if team.has(number):
             first = start if symmetric else 0
@@ -190,7 +190,7 @@ def add_products(
             total[start : start + rows, first:].addmm_(panel, right[:, first:], alpha=weight)
 
 
-def panel_rows(total: Tensor, symmetric: bool) -> int:
+def _panel_rows(total: Tensor, symmetric: bool) -> int:
     """Rows of a panel, however many processes divide them."""
     return NARROW_PANEL if symmetric and total.device.type == "cpu" else PANEL
 
